@@ -1,0 +1,80 @@
+"""What a domain is, and the registry of the five."""
+
+import functools
+import importlib
+import zlib
+from collections.abc import Sequence
+from typing import Literal, Protocol, cast, runtime_checkable
+
+import numpy as np
+
+from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.data.example import LEVELS, Example
+
+SPLITS = ("train", "validation", "test")
+METRICS = ("exact", "anls", "wer")
+Metric = Literal["exact", "anls", "wer"]
+
+_CLASSES = {
+    "general": "General",
+    "ocr": "Ocr",
+    "nlp": "Nlp",
+    "speech": "Speech",
+    "video": "Video",
+}
+DOMAIN_NAMES = tuple(_CLASSES)
+
+
+@runtime_checkable
+class Domain(Protocol):
+    """A family of questions on signals of one kind.
+
+    The splits of a domain share no source (digit image, number, font, voice), and `example` is a pure function: the
+    same arguments give the same example on every machine, in any order, in any process.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def question_types(self) -> tuple[str, ...]: ...
+
+    @property
+    def metric(self) -> Metric: ...
+
+    def example(self, split: str, index: int, seed: int = 0, levels: Sequence[int] = LEVELS) -> Example:
+        """Example number `index` (any int >= 0) of `split`, of a level drawn from `levels`."""
+        ...
+
+
+@functools.cache
+def domain(name: str) -> Domain:
+    """The domain called `name`, one of DOMAIN_NAMES.
+
+    Raises:
+      UserError: when there is none of that name.
+    """
+    require_one_of("domain", name, DOMAIN_NAMES)
+    module = importlib.import_module(f"anyexperts_jax.data.five_domains.{name}")
+    return cast(Domain, getattr(module, _CLASSES[name])())
+
+
+def example_generator(
+    name: str, split: str, index: int, seed: int, levels: Sequence[int]
+) -> tuple[np.random.Generator, int]:
+    """The random generator of one example, and its level.
+
+    The generator depends on nothing but the arguments. Draw whole numbers from it (`integers`, `permutation`), which
+    do not depend on a machine's floating point.
+
+    Raises:
+      UserError: when split, index, seed or levels are out of range.
+    """
+    require_one_of("split", split, SPLITS)
+    require(index >= 0, f"index={index} must be >= 0")
+    require(seed >= 0, f"seed={seed} must be >= 0")
+    require(len(levels) > 0, "levels is empty; valid: 1, 2, 3")
+    for level in levels:
+        require_one_of("level", level, LEVELS)
+    rng = np.random.default_rng([zlib.crc32(f"{name}/{split}".encode()), seed, index])
+    return rng, int(levels[int(rng.integers(len(levels)))])
