@@ -1,0 +1,18 @@
+"""Logical names of parameter axes: what an axis means. `sharding.rules` says which mesh axis it lives on."""
+
+LOGICAL_AXES = (
+    "vocab",  # tokenizer ids
+    "embed",  # model width D
+    "heads",  # query heads H
+    "kv_heads",  # key/value heads G
+    "head_dim",  # head width A
+    "mlp",  # FFN width of dense layers, shared experts and modality encoders
+    "expert",  # real experts E
+    "expert_mlp",  # expert FFN width F
+    "router",  # router columns C
+    "importance",  # hidden width of the importance MLP
+    "norm",  # scales of a norm
+    "features",  # patch or audio-frame features X
+    "table",  # rows of a small embedding table: modalities, places, times
+    "layers",  # layers stacked by scan L
+)
