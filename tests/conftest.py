@@ -1,4 +1,4 @@
-"""Every test runs on eight fake CPU devices, with shapes and dtypes of annotated functions checked as they are called."""
+"""Every test runs on eight fake CPU devices; annotated shapes and dtypes are checked at every call."""
 
 import os
 

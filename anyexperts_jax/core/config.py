@@ -102,8 +102,9 @@ class AnyExpertsConfig:
     @classmethod
     def static_top_k(cls, num_experts: int, k: int, **fields: object) -> "AnyExpertsConfig":
         """Plain top-k routing through the same interface: k real slots for every token, importance unused."""
-        fixed = dict(num_virtual=0, k_min=k, k_max=k, rho_max=0.0, hsm_site="off", iar="off", importance_weight=0.0)
-        return cls(num_experts=num_experts, **{**fixed, **fields})  # type: ignore[arg-type]
+        window = {"num_experts": num_experts, "num_virtual": 0, "k_min": k, "k_max": k, "rho_max": 0.0}
+        unused = {"hsm_site": "off", "iar": "off", "importance_weight": 0.0}
+        return cls(**{**window, **unused, **fields})  # type: ignore[arg-type]
 
     @property
     def num_columns(self) -> int:
@@ -161,8 +162,9 @@ class AnyExpertsConfig:
         least = min(k - self.virtual_caps[k] for k in range(math.floor(self.k_min), bound + 1))
         require(
             self.capacity_factor * self.expected_real_slots >= least,
-            f"capacity_factor={self.capacity_factor} gives room for {self.capacity_factor * self.expected_real_slots:g} "
-            f"real slots per token, fewer than the {least} every token gets from k_min={self.k_min}; raise it",
+            f"capacity_factor={self.capacity_factor} gives room for "
+            f"{self.capacity_factor * self.expected_real_slots:g} real slots per token, fewer than the {least} "
+            f"every token gets from k_min={self.k_min}; raise it",
         )
 
     def _check_groups_fit(self) -> None:

@@ -1,0 +1,55 @@
+# Everything runs in a virtual environment of its own: `make demo`, `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+BUDGETS ?= 4.8 6.4 8.0 9.6
+BIN := $(VENV)/bin
+
+.PHONY: help install demo demo-smoke test lint types format check clean
+
+help:
+	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 12 minutes)"
+	@echo "make demo-smoke  the same in about a minute, too short to learn anything"
+	@echo "make test        install and run the tests"
+	@echo "make check       lint, format check and types"
+
+$(BIN)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(BIN)/.installed-test: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+install: $(BIN)/.installed
+
+demo: $(BIN)/.installed
+	$(BIN)/anyexperts train tiny --run $(RUN)
+	$(BIN)/anyexperts evaluate $(RUN) --budget $(BUDGETS)
+	$(BIN)/anyexperts report $(RUN)
+
+demo-smoke: $(BIN)/.installed
+	$(BIN)/anyexperts train smoke --run $(RUN)
+	$(BIN)/anyexperts evaluate $(RUN) --budget $(BUDGETS) --examples 4
+	$(BIN)/anyexperts report $(RUN)
+
+test: $(BIN)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(BIN)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(BIN)/.installed-test
+	$(BIN)/mypy
+
+format: $(BIN)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint types
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,127 @@
+"""What the project promises about its own source, checked on the source."""
+
+import ast
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "anyexperts_jax"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# Imports go down this list only. Layers in one entry may not import one another, but for the pair named below.
+LAYERS = [
+    {"core"},
+    {"ops"},
+    {"routing"},
+    {"dispatch"},
+    {"sharding"},
+    {"nn"},
+    {"models"},
+    {"data"},
+    {"train"},
+    {"analysis"},
+    {"cli"},
+]
+LEVEL = {layer: level for level, layers in enumerate(LAYERS) for layer in layers}
+FLAX_LAYERS = {"nn", "models"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 80
+
+
+def layer_of(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: pathlib.Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names
+
+
+def in_package(path: pathlib.Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent != PACKAGE or p.name == "cli.py"], ids=in_package)
+def test_imports_go_down_the_layers(path):
+    layer = layer_of(path)
+    assert layer in LEVEL, f"{layer} is no layer; add it to LAYERS at its height"
+    for name in imported_modules(path):
+        parts = name.split(".")
+        if parts[0] == "anyexperts_jax" and len(parts) > 1 and parts[1] in LEVEL:
+            other = parts[1]
+            assert other == layer or LEVEL[other] < LEVEL[layer], f"{layer} imports {name}, which lies above it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=in_package)
+def test_only_the_shells_import_flax(path):
+    if layer_of(path) not in FLAX_LAYERS:
+        assert not [n for n in imported_modules(path) if n.split(".")[0] == "flax"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=in_package)
+def test_files_and_functions_stay_small(path):
+    if "pallas" in path.name:
+        pytest.skip("kernels are excepted")
+    text = path.read_text()
+    assert text.count("\n") <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=in_package)
+def test_no_error_is_swallowed_and_no_global_state_is_set(path):
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in ("everything", "Exception", "BaseException"), f"line {node.lineno} catches {caught}"
+        if isinstance(node, ast.Global):
+            raise AssertionError(f"line {node.lineno}: ambient state {node.names}")
+    assert "NotImplementedError()" not in text
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def tracked_text_files() -> list[pathlib.Path]:
+    paths = [ROOT / name for name in run("git", "ls-files").splitlines()]
+    return [path for path in paths if path.suffix not in (".png", ".wav") and path.exists()]
+
+
+def test_no_file_names_a_package_registry():
+    hosts = "|".join(re.escape(".".join(parts)) for parts in (("pypi", "org"), ("pythonhosted",), ("npmjs",)))
+    for path in tracked_text_files():
+        assert not re.search(hosts, path.read_text(errors="ignore")), path
+
+
+def test_the_public_names_resolve():
+    package = importlib.import_module("anyexperts_jax")
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
+
+
+@pytest.mark.parametrize("statement", ["import anyexperts_jax", "from anyexperts_jax import route, moe_apply"])
+def test_import_is_light_and_under_two_seconds(statement):
+    code = (
+        f"import sys, time; start = time.perf_counter(); {statement}; took = time.perf_counter() - start;"
+        "heavy = {'flax', 'matplotlib', 'sklearn', 'grain', 'orbax'} & set(sys.modules); print(took, *heavy)"
+    )
+    runs = [run(sys.executable, "-c", code).split() for _ in range(3)]
+    assert all(len(words) == 1 for words in runs), f"heavy modules imported: {runs}"
+    assert min(float(words[0]) for words in runs) < 2.0
