@@ -27,7 +27,7 @@ class Example:
     level: int  # difficulty, one of LEVELS
     question: str
     answer: str
-    source: str  # what of the split was used, such as "digit:17" or "font:DejaVu Sans"; for reading, not for parsing
+    source: str  # the split's sources it was made from, space-separated: "digit:17 digit:230", "font:DejaVuSans"
     image: UInt8[ndarray, "H W 3"] | None = None
     video: UInt8[ndarray, "F H W 3"] | None = None
     audio: Float32[ndarray, " samples"] | None = None  # SAMPLE_RATE, in [-1, 1]
@@ -45,10 +45,10 @@ class Example:
         for start, end in self.question_evidence:
             inside = 0 <= start < end <= len(self.question)
             require(inside, f"{where}: evidence span ({start}, {end}) is outside the question {self.question!r}")
-        for start, end in self.audio_evidence:
-            seconds = 0.0 if self.audio is None else len(self.audio) / SAMPLE_RATE
-            inside = 0 <= start < end <= seconds + 1e-6
-            require(inside, f"{where}: evidence span ({start}, {end}) s is outside the audio of {seconds:.3f} s")
+        seconds = 0.0 if self.audio is None else len(self.audio) / SAMPLE_RATE
+        for begin, until in self.audio_evidence:
+            inside = 0 <= begin < until <= seconds + 1e-6
+            require(inside, f"{where}: evidence span ({begin}, {until}) s is outside the audio of {seconds:.3f} s")
         _require_same_pixels(where, self.image, self.image_evidence)
         _require_same_pixels(where, self.video, self.video_evidence)
 
