@@ -1,0 +1,66 @@
+"""Strict rules from logical axes to mesh axes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jax.sharding import PartitionSpec
+
+from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.sharding.mesh import MESH_AXES
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """The mesh axes each logical axis is split over; None: not split. One field for every name in core.axes.
+
+    Every logical axis has a rule, so an axis without one is an error and never silently replicated. The batch is
+    split over `expert` too: otherwise all the devices of an expert group repeat the work outside the experts.
+
+    Raises:
+      UserError: for a mesh axis that does not exist.
+    """
+
+    batch: MeshAxes = ("data", "fsdp", "expert")
+    length: MeshAxes = "sequence"
+
+    vocab: MeshAxes = "tensor"
+    embed: MeshAxes = "fsdp"
+    heads: MeshAxes = "tensor"
+    kv_heads: MeshAxes = "tensor"
+    head_dim: MeshAxes = None
+    mlp: MeshAxes = "tensor"
+    expert: MeshAxes = "expert"
+    expert_mlp: MeshAxes = "tensor"
+    router: MeshAxes = None
+    importance: MeshAxes = None
+    norm: MeshAxes = None
+    features: MeshAxes = None
+    table: MeshAxes = None
+    layers: MeshAxes = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            for axis in _as_tuple(getattr(self, field.name)):
+                require_one_of(f"mesh axis of rule {field.name!r}", axis, MESH_AXES)
+
+    def spec(self, logical_axes: Sequence[str]) -> PartitionSpec:
+        """The PartitionSpec of an array whose dimensions have these logical names.
+
+        Raises:
+          UserError: for an unknown logical axis, and for two dimensions on one mesh axis.
+        """
+        names = [field.name for field in dataclasses.fields(self)]
+        for axis in logical_axes:
+            require_one_of("logical axis", axis, names)
+        per_dimension = [getattr(self, axis) for axis in logical_axes]
+        used = [mesh_axis for axes in per_dimension for mesh_axis in _as_tuple(axes)]
+        for mesh_axis in used:
+            twice = f"mesh axis {mesh_axis!r} is used twice by an array of logical axes {tuple(logical_axes)}"
+            require(used.count(mesh_axis) == 1, twice)
+        return PartitionSpec(*per_dimension)
+
+
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes
