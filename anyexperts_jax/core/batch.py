@@ -2,14 +2,15 @@
 
 import dataclasses
 
-import jax
 from jaxtyping import Array, Bool, Float, Int
 from numpy import ndarray
+
+from anyexperts_jax.core.tree import register_dataclass
 
 ArrayLike = Array | ndarray
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """One batch of multimodal sequences, right-padded to T positions.

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.config import Overflow, VirtualOutput
+from anyexperts_jax.core.tree import register_dataclass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class PlanSpec:
     overflow: Overflow
 
 
-@jax.tree_util.register_dataclass
+@register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutingPlan:
     """Which experts each token goes to, with what weight. Padding tokens hold no slot at all.
