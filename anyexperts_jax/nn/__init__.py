@@ -1,0 +1,5 @@
+"""Thin Flax Linen shells: they declare parameters and call the pure functions below. Losses and metrics are returned."""
+
+from anyexperts_jax.nn.moe import MoE
+
+__all__ = ["MoE"]

@@ -1,0 +1,112 @@
+"""Grouped-query attention with rotary positions and an explicit key/value cache."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from anyexperts_jax.core.tree import register_dataclass
+from anyexperts_jax.nn.config import AttentionConfig, Dtype
+from anyexperts_jax.nn.linear import Linear
+from anyexperts_jax.nn.norms import RMSNorm
+
+Rotations = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the positions seen so far; slot s of an example holds its position s."""
+
+    keys_BSGA: Float[Array, "*L B S G A"]
+    values_BSGA: Float[Array, "*L B S G A"]
+
+
+def empty_cache(config: AttentionConfig, batch_size: int, length: int, dtype: Dtype, layers: int) -> KVCache:
+    """A zero cache of `length` positions, stacked over `layers`."""
+    zeros = jnp.zeros((layers, batch_size, length, config.num_kv_heads, config.head_dim), dtype)
+    return KVCache(zeros, zeros)
+
+
+def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotations:
+    """Cosines and sines of each position's rotation angles, float32."""
+    half = config.rotary_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTHA: Float[Array, "B T H A"], rotation: Rotations) -> Float[Array, "B T H A"]:
+    """Rotates pairs (i, i + half) of the leading part of the head width; the rest passes (RoFormer; half-split form)."""
+    cos, sin = (part[:, :, None, :] for part in rotation)
+    half = cos.shape[-1]
+    first, second, rest = x_BTHA[..., :half], x_BTHA[..., half : 2 * half], x_BTHA[..., 2 * half :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHA.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
+class Attention(nn.Module):
+    """Softmax attention in float32; keys and values of G heads serve H / G query heads each."""
+
+    config: AttentionConfig
+    residual_scale: float = 1.0  # of the output projection's initial values
+    norm_eps: float = 1e-6
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        mask_BTS: Bool[Array, "B T S"],
+        rotation: Rotations | None = None,
+        cache: KVCache | None = None,
+        positions_BT: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """Attends from each position t to the positions s with `mask_BTS[b, t, s]`.
+
+        With a cache, keys and values are written at `positions_BT` first and S is the cache's length; without one
+        S is T. Returns the output and the cache written.
+        """
+        config = self.config
+        queries = self._heads(config.num_heads, "heads", "query")(x_BTD)
+        keys = self._heads(config.num_kv_heads, "kv_heads", "key")(x_BTD)
+        values = self._heads(config.num_kv_heads, "kv_heads", "value")(x_BTD)
+        if config.qk_norm:
+            queries = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name="query_norm")(queries)
+            keys = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name="key_norm")(keys)
+        if rotation is not None:
+            queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        if cache is not None and positions_BT is not None:
+            cache = _write(cache, keys, values, positions_BT)
+            keys, values = cache.keys_BSGA, cache.values_BSGA
+        out_BTHA = jax.nn.dot_product_attention(queries, keys, values, mask=mask_BTS[:, None])
+        project = Linear(
+            x_BTD.shape[-1:],
+            ("heads", "head_dim", "embed"),
+            num_in=2,
+            scale=self.residual_scale,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="out",
+        )
+        return project(out_BTHA), cache
+
+    def _heads(self, heads: int, axis: str, name: str) -> Linear:
+        shape, axes = (heads, self.config.head_dim), ("embed", axis, "head_dim")
+        return Linear(shape, axes, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+
+
+def _write(
+    cache: KVCache,
+    keys_BTGA: Float[Array, "B T G A"],
+    values_BTGA: Float[Array, "B T G A"],
+    positions_BT: Int[Array, "B T"],
+) -> KVCache:
+    rows_B1 = jnp.arange(keys_BTGA.shape[0])[:, None]
+    return KVCache(
+        cache.keys_BSGA.at[rows_B1, positions_BT].set(keys_BTGA),
+        cache.values_BSGA.at[rows_B1, positions_BT].set(values_BTGA),
+    )

@@ -1,0 +1,91 @@
+"""Shape of the decoder stack. The routing policy stays in `core.config.AnyExpertsConfig`."""
+
+import dataclasses
+from typing import Literal, get_args
+
+from anyexperts_jax.core.errors import require, require_one_of
+
+Dtype = Literal["float32", "bfloat16"]
+Remat = Literal["none", "full", "routing", "dots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention with rotary positions.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    num_heads: int = 4  # H
+    num_kv_heads: int = 2  # G, divides H
+    head_dim: int = 32  # A
+    rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0  # share of a head's width that is rotated, the leading part
+    qk_norm: bool = False  # RMSNorm over the head width of queries and keys
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
+            require(getattr(self, name) >= 1, f"attention.{name}={getattr(self, name)} must be >= 1")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"attention.num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}",
+        )
+        require(0 < self.rope_fraction <= 1, f"attention.rope_fraction={self.rope_fraction} must be in (0, 1]")
+        require(
+            self.rotary_dim >= 2 and self.rotary_dim % 2 == 0,
+            f"attention.head_dim={self.head_dim} x rope_fraction={self.rope_fraction} = {self.rotary_dim} rotated "
+            "dimensions; must be even and >= 2",
+        )
+        require(self.rope_theta > 0, f"attention.rope_theta={self.rope_theta} must be > 0")
+
+    @property
+    def rotary_dim(self) -> int:
+        return round(self.head_dim * self.rope_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """The decoder's blocks: `num_dense_layers` with a dense FFN, then mixture-of-experts layers.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    d_model: int = 128  # D
+    num_layers: int = 4  # dense and MoE together
+    num_dense_layers: int = 1
+    d_ff: int = 384  # FFN width of the dense layers
+    expert_d_ff: int = 32  # F
+    num_shared_experts: int = 1  # each F wide, on every token, beside the routed ones
+    norm_eps: float = 1e-6
+    attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    dispatch: str = "blocks"  # see dispatch.moe_apply
+    expert_mlp: str | None = None  # implementation of ops.expert_mlp; None: the platform's fastest
+    remat: Remat = "none"  # see nn.stack.remat_policy
+    scan_unroll: int = 1  # MoE layers per iteration of the scan
+    dtype: Dtype = "float32"  # of activations and matmuls; router, norms, softmax and losses are always float32
+    param_dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        require_one_of("remat", self.remat, get_args(Remat))
+        require_one_of("dtype", self.dtype, get_args(Dtype))
+        require_one_of("param_dtype", self.param_dtype, get_args(Dtype))
+        for name in ("d_model", "d_ff", "expert_d_ff", "scan_unroll"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
+        require(self.num_shared_experts >= 0, f"num_shared_experts={self.num_shared_experts} must be >= 0")
+        require(
+            0 <= self.num_dense_layers < self.num_layers,
+            f"num_dense_layers={self.num_dense_layers} must be in [0, num_layers={self.num_layers})",
+        )
+        require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be > 0")
+
+    @property
+    def num_moe_layers(self) -> int:
+        """L of router arrays."""
+        return self.num_layers - self.num_dense_layers
+
+    @property
+    def residual_scale(self) -> float:
+        """Initial scale of every projection back into the residual stream, so that its sum stays near one."""
+        return (2 * self.num_layers) ** -0.5

@@ -1,0 +1,30 @@
+"""Embedding tables."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.nn.config import Dtype
+from anyexperts_jax.nn.params import named
+
+
+class Embedding(nn.Module):
+    """A table of `num_rows` learned vectors. Ids must be in range; the data's encoding spec guarantees it."""
+
+    num_rows: int
+    features: int
+    axis: str = "table"  # logical name of the rows
+    std: float = 1.0
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+    def setup(self) -> None:
+        init = named(nn.initializers.normal(self.std), (self.axis, "embed"))
+        self.table = self.param("table", init, (self.num_rows, self.features), jnp.dtype(self.param_dtype))
+
+    def __call__(self, ids: Int[Array, "*rest"]) -> Float[Array, "*rest D"]:
+        return self.table[ids].astype(self.dtype)
+
+    def logits(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest Y"]:
+        """Inner products with every row (a tied output head), accumulated in float32."""
+        return jnp.einsum("...d,yd->...y", x, self.table.astype(self.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,43 @@
+"""The network that scores each token's importance."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.config import ImportanceMLP as Form
+from anyexperts_jax.nn.config import Dtype
+from anyexperts_jax.nn.linear import Linear
+from anyexperts_jax.nn.norms import RMSNorm
+
+
+class ImportanceMLP(nn.Module):
+    """RMSNorm, Linear(D / 4), SiLU, Linear(1), in float32 (AnyExperts section 2, step 1; the sizes are our reading).
+
+    "wide" has four times the hidden width, "deep" two more hidden layers. The last map starts at zero, so that every
+    token begins at importance 1/2.
+    """
+
+    form: Form = "default"
+    norm_eps: float = 1e-6
+    param_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+        width = max(1, x_BTD.shape[-1] // 4) * (4 if self.form == "wide" else 1)
+        hidden = RMSNorm(self.norm_eps, "float32", self.param_dtype, name="norm")(x_BTD.astype(jnp.float32))
+        for i in range(3 if self.form == "deep" else 1):
+            axes = ("importance" if i else "embed", "importance")
+            hidden = jax.nn.silu(self._linear((width,), axes, 1.0, f"hidden_{i}")(hidden))
+        return self._linear((), ("importance",), 0.0, "out")(hidden)
+
+    def _linear(self, out_shape: tuple[int, ...], axes: tuple[str, ...], scale: float, name: str) -> Linear:
+        return Linear(
+            out_shape,
+            axes,
+            use_bias=True,
+            scale=scale,
+            param_dtype=self.param_dtype,
+            precision=jax.lax.Precision.HIGHEST,
+            name=name,
+        )

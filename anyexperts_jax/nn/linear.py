@@ -1,0 +1,37 @@
+"""Linear maps between named axes."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from anyexperts_jax.nn.config import Dtype
+from anyexperts_jax.nn.params import AxisNames, fan_in_init, named
+
+
+class Linear(nn.Module):
+    """Contracts the last `num_in` axes of x with the kernel's first axes; `out_shape` may be empty (one scalar)."""
+
+    out_shape: tuple[int, ...]
+    axes: AxisNames  # of the kernel: inputs, then outputs
+    num_in: int = 1
+    use_bias: bool = False
+    scale: float = 1.0  # of the initial standard deviation, scale / sqrt(fan-in)
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+    precision: jax.lax.Precision | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        in_shape = x.shape[x.ndim - self.num_in :]
+        init = named(fan_in_init(self.num_in, scale=self.scale), self.axes)
+        kernel = self.param("kernel", init, (*in_shape, *self.out_shape), jnp.dtype(self.param_dtype))
+        contracted = (tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in)))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype), kernel.astype(self.dtype), (contracted, ((), ())), precision=self.precision
+        )
+        if not self.use_bias:
+            return y
+        bias_init = named(nn.initializers.zeros, self.axes[self.num_in :])
+        bias = self.param("bias", bias_init, self.out_shape, jnp.dtype(self.param_dtype))
+        return y + bias.astype(self.dtype)

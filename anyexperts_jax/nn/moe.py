@@ -1,0 +1,152 @@
+"""The mixture-of-experts layer: parameters here, policy in `routing`, movement in `dispatch`, compute in `ops`."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.dispatch.apply import moe_apply_stats
+from anyexperts_jax.nn.config import Dtype
+from anyexperts_jax.nn.importance import ImportanceMLP
+from anyexperts_jax.nn.mlp import SwiGLU
+from anyexperts_jax.nn.params import fan_in_init, named
+from anyexperts_jax.routing.importance import importance, modulate
+from anyexperts_jax.routing.route import route
+from anyexperts_jax.routing.trace import RoutingTrace
+
+
+class Router(nn.Module):
+    """Router logits over E real and V virtual columns, in float32 whatever the compute dtype.
+
+    With `virtual_logits="tied"` one virtual column is learned and stands V times.
+    """
+
+    config: AnyExpertsConfig
+
+    @nn.compact
+    def __call__(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N C"]:
+        config = self.config
+        learned = min(1, config.num_virtual) if config.virtual_logits == "tied" else config.num_virtual
+        kernel_init = named(fan_in_init(), ("embed", "router"))
+        kernel_DC = self.param("kernel", kernel_init, (x_ND.shape[-1], config.num_experts + learned), jnp.float32)
+        logits_NC = jnp.dot(x_ND.astype(jnp.float32), kernel_DC, precision=jax.lax.Precision.HIGHEST)
+        if not learned:
+            return logits_NC
+        bias_init = named(nn.initializers.constant(config.virtual_bias_init), ("router",))
+        bias_V = self.param("virtual_bias", bias_init, (learned,), jnp.float32)
+        real_NE, virtual_NV = jnp.split(logits_NC, [config.num_experts], axis=-1)
+        virtual_NV = jnp.broadcast_to(virtual_NV + bias_V, (x_ND.shape[0], config.num_virtual))
+        return jnp.concatenate([real_NE, virtual_NV], axis=-1)
+
+
+class Experts(nn.Module):
+    """The weights of E SwiGLU experts, in the compute dtype."""
+
+    num_experts: int
+    d_ff: int
+    residual_scale: float = 1.0
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(
+        self, d_model: int
+    ) -> tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]:
+        wide, narrow = (self.num_experts, d_model, self.d_ff), (self.num_experts, self.d_ff, d_model)
+        widen = named(fan_in_init(num_batch=1), ("expert", "embed", "expert_mlp"))
+        narrow_init = fan_in_init(num_batch=1, scale=self.residual_scale)
+        weights = (
+            self.param("w_gate_EDF", widen, wide, jnp.dtype(self.param_dtype)),
+            self.param("w_up_EDF", widen, wide, jnp.dtype(self.param_dtype)),
+            self.param("w_down_EFD", named(narrow_init, ("expert", "expert_mlp", "embed")), narrow,
+                       jnp.dtype(self.param_dtype)),
+        )  # fmt: skip
+        gate, up, down = (w.astype(self.dtype) for w in weights)
+        return gate, up, down
+
+
+class MoE(nn.Module):
+    """One AnyExperts layer: each token gets as many experts as its importance asks for (AnyExperts section 2).
+
+    Usable on its own: `MoE(config, d_ff=512).init(key, x_BTD)`. `apply` takes the rng "routing" when
+    `slot_rounding="stochastic"` in training; without it the slots are rounded half up.
+    """
+
+    config: AnyExpertsConfig
+    d_ff: int  # F, of one expert
+    num_shared_experts: int = 0  # each F wide, on every token
+    dispatch: str = "blocks"  # see dispatch.moe_apply
+    expert_mlp: str | None = None  # implementation of ops.expert_mlp
+    residual_scale: float = 1.0  # of the down projections' initial values
+    norm_eps: float = 1e-6
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        valid_BT: Bool[Array, "B T"] | None = None,
+        bias_C: Float[Array, "C"] | None = None,
+        window: Float[Array, "2"] | None = None,
+        importance_logits_BT: Float[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], RoutingTrace]:
+        """Returns the layer's output, without a residual connection, and what the router did.
+
+        Args:
+          x_BTD: normalised input.
+          valid_BT: False at padding, which gets no slots, output zero from the routed experts, and no say in losses.
+          bias_C: the expert bias of loss-free balancing (added to the ranking only).
+          window: (k_min, k_max) in place of the configuration's.
+          importance_logits_BT: computed by the caller, as a block does that modulates its residual stream. With
+            `hsm_site="residual"` modulation is the caller's business.
+
+        Raises:
+          UserError: unknown dispatch or implementation, or shapes that do not fit.
+        """
+        config = self.config
+        batch, length, d_model = x_BTD.shape
+        if importance_logits_BT is None and config.uses_importance:
+            mlp = ImportanceMLP(config.importance_mlp, self.norm_eps, self.param_dtype, name="importance")
+            importance_logits_BT = mlp(x_BTD)
+        if importance_logits_BT is None:
+            importance_logits_BT = jnp.zeros((batch, length), jnp.float32)
+        importance_logits_BT = checkpoint_name(importance_logits_BT, "router_logits")
+        if config.hsm_site == "block_input":
+            x_BTD = modulate(x_BTD, importance(importance_logits_BT), config.alpha)
+        x_ND = x_BTD.reshape(batch * length, d_model)
+        logits_NC = checkpoint_name(Router(config, name="router")(x_ND), "router_logits")
+        key = self.make_rng("routing") if self._rounds_stochastically() else None
+        plan = route(
+            self._routing_config(),
+            logits_NC,
+            importance_logits_BT.reshape(-1),
+            None if valid_BT is None else valid_BT.reshape(-1),
+            bias_C,
+            window=window,
+            num_sequences=batch,
+            key=key,
+        )
+        experts = Experts(
+            config.num_experts, self.d_ff, self.residual_scale, self.dtype, self.param_dtype, name="experts"
+        )
+        y_ND, stats = moe_apply_stats(
+            x_ND, plan, *experts(d_model), self.dispatch, self.expert_mlp, num_sequences=batch
+        )  # fmt: skip
+        y_BTD = y_ND.reshape(x_BTD.shape)
+        if self.num_shared_experts:
+            width = self.num_shared_experts * self.d_ff
+            y_BTD = y_BTD + SwiGLU(width, self.residual_scale, self.dtype, self.param_dtype, name="shared")(x_BTD)
+        return y_BTD, RoutingTrace.from_plan(plan, batch, stats.dropped)
+
+    def _rounds_stochastically(self) -> bool:
+        return self.config.slot_rounding == "stochastic" and self.has_rng("routing")
+
+    def _routing_config(self) -> AnyExpertsConfig:
+        if self.config.slot_rounding != "stochastic" or self._rounds_stochastically():
+            return self.config
+        return dataclasses.replace(self.config, slot_rounding="round")

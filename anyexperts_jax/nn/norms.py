@@ -1,0 +1,24 @@
+"""Root-mean-square normalisation."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from anyexperts_jax.nn.config import Dtype
+from anyexperts_jax.nn.params import named
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, computed in float32 and returned as `dtype`."""
+
+    eps: float = 1e-6
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
+        scale_D = self.param("scale", named(nn.initializers.ones, ("norm",)), x.shape[-1:], jnp.dtype(self.param_dtype))
+        x = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * inverse_rms * scale_D).astype(self.dtype)

@@ -1,0 +1,101 @@
+"""The stack of blocks: the only scan and the only rematerialisation."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, get_args
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import require_one_of
+from anyexperts_jax.core.tree import register_dataclass
+from anyexperts_jax.nn.attention import KVCache, empty_cache
+from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock
+from anyexperts_jax.nn.config import Remat, StackConfig
+from anyexperts_jax.routing.trace import RoutingTrace
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackCache:
+    """Key/value caches of the dense layers and of the MoE layers, each stacked over its layers."""
+
+    dense: KVCache
+    moe: KVCache
+
+
+def empty_stack_cache(config: StackConfig, batch_size: int, length: int) -> StackCache:
+    def cache(layers: int) -> KVCache:
+        return empty_cache(config.attention, batch_size, length, config.dtype, layers)
+
+    return StackCache(cache(config.num_dense_layers), cache(config.num_moe_layers))
+
+
+def remat_policy(name: Remat) -> Callable[..., Any]:
+    """What the backward pass keeps of a block's forward pass.
+
+    full: the block's input and the selected experts' indices; the rest is computed again.
+    routing: the router's logits too.
+    dots: those and every matmul's result.
+    Selected indices are always kept: computed again under another fusion, near-ties would choose other experts.
+
+    Raises:
+      UserError: for an unknown name, and for "none", under which nothing is computed again.
+    """
+    policies = jax.checkpoint_policies
+    kept = {
+        "full": policies.save_only_these_names("routing"),
+        "routing": policies.save_only_these_names("routing", "router_logits"),
+        "dots": policies.save_from_both_policies(
+            policies.save_only_these_names("routing", "router_logits"), policies.dots_with_no_batch_dims_saveable
+        ),
+    }
+    require_one_of("remat", name, kept)
+    return kept[name]
+
+
+class Stack(nn.Module):
+    """Dense blocks one after the other, then the MoE blocks by `scan` over stacked parameters."""
+
+    config: StackConfig
+    moe: AnyExpertsConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        context: BlockContext,
+        router_bias_LC: Float[Array, "L C"] | None = None,
+        cache: StackCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], RoutingTrace, StackCache | None]:
+        """Returns the last block's output, the routing traces stacked over MoE layers, and the cache written."""
+        dense_block, moe_block = self._blocks()
+        dense_caches = []
+        for i in range(self.config.num_dense_layers):
+            layer_cache = None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache.dense)
+            x_BTD, layer_cache = dense_block(self.config, name=f"dense_{i}")(x_BTD, context, layer_cache)
+            dense_caches.append(layer_cache)
+        scanned = nn.scan(
+            moe_block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "routing": True},
+            in_axes=(nn.broadcast, 0, 0),
+            length=self.config.num_moe_layers,
+            unroll=self.config.scan_unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        layers = scanned(self.config, self.moe, name="moe_layers")
+        x_BTD, (trace, moe_cache) = layers(x_BTD, context, router_bias_LC, None if cache is None else cache.moe)
+        if cache is None:
+            return x_BTD, trace, None
+        dense_cache = jax.tree.map(lambda *layers: jax.numpy.stack(layers), *dense_caches) if dense_caches else cache.dense
+        return x_BTD, trace, StackCache(dense_cache, moe_cache)
+
+    def _blocks(self) -> tuple[type[nn.Module], type[nn.Module]]:
+        if self.config.remat == "none":
+            return DenseBlock, MoEBlock
+        policy = remat_policy(self.config.remat)
+        # Inside scan the loop keeps XLA from merging the two computations, so the barrier is only in its way.
+        return nn.remat(DenseBlock, policy=policy), nn.remat(MoEBlock, policy=policy, prevent_cse=False)
