@@ -1,0 +1,27 @@
+"""Group-limited routing: a token's real experts come from its best groups only (Ling-mini-2.0, DeepSeek-V3)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def limit_to_groups(rank_NE: Float[Array, "N E"], num_groups: int, groups_kept: int) -> Float[Array, "N E"]:
+    """Sets to -inf every expert outside the `groups_kept` best groups.
+
+    A group's rank is the sum of its two best experts (of its one expert in groups of one); ties go to the lower group.
+    """
+    if groups_kept == num_groups:
+        return rank_NE
+    N, E = rank_NE.shape
+    members_NGS = rank_NE.reshape(N, num_groups, E // num_groups)
+    group_NG = members_NGS.max(axis=-1)
+    if members_NGS.shape[-1] > 1:
+        best_NG = members_NGS.argmax(axis=-1)
+        rest_NGS = jnp.where(jnp.arange(E // num_groups) == best_NG[..., None], -jnp.inf, members_NGS)
+        group_NG = group_NG + rest_NGS.max(axis=-1)
+    # G is small: counting the groups ahead of each is cheaper than sorting them.
+    g = jnp.arange(num_groups)
+    ahead_NGG = (group_NG[:, None, :] > group_NG[:, :, None]) | (
+        (group_NG[:, None, :] == group_NG[:, :, None]) & (g[None, None, :] < g[None, :, None])
+    )
+    kept_NG = ahead_NGG.sum(axis=-1) < groups_kept
+    return jnp.where(kept_NG[..., None], members_NGS, -jnp.inf).reshape(N, E)

@@ -1,0 +1,24 @@
+"""Token importance and the hidden-state modulation that carries the task loss's gradient to it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.batch import ArrayLike
+
+
+def importance(logits_N: Float[ArrayLike, "*N"]) -> Float[Array, "*N"]:
+    """w = sigmoid(z), in float32 (AnyExperts section 2, step 2)."""
+    return jax.nn.sigmoid(jnp.asarray(logits_N, jnp.float32))
+
+
+def modulate(
+    hidden_ND: Float[ArrayLike, "*N D"], importance_N: Float[ArrayLike, "*N"], alpha: float
+) -> Float[Array, "*N D"]:
+    """h' = h + alpha * w * h (AnyExperts: hidden-state modulation), in h's dtype.
+
+    The factor 1 + alpha w is applied in float32: at alpha = 0.01 bfloat16 cannot tell most of its values apart.
+    """
+    hidden_ND = jnp.asarray(hidden_ND)
+    factor_N1 = 1.0 + alpha * jnp.asarray(importance_N, jnp.float32)[..., None]
+    return (hidden_ND.astype(jnp.float32) * factor_N1).astype(hidden_ND.dtype)

@@ -1,0 +1,71 @@
+"""What to watch in a router: loads, entropy, slots."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from anyexperts_jax.core.batch import ArrayLike
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.modality import NUM_MODALITIES
+from anyexperts_jax.routing.losses import masked_mean
+
+
+def column_load(config: AnyExpertsConfig, selected_NC: Bool[Array, "N C"], num_sequences: int) -> Float[Array, "S C"]:
+    """Selected slots per column and sequence.
+
+    Tied virtual columns are one column: ties hand their slots to the lowest, so their load is averaged over all V.
+    """
+    load_SC = selected_NC.reshape(num_sequences, -1, config.num_columns).sum(axis=1, dtype=jnp.float32)
+    if config.virtual_logits == "tied" and config.num_virtual:
+        E = config.num_experts
+        virtual_S1 = load_SC[:, E:].mean(axis=1, keepdims=True)
+        load_SC = load_SC.at[:, E:].set(virtual_S1)
+    return load_SC
+
+
+def routing_metrics(
+    config: AnyExpertsConfig,
+    probabilities_NC: Float[Array, "N C"],
+    importance_N: Float[Array, "N"],
+    real_slots_N: Int[Array, "N"],
+    virtual_slots_N: Int[Array, "N"],
+    load_C: Float[Array, "C"],
+    valid_N: Bool[Array, "N"],
+) -> dict[str, Float[Array, "..."]]:
+    """float32 metrics over valid tokens; no gradient flows through them. 0 where there is no valid token.
+
+    "load_C": selected slots per column. "load_max_over_mean": of the real experts. "router_entropy": nats per token, of
+    the scores before IAR over all columns. "virtual_share": virtual slots over slots. "mean_slots", "mean_real_slots",
+    "mean_importance": per token.
+    """
+    probabilities_NC = jax.lax.stop_gradient(probabilities_NC)
+    real_E = load_C[: config.num_experts]
+    real, virtual = (slots_N.astype(jnp.float32) for slots_N in (real_slots_N, virtual_slots_N))
+    entropy_N = jax.scipy.special.entr(probabilities_NC).sum(axis=1)
+    metrics = {
+        "load_C": load_C,
+        "load_max_over_mean": real_E.max() / jnp.maximum(real_E.mean(), 1 / config.num_experts),
+        "router_entropy": masked_mean(entropy_N, valid_N),
+        "mean_slots": masked_mean(real + virtual, valid_N),
+        "mean_real_slots": masked_mean(real, valid_N),
+        "virtual_share": virtual.sum() / jnp.maximum((real + virtual).sum(), 1),
+        "mean_importance": masked_mean(importance_N, valid_N),
+    }
+    return jax.lax.stop_gradient(metrics)
+
+
+def by_modality(
+    values_BT: Float[ArrayLike, "*B"] | Int[ArrayLike, "*B"],
+    modality_BT: Int[ArrayLike, "*B"],
+    valid_BT: Bool[ArrayLike, "*B"],
+) -> Float[Array, "M"]:
+    """The mean of per-token values over each modality's valid tokens; NaN for a modality that has none.
+
+    NaN and not 0: "no video in this batch" must not read as "video tokens got no experts".
+    """
+    values_BT = jnp.asarray(values_BT, jnp.float32)
+    modality_BT, valid_BT = jnp.asarray(modality_BT), jnp.asarray(valid_BT)
+    is_in_MN = (modality_BT.ravel() == jnp.arange(NUM_MODALITIES)[:, None]) & valid_BT.ravel()
+    sums_M = jnp.where(is_in_MN, values_BT.ravel(), 0).sum(axis=1)
+    counts_M = is_in_MN.sum(axis=1)
+    return jnp.where(counts_M > 0, sums_M / jnp.maximum(counts_M, 1), jnp.nan)

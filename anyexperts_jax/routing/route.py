@@ -1,0 +1,126 @@
+"""`route`: router and importance logits in, `RoutingPlan` out. Pure, and token by token but for losses and metrics."""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from anyexperts_jax.core.batch import ArrayLike
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.routing.importance import importance
+from anyexperts_jax.routing.losses import routing_losses
+from anyexperts_jax.routing.metrics import column_load, routing_metrics
+from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
+from anyexperts_jax.routing.scores import probabilities, ranking
+from anyexperts_jax.routing.select import SAVED_NAME, select
+from anyexperts_jax.routing.slots import continuous_slots, round_slots
+from anyexperts_jax.routing.weights import combine_weights
+
+
+def route(
+    config: AnyExpertsConfig,
+    logits_NC: Float[ArrayLike, "N C"],
+    importance_logits_N: Float[ArrayLike, "N"],
+    valid_N: Bool[ArrayLike, "N"] | None = None,
+    bias_C: Float[ArrayLike, "C"] | None = None,
+    *,
+    window: Float[ArrayLike, "2"] | None = None,
+    num_sequences: int = 1,
+    key: Array | None = None,
+) -> RoutingPlan:
+    """Routes N tokens over C = E + V columns (AnyExperts section 2, steps 2 and 4 to 7). All arithmetic in float32.
+
+    Args:
+      config: the policy; every switch.
+      logits_NC: finite router logits, real experts' columns first.
+      importance_logits_N: z, one scalar a token. Zeros do for a static policy (`config.uses_importance` False).
+      valid_N: False at padding, which gets no slot and has no part in losses and metrics. Default: all valid.
+      bias_C: the expert bias, given iff `config.expert_bias`.
+      window: (k_min, k_max) in place of the config's: one compiled program for any budget within `slots_bound`.
+      num_sequences: tokens are num_sequences contiguous sequences of equal length (for balance_scope="sequence").
+      key: random key, needed for slot_rounding="stochastic" and unused otherwise.
+
+    Raises:
+      UserError: shapes that do not fit the config or each other; bias_C or key missing; bias_C given but off.
+    """
+    _check_inputs(config, logits_NC, importance_logits_N, valid_N, bias_C, window, num_sequences)
+    N = logits_NC.shape[0]
+    valid_N = jnp.ones(N, bool) if valid_N is None else jnp.asarray(valid_N)
+    # Padding may hold anything, NaN too; zeroed here, it meets no NaN forward or backward.
+    logits_NC = jnp.where(valid_N[:, None], jnp.asarray(logits_NC, jnp.float32), 0)
+    importance_logits_N = jnp.where(valid_N, jnp.asarray(importance_logits_N, jnp.float32), 0)
+    bias_C = None if bias_C is None else jnp.asarray(bias_C, jnp.float32)
+
+    importance_N = importance(importance_logits_N)
+    continuous_N = continuous_slots(config, importance_N, window)
+    slots_N = checkpoint_name(jnp.where(valid_N, round_slots(config, continuous_N, key), 0), SAVED_NAME)
+    selection = select(config, *ranking(config, logits_NC, importance_N, bias_C), slots_N)
+    weights_NK, virtual_weight_N = combine_weights(config, logits_NC, importance_N, continuous_N, selection)
+
+    probabilities_NC = probabilities(config, logits_NC)
+    load_SC = column_load(config, selection.selected_NC, num_sequences if config.balance_scope == "sequence" else 1)
+    return RoutingPlan(
+        expert_ids_NK=jnp.where(selection.real_live_NK, selection.real_ids_NK, config.num_experts),
+        weights_NK=weights_NK,
+        virtual_weight_N=virtual_weight_N,
+        importance_N=importance_N,
+        slots_N=slots_N,
+        real_slots_N=selection.real_slots_N,
+        virtual_slots_N=selection.virtual_slots_N,
+        losses=routing_losses(config, logits_NC, importance_logits_N, importance_N, probabilities_NC, load_SC, valid_N),
+        metrics=routing_metrics(
+            config,
+            probabilities_NC,
+            importance_N,
+            selection.real_slots_N,
+            selection.virtual_slots_N,
+            load_SC.sum(axis=0),
+            valid_N,
+        ),
+        spec=PlanSpec(
+            num_experts=config.num_experts,
+            expected_real_slots=config.expected_real_slots,
+            virtual_output=config.virtual_output,
+            capacity_factor=config.capacity_factor,
+            overflow=config.overflow,
+        ),
+    )
+
+
+def _check_inputs(
+    config: AnyExpertsConfig,
+    logits_NC: ArrayLike,
+    importance_logits_N: ArrayLike,
+    valid_N: ArrayLike | None,
+    bias_C: ArrayLike | None,
+    window: ArrayLike | None,
+    num_sequences: int,
+) -> None:
+    C = config.num_columns
+    require(
+        logits_NC.ndim == 2 and logits_NC.shape[1] == C,
+        f"logits_NC has shape {logits_NC.shape}; need [tokens, {C}], num_experts + num_virtual columns",
+    )
+    N = logits_NC.shape[0]
+    require(
+        importance_logits_N.shape == (N,),
+        f"importance_logits_N has shape {importance_logits_N.shape}; need ({N},), one per row of logits_NC",
+    )
+    if valid_N is not None:
+        require(
+            valid_N.shape == (N,) and valid_N.dtype == bool,
+            f"valid_N has shape {valid_N.shape} and dtype {valid_N.dtype}; need bool ({N},)",
+        )
+    if config.expert_bias:
+        require(bias_C is not None, "expert_bias=True needs bias_C, one float per column")
+    else:
+        require(bias_C is None, "bias_C is given but expert_bias=False; set expert_bias=True or leave bias_C out")
+    if bias_C is not None:
+        require(bias_C.shape == (C,), f"bias_C has shape {bias_C.shape}; need ({C},)")
+    if window is not None:
+        require(window.shape == (2,), f"window has shape {window.shape}; need (2,), k_min and k_max")
+    require(
+        num_sequences >= 1 and N % num_sequences == 0,
+        f"num_sequences={num_sequences} must divide the number of tokens, {N}",
+    )

@@ -1,0 +1,60 @@
+"""Router scores, and importance-aware routing (IAR): how importance tilts them.
+
+IAR raises the real experts' scores with w and lowers the virtual experts' by as much (AnyExperts section 2, step 6);
+the algebra is a reading, so it is a switch. `sign` is +1 for real columns and -1 for virtual ones.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+
+
+def probabilities(config: AnyExpertsConfig, logits_NC: Float[Array, "N C"]) -> Float[Array, "N C"]:
+    """Scores before IAR, each token's summing to one: what the balance loss and the entropy are made of."""
+    if config.scores == "softmax":
+        return jax.nn.softmax(logits_NC, axis=-1)
+    # sigmoid(l) / sum sigmoid(l) as a softmax of log sigmoid(l): no 0 / 0 where every sigmoid underflows.
+    return jax.nn.softmax(jax.nn.log_sigmoid(logits_NC), axis=-1)
+
+
+def tilt_logits(
+    config: AnyExpertsConfig, logits_NX: Float[Array, "N X"], importance_N: Float[Array, "N"], sign: int
+) -> Float[Array, "N X"]:
+    """Logits after IAR. The forms that multiply scores leave the logits as they are."""
+    w_N1 = importance_N[:, None]
+    if config.iar == "add":
+        return logits_NX + sign * w_N1
+    if config.iar == "multiply_logits":
+        return logits_NX * (1 + sign * w_N1)
+    return logits_NX
+
+
+def score_factor(config: AnyExpertsConfig, importance_N: Float[Array, "N"], sign: int) -> Float[Array, "N 1"]:
+    """What IAR multiplies the scores by: 1 + w or 1 - w in the forms that multiply scores, else 1."""
+    if config.iar in ("multiply_sigmoid", "multiply_softmax"):
+        return 1 + sign * importance_N[:, None]
+    return jnp.ones_like(importance_N)[:, None]
+
+
+def ranking(
+    config: AnyExpertsConfig,
+    logits_NC: Float[Array, "N C"],
+    importance_N: Float[Array, "N"],
+    bias_C: Float[Array, "C"] | None,
+) -> tuple[Float[Array, "N E"], Float[Array, "N V"]]:
+    """What slots are ranked by, real and virtual columns apart: logits or scores after IAR, plus the expert bias."""
+    E = config.num_experts
+    real_NE = tilt_logits(config, logits_NC[:, :E], importance_N, +1)
+    virtual_NV = tilt_logits(config, logits_NC[:, E:], importance_N, -1)
+    if config.selection == "scores" or config.iar in ("multiply_sigmoid", "multiply_softmax"):
+        score = jax.nn.sigmoid
+        if config.scores == "softmax":
+            norm_N1 = jax.nn.logsumexp(jnp.concatenate([real_NE, virtual_NV], axis=-1), axis=-1, keepdims=True)
+            score = lambda logits_NX: jnp.exp(logits_NX - norm_N1)  # noqa: E731
+        real_NE = score(real_NE) * score_factor(config, importance_N, +1)
+        virtual_NV = score(virtual_NV) * score_factor(config, importance_N, -1)
+    if bias_C is not None:
+        real_NE, virtual_NV = real_NE + bias_C[:E], virtual_NV + bias_C[E:]
+    return jax.lax.stop_gradient(real_NE), jax.lax.stop_gradient(virtual_NV)

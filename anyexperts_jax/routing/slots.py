@@ -1,0 +1,42 @@
+"""How many slots a token gets, and how many of them may be virtual."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.core.batch import ArrayLike
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import require
+
+
+def continuous_slots(
+    config: AnyExpertsConfig, importance_N: Float[Array, "N"], window: Float[ArrayLike, "2"] | None = None
+) -> Float[Array, "N"]:
+    """k_min + w (k_max - k_min) before rounding, within [1, slots_bound] (AnyExperts section 2, step 4)."""
+    if window is None:
+        window = jnp.array([config.k_min, config.k_max], jnp.float32)
+    k_min, k_max = jnp.asarray(window, jnp.float32)
+    return jnp.clip(k_min + importance_N * (k_max - k_min), 1.0, config.slots_bound)
+
+
+def round_slots(config: AnyExpertsConfig, slots_N: Float[Array, "N"], key: Array | None = None) -> Int[Array, "N"]:
+    """Whole slots K_i in [1, slots_bound]: half up, down, or up with the fraction as probability (our reading).
+
+    Raises:
+      UserError: stochastic rounding without a key.
+    """
+    slots_N = jax.lax.stop_gradient(slots_N)
+    if config.slot_rounding == "round":
+        whole_N = jnp.floor(slots_N + 0.5)
+    elif config.slot_rounding == "floor":
+        whole_N = jnp.floor(slots_N)
+    else:
+        require(key is not None, "slot_rounding='stochastic' needs route(..., key=jax.random key)")
+        whole_N = jnp.floor(slots_N + jax.random.uniform(key, slots_N.shape, jnp.float32))
+    # After the cast, so that a non-finite importance still yields a count that fits the arrays.
+    return jnp.clip(whole_N.astype(jnp.int32), 1, config.slots_bound)
+
+
+def virtual_cap(config: AnyExpertsConfig, slots_N: Int[Array, "N"]) -> Int[Array, "N"]:
+    """The most virtual slots a token with K_i slots may hold: rho_max K_i, rounded as configured, at most V."""
+    return jnp.asarray(config.virtual_caps, jnp.int32)[slots_N]

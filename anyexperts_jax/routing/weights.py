@@ -1,0 +1,99 @@
+"""Combine weights: the selected slots' scores after IAR, normalised."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.routing.scores import score_factor, tilt_logits
+from anyexperts_jax.routing.select import Selection
+
+EPSILON = 1e-20  # Ling-mini-2.0: scores / (their sum + 1e-20)
+
+
+def combine_weights(
+    config: AnyExpertsConfig,
+    logits_NC: Float[Array, "N C"],
+    importance_N: Float[Array, "N"],
+    continuous_slots_N: Float[Array, "N"],
+    selection: Selection,
+) -> tuple[Float[Array, "N K"], Float[Array, "N"]]:
+    """Each real slot's weight and the virtual slots' weight in sum; 0 where there is no slot.
+
+    normalisation="all": score / (sum over real and virtual selected + 1e-20). "real": the real slots' weights sum to
+    one among themselves, and the virtual weight stays what it is under "all", so that it is bounded, and defined for a
+    token whose slots are all virtual (our reading). Both times `scaling_factor`. The expert bias has no part in them.
+    """
+    real_NK, virtual_NJ = _selected_scores(config, logits_NC, importance_N, selection)
+    if config.slot_gradient == "straight_through":
+        real_NK, virtual_NJ = _fade_last_slot(real_NK, virtual_NJ, continuous_slots_N, selection)
+    weights_NK, virtual_weights_NJ = _normalise(real_NK, virtual_NJ)
+    if config.normalisation == "real":
+        (weights_NK,) = _normalise(real_NK)
+    return config.scaling_factor * weights_NK, config.scaling_factor * virtual_weights_NJ.sum(axis=1)
+
+
+def _selected_scores(
+    config: AnyExpertsConfig,
+    logits_NC: Float[Array, "N C"],
+    importance_N: Float[Array, "N"],
+    selection: Selection,
+) -> tuple[Float[Array, "N K"], Float[Array, "N J"]]:
+    """Scores after IAR of the selected real and virtual slots, 0 elsewhere.
+
+    Softmax scores come up to a factor per token, which normalisation removes: taken from the largest *selected* logit,
+    they cannot all underflow when a column outside the selection towers over them.
+    """
+    live_NK, live_NJ = selection.real_live_NK, selection.virtual_live_NJ
+    real_NK = jnp.take_along_axis(logits_NC, selection.real_ids_NK, axis=1)
+    virtual_NJ = jnp.take_along_axis(logits_NC, config.num_experts + selection.virtual_ids_NJ, axis=1)
+    real_NK = tilt_logits(config, real_NK, importance_N, +1)
+    virtual_NJ = tilt_logits(config, virtual_NJ, importance_N, -1)
+    if config.scores == "softmax":
+        # Dead slots get the logit 0 before exp, not after it: exp of an unselected logit may overflow, and inf times
+        # the mask's zero cotangent is NaN.
+        top_N1 = jnp.max(real_NK, axis=1, keepdims=True, where=live_NK, initial=-jnp.inf)
+        top_N1 = jnp.max(virtual_NJ, axis=1, keepdims=True, where=live_NJ, initial=-jnp.inf).clip(min=top_N1)
+        top_N1 = jax.lax.stop_gradient(top_N1)
+        real_NK = jnp.exp(jnp.where(live_NK, real_NK - top_N1, 0))
+        virtual_NJ = jnp.exp(jnp.where(live_NJ, virtual_NJ - top_N1, 0))
+    else:
+        real_NK, virtual_NJ = jax.nn.sigmoid(real_NK), jax.nn.sigmoid(virtual_NJ)
+    real_NK = real_NK * score_factor(config, importance_N, +1)
+    virtual_NJ = virtual_NJ * score_factor(config, importance_N, -1)
+    return jnp.where(live_NK, real_NK, 0), jnp.where(live_NJ, virtual_NJ, 0)
+
+
+def _fade_last_slot(
+    real_NK: Float[Array, "N K"],
+    virtual_NJ: Float[Array, "N J"],
+    continuous_slots_N: Float[Array, "N"],
+    selection: Selection,
+) -> tuple[Float[Array, "N K"], Float[Array, "N J"]]:
+    """The straight-through slot gradient: an extension of ours, not part of AnyExperts.
+
+    Slot k of a token (counted from 1, by rank) enters with the soft membership m_k = clip(K + 1/2 - k, 0, 1) of the
+    unrounded K = k_min + w (k_max - k_min): it rises from 0 where rounding first grants the slot to 1 where rounding
+    grants the next. Between two roundings exactly one slot has a slope, the last selected one, and the slope is 1. So the
+    last slot's score is multiplied by 1 + (K - stop_gradient(K)): the same value, and dL/dw = (k_max - k_min) times the
+    change of the loss, to first order, as that slot fades in. Every token gets a gradient, whichever way it was rounded;
+    a token with K held at a bound gets none.
+    """
+    fade_N1 = (continuous_slots_N - jax.lax.stop_gradient(continuous_slots_N))[:, None]
+    last_virtual_N1 = selection.last_is_virtual_N[:, None]
+    real_last_NK = (jnp.arange(real_NK.shape[1]) == selection.real_slots_N[:, None] - 1) & ~last_virtual_N1
+    virtual_last_NJ = (jnp.arange(virtual_NJ.shape[1]) == selection.virtual_slots_N[:, None] - 1) & last_virtual_N1
+    return real_NK * (1 + real_last_NK * fade_N1), virtual_NJ * (1 + virtual_last_NJ * fade_N1)
+
+
+def _normalise(*scores: Float[Array, "N _"]) -> list[Float[Array, "N _"]]:
+    """Divides by the sum of all given scores + 1e-20.
+
+    The scores are first divided by that sum as a constant, so the division that is differentiated has a denominator of
+    one. Differentiating the plain quotient squares the denominator: 1e-40 is 0 in float32, and the gradient NaN.
+    """
+    total_N1 = sum(score.sum(axis=1, keepdims=True) for score in scores)
+    inverse_N1 = jax.lax.stop_gradient(1 / (total_N1 + EPSILON))
+    scaled = [score * inverse_N1 for score in scores]
+    one_N1 = sum(score.sum(axis=1, keepdims=True) for score in scaled) + EPSILON * inverse_N1
+    return [score / one_N1 for score in scaled]
