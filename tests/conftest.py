@@ -8,4 +8,4 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 from jaxtyping import install_import_hook
 
-_hook = install_import_hook("anyexperts_jax", "beartype.beartype")
+_hook = install_import_hook("anyexperts_jax", "typecheck.check")
