@@ -1,6 +1,5 @@
 """`route`: router and importance logits in, `RoutingPlan` out. Pure, and token by token but for losses and metrics."""
 
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float

@@ -49,12 +49,13 @@ def ranking(
     real_NE = tilt_logits(config, logits_NC[:, :E], importance_N, +1)
     virtual_NV = tilt_logits(config, logits_NC[:, E:], importance_N, -1)
     if config.selection == "scores" or config.iar in ("multiply_sigmoid", "multiply_softmax"):
-        score = jax.nn.sigmoid
         if config.scores == "softmax":
             norm_N1 = jax.nn.logsumexp(jnp.concatenate([real_NE, virtual_NV], axis=-1), axis=-1, keepdims=True)
-            score = lambda logits_NX: jnp.exp(logits_NX - norm_N1)  # noqa: E731
-        real_NE = score(real_NE) * score_factor(config, importance_N, +1)
-        virtual_NV = score(virtual_NV) * score_factor(config, importance_N, -1)
+            real_NE, virtual_NV = jnp.exp(real_NE - norm_N1), jnp.exp(virtual_NV - norm_N1)
+        else:
+            real_NE, virtual_NV = jax.nn.sigmoid(real_NE), jax.nn.sigmoid(virtual_NV)
+        real_NE = real_NE * score_factor(config, importance_N, +1)
+        virtual_NV = virtual_NV * score_factor(config, importance_N, -1)
     if bias_C is not None:
         real_NE, virtual_NV = real_NE + bias_C[:E], virtual_NV + bias_C[E:]
     return jax.lax.stop_gradient(real_NE), jax.lax.stop_gradient(virtual_NV)

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import UserError
 
 
 def continuous_slots(
@@ -31,7 +31,8 @@ def round_slots(config: AnyExpertsConfig, slots_N: Float[Array, "N"], key: Array
     elif config.slot_rounding == "floor":
         whole_N = jnp.floor(slots_N)
     else:
-        require(key is not None, "slot_rounding='stochastic' needs route(..., key=jax.random key)")
+        if key is None:
+            raise UserError("slot_rounding='stochastic' needs a random key: route(..., key=key)")
         whole_N = jnp.floor(slots_N + jax.random.uniform(key, slots_N.shape, jnp.float32))
     # After the cast, so that a non-finite importance still yields a count that fits the arrays.
     return jnp.clip(whole_N.astype(jnp.int32), 1, config.slots_bound)

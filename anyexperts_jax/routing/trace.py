@@ -22,18 +22,18 @@ class RoutingTrace:
     losses: dict[str, Array]  # as in the plan: "balance", "importance", "z", unweighted
     metrics: dict[str, Array]  # as in the plan, and "dropped": real slots that found no room, float32
 
-
-def routing_trace(
-    plan: RoutingPlan, num_sequences: int, dropped: Float[Array, ""] | Int[Array, ""] | int = 0
-) -> RoutingTrace:
-    """The trace of a plan over N = num_sequences * T tokens. `dropped` comes from dispatch."""
-    shape = (num_sequences, plan.slots_N.shape[0] // num_sequences)
-    return RoutingTrace(
-        importance_BT=plan.importance_N.reshape(shape),
-        slots_BT=plan.slots_N.reshape(shape),
-        real_slots_BT=plan.real_slots_N.reshape(shape),
-        virtual_slots_BT=plan.virtual_slots_N.reshape(shape),
-        expert_ids_BTK=plan.expert_ids_NK.reshape(*shape, -1),
-        losses=plan.losses,
-        metrics={**plan.metrics, "dropped": jnp.asarray(dropped, jnp.float32)},
-    )
+    @classmethod
+    def from_plan(
+        cls, plan: RoutingPlan, num_sequences: int, dropped: Float[Array, ""] | Int[Array, ""] | int = 0
+    ) -> "RoutingTrace":
+        """The trace of a plan over N = num_sequences * T tokens. `dropped` is what dispatch counted."""
+        shape = (num_sequences, plan.slots_N.shape[0] // num_sequences)
+        return cls(
+            importance_BT=plan.importance_N.reshape(shape),
+            slots_BT=plan.slots_N.reshape(shape),
+            real_slots_BT=plan.real_slots_N.reshape(shape),
+            virtual_slots_BT=plan.virtual_slots_N.reshape(shape),
+            expert_ids_BTK=plan.expert_ids_NK.reshape(*shape, plan.expert_ids_NK.shape[1]),
+            losses=plan.losses,
+            metrics={**plan.metrics, "dropped": jnp.asarray(dropped, jnp.float32)},
+        )
