@@ -1,0 +1,120 @@
+"""`moe_apply`: the plan carried out on the tokens."""
+
+import jax
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.dispatch.base import DispatchStats
+from anyexperts_jax.dispatch.blocks import apply_blocks
+from anyexperts_jax.dispatch.capacity import apply_capacity, rows_per_expert
+from anyexperts_jax.dispatch.dense import apply_dense
+from anyexperts_jax.routing.plan import RoutingPlan
+
+DISPATCHES = ("blocks", "capacity", "dense")
+
+
+def moe_apply(
+    x_ND: Float[Array, "N D"],
+    plan: RoutingPlan,
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    dispatch: str = "blocks",
+    implementation: str | None = None,
+    *,
+    capacity: int | None = None,
+    num_sequences: int = 1,
+) -> Float[Array, "N D"]:
+    """`moe_apply_stats` without the stats."""
+    y_ND, _ = moe_apply_stats(
+        x_ND,
+        plan,
+        w_gate_EDF,
+        w_up_EDF,
+        w_down_EFD,
+        dispatch,
+        implementation,
+        capacity=capacity,
+        num_sequences=num_sequences,
+    )
+    return y_ND
+
+
+def moe_apply_stats(
+    x_ND: Float[Array, "N D"],
+    plan: RoutingPlan,
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    dispatch: str = "blocks",
+    implementation: str | None = None,
+    *,
+    capacity: int | None = None,
+    num_sequences: int = 1,
+) -> tuple[Float[Array, "N D"], DispatchStats]:
+    """(sum over each token's slots of weight * expert(x) or, for virtual slots, weight * x; stats).
+
+    Differentiable in x, the weights, `plan.weights_NK` and `plan.virtual_weight_N`. Accumulates in float32, returns
+    x's dtype.
+
+    Args:
+      dispatch: "blocks", dropless on one shard; "capacity", buffers sized by the plan's budget, which shard;
+        "dense", the oracle.
+      implementation: of the expert op; None picks.
+      capacity: rows of an expert's buffer in place of the budget's, for "capacity" alone.
+      num_sequences: N = num_sequences * T, sequence after sequence; overflow takes the latest positions of all.
+
+    Raises:
+      UserError: an unknown dispatch or implementation, or shapes, dtypes or sizes that do not fit.
+    """
+    require_one_of("dispatch", dispatch, DISPATCHES)
+    _check(x_ND, plan, w_gate_EDF, dispatch, capacity, num_sequences)
+    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
+    if dispatch == "dense":
+        y_ND, stats = apply_dense(x_ND, plan, *weights, implementation=implementation)
+    elif dispatch == "blocks":
+        y_ND, stats = apply_blocks(x_ND, plan, *weights, implementation=implementation)
+    else:
+        rows = rows_per_expert(plan.spec, x_ND.shape[0]) if capacity is None else min(capacity, x_ND.shape[0])
+        y_ND, stats = apply_capacity(
+            x_ND, plan, *weights, capacity=rows, num_sequences=num_sequences, implementation=implementation
+        )
+        if plan.spec.overflow == "fallback":
+            y_ND, stats = _exact_where_dropped(y_ND, stats, x_ND, plan, weights, implementation)
+    if plan.spec.virtual_output == "identity":
+        y_ND = y_ND + plan.virtual_weight_N[:, None].astype(y_ND.dtype) * x_ND.astype(y_ND.dtype)
+    return y_ND.astype(x_ND.dtype), stats
+
+
+def _exact_where_dropped(
+    y_ND: Array,
+    stats: DispatchStats,
+    x_ND: Array,
+    plan: RoutingPlan,
+    weights: tuple[Array, Array, Array],
+    implementation: str | None,
+) -> tuple[Array, DispatchStats]:
+    """The dropless result where the buffers dropped anything, else what they gave."""
+    return jax.lax.cond(
+        stats.dropped > 0,
+        lambda: apply_blocks(x_ND, plan, *weights, implementation=implementation),
+        lambda: (y_ND, stats),
+    )
+
+
+def _check(
+    x_ND: Array, plan: RoutingPlan, w_gate_EDF: Array, dispatch: str, capacity: int | None, num_sequences: int
+) -> None:
+    require(x_ND.ndim == 2, f"x_ND has shape {x_ND.shape}; it must be [N, D]")
+    tokens, planned = x_ND.shape[0], plan.expert_ids_NK.shape[0]
+    require(tokens == planned, f"x_ND holds {tokens} tokens, the plan {planned}")
+    require(
+        w_gate_EDF.shape[0] == plan.spec.num_experts,
+        f"the weights hold {w_gate_EDF.shape[0]} experts, the plan routes to {plan.spec.num_experts}",
+    )
+    require(
+        num_sequences >= 1 and tokens % num_sequences == 0,
+        f"num_sequences={num_sequences} must divide the {tokens} tokens",
+    )
+    require(capacity is None or dispatch == "capacity", f"capacity={capacity} has no meaning for dispatch={dispatch!r}")
+    require(capacity is None or capacity >= 1, f"capacity={capacity} must be >= 1")

@@ -1,0 +1,31 @@
+"""Every expert on every token, those a token did not choose weighted zero: the oracle for values and gradients."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from anyexperts_jax.dispatch.base import DispatchStats
+from anyexperts_jax.ops.expert_mlp import expert_mlp
+from anyexperts_jax.routing.plan import RoutingPlan
+
+
+def apply_dense(
+    x_ND: Float[Array, "N D"],
+    plan: RoutingPlan,
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    *,
+    implementation: str | None,
+) -> tuple[Float[Array, "N D"], DispatchStats]:
+    """(weighted sum of each token's experts in float32, stats)."""
+    num_experts, tokens = plan.spec.num_experts, x_ND.shape[0]
+    chosen_NKE = jax.nn.one_hot(plan.expert_ids_NK, num_experts, dtype=plan.weights_NK.dtype)
+    weights_NE = jnp.einsum("NK,NKE->NE", plan.weights_NK, chosen_NKE)
+    x_END = jnp.broadcast_to(x_ND, (num_experts, *x_ND.shape))
+    everything_E = jnp.full(num_experts, tokens, jnp.int32)
+    y_END = expert_mlp(x_END, everything_E, w_gate_EDF, w_up_EDF, w_down_EFD, implementation)
+    wide = jnp.promote_types(x_ND.dtype, jnp.float32)
+    y_ND = jnp.einsum("NE,END->ND", weights_NE.astype(wide), y_END.astype(wide))
+    rows = jnp.asarray(num_experts * tokens, jnp.int32)
+    return y_ND, DispatchStats(dropped=jnp.zeros((), jnp.int32), rows=rows)

@@ -1,0 +1,7 @@
+"""Expert compute: one folder an op, with the same file names in each.
+
+api        checks, choice of implementation; the only module callers import
+reference  the op in plain `jax.numpy`, short enough to be read against its definition
+xla        forward and backward as XLA runs them well
+vjp        ties the two together as a `custom_vjp`
+"""

@@ -1,0 +1,30 @@
+"""Checks that every op over expert weights makes."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from anyexperts_jax.core.errors import require
+
+
+def check_expert_weights(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> None:
+    """Raises `UserError` unless the weights are [E, D, F], [E, D, F], [E, F, D] of x's width D and dtype."""
+    weights = {"w_gate_EDF": w_gate, "w_up_EDF": w_up, "w_down_EFD": w_down}
+    require(jnp.issubdtype(x.dtype, jnp.floating), f"x is {x.dtype}; it must be floating")
+    for name, weight in weights.items():
+        require(weight.dtype == x.dtype, f"{name} is {weight.dtype} and x is {x.dtype}; cast one of them")
+    require(w_gate.ndim == 3, f"w_gate_EDF has shape {w_gate.shape}; it must be [E, D, F]")
+    experts, width, hidden = w_gate.shape
+    require(w_up.shape == w_gate.shape, f"w_up_EDF has shape {w_up.shape}, w_gate_EDF {w_gate.shape}; must be equal")
+    require(
+        w_down.shape == (experts, hidden, width),
+        f"w_down_EFD has shape {w_down.shape}; w_gate_EDF {w_gate.shape} asks for {(experts, hidden, width)}",
+    )
+    require(x.shape[-1] == width, f"x has width {x.shape[-1]}, the experts {width}")
+
+
+def check_counts(name: str, counts: Array, num_experts: int) -> None:
+    """Raises `UserError` unless `counts` is an integer vector over the experts."""
+    require(
+        counts.shape == (num_experts,) and jnp.issubdtype(counts.dtype, jnp.integer),
+        f"{name} is {counts.dtype}{list(counts.shape)}; it must hold {num_experts} integers",
+    )

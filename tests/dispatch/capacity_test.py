@@ -1,0 +1,116 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from anyexperts_jax.dispatch import moe_apply, moe_apply_stats
+from anyexperts_jax.dispatch.capacity import rows_per_expert
+from anyexperts_jax.routing.plan import PlanSpec
+from tests.dispatch.plans import EXPERTS, make_operands, make_plan, random_ids
+
+
+@pytest.mark.parametrize(
+    ("expected_real_slots", "capacity_factor", "tokens", "rows"),
+    [
+        (2.0, 1.25, 16, 8),  # 1.25 * 2 * 16 / 5 = 8
+        (2.0, 1.3, 16, 9),  # 8.32, rounded up
+        (0.1, 1.0, 1, 1),  # never none
+        (5.0, 9.0, 4, 4),  # a token goes to an expert once: never more than N
+    ],
+)
+def test_buffers_follow_the_budget(expected_real_slots, capacity_factor, tokens, rows):
+    spec = PlanSpec(EXPERTS, expected_real_slots, "identity", capacity_factor, "drop")
+    assert rows_per_expert(spec, tokens) == rows
+
+
+def test_overflow_drops_the_latest_tokens_and_counts_them():
+    plan = make_plan([[2], [2], [EXPERTS], [2], [0]])
+    x, *weights = make_operands(5)
+    y, stats = moe_apply_stats(x, plan, *weights, "capacity", capacity=2)
+    exact = moe_apply(x, plan, *weights)
+    assert int(stats.dropped) == 1
+    np.testing.assert_allclose(y[np.array([0, 1, 2, 4])], exact[np.array([0, 1, 2, 4])], rtol=1e-6)
+    np.testing.assert_allclose(y[3], plan.virtual_weight_N[3] * x[3], rtol=1e-6)
+
+
+def test_dropped_slots_get_no_gradient():
+    plan = make_plan(np.zeros((6, 1)), virtual_output="zero")
+    x, *weights = make_operands(6)
+    gradient = jax.grad(lambda x: moe_apply(x, plan, *weights, "capacity", capacity=4).sum())(x)
+    assert np.all(np.abs(gradient[:4]).sum(1) > 0)
+    assert not np.any(gradient[4:])
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3])
+def test_no_token_feels_a_later_one_of_any_sequence(num_sequences):
+    """Other routes and values from position t on: what came before is bitwise what it was, drops and all."""
+    rng = np.random.default_rng(0)
+    positions, slots, t = 8, 2, 5
+    tokens = num_sequences * positions
+    late = np.arange(tokens) % positions >= t
+    ids = random_ids(rng, tokens, slots)
+    other_ids = np.where(late[:, None], random_ids(rng, tokens, slots), ids)
+    plan, other = make_plan(ids), make_plan(other_ids)
+    other = dataclasses.replace(
+        other,
+        weights_NK=jnp.where(late[:, None], other.weights_NK, plan.weights_NK),
+        virtual_weight_N=plan.virtual_weight_N,
+    )
+    x, *weights = make_operands(tokens)
+    other_x = jnp.where(late[:, None], x + 1, x)
+
+    def run(x, plan):
+        return moe_apply_stats(x, plan, *weights, "capacity", capacity=2, num_sequences=num_sequences)
+
+    (y, stats), (other_y, _) = run(x, plan), run(other_x, other)
+    assert int(stats.dropped) > 0
+    np.testing.assert_array_equal(y[~late], other_y[~late])
+    assert np.any(y[late] != other_y[late])
+
+
+def test_fallback_is_exact_with_and_without_overflow():
+    x, *weights = make_operands(9)
+    for ids in (np.zeros((9, 1)), np.arange(9)[:, None] % EXPERTS):
+        plan = make_plan(ids, overflow="fallback", expected_real_slots=1.0)
+
+        def loss(x, *weights, plan=plan, **options):
+            return jnp.sin(moe_apply(x, plan, *weights, **options)).sum()
+
+        _, stats = moe_apply_stats(x, plan, *weights, "capacity")
+        assert int(stats.dropped) == 0
+        argnums = (0, 1, 2, 3)
+        exact = jax.value_and_grad(loss, argnums)(x, *weights, dispatch="dense")
+        fallback = jax.value_and_grad(loss, argnums)(x, *weights, dispatch="capacity")
+        for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(fallback), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_sharded_over_data_and_experts_equals_one_device():
+    num_experts, tokens = 4, 32
+    plan = make_plan(random_ids(np.random.default_rng(3), tokens, 3, num_experts), num_experts)
+    operands = make_operands(tokens, num_experts)
+
+    def run(x, plan, *weights):
+        def loss(x, *weights):
+            y, stats = moe_apply_stats(x, plan, *weights, "capacity", capacity=12)
+            return jnp.sin(y).sum(), (y, stats)
+
+        return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(x, *weights)
+
+    mesh = jax.make_mesh((4, 2), ("data", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    by_token = NamedSharding(mesh, P("data"))
+    by_expert = NamedSharding(mesh, P("expert"))
+    sharded = (
+        jax.device_put(operands[0], by_token),
+        jax.device_put(plan, by_token),
+        *(jax.device_put(w, by_expert) for w in operands[1:]),
+    )
+    here = jax.jit(run)(operands[0], plan, *operands[1:])
+    there = jax.jit(run)(*sharded)
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert there[1][1].sharding.is_equivalent_to(by_expert, 3)
