@@ -1,4 +1,4 @@
-"""Thin Flax Linen shells: they declare parameters and call the pure functions below. Losses and metrics are returned."""
+"""Thin Flax Linen shells: they declare parameters and call the pure functions below; losses are returned."""
 
 from anyexperts_jax.nn.moe import MoE
 

@@ -39,7 +39,7 @@ def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotat
 
 
 def rotate(x_BTHA: Float[Array, "B T H A"], rotation: Rotations) -> Float[Array, "B T H A"]:
-    """Rotates pairs (i, i + half) of the leading part of the head width; the rest passes (RoFormer; half-split form)."""
+    """Rotates pairs (i, i + half) of the leading part of the head width; the rest passes (RoFormer, half-split)."""
     cos, sin = (part[:, :, None, :] for part in rotation)
     half = cos.shape[-1]
     first, second, rest = x_BTHA[..., :half], x_BTHA[..., half : 2 * half], x_BTHA[..., 2 * half :]

@@ -22,10 +22,10 @@ from anyexperts_jax.routing.trace import RoutingTrace
 class BlockContext:
     """What every block of a stack sees alike."""
 
-    positions_BT: Int[Array, "B T"]
+    positions_BT: Int[Array, "B T"]  # where a cache is written
     valid_BT: Bool[Array, "B T"]
     mask_BTS: Bool[Array, "B T S"]  # position t attends to s
-    rotation: Rotations
+    rotation: Rotations | None = None
     window: Float[Array, "2"] | None = None
 
 
@@ -72,7 +72,7 @@ class DenseBlock(nn.Module):
 
 
 class MoEBlock(nn.Module):
-    """Attention, then the experts. With `hsm_site="residual"` the modulated h' = h + alpha w h is also the skip path."""
+    """Attention, then the experts. With `hsm_site="residual"` h' = h + alpha w h replaces the stream first."""
 
     config: StackConfig
     moe: AnyExpertsConfig
@@ -89,7 +89,7 @@ class MoEBlock(nn.Module):
         x_BTD, cache = SelfAttention(config, name="self_attention")(x_BTD, context, cache)
         importance_logits_BT = None
         if self.moe.hsm_site == "residual":
-            mlp = ImportanceMLP(self.moe.importance_mlp, config.norm_eps, config.param_dtype, name="importance")
+            mlp = ImportanceMLP(self.moe.importance_mlp, config.norm_eps, name="importance")
             importance_logits_BT = mlp(x_BTD)
             x_BTD = modulate(x_BTD, importance(importance_logits_BT), self.moe.alpha)
         layer = MoE(

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.nn.config import Dtype
-from anyexperts_jax.nn.params import named
+from anyexperts_jax.nn.params import Normal, named
 
 
 class Embedding(nn.Module):
-    """A table of `num_rows` learned vectors. Ids must be in range; the data's encoding spec guarantees it."""
+    """A table of `num_rows` learned vectors. An id past the table reads NaN, so that it cannot go unnoticed."""
 
     num_rows: int
     features: int
@@ -19,11 +19,11 @@ class Embedding(nn.Module):
     param_dtype: Dtype = "float32"
 
     def setup(self) -> None:
-        init = named(nn.initializers.normal(self.std), (self.axis, "embed"))
+        init = named(Normal(self.std), (self.axis, "embed"))
         self.table = self.param("table", init, (self.num_rows, self.features), jnp.dtype(self.param_dtype))
 
     def __call__(self, ids: Int[Array, "*rest"]) -> Float[Array, "*rest D"]:
-        return self.table[ids].astype(self.dtype)
+        return self.table.at[ids].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)
 
     def logits(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest Y"]:
         """Inner products with every row (a tied output head), accumulated in float32."""

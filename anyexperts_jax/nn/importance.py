@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.config import ImportanceMLP as Form
-from anyexperts_jax.nn.config import Dtype
 from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.norms import RMSNorm
 
@@ -20,12 +19,11 @@ class ImportanceMLP(nn.Module):
 
     form: Form = "default"
     norm_eps: float = 1e-6
-    param_dtype: Dtype = "float32"
 
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         width = max(1, x_BTD.shape[-1] // 4) * (4 if self.form == "wide" else 1)
-        hidden = RMSNorm(self.norm_eps, "float32", self.param_dtype, name="norm")(x_BTD.astype(jnp.float32))
+        hidden = RMSNorm(self.norm_eps, name="norm")(x_BTD.astype(jnp.float32))
         for i in range(3 if self.form == "deep" else 1):
             axes = ("importance" if i else "embed", "importance")
             hidden = jax.nn.silu(self._linear((width,), axes, 1.0, f"hidden_{i}")(hidden))
@@ -37,7 +35,6 @@ class ImportanceMLP(nn.Module):
             axes,
             use_bias=True,
             scale=scale,
-            param_dtype=self.param_dtype,
             precision=jax.lax.Precision.HIGHEST,
             name=name,
         )

@@ -13,7 +13,7 @@ from anyexperts_jax.dispatch.apply import moe_apply_stats
 from anyexperts_jax.nn.config import Dtype
 from anyexperts_jax.nn.importance import ImportanceMLP
 from anyexperts_jax.nn.mlp import SwiGLU
-from anyexperts_jax.nn.params import fan_in_init, named
+from anyexperts_jax.nn.params import Constant, FanIn, named
 from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.route import route
 from anyexperts_jax.routing.trace import RoutingTrace
@@ -31,12 +31,12 @@ class Router(nn.Module):
     def __call__(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N C"]:
         config = self.config
         learned = min(1, config.num_virtual) if config.virtual_logits == "tied" else config.num_virtual
-        kernel_init = named(fan_in_init(), ("embed", "router"))
+        kernel_init = named(FanIn(), ("embed", "router"))
         kernel_DC = self.param("kernel", kernel_init, (x_ND.shape[-1], config.num_experts + learned), jnp.float32)
         logits_NC = jnp.dot(x_ND.astype(jnp.float32), kernel_DC, precision=jax.lax.Precision.HIGHEST)
         if not learned:
             return logits_NC
-        bias_init = named(nn.initializers.constant(config.virtual_bias_init), ("router",))
+        bias_init = named(Constant(config.virtual_bias_init), ("router",))
         bias_V = self.param("virtual_bias", bias_init, (learned,), jnp.float32)
         real_NE, virtual_NV = jnp.split(logits_NC, [config.num_experts], axis=-1)
         virtual_NV = jnp.broadcast_to(virtual_NV + bias_V, (x_ND.shape[0], config.num_virtual))
@@ -53,18 +53,15 @@ class Experts(nn.Module):
     param_dtype: Dtype = "float32"
 
     @nn.compact
-    def __call__(
-        self, d_model: int
-    ) -> tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]:
+    def __call__(self, d_model: int) -> tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]:
         wide, narrow = (self.num_experts, d_model, self.d_ff), (self.num_experts, self.d_ff, d_model)
-        widen = named(fan_in_init(num_batch=1), ("expert", "embed", "expert_mlp"))
-        narrow_init = fan_in_init(num_batch=1, scale=self.residual_scale)
+        widen = named(FanIn(num_batch=1), ("expert", "embed", "expert_mlp"))
+        narrow_init = named(FanIn(num_batch=1, scale=self.residual_scale), ("expert", "expert_mlp", "embed"))
         weights = (
             self.param("w_gate_EDF", widen, wide, jnp.dtype(self.param_dtype)),
             self.param("w_up_EDF", widen, wide, jnp.dtype(self.param_dtype)),
-            self.param("w_down_EFD", named(narrow_init, ("expert", "expert_mlp", "embed")), narrow,
-                       jnp.dtype(self.param_dtype)),
-        )  # fmt: skip
+            self.param("w_down_EFD", narrow_init, narrow, jnp.dtype(self.param_dtype)),
+        )
         gate, up, down = (w.astype(self.dtype) for w in weights)
         return gate, up, down
 
@@ -100,7 +97,7 @@ class MoE(nn.Module):
         Args:
           x_BTD: normalised input.
           valid_BT: False at padding, which gets no slots, output zero from the routed experts, and no say in losses.
-          bias_C: the expert bias of loss-free balancing (added to the ranking only).
+          bias_C: the expert bias of loss-free balancing (added to the ranking only), needed iff `expert_bias`.
           window: (k_min, k_max) in place of the configuration's.
           importance_logits_BT: computed by the caller, as a block does that modulates its residual stream. With
             `hsm_site="residual"` modulation is the caller's business.
@@ -111,7 +108,7 @@ class MoE(nn.Module):
         config = self.config
         batch, length, d_model = x_BTD.shape
         if importance_logits_BT is None and config.uses_importance:
-            mlp = ImportanceMLP(config.importance_mlp, self.norm_eps, self.param_dtype, name="importance")
+            mlp = ImportanceMLP(config.importance_mlp, self.norm_eps, name="importance")
             importance_logits_BT = mlp(x_BTD)
         if importance_logits_BT is None:
             importance_logits_BT = jnp.zeros((batch, length), jnp.float32)
@@ -120,6 +117,8 @@ class MoE(nn.Module):
             x_BTD = modulate(x_BTD, importance(importance_logits_BT), config.alpha)
         x_ND = x_BTD.reshape(batch * length, d_model)
         logits_NC = checkpoint_name(Router(config, name="router")(x_ND), "router_logits")
+        if bias_C is None and config.expert_bias and self.is_initializing():
+            bias_C = jnp.zeros(config.num_columns, jnp.float32)
         key = self.make_rng("routing") if self._rounds_stochastically() else None
         plan = route(
             self._routing_config(),
@@ -136,7 +135,7 @@ class MoE(nn.Module):
         )
         y_ND, stats = moe_apply_stats(
             x_ND, plan, *experts(d_model), self.dispatch, self.expert_mlp, num_sequences=batch
-        )  # fmt: skip
+        )
         y_BTD = y_ND.reshape(x_BTD.shape)
         if self.num_shared_experts:
             width = self.num_shared_experts * self.d_ff

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from anyexperts_jax.nn.config import Dtype
-from anyexperts_jax.nn.params import named
+from anyexperts_jax.nn.params import Constant, named
 
 
 class RMSNorm(nn.Module):
@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
-        scale_D = self.param("scale", named(nn.initializers.ones, ("norm",)), x.shape[-1:], jnp.dtype(self.param_dtype))
+        scale_D = self.param("scale", named(Constant(1.0), ("norm",)), x.shape[-1:], jnp.dtype(self.param_dtype))
         x = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         return (x * inverse_rms * scale_D).astype(self.dtype)

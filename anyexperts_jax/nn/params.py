@@ -1,8 +1,9 @@
-"""Parameters that carry the logical names of their axes."""
+"""Parameters that carry their initialiser and the logical names of their axes."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -14,29 +15,81 @@ from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.core.tree import register_dataclass
 
 AxisNames = tuple[str, ...]
-Initializer = Callable[..., jax.Array]
+
+
+class Initializer(Protocol):
+    """Initial values of a parameter from a key, a shape and a dtype. Hashable: it travels in tree structures."""
+
+    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """One value everywhere."""
+
+    value: float
+
+    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        del key
+        return jnp.full(shape, self.value, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Normal around zero."""
+
+    std: float
+
+    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        return (self.std * jax.random.normal(key, shape)).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class FanIn:
+    """Normal with standard deviation scale / sqrt(fan-in). Axes: batch (one matrix each), then input, then output."""
+
+    num_in: int = 1
+    num_batch: int = 0
+    scale: float = 1.0
+
+    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        fan_in = math.prod(shape[self.num_batch : self.num_batch + self.num_in])
+        return Normal(self.scale * fan_in**-0.5)(key, shape, dtype)
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NamedAxes(meta.AxisMetadata[Any]):
-    """A parameter in a box with its axis names. Unboxing never adds a sharding constraint, unlike `nn.Partitioned`."""
+    """A parameter in a box with its axis names and initialiser.
+
+    `init` makes one layer's values where `names` begins with "layers". Unboxing never adds a sharding constraint,
+    unlike `flax.linen.Partitioned`.
+    """
 
     value: Any
     names: AxisNames = dataclasses.field(metadata={"static": True})
+    init: Initializer = dataclasses.field(metadata={"static": True})
 
     def unbox(self) -> Any:
         return self.value
 
     def replace_boxed(self, val: Any) -> "NamedAxes":
-        return NamedAxes(val, self.names)
+        return NamedAxes(val, self.names, self.init)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "NamedAxes":
-        return NamedAxes(self.value, (*self.names[:index], params[nn.PARTITION_NAME], *self.names[index:]))
+        names = (*self.names[:index], params[nn.PARTITION_NAME], *self.names[index:])
+        return NamedAxes(self.value, names, self.init)
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "NamedAxes":
         del params
-        return NamedAxes(self.value, (*self.names[:index], *self.names[index + 1 :]))
+        return NamedAxes(self.value, (*self.names[:index], *self.names[index + 1 :]), self.init)
+
+    def materialize(self, key: Any) -> Any:
+        """New initial values in the shape and dtype of `value`, each layer from its own key."""
+        shape, dtype = self.value.shape, self.value.dtype
+        if self.names[:1] != ("layers",):
+            return self.init(key, shape, dtype)
+        return jax.vmap(lambda key: self.init(key, shape[1:], dtype))(jax.random.split(key, shape[0]))
 
 
 def named(init: Initializer, names: Sequence[str]) -> Callable[..., NamedAxes]:
@@ -48,20 +101,8 @@ def named(init: Initializer, names: Sequence[str]) -> Callable[..., NamedAxes]:
     for name in names:
         require_one_of("axis name", name, LOGICAL_AXES)
 
-    def boxed_init(key: jax.Array, shape: tuple[int, ...], *args: Any) -> NamedAxes:
+    def boxed_init(key: Any, shape: tuple[int, ...], dtype: Any) -> NamedAxes:
         require(len(shape) == len(names), f"axis names {tuple(names)} do not fit a parameter of shape {shape}")
-        return NamedAxes(init(key, shape, *args), tuple(names))
+        return NamedAxes(init(key, shape, dtype), tuple(names), init)
 
     return boxed_init
-
-
-def fan_in_init(num_in: int = 1, num_batch: int = 0, scale: float = 1.0) -> Initializer:
-    """Normal with standard deviation scale / sqrt(fan-in). Axes: batch (one matrix each), then input, then output."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-        fan_in = 1
-        for size in shape[num_batch : num_batch + num_in]:
-            fan_in *= size
-        return (scale * fan_in**-0.5 * jax.random.normal(key, shape)).astype(dtype)
-
-    return init

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.config import AnyExpertsConfig
@@ -90,12 +91,13 @@ class Stack(nn.Module):
         x_BTD, (trace, moe_cache) = layers(x_BTD, context, router_bias_LC, None if cache is None else cache.moe)
         if cache is None:
             return x_BTD, trace, None
-        dense_cache = jax.tree.map(lambda *layers: jax.numpy.stack(layers), *dense_caches) if dense_caches else cache.dense
+        dense_cache = jax.tree.map(lambda *layers: jnp.stack(layers), *dense_caches) if dense_caches else cache.dense
         return x_BTD, trace, StackCache(dense_cache, moe_cache)
 
     def _blocks(self) -> tuple[type[nn.Module], type[nn.Module]]:
         if self.config.remat == "none":
             return DenseBlock, MoEBlock
         policy = remat_policy(self.config.remat)
-        # Inside scan the loop keeps XLA from merging the two computations, so the barrier is only in its way.
-        return nn.remat(DenseBlock, policy=policy), nn.remat(MoEBlock, policy=policy, prevent_cse=False)
+        # A loop keeps XLA from merging the two computations; where the scan is unrolled a barrier must.
+        unrolled = self.config.scan_unroll > 1
+        return nn.remat(DenseBlock, policy=policy), nn.remat(MoEBlock, policy=policy, prevent_cse=unrolled)

@@ -1,0 +1,1 @@
+"""Whole models: configuration, presets, modality encoders, the multimodal decoder, initialisation, generation."""

@@ -1,0 +1,73 @@
+"""What a model is made of. Each part has its own dataclass; each is checked when it is made."""
+
+import dataclasses
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.nn.config import StackConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The encoder of image and video patches.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    patch_features: int = 192  # X of a patch: height * width * channels
+    max_places: int = 72  # rows of the table of places on a frame's grid
+    max_frames: int = 16  # rows of the table of frame times
+    num_layers: int = 0  # transformer layers in which the patches of one frame see each other
+    d_ff: int = 256
+
+    def __post_init__(self) -> None:
+        _require_sizes("vision", self, ("patch_features", "max_places", "max_frames", "d_ff"))
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioConfig:
+    """The encoder of stacked log-mel frames.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    frame_features: int = 160  # X of a frame: mel bands * frames per chunk
+    num_layers: int = 0  # transformer layers in which all frames of a clip see each other
+    d_ff: int = 256
+
+    def __post_init__(self) -> None:
+        _require_sizes("audio", self, ("frame_features", "d_ff"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A multimodal decoder: encoders and embeddings, the stack of blocks, its routing policy, the output head.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    vocab_size: int = 260
+    max_length: int = 128  # T at most
+    pad_id: int = 256  # what generation writes after the end
+    eos_id: int = 259  # what ends it
+    tie_embeddings: bool = False  # the output head is the token table
+    stack: StackConfig = dataclasses.field(default_factory=StackConfig)
+    moe: AnyExpertsConfig = dataclasses.field(default_factory=AnyExpertsConfig)
+    vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)  # None: no image, no video
+    audio: AudioConfig | None = dataclasses.field(default_factory=AudioConfig)  # None: no audio
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_length"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
+        for name in ("pad_id", "eos_id"):
+            value = getattr(self, name)
+            require(0 <= value < self.vocab_size, f"{name}={value} must be in [0, vocab_size={self.vocab_size})")
+
+
+def _require_sizes(part: str, config: VisionConfig | AudioConfig, names: tuple[str, ...]) -> None:
+    for name in names:
+        require(getattr(config, name) >= 1, f"{part}.{name}={getattr(config, name)} must be >= 1")
+    require(config.num_layers >= 0, f"{part}.num_layers={config.num_layers} must be >= 0")

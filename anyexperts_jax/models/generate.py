@@ -1,0 +1,73 @@
+"""Greedy generation with a key/value cache."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.nn.stack import StackCache, empty_stack_cache
+
+
+def generate(
+    config: ModelConfig,
+    params: Any,
+    prompt_batch: Batch,
+    *,
+    max_new_tokens: int,
+    window: Float[Array, "2"] | None = None,
+    router_bias_LC: Float[Array, "L C"] | None = None,
+) -> Int[Array, "B J"]:
+    """The most likely continuation of each prompt, token by token, J = max_new_tokens of them.
+
+    `eos_id` ends a sequence and is the last token written; `pad_id` follows. An empty prompt (all padding) yields
+    padding alone. Compiled once for each configuration and set of shapes.
+
+    Args:
+      prompt_batch: right-padded prompts, `BOS media question SEP`, of any length each.
+      window, router_bias_LC: as for `MultimodalModel`.
+
+    Raises:
+      UserError: when max_new_tokens < 1 or the batch does not fit the model.
+    """
+    require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be >= 1")
+    return _generate(config, max_new_tokens, params, prompt_batch, window, router_bias_LC)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(
+    config: ModelConfig,
+    max_new_tokens: int,
+    params: Any,
+    prompt_batch: Batch,
+    window: Float[Array, "2"] | None,
+    router_bias_LC: Float[Array, "L C"] | None,
+) -> Int[Array, "B J"]:
+    run = functools.partial(
+        MultimodalModel(config).apply, {"params": params}, window=window, router_bias_LC=router_bias_LC
+    )
+    batch_size, length = prompt_batch.tokens_BT.shape
+    lengths_B = prompt_batch.valid_BT.sum(axis=1)
+    cache = empty_stack_cache(config.stack, batch_size, length + max_new_tokens)
+    logits_BY, cache = run(prompt_batch, cache, method="prefill")
+    tokens_BJ = jnp.full((batch_size, max_new_tokens), config.pad_id, jnp.int32)
+
+    def unfinished(state: tuple[Array, Array, Array, Array, StackCache]) -> Array:
+        j, _, done_B, _, _ = state
+        return (j < max_new_tokens) & ~done_B.all()
+
+    def advance(state: tuple[Array, Array, Array, Array, StackCache]) -> tuple:
+        j, logits_BY, done_B, tokens_BJ, cache = state
+        next_B = jnp.where(done_B, config.pad_id, jnp.argmax(logits_BY, axis=-1).astype(jnp.int32))
+        tokens_BJ = tokens_BJ.at[:, j].set(next_B)
+        done_B = done_B | (next_B == config.eos_id)
+        logits_BY, cache = run(next_B, lengths_B + j, ~done_B, cache, method="step")
+        return j + 1, logits_BY, done_B, tokens_BJ, cache
+
+    state = (jnp.int32(0), logits_BY, lengths_B == 0, tokens_BJ, cache)
+    return jax.lax.while_loop(unfinished, advance, state)[3]

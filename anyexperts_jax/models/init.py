@@ -1,0 +1,88 @@
+"""Parameters of a model as plain nested dicts: their values, shapes, logical axes and number."""
+
+import math
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.nn.params import NamedAxes
+
+
+def init_params(config: ModelConfig, key: Array) -> dict[str, Any]:
+    """Initial parameters: each from the key and its own name, so no part of the configuration moves another's values.
+
+    The model itself is not run: that would compile it.
+    """
+
+    def materialize(path: Any, box: NamedAxes) -> Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return box.materialize(jax.random.fold_in(key, zlib.crc32(name.encode())))
+
+    return jax.tree_util.tree_map_with_path(materialize, _boxed_shapes(config), is_leaf=_is_box)
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+    """The tree of `init_params` as ShapeDtypeStructs; computes nothing."""
+    return _unbox(_boxed_shapes(config))
+
+
+def logical_axes(config: ModelConfig) -> dict[str, Any]:
+    """The tree of `init_params` with each parameter's logical axis names (see core.axes) in its place."""
+    return jax.tree.map(lambda box: box.names, _boxed_shapes(config), is_leaf=_is_box)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """The number of scalars in the parameters."""
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(abstract_params(config)))
+
+
+def active_parameter_count(config: ModelConfig, real_slots: float | None = None) -> int:
+    """Parameters a token uses when it goes to `real_slots` experts a layer (default: the nominal budget).
+
+    All embeddings and the head count, as in published figures of "activated" parameters.
+    """
+    share = (config.moe.expected_real_slots if real_slots is None else real_slots) / config.moe.num_experts
+    boxes = jax.tree.leaves(_boxed_shapes(config), is_leaf=_is_box)
+    return round(sum(math.prod(b.value.shape) * (share if "expert" in b.names else 1) for b in boxes))
+
+
+def smallest_batch(config: ModelConfig) -> Batch:
+    """One sequence of one text token with one patch and one frame of room: enough to make every parameter."""
+    one_BT = jnp.ones((1, 1), jnp.int32)
+    patch_features = config.vision.patch_features if config.vision else 0
+    frame_features = config.audio.frame_features if config.audio else 0
+    rows_P, rows_S = int(config.vision is not None), int(config.audio is not None)
+    return Batch(
+        tokens_BT=one_BT * config.pad_id,
+        modality_BT=one_BT * 0,
+        valid_BT=one_BT > 0,
+        loss_mask_BT=one_BT < 0,
+        evidence_BT=one_BT < 0,
+        time_BT=one_BT * 0,
+        patches_BPX=jnp.zeros((1, rows_P, patch_features)),
+        patch_place_BP=jnp.zeros((1, rows_P), jnp.int32),
+        frames_BSX=jnp.zeros((1, rows_S, frame_features)),
+        domain_B=one_BT[0] * 0,
+        question_B=one_BT[0] * 0,
+        level_B=one_BT[0],
+        example_B=one_BT[0] * 0,
+    )
+
+
+def _boxed_shapes(config: ModelConfig) -> dict[str, Any]:
+    init = lambda key: MultimodalModel(config).init(key, smallest_batch(config))["params"]  # noqa: E731
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, NamedAxes)
+
+
+def _unbox(boxed: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree.map(lambda box: box.value, boxed, is_leaf=_is_box)

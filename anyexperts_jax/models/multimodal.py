@@ -1,0 +1,179 @@
+"""The multimodal decoder: one causal sequence of text, image, audio and video positions."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.modality import NUM_MODALITIES, Modality
+from anyexperts_jax.core.tree import register_dataclass
+from anyexperts_jax.models.audio import AudioEncoder
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.media import place_rows, row_values, used_rows
+from anyexperts_jax.models.vision import VisionEncoder
+from anyexperts_jax.nn.attention import rotations
+from anyexperts_jax.nn.block import BlockContext
+from anyexperts_jax.nn.embeddings import Embedding
+from anyexperts_jax.nn.linear import Linear
+from anyexperts_jax.nn.norms import RMSNorm
+from anyexperts_jax.nn.stack import Stack, StackCache
+from anyexperts_jax.routing.trace import RoutingTrace
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelOutput:
+    """Logits of the next token at every position, and what each MoE layer's router did."""
+
+    logits_BTY: Float[Array, "B T Y"]  # float32
+    trace: RoutingTrace  # stacked over the L MoE layers
+
+
+class MultimodalModel(nn.Module):
+    """Text embeddings with encoded patches and frames at media positions, the stack, a norm and the output head."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config, stack = self.config, self.config.stack
+        types = {"dtype": stack.dtype, "param_dtype": stack.param_dtype}
+        # The residual stream starts at unit scale, so that a virtual expert's pass-through does not drown it; a tied
+        # table also is the head, whose logits are to start at unit scale.
+        std = stack.d_model**-0.5 if config.tie_embeddings else 1.0
+        self.tokens = Embedding(config.vocab_size, stack.d_model, "vocab", std, **types)
+        self.modality = Embedding(NUM_MODALITIES, stack.d_model, std=0.5 * std, **types)
+        if config.vision is not None:
+            self.vision = VisionEncoder(config.vision, stack)
+        if config.audio is not None:
+            self.audio = AudioEncoder(config.audio, stack)
+        self.decoder = Stack(stack, config.moe)
+        self.final_norm = RMSNorm(stack.norm_eps, **types)
+        if not config.tie_embeddings:
+            self.head = Linear((config.vocab_size,), ("embed", "vocab"), out_dtype="float32", **types)
+
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        router_bias_LC: Float[Array, "L C"] | None = None,
+        window: Float[Array, "2"] | None = None,
+    ) -> ModelOutput:
+        """Teacher-forced logits.
+
+        Args:
+          batch: at most `max_length` positions, with the features of patches and frames the encoders expect.
+          router_bias_LC: the expert biases of loss-free balancing; needed with `moe.expert_bias`, unused without.
+          window: (k_min, k_max) in place of the configuration's, for every layer.
+
+        Raises:
+          UserError: when the batch's shapes do not fit the configuration.
+        """
+        _check_batch(self.config, batch)
+        length = batch.tokens_BT.shape[1]
+        positions_BT = jnp.broadcast_to(jnp.arange(length), batch.tokens_BT.shape)
+        valid_BT = jnp.asarray(batch.valid_BT)
+        mask_BTS = causal_mask(positions_BT, length) & valid_BT[:, None, :]
+        x_BTD, trace, _ = self._decode(self.embed(batch), positions_BT, valid_BT, mask_BTS, router_bias_LC, window)
+        return ModelOutput(self._logits(x_BTD), trace)
+
+    def prefill(
+        self,
+        batch: Batch,
+        cache: StackCache,
+        *,
+        router_bias_LC: Float[Array, "L C"] | None = None,
+        window: Float[Array, "2"] | None = None,
+    ) -> tuple[Float[Array, "B Y"], StackCache]:
+        """Logits after each sequence's last valid position, and the cache filled with the sequences."""
+        _check_batch(self.config, batch)
+        length = batch.tokens_BT.shape[1]
+        positions_BT = jnp.broadcast_to(jnp.arange(length), batch.tokens_BT.shape)
+        valid_BT = jnp.asarray(batch.valid_BT)
+        mask_BTS = causal_mask(positions_BT, cache.moe.keys_BSGA.shape[2])
+        x_BTD, _, cache = self._decode(
+            self.embed(batch), positions_BT, valid_BT, mask_BTS, router_bias_LC, window, cache
+        )
+        last_B = jnp.maximum(valid_BT.sum(axis=1) - 1, 0)
+        return self._logits(x_BTD[jnp.arange(x_BTD.shape[0]), last_B]), cache
+
+    def step(
+        self,
+        tokens_B: Int[Array, "B"],
+        positions_B: Int[Array, "B"],
+        live_B: Bool[Array, "B"],
+        cache: StackCache,
+        *,
+        router_bias_LC: Float[Array, "L C"] | None = None,
+        window: Float[Array, "2"] | None = None,
+    ) -> tuple[Float[Array, "B Y"], StackCache]:
+        """Logits after one more text token per sequence, at its own position; where not live, anything."""
+        positions_BT = positions_B[:, None]
+        x_BTD = self.tokens(tokens_B[:, None]) + self.modality(jnp.full_like(positions_BT, Modality.TEXT))
+        mask_BTS = causal_mask(positions_BT, cache.moe.keys_BSGA.shape[2])
+        x_BTD, _, cache = self._decode(x_BTD, positions_BT, live_B[:, None], mask_BTS, router_bias_LC, window, cache)
+        return self._logits(x_BTD[:, 0]), cache
+
+    def embed(self, batch: Batch) -> Float[Array, "B T D"]:
+        """The sequence as the first block sees it."""
+        modality_BT = jnp.asarray(batch.modality_BT)
+        x_BTD = self.tokens(jnp.asarray(batch.tokens_BT))
+        if self.config.vision is not None:
+            visual_BT = (modality_BT == Modality.IMAGE) | (modality_BT == Modality.VIDEO)
+            num_patches = batch.patches_BPX.shape[1]
+            encoded_BPD = self.vision(
+                jnp.asarray(batch.patches_BPX),
+                jnp.asarray(batch.patch_place_BP),
+                row_values(visual_BT, jnp.asarray(batch.time_BT), num_patches),
+                used_rows(visual_BT, num_patches),
+            )
+            x_BTD = place_rows(x_BTD, visual_BT, encoded_BPD)
+        if self.config.audio is not None:
+            audio_BT = modality_BT == Modality.AUDIO
+            encoded_BSD = self.audio(jnp.asarray(batch.frames_BSX), used_rows(audio_BT, batch.frames_BSX.shape[1]))
+            x_BTD = place_rows(x_BTD, audio_BT, encoded_BSD)
+        return x_BTD + self.modality(modality_BT)
+
+    def _decode(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        valid_BT: Bool[Array, "B T"],
+        mask_BTS: Bool[Array, "B T S"],
+        router_bias_LC: Float[Array, "L C"] | None,
+        window: Float[Array, "2"] | None,
+        cache: StackCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], RoutingTrace, StackCache | None]:
+        rotation = rotations(self.config.stack.attention, positions_BT)
+        context = BlockContext(positions_BT, valid_BT, mask_BTS, rotation, window)
+        return self.decoder(x_BTD, context, router_bias_LC if self.config.moe.expert_bias else None, cache)
+
+    def _logits(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest Y"]:
+        x = self.final_norm(x)
+        return self.tokens.logits(x) if self.config.tie_embeddings else self.head(x)
+
+
+def causal_mask(positions_BT: Int[Array, "B T"], num_keys: int) -> Bool[Array, "B T S"]:
+    """True where the key at position s is not after the query's position."""
+    return jnp.arange(num_keys) <= positions_BT[:, :, None]
+
+
+def _check_batch(config: ModelConfig, batch: Batch) -> None:
+    length = batch.tokens_BT.shape[1]
+    require(length <= config.max_length, f"the batch has {length} positions, more than max_length={config.max_length}")
+    _, patches, features = batch.patches_BPX.shape
+    if config.vision is None:
+        require(patches == 0, f"the batch has room for {patches} patches, but the model has no vision encoder")
+    else:
+        expected = config.vision.patch_features
+        require(patches > 0, "the batch has no room for patches; set vision to none")
+        require(features == expected, f"patches have {features} features, vision.patch_features={expected}")
+    _, frames, features = batch.frames_BSX.shape
+    if config.audio is None:
+        require(frames == 0, f"the batch has room for {frames} audio frames, but the model has no audio encoder")
+    else:
+        expected = config.audio.frame_features
+        require(frames > 0, "the batch has no room for audio frames; set audio to none")
+        require(features == expected, f"audio frames have {features} features, audio.frame_features={expected}")

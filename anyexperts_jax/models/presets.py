@@ -1,0 +1,108 @@
+"""Named models, and the static top-k twin of any."""
+
+import dataclasses
+from collections.abc import Callable
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import require_one_of
+from anyexperts_jax.models.config import AudioConfig, ModelConfig, VisionConfig
+from anyexperts_jax.nn.config import AttentionConfig, StackConfig
+
+
+def _tiny() -> ModelConfig:
+    """About 1.6M parameters, half of them active: learns the five domains in minutes on two CPU cores."""
+    return ModelConfig(
+        stack=StackConfig(
+            d_model=128,
+            num_layers=4,
+            d_ff=384,
+            expert_d_ff=32,
+            attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32),
+        ),
+        moe=AnyExpertsConfig(num_experts=32, num_virtual=8, cap_rounding="floor"),
+    )
+
+
+def _small() -> ModelConfig:
+    """About 360M parameters: hours on one accelerator."""
+    return ModelConfig(
+        max_length=512,
+        stack=StackConfig(
+            d_model=768,
+            num_layers=10,
+            d_ff=2304,
+            expert_d_ff=256,
+            attention=AttentionConfig(num_heads=12, num_kv_heads=4, head_dim=64, qk_norm=True),
+            remat="routing",
+            dtype="bfloat16",
+        ),
+        moe=AnyExpertsConfig(num_experts=64, num_virtual=16, cap_rounding="floor"),
+        vision=VisionConfig(max_places=256, num_layers=2, d_ff=1536),
+        audio=AudioConfig(num_layers=2, d_ff=1536),
+    )
+
+
+def _ling_mini_2() -> ModelConfig:
+    """The paper's base, Ling-mini-2.0 (16B), with AnyExperts' window of 8 to 12 slots and 64 virtual experts.
+
+    The language model is Ling-mini-2.0's; its tokenizer's end-of-text id also pads. Of the modality encoders the
+    public text tells nothing: these are linear patches and frames.
+    """
+    return ModelConfig(
+        vocab_size=157_184,
+        max_length=32_768,
+        pad_id=156_892,
+        eos_id=156_892,
+        stack=StackConfig(
+            d_model=2048,
+            num_layers=20,
+            d_ff=5120,
+            expert_d_ff=512,
+            attention=AttentionConfig(
+                num_heads=16, num_kv_heads=4, head_dim=128, rope_theta=600_000.0, rope_fraction=0.5, qk_norm=True
+            ),
+            remat="full",
+            dtype="bfloat16",
+        ),
+        moe=AnyExpertsConfig(
+            scores="sigmoid", selection="scores", scaling_factor=2.5, num_groups=8, groups_kept=4, expert_bias=True
+        ),
+        vision=VisionConfig(patch_features=14 * 14 * 3, max_places=1024, max_frames=128, d_ff=5120),
+        audio=AudioConfig(frame_features=80 * 4, d_ff=5120),
+    )
+
+
+PRESETS: dict[str, Callable[[], ModelConfig]] = {"tiny": _tiny, "small": _small, "ling_mini_2": _ling_mini_2}
+
+
+def model_preset(name: str) -> ModelConfig:
+    """The model of that name.
+
+    Raises:
+      UserError: for an unknown name.
+    """
+    require_one_of("model preset", name, PRESETS)
+    return PRESETS[name]()
+
+
+def static_twin(config: ModelConfig, k: int) -> ModelConfig:
+    """The same model with static top-k routing: k real experts for every token, no virtual ones, no importance.
+
+    Its parameters differ by the router's virtual columns and the importance network alone.
+
+    Raises:
+      UserError: when k does not fit the number of experts in reach.
+    """
+    moe = dataclasses.replace(
+        config.moe,
+        num_virtual=0,
+        k_min=k,
+        k_max=k,
+        rho_max=0.0,
+        slot_rounding="round",
+        slot_gradient="none",
+        hsm_site="off",
+        iar="off",
+        importance_weight=0.0,
+    )
+    return dataclasses.replace(config, moe=moe)
