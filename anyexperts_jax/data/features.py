@@ -1,0 +1,106 @@
+"""The audio front end: log-mel frames, and chunks of stacked frames that each become one token.
+
+Frame i covers samples [HOP * i, HOP * i + WINDOW) of the audio: no padding at the start, and no frame that hangs over
+the end (audio shorter than one window is padded with silence to one).
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Float64
+from numpy import ndarray
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.data.example import SAMPLE_RATE
+
+WINDOW = 400  # samples, 25 ms
+HOP = 160  # samples, 10 ms
+FFT_SIZE = 512
+LOW_HZ = 60.0
+HIGH_HZ = 7600.0
+
+_POWER_FLOOR = 1e-6  # below the dither of the quietest example, so digital silence is not an outlier
+_LOG_MEAN = -0.6  # about the mean and deviation of log10 power over the speech domain's training split
+_LOG_DEVIATION = 1.4
+
+
+def hz_to_mel(hz: float) -> float:
+    """Mels by the HTK formula, 2595 log10(1 + f / 700)."""
+    return 2595.0 * math.log10(1.0 + hz / 700.0)
+
+
+def mel_to_hz(mel: Float64[ndarray, " ..."]) -> Float64[ndarray, " ..."]:
+    """The inverse of `hz_to_mel`."""
+    return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
+
+
+@functools.cache
+def mel_filters(num_bands: int) -> Float64[ndarray, "bins bands"]:
+    """Triangles of height 1 whose corners are equally spaced in mels from LOW_HZ to HIGH_HZ, on the FFT's bins.
+
+    Raises:
+      UserError: when a band is so narrow that no bin lies in it.
+    """
+    require(num_bands >= 1, f"num_bands={num_bands} must be >= 1")
+    corners_hz = mel_to_hz(np.linspace(hz_to_mel(LOW_HZ), hz_to_mel(HIGH_HZ), num_bands + 2))
+    bins_hz = np.arange(FFT_SIZE // 2 + 1)[:, None] * SAMPLE_RATE / FFT_SIZE
+    low, centre, high = corners_hz[:-2], corners_hz[1:-1], corners_hz[2:]
+    filters = np.maximum(0.0, np.minimum((bins_hz - low) / (centre - low), (high - bins_hz) / (high - centre)))
+    require(bool((filters > 0).any(axis=0).all()), f"num_bands={num_bands} leaves a band without a bin; lower it")
+    filters.flags.writeable = False
+    return filters
+
+
+def num_frames(num_samples: int) -> int:
+    """How many frames `log_mel` makes of that many samples; at least one."""
+    return 1 + max(0, num_samples - WINDOW) // HOP
+
+
+def log_mel(audio: Float32[ndarray, " samples"], num_bands: int = 32) -> Float32[ndarray, "frames bands"]:
+    """Log10 mel power of each frame, moved and scaled by constants to about zero mean and unit deviation on speech.
+
+    Audio is mono at SAMPLE_RATE, in [-1, 1]. Periodic Hann window, 512-point FFT.
+    """
+    frames = num_frames(len(audio))
+    needed = WINDOW + HOP * (frames - 1)
+    padded = np.pad(audio.astype(np.float64), (0, max(0, needed - len(audio))))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[: needed - WINDOW + 1 : HOP]
+    power = np.abs(np.fft.rfft(windows * _hann(), n=FFT_SIZE)) ** 2
+    log_power = np.log10(np.maximum(power @ mel_filters(num_bands), _POWER_FLOOR))
+    return ((log_power - _LOG_MEAN) / _LOG_DEVIATION).astype(np.float32)
+
+
+def stack_frames(
+    frames: Float32[ndarray, "frames bands"], frames_per_chunk: int
+) -> Float32[ndarray, "chunks features"]:
+    """Consecutive frames side by side: features = frames_per_chunk * bands, frame-major.
+
+    The last chunk is filled up by repeating the last frame, so that no value occurs that audio cannot have.
+    """
+    require(frames_per_chunk >= 1, f"frames_per_chunk={frames_per_chunk} must be >= 1")
+    missing = -len(frames) % frames_per_chunk
+    filled = np.pad(frames, ((0, missing), (0, 0)), mode="edge")
+    return filled.reshape(-1, frames_per_chunk * frames.shape[1])
+
+
+def chunks_in_spans(
+    spans: Iterable[tuple[float, float]], num_chunks: int, frames_per_chunk: int
+) -> Bool[ndarray, " chunks"]:
+    """Which chunks hold a frame whose centre lies in one of the spans, given in seconds and half open."""
+    centres = frame_centres(num_chunks * frames_per_chunk)
+    inside = np.zeros(len(centres), dtype=bool)
+    for start, end in spans:
+        inside |= (start <= centres) & (centres < end)
+    return np.any(inside.reshape(num_chunks, frames_per_chunk), axis=1)
+
+
+def frame_centres(frames: int) -> Float[ndarray, " frames"]:
+    """The middle of each frame's window, in seconds."""
+    return (np.arange(frames) * HOP + WINDOW / 2) / SAMPLE_RATE
+
+
+@functools.cache
+def _hann() -> Float64[ndarray, " window"]:
+    return 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(WINDOW) / WINDOW)

@@ -1,0 +1,73 @@
+import pytest
+
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.data import scores
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [("7", "7", 1.0), ("7", "8", 0.0), (" Blue  sky", "blue sky", 1.0), ("", "7", 0.0), ("77", "7", 0.0)],
+)
+def test_exact_match(prediction, answer, expected):
+    assert scores.exact_match(prediction, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("tea", "TEA", 1.0),
+        ("te", "tea", 2 / 3),  # one deletion in three
+        ("ab", "ax", 0.5),  # one substitution in two: at the threshold
+        ("abx", "ayz", 0.0),  # two in three: 1/3 is below it
+        ("", "tea", 0.0),
+    ],
+)
+def test_anls(prediction, answer, expected):
+    assert scores.anls(prediction, answer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("3 7 1", "3 7 1", 0.0),
+        ("3 1", "3 7 1", 1 / 3),  # deletion
+        ("3 7 7 1", "3 7 1", 1 / 3),  # insertion
+        ("3 stop 1", "3 7 1", 1 / 3),  # substitution
+        ("", "3 7", 1.0),
+        ("1 2 3", "7", 3.0),  # a substitution and two insertions
+    ],
+)
+def test_wer(prediction, answer, expected):
+    assert scores.wer(prediction, answer) == pytest.approx(expected)
+
+
+def test_corpus_wer_weighs_words_not_pairs():
+    # 1 error in 1 word and 0 in 3: 1/4, where the mean over pairs would be 1/2.
+    assert scores.corpus_wer(["2", "3 7 1"], ["1", "3 7 1"]) == pytest.approx(0.25)
+
+
+def test_corpus_wer_refuses_what_is_undefined():
+    with pytest.raises(UserError, match="1 predictions for 2 answers"):
+        scores.corpus_wer(["1"], ["1", "2"])
+    with pytest.raises(UserError, match="no answers"):
+        scores.corpus_wer([], [])
+    with pytest.raises(UserError, match="without words"):
+        scores.corpus_wer(["1"], [" "])
+
+
+def test_score_is_higher_for_better_and_bounded():
+    assert scores.score("exact", "no", "no") == 1.0
+    assert scores.score("anls", "te", "tea") == pytest.approx(2 / 3)
+    assert scores.score("wer", "3 1", "3 7 1") == pytest.approx(2 / 3)
+    assert scores.score("wer", "1 2 3", "7") == 0.0
+    with pytest.raises(UserError, match="metric='f1' is unknown; valid: exact, anls, wer"):
+        scores.score("f1", "a", "a")
+
+
+def test_chance_is_the_best_constant_answer():
+    assert scores.chance_score("exact", ["yes", "yes", "no", "yes"]) == 0.75
+    # "1 2" gets 1 + 1/2 + 1/2 of three, more than either single word.
+    assert scores.chance_score("wer", ["1 2", "1 3", "4 2"]) == pytest.approx(2 / 3)
+    assert scores.chance_scores("exact", {"a": ["x"], "b": ["x", "y"]}) == {"a": 1.0, "b": 0.5}
+    with pytest.raises(UserError, match="no answers"):
+        scores.chance_score("exact", [])
