@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from anyexperts_jax.core.errors import require, require_one_of
@@ -91,6 +92,7 @@ class AnyExpertsConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             require_one_of(name, getattr(self, name), get_args(choices))
+        self._check_types()
         self._check_groups_fit()
         self._check_window()
         self._check_scores()
@@ -138,6 +140,18 @@ class AnyExpertsConfig:
         """Real experts a token can choose among after group limiting."""
         return self.num_experts // self.num_groups * self.groups_kept
 
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool:
+                require(isinstance(value, bool), f"{field.name}={value!r} must be True or False")
+            elif field.type is int:
+                whole = isinstance(value, Integral) and not isinstance(value, bool)
+                require(whole, f"{field.name}={value!r} must be a whole number")
+            elif field.type is float:
+                number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+                require(number, f"{field.name}={value!r} must be a finite number")
+
     def _check_window(self) -> None:
         require(self.num_virtual >= 0, f"num_virtual={self.num_virtual} must be >= 0")
         require(0 <= self.rho_max < 1, f"rho_max={self.rho_max} must be in [0, 1)")
@@ -147,19 +161,19 @@ class AnyExpertsConfig:
         )
         require(self.k_min <= self.k_max, f"k_min={self.k_min} > k_max={self.k_max}; need k_min <= k_max")
         require(self.k_min >= 1, f"k_min={self.k_min} must be >= 1")
-        bound = self.slots_bound
+        bound, caps = self.slots_bound, self.virtual_caps
         require(
             bound <= self.num_columns,
             f"k_max={self.k_max} exceeds num_experts + num_virtual = {self.num_columns}",
         )
-        real_most = max(k - self.virtual_caps[k] for k in range(bound + 1))
+        real_most = max(k - caps[k] for k in range(bound + 1))
         require(
             real_most <= self.experts_in_reach,
             f"k_max={self.k_max} can need {real_most} real experts of {self.experts_in_reach} in reach; "
             "lower k_max, or raise num_experts, groups_kept or rho_max",
         )
         require(self.capacity_factor > 0, f"capacity_factor={self.capacity_factor} must be > 0")
-        least = min(k - self.virtual_caps[k] for k in range(math.floor(self.k_min), bound + 1))
+        least = min(k - caps[k] for k in range(math.floor(self.k_min), bound + 1))
         require(
             self.capacity_factor * self.expected_real_slots >= least,
             f"capacity_factor={self.capacity_factor} gives room for "
