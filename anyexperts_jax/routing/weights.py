@@ -72,12 +72,12 @@ def _fade_last_slot(
 ) -> tuple[Float[Array, "N K"], Float[Array, "N J"]]:
     """The straight-through slot gradient: an extension of ours, not part of AnyExperts.
 
-    Slot k of a token (counted from 1, by rank) has the soft membership m_k = clip(K + 1/2 - k, 0, 1) in the unrounded
+    Slot k of a token (from 1, by rank) has the soft membership m_k = clip(K + 1/2 - k, 0, 1) in the unrounded
     K = k_min + w (k_max - k_min): it rises from 0 where rounding first grants the slot to 1 where rounding grants the
-    next. So of a token's slots exactly one has a slope at any K, the last selected one, and the slope is 1. Its score is
-    multiplied by 1 + (K - stop_gradient(K)): the same value, and dL/dw = (k_max - k_min) times the change of the loss,
-    to first order, as that slot fades in. Every token gets a gradient, whichever way it was rounded; a token whose K is
-    held at a bound gets none.
+    next. So exactly one of a token's slots has a slope at any K, the last selected one, and the slope is 1. Its score
+    is multiplied by 1 + (K - stop_gradient(K)): the same value, and dL/dw = (k_max - k_min) times the change of the
+    loss, to first order, as that slot fades in. Every token gets a gradient, whichever way it was rounded; a token
+    whose K is held at a bound gets none.
     """
     fade_N1 = (continuous_slots_N - jax.lax.stop_gradient(continuous_slots_N))[:, None]
     last_virtual_N1 = selection.last_is_virtual_N[:, None]

@@ -1,0 +1,190 @@
+"""The budget knob: move the slot window, its width kept, until tokens get the asked average of real experts."""
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import UserError, require
+
+_STEPS_PER_SLOT = 256  # resolution of a calibrated window: 0.004 slots
+
+
+def shift_budget(config: AnyExpertsConfig, target_real: float) -> AnyExpertsConfig:
+    """The config whose nominal budget, (1 - rho_max) (k_min + k_max) / 2, is `target_real` real experts per token.
+
+    The paper's budgets 4.8, 5.6 .. 9.6 are the windows [4, 8], [5, 9] .. [10, 14] (reading). Windows may be fractional.
+    What a model realises differs where importance is not 0.5 on average or the cap is not filled: `calibrate_budget`.
+
+    Raises:
+      UserError: no window of this width has that nominal budget; says which budgets have one.
+    """
+    _check_target(target_real)
+    shift = _exact(target_real) / _real_share(config) - _middle(config)
+    step = _step(config)
+    if step == 1 and shift.denominator != 1:
+        below = (_middle(config) + math.floor(shift)) * _real_share(config)
+        raise UserError(
+            f"target_real={target_real:g} needs a fractional window, but with k_min = k_max and slot_rounding="
+            f"{config.slot_rounding!r} every token gets the same whole number of slots; nearest budgets: "
+            f"{float(below):g} and {float(below + _real_share(config)):g}"
+        )
+    try:
+        return _shifted(config, shift)
+    except UserError as error:
+        low, high = (float((_middle(config) + s) * _real_share(config)) for s in _shift_range(config))
+        raise UserError(
+            f"target_real={target_real:g} is out of reach: windows {float(_width(config)):g} wide give nominal budgets "
+            f"from {low:g} to {high:g} ({error})"
+        ) from error
+
+
+def calibrate_budget(
+    config: AnyExpertsConfig,
+    measure: Callable[[AnyExpertsConfig], float],
+    target_real: float,
+    *,
+    tolerance: float = 0.01,
+) -> AnyExpertsConfig:
+    """The config whose window *realises* `target_real` real experts per token, as `measure` finds on data.
+
+    Args:
+      config: where to start; the window's width is kept.
+      measure: the realised average of real slots under a config, never falling as the window moves up. Called a
+        few times: the nominal window is tried first.
+      target_real: real experts per token, on average.
+      tolerance: relative; 0.01 accepts 7.92 to 8.08 for 8.
+
+    Raises:
+      UserError: no window realises it within tolerance; says what the nearest ones, or the outermost ones, realise.
+    """
+    _check_target(target_real)
+    require(tolerance > 0, f"tolerance={tolerance} must be > 0")
+    search = _Search.start(config, target_real)
+    while search.low <= search.high:
+        candidate = _shifted(config, search.position * search.step)
+        realised = float(measure(candidate))
+        require(
+            math.isfinite(realised), f"the measured budget is {realised} at {_window(candidate)}; it must be finite"
+        )
+        if abs(realised - target_real) <= tolerance * target_real:
+            return candidate
+        search.record(candidate, realised)
+    raise UserError(search.failure(tolerance))
+
+
+@dataclasses.dataclass
+class _Search:
+    """Which window to measure next. Positions are whole numbers of `step` slots from the config's own window."""
+
+    target: float
+    step: Fraction
+    slope: float  # nominal: real experts per step
+    low: int  # the windows not yet ruled out are low..high
+    high: int
+    position: int
+    below: tuple[int, float, str] | None = None  # position, realised average and window of the best that falls short
+    above: tuple[int, float, str] | None = None  # and of the best that exceeds
+    stride: int = 0
+    halve: bool = False
+
+    @classmethod
+    def start(cls, config: AnyExpertsConfig, target: float) -> "_Search":
+        step = _step(config)
+        first, last = _shift_range(config)
+        low, high = math.ceil(first / step), math.floor(last / step)
+        nominal = round((_exact(target) / _real_share(config) - _middle(config)) / step)
+        return cls(target, step, float(_real_share(config) * step), low, high, min(max(nominal, low), high))
+
+    def record(self, candidate: AnyExpertsConfig, realised: float) -> None:
+        """Rules out the windows on the far side of the measured one and moves to the next position."""
+        point = (self.position, realised, _window(candidate))
+        if realised < self.target:
+            self.low, self.below = self.position + 1, point
+        else:
+            self.high, self.above = self.position - 1, point
+        self.position = min(max(self._next(realised), self.low), self.high)
+
+    def _next(self, realised: float) -> int:
+        if self.below is None or self.above is None:
+            # Not bracketed: the nominal slope lands close; where it falls short, strides grow.
+            stride = (self.target - realised) / self.slope
+            self.stride = round(math.copysign(max(abs(stride), 2 * abs(self.stride), 1), stride))
+            return self.position + self.stride
+        # Bracketed: interpolation lands close on a smooth response, halving makes headway on a stepped one.
+        self.halve = not self.halve
+        if not self.halve:
+            return (self.low + self.high) // 2
+        (left, short, _), (right, over, _) = self.below, self.above
+        return round(left + (right - left) * (self.target - short) / (over - short))
+
+    def failure(self, tolerance: float) -> str:
+        if self.below and self.above:
+            return (
+                f"no window realises target_real={self.target:g} within {tolerance:.2%}: {self.below[1]:.4g} at "
+                f"{self.below[2]}, {self.above[1]:.4g} at {self.above[2]}; raise tolerance or use "
+                "slot_rounding='stochastic'"
+            )
+        side, end = ("highest", self.below) if self.below else ("lowest", self.above)
+        assert end is not None  # at least one window was measured
+        return (
+            f"target_real={self.target:g} is out of reach: the {side} window, {end[2]}, realises {end[1]:.4g} real "
+            "experts per token"
+        )
+
+
+def _window(config: AnyExpertsConfig) -> str:
+    return f"[{config.k_min:g}, {config.k_max:g}]"
+
+
+def _check_target(target_real: float) -> None:
+    require(
+        math.isfinite(target_real) and target_real > 0,
+        f"target_real={target_real} must be a number of real experts per token, > 0",
+    )
+
+
+def _exact(x: float) -> Fraction:
+    """The number as written: 4.8 is 24/5, so that 4.8 / 0.8 is 6 and not 5.999."""
+    return Fraction(str(float(x)))
+
+
+def _real_share(config: AnyExpertsConfig) -> Fraction:
+    return 1 - _exact(config.rho_max)
+
+
+def _middle(config: AnyExpertsConfig) -> Fraction:
+    return (_exact(config.k_min) + _exact(config.k_max)) / 2
+
+
+def _width(config: AnyExpertsConfig) -> Fraction:
+    return _exact(config.k_max) - _exact(config.k_min)
+
+
+def _step(config: AnyExpertsConfig) -> Fraction:
+    """The smallest shift worth trying: a whole slot where every token gets the same whole number."""
+    static = config.k_min == config.k_max and config.slot_rounding != "stochastic"
+    return Fraction(1) if static else Fraction(1, _STEPS_PER_SLOT)
+
+
+def _shifted(config: AnyExpertsConfig, shift: Fraction) -> AnyExpertsConfig:
+    k_min, k_max = _exact(config.k_min) + shift, _exact(config.k_max) + shift
+    return dataclasses.replace(config, k_min=float(k_min), k_max=float(k_max))
+
+
+def _shift_range(config: AnyExpertsConfig) -> tuple[Fraction, Fraction]:
+    """The lowest and highest shift the config's other fields allow; the top of the window a whole number of slots."""
+    whole = range(math.floor(config.k_max) + 1, config.num_columns + 1)
+    allowed = bisect.bisect_left(whole, True, key=lambda k: not _is_valid(config, k - _exact(config.k_max)))
+    highest = math.floor(config.k_max) + allowed - _exact(config.k_max)
+    return 1 - _exact(config.k_min), max(highest, Fraction(0))
+
+
+def _is_valid(config: AnyExpertsConfig, shift: Fraction) -> bool:
+    try:
+        _shifted(config, shift)
+    except UserError:
+        return False
+    return True
