@@ -1,0 +1,19 @@
+"""Questions written with their evidence marked."""
+
+import re
+
+_MARKED = re.compile(r"\[([^\]]+)\]")
+
+
+def marked(text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """The question in `text` without its brackets, and the spans of characters that stood in brackets.
+
+    marked("how many are [red]?") is ("how many are red?", ((13, 16),)).
+    """
+    plain, spans, end = "", [], 0
+    for match in _MARKED.finditer(text):
+        plain += text[end : match.start()]
+        spans.append((len(plain), len(plain) + len(match[1])))
+        plain += match[1]
+        end = match.end()
+    return plain + text[end:], tuple(spans)
