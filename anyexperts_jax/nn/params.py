@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,12 +15,6 @@ from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.core.tree import register_dataclass
 
 AxisNames = tuple[str, ...]
-
-
-class Initializer(Protocol):
-    """Initial values of a parameter from a key, a shape and a dtype. Hashable: it travels in tree structures."""
-
-    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +49,9 @@ class FanIn:
     def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         fan_in = math.prod(shape[self.num_batch : self.num_batch + self.num_in])
         return Normal(self.scale * fan_in**-0.5)(key, shape, dtype)
+
+
+Initializer = Constant | Normal | FanIn  # (key, shape, dtype) -> values
 
 
 @register_dataclass
