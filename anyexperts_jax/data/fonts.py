@@ -1,0 +1,78 @@
+"""The text fonts that matplotlib ships (DejaVu, STIX, Computer Modern), shared out among the splits."""
+
+import functools
+import importlib.util
+import pathlib
+from typing import TYPE_CHECKING
+
+from anyexperts_jax.core.errors import UserError, require
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
+
+# File names without .ttf. Every split has sans, monospaced and serif faces; display and symbol fonts are left out.
+FACES = {
+    "train": (
+        *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique"),
+        *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique"),
+        *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic"),
+        *("STIXGeneral", "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmti10"),
+    ),
+    "validation": ("DejaVuSans-Oblique", "DejaVuSansMono-Oblique", "DejaVuSerif-Italic"),
+    "test": ("cmss10", "cmtt10", "STIXGeneralBol", "cmb10"),
+}
+
+_CAPITAL = "H"
+_SMALLEST = 4  # pixels to the em
+
+
+def font_folder() -> pathlib.Path:
+    """Where matplotlib keeps its TrueType fonts, found without importing it.
+
+    Raises:
+      UserError: when matplotlib or its fonts are missing.
+    """
+    spec = importlib.util.find_spec("matplotlib")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("ocr needs the fonts matplotlib ships; install it with: pip install matplotlib")
+    folder = pathlib.Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
+    require(folder.is_dir(), f"matplotlib has no fonts in {folder}; reinstall it")
+    return folder
+
+
+@functools.cache
+def load_font(face: str, size: int) -> "FreeTypeFont":
+    """The face at `size` pixels to the em, with Pillow's own layout, which does not depend on installed libraries.
+
+    Raises:
+      UserError: when matplotlib ships no such face.
+    """
+    from PIL import ImageFont
+
+    path = font_folder() / f"{face}.ttf"
+    require(path.is_file(), f"face={face!r}: matplotlib ships no {path.name}")
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@functools.cache
+def fitted_font(face: str, alphabet: str, width: int, height: int) -> "FreeTypeFont":
+    """The face at the largest size at which no character of `alphabet` is wider, and no capital higher, than asked.
+
+    Raises:
+      UserError: when not even the smallest size fits.
+    """
+    for size in range(2 * height, _SMALLEST - 1, -1):
+        font = load_font(face, size)
+        if capital_height(font) <= height and max(_ink_width(font, character) for character in alphabet) <= width:
+            return font
+    raise UserError(f"face={face!r} does not fit cells of {width} x {height} pixels at {_SMALLEST} pixels to the em")
+
+
+def capital_height(font: "FreeTypeFont") -> int:
+    """Pixels from the baseline to the top of a capital letter."""
+    return -int(font.getbbox(_CAPITAL, anchor="ls")[1])
+
+
+def _ink_width(font: "FreeTypeFont", character: str) -> int:
+    left, _, right, _ = font.getbbox(character, anchor="ls")
+    return int(right - left)
