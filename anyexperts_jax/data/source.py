@@ -1,0 +1,48 @@
+"""What the pipeline reads from: the examples of one domain and split by number, as Grain's sources are."""
+
+import dataclasses
+from typing import Protocol
+
+from anyexperts_jax.data.domain import Metric, domain
+from anyexperts_jax.data.example import Example
+
+
+class Source(Protocol):
+    """The examples of one domain and split. Reading the same number twice gives the same example."""
+
+    @property
+    def question_types(self) -> tuple[str, ...]: ...
+
+    @property
+    def metric(self) -> Metric: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedSource:
+    """Examples of a registered domain, made when they are read. Picklable, so that worker processes can make them."""
+
+    name: str
+    split: str
+    length: int
+    seed: int
+    levels: tuple[int, ...]
+
+    @property
+    def question_types(self) -> tuple[str, ...]:
+        return domain(self.name).question_types
+
+    @property
+    def metric(self) -> Metric:
+        return domain(self.name).metric
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        return domain(self.name).example(self.split, index, self.seed, self.levels)
