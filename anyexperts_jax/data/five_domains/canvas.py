@@ -15,20 +15,27 @@ COLOUR_NAMES = tuple(COLOURS)
 _INK = 96  # a pixel with at least this much ink (of 255) belongs to the digit
 _NOISE = {1: 24, 2: 40, 3: 56}  # brightest background pixel, by level
 _STROKES_PER_1000_PIXELS = {1: 0, 2: 3, 3: 6}  # grey strokes of clutter, by level
-_DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
+_LENGTHS = (3, 8)  # of a stroke in pixels, the last exclusive; so with its shade
+_SHADES = (70, 150)
+_DOWN, _RIGHT = np.array([0, 1, 1, 1]), np.array([1, 0, 1, -1])  # a stroke's four directions
 
 
-def cluttered_canvas(rng: np.random.Generator, height: int, width: int, level: int) -> UInt8[ndarray, "H W 3"]:
-    """A dark, noisy background, from level 2 with grey strokes over it."""
-    grey = rng.integers(0, _NOISE[level], size=(height, width), dtype=np.uint8)
-    for _ in range(_STROKES_PER_1000_PIXELS[level] * height * width // 1000):
-        row, column, length, shade, way = rng.integers((0, 0, 3, 70, 0), (height, width, 8, 150, len(_DIRECTIONS)))
-        down, right = _DIRECTIONS[way]
-        for step in range(length):
-            y, x = row + step * down, column + step * right
-            if y < height and 0 <= x < width:
-                grey[y, x] = shade
-    return np.repeat(grey[:, :, None], 3, axis=2)
+def cluttered_frames(
+    rng: np.random.Generator, frames: int, height: int, width: int, level: int
+) -> UInt8[ndarray, "F H W 3"]:
+    """Dark, noisy backgrounds, from level 2 with grey strokes on them. No two frames have the same."""
+    grey = rng.integers(0, _NOISE[level], size=(frames, height, width), dtype=np.uint8)
+    strokes = _STROKES_PER_1000_PIXELS[level] * grey.size // 1000
+    if strokes:
+        ranges = ((0, frames), (0, height), (0, width), _LENGTHS, _SHADES, (0, len(_DOWN)))
+        draws = (rng.integers(low, high, size=(strokes, 1)) for low, high in ranges)
+        frame, row, column, length, shade, way = draws
+        step = np.arange(_LENGTHS[1])
+        y, x = row + step * _DOWN[way], column + step * _RIGHT[way]
+        drawn = (step < length) & (y < height) & (x >= 0) & (x < width)
+        frame, shade = np.broadcast_to(frame, y.shape), np.broadcast_to(shade, y.shape).astype(np.uint8)
+        np.maximum.at(grey, (frame[drawn], y[drawn], x[drawn]), shade[drawn])
+    return np.repeat(grey[..., None], 3, axis=-1)
 
 
 def paint(

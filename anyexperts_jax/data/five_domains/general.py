@@ -9,7 +9,7 @@ import numpy as np
 from anyexperts_jax.data.domain import example_generator
 from anyexperts_jax.data.example import LEVELS, Example
 from anyexperts_jax.data.five_domains import digits
-from anyexperts_jax.data.five_domains.canvas import COLOUR_NAMES, cluttered_canvas, paint
+from anyexperts_jax.data.five_domains.canvas import COLOUR_NAMES, cluttered_frames, paint
 from anyexperts_jax.data.five_domains.marked_text import marked
 
 SIZE = 48  # height and width of the picture: three by three cells of one glyph
@@ -52,7 +52,7 @@ class General:
             placed = _scene(rng, split, level)
             asked = placed[:1]
             question, answer = _ask(kind, asked[0], named=level > 1)
-        image = cluttered_canvas(rng, SIZE, SIZE, level)
+        image = cluttered_frames(rng, 1, SIZE, SIZE, level)[0]
         evidence = np.zeros((SIZE, SIZE), bool)
         for item in placed:
             covered = _paint(rng, image, item, _JITTER[level])

@@ -9,7 +9,7 @@ import numpy as np
 from anyexperts_jax.data.domain import example_generator
 from anyexperts_jax.data.example import LEVELS, Example
 from anyexperts_jax.data.five_domains import digits
-from anyexperts_jax.data.five_domains.canvas import COLOUR_NAMES, cluttered_canvas, paint
+from anyexperts_jax.data.five_domains.canvas import COLOUR_NAMES, cluttered_frames, paint
 from anyexperts_jax.data.five_domains.marked_text import marked
 
 FRAMES = 8
@@ -80,8 +80,12 @@ def _ask(kind: str, level: int, actors: list[_Actor], asked: int) -> str:
 
 
 def _scene(rng: np.random.Generator, split: str, level: int, kind: str) -> tuple[list[_Actor], list[str]]:
-    """One actor for the whole film, or two for half of it each; and the answer about each."""
-    spans = [(0, FRAMES)] if level == 1 else [(0, FRAMES // 2), (FRAMES // 2, FRAMES)]
+    """One actor, or two for half of the film each; and the answer about each."""
+    half = FRAMES // 2
+    spans = [(0, half), (half, FRAMES)]
+    if level == 1:
+        first = int(rng.integers(half + 1))
+        spans = [(0, FRAMES) if kind == "way" else (first, first + half)]
     values, colours, ways = rng.permutation(10), rng.permutation(len(COLOUR_NAMES)), rng.permutation(len(WAYS))
     actors, answers = [], []
     for i, (first, end) in enumerate(spans):
@@ -123,16 +127,13 @@ def _walk(rng: np.random.Generator, scan: int, colour: str, first: int, end: int
 
 def _film(rng: np.random.Generator, actors: list[_Actor], asked: _Actor, level: int) -> tuple[np.ndarray, np.ndarray]:
     """The frames, and the pixels of the actor that is asked about."""
-    frames = []
+    video = cluttered_frames(rng, FRAMES, SIZE, SIZE, level)
     evidence = np.zeros((FRAMES, SIZE, SIZE), bool)
-    for frame in range(FRAMES):
-        canvas = cluttered_canvas(rng, SIZE, SIZE, level)
-        for actor in actors:
-            if actor.first <= frame < actor.end:
-                steps = frame - actor.first
-                top, left = actor.top + steps * actor.step[0], actor.left + steps * actor.step[1]
-                covered = paint(canvas, digits.glyph(actor.scan), top, left, actor.colour)
-                if actor is asked:
-                    evidence[frame] = covered
-        frames.append(canvas)
-    return np.stack(frames), evidence
+    for actor in actors:
+        for frame in range(actor.first, actor.end):
+            steps = frame - actor.first
+            top, left = actor.top + steps * actor.step[0], actor.left + steps * actor.step[1]
+            covered = paint(video[frame], digits.glyph(actor.scan), top, left, actor.colour)
+            if actor is asked:
+                evidence[frame] = covered
+    return video, evidence
