@@ -1,0 +1,164 @@
+"""Checkpoints of a run: written in the background, whole or not at all, restored onto any mesh."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.train.config import FREE_KEYS, RunConfig, describe_differences, from_json
+from anyexperts_jax.train.state import TrainState
+from anyexperts_jax.train.strict import differing_keys
+
+# What Orbax and TensorStore raise on files that are missing, cut short or not theirs.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
+
+
+class Checkpoints:
+    """The checkpoints under `directory`, by step. Keeps the last few and the one with the lowest validation loss.
+
+    A checkpoint holds the parameters, the expert biases, the optimiser's state, the data iterator's state and the
+    run's configuration, each readable without the others. It appears under its name only once it is whole.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep_last: int = 1, read_only: bool = False) -> None:
+        self.directory = directory
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [
+                checkpoint_managers.LatestN(keep_last),
+                checkpoint_managers.BestN(get_metric_fn=_validation_loss, reverse=True, n=1),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            save_interval_steps=0 if read_only else 1,
+            preservation_policy=policy,
+            best_fn=_validation_loss,
+            best_mode="min",
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    @property
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest validation loss; the latest if none was evaluated."""
+        return self._manager.best_step()
+
+    def save(
+        self,
+        state: TrainState,
+        data_state: dict[str, Any],
+        config: RunConfig,
+        validation_loss: float = math.inf,
+    ) -> None:
+        """Starts writing the state; returns once it is copied and may be overwritten. Waits for the one before.
+
+        Raises:
+          Exception: what went wrong with the one before, such as a full disk.
+        """
+        self._manager.check_for_errors()
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                router_bias=ocp.args.StandardSave({"router_bias_LC": state.router_bias_LC}),
+                optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
+                data=ocp.args.JsonSave(data_state),
+                config=ocp.args.JsonSave(dataclasses.asdict(config)),
+            ),
+            metrics={"validation_loss": validation_loss},
+            force=True,
+        )
+
+    def restore(self, step: int, abstract: TrainState, config: RunConfig) -> tuple[TrainState, dict[str, Any]]:
+        """The state, on the shardings of `abstract`, and the data iterator's state.
+
+        Raises:
+          UserError: when the checkpoint is unreadable, or of another configuration (naming the keys).
+        """
+        require_same_run(config, self.config(step), f"checkpoint {step} in {self.directory}")
+        saved = self._read(
+            step,
+            params=ocp.args.StandardRestore(abstract.params),
+            router_bias=ocp.args.StandardRestore({"router_bias_LC": abstract.router_bias_LC}),
+            optimizer=ocp.args.StandardRestore({"step": abstract.step, "opt_state": abstract.opt_state}),
+            data=ocp.args.JsonRestore(),
+        )
+        state = TrainState(params=saved.params, **saved.optimizer, **saved.router_bias)
+        return state, saved.data
+
+    def restore_model(self, step: int, params: Any, router_bias_LC: Any) -> tuple[Any, jax.Array]:
+        """The parameters and expert biases alone, into abstract arrays that say where they go.
+
+        Raises:
+          UserError: when the checkpoint is unreadable.
+        """
+        saved = self._read(
+            step,
+            params=ocp.args.StandardRestore(params),
+            router_bias=ocp.args.StandardRestore({"router_bias_LC": router_bias_LC}),
+        )
+        return saved.params, saved.router_bias["router_bias_LC"]
+
+    def config(self, step: int) -> RunConfig:
+        """The configuration of the run that wrote the checkpoint.
+
+        Raises:
+          UserError: when it is unreadable or not a configuration of this version.
+        """
+        saved = self._read(step, config=ocp.args.JsonRestore())
+        return from_json(json.dumps(saved.config), f"checkpoint {step} in {self.directory}")
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk.
+
+        Raises:
+          Exception: what went wrong with it.
+        """
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except _UNREADABLE as error:
+            others = [other for other in self.steps if other != step]
+            rest = f"move {self.directory / str(step)} away to go on from step {others[-1]}" if others else "no other"
+            line = " ".join(str(error).split())[:200]
+            raise UserError(f"checkpoint {step} in {self.directory} is unreadable ({line}); {rest}") from error
+
+
+def require_same_run(config: RunConfig, saved: RunConfig, where: str) -> dict[str, tuple[Any, Any]]:
+    """Refuses to go on from a run of another configuration; returns what differs and may.
+
+    Raises:
+      UserError: naming the keys that differ, with both values.
+    """
+    differences = differing_keys(config, saved)
+    free = {key: values for key, values in differences.items() if key.startswith(FREE_KEYS)}
+    fixed = {key: values for key, values in differences.items() if key not in free}
+    shown = dict(list(fixed.items())[:6])
+    more = f" and {len(fixed) - len(shown)} more" if len(fixed) > len(shown) else ""
+    require(not fixed, f"{where} is of another configuration: {describe_differences(shown)}{more}")
+    return free
+
+
+def _validation_loss(metrics: dict[str, float]) -> float:
+    return metrics["validation_loss"]

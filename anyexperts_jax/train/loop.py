@@ -1,0 +1,218 @@
+"""The training loop: starts or goes on, steps, logs, evaluates, writes checkpoints, and stops cleanly."""
+
+import dataclasses
+import math
+import pathlib
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.data.pipeline import train_iterator
+from anyexperts_jax.models.init import logical_axes
+from anyexperts_jax.sharding.mesh import make_mesh
+from anyexperts_jax.sharding.specs import batch_shards, shard_batch
+from anyexperts_jax.train.checkpoint import Checkpoints
+from anyexperts_jax.train.config import RunConfig, describe_differences
+from anyexperts_jax.train.metrics import routing_means
+from anyexperts_jax.train.optim import make_optimizer
+from anyexperts_jax.train.progress import Reporter, status_line
+from anyexperts_jax.train.run_dir import RunDir, open_run_dir
+from anyexperts_jax.train.run_log import RunLog, read_records
+from anyexperts_jax.train.state import TrainState, abstract_state, create_state, state_shardings
+from anyexperts_jax.train.step import CHECKED_SCALARS, StepReport, make_train_step, model_apply
+from anyexperts_jax.train.stops import DiskFullError, NonFiniteError, RunInterruptedError, StopRequests, no_room
+from anyexperts_jax.train.validation import Validation
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended that reached its last step."""
+
+    run_dir: pathlib.Path
+    step: int
+    validation: dict[str, Any]  # the last record of kind "validation", see train.metrics
+    skipped_steps: int  # steps that were not finite, with train.on_nonfinite="skip"
+
+
+def train(config: RunConfig, run_dir: str | pathlib.Path, *, progress: bool = True) -> TrainResult:
+    """Trains to the last step, from the last checkpoint in `run_dir` if there is one.
+
+    On one mesh a run that was killed and goes on takes the same steps, bit for bit on CPU, as one that never stopped.
+    SIGINT and SIGTERM end it after the step under way with a checkpoint.
+
+    Args:
+      progress: show a bar, lines and tables on the standard error.
+
+    Raises:
+      UserError: when the configuration does not fit the devices, or the run in `run_dir` is another's or unreadable.
+      NonFiniteError: a loss or the gradient is not finite, with train.on_nonfinite="stop".
+      RunInterruptedError: after a signal, once a checkpoint is written.
+      DiskFullError: no room for logs or a checkpoint; the checkpoints before are whole.
+    """
+    reporter = Reporter(Console(file=sys.stderr) if progress else None)
+    paths, changed = open_run_dir(run_dir, config)
+    if changed:
+        reporter.note(f"going on with {describe_differences(changed)}")
+    try:
+        with StopRequests() as requests:
+            return _Run(config, paths, reporter, requests).to_the_end()
+    except (OSError, ValueError, RuntimeError) as error:
+        said = no_room(error)
+        if said is None:
+            raise
+        raise DiskFullError(
+            f"cannot write to {paths.root}: {said}; {_last_good(paths)}; free some room and run it again"
+        ) from error
+
+
+class _Run:
+    """One process's part of a run: everything the loop touches, opened together and closed together."""
+
+    def __init__(self, config: RunConfig, paths: RunDir, reporter: Reporter, requests: StopRequests) -> None:
+        self.config, self.paths, self.reporter, self.requests = config, paths, reporter, requests
+        self.mesh = make_mesh(config.mesh)
+        _check_batch_fits(config, self.mesh)
+        self.apply = model_apply(config.model)
+        self.optimizer = make_optimizer(config.optim, logical_axes(config.model))
+        self.iterator = train_iterator(config.data, config.train.batch_size)
+        self.validation = Validation(config, self.apply, self.mesh)
+        self.checkpoints = Checkpoints(paths.checkpoints, config.train.keep_last)
+        self.tokens, self.since = 0.0, time.perf_counter()
+
+    def to_the_end(self) -> TrainResult:
+        try:
+            state = self._start()
+            first = int(state.step)
+            self.log = RunLog(self.paths, first)
+            try:
+                self._steps(state, first)
+            finally:
+                self.reporter.stop()
+                self.log.close()
+        finally:
+            self.checkpoints.close()
+        records = read_records(self.paths.metrics)
+        last = [record for record in records if record["kind"] == "validation"][-1]
+        self.reporter.tables(last)
+        skipped = sum(record["kind"] == "nonfinite" for record in records)
+        if skipped:
+            self.reporter.note(f"{skipped} steps were not finite and skipped")
+        return TrainResult(self.paths.root, self.config.train.steps, last, skipped)
+
+    def _start(self) -> TrainState:
+        """The last checkpoint's state, with the data iterator moved to it; or a new one."""
+        model, step = self.config.model, self.checkpoints.latest
+        if step is None:
+            return create_state(model, self.optimizer, self.mesh, jax.random.key(self.config.seed))
+        require(
+            step <= self.config.train.steps,
+            f"the run in {self.paths.root} is at step {step}, past train.steps={self.config.train.steps}",
+        )
+        abstract = abstract_state(model, self.optimizer, self.mesh)
+        state, data_state = self.checkpoints.restore(step, abstract, self.config)
+        self.iterator.set_state(data_state)
+        self.reporter.note(f"going on from the checkpoint of step {step}")
+        return state
+
+    def _steps(self, state: TrainState, first: int) -> None:
+        """Takes every step left. One step's numbers are read while the next is under way."""
+        train = self.config.train
+        if first == train.steps:
+            self.reporter.note(f"all {train.steps} steps are done")
+            return
+        self.reporter.start(first, train.steps)
+        step_fn, pending = None, None
+        for done in range(first + 1, train.steps + 1):
+            batch = shard_batch(self.mesh, next(self.iterator))
+            if step_fn is None:
+                step_fn = self._compile(state, batch)
+            state, report = step_fn(state, batch)
+            if pending is not None:
+                self._read(*pending)
+            pending = (done, report)
+            evaluates = done % train.eval_every == 0 or done == train.steps
+            interrupted = self.requests.signal_number is not None and done < train.steps
+            if evaluates or interrupted or done % train.checkpoint_every == 0:
+                self._read(*pending)
+                pending = None
+                self._save(done, state, evaluates)
+            if interrupted:
+                self.checkpoints.wait()
+                name = signal.Signals(self.requests.signal_number or 0).name
+                message = f"stopped by {name} after step {done} of {train.steps}; {_last_good(self.paths)}"
+                raise RunInterruptedError(f"{message}; run the same command to go on", self.requests.signal_number or 0)
+        self.checkpoints.wait()
+
+    def _compile(self, state: TrainState, batch: Any) -> Any:
+        start = time.perf_counter()
+        step_fn = jax.jit(
+            make_train_step(self.config, self.optimizer, self.apply),
+            donate_argnums=0,
+            out_shardings=(state_shardings(self.config.model, self.optimizer, self.mesh), None),
+        )
+        compiled = step_fn.lower(state, batch).compile()
+        self.reporter.note(f"step compiled in {time.perf_counter() - start:.1f} s")
+        self.since = time.perf_counter()
+        return compiled
+
+    def _read(self, step: int, report: StepReport) -> None:
+        """Checks, logs and shows one step's report."""
+        report = jax.device_get(report)
+        if not report.finite:
+            self._not_finite(step, report)
+        self.tokens += float(report.routing.tokens_M.sum())
+        train = self.config.train
+        if step % train.log_every and step != train.steps:
+            return
+        rate = self.tokens / (time.perf_counter() - self.since)
+        means = routing_means(self.config.model.moe, report.routing)
+        scalars = {name: float(value) for name, value in report.scalars.items()}
+        self.log.write("train", step, {**scalars, **means, "tokens_per_second": rate})
+        self.reporter.step(step, train.steps, status_line(scalars, means["mean_real_slots"], rate))
+        self.tokens, self.since = 0.0, time.perf_counter()
+
+    def _not_finite(self, step: int, report: StepReport) -> None:
+        name = next(name for name in CHECKED_SCALARS if not np.isfinite(report.scalars[name]))
+        value = float(report.scalars[name])
+        self.log.write("nonfinite", step, {"metric": name, "value": str(value)})
+        if self.config.train.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"step {step}: {name} is {value}; {_last_good(self.paths)}; "
+                "lower optim.lr, or set train.on_nonfinite=skip to pass over such steps"
+            )
+        self.reporter.note(f"step {step} skipped: {name} is {value}")
+
+    def _save(self, step: int, state: TrainState, evaluates: bool) -> None:
+        """A checkpoint, after an evaluation where one is due. Its time is not counted as training."""
+        start = time.perf_counter()
+        loss = math.inf
+        if evaluates:
+            record = self.validation(state)
+            loss = record["loss"] if np.isfinite(record["loss"]) else math.inf
+            self.log.write("validation", step, record)
+            self.reporter.evaluation(step, record)
+        self.checkpoints.save(state, self.iterator.get_state(), self.config, loss)
+        self.since += time.perf_counter() - start
+
+
+def _check_batch_fits(config: RunConfig, mesh: Mesh) -> None:
+    micro, shards = config.train.batch_size // config.train.accumulation, batch_shards(mesh)
+    require(
+        micro % shards == 0,
+        f"train.batch_size / train.accumulation = {micro} does not split over the mesh's {shards} batch shards",
+    )
+
+
+def _last_good(paths: RunDir) -> str:
+    """Where to go on from, for messages."""
+    steps = [int(path.name) for path in paths.checkpoints.glob("*") if path.name.isdigit()]
+    return (
+        f"the last good checkpoint is {paths.checkpoints / str(max(steps))}" if steps else "there is no checkpoint yet"
+    )

@@ -1,0 +1,103 @@
+"""What a step reports. Sums on the device, which add up over micro-batches and batches; means at the end.
+
+A record of metrics.jsonl holds a step's scalars and its routing, means over the step's valid tokens:
+
+    loss, answer_loss, balance_loss, importance_loss, z_loss, grad_norm, learning_rate, token_accuracy, exact_match
+    real_slots, virtual_share, importance              [layer][modality], null where the batch has no such token
+    importance_histogram                               [layer][modality][bin], shares, over (0, 1) in equal bins
+    load_max_over_mean, router_entropy, dropped        [layer]
+    tokens                                             [modality]
+    mean_real_slots, nominal_real_slots, mean_virtual_share, mean_importance, worst_load_max_over_mean, total_dropped
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.modality import NUM_MODALITIES
+from anyexperts_jax.core.tree import register_dataclass
+from anyexperts_jax.routing.trace import RoutingTrace
+
+HISTOGRAM_BINS = 20
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoutingSums:
+    """Routing of one or more batches in sum; add two with `jax.tree.map(jnp.add, a, b)`."""
+
+    tokens_M: Float[Array, "M"]
+    importance_LM: Float[Array, "L M"]
+    real_slots_LM: Float[Array, "L M"]
+    virtual_slots_LM: Float[Array, "L M"]
+    histogram: Float[Array, "L M bins"]  # tokens per bin of importance
+    load_LC: Float[Array, "L C"]  # selected slots per router column
+    entropy_L: Float[Array, " L"]  # nats
+    dropped_L: Float[Array, " L"]
+
+
+def routing_sums(trace: RoutingTrace, batch: Batch) -> RoutingSums:
+    """Sums over a batch's valid tokens, by layer and modality. float32; exact for counts below 2^24."""
+    modality_BT, valid_BT = jnp.asarray(batch.modality_BT), jnp.asarray(batch.valid_BT)
+    is_in_BTM = jax.nn.one_hot(modality_BT, NUM_MODALITIES) * valid_BT[..., None]
+    importance_LBT = jax.lax.stop_gradient(trace.importance_BT)
+    bin_LBT = jnp.clip(importance_LBT * HISTOGRAM_BINS, 0, HISTOGRAM_BINS - 1).astype(jnp.int32)
+
+    def by_modality(values_LBT: Array) -> Float[Array, "L M"]:
+        return jnp.einsum("lbt,btm->lm", values_LBT.astype(jnp.float32), is_in_BTM)
+
+    return RoutingSums(
+        tokens_M=is_in_BTM.sum((0, 1)),
+        importance_LM=by_modality(importance_LBT),
+        real_slots_LM=by_modality(trace.real_slots_BT),
+        virtual_slots_LM=by_modality(trace.virtual_slots_BT),
+        histogram=jnp.einsum("lbtx,btm->lmx", jax.nn.one_hot(bin_LBT, HISTOGRAM_BINS), is_in_BTM),
+        load_LC=trace.metrics["load_C"],
+        entropy_L=trace.metrics["router_entropy"] * valid_BT.sum(),
+        dropped_L=trace.metrics["dropped"],
+    )
+
+
+def routing_means(config: AnyExpertsConfig, sums: RoutingSums) -> dict[str, Any]:
+    """The record's routing part from sums on the host: NumPy arrays, NaN where there is no token of a modality."""
+    sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+    tokens = max(sums.tokens_M.sum(), 1.0)
+    per_token_M = 1 / np.where(sums.tokens_M > 0, sums.tokens_M, np.nan)
+    slots_LM = sums.real_slots_LM + sums.virtual_slots_LM
+    real_load_LE = sums.load_LC[:, : config.num_experts]
+    peak_L = real_load_LE.max(1) / np.maximum(real_load_LE.mean(1), 1 / config.num_experts)
+    return {
+        "tokens": sums.tokens_M,
+        "real_slots": sums.real_slots_LM * per_token_M,
+        "virtual_share": sums.virtual_slots_LM / np.where(slots_LM > 0, slots_LM, np.nan),
+        "importance": sums.importance_LM * per_token_M,
+        "importance_histogram": sums.histogram * per_token_M[:, None],
+        "load_max_over_mean": peak_L,
+        "router_entropy": sums.entropy_L / tokens,
+        "dropped": sums.dropped_L,
+        "mean_real_slots": float(sums.real_slots_LM.sum(1).mean() / tokens),
+        "nominal_real_slots": float(config.expected_real_slots),
+        "mean_virtual_share": float(sums.virtual_slots_LM.sum() / max(slots_LM.sum(), 1.0)),
+        "mean_importance": float(sums.importance_LM.sum(1).mean() / tokens),
+        "worst_load_max_over_mean": float(peak_L.max()),
+        "total_dropped": float(sums.dropped_L.sum()),
+    }
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: lists and numbers, None for NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return plain(np.asarray(value).tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,72 @@
+"""AdamW: clipped gradients, warm-up and cosine decay, weight decay on matrices alone."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.core.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser.
+
+    Raises:
+      UserError: naming the value that is out of range.
+    """
+
+    lr: float = 1e-3  # at its highest, after the warm-up
+    warmup_steps: int = 100  # the learning rate rises linearly from 0
+    final_lr_fraction: float = 0.1  # of lr, reached at the last step
+    weight_decay: float = 0.01  # decoupled, times the learning rate; not on norms, biases and other vectors
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # of the whole gradient
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "clip_norm"):
+            value = getattr(self, name)
+            require(value > 0, f"optim.{name}={value} must be > 0")
+        for name in ("warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            require(value >= 0, f"optim.{name}={value} must be >= 0")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optim.{name}={value} must be in [0, 1)")
+        fraction = self.final_lr_fraction
+        require(0 <= fraction <= 1, f"optim.final_lr_fraction={fraction} must be in [0, 1]")
+
+
+def learning_rate(config: OptimConfig, steps: int, step: Int[Array, ""] | int) -> Float[Array, ""]:
+    """The learning rate of step number `step`, 0 to steps - 1: linear warm-up, then cosine decay."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=config.lr / max(config.warmup_steps, 1),  # the first step already moves
+        peak_value=config.lr,
+        warmup_steps=config.warmup_steps,
+        decay_steps=steps,
+        end_value=config.lr * config.final_lr_fraction,
+    )
+    return jnp.asarray(schedule(step), jnp.float32)
+
+
+def decays(logical_axes: tuple[str, ...]) -> bool:
+    """Whether weight decay applies to a parameter: to matrices, not to norms, biases and other vectors per layer."""
+    return len([axis for axis in logical_axes if axis != "layers"]) >= 2
+
+
+def make_optimizer(config: OptimConfig, logical_axes: Any) -> optax.GradientTransformation:
+    """AdamW without the learning rate, which the step multiplies in: it follows the step, skipped ones included.
+
+    Moments are float32 whatever the gradients' dtype.
+    """
+    mask = jax.tree.map(decays, logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.float32),
+        optax.add_decayed_weights(config.weight_decay, mask=mask),
+    )

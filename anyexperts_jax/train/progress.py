@@ -1,0 +1,91 @@
+"""What a run shows while it goes: a progress bar on a terminal, plain lines elsewhere, a table at the end."""
+
+import time
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from anyexperts_jax.core.modality import MODALITY_NAMES
+
+PLAIN_LINE_SECONDS = 15.0  # between lines where there is no terminal
+
+
+class Reporter:
+    """Shows a run on the console, or nothing at all."""
+
+    def __init__(self, console: Console | None) -> None:
+        """Shows on `console`; None: nothing."""
+        self._console = console or Console(quiet=True)
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+        )
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task: Any = None
+        self._last_line = time.monotonic()
+
+    def start(self, done: int, steps: int) -> None:
+        self._task = self._bar.add_task("", total=steps, completed=done, status="")
+        self._bar.start()
+
+    def step(self, done: int, steps: int, status: str) -> None:
+        """Shows that `done` of `steps` are taken, with a line on how they went."""
+        self._bar.update(self._task, completed=done, status=status)
+        if not self._console.is_terminal and time.monotonic() - self._last_line > PLAIN_LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self.note(f"step {done}/{steps}  {status}")
+
+    def note(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def evaluation(self, step: int, record: dict[str, Any]) -> None:
+        exact = "  ".join(f"{name} {scores['exact_match']:.0%}" for name, scores in record["domains"].items())
+        self.note(f"step {step}: validation loss {record['loss']:.3f}, exact match: {exact}")
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+    def tables(self, record: dict[str, Any]) -> None:
+        """The last evaluation: scores by domain, routing by layer and modality."""
+        self._console.print(domain_table(record))
+        self._console.print(routing_table(record))
+
+
+def status_line(scalars: dict[str, float], mean_real_slots: float, tokens_per_second: float) -> str:
+    return (
+        f"loss {scalars['answer_loss']:.3f}  answer tokens right {scalars['token_accuracy']:.0%}  "
+        f"real experts {mean_real_slots:.2f}  {tokens_per_second:,.0f} tokens/s"
+    )
+
+
+def domain_table(record: dict[str, Any]) -> Table:
+    table = Table(title="Validation (teacher-forced)")
+    for column in ("domain", "loss", "answer tokens right", "answers right", "examples"):
+        table.add_column(column, justify="left" if column == "domain" else "right")
+    for name, scores in record["domains"].items():
+        right = (f"{scores['token_accuracy']:.1%}", f"{scores['exact_match']:.1%}")
+        table.add_row(name, f"{scores['loss']:.3f}", *right, str(scores["examples"]))
+    return table
+
+
+def routing_table(record: dict[str, Any]) -> Table:
+    """Mean real experts by layer and modality, and each layer's load and drops."""
+    real_LM, share_LM = np.asarray(record["real_slots"], float), np.asarray(record["virtual_share"], float)
+    table = Table(
+        title=f"Real experts per token: {record['mean_real_slots']:.2f} realised, "
+        f"{record['nominal_real_slots']:.2f} nominal"
+    )
+    for column in ("MoE layer", *MODALITY_NAMES, "virtual share", "load max/mean", "dropped"):
+        table.add_column(column, justify="right")
+    for layer, real_M in enumerate(real_LM):
+        cells = ["-" if np.isnan(real) else f"{real:.2f}" for real in real_M]
+        share = "-" if np.isnan(share_LM[layer]).all() else f"{np.nanmean(share_LM[layer]):.1%}"
+        load = f"{record['load_max_over_mean'][layer]:.2f}"
+        table.add_row(str(layer), *cells, share, load, f"{record['dropped'][layer]:.0f}")
+    return table

@@ -1,0 +1,105 @@
+"""A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/ and what the analysis adds."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.models.init import abstract_params, logical_axes
+from anyexperts_jax.sharding.specs import param_shardings, replicated
+from anyexperts_jax.train.config import RunConfig, load_config, to_json
+
+Which = Literal["best", "last"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+    """The paths of a run."""
+
+    root: pathlib.Path
+
+    @property
+    def config(self) -> pathlib.Path:
+        return self.root / "config.json"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> pathlib.Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.root / "checkpoints"
+
+
+def open_run_dir(root: str | pathlib.Path, config: RunConfig) -> tuple[RunDir, dict[str, tuple[Any, Any]]]:
+    """Makes the directory of a run, or checks that the one there is of the same run; writes config.json.
+
+    Returns the paths, and what differs from the configuration there and may.
+
+    Raises:
+      UserError: when it cannot be made, or holds a run of another configuration (naming the keys).
+    """
+    from anyexperts_jax.train.checkpoint import require_same_run
+
+    paths = RunDir(pathlib.Path(root))
+    changed = {}
+    if paths.config.exists():
+        changed = require_same_run(config, load_config(paths.config), f"the run in {paths.root}")
+    try:
+        paths.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run directory {paths.root}: {error.strerror}") from error
+    write_whole(paths.config, to_json(config))
+    return paths, changed
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that whoever looks sees the old or the new one, whole."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text)
+    os.replace(fresh, path)
+
+
+def load_run(
+    run_dir: str | pathlib.Path, which: Which = "best", mesh: Mesh | None = None
+) -> tuple[RunConfig, Any, jax.Array]:
+    """Configuration, parameters and expert biases [L, C] of a run's best or last checkpoint.
+
+    They are put on `mesh`, or else on the first device, whatever they were trained on.
+
+    Raises:
+      UserError: when there is no run, no checkpoint, or it is unreadable.
+    """
+    from anyexperts_jax.train.checkpoint import Checkpoints
+
+    require_one_of("which", which, get_args(Which))
+    paths = RunDir(pathlib.Path(run_dir))
+    require(paths.checkpoints.is_dir(), f"no run in {paths.root}: there is no {paths.checkpoints}")
+    checkpoints = Checkpoints(paths.checkpoints, read_only=True)
+    step = checkpoints.best if which == "best" else checkpoints.latest
+    if step is None:
+        raise UserError(f"no checkpoint in {paths.checkpoints}; the run stopped before it wrote one")
+    config = checkpoints.config(step)
+    abstract = abstract_params(config.model)
+    bias_LC = jax.ShapeDtypeStruct((config.model.stack.num_moe_layers, config.model.moe.num_columns), jnp.float32)
+    if mesh is None:
+        everywhere: Any = SingleDeviceSharding(jax.devices()[0])
+        shardings = jax.tree.map(lambda _: everywhere, abstract)
+    else:
+        everywhere = replicated(mesh)
+        shardings = param_shardings(mesh, logical_axes(config.model), abstract)
+    place = lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # noqa: E731
+    params, router_bias_LC = checkpoints.restore_model(
+        step, jax.tree.map(place, abstract, shardings), place(bias_LC, everywhere)
+    )
+    checkpoints.close()
+    return config, params, router_bias_LC

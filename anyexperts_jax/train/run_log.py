@@ -1,0 +1,127 @@
+"""The run's logs: metrics.jsonl and TensorBoard events, written as the run goes."""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import IO, Any
+
+import numpy as np
+
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.modality import MODALITY_NAMES
+from anyexperts_jax.train.metrics import plain
+from anyexperts_jax.train.run_dir import RunDir, write_whole
+
+
+class RunLog:
+    """Records of a run, one JSON object a line, and the same numbers for TensorBoard.
+
+    Opened at `step`, it drops the records past it: a run that goes on from a checkpoint writes them again. Every
+    write reaches the file at once, so that a full disk shows where it happens, as an OSError.
+    """
+
+    def __init__(self, paths: RunDir, step: int) -> None:
+        if paths.metrics.exists():
+            kept = [json.dumps(record) + "\n" for record in read_records(paths.metrics) if record["step"] <= step]
+            write_whole(paths.metrics, "".join(kept))
+        self._file: IO[str] = open(paths.metrics, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self._events = _EventFile(paths.tensorboard, step)
+
+    def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        """Writes one record: {"kind": kind, "step": step, **record}.
+
+        Raises:
+          OSError: when there is no room.
+        """
+        self._file.write(json.dumps({"kind": kind, "step": step, **plain(record)}) + "\n")
+        self._events.write(step, kind, record)
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl. A last line cut short, as a killed run leaves it, is left out.
+
+    Raises:
+      UserError: naming the first line that is no record.
+    """
+    records = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: not valid JSON: {error}") from error
+    return records
+
+
+class _EventFile:
+    """A TensorBoard event file, written in the caller's thread: tensorboardX's SummaryWriter has a thread of its own,
+    in which a full disk ends the writing and in time hangs the run."""
+
+    def __init__(self, directory: pathlib.Path, step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2
+
+        os.makedirs(directory, exist_ok=True)
+        self._event = event_pb2.Event
+        self._writer = EventsWriter(str(directory / "events"), filename_suffix=f".{step}")
+        if step > 0:  # tells TensorBoard to drop what it has read past this step
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.write_event(self._event(wall_time=time.time(), step=step + 1, session_log=start))
+        self._writer.flush()
+
+    def write(self, step: int, kind: str, record: dict[str, Any]) -> None:
+        from tensorboardX import summary
+
+        histograms = record.get("importance_histogram")
+        summaries = [summary.scalar(f"{kind}/{tag}", value) for tag, value in _scalars(record)]
+        if histograms is not None:
+            summaries += [summary.histogram_raw(f"{kind}/{tag}", **h) for tag, h in _histograms(histograms)]
+        for each in summaries:
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=each))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Tag and value of every finite number; arrays by layer and modality."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and np.isfinite(value):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, np.ndarray) and name != "importance_histogram":
+            for index in np.argwhere(np.isfinite(value)):
+                yield f"{prefix}{name}/{_place(name, index)}", float(value[tuple(index)])
+
+
+def _place(name: str, index: np.ndarray) -> str:
+    if name == "tokens":
+        return MODALITY_NAMES[index[0]]
+    layer = f"layer_{index[0]}"
+    return layer if len(index) == 1 else f"{layer}/{MODALITY_NAMES[index[1]]}"
+
+
+def _histograms(shares_LMX: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:
+    """TensorBoard's histogram of importance in each layer and modality that has tokens."""
+    bins = shares_LMX.shape[-1]
+    middles = (np.arange(bins) + 0.5) / bins
+    for layer, modality in np.argwhere(np.isfinite(shares_LMX).all(-1)):
+        shares = shares_LMX[layer, modality]
+        histogram = {
+            "min": 0.0,
+            "max": 1.0,
+            "num": 1.0,
+            "sum": float(shares @ middles),
+            "sum_squares": float(shares @ middles**2),
+            "bucket_limits": ((np.arange(bins) + 1) / bins).tolist(),
+            "bucket_counts": shares.tolist(),
+        }
+        yield f"importance_histogram/layer_{layer}/{MODALITY_NAMES[modality]}", histogram

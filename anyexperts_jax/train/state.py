@@ -1,0 +1,72 @@
+"""`TrainState`: all that a step changes, as one tree of arrays."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.core.tree import register_dataclass
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.init import abstract_params, init_params, logical_axes
+from anyexperts_jax.sharding.specs import param_shardings, replicated
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state after `step` steps."""
+
+    step: Int[Array, ""]  # steps taken, skipped ones included
+    params: Any
+    opt_state: Any  # its moments are trees like `params`
+    router_bias_LC: Float[Array, "L C"]  # the expert biases of loss-free balancing; stays zero where they are off
+
+
+def init_state(model: ModelConfig, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """The state before the first step."""
+    bias_LC = jnp.zeros((model.stack.num_moe_layers, model.moe.num_columns), jnp.float32)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_LC)
+
+
+def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The sharding of every array of the state: moments where their parameters are, the rest on every device.
+
+    Raises:
+      UserError: when a parameter does not split over the mesh.
+    """
+    params = abstract_params(model)
+    init = functools.partial(init_state, model, optimizer)
+    return optax.tree_utils.tree_map_params(
+        init,
+        lambda _, sharding: sharding,
+        jax.eval_shape(init, params),
+        param_shardings(mesh, logical_axes(model), params),
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of every array of the state: what a checkpoint is restored into."""
+    shapes = jax.eval_shape(functools.partial(init_state, model, optimizer), abstract_params(model))
+    return jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        shapes,
+        state_shardings(model, optimizer, mesh),
+    )
+
+
+def create_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, key: Array) -> TrainState:
+    """The state before the first step, every array born where it belongs. The mesh does not change the values."""
+
+    def init(key: Array) -> TrainState:
+        return init_state(model, optimizer, init_params(model, key))
+
+    # Runs once: on CPU, unoptimised code costs milliseconds to run and saves three quarters of the compilation.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    shardings = state_shardings(model, optimizer, mesh)
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)

@@ -1,0 +1,169 @@
+"""The train step and the evaluation step: pure functions of state and batch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.tree import register_dataclass
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.routing.bias import update_expert_bias
+from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.train.config import RunConfig
+from anyexperts_jax.train.losses import answer_scores, auxiliary_loss
+from anyexperts_jax.train.metrics import RoutingSums, routing_sums
+from anyexperts_jax.train.optim import learning_rate
+from anyexperts_jax.train.state import TrainState
+
+# In the order in which a step that is not finite names the first offender.
+CHECKED_SCALARS = ("answer_loss", "balance_loss", "importance_loss", "z_loss", "loss", "grad_norm")
+
+
+class Apply(Protocol):
+    """The model as a function. `key` draws what is stochastic in training; None: nothing is."""
+
+    def __call__(
+        self, params: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None
+    ) -> tuple[Float[Array, "B T Y"], RoutingTrace]: ...
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BatchSums:
+    """Scores of one or more batches in sum."""
+
+    answer_loss: Float[Array, ""]  # nats
+    answer_tokens: Int[Array, ""]
+    correct_tokens: Int[Array, ""]
+    exact_answers: Int[Array, ""]
+    answers: Int[Array, ""]  # sequences that have an answer; rows that only fill up a batch have none
+    routing: RoutingSums
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What a step tells of itself."""
+
+    scalars: dict[str, Float[Array, ""]]
+    routing: RoutingSums
+    finite: Bool[Array, ""]  # False: the step changed nothing but the step count
+
+
+def model_apply(config: ModelConfig) -> Apply:
+    """`MultimodalModel(config)` as a function."""
+    model = MultimodalModel(config)
+
+    def apply(
+        params: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None
+    ) -> tuple[Float[Array, "B T Y"], RoutingTrace]:
+        rngs = None if key is None else {"routing": key}
+        output = model.apply({"params": params}, batch, router_bias_LC=router_bias_LC, window=window, rngs=rngs)
+        return output.logits_BTY, output.trace
+
+    return apply
+
+
+def batch_sums(logits_BTY: Float[Array, "B T Y"], trace: RoutingTrace, batch: Batch) -> BatchSums:
+    scores = answer_scores(logits_BTY, batch.tokens_BT, batch.loss_mask_BT)
+    return BatchSums(
+        answer_loss=scores.loss_B.sum(),
+        answer_tokens=scores.tokens_B.sum(),
+        correct_tokens=scores.correct_B.sum(),
+        exact_answers=scores.exact_B.sum(),
+        answers=(scores.tokens_B > 0).sum(),
+        routing=routing_sums(trace, batch),
+    )
+
+
+def make_eval_step(apply: Apply) -> Callable[..., BatchSums]:
+    """The teacher-forced evaluation of one batch: f(params, router_bias_LC, batch, window=None)."""
+
+    def eval_step(params: Any, router_bias_LC: Array, batch: Batch, window: Array | None = None) -> BatchSums:
+        logits_BTY, trace = apply(params, batch, router_bias_LC, None, window)
+        return batch_sums(logits_BTY, trace, batch)
+
+    return eval_step
+
+
+def make_train_step(
+    config: RunConfig, optimizer: optax.GradientTransformation, apply: Apply
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
+    """The step as a pure function of state and batch.
+
+    The loss is the cross entropy per answer token of the whole batch, however many micro-batches it is cut into, plus
+    `auxiliary_loss`; micro-batches count in the latter by their valid tokens, which is exact for the importance and
+    z losses, while the balance loss is that of each micro-batch. What is random depends on the seed, the step and the
+    micro-batch alone. Where a loss or the gradient's norm is not finite, nothing but the step count changes.
+    """
+    moe, train = config.model.moe, config.train
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        grads, sums, losses = accumulate(apply, moe, train.accumulation, state, batch, key)
+        scalars = {
+            **losses,
+            "grad_norm": optax.global_norm(grads).astype(jnp.float32),
+            "learning_rate": learning_rate(config.optim, train.steps, state.step),
+            "token_accuracy": sums.correct_tokens / jnp.maximum(sums.answer_tokens, 1),
+            "exact_match": sums.exact_answers / jnp.maximum(sums.answers, 1),
+        }
+        finite = jnp.all(jnp.isfinite(jnp.stack([scalars[name] for name in CHECKED_SCALARS])))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: -scalars["learning_rate"] * u, updates))
+        bias_LC = state.router_bias_LC
+        if moe.expert_bias:
+            bias_LC = update_expert_bias(bias_LC, sums.routing.load_LC, moe.expert_bias_rate)
+        updated = TrainState(state.step, params, opt_state, bias_LC)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        return dataclasses.replace(kept, step=state.step + 1), StepReport(scalars, sums.routing, finite)
+
+    return train_step
+
+
+def accumulate(
+    apply: Apply, moe: AnyExpertsConfig, parts: int, state: TrainState, batch: Batch, key: Array
+) -> tuple[Any, BatchSums, dict[str, Array]]:
+    """Gradient in float32, sums and losses of a batch that is computed in `parts` micro-batches."""
+    answer_tokens = jnp.maximum(jnp.sum(jnp.asarray(batch.loss_mask_BT)), 1)
+    valid_tokens = jnp.maximum(jnp.sum(jnp.asarray(batch.valid_BT)), 1)
+
+    def micro_loss(params: Any, micro: Batch, key: Array) -> tuple[Array, tuple[BatchSums, dict[str, Array]]]:
+        logits_BTY, trace = apply(params, micro, state.router_bias_LC, key, None)
+        sums = batch_sums(logits_BTY, trace, micro)
+        share = jnp.sum(jnp.asarray(micro.valid_BT)) / valid_tokens
+        answer_loss = sums.answer_loss / answer_tokens
+        loss = answer_loss + share * auxiliary_loss(moe, trace.losses)
+        router_losses = {f"{name}_loss": share * value.mean() for name, value in trace.losses.items()}
+        return loss, (sums, {"loss": loss, "answer_loss": answer_loss, **router_losses})
+
+    def part(micro: Batch, index: Array | int) -> tuple[Any, BatchSums, dict[str, Array]]:
+        grads, (sums, losses) = jax.grad(micro_loss, has_aux=True)(state.params, micro, jax.random.fold_in(key, index))
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums, losses
+
+    if parts == 1:
+        return part(batch, 0)
+
+    def add_part(total: Any, indexed: tuple[Array, Batch]) -> tuple[Any, None]:
+        index, micro = indexed
+        return jax.tree.map(jnp.add, total, part(micro, index)), None
+
+    micros = split_batch(batch, parts)
+    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], micros), 0)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add_part, zeros, (jnp.arange(parts), micros))[0]
+
+
+def split_batch(batch: Batch, parts: int) -> Batch:
+    """The batch as `parts` micro-batches along a new leading axis.
+
+    Micro-batch i takes sequences i, i + parts, ...: on a mesh every device keeps its own sequences.
+    """
+    return jax.tree.map(lambda x: jnp.moveaxis(jnp.reshape(x, (-1, parts, *x.shape[1:])), 1, 0), batch)

@@ -1,0 +1,84 @@
+"""How a run stops before its end: each way an exception of one line with an exit code."""
+
+import errno
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class RunStoppedError(Exception):
+    """A run that ended early. The command line prints the message and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class NonFiniteError(RunStoppedError):
+    """A loss or gradient is NaN or infinite."""
+
+    exit_code = 3
+
+
+class DiskFullError(RunStoppedError):
+    """Logs or a checkpoint could not be written for want of room."""
+
+    exit_code = 4
+
+
+class RunInterruptedError(RunStoppedError):
+    """SIGINT or SIGTERM; a checkpoint was written. Exit code 130 or 143, as shells have it."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class StopRequests:
+    """Within its context SIGINT and SIGTERM are noted and not acted on; a second one acts as it did outside.
+
+    Signals reach only the main thread: in another thread nothing is noted.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequests":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def no_room(error: BaseException) -> str | None:
+    """What the system said, if `error` or one of its causes is that a file found no room; else None.
+
+    Checkpoint writers wrap the system's error, so its text counts as well as its number.
+    """
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        for number in _NO_ROOM:
+            if getattr(cause, "errno", None) == number or os.strerror(number) in str(cause):
+                return os.strerror(number)
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -1,0 +1,60 @@
+"""Teacher-forced evaluation of every domain's validation examples during training."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.data.pipeline import eval_batches
+from anyexperts_jax.sharding.specs import shard_batch
+from anyexperts_jax.train.config import RunConfig
+from anyexperts_jax.train.metrics import routing_means
+from anyexperts_jax.train.state import TrainState
+from anyexperts_jax.train.step import Apply, BatchSums, make_eval_step
+
+
+class Validation:
+    """The same `train.eval_examples` validation examples of each domain, every time it is called."""
+
+    def __init__(self, config: RunConfig, apply: Apply, mesh: Mesh) -> None:
+        self._config = config
+        self._mesh = mesh
+        self._step = jax.jit(make_eval_step(apply))
+        self._batches: dict[str, list[Batch]] = {}
+
+    def __call__(self, state: TrainState) -> dict[str, Any]:
+        """The record of an evaluation: "loss" (mean over domains of nats per answer token), "domains" with each
+        domain's loss, token_accuracy and exact_match, and the routing of all domains together."""
+        sums = {name: self._sums(name, state) for name in self._config.data.domains}
+        domains = {name: _scores(each) for name, each in sums.items()}
+        routing = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *(each.routing for each in sums.values()))
+        return {
+            "loss": float(np.mean([scores["loss"] for scores in domains.values()])),
+            "domains": domains,
+            **routing_means(self._config.model.moe, routing),
+        }
+
+    def _sums(self, name: str, state: TrainState) -> BatchSums:
+        if name not in self._batches:  # made once: rendering and speech synthesis take longer than the model
+            train = self._config.train
+            self._batches[name] = list(
+                eval_batches(self._config.data, name, "validation", train.batch_size, train.eval_examples)
+            )
+        parts = [
+            self._step(state.params, state.router_bias_LC, shard_batch(self._mesh, batch))
+            for batch in self._batches[name]
+        ]
+        return jax.device_get(jax.tree.map(lambda *leaves: jnp.stack(leaves).sum(axis=0), *parts))
+
+
+def _scores(sums: BatchSums) -> dict[str, float]:
+    tokens, answers = max(int(sums.answer_tokens), 1), max(int(sums.answers), 1)
+    return {
+        "loss": float(sums.answer_loss) / tokens,
+        "token_accuracy": int(sums.correct_tokens) / tokens,
+        "exact_match": int(sums.exact_answers) / answers,
+        "examples": int(sums.answers),
+    }

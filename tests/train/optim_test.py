@@ -1,0 +1,49 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.train.optim import OptimConfig, learning_rate, make_optimizer
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = OptimConfig(lr=1.0, warmup_steps=4, final_lr_fraction=0.2)
+    rates = np.asarray([learning_rate(config, 24, step) for step in range(25)])
+    np.testing.assert_allclose(rates[:5], [0.25, 0.4375, 0.625, 0.8125, 1.0])
+    np.testing.assert_allclose(rates[14], 0.2 + 0.8 / 2, rtol=1e-6)  # half way down the cosine
+    np.testing.assert_allclose(rates[24], 0.2, rtol=1e-6)
+    assert learning_rate(OptimConfig(lr=1.0, warmup_steps=0), 10, 0) == 1.0
+
+
+def test_weight_decay_spares_norms_and_biases():
+    axes = {"norm": ("layers", "norm"), "bias": ("router",), "up": ("layers", "embed", "mlp")}
+    params = {"norm": jnp.ones((2, 3)), "bias": jnp.ones(4), "up": jnp.ones((2, 3, 5))}
+    optimizer = make_optimizer(OptimConfig(weight_decay=0.5), axes)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    assert {name: float(update.max()) for name, update in updates.items()} == {"norm": 0.0, "bias": 0.0, "up": 0.5}
+
+
+def test_gradient_is_clipped_as_a_whole():
+    optimizer = make_optimizer(
+        OptimConfig(clip_norm=1.0, b1=0.0, eps=1.0, weight_decay=0.0), {"a": ("norm",), "b": ("norm",)}
+    )
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    updates, _ = optimizer.update({"a": jnp.asarray([30.0]), "b": jnp.asarray([40.0])}, optimizer.init(params), params)
+    # clipped to (0.6, 0.8); Adam's first step then gives g / (|g| + eps)
+    np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [0.6 / 1.6, 0.8 / 1.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr": 0.0}, r"optim\.lr=0\.0 must be > 0"),
+        ({"warmup_steps": -1}, r"optim\.warmup_steps=-1 must be >= 0"),
+        ({"b2": 1.0}, r"optim\.b2=1\.0 must be in \[0, 1\)"),
+        ({"final_lr_fraction": 1.5}, r"final_lr_fraction=1\.5 must be in \[0, 1\]"),
+        ({"clip_norm": float("nan")}, "clip_norm=nan must be > 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        OptimConfig(**fields)
