@@ -1,0 +1,140 @@
+"""`anyexperts data show`: prints examples as a table and writes them as pictures and sound."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float32
+from numpy import ndarray
+
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.data.domain import domain
+from anyexperts_jax.data.drawings import Numbered, draw_sheet
+from anyexperts_jax.data.example import LEVELS, SAMPLE_RATE, Example
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+MAX_COUNT = 96  # examples a contact sheet has room for
+
+
+def show(
+    domain_name: str,
+    split: str,
+    count: int,
+    out_dir: pathlib.Path,
+    *,
+    start: int = 0,
+    seed: int = 0,
+    levels: Sequence[int] = LEVELS,
+    console: "Console | None" = None,
+) -> list[pathlib.Path]:
+    """Shows examples `start` to `start + count` of a domain; see `show_examples`.
+
+    Raises:
+      UserError: when an argument is out of range, or `out_dir` cannot be written.
+    """
+    require(1 <= count <= MAX_COUNT, f"count={count} must be in [1, {MAX_COUNT}]")
+    require(start >= 0, f"start={start} must be >= 0")
+    source = domain(domain_name)
+    examples = [(i, source.example(split, i, seed, levels)) for i in range(start, start + count)]
+    return show_examples(examples, f"{domain_name}_{split}", out_dir, console=console)
+
+
+def show_examples(
+    examples: Sequence[Numbered], name: str, out_dir: pathlib.Path, *, console: "Console | None" = None
+) -> list[pathlib.Path]:
+    """Prints a table of `examples` and writes, under `out_dir`, contact sheets (NAME.png) and sound (NAME_INDEX.wav).
+
+    A mixture of kinds of media makes a sheet for each, NAME_KIND.png. Returns what was written.
+
+    Raises:
+      UserError: when there is nothing to show, or `out_dir` cannot be written.
+    """
+    from rich.console import Console
+
+    require(len(examples) > 0, "there are no examples to show")
+    console = console or Console()
+    console.print(_table(examples, name))
+    kinds = sorted({example.media or "text" for _, example in examples})
+    written = []
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for kind in kinds:
+            path = out_dir / (f"{name}.png" if len(kinds) == 1 else f"{name}_{kind}.png")
+            draw_sheet([pair for pair in examples if (pair[1].media or "text") == kind], path.stem, path)
+            written.append(path)
+        for number, example in examples:
+            if example.audio is not None:
+                path = out_dir / f"{name}_{number}.wav"
+                write_wav(path, example.audio)
+                written.append(path)
+    except OSError as error:
+        raise UserError(f"cannot write to {out_dir}: {error}") from error
+    console.print(_summary(written), highlight=False, soft_wrap=True)
+    return written
+
+
+def write_wav(path: pathlib.Path, audio: Float32[ndarray, " samples"]) -> None:
+    """Writes mono audio in [-1, 1] at SAMPLE_RATE as 16-bit WAV."""
+    from scipy.io import wavfile
+
+    wavfile.write(path, SAMPLE_RATE, np.clip(np.round(audio * 32768), -32768, 32767).astype(np.int16))
+
+
+def describe_evidence(example: Example) -> str:
+    """The evidence in the media in words: "5% of image", "frames 4-7", "0.19-0.42 s"; empty where there is none."""
+    if example.image_evidence is not None:
+        return f"{example.image_evidence.mean():.0%} of image"
+    if example.video_evidence is not None:
+        frames = np.flatnonzero(example.video_evidence.any(axis=(1, 2)))
+        runs = np.split(frames, np.flatnonzero(np.diff(frames) > 1) + 1)
+        return "frames " + ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs if len(run))
+    joined: list[tuple[float, float]] = []
+    for start, end in example.audio_evidence:
+        if joined and start <= joined[-1][1]:
+            start = joined.pop()[0]
+        joined.append((start, end))
+    return ", ".join(f"{start:.2f}-{end:.2f} s" for start, end in joined)
+
+
+def _table(examples: Sequence[Numbered], name: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=name, title_justify="left", caption="underlined: evidence in the question")
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("type", no_wrap=True)
+    table.add_column("level")
+    table.add_column("question", ratio=2, overflow="fold")
+    table.add_column("answer", overflow="fold")
+    table.add_column("evidence", overflow="fold")
+    table.add_column("source", ratio=1, overflow="fold")
+    for number, example in examples:
+        table.add_row(
+            str(number),
+            example.question_type,
+            str(example.level),
+            _question(example),
+            example.answer,
+            describe_evidence(example),
+            example.source,
+        )
+    return table
+
+
+def _question(example: Example) -> "Text":
+    from rich.text import Text
+
+    text = Text(example.question)
+    for start, end in example.question_evidence:
+        text.stylize("bold underline", start, end)
+    return text
+
+
+def _summary(written: Sequence[pathlib.Path]) -> str:
+    pictures = [str(path) for path in written if path.suffix == ".png"]
+    sounds = len(written) - len(pictures)
+    return f"wrote {', '.join(pictures)}" + (f" and {sounds} WAV files beside it" if sounds else "")
