@@ -19,6 +19,7 @@ from anyexperts_jax.data import documents
 from anyexperts_jax.data.documents import Document, Style
 from anyexperts_jax.data.domain import Metric, example_generator
 from anyexperts_jax.data.example import LEVELS, Example
+from anyexperts_jax.data.five_domains.marked_text import marked
 from anyexperts_jax.data.fonts import FACES
 
 _PLAIN = ((255, 255, 255), (0, 0, 0), (120, 160, 220))  # paper, ink, accent
@@ -70,6 +71,7 @@ class Ocr:
         question_type = self.question_types[int(rng.integers(len(self.question_types)))]
         make = {"read": _read, "find": _find, "compare": _compare}[question_type]
         document, question, answer, boxes = make(rng, style, difficulty)
+        question, spans = marked(question)
         return Example(
             domain=self.name,
             question_type=question_type,
@@ -78,11 +80,12 @@ class Ocr:
             answer=answer,
             source=f"font:{style.face}",
             image=_add_noise(rng, document.image, difficulty.noise),
+            question_evidence=spans,
             image_evidence=documents.pixels_in(boxes),
         )
 
 
-Made = tuple[Document, str, str, list[documents.Box]]  # with question, answer, and where the answer is
+Made = tuple[Document, str, str, list[documents.Box]]  # with question (evidence marked), answer, where the answer is
 
 
 def _read(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> Made:
@@ -99,7 +102,7 @@ def _find(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> Ma
     kind = ("table", "chart", "receipt")[int(rng.integers(3 if difficulty.rows == 4 else 2))]
     document = _draw(rng, style, difficulty, kind)
     field = document.fields[int(rng.integers(len(document.fields)))]
-    question = f"Price of {field.key}?" if kind == "receipt" else f"Value of {field.key}?"
+    question = f"Price of [{field.key}]?" if kind == "receipt" else f"Value of [{field.key}]?"
     return document, question, field.value, [field.value_box]
 
 
@@ -111,10 +114,10 @@ def _compare(rng: np.random.Generator, style: Style, difficulty: _Difficulty) ->
     if difficulty.above and rng.integers(2):
         least = sorted(values)[int(rng.integers(len(values)))]
         bound = max(least - int(rng.integers(2)), 0)
-        return document, f"How many above {bound}?", str(sum(value > bound for value in values)), boxes
+        return document, f"How many above [{bound}]?", str(sum(value > bound for value in values)), boxes
     largest = bool(rng.integers(2))
     chosen = document.fields[int(np.argmax(values) if largest else np.argmin(values))]
-    question = "Which is largest?" if largest else "Which is smallest?"
+    question = f"Which is [{'largest' if largest else 'smallest'}]?"
     return document, question, chosen.key, [*boxes, chosen.key_box]
 
 

@@ -19,6 +19,7 @@ from numpy import ndarray
 from anyexperts_jax.data import espeak
 from anyexperts_jax.data.domain import Metric, example_generator
 from anyexperts_jax.data.example import LEVELS, SAMPLE_RATE, Example
+from anyexperts_jax.data.five_domains.marked_text import marked
 
 # What is said, and how it is written in answers.
 WORDS = {
@@ -125,6 +126,7 @@ class Speech:
         speech, spans = _say(tuple(words), voice, rate, pitch)
         audio, offset = _in_a_room(rng, speech, difficulty)
         question, answer, asked = _ask(rng, question_type, words)
+        question, marks = marked(question)
         return Example(
             domain=self.name,
             question_type=question_type,
@@ -133,6 +135,7 @@ class Speech:
             answer=answer,
             source=f"voice:{voice}",
             audio=audio,
+            question_evidence=marks,
             audio_evidence=tuple(
                 ((offset + spans[i][0]) / SAMPLE_RATE, (offset + spans[i][1]) / SAMPLE_RATE) for i in asked
             ),
@@ -140,7 +143,7 @@ class Speech:
 
 
 def _ask(rng: np.random.Generator, question_type: str, words: list[str]) -> tuple[str, str, list[int]]:
-    """The question, its answer, and the numbers of the words that carry it."""
+    """The question (evidence marked), its answer, and the numbers of the words that carry it."""
     everything = list(range(len(words)))
     if question_type == "transcribe":
         return "What is said?", " ".join(WORDS[word] for word in words), everything
@@ -148,7 +151,7 @@ def _ask(rng: np.random.Generator, question_type: str, words: list[str]) -> tupl
         return "How many words?", str(len(words)), everything
     position = _choose(rng, _POSITIONS if len(words) > 2 else ("first", "last"))
     asked = {"first": 0, "second": 1, "last": len(words) - 1}[position]
-    return f"What is the {position} word?", WORDS[words[asked]], [asked]
+    return f"What is the [{position}] word?", WORDS[words[asked]], [asked]
 
 
 def _say(

@@ -74,15 +74,19 @@ def test_answers_and_evidence_follow_from_the_document(monkeypatch, level):
     for index in range(60):
         example, document = drawn(monkeypatch, index, level)
         question, answer, fields = example.question, example.answer, document.fields
+        marks = [question[start:end] for start, end in example.question_evidence]
         values = {field.key: field.value for field in fields}
         expected = [field.value_box for field in fields]
         if example.question_type == "read":
             assert answer == fields[0].value
+            assert not marks
         elif example.question_type == "find":
             key = re.fullmatch(r"(?:Value|Price) of (\w+)\?", question)[1]
             assert answer == values[key]
+            assert marks == [key]
             expected = [field.value_box for field in fields if field.key == key]
         else:
+            assert marks == [question.rstrip("?").split()[-1]]
             numbers = {key: int(value) for key, value in values.items()}
             expected += [field.bar_box for field in fields if field.bar_box]
             if question.startswith("How many"):
