@@ -7,7 +7,7 @@ import numpy as np
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.data.encode import EncodingSpec
+from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.tokenizer import PAD, SEP, decode
 
 _FILL = {"tokens_BT": PAD}  # of padding rows; 0 elsewhere

@@ -8,6 +8,7 @@ from numpy import ndarray
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.modality import Modality
+from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.example import Example
 from anyexperts_jax.data.features import chunks_in_spans, log_mel, stack_frames
 from anyexperts_jax.data.tokenizer import BOS, EOS, PAD, SEP, VOCAB_SIZE, byte_spans
@@ -15,39 +16,6 @@ from anyexperts_jax.data.tokenizer import encode as encode_text
 from anyexperts_jax.models.config import ModelConfig
 
 _MODALITY = {"image": Modality.IMAGE, "video": Modality.VIDEO, "audio": Modality.AUDIO}
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodingSpec:
-    """The fixed shapes of every sequence of a run, and how media become positions.
-
-    Raises:
-      UserError: naming the value and the rule it breaks.
-    """
-
-    max_length: int = 128  # T
-    patch_size: int = 8  # side of a square patch, in pixels
-    max_patches: int = 72  # P; 0: no image, no video
-    mel_bands: int = 40
-    frames_per_chunk: int = 4  # log-mel frames (10 ms each) that make one audio position
-    max_frames: int = 72  # S; 0: no audio
-    patch_evidence: float = 0.125  # a patch is evidence when at least this share of its pixels is
-
-    def __post_init__(self) -> None:
-        for name in ("max_length", "patch_size", "mel_bands", "frames_per_chunk"):
-            require(getattr(self, name) >= 1, f"encoding.{name}={getattr(self, name)} must be >= 1")
-        for name in ("max_patches", "max_frames"):
-            require(getattr(self, name) >= 0, f"encoding.{name}={getattr(self, name)} must be >= 0")
-        share = self.patch_evidence
-        require(0 < share <= 1, f"encoding.patch_evidence={share} must be in (0, 1]")
-
-    @property
-    def patch_features(self) -> int:
-        return 3 * self.patch_size**2
-
-    @property
-    def frame_features(self) -> int:
-        return self.mel_bands * self.frames_per_chunk
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

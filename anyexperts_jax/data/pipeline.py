@@ -13,9 +13,10 @@ import grain
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.batches import pad_rows, stack
-from anyexperts_jax.data.encode import EncodingSpec, encode
+from anyexperts_jax.data.config import DataConfig, EncodingSpec
+from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.example import Example
-from anyexperts_jax.data.mixture import DataConfig, open_source
+from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.data.source import Source
 
 __all__ = ["DataConfig", "eval_batches", "train_dataset", "train_iterator"]

@@ -1,0 +1,114 @@
+"""What a run reads: `DataConfig`, the mixture of domains, and `EncodingSpec`, the shapes of its sequences."""
+
+import dataclasses
+import pathlib
+
+from anyexperts_jax.core.errors import comma_list, require, require_one_of
+from anyexperts_jax.data.domain import DOMAIN_NAMES
+from anyexperts_jax.data.example import LEVELS
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodingSpec:
+    """The fixed shapes of every sequence of a run, and how media become positions.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    max_length: int = 128  # T
+    patch_size: int = 8  # side of a square patch, in pixels
+    max_patches: int = 72  # P; 0: no image, no video
+    mel_bands: int = 40
+    frames_per_chunk: int = 4  # log-mel frames (10 ms each) that make one audio position
+    max_frames: int = 72  # S; 0: no audio
+    patch_evidence: float = 0.125  # a patch is evidence when at least this share of its pixels is
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "patch_size", "mel_bands", "frames_per_chunk"):
+            require(getattr(self, name) >= 1, f"encoding.{name}={getattr(self, name)} must be >= 1")
+        for name in ("max_patches", "max_frames"):
+            require(getattr(self, name) >= 0, f"encoding.{name}={getattr(self, name)} must be >= 0")
+        share = self.patch_evidence
+        require(0 < share <= 1, f"encoding.patch_evidence={share} must be in (0, 1]")
+
+    @property
+    def patch_features(self) -> int:
+        return 3 * self.patch_size**2
+
+    @property
+    def frame_features(self) -> int:
+        return self.mel_bands * self.frames_per_chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The mixture of domains. Two configs that are equal give the same batches in the same order.
+
+    Raises:
+      UserError: naming the value and the valid ones.
+    """
+
+    domains: tuple[str, ...] = DOMAIN_NAMES  # generated ones, or names that `folders` defines
+    weights: tuple[float, ...] | None = None  # shares of the domains, in any unit; None: all the same
+    folders: tuple[str, ...] = ()  # "NAME=PATH": the domain NAME is read from the folder PATH
+    seed: int = 0  # of the examples and of their order
+    levels: tuple[int, ...] = LEVELS  # difficulties that generated domains draw from
+    train_examples: int = 1_000_000  # of each generated domain, before they come again in another order
+    encoding: EncodingSpec = dataclasses.field(default_factory=EncodingSpec)
+    threads: int = 1  # that make batches ahead of time; 0: made when asked for
+    prefetch: int = 2  # batches made ahead of time, by threads or by each worker
+    workers: int = 0  # processes that make batches; 0: none, the threads do
+
+    def __post_init__(self) -> None:
+        require(len(self.domains) > 0, f"data.domains is empty; valid: {comma_list(DOMAIN_NAMES)}")
+        require(len(set(self.domains)) == len(self.domains), f"data.domains={self.domains} names a domain twice")
+        folders = self.folder_paths()
+        valid = tuple(dict.fromkeys((*DOMAIN_NAMES, *folders)))
+        for name in self.domains:
+            require_one_of("data.domains entry", name, valid)
+        for name in folders:
+            require(name in self.domains, f"data.folders names {name!r}, which is not in data.domains")
+        _require_weights(self.weights, self.domains)
+        require(len(self.levels) > 0, "data.levels is empty; valid: 1, 2, 3")
+        for level in self.levels:
+            require_one_of("data.levels entry", level, LEVELS)
+        require(0 <= self.seed < 2**32, f"data.seed={self.seed} must be in [0, 2^32)")
+        require(self.train_examples >= 1, f"data.train_examples={self.train_examples} must be >= 1")
+        require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be >= 1")
+        for name in ("threads", "workers"):
+            require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)} must be >= 0")
+
+    def folder_paths(self) -> dict[str, pathlib.Path]:
+        """The folders by the name of their domain."""
+        paths: dict[str, pathlib.Path] = {}
+        for entry in self.folders:
+            name, equals, path = entry.partition("=")
+            require(bool(name and equals and path), f"data.folders entry {entry!r} must read NAME=PATH")
+            require(name not in paths, f"data.folders names {name!r} twice")
+            paths[name] = pathlib.Path(path)
+        return paths
+
+    def shares(self) -> tuple[float, ...]:
+        """The weights of the domains, in order, scaled to add up to 1."""
+        weights = self.weights or (1.0,) * len(self.domains)
+        return tuple(weight / sum(weights) for weight in weights)
+
+    def domain_index(self, name: str) -> int:
+        """The number of the domain in `Batch.domain_B`."""
+        require_one_of("domain", name, self.domains)
+        return self.domains.index(name)
+
+
+def _require_weights(weights: tuple[float, ...] | None, domains: tuple[str, ...]) -> None:
+    if weights is None:
+        return
+    require(
+        len(weights) == len(domains),
+        f"data.weights has {len(weights)} entries for {len(domains)} domains: {comma_list(domains)}",
+    )
+    for name, weight in zip(domains, weights, strict=True):
+        require(
+            0 < weight < float("inf"),
+            f"data.weights: {weight} for {name} must be finite and > 0; leave the domain out instead",
+        )
