@@ -1,5 +1,6 @@
 """Parameters of a model as plain nested dicts: their values, shapes, logical axes and number."""
 
+import functools
 import math
 import zlib
 from typing import Any
@@ -11,20 +12,52 @@ from jaxtyping import Array
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
-from anyexperts_jax.nn.params import NamedAxes
+from anyexperts_jax.nn.params import NamedAxes, Normal
+
+# Parameters of at most this many elements a layer share a few draws: XLA compiles a generator for every draw.
+_DRAW_SIZES = (2**8, 2**12, 2**16, 2**20)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: Array) -> dict[str, Any]:
     """Initial parameters: each from the key and its own name, so no part of the configuration moves another's values.
 
-    The model itself is not run: that would compile it.
+    The model itself is not run.
     """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(_boxed_shapes(config), is_leaf=_is_box)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    boxes = [box for _, box in leaves]
+    normals = _standard_normals(key, {name: box for name, box in zip(names, boxes, strict=True) if _is_random(box)})
+    values = []
+    for name, box in zip(names, boxes, strict=True):
+        shape, dtype = box.value.shape, box.value.dtype
+        if _is_random(box):
+            std = box.init.std(shape[1:] if _is_stacked(box) else shape)
+            values.append((std * normals[name].reshape(shape)).astype(dtype))
+        else:
+            values.append(box.init(key, shape, dtype))
+    return jax.tree.unflatten(tree, values)
 
-    def materialize(path: Any, box: NamedAxes) -> Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return box.materialize(jax.random.fold_in(key, zlib.crc32(name.encode())))
 
-    return jax.tree_util.tree_map_with_path(materialize, _boxed_shapes(config), is_leaf=_is_box)
+def _standard_normals(key: Array, boxes: dict[str, NamedAxes]) -> dict[str, Array]:
+    """Flat [layers, elements] standard normal draws: a layer's from the key, the parameter's name and its number."""
+    groups: dict[int, list[str]] = {}
+    for name, box in boxes.items():
+        layers, elements = _layers_and_elements(box)
+        size = next((s for s in _DRAW_SIZES if elements <= s), elements)
+        groups.setdefault(size, []).append(name)
+    draws = {}
+    for size, names in groups.items():
+        rows = [(zlib.crc32(n.encode()), layer) for n in names for layer in range(_layers_and_elements(boxes[n])[0])]
+        name_R, layer_R = (jnp.asarray(column, jnp.uint32) for column in zip(*rows, strict=True))
+        keys_R = jax.vmap(lambda n, layer: jax.random.fold_in(jax.random.fold_in(key, n), layer))(name_R, layer_R)
+        drawn = jax.vmap(lambda key, size=size: jax.random.normal(key, (size,)))(keys_R)
+        first = 0
+        for name in names:
+            layers, elements = _layers_and_elements(boxes[name])
+            draws[name] = drawn[first : first + layers, :elements]
+            first += layers
+    return draws
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
@@ -82,6 +115,20 @@ def _boxed_shapes(config: ModelConfig) -> dict[str, Any]:
 
 def _is_box(node: Any) -> bool:
     return isinstance(node, NamedAxes)
+
+
+def _is_random(box: NamedAxes) -> bool:
+    return isinstance(box.init, Normal) and box.init.scale != 0
+
+
+def _is_stacked(box: NamedAxes) -> bool:
+    return box.names[:1] == ("layers",)
+
+
+def _layers_and_elements(box: NamedAxes) -> tuple[int, int]:
+    """(layers stacked, elements of one layer)."""
+    layers = box.value.shape[0] if _is_stacked(box) else 1
+    return layers, math.prod(box.value.shape) // layers
 
 
 def _unbox(boxed: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         in_shape = x.shape[x.ndim - self.num_in :]
-        init = named(FanIn(self.num_in, scale=self.scale), self.axes)
+        init = named(FanIn(self.scale, self.num_in), self.axes)
         kernel = self.param("kernel", init, (*in_shape, *self.out_shape), jnp.dtype(self.param_dtype))
         contracted = (tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in)))
         y = jax.lax.dot_general(

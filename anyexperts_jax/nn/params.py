@@ -32,26 +32,29 @@ class Constant:
 class Normal:
     """Normal around zero."""
 
-    std: float
+    scale: float
+
+    def std(self, shape: tuple[int, ...]) -> float:
+        del shape
+        return self.scale
 
     def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-        return (self.std * jax.random.normal(key, shape)).astype(dtype)
+        return (self.std(shape) * jax.random.normal(key, shape)).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
-class FanIn:
+class FanIn(Normal):
     """Normal with standard deviation scale / sqrt(fan-in). Axes: batch (one matrix each), then input, then output."""
 
+    scale: float = 1.0
     num_in: int = 1
     num_batch: int = 0
-    scale: float = 1.0
 
-    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-        fan_in = math.prod(shape[self.num_batch : self.num_batch + self.num_in])
-        return Normal(self.scale * fan_in**-0.5)(key, shape, dtype)
+    def std(self, shape: tuple[int, ...]) -> float:
+        return self.scale * math.prod(shape[self.num_batch : self.num_batch + self.num_in]) ** -0.5
 
 
-Initializer = Constant | Normal | FanIn  # (key, shape, dtype) -> values
+Initializer = Constant | Normal  # (key, shape, dtype) -> values
 
 
 @register_dataclass
@@ -59,7 +62,7 @@ Initializer = Constant | Normal | FanIn  # (key, shape, dtype) -> values
 class NamedAxes(meta.AxisMetadata[Any]):
     """A parameter in a box with its axis names and initialiser.
 
-    `init` makes one layer's values where `names` begins with "layers". Unboxing never adds a sharding constraint,
+    `init` is that of one layer where `names` begins with "layers". Unboxing never adds a sharding constraint,
     unlike `flax.linen.Partitioned`.
     """
 
@@ -80,13 +83,6 @@ class NamedAxes(meta.AxisMetadata[Any]):
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "NamedAxes":
         del params
         return NamedAxes(self.value, (*self.names[:index], *self.names[index + 1 :]), self.init)
-
-    def materialize(self, key: Any) -> Any:
-        """New initial values in the shape and dtype of `value`, each layer from its own key."""
-        shape, dtype = self.value.shape, self.value.dtype
-        if self.names[:1] != ("layers",):
-            return self.init(key, shape, dtype)
-        return jax.vmap(lambda key: self.init(key, shape[1:], dtype))(jax.random.split(key, shape[0]))
 
 
 def named(init: Initializer, names: Sequence[str]) -> Callable[..., NamedAxes]:

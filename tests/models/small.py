@@ -64,7 +64,7 @@ def random_batch(config=SMALL, lengths=(20, 14, 7), total=22, seed=1) -> Batch:
     modality_BT[0, 6:10], time_BT[0, 6:10] = 3, [0, 0, 1, 1]
     modality_BT[1, 1:6] = 0
     valid_BT = np.arange(T) < np.asarray(lengths)[:, None]
-    tokens_BT = rng.integers(0, 36, (B, T)).astype(np.int32)
+    tokens_BT = rng.integers(0, 36, (B, 24))[:, :T]  # the same tokens whatever the padding
     return Batch(
         tokens_BT=np.where((modality_BT == 0) & valid_BT, tokens_BT, config.pad_id).astype(np.int32),
         modality_BT=np.where(valid_BT, modality_BT, 0).astype(np.int32),
@@ -82,28 +82,40 @@ def random_batch(config=SMALL, lengths=(20, 14, 7), total=22, seed=1) -> Batch:
     )
 
 
+# A test runs a compiled model a few times at most: compile fast, run slow.
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+
 @functools.cache
 def forward(config):
     """The jitted model: (params, batch, router_bias_LC, window) -> ModelOutput. One compilation per configuration."""
     model = MultimodalModel(config)
-    return jax.jit(
-        lambda params, batch, bias=None, window=None: model.apply(
-            {"params": params}, batch, router_bias_LC=bias, window=window
-        )
-    )
+
+    def apply(params, batch, bias=None, window=None):
+        return model.apply({"params": params}, batch, router_bias_LC=bias, window=window)
+
+    return jax.jit(apply, compiler_options=FAST_COMPILE)
 
 
 @functools.cache
 def loss_and_grad(config):
-    """Mean answer cross entropy plus the weighted router losses, and its gradient: (params, batch) -> value, grads."""
+    """The jitted loss with its gradient: (params, batch, weights) -> (loss, ModelOutput), grads.
+
+    `weights` are those of the answer's cross entropy and of the router losses, by name.
+    """
     model = MultimodalModel(config)
 
-    def loss(params, batch):
+    def loss(params, batch, weights):
         output = model.apply({"params": params}, batch)
         log_probs = jax.nn.log_softmax(output.logits_BTY)[:, :-1]
         nats = -jnp.take_along_axis(log_probs, batch.tokens_BT[:, 1:, None], axis=-1)[..., 0]
         mask = batch.loss_mask_BT[:, :-1]
-        losses = output.trace.losses
-        return (nats * mask).sum() / mask.sum() + losses["balance"].mean() + 0.1 * losses["importance"].mean(), output
+        losses = {"answer": (nats * mask).sum() / mask.sum()}
+        losses |= {name: value.mean() for name, value in output.trace.losses.items()}
+        return sum(weight * losses[name] for name, weight in weights.items()), output
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE)
+
+
+def weights(answer=1.0, balance=1.0, importance=0.1):
+    return {"answer": answer, "balance": balance, "importance": importance}
