@@ -1,0 +1,234 @@
+"""`evaluate`: one checkpoint at any budget. Scores, realised real experts, load and time, beside chance."""
+
+import dataclasses
+import importlib.metadata
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from anyexperts_jax.analysis.measure import (
+    Batches,
+    Window,
+    mean_real_slots,
+    measure_separations,
+    sample_routing,
+    summarise,
+)
+from anyexperts_jax.analysis.results import BudgetResult, BudgetTime, EvaluationResult, save_evaluation
+from anyexperts_jax.analysis.scoring import longest_answer, predict, score_domain
+from anyexperts_jax.analysis.timing import time_budgets
+from anyexperts_jax.analysis.trained import Trained, load_trained, own_window, with_room
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.config import AnyExpertsConfig, round_half_up
+from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.pipeline import eval_batches
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.routing.budget import calibrate_budget, shift_budget
+from anyexperts_jax.train.run_dir import Which
+
+BUDGET_RATIOS = (0.6, 0.8, 1.0, 1.2)  # of the nominal budget a run was trained with: 4.8 6.4 8.0 9.6 for 8..12
+_PACKAGES = ("anyexperts-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How much to measure.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    num_examples: int = 64  # of each domain's test split
+    calibration_examples: int = 32  # of each domain's validation split
+    batch_size: int = 64  # at most
+    tolerance: float = 0.01  # of the realised budget on the calibration examples, relative
+    time_rounds: int = 9
+
+    def __post_init__(self) -> None:
+        for name in ("num_examples", "calibration_examples", "batch_size", "time_rounds"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
+        require(0 < self.tolerance < 1, f"tolerance={self.tolerance} must be in (0, 1)")
+
+    @property
+    def rows(self) -> int:
+        """Of every batch, so that one program of each kind serves them all."""
+        return min(self.batch_size, max(self.num_examples, self.calibration_examples))
+
+
+def evaluate(
+    run_dir: str | pathlib.Path,
+    budgets: Sequence[float] | None = None,
+    domains: Sequence[str] | None = None,
+    *,
+    which: Which = "best",
+    options: Options = Options(),
+    note: Callable[[str], None] = lambda line: None,
+) -> EvaluationResult:
+    """Evaluates a run's checkpoint at each budget and writes evaluation.json and evaluation.csv into its directory.
+
+    Args:
+      budgets: real experts per token, on average; None: `default_budgets`.
+      domains: of the run's mixture; None: all.
+      note: called with a line as each part is done.
+
+    Raises:
+      UserError: no such run or checkpoint, an unknown domain, or a budget out of reach.
+    """
+    trained = load_trained(run_dir, which)
+    result = evaluate_trained(trained, budgets, domains, options=options, note=note)
+    save_evaluation(result, pathlib.Path(run_dir))
+    return result
+
+
+def default_budgets(moe: AnyExpertsConfig) -> tuple[float, ...]:
+    """0.6, 0.8, 1 and 1.2 times the nominal budget, as the paper's 4.8 to 9.6 are; whole numbers for static top-k."""
+    found = [round(ratio * moe.expected_real_slots, 6) for ratio in BUDGET_RATIOS]
+    if moe.k_min == moe.k_max:
+        most = moe.experts_in_reach
+        found = [float(min(round_half_up(budget), most)) for budget in found]
+    return tuple(dict.fromkeys(found))
+
+
+def evaluate_trained(
+    trained: Trained,
+    budgets: Sequence[float] | None = None,
+    domains: Sequence[str] | None = None,
+    *,
+    options: Options = Options(),
+    note: Callable[[str], None] = lambda line: None,
+) -> EvaluationResult:
+    """`evaluate` without files."""
+    moe = trained.config.model.moe
+    budgets = tuple(dict.fromkeys(budgets)) if budgets else default_budgets(moe)
+    names = tuple(domains or trained.config.data.domains)
+    for name in names:
+        require_one_of("domain", name, trained.config.data.domains)
+    for budget in budgets:
+        shift_budget(moe, budget)  # refuses a budget out of reach before anything is measured
+    validation = load_batches(trained, names, "validation", options.calibration_examples, options.rows)
+    test = load_batches(trained, names, "test", options.num_examples, options.rows)
+    note(f"{options.num_examples} test and {options.calibration_examples} validation examples of {', '.join(names)}")
+    model = with_room(trained.config.model, max(_most_slots(moe, budget) for budget in budgets))
+    windows, realised = {}, {}
+    for budget in budgets:
+        windows[budget], realised[budget] = calibrate(trained, model, validation, budget, options.tolerance, note)
+        note(f"budget {budget:g}: window {_text(windows[budget])} realises {realised[budget]:.3f} on validation")
+    times = time_budgets(trained, model, _mixed_batch(test, options.rows), windows, options.time_rounds)
+    found = []
+    for budget, window in windows.items():
+        found.append(_at_budget(trained, model, test, budget, window, realised[budget], times[budget]))
+        note(f"budget {budget:g}: {_score_line(found[-1])}")
+    own = own_window(moe)
+    sample = sample_routing(trained, with_room(model, own[1]), test, own)
+    return EvaluationResult(
+        step=trained.step,
+        examples_per_domain=options.num_examples,
+        device=device_text(),
+        versions=versions(),
+        trained=summarise(sample, moe, own),
+        separations=measure_separations(sample, test, moe),
+        budgets=tuple(found),
+    )
+
+
+def load_batches(trained: Trained, domains: Sequence[str], split: str, examples: int, rows: int) -> Batches:
+    """The first `examples` of each domain's split, the same ones every time, in batches of `rows`."""
+    return {name: tuple(eval_batches(trained.config.data, name, split, rows, examples)) for name in domains}
+
+
+def calibrate(
+    trained: Trained,
+    model: ModelConfig,
+    batches: Batches,
+    budget: float,
+    tolerance: float = 0.01,
+    note: Callable[[str], None] = lambda line: None,
+) -> tuple[Window, float]:
+    """The window, as wide as the run's, that realises `budget` on `batches`; and what it realises.
+
+    Where tokens hardly differ in importance the realised average moves in jumps of a slot. If no window comes within
+    `tolerance`, this is the one that comes nearest, with a note. `model` is the run's; room is added where a window
+    needs it.
+    """
+    seen: dict[Window, float] = {}
+
+    def measure(moe: AnyExpertsConfig) -> float:
+        window = own_window(moe)
+        seen[window] = mean_real_slots(trained, with_room(model, moe.k_max), batches, window)
+        return seen[window]
+
+    try:
+        window = own_window(calibrate_budget(trained.config.model.moe, measure, budget, tolerance=tolerance))
+    except UserError as error:
+        if not seen:
+            raise
+        window = min(seen, key=lambda one: abs(seen[one] - budget))
+        note(f"budget {budget:g}: {error}; going on with {_text(window)}")
+    return window, seen[window]
+
+
+def _most_slots(moe: AnyExpertsConfig, budget: float) -> float:
+    """The k_max a budget can need at most: its k_min slots, less the virtual ones, are already as many."""
+    return min(budget / (1 - moe.rho_max) + 1, moe.num_columns) + moe.k_max - moe.k_min
+
+
+def _at_budget(
+    trained: Trained,
+    model: ModelConfig,
+    test: Batches,
+    budget: float,
+    window: Window,
+    realised: float,
+    time: BudgetTime,
+) -> BudgetResult:
+    moe = trained.config.model.moe
+    sample = sample_routing(trained, model, test, window)
+    length = max(longest_answer(batches) for batches in test.values())
+    scores = []
+    for name, batches in test.items():
+        said = [text for batch in batches for text in predict(trained, model, batch, window, length)]
+        scores.append(score_domain(name, open_source(trained.config.data, name, "test"), batches, said))
+    return BudgetResult(
+        budget=float(budget),
+        nominal=(1 - moe.rho_max) * sum(window) / 2,
+        realised_validation=realised,
+        routing=summarise(sample, moe, window),
+        scores=tuple(scores),
+        time=time,
+    )
+
+
+def _mixed_batch(test: Batches, rows: int) -> Batch:
+    """`rows` rows, dealt from the domains in turn, so that the mixture of modalities is that of the budget."""
+    firsts = [batches[0] for batches in test.values()]
+    every = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *firsts)
+    return jax.tree.map(lambda leaf: leaf[:rows], every)
+
+
+def _text(window: Window) -> str:
+    return f"[{window[0]:.2f}, {window[1]:.2f}]"
+
+
+def _score_line(result: BudgetResult) -> str:
+    scores = "  ".join(f"{score.domain} {score.score:.1%}" for score in result.scores)
+    return f"realised {result.realised:.2f} on test; {scores}"
+
+
+def device_text() -> str:
+    device = jax.devices()[0]
+    return f"{device.device_kind} ({device.platform})"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide a result; packages that are not installed are left out."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

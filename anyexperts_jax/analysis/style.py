@@ -1,0 +1,104 @@
+"""The look all pictures share. Figures are made without pyplot, so nothing global is touched."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 130
+INK = "#1f2430"
+FAINT = "#8b93a1"
+GRID = "#e3e6eb"
+EVIDENCE = "#00a37a"  # bluish green: apart from both ends of the importance scale, to colour-blind eyes too
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#5d5d5d")  # after Okabe and Ito
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "savefig.facecolor": "white",
+}
+
+
+@contextmanager
+def figure(width: float, height: float, path: Path, **options: Any) -> Iterator["Figure"]:
+    """A figure of width x height inches in the shared look, written to `path` as PNG at DPI when the block ends."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_RC):
+        drawn = Figure(figsize=(width, height), **{"layout": "constrained", **options})
+        FigureCanvasAgg(drawn)
+        yield drawn
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.savefig(path, dpi=DPI, format="png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """The colours of importance between two ends: blue low, light middle, red high, as in the papers.
+
+    The ends are light enough to read black text on. A span under 0.02 is widened about its middle, lest noise look
+    like signal.
+    """
+
+    low: float
+    high: float
+
+    @classmethod
+    def between(cls, low: float, high: float) -> "Scale":
+        middle, half = (low + high) / 2, max((high - low) / 2, 0.01)
+        return cls(middle - half, middle + half)
+
+    def colours(self, values: Float[ndarray, "*n"]) -> Float[ndarray, "*n 4"]:
+        """Red, green, blue and opacity; NaN is transparent."""
+        from matplotlib.colors import LinearSegmentedColormap
+
+        stops = ["#3b76c4", "#8fb4e3", "#eef0f2", "#f2a58a", "#d8432e"]
+        shares = np.clip((values - self.low) / (self.high - self.low), 0, 1)
+        colours = np.asarray(LinearSegmentedColormap.from_list("importance", stops)(np.nan_to_num(shares)))
+        colours[..., 3] = np.where(np.isnan(values), 0, 1)
+        return colours
+
+    def __str__(self) -> str:
+        return f"{self.low:.2f} to {self.high:.2f}"
+
+
+def series(index: int) -> tuple[str, str]:
+    """Colour and marker of the index-th line of a chart, so that lines differ in more than colour."""
+    return SERIES[index % len(SERIES)], _MARKERS[index % len(_MARKERS)]
+
+
+def bare(axes: "Axes") -> None:
+    """Takes ticks and frame away, for pictures."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
