@@ -108,6 +108,7 @@ def smallest_batch(config: ModelConfig) -> Batch:
     )
 
 
+@functools.lru_cache(maxsize=32)
 def _boxed_shapes(config: ModelConfig) -> dict[str, Any]:
     init = lambda key: MultimodalModel(config).init(key, smallest_batch(config))["params"]  # noqa: E731
     return jax.eval_shape(init, jax.random.key(0))

@@ -49,5 +49,5 @@ def test_a_static_twin_differs_by_router_columns_and_importance_alone(name):
     assert gone
     assert not set(theirs) - set(ours)
     assert {p for p in theirs if theirs[p] != ours[p]} == {"decoder/moe_layers/moe/router/kernel"}
-    with pytest.raises(UserError, match="real experts|exceeds num_experts"):
+    with pytest.raises(UserError, match=r"real experts|exceeds num_experts"):
         static_twin(config, config.moe.experts_in_reach + 1)

@@ -1,0 +1,40 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.nn.params import Constant, FanIn, NamedAxes, Normal, named
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"axis name='embd' is unknown; valid: vocab, embed,"):
+        named(Constant(0.0), ("embd",))
+
+
+def test_names_must_fit_the_shape():
+    with pytest.raises(UserError, match=r"axis names \('embed', 'mlp'\) do not fit a parameter of shape \(3,\)"):
+        named(Constant(0.0), ("embed", "mlp"))(jax.random.key(0), (3,), jnp.float32)
+
+
+def test_scan_adds_an_axis_and_takes_it_back():
+    box = named(Normal(1.0), ("embed", "mlp"))(jax.random.key(0), (2, 3), jnp.float32)
+    stacked = box.add_axis(0, {"partition_name": "layers"})
+    assert stacked.names == ("layers", "embed", "mlp")
+    assert stacked.remove_axis(0, {"partition_name": "layers"}).names == box.names
+    assert box.add_axis(1, {"partition_name": "layers"}).names == ("embed", "layers", "mlp")
+
+
+def test_boxes_are_trees_of_one_leaf():
+    box = NamedAxes(jnp.ones(3), ("embed",), Constant(1.0))
+    doubled = jax.jit(lambda b: jax.tree.map(lambda x: 2 * x, b))(box)
+    assert doubled.names == ("embed",)
+    assert doubled.unbox().tolist() == [2.0, 2.0, 2.0]
+
+
+def test_fan_in_counts_input_axes_only():
+    assert FanIn().std((64, 7)) == pytest.approx(1 / 8)
+    assert FanIn(scale=0.5, num_in=2).std((4, 16, 7)) == pytest.approx(0.5 / 8)
+    assert FanIn(num_batch=1).std((32, 64, 7)) == pytest.approx(1 / 8)
+    draws = FanIn(num_batch=1)(jax.random.key(0), (32, 64, 8), jnp.float32)  # 16384 draws: standard error 0.0007
+    assert float(draws.std()) == pytest.approx(1 / 8, abs=0.003)
+    assert FanIn()(jax.random.key(0), (4, 4), jnp.bfloat16).dtype == jnp.bfloat16
