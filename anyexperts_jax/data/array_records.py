@@ -53,7 +53,7 @@ def from_record(record: bytes) -> Example:
         return Example(**fields, **arrays)
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"a record of {len(record)} bytes is not an example: {error}") from error
 
 

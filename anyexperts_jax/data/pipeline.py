@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import grain
+from absl import flags
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
@@ -74,6 +75,10 @@ def train_dataset(
     dataset = batches.to_iter_dataset(ahead)
     if config.workers == 0:
         return dataset
+    if (
+        not flags.FLAGS.is_parsed()
+    ):  # Grain reads absl flags to start workers; outside of an absl app nobody parsed them
+        flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=config.prefetch)
     return dataset.mp_prefetch(options)
 

@@ -1,12 +1,13 @@
 """What the pipeline reads from: the examples of one domain and split by number, as Grain's sources are."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from anyexperts_jax.data.domain import Metric, domain
 from anyexperts_jax.data.example import Example
 
 
+@runtime_checkable
 class Source(Protocol):
     """The examples of one domain and split. Reading the same number twice gives the same example."""
 

@@ -1,6 +1,7 @@
 """The byte tokenizer: UTF-8 bytes and four special tokens."""
 
 from collections.abc import Iterable
+from typing import SupportsInt
 
 PAD = 256  # padding, and the place of a media token
 BOS = 257
@@ -14,7 +15,7 @@ def encode(text: str) -> list[int]:
     return list(text.encode("utf-8"))
 
 
-def decode(ids: Iterable[int]) -> str:
+def decode(ids: Iterable[SupportsInt]) -> str:
     """The text of the byte tokens in `ids`; special tokens are left out, broken UTF-8 reads as U+FFFD."""
     return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", errors="replace")
 
