@@ -43,13 +43,13 @@ class _Difficulty:
     sign_characters: int
     rows: int
     value_digits: int
-    above: bool  # asks how many values lie above a number
+    everything: bool  # words, receipts and the question of how many lie above a number as well
 
 
 _DIFFICULTIES = {
-    1: _Difficulty((_PLAIN,), 0, 0, (40, 56), 1, rows=2, value_digits=1, above=False),
-    2: _Difficulty(_COLOURED, 1, 6, (24, 32), 2, rows=3, value_digits=2, above=False),
-    3: _Difficulty(_COLOURED, 2, 12, (16, 20), 3, rows=4, value_digits=2, above=True),
+    1: _Difficulty((_PLAIN,), 0, 0, (40, 56), 1, rows=2, value_digits=1, everything=False),
+    2: _Difficulty(_COLOURED, 1, 6, (24, 32), 2, rows=3, value_digits=2, everything=False),
+    3: _Difficulty(_COLOURED, 2, 12, (16, 20), 3, rows=4, value_digits=2, everything=True),
 }
 
 
@@ -85,35 +85,34 @@ class Ocr:
         )
 
 
-Made = tuple[Document, str, str, list[documents.Box]]  # with question (evidence marked), answer, where the answer is
+_Made = tuple[Document, str, str, list[documents.Box]]  # with question (evidence marked), answer, where the answer is
 
 
-def _read(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> Made:
+def _read(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> _Made:
     width, height = difficulty.sign_cell
     number = _digits(rng, difficulty.sign_characters)
-    text = str(rng.choice(documents.ITEMS)) if difficulty.sign_characters == 3 and rng.integers(2) else number
+    text = str(rng.choice(documents.ITEMS)) if difficulty.everything and rng.integers(2) else number
     left = int(rng.integers(0, documents.SIDE - width * len(text), endpoint=True))
     top = int(rng.integers(0, documents.SIDE - height, endpoint=True))
     document = documents.sign(style, text, difficulty.sign_cell, left, top)
     return document, "What does it say?", text, [document.fields[0].value_box]
 
 
-def _find(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> Made:
-    kind = ("table", "chart", "receipt")[int(rng.integers(3 if difficulty.rows == 4 else 2))]
+def _find(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> _Made:
+    kind = ("table", "chart", "receipt")[int(rng.integers(3 if difficulty.everything else 2))]
     document = _draw(rng, style, difficulty, kind)
     field = document.fields[int(rng.integers(len(document.fields)))]
     question = f"Price of [{field.key}]?" if kind == "receipt" else f"Value of [{field.key}]?"
     return document, question, field.value, [field.value_box]
 
 
-def _compare(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> Made:
+def _compare(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> _Made:
     kind = ("table", "chart")[int(rng.integers(2))]
     document = _draw(rng, style, difficulty, kind)
     boxes = [box for field in document.fields for box in (field.value_box, field.bar_box) if box is not None]
     values = [int(field.value) for field in document.fields]
-    if difficulty.above and rng.integers(2):
-        least = sorted(values)[int(rng.integers(len(values)))]
-        bound = max(least - int(rng.integers(2)), 0)
+    if difficulty.everything and rng.integers(2):
+        bound = values[int(rng.integers(len(values)))] - int(rng.integers(2))  # one of them, or just below it
         return document, f"How many above [{bound}]?", str(sum(value > bound for value in values)), boxes
     largest = bool(rng.integers(2))
     chosen = document.fields[int(np.argmax(values) if largest else np.argmin(values))]
