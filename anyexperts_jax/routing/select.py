@@ -45,6 +45,8 @@ def select(
     Ties go to the lower column, real columns before virtual ones. At most `virtual_cap` virtual columns stay; the real
     experts next in rank take the surplus (AnyExperts section 2, steps 5 and 6; ties and refill are readings).
     """
+    # top_k puts -0.0 after 0.0, though they are a tie.
+    real_NE, virtual_NV = (jnp.where(rank_NX == 0, 0, rank_NX) for rank_NX in (real_NE, virtual_NV))
     real_NE = limit_to_groups(real_NE, config.num_groups, config.groups_kept)
     real_NK, real_ids_NK = _top(real_NE, config.slots_bound)
     virtual_NJ, virtual_ids_NJ = _top(virtual_NV, config.virtual_caps[-1])

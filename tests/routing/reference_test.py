@@ -1,0 +1,193 @@
+"""The fast path against the token-by-token NumPy oracle, over thousands of random configurations."""
+
+import dataclasses
+from typing import get_args
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
+
+from anyexperts_jax.core import config as options
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.routing.plan import RoutingPlan
+from anyexperts_jax.routing.reference import route_reference
+from anyexperts_jax.routing.route import route
+
+N = 8
+# (E, V, K): few, because every new shape compiles every operation anew. The second has fewer experts than slots.
+SHAPES = ((6, 3, 5), (4, 2, 5), (4, 0, 3))
+FLOAT32 = {"rtol": 2e-5, "atol": 2e-6}
+
+
+def _quarters(low: float, high: float) -> st.SearchStrategy[float]:
+    """Multiples of 1/4: exact in float32, and half of them on a rounding edge."""
+    return st.integers(int(np.ceil(low * 4)), int(np.floor(high * 4))).map(lambda q: q / 4)
+
+
+@st.composite
+def configs(draw: st.DrawFn, shape: tuple[int, int, int]) -> AnyExpertsConfig:
+    E, V, K = shape
+    pick = lambda choices: draw(st.sampled_from(get_args(choices)))  # noqa: E731
+    rounding = pick(options.SlotRounding)
+    k_max = draw(_quarters(K - 0.75, K) if rounding == "stochastic" else _quarters(K - 0.5, K + 0.25))
+    scores = pick(options.Scores)
+    iar = draw(st.sampled_from(["add", "add", "multiply_logits", f"multiply_{scores}", "off"]))
+    groups = draw(st.sampled_from([g for g in (1, 2, 3, 4) if E % g == 0]))
+    try:
+        return AnyExpertsConfig(
+            num_experts=E,
+            num_virtual=V,
+            k_min=draw(_quarters(1, k_max)),
+            k_max=k_max,
+            rho_max=draw(st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.5, 0.7, 0.99])) if V else 0.0,
+            slot_rounding=rounding,
+            cap_rounding=pick(options.CapRounding),
+            iar=iar,
+            scores=scores,
+            selection=pick(options.Selection),
+            virtual_logits=pick(options.VirtualLogits),
+            normalisation=pick(options.Normalisation),
+            scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+            expert_bias=draw(st.booleans()),
+            num_groups=groups,
+            groups_kept=draw(st.integers(1, groups)),
+            balance_scope=pick(options.BalanceScope),
+            importance_regulariser=pick(options.ImportanceRegulariser),
+            importance_target=draw(st.sampled_from([0.25, 0.5])),
+            slot_gradient=pick(options.SlotGradient),
+            capacity_factor=100.0,
+        )
+    except UserError:
+        reject()
+
+
+@dataclasses.dataclass
+class Problem:
+    logits_NC: np.ndarray
+    z_N: np.ndarray
+    valid_N: np.ndarray | None
+    bias_C: np.ndarray | None
+    window: tuple[float, float] | None
+    num_sequences: int
+    seed: int
+
+
+@st.composite
+def problems(draw: st.DrawFn, config: AnyExpertsConfig) -> Problem:
+    seed = draw(st.integers(0, 2**31))
+    rng = np.random.default_rng(seed)
+    C = config.num_columns
+    logits_NC = rng.normal(size=(N, C)) * draw(st.sampled_from([0.5, 1.0, 3.0]))
+    z_N = rng.normal(size=N) * draw(st.sampled_from([0.0, 1.0, 4.0]))
+    # Ties: logits on a coarse grid. With w = 1/2 real and virtual columns tie as well; elsewhere the sums of group
+    # ranks would differ in their last bits, in float64 as in float32, so there ties need one group.
+    if draw(st.booleans()) and (config.num_groups == 1 or config.iar == "off" or not z_N.any()):
+        logits_NC = np.round(logits_NC * 2) / 2
+    if config.virtual_logits == "tied":
+        logits_NC[:, config.num_experts :] = logits_NC[:, -1:]
+    valid = draw(st.sampled_from(["none", "some", "some", "sequence", "no token"]))
+    valid_N = {
+        "none": None,
+        "some": rng.random(N) < 0.7,
+        "sequence": np.arange(N) >= 4,  # the first of two sequences is padding only
+        "no token": np.zeros(N, bool),
+    }[valid]
+    bias_C = rng.normal(size=C).astype(np.float32) * draw(st.sampled_from([0.0, 0.3])) if config.expert_bias else None
+    window = None
+    if draw(st.booleans()):
+        low = draw(_quarters(0, config.slots_bound + 2))
+        window = (low, low + draw(_quarters(0, 4)))
+    sequences = draw(st.sampled_from([1, 2]))
+    return Problem(logits_NC.astype(np.float32), z_N.astype(np.float32), valid_N, bias_C, window, sequences, seed)
+
+
+def _assert_equal(config: AnyExpertsConfig, plan: RoutingPlan, p: Problem) -> None:
+    uniform_N = None
+    if config.slot_rounding == "stochastic":
+        uniform_N = np.asarray(jax.random.uniform(jax.random.key(p.seed), (N,), np.float32))
+    expected = route_reference(
+        config,
+        p.logits_NC,
+        p.z_N,
+        p.valid_N,
+        p.bias_C,
+        window=p.window,
+        num_sequences=p.num_sequences,
+        uniform_N=uniform_N,
+    )
+    for name in ("slots_N", "virtual_slots_N", "real_slots_N", "expert_ids_NK"):
+        np.testing.assert_array_equal(getattr(plan, name), expected[name], err_msg=name)
+    for name in ("importance_N", "weights_NK", "virtual_weight_N"):
+        np.testing.assert_allclose(getattr(plan, name), expected[name], **FLOAT32, err_msg=name)
+    for group in ("losses", "metrics"):
+        actual = getattr(plan, group)
+        assert actual.keys() == expected[group].keys()
+        for name, value in expected[group].items():
+            assert actual[name].dtype == np.float32
+            np.testing.assert_allclose(actual[name], value, **FLOAT32, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fast_path_equals_the_oracle_with_random_switches(shape):
+    @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    @given(st.data())
+    def check(data):
+        config = data.draw(configs(shape))
+        p = data.draw(problems(config))
+        plan = route(
+            config,
+            p.logits_NC,
+            p.z_N,
+            p.valid_N,
+            p.bias_C,
+            window=None if p.window is None else np.array(p.window, np.float32),
+            num_sequences=p.num_sequences,
+            key=jax.random.key(p.seed) if config.slot_rounding == "stochastic" else None,
+        )
+        _assert_equal(config, plan, p)
+
+    check()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_compiled_and_batched_path_equals_the_oracle_over_windows(seed):
+    """160 windows, biases, masks and logits to one compiled program: vmap over all that is not static."""
+    rng = np.random.default_rng(seed)
+    E, V, K = ((6, 3, 5), (12, 4, 8))[seed % 2]
+    config = AnyExpertsConfig(
+        num_experts=E,
+        num_virtual=V,
+        k_min=2,
+        k_max=K,
+        rho_max=(0.25, 0.5)[seed // 2 % 2],
+        iar=("add", "multiply_logits", "multiply_sigmoid", "off")[seed % 4],
+        scores="sigmoid" if seed % 4 in (1, 2) else "softmax",
+        selection=("logits", "scores")[seed // 4],
+        slot_rounding=("round", "stochastic", "floor")[seed % 3],
+        normalisation=("all", "real")[seed // 3 % 2],
+        expert_bias=True,
+        num_groups=(1, 3)[seed // 5],
+        groups_kept=(1, 2)[seed // 5],
+        capacity_factor=100.0,
+    )
+    G = 160
+    low_G = rng.integers(0, 4 * K, G) / 4
+    window_G2 = np.stack([low_G, low_G + rng.integers(0, 20, G) / 4], axis=1).astype(np.float32)
+    logits_GNC = rng.normal(size=(G, N, E + V)).astype(np.float32)
+    z_GN = rng.normal(size=(G, N)).astype(np.float32)
+    valid_GN = rng.random((G, N)) < 0.8
+    bias_GC = 0.3 * rng.normal(size=(G, E + V)).astype(np.float32)
+
+    @jax.jit
+    @jax.vmap
+    def plans(logits_NC, z_N, valid_N, bias_C, window, seed):
+        return route(config, logits_NC, z_N, valid_N, bias_C, window=window, key=jax.random.key(seed))
+
+    plan_G = jax.device_get(plans(logits_GNC, z_GN, valid_GN, bias_GC, window_G2, np.arange(G)))
+    for g in range(G):
+        window = (float(window_G2[g, 0]), float(window_G2[g, 1]))
+        problem = Problem(logits_GNC[g], z_GN[g], valid_GN[g], bias_GC[g], window, 1, g)
+        _assert_equal(config, jax.tree.map(lambda x: x[g], plan_G), problem)  # noqa: B023
