@@ -15,8 +15,6 @@ from anyexperts_jax.data.tokenizer import BOS, EOS, PAD, SEP, VOCAB_SIZE, byte_s
 from anyexperts_jax.data.tokenizer import encode as encode_text
 from anyexperts_jax.models.config import ModelConfig
 
-_MODALITY = {"image": Modality.IMAGE, "video": Modality.VIDEO, "audio": Modality.AUDIO}
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Media:
@@ -100,15 +98,17 @@ def _place_media(fields: dict[str, np.ndarray], media: _Media) -> None:
 def _media(example: Example, spec: EncodingSpec) -> _Media | None:
     if example.image is not None:
         evidence = None if example.image_evidence is None else example.image_evidence[None]
-        return _visual(example, spec, example.image[None], evidence)
+        return _visual(example, spec, Modality.IMAGE, example.image[None], evidence)
     if example.video is not None:
-        return _visual(example, spec, example.video, example.video_evidence)
+        return _visual(example, spec, Modality.VIDEO, example.video, example.video_evidence)
     if example.audio is not None:
-        return _audio(example, spec)
+        return _audio(example, spec, example.audio)
     return None
 
 
-def _visual(example: Example, spec: EncodingSpec, pixels: np.ndarray, evidence: np.ndarray | None) -> _Media:
+def _visual(
+    example: Example, spec: EncodingSpec, modality: Modality, pixels: np.ndarray, evidence: np.ndarray | None
+) -> _Media:
     frames, height, width, _ = pixels.shape
     size = spec.patch_size
     where = f"{example.domain} {example.media} of {width} x {height} pixels"
@@ -124,14 +124,13 @@ def _visual(example: Example, spec: EncodingSpec, pixels: np.ndarray, evidence: 
     if evidence is not None:
         share = evidence.reshape(frames, rows, size, columns, size).mean(axis=(2, 4)).reshape(count)
     time, place = np.divmod(np.arange(count), rows * columns)
-    return _Media(_MODALITY[example.media or ""], patches(pixels, size), share >= spec.patch_evidence, time, place)
+    return _Media(modality, patches(pixels, size), share >= spec.patch_evidence, time, place)
 
 
-def _audio(example: Example, spec: EncodingSpec) -> _Media:
-    assert example.audio is not None
-    features = stack_frames(log_mel(example.audio, spec.mel_bands), spec.frames_per_chunk)
+def _audio(example: Example, spec: EncodingSpec, audio: np.ndarray) -> _Media:
+    features = stack_frames(log_mel(audio, spec.mel_bands), spec.frames_per_chunk)
     count = len(features)
-    where = f"{example.domain} audio of {len(example.audio)} samples"
+    where = f"{example.domain} audio of {len(audio)} samples"
     require(count <= spec.max_frames, f"{where} makes {count} chunks, more than encoding.max_frames={spec.max_frames}")
     evidence = chunks_in_spans(example.audio_evidence, count, spec.frames_per_chunk)
     return _Media(Modality.AUDIO, features, evidence, np.arange(count), np.zeros(count, np.int64))
