@@ -18,7 +18,8 @@ class Pair:
 def test_leaves_of_any_type_pass_and_static_fields_stay_in_the_structure():
     pair = Pair(first=jnp.ones(3), second={"x": jnp.zeros((2, 2))}, label="b")
     shapes = jax.eval_shape(lambda p: p, pair)
-    assert shapes.first.shape == (3,) and shapes.label == "b"
+    assert shapes.first.shape == (3,)
+    assert shapes.label == "b"
     assert jax.tree.map(lambda x: x.ndim, pair).second == {"x": 2}
     assert jax.tree.structure(pair) != jax.tree.structure(dataclasses.replace(pair, label="c"))
 
