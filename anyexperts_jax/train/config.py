@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.encode import require_fits_model
-from anyexperts_jax.data.mixture import DataConfig
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.presets import model_preset
 from anyexperts_jax.sharding.mesh import MeshConfig

@@ -183,6 +183,7 @@ class _Run:
         value = float(report.scalars[name])
         self.log.write("nonfinite", step, {"metric": name, "value": str(value)})
         if self.config.train.on_nonfinite == "stop":
+            self.checkpoints.wait()
             raise NonFiniteError(
                 f"step {step}: {name} is {value}; {_last_good(self.paths)}; "
                 "lower optim.lr, or set train.on_nonfinite=skip to pass over such steps"

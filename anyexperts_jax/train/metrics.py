@@ -67,7 +67,7 @@ def routing_sums(trace: RoutingTrace, batch: Batch) -> RoutingSums:
 def routing_means(config: AnyExpertsConfig, sums: RoutingSums) -> dict[str, Any]:
     """The record's routing part from sums on the host: NumPy arrays, NaN where there is no token of a modality."""
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
-    tokens = max(sums.tokens_M.sum(), 1.0)
+    tokens = max(float(sums.tokens_M.sum()), 1.0)
     per_token_M = 1 / np.where(sums.tokens_M > 0, sums.tokens_M, np.nan)
     slots_LM = sums.real_slots_LM + sums.virtual_slots_LM
     real_load_LE = sums.load_LC[:, : config.num_experts]
@@ -81,10 +81,10 @@ def routing_means(config: AnyExpertsConfig, sums: RoutingSums) -> dict[str, Any]
         "load_max_over_mean": peak_L,
         "router_entropy": sums.entropy_L / tokens,
         "dropped": sums.dropped_L,
-        "mean_real_slots": float(sums.real_slots_LM.sum(1).mean() / tokens),
+        "mean_real_slots": float(sums.real_slots_LM.sum(1).mean()) / tokens,
         "nominal_real_slots": float(config.expected_real_slots),
-        "mean_virtual_share": float(sums.virtual_slots_LM.sum() / max(slots_LM.sum(), 1.0)),
-        "mean_importance": float(sums.importance_LM.sum(1).mean() / tokens),
+        "mean_virtual_share": float(sums.virtual_slots_LM.sum()) / max(float(slots_LM.sum()), 1.0),
+        "mean_importance": float(sums.importance_LM.sum(1).mean()) / tokens,
         "worst_load_max_over_mean": float(peak_L.max()),
         "total_dropped": float(sums.dropped_L.sum()),
     }

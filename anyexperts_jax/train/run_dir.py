@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from anyexperts_jax.models.init import abstract_params, logical_axes
 from anyexperts_jax.sharding.specs import param_shardings, replicated
 from anyexperts_jax.train.config import RunConfig, load_config, to_json
 
-Which = Literal["best", "last"]
+WHICH = ("best", "last")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def write_whole(path: pathlib.Path, text: str) -> None:
 
 
 def load_run(
-    run_dir: str | pathlib.Path, which: Which = "best", mesh: Mesh | None = None
+    run_dir: str | pathlib.Path, which: str = "best", mesh: Mesh | None = None
 ) -> tuple[RunConfig, Any, jax.Array]:
     """Configuration, parameters and expert biases [L, C] of a run's best or last checkpoint.
 
@@ -81,7 +81,7 @@ def load_run(
     """
     from anyexperts_jax.train.checkpoint import Checkpoints
 
-    require_one_of("which", which, get_args(Which))
+    require_one_of("which", which, WHICH)
     paths = RunDir(pathlib.Path(run_dir))
     require(paths.checkpoints.is_dir(), f"no run in {paths.root}: there is no {paths.checkpoints}")
     checkpoints = Checkpoints(paths.checkpoints, read_only=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 import time
 from collections.abc import Iterator
 from typing import IO, Any
@@ -39,8 +40,10 @@ class RunLog:
         self._events.write(step, kind, record)
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        try:
+            self._file.close()
+        finally:
+            self._events.close()
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -64,16 +67,20 @@ class _EventFile:
     in which a full disk ends the writing and in time hangs the run."""
 
     def __init__(self, directory: pathlib.Path, step: int) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import RecordWriter
 
         os.makedirs(directory, exist_ok=True)
         self._event = event_pb2.Event
-        self._writer = EventsWriter(str(directory / "events"), filename_suffix=f".{step}")
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{step}"
+        self._writer = RecordWriter(str(directory / name))
+        self._put(file_version="brain.Event:2")
         if step > 0:  # tells TensorBoard to drop what it has read past this step
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._writer.write_event(self._event(wall_time=time.time(), step=step + 1, session_log=start))
+            self._put(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         self._writer.flush()
+
+    def _put(self, **fields: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
     def write(self, step: int, kind: str, record: dict[str, Any]) -> None:
         from tensorboardX import summary
@@ -83,7 +90,7 @@ class _EventFile:
         if histograms is not None:
             summaries += [summary.histogram_raw(f"{kind}/{tag}", **h) for tag, h in _histograms(histograms)]
         for each in summaries:
-            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=each))
+            self._put(step=step, summary=each)
         self._writer.flush()
 
     def close(self) -> None:

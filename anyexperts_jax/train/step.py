@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
 from anyexperts_jax.routing.bias import update_expert_bias
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.train.config import RunConfig
@@ -26,12 +26,9 @@ from anyexperts_jax.train.state import TrainState
 CHECKED_SCALARS = ("answer_loss", "balance_loss", "importance_loss", "z_loss", "loss", "grad_norm")
 
 
-class Apply(Protocol):
-    """The model as a function. `key` draws what is stochastic in training; None: nothing is."""
-
-    def __call__(
-        self, params: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None
-    ) -> tuple[Float[Array, "B T Y"], RoutingTrace]: ...
+# The model as a function of parameters, batch, expert biases, the key of what is random in training (None: nothing
+# is) and window (None: the configuration's): logits [B, T, Y] and the trace stacked over layers.
+Apply = Callable[[Any, Batch, Array, Array | None, Array | None], tuple[Array, RoutingTrace]]
 
 
 @register_dataclass
@@ -65,7 +62,10 @@ def model_apply(config: ModelConfig) -> Apply:
         params: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None
     ) -> tuple[Float[Array, "B T Y"], RoutingTrace]:
         rngs = None if key is None else {"routing": key}
-        output = model.apply({"params": params}, batch, router_bias_LC=router_bias_LC, window=window, rngs=rngs)
+        output = cast(
+            ModelOutput,
+            model.apply({"params": params}, batch, router_bias_LC=router_bias_LC, window=window, rngs=rngs),
+        )
         return output.logits_BTY, output.trace
 
     return apply
@@ -166,4 +166,4 @@ def split_batch(batch: Batch, parts: int) -> Batch:
 
     Micro-batch i takes sequences i, i + parts, ...: on a mesh every device keeps its own sequences.
     """
-    return jax.tree.map(lambda x: jnp.moveaxis(jnp.reshape(x, (-1, parts, *x.shape[1:])), 1, 0), batch)
+    return jax.tree.map(lambda x: jnp.moveaxis(jnp.reshape(x, (x.shape[0] // parts, parts, *x.shape[1:])), 1, 0), batch)

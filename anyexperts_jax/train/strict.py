@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import dacite
@@ -22,7 +22,7 @@ def build(cls: type[Config], values: Mapping[str, Any]) -> Config:
         wrong type, or what the dataclass's own checks say.
     """
     values = _known(cls, values, "")
-    hooks = {float: _exact_float, int: _not_a_bool}
+    hooks: dict[type[Any], Callable[[Any], Any]] = {float: _exact_float, int: _not_a_bool}
     try:
         return dacite.from_dict(cls, values, dacite.Config(cast=[tuple], type_hooks=hooks, strict=True))
     except dacite.MissingValueError as error:

@@ -1,0 +1,253 @@
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.sharding.mesh import MeshConfig
+from anyexperts_jax.train import loop
+from anyexperts_jax.train.config import to_json
+from anyexperts_jax.train.loop import train
+from anyexperts_jax.train.run_dir import load_run
+from anyexperts_jax.train.run_log import read_records
+from anyexperts_jax.train.stops import NonFiniteError, RunInterruptedError
+from train.stand_in import linear_apply, run_config
+
+LOSSES = ("loss", "answer_loss", "balance_loss", "importance_loss", "z_loss", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def compile_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(compile_cache):
+    """Every run here compiles the same few programs; the processes below share them as well."""
+    settings = {"jax_compilation_cache_dir": str(compile_cache), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def linear_model(monkeypatch):
+    """The loop around a model that compiles at once; the parameters are the real model's."""
+    monkeypatch.setattr(loop, "model_apply", lambda config: linear_apply)
+
+
+def losses(run_dir, kind="train"):
+    return {
+        r["step"]: [r.get(name) for name in LOSSES]
+        for r in read_records(run_dir / "metrics.jsonl")
+        if r["kind"] == kind
+    }
+
+
+def checkpoint_steps(run_dir):
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def test_a_run_leaves_its_files_and_its_result(tmp_path, linear_model):
+    result = train(run_config(), tmp_path / "run", progress=False)
+    assert (result.step, result.skipped_steps) == (6, 0)
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+    assert sorted(losses(tmp_path / "run", "validation")) == [3, 6]
+    assert checkpoint_steps(tmp_path / "run") == [3, 6]
+    assert result.validation["domains"]["nlp"]["examples"] == 8
+    assert (tmp_path / "run" / "config.json").read_text() == to_json(run_config())
+    for which in ("best", "last"):
+        config, params, bias = load_run(tmp_path / "run", which)
+        assert config == run_config()
+        assert bias.shape == (1, 5)
+        assert len(params["tokens"]["table"].devices()) == 1
+    again = train(run_config(), tmp_path / "run", progress=False)
+    assert again == result
+
+
+def test_a_run_goes_on_where_it_stopped_with_more_steps_and_on_another_mesh(tmp_path, linear_model, capsys):
+    train(run_config(steps=3), tmp_path, progress=False)
+    before = losses(tmp_path)
+    train(run_config(steps=6, mesh=MeshConfig(data=2, fsdp=4)), tmp_path)
+    after = losses(tmp_path)
+    assert sorted(after) == [1, 2, 3, 4, 5, 6]
+    assert {step: after[step] for step in before} == before
+    shown = capsys.readouterr().err
+    assert "going on with train.steps (6, was 3), mesh.data (2, was -1), mesh.fsdp (4, was 1)" in shown
+    assert "going on from the checkpoint of step 3" in shown
+    with pytest.raises(UserError, match=r"is at step 6, past train\.steps=3"):
+        train(run_config(steps=3), tmp_path, progress=False)
+
+
+def test_a_directory_of_another_run_is_refused_and_kept(tmp_path, linear_model):
+    train(run_config(steps=3), tmp_path, progress=False)
+    with pytest.raises(UserError, match=r"the run in .* is of another configuration: seed \(1, was 0\)"):
+        train(run_config(steps=3, seed=1), tmp_path, progress=False)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the run directory"):
+        train(run_config(), tmp_path / "file", progress=False)
+
+
+def test_batches_that_do_not_split_are_refused(tmp_path):
+    with pytest.raises(UserError, match="= 4 does not split over the mesh's 8 batch shards"):
+        train(run_config(accumulation=2), tmp_path, progress=False)
+
+
+def nan_in_step(poisoned):
+    """A model whose answer loss is NaN while its step's learning rate is that of step `poisoned` (1-based)."""
+
+    def apply(params, batch, router_bias_LC, key, window):
+        logits, trace = linear_apply(params, batch, router_bias_LC, None, window)
+        return jnp.where(jnp.any(jnp.asarray(batch.example_B) == poisoned), jnp.nan, logits), trace
+
+    return apply
+
+
+def example_of_step(step):
+    """An example that training step `step` (1-based) and no other of the first six sees."""
+    iterator = loop.train_iterator(run_config().data, 8)
+    return [int(np.asarray(next(iterator).example_B)[0]) for _ in range(6)][step - 1]
+
+
+def test_a_step_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "model_apply", lambda config: nan_in_step(example_of_step(5)))
+    message = r"^step 5: answer_loss is nan; the last good checkpoint is .*checkpoints/3; lower optim\.lr"
+    with pytest.raises(NonFiniteError, match=message) as error:
+        train(run_config(), tmp_path, progress=False)
+    assert error.value.exit_code == 3
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4]
+    assert losses(tmp_path, "nonfinite").keys() == {5}
+
+
+def test_a_step_that_is_not_finite_is_skipped_where_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "model_apply", lambda config: nan_in_step(example_of_step(5)))
+    result = train(run_config(on_nonfinite="skip"), tmp_path)
+    assert result.skipped_steps == 1
+    assert losses(tmp_path)[5][0] is None
+    assert np.isfinite(losses(tmp_path)[6]).all()
+    assert checkpoint_steps(tmp_path) == [3, 6]
+    shown = capsys.readouterr().err
+    assert "step 5 skipped: answer_loss is nan" in shown
+    assert "1 steps were not finite and skipped" in shown
+
+
+def test_load_run_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"no run in .*nothing"):
+        load_run(tmp_path / "nothing")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"no checkpoint in .*; the run stopped before it wrote one"):
+        load_run(tmp_path)
+    with pytest.raises(UserError, match="which='newest' is unknown; valid: best, last"):
+        load_run(tmp_path, "newest")
+
+
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, linear_model):
+    def interrupt():
+        while not (tmp_path / "metrics.jsonl").exists() or not losses(tmp_path):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(RunInterruptedError) as error:
+        train(run_config(steps=100_000, checkpoint_every=50_000, eval_every=50_000), tmp_path, progress=False)
+    thread.join()
+    (step,) = checkpoint_steps(tmp_path)
+    assert str(error.value) == (
+        f"stopped by SIGINT after step {step} of 100000; the last good checkpoint is "
+        f"{tmp_path}/checkpoints/{step}; run the same command to go on"
+    )
+    assert error.value.exit_code == 130
+    assert max(losses(tmp_path)) == step
+
+
+# ---- in processes of their own ----
+
+
+@pytest.fixture
+def start(tmp_path, compile_cache):
+    """start(config, run_dir) -> the process of a run; compiled programs are shared."""
+    processes = []
+
+    def start(config, run_dir):
+        path = tmp_path / "config.json"
+        path.write_text(to_json(config))
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_COMPILATION_CACHE_DIR": str(compile_cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
+        }
+        script = pathlib.Path(__file__).with_name("run_training.py")
+        command = [sys.executable, str(script), str(path), str(run_dir)]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def wait_for(process, condition):
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, start):
+    config = run_config(steps=80, checkpoint_every=20, eval_every=20)
+    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
+    process = start(config, killed)
+    wait_for(process, lambda: (killed / "checkpoints" / "20").exists() and len(losses(killed)) > 24)
+    process.kill()
+    process.wait()
+    assert max(losses(killed)) < 80
+    assert start(config, unbroken).wait() == 0
+    process = start(config, killed)
+    assert "going on from the checkpoint of step" in process.communicate()[1]
+    assert losses(killed) == losses(unbroken)
+    assert sorted(losses(killed)) == list(range(1, 81))
+    records = [read_records(run / "metrics.jsonl") for run in (killed, unbroken)]
+    last = [next(r for r in reversed(run) if r["kind"] == "validation") for run in records]
+    assert last[0] == last[1]
+
+
+@pytest.mark.slow
+def test_sigterm_exits_with_143_and_a_full_disk_with_4(tmp_path, start):
+    config = run_config(steps=100_000, checkpoint_every=20, eval_every=20_000, log_every=5)
+    run_dir = tmp_path / "run"
+    process = start(config, run_dir)
+    wait_for(process, lambda: (run_dir / "checkpoints" / "20").exists())
+    process.terminate()
+    shown = process.communicate()[1]
+    step = max(checkpoint_steps(run_dir))
+    assert process.returncode == 143, shown
+    assert f"stopped by SIGTERM after step {step} of 100000; the last good checkpoint is" in shown
+    # goes on from there, until no file may grow past a size that checkpoints need
+    process = start(config, run_dir)
+    wait_for(process, lambda: max(checkpoint_steps(run_dir)) > step)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    shown = process.communicate()[1]
+    last = max(checkpoint_steps(run_dir))
+    assert process.returncode == 4, shown
+    message = f"cannot write to {run_dir}: File too large; the last good checkpoint is {run_dir}/checkpoints/{last}"
+    assert shown.splitlines()[-1].startswith(message)
+    assert load_run(run_dir, "last")[0] == config

@@ -1,0 +1,54 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.models.init import logical_axes
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.train.optim import OptimConfig, make_optimizer
+from anyexperts_jax.train.state import abstract_state, create_state, state_shardings
+from train.stand_in import MODEL
+
+
+@pytest.fixture(scope="module")
+def optimizer():
+    return make_optimizer(OptimConfig(), logical_axes(MODEL))
+
+
+def test_moments_live_where_their_parameters_do(optimizer):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    shardings = state_shardings(MODEL, optimizer, mesh)
+    adam = next(part for part in shardings.opt_state if hasattr(part, "mu"))
+    assert adam.mu == adam.nu == shardings.params
+    assert not adam.count.spec
+    assert not shardings.router_bias_LC.spec
+    fsdp = [s for s in jax.tree.leaves(shardings.params) if "fsdp" in s.spec]
+    assert len(fsdp) > 5
+
+
+def test_the_state_is_born_sharded_with_the_same_values_on_any_mesh(optimizer):
+    states = [
+        create_state(MODEL, optimizer, mesh, jax.random.key(0))
+        for mesh in (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(data=2, fsdp=4)))
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *jax.device_get(states))
+    embedding = states[1].params["tokens"]["table"]
+    assert {shard.data.shape for shard in embedding.addressable_shards} == {(260, 4)}
+
+
+def test_the_abstract_state_is_the_states_shape_and_place(optimizer):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    abstract = abstract_state(MODEL, optimizer, mesh)
+    state = create_state(MODEL, optimizer, mesh, jax.random.key(0))
+    described = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), state)
+    assert described == jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), abstract)
+
+
+def test_a_model_that_does_not_split_is_refused(optimizer):
+    with pytest.raises(UserError, match=r"parameter .*expert=4 does not split over expert of 8 devices"):
+        state_shardings(MODEL, optimizer, make_mesh(MeshConfig(data=1, expert=8)))
+    wide = dataclasses.replace(MODEL, stack=dataclasses.replace(MODEL.stack, d_model=18))
+    with pytest.raises(UserError, match="embed=18 does not split over fsdp of 4 devices"):
+        state_shardings(wide, optimizer, make_mesh(MeshConfig(fsdp=4)))

@@ -1,0 +1,166 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anyexperts_jax.models.init import logical_axes
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.specs import shard_batch
+from anyexperts_jax.train.losses import answer_scores
+from anyexperts_jax.train.optim import OptimConfig, make_optimizer
+from anyexperts_jax.train.state import TrainState, create_state
+from anyexperts_jax.train.step import accumulate, make_eval_step, make_train_step, model_apply, split_batch
+from train.stand_in import MODEL, linear_apply, linear_params, random_batch, run_config
+
+AXES = {"table": ("vocab", "embed")}
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+
+
+def quiet(params, batch, router_bias_LC, key, window):
+    """`linear_apply` without its noise."""
+    return linear_apply(params, batch, router_bias_LC, None, window)
+
+
+def compiled(function):
+    return jax.jit(function, compiler_options=FAST_COMPILE)
+
+
+def linear_state(config, seed=0):
+    params = linear_params(seed)
+    optimizer = make_optimizer(config.optim, AXES)
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((1, 5)))
+    return optimizer, state
+
+
+def linear_step(apply=quiet, **fields):
+    config = run_config(**fields)
+    optimizer, state = linear_state(config)
+    return compiled(make_train_step(config, optimizer, apply)), state
+
+
+def test_micro_batches_are_a_partition():
+    batch = random_batch(rows=8)
+    parts = split_batch(batch, 4)
+    assert parts.tokens_BT.shape == (4, 2, 12)
+    np.testing.assert_array_equal(np.sort(np.asarray(parts.example_B).ravel()), np.arange(8))
+    np.testing.assert_array_equal(parts.tokens_BT[1], batch.tokens_BT[[1, 5]])
+
+
+def test_accumulated_gradient_is_the_whole_batchs():
+    """Sequences differ in answer tokens, so a mean of micro-batch means would be off."""
+    batch, (_, state) = random_batch(), linear_state(run_config())
+    moe = dataclasses.replace(MODEL.moe, balance_weight=0.0, importance_weight=0.1, z_weight=0.01)
+    whole, parts = (compiled(lambda n=n: accumulate(quiet, moe, n, state, batch, jax.random.key(0)))() for n in (1, 4))
+    np.testing.assert_allclose(parts[0]["table"], whole[0]["table"], atol=1e-7)
+    for name in ("loss", "answer_loss", "importance_loss", "z_loss", "balance_loss"):
+        np.testing.assert_allclose(parts[2][name], whole[2][name], rtol=1e-6)
+    assert parts[1].answer_tokens == whole[1].answer_tokens == batch.loss_mask_BT.sum()
+    assert parts[1].exact_answers == whole[1].exact_answers
+
+
+def test_loss_is_nats_per_answer_token_plus_weighted_router_losses():
+    batch, (_, state) = random_batch(), linear_state(run_config())
+    moe = dataclasses.replace(MODEL.moe, balance_weight=0.5, importance_weight=0.25, z_weight=0.125)
+    _, _, losses = compiled(lambda: accumulate(quiet, moe, 1, state, batch, jax.random.key(0)))()
+    logits, trace = quiet(state.params, batch, None, None, None)
+    scores = answer_scores(logits, batch.tokens_BT, batch.loss_mask_BT)
+    answer = scores.loss_B.sum() / scores.tokens_B.sum()
+    np.testing.assert_allclose(losses["answer_loss"], answer, rtol=1e-6)
+    balance = trace.losses["balance"][0]
+    np.testing.assert_allclose(losses["loss"], answer + balance * (0.5 + 0.25 * 2 + 0.125 * 3), rtol=1e-6)
+
+
+def test_the_first_step_moves_by_the_learning_rate():
+    step, state = linear_step()
+    batch = random_batch()
+    after, report = step(state, batch)
+    predicting = np.unique(batch.tokens_BT[batch.loss_mask_BT])
+    moved = np.abs(np.asarray(after.params["table"] - state.params["table"]))[predicting]
+    np.testing.assert_allclose(
+        np.median(moved), report.scalars["learning_rate"], rtol=0.01
+    )  # Adam: the gradient's sign
+    assert report.scalars["learning_rate"] == pytest.approx(0.005)  # half of 0.01: two steps of warm-up
+    assert after.step == 1
+    assert report.finite
+
+
+def test_steps_learn():
+    step, state = linear_step(steps=60, optim=OptimConfig(lr=0.1, warmup_steps=2))
+    losses = []
+    for _ in range(60):
+        state, report = step(state, random_batch())
+        losses.append(float(report.scalars["answer_loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("poisoned", ["answer_loss", "z_loss", "grad_norm"])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poisoned):
+    def apply(params, batch, router_bias_LC, key, window):
+        logits, trace = linear_apply(params, batch, router_bias_LC, None, window)
+        if poisoned == "answer_loss":
+            return logits.at[0].set(jnp.nan), trace
+        if poisoned == "z_loss":
+            return logits, dataclasses.replace(trace, losses={**trace.losses, "z": jnp.asarray([jnp.inf])})
+        root = jnp.sqrt(jnp.maximum(logits - logits, 0.0) + 0.0)  # 0, with a gradient of NaN
+        return logits + root, trace
+
+    step, state = linear_step(apply)
+    after, report = step(state, random_batch())
+    assert not report.finite
+    assert not np.isfinite(report.scalars[poisoned])
+    assert after.step == 1
+    jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(after, step=state.step), state)
+
+
+def test_randomness_follows_seed_step_and_micro_batch():
+    def losses(seed, parts):
+        step, state = linear_step(linear_apply, seed=seed, accumulation=parts)
+        at = lambda number: dataclasses.replace(state, step=jnp.asarray(number, jnp.int32))  # noqa: E731
+        return [float(step(at(number), same_rows)[1].scalars["answer_loss"]) for number in (5, 6, 5)]
+
+    same_rows = jax.tree.map(lambda x: np.repeat(x[:1], 2, axis=0), random_batch())
+    first, second, again = losses(0, 1)
+    assert first == again != second
+    assert losses(1, 1)[0] != first
+    assert losses(0, 2)[0] != first  # each micro-batch draws from its own key
+
+
+def test_the_expert_bias_moves_by_its_rule_only_where_it_is_on():
+    step, state = linear_step()
+    assert not np.any(step(state, random_batch())[0].router_bias_LC)
+    moe = dataclasses.replace(MODEL.moe, expert_bias=True, expert_bias_rate=0.5)
+    step, state = linear_step(model=dataclasses.replace(MODEL, moe=moe))
+    after, _ = step(state, random_batch())
+    np.testing.assert_array_equal(after.router_bias_LC, [[-0.5, -0.5, 0, 0.5, 0.5]])  # loads 4 3 2 1 0, mean 2
+
+
+def test_evaluation_counts_rows_with_an_answer():
+    batch = random_batch()
+    batch = dataclasses.replace(batch, loss_mask_BT=batch.loss_mask_BT & (np.arange(8) < 5)[:, None])
+    sums = compiled(make_eval_step(quiet))(linear_params(), jnp.zeros((1, 5)), batch)
+    assert sums.answers == 5
+    assert sums.answer_tokens == batch.loss_mask_BT.sum()
+
+
+def real_step_on(mesh):
+    """What one step of the real model reports on a mesh, and the parameters after it."""
+    moe = dataclasses.replace(MODEL.moe, num_experts=8)
+    config = run_config(dataclasses.replace(MODEL, moe=moe))
+    optimizer = make_optimizer(config.optim, logical_axes(config.model))
+    state = create_state(config.model, optimizer, mesh, jax.random.key(0))
+    step = compiled(make_train_step(config, optimizer, model_apply(config.model)))
+    after, report = step(state, shard_batch(mesh, random_batch(rows=8, length=16)))
+    return jax.device_get((report, after.params))
+
+
+@pytest.mark.slow
+def test_losses_and_router_statistics_are_those_of_the_whole_batch_on_a_mesh():
+    one, params_one = real_step_on(make_mesh(MeshConfig(), jax.devices()[:1]))
+    many, params_many = real_step_on(make_mesh(MeshConfig(data=2, fsdp=2, expert=2)))
+    for name, value in one.scalars.items():
+        np.testing.assert_allclose(many.scalars[name], value, rtol=2e-5, err_msg=name)
+    np.testing.assert_array_equal(many.routing.load_LC, one.routing.load_LC)
+    np.testing.assert_array_equal(many.routing.real_slots_LM, one.routing.real_slots_LM)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params_many, params_one)
