@@ -1,9 +1,7 @@
 """`evaluate`: one checkpoint at any budget. Scores, realised real experts, load and time, beside chance."""
 
 import dataclasses
-import importlib.metadata
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 
 import jax
@@ -21,6 +19,7 @@ from anyexperts_jax.analysis.results import BudgetResult, BudgetTime, Evaluation
 from anyexperts_jax.analysis.scoring import longest_answer, predict, score_domain
 from anyexperts_jax.analysis.timing import time_budgets
 from anyexperts_jax.analysis.trained import Trained, load_trained, own_window, with_room
+from anyexperts_jax.analysis.versions import device_text, versions
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig, round_half_up
 from anyexperts_jax.core.errors import UserError, require, require_one_of
@@ -28,10 +27,8 @@ from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.data.pipeline import eval_batches
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.routing.budget import calibrate_budget, shift_budget
-from anyexperts_jax.train.run_dir import Which
 
 BUDGET_RATIOS = (0.6, 0.8, 1.0, 1.2)  # of the nominal budget a run was trained with: 4.8 6.4 8.0 9.6 for 8..12
-_PACKAGES = ("anyexperts-jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +61,7 @@ def evaluate(
     budgets: Sequence[float] | None = None,
     domains: Sequence[str] | None = None,
     *,
-    which: Which = "best",
+    which: str = "best",
     options: Options = Options(),
     note: Callable[[str], None] = lambda line: None,
 ) -> EvaluationResult:
@@ -216,19 +213,3 @@ def _text(window: Window) -> str:
 def _score_line(result: BudgetResult) -> str:
     scores = "  ".join(f"{score.domain} {score.score:.1%}" for score in result.scores)
     return f"realised {result.realised:.2f} on test; {scores}"
-
-
-def device_text() -> str:
-    device = jax.devices()[0]
-    return f"{device.device_kind} ({device.platform})"
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages that decide a result; packages that are not installed are left out."""
-    found = {"python": sys.version.split()[0]}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -12,7 +12,8 @@ from anyexperts_jax.analysis.scoring import predict
 from anyexperts_jax.analysis.trained import Trained, own_window
 from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.data.batches import pad_rows, stack
-from anyexperts_jax.data.encode import EncodingSpec, encode
+from anyexperts_jax.data.config import EncodingSpec
+from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.example import SAMPLE_RATE, Example
 from anyexperts_jax.data.features import HOP
 from anyexperts_jax.data.mixture import open_source

@@ -28,7 +28,7 @@ WIDTH = 8.0  # inches, as are all lengths here
 _COLUMNS = 60  # question bytes in a line
 _LINE = 0.21
 _TITLE, _STRIP_TITLE, _GAP, _FOOT = 0.3, 0.22, 0.24, 0.4
-_PANELS = {"image": (2.25, draw_image), "audio": (2.3, draw_audio), "video": (2.0, draw_video)}
+_PANELS = {"image": (2.0, draw_image), "audio": (2.3, draw_audio), "video": (2.65, draw_video)}
 
 
 def draw_importance_maps(maps: Sequence[ExampleMap], path: Path) -> Path:

@@ -55,7 +55,7 @@ def draw_image(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
     left, bottom, width, height = box
     step = 0.96 * width / len(panels)
     for i, (title, heat_RC, scale) in enumerate(panels):
-        axes = drawn.add_axes((left + 0.02 * width + i * step, bottom, 0.96 * step, height * 0.84))
+        axes = drawn.add_axes((left + 0.02 * width + i * step, bottom, 0.96 * step, height * 0.82), anchor="S")
         _paint_frame(axes, image, evidence, heat_RC, one.patch_size, scale)
         text = title if scale is None else f"{title}\n{scale}"
         axes.set_title(text, fontsize=8, weight="bold" if i == 1 else "normal", loc="center")
@@ -160,7 +160,7 @@ def _spectrogram(audio: Float[ndarray, " samples"]) -> Float[ndarray, "frequenci
 
 
 def draw_video(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[ExampleMap]) -> None:
-    """A bar a frame, the mean importance of its patches, over the frames with their patches coloured."""
+    """A bar a frame, the mean importance of its patches, over the frames and the frames with their patches coloured."""
     video, evidence, patches_LFRC = one.example.video, one.example.video_evidence, one.patches_LFRC
     assert video is not None
     assert patches_LFRC is not None
@@ -168,16 +168,17 @@ def draw_video(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
     frames = len(video)
     scale, bar_scale = _mean_scale(maps), scale_of([_frame_means(other) for other in maps])
     marked_F = np.zeros(frames, bool) if evidence is None else np.asarray(evidence.any(axis=(1, 2)))
-    bars = drawn.add_axes((left + 0.08 * width, bottom + 0.62 * height, 0.89 * width, 0.28 * height))
+    bars = drawn.add_axes((left + 0.08 * width, bottom + 0.7 * height, 0.89 * width, 0.22 * height))
     _draw_bars(bars, _frame_means(one), bar_scale, np.arange(frames) + 0.04, 1.0, marked_F)
     bars.set_xlim(0, frames)
     bars.set_xticks([])
     _note(bars, f"mean of layers, a bar a frame, {bar_scale}; on the patches, {scale}")
     for frame in range(frames):
-        place = (left + (0.08 + 0.89 * (frame + 0.04) / frames) * width, bottom + 0.02 * height)
-        axes = drawn.add_axes((*place, 0.89 * 0.92 / frames * width, 0.56 * height))
         marks = None if evidence is None else evidence[frame]
-        _paint_frame(axes, video[frame], marks, patches_LFRC[:, frame].mean(axis=0), one.patch_size, scale)
+        x = left + (0.08 + 0.89 * (frame + 0.04) / frames) * width
+        for row, heat_RC in enumerate((patches_LFRC[:, frame].mean(axis=0), None)):
+            place = (x, bottom + (0.01 + 0.34 * row) * height, 0.89 * 0.92 / frames * width, 0.32 * height)
+            _paint_frame(drawn.add_axes(place), video[frame], marks, heat_RC, one.patch_size, scale)
 
 
 def _frame_means(one: ExampleMap) -> Float[ndarray, " F"]:

@@ -12,7 +12,7 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.train.checkpoint import Checkpoints
 from anyexperts_jax.train.config import RunConfig
-from anyexperts_jax.train.run_dir import RunDir, Which, load_run
+from anyexperts_jax.train.run_dir import RunDir, load_run
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Trained:
     step: int
 
 
-def load_trained(run_dir: str | pathlib.Path, which: Which = "best") -> Trained:
+def load_trained(run_dir: str | pathlib.Path, which: str = "best") -> Trained:
     """The run's best or last checkpoint, on the first device.
 
     Raises:

@@ -1,0 +1,24 @@
+"""What a result was made with."""
+
+import importlib.metadata
+import platform
+
+import jax
+
+_PACKAGES = ("anyexperts-jax", "jax", "jaxlib", "flax", "optax", "grain", "numpy")
+
+
+def device_text() -> str:
+    device = jax.devices()[0]
+    return device.device_kind if device.platform in device.device_kind else f"{device.device_kind} ({device.platform})"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that decide a result; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
