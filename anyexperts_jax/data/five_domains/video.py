@@ -1,4 +1,4 @@
-"""video: handwritten digits that appear and move over eight frames. Which digit, when, which way?"""
+"""video: handwritten digits that appear and move over six frames. Which digit, when, which way?"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from anyexperts_jax.data.five_domains import digits
 from anyexperts_jax.data.five_domains.canvas import COLOUR_NAMES, cluttered_frames, paint
 from anyexperts_jax.data.five_domains.marked_text import marked
 
-FRAMES = 8
+FRAMES = 6
 SIZE = 24  # height and width of a frame
 TIMES = ("start", "middle", "end")
 WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (down, right) per step
-_THIRDS = {"start": (0, 2), "middle": (3, 5), "end": (6, 8)}  # first frame and end of the times one can ask for
+_THIRDS = {"start": (0, 2), "middle": (2, 4), "end": (4, 6)}  # first frame and end of the times one can ask for
 _FREE = SIZE - digits.GLYPH  # pixels a whole glyph can move inside a frame
 
 
@@ -38,7 +38,7 @@ class _Actor:
 
 
 class Video:
-    """Digits in eight frames of 24 x 24 pixels, one at a time.
+    """Digits in six frames of 24 x 24 pixels, one at a time.
 
     Level 1 shows one digit; level 2 two digits one after the other, the question naming one by its colour; level 3
     two digits named by order or by value. Strokes that flicker are the clutter of levels 2 and 3.
@@ -116,7 +116,7 @@ def _when_scene(rng: np.random.Generator, split: str, level: int) -> tuple[list[
 def _walk(rng: np.random.Generator, scan: int, colour: str, first: int, end: int, way: str) -> _Actor:
     """An actor that walks `way` through the middle of its track, half out of the picture at either end at most."""
     frames = end - first
-    pixels = 3 if frames == FRAMES else 5
+    pixels = 4 if frames == FRAMES else 8
     down, right = WAYS[way]
     start = (_FREE - pixels * (frames - 1)) // 2  # of a walk right or down; the other two walk it backwards
     across = int(rng.integers(0, _FREE + 1))
