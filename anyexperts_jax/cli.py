@@ -1,0 +1,199 @@
+"""The command line: `anyexperts train | evaluate | report | generate | data | bench`.
+
+Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input, 3 a loss that is
+not finite, 4 a full disk, 130 and 143 interrupted with a checkpoint written.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from anyexperts_jax import __version__
+from anyexperts_jax.core.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    options = _parser().parse_args(arguments)
+    from anyexperts_jax.train.stops import RunStoppedError
+
+    try:
+        options.command(options)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except RunStoppedError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"anyexperts: {message}", file=sys.stderr)
+    return code
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from anyexperts_jax.train.config import load_config
+    from anyexperts_jax.train.loop import train
+
+    config = load_config(options.config, options.set)
+    run_dir = options.run or pathlib.Path("runs") / pathlib.Path(options.config).stem
+    result = train(config, run_dir)
+    print(f"run: {result.run_dir}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from anyexperts_jax.analysis.evaluate import Options, evaluate
+    from anyexperts_jax.analysis.tables import print_evaluation
+
+    amounts = Options(num_examples=options.examples, calibration_examples=options.calibration_examples)
+    result = evaluate(options.run, options.budget, options.domain, which=options.checkpoint, options=amounts, note=_say)
+    print_evaluation(result)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from anyexperts_jax.analysis.routing_report import report
+
+    print(f"report: {report(options.run)}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from anyexperts_jax.analysis.ask import ask, own_example
+    from anyexperts_jax.analysis.trained import load_trained
+    from anyexperts_jax.data.mixture import open_source
+
+    trained = load_trained(options.run, options.checkpoint)
+    data = trained.config.data
+    if options.question is not None:
+        example = own_example(options.question, data.encoding, image=options.image, audio=options.audio)
+    else:
+        if options.image or options.audio:
+            raise UserError("--image and --audio go with --question")
+        source = open_source(data, options.domain or data.domains[0], options.split, options.index + 1)
+        example = source[options.index]
+    reply = ask(trained, example, options.budget)
+    print(f"question: {example.question}")
+    if options.question is None:
+        print(f"expected: {example.answer}")
+    print(f"answer:   {reply.answer}")
+    real = ", ".join(f"{name} {mean:.2f}" for name, mean in reply.real_slots.items())
+    print(f"real experts per token: {real} (window {reply.window[0]:g} to {reply.window[1]:g})")
+
+
+def _data_show(options: argparse.Namespace) -> None:
+    from anyexperts_jax.data.domain import DOMAIN_NAMES
+    from anyexperts_jax.data.show import show
+
+    for name in options.domain or DOMAIN_NAMES:
+        show(
+            name,
+            options.split,
+            options.count,
+            options.out,
+            start=options.start,
+            seed=options.seed,
+            levels=options.level or (1, 2, 3),
+        )
+
+
+def _data_export(options: argparse.Namespace) -> None:
+    from anyexperts_jax.data.array_records import export_array_record
+    from anyexperts_jax.data.source import GeneratedSource
+
+    source = GeneratedSource(options.domain, options.split, options.count, options.seed, (1, 2, 3))
+    folder = export_array_record(source, options.folder, options.split, shards=options.shards)
+    print(f"{options.count} examples of {options.domain}/{options.split} in {folder}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="anyexperts", description="Mixture-of-experts models in which each token gets as many experts as it needs."
+    )
+    parser.add_argument("--version", action="version", version=f"anyexperts-jax {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_report(commands)
+    _add_generate(commands)
+    _add_data(commands)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("train", help="train a model, or go on with a run that stopped")
+    parser.add_argument("config", help="a preset (tiny, small, smoke), a TOML file, or a run's config.json")
+    parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as in optim.lr=1e-3; repeatable"
+    )
+    parser.set_defaults(command=_train)
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("evaluate", help="score one checkpoint at several budgets")
+    _add_run(parser)
+    parser.add_argument(
+        "--budget", type=float, nargs="+", metavar="K", help="real experts per token (default: four around the run's)"
+    )
+    parser.add_argument("--domain", nargs="+", help="domains to evaluate (default: all of the run)")
+    parser.add_argument("--examples", type=int, default=64, help="test examples of each domain (default: 64)")
+    parser.add_argument(
+        "--calibration-examples", type=int, default=32, help="validation examples of each domain that set the window"
+    )
+    parser.set_defaults(command=_evaluate)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("report", help="write one HTML page and pictures about a run")
+    parser.add_argument("run", type=pathlib.Path, help="the run's directory")
+    parser.set_defaults(command=_report)
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("generate", help="answer one question with a trained model")
+    _add_run(parser)
+    parser.add_argument("--domain", help="take the question from this domain (default: the run's first)")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    parser.add_argument("--index", type=int, default=0, help="number of the example in the split")
+    parser.add_argument("--question", help="ask this instead")
+    parser.add_argument("--image", type=pathlib.Path, help="a picture that --question is about")
+    parser.add_argument("--audio", type=pathlib.Path, help="a WAV file that --question is about")
+    parser.add_argument("--budget", type=float, metavar="K", help="real experts per token (default: as trained)")
+    parser.set_defaults(command=_generate)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=pathlib.Path, help="the run's directory")
+    parser.add_argument("--checkpoint", default="best", choices=("best", "last"))
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    data = commands.add_parser("data", help="look at the five domains, or write them to disk")
+    actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="print and draw examples (PNG, WAV)")
+    show.add_argument("domain", nargs="*", help="domains (default: all five)")
+    show.add_argument("--split", default="train", choices=("train", "validation", "test"))
+    show.add_argument("--count", type=int, default=12)
+    show.add_argument("--start", type=int, default=0)
+    show.add_argument("--seed", type=int, default=0)
+    show.add_argument("--level", type=int, nargs="+", choices=(1, 2, 3))
+    show.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/data"))
+    show.set_defaults(command=_data_show)
+    export = actions.add_parser("export", help="write a generated domain as ArrayRecord files")
+    export.add_argument("domain")
+    export.add_argument("folder", type=pathlib.Path)
+    export.add_argument("--split", default="train", choices=("train", "validation", "test"))
+    export.add_argument("--count", type=int, default=1000)
+    export.add_argument("--seed", type=int, default=0)
+    export.add_argument("--shards", type=int, default=1)
+    export.set_defaults(command=_data_export)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

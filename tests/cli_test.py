@@ -1,0 +1,72 @@
+"""The command line from outside: exit codes, and one clear line for whatever is wrong."""
+
+import re
+
+import pytest
+
+from anyexperts_jax import cli
+
+
+def one_line(capsys) -> str:
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "tinny"], r"no config 'tinny'.*tiny"),
+        (["train", "missing.toml"], r"cannot read config missing.toml"),
+        (["train", "smoke", "--set", "optim.learning_rate=1"], r"optim.learning_rate.*valid|optim.*lr"),
+        (["train", "smoke", "--set", "optim.lr=fast"], r"optim.lr"),
+        (["train", "smoke", "--set", "model.moe.k_min=99"], r"k_min=99"),
+        (["train", "smoke", "--set", "model.moe.iar=sideways"], r"sideways.*multiply_logits"),
+        (["train", "smoke", "--set", "steps"], r"key=value"),
+        (["evaluate", "no/such/run"], r"no/such/run"),
+        (["report", "no/such/run"], r"no/such/run"),
+        (["generate", "no/such/run"], r"no/such/run"),
+        (["data", "show", "painting"], r"painting.*general, ocr"),
+        (["data", "show", "nlp", "--count", "0"], r"count=0"),
+    ],
+)
+def test_a_wrong_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    assert re.search(message, one_line(capsys))
+
+
+def test_a_sequence_longer_than_the_models_is_refused(capsys, tmp_path):
+    command = ["train", "smoke", "--run", str(tmp_path / "run"), "--set", "data.encoding.max_length=256"]
+    assert cli.main(command) == 2
+    assert re.search(r"256.*128", one_line(capsys))
+
+
+def test_an_empty_data_directory_is_refused(capsys, tmp_path):
+    (tmp_path / "data").mkdir()
+    mixture = ["--set", 'data.domains=["own"]', "--set", f'data.folders=["own={tmp_path / "data"}"]']
+    assert cli.main(["train", "smoke", "--run", str(tmp_path / "run"), *mixture]) == 2
+    assert re.search(r"data is empty|is empty", one_line(capsys))
+
+
+def test_data_show_writes_pictures(tmp_path, capsys):
+    assert cli.main(["data", "show", "nlp", "--count", "3", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "nlp_train.png").stat().st_size > 1000
+    assert "question" in capsys.readouterr().out
+
+
+def test_data_export_writes_a_folder_that_can_be_trained_on(tmp_path, capsys):
+    assert cli.main(["data", "export", "nlp", str(tmp_path / "nlp"), "--count", "5"]) == 0
+    from anyexperts_jax.data.config import DataConfig
+    from anyexperts_jax.data.mixture import open_source
+
+    source = open_source(DataConfig(domains=("nlp",), folders=(f"nlp={tmp_path / 'nlp'}",)), "nlp", "train")
+    assert len(source) == 5
+    capsys.readouterr()
+
+
+def test_unknown_commands_exit_with_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["fly"])
+    assert stop.value.code == 2
+    capsys.readouterr()
