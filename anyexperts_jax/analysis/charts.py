@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
 
 from anyexperts_jax.analysis import style
 from anyexperts_jax.analysis.importance import Separation
@@ -13,6 +15,7 @@ from anyexperts_jax.core.modality import MODALITY_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 Records = Sequence[dict[str, Any]]  # of metrics.jsonl, see train.metrics
 
@@ -20,14 +23,15 @@ Records = Sequence[dict[str, Any]]  # of metrics.jsonl, see train.metrics
 def draw_training(records: Records, path: Path) -> Path:
     """Loss, validation accuracy, and real experts by modality, over the steps."""
     train, validation = (_of_kind(records, kind) for kind in ("train", "validation"))
-    with style.figure(8.0, 5.6, path) as drawn:
-        loss, exact, real, share = drawn.subplots(2, 2).ravel()
+    with style.figure(8.0, 6.2, path) as drawn:
+        loss, exact, real, share = drawn.subplots(2, 2, sharex=True).ravel()
         _draw_losses(loss, train, validation)
         _draw_domains(exact, validation)
         _draw_real_over_steps(real, train)
         _draw_balance_over_steps(share, train)
         for axes in (loss, exact, real, share):
-            axes.set_xlabel("step")
+            axes.set_xlabel("step", labelpad=1)
+            axes.tick_params(labelbottom=True)
             axes.grid(True)
     return path
 
@@ -49,15 +53,20 @@ def _draw_losses(axes: "Axes", train: Records, validation: Records) -> None:
     axes.plot(places, losses, color=style.SERIES[1], marker="s", markersize=4, label="validation")
     axes.set_title("Nats per answer token")
     axes.set_ylim(0, None)
-    axes.legend()
+    _legend_below(axes)
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about ten records."""
-    smooth: list[float] = []
-    for value in values:
-        smooth.append(value if not smooth else 0.9 * smooth[-1] + 0.1 * value)
-    return smooth
+def _smooth(values: Sequence[float]) -> Float[ndarray, " steps"]:
+    """Mean over the records within 1/40 of the run to either side, leaving out those that are undefined."""
+    known = np.asarray(values, float)
+    reach = len(known) // 40
+    windows = [known[max(i - reach, 0) : i + reach + 1] for i in range(len(known))]
+    return np.array([_nan_mean(window) for window in windows])
+
+
+def _nan_mean(values: ndarray) -> float:
+    kept = values[~np.isnan(values)]
+    return float(kept.mean()) if len(kept) else float("nan")
 
 
 def _draw_domains(axes: "Axes", validation: Records) -> None:
@@ -68,8 +77,9 @@ def _draw_domains(axes: "Axes", validation: Records) -> None:
         axes.plot(steps, right, color=colour, marker=marker, markersize=4, label=domain)
     axes.set_title("Answers right, teacher-forced")
     axes.set_ylim(0, None)
+    axes.yaxis.set_major_formatter(_percent)
     if validation:
-        axes.legend()
+        _legend_below(axes)
 
 
 def _draw_real_over_steps(axes: "Axes", train: Records) -> None:
@@ -77,21 +87,11 @@ def _draw_real_over_steps(axes: "Axes", train: Records) -> None:
     for index, name in enumerate(MODALITY_NAMES):
         means = [float(np.mean([_number(row[index]) for row in r["real_slots"]])) for r in train]
         if not np.isnan(means).all():
-            axes.plot(steps, _smooth_known(means), color=style.series(index)[0], label=name)
+            axes.plot(steps, _smooth(means), color=style.series(index)[0], label=name)
     if train:
         axes.axhline(train[-1]["nominal_real_slots"], color=style.FAINT, linestyle="--", linewidth=1, label="nominal")
-        axes.legend(ncols=2)
+        _legend_below(axes)
     axes.set_title("Real experts per token, mean of layers")
-
-
-def _smooth_known(values: Sequence[float]) -> list[float]:
-    """`_smooth` over the steps that have tokens of the modality; the others keep the last value."""
-    known = np.asarray(values, float)
-    first = int(np.argmax(~np.isnan(known)))
-    filled: list[float] = []
-    for value in known[first:]:
-        filled.append(filled[-1] if np.isnan(value) else float(value))
-    return [float("nan")] * first + _smooth(filled)
 
 
 def _draw_balance_over_steps(axes: "Axes", train: Records) -> None:
@@ -104,10 +104,20 @@ def _draw_balance_over_steps(axes: "Axes", train: Records) -> None:
     shares = axes.twinx()
     shares.plot(steps, [_number(r["mean_virtual_share"]) for r in train], color=style.SERIES[1], label="virtual share")
     shares.set_ylim(0, None)
-    shares.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    shares.yaxis.set_major_formatter(_percent)
     shares.spines["right"].set_visible(True)
-    lines = [*axes.get_lines()[:1], *shares.get_lines()]
-    axes.legend(lines, [str(line.get_label()) for line in lines])
+    _legend_below(axes, [*axes.get_lines()[:1], *shares.get_lines()])
+
+
+def _percent(value: float, place: float) -> str:
+    return f"{100 * value:g}%"
+
+
+def _legend_below(axes: "Axes", lines: "Sequence[Line2D] | None" = None) -> None:
+    handles = axes.get_legend_handles_labels()[0] if lines is None else lines
+    labels = [str(handle.get_label()) for handle in handles]
+    below = (0.5, -0.2)
+    axes.legend(handles, labels, ncols=3, columnspacing=1.2, handlelength=1.4, loc="upper center", bbox_to_anchor=below)
 
 
 def draw_real_experts(summary: RoutingSummary, nominal: float, path: Path) -> Path:
@@ -148,6 +158,7 @@ def draw_load(summary: RoutingSummary, path: Path) -> Path:
             axes.set_title(f"{name}: busiest expert {relative.max():.2f} times the mean")
             axes.set_yticks(range(layers) if layers <= 8 else [0, layers - 1])
             axes.set_ylabel("layer")
+            axes.tick_params(axis="x", length=0)
             for spine in axes.spines.values():
                 spine.set_visible(False)
         np.atleast_1d(grid)[-1].set_xlabel("real expert")

@@ -111,6 +111,7 @@ def summarise(sample: RoutingSample, moe: AnyExpertsConfig, window: Window) -> R
         real_slots_by_modality={
             MODALITY_NAMES[m]: float(real_M[m]) for m in range(NUM_MODALITIES) if (modality_N == m).any()
         },
+        real_slots_by_layer=_nested(real_LN.mean(axis=1)),
         real_slots_LM=_nested(real_LM),
         importance_LM=_nested(_by_modality(importance_LN, modality_N)) if moe.uses_importance else (),
         virtual_share_LM=_nested(_by_modality(virtual_LN, modality_N) / slots_LM),

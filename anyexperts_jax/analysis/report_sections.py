@@ -151,8 +151,8 @@ def _separation(source: ReportSource, folder: pathlib.Path) -> Section:
         "a token that carries the answer has higher importance than another media or question token of its modality."
     )
     picture = Picture("Separation", caption, draw_separations(source.separations, folder / "separation.png"))
-    shown = tables.separation_table(source.separations)
-    return dataclasses.replace(section, text=text, pictures=(picture,), tables=(shown,))
+    shown = (tables.separation_table(source.separations), tables.baseline_table(source.separations))
+    return dataclasses.replace(section, text=text, pictures=(picture,), tables=shown)
 
 
 def _real_experts(source: ReportSource, folder: pathlib.Path) -> Section:

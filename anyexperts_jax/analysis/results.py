@@ -11,6 +11,7 @@ import dacite
 from anyexperts_jax.analysis.importance import Separation
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.train.metrics import plain
+from anyexperts_jax.train.run_dir import write_whole
 
 JSON_NAME = "evaluation.json"
 CSV_NAME = "evaluation.csv"
@@ -57,6 +58,7 @@ class RoutingSummary:
     real_slots: float
     real_slots_by_domain: dict[str, float]
     real_slots_by_modality: dict[str, float]
+    real_slots_by_layer: tuple[float, ...]
     real_slots_LM: tuple[tuple[float, ...], ...]
     importance_LM: tuple[tuple[float, ...], ...]
     virtual_share_LM: tuple[tuple[float, ...], ...]
@@ -115,7 +117,7 @@ class EvaluationResult:
 def save_evaluation(result: EvaluationResult, run_dir: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes evaluation.json and evaluation.csv (a row a budget and domain) in the run's directory."""
     json_path, csv_path = run_dir / JSON_NAME, run_dir / CSV_NAME
-    json_path.write_text(json.dumps(plain(dataclasses.asdict(result)), indent=1) + "\n")
+    write_whole(json_path, json.dumps(plain(dataclasses.asdict(result)), indent=1) + "\n")
     rows = [_csv_row(budget, score) for budget in result.budgets for score in budget.scores]
     with open(csv_path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

@@ -34,7 +34,7 @@ def budget_table(result: EvaluationResult) -> TextTable:
         rows.append(
             (
                 f"{one.budget:g}",
-                f"{k_min:.2f} to {k_max:.2f}",
+                f"{k_min:.2f}-{k_max:.2f}",
                 f"{one.nominal:.2f}",
                 f"{one.realised:.2f}",
                 f"{one.routing.virtual_share:.1%}",
@@ -45,20 +45,21 @@ def budget_table(result: EvaluationResult) -> TextTable:
             )
         )
     reference = f"{result.budgets[0].time.reference:g}"
-    columns = ("budget", "window", "nominal", "realised", "virtual share", "load max/mean", "dropped")
-    times = (f"forward time ({reference} = 1)", f"MoE experts' time ({reference} = 1)")
-    return TextTable("Real experts per token, and what they cost", (*columns, *times), tuple(rows))
+    columns = ("budget", "window", "nominal", "realised", "virtual share", "peak load", "dropped")
+    title = f"Budgets (peak load: busiest expert over the mean; time 1: budget {reference})"
+    return TextTable(title, (*columns, "forward time", "MoE time"), tuple(rows))
 
 
 def score_table(result: EvaluationResult) -> TextTable:
-    """A row a domain: chance, and the score at each budget."""
+    """A row a domain: chance, and the score at each budget with its standard error, in percent."""
     rows = []
     for index, first in enumerate(result.budgets[0].scores):
         scores = [one.scores[index] for one in result.budgets]
-        cells = [f"{score.score:.1%} ± {figure_text(100 * score.standard_error, '.1f')}" for score in scores]
-        rows.append((first.domain, metric_name(first.metric), str(first.examples), f"{first.chance:.1%}", *cells))
-    budgets = tuple(f"budget {one.budget:g}" for one in result.budgets)
-    return TextTable("Score on the test split", ("domain", "metric", "examples", "chance", *budgets), tuple(rows))
+        cells = [f"{100 * score.score:.1f} ±{figure_text(100 * score.standard_error, '.1f')}" for score in scores]
+        rows.append((first.domain, metric_name(first.metric), f"{100 * first.chance:.1f}", *cells))
+    columns = ("domain", "metric", "chance", *(f"budget {one.budget:g}" for one in result.budgets))
+    title = f"Score in percent on {result.examples_per_domain} test examples a domain"
+    return TextTable(title, columns, tuple(rows))
 
 
 def metric_name(metric: str) -> str:
@@ -80,45 +81,49 @@ def group_table(one: BudgetResult) -> TextTable:
 
 
 def allocation_table(result: EvaluationResult) -> TextTable:
-    """A row a domain and a modality: realised real experts at each budget."""
-    groups = {"domain": "real_slots_by_domain", "modality": "real_slots_by_modality"}
+    """Nominal real experts at each budget, and the realised ones of all tokens, domains, modalities and layers."""
+    budgets = result.budgets
     rows = [
-        (f"{label} {name}", *(f"{getattr(one.routing, field)[name]:.2f}" for one in result.budgets))
+        ("nominal", *(f"{one.nominal:.2f}" for one in budgets)),
+        ("realised, all tokens", *(f"{one.realised:.2f}" for one in budgets)),
+    ]
+    groups = {"domain": "real_slots_by_domain", "modality": "real_slots_by_modality"}
+    rows += [
+        (f"{label} {name}", *(f"{getattr(one.routing, field)[name]:.2f}" for one in budgets))
         for label, field in groups.items()
         for name in getattr(result.trained, field)
     ]
-    budgets = tuple(f"budget {one.budget:g}" for one in result.budgets)
-    return TextTable("Realised real experts per token, by domain and modality", ("", *budgets), tuple(rows))
+    rows += [
+        (f"MoE layer {layer}", *(f"{one.routing.real_slots_by_layer[layer]:.2f}" for one in budgets))
+        for layer in range(len(result.trained.real_slots_by_layer))
+    ]
+    columns = ("", *(f"budget {one.budget:g}" for one in budgets))
+    return TextTable("Real experts per token, by domain, modality and layer", columns, tuple(rows))
 
 
-def separation_table(separations: Sequence[Separation], brief: bool = False) -> TextTable:
-    """A row a modality: AUC of importance and of what needs no training, and mean importance.
-
-    `brief` leaves out counts, layers and baselines.
-    """
-    rows = [_separation_cells(one) for one in separations]
-    kept = [name for name in rows[0] if not brief or name in _BRIEF] if rows else []
-    title = "Importance against the tokens that carry the answer, ROC AUC"
-    return TextTable(title, tuple(kept), tuple(tuple(row[name] for name in kept) for row in rows))
-
-
-_BRIEF = ("modality", "AUC (95% interval)", "within sequences", "mean on evidence", "mean on background")
+def separation_table(separations: Sequence[Separation]) -> TextTable:
+    """A row a modality: AUC of importance, and mean importance of the two kinds of token."""
+    rows = []
+    for one in separations:
+        auc, low, high = (figure_text(value, ".3f") for value in (one.auc, one.auc_low, one.auc_high))
+        means = (figure_text(value, ".3f") for value in (one.auc_within, one.mean_evidence, one.mean_background))
+        rows.append((one.modality, f"{auc} ({low} to {high})", *means))
+    columns = ("modality", "AUC (95% interval)", "within sequences", "mean on evidence", "mean on background")
+    return TextTable("Importance against the tokens that carry the answer, ROC AUC", columns, tuple(rows))
 
 
-def _separation_cells(one: Separation) -> dict[str, str]:
-    auc, low, high = (figure_text(value, ".3f") for value in (one.auc, one.auc_low, one.auc_high))
-    return {
-        "modality": one.modality,
-        "AUC (95% interval)": f"{auc} ({low} to {high})",
-        "within sequences": figure_text(one.auc_within, ".3f"),
-        "mean on evidence": figure_text(one.mean_evidence, ".3f"),
-        "mean on background": figure_text(one.mean_background, ".3f"),
-        **{f"MoE layer {layer}": figure_text(value, ".3f") for layer, value in enumerate(one.auc_by_layer)},
-        **{f"{name} alone": figure_text(value, ".3f") for name, value in one.baselines.items()},
-        "sequences": f"{one.sequences}",
-        "evidence tokens": f"{one.evidence_tokens}",
-        "background tokens": f"{one.background_tokens}",
-    }
+def baseline_table(separations: Sequence[Separation]) -> TextTable:
+    """A row a modality: AUC of single layers' importance and of what needs no training, and how many were compared."""
+    layers = tuple(f"MoE layer {layer}" for layer in range(len(separations[0].auc_by_layer)))
+    names = tuple(separations[0].baselines)
+    rows = []
+    for one in separations:
+        aucs = (*one.auc_by_layer, *(one.baselines[name] for name in names))
+        counts = (f"{one.evidence_tokens}", f"{one.background_tokens}", f"{one.sequences}")
+        rows.append((one.modality, *(figure_text(auc, ".3f") for auc in aucs), *counts))
+    columns = ("modality", *layers, *(f"{name} alone" for name in names))
+    counted = ("evidence tokens", "background tokens", "sequences")
+    return TextTable("ROC AUC by layer, and of what needs no training", (*columns, *counted), tuple(rows))
 
 
 def routing_table(summary: RoutingSummary, modalities: Sequence[str]) -> TextTable:
@@ -139,28 +144,38 @@ def routing_table(summary: RoutingSummary, modalities: Sequence[str]) -> TextTab
     share = tuple(f"{modalities[m]}, virtual share" for m in present)
     k_min, k_max = summary.window
     title = f"By layer, window {k_min:g} to {k_max:g}"
-    return TextTable(title, ("MoE layer", *real, *share, "load max/mean"), tuple(rows))
+    return TextTable(title, ("MoE layer", *real, *share, "peak load"), tuple(rows))
 
 
 def to_rich(table: TextTable) -> "Table":
+    """For the terminal: figures stay whole, headings break between words."""
+    from rich import box
     from rich.table import Table
 
-    drawn = Table(title=table.title, title_justify="left")
+    drawn = Table(
+        title=table.title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for index, column in enumerate(table.columns):
-        drawn.add_column(column, justify="right" if index else "left")
+        width = max(len(text) for text in (*column.split(), *(row[index] for row in table.rows), ""))
+        drawn.add_column(column, justify="right" if index else "left", width=width)
     for row in table.rows:
         drawn.add_row(*row)
     return drawn
 
 
 def print_evaluation(result: EvaluationResult) -> None:
-    """Prints scores, budgets, allocation and separation to the terminal."""
+    """Prints scores, budgets, allocation and separation to the standard output."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(highlight=False)
     for table in (score_table(result), budget_table(result), allocation_table(result)):
         console.print(to_rich(table))
     if result.separations:
-        console.print(to_rich(separation_table(result.separations, brief=True)))
+        console.print(to_rich(separation_table(result.separations)))
     else:
-        console.print("static top-k: no importance to compare with the answers' tokens")
+        console.print("No importance to compare with the answers' tokens: static top-k, or no evidence is marked.")
