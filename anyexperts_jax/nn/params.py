@@ -84,6 +84,15 @@ class NamedAxes(meta.AxisMetadata[Any]):
         del params
         return NamedAxes(self.value, (*self.names[:index], *self.names[index + 1 :]), self.init)
 
+    def to_nnx_metadata(self) -> dict[str, Any]:
+        """What `flax.nnx.bridge.ToNNX` keeps on the variable."""
+        return vars(self).copy()
+
+    @classmethod
+    def from_nnx_metadata(cls, metadata: dict[str, Any]) -> "NamedAxes":
+        """The box back from the variable's metadata, whose other entries are NNX's own."""
+        return cls(metadata["value"], metadata["names"], metadata["init"])
+
 
 def named(init: Initializer, names: Sequence[str]) -> Callable[..., NamedAxes]:
     """The initialiser `init` with logical axis names on what it makes.

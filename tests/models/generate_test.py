@@ -28,34 +28,35 @@ def recomputed(config, params, batch, lengths, window=None):
     return tokens
 
 
-@pytest.mark.parametrize("window", [None, (1.0, 3.0)])
-def test_the_cache_gives_what_full_recomputation_gives(window):
-    params, lengths = random_params(SMALL), (16, 12, 7)
-    window = None if window is None else jnp.array(window)
-    expected = recomputed(SMALL, params, random_batch(lengths=lengths), lengths, window)
-    prompts = random_batch(lengths=lengths, total=16)
-    tokens_BJ = generate(SMALL, params, prompts, max_new_tokens=J, window=window)
-    np.testing.assert_array_equal(tokens_BJ, expected)
-    assert len(np.unique(expected)) > 2  # no constant output, which any cache would give
+LENGTHS = (16, 12, 0)
 
 
-def test_sequences_end_at_eos_and_pad_after():
-    params, lengths = random_params(SMALL), (16, 12, 7)
-    prompts = random_batch(lengths=lengths, total=16)
-    free = np.asarray(generate(SMALL, params, prompts, max_new_tokens=J))
-    eos = int(free[0, 2])  # let a token that was generated be the end
-    ended = np.asarray(generate(small(eos_id=eos), params, prompts, max_new_tokens=J))
-    for before, after in zip(free, ended, strict=True):
-        end = list(before).index(eos) + 1 if eos in before else J
-        np.testing.assert_array_equal(after[:end], before[:end])
-        np.testing.assert_array_equal(after[end:], SMALL.pad_id)
-    assert (ended[0, 3:] == SMALL.pad_id).all()
+def lively_params():
+    """Random parameters under which the next token depends much on the last one, so that the output varies."""
+    params = random_params(SMALL)
+    params["tokens"]["table"] = jnp.asarray(10 * np.asarray(params["tokens"]["table"]))
+    return params
 
 
-def test_an_empty_prompt_yields_padding():
-    prompts = random_batch(lengths=(16, 0, 7), total=16)
-    tokens_BJ = generate(SMALL, random_params(SMALL), prompts, max_new_tokens=J)
-    np.testing.assert_array_equal(tokens_BJ[1], SMALL.pad_id)
+def test_the_cache_gives_what_full_recomputation_gives_until_eos():
+    params = lively_params()
+    free = recomputed(SMALL, params, random_batch(lengths=LENGTHS), LENGTHS)
+    assert len(np.unique(free[:2])) > 4  # no constant output, which any cache would give
+    eos = int(free[0, -3])  # a token that is generated is to be the end
+    tokens_BJ = generate(small(eos_id=eos), params, random_batch(lengths=LENGTHS, total=16), max_new_tokens=J)
+    for row, expected in zip(np.asarray(tokens_BJ), free, strict=True):
+        end = list(expected).index(eos) + 1 if eos in expected else J
+        np.testing.assert_array_equal(row[:end], expected[:end])
+        np.testing.assert_array_equal(row[end:], SMALL.pad_id)
+    assert tokens_BJ[0, -1] == SMALL.pad_id
+    np.testing.assert_array_equal(tokens_BJ[2], SMALL.pad_id)  # an empty prompt
+
+
+def test_the_window_applies_to_every_token():
+    params, window = lively_params(), jnp.array([1.0, 3.0])
+    expected = recomputed(SMALL, params, random_batch(lengths=LENGTHS), LENGTHS, window)
+    prompts = random_batch(lengths=LENGTHS, total=16)
+    np.testing.assert_array_equal(generate(SMALL, params, prompts, max_new_tokens=J, window=window), expected)
 
 
 def test_a_length_below_one_is_refused():

@@ -47,11 +47,12 @@ def random_params(config, seed=0):
     """Parameters with no zeros among them: a zero initialisation hides what it multiplies."""
     rng = np.random.default_rng(seed)
 
-    def draw(p):
+    def draw(path, p):
         scale = 0.3 if len(p.shape) < 2 else p.shape[-2] ** -0.5
-        return jnp.asarray(rng.normal(size=p.shape) * scale + 0.1, p.dtype)
+        values = rng.normal(size=p.shape) * scale + (1.0 if "scale" in str(path[-1]) else 0.0)
+        return jnp.asarray(np.asarray(values, p.dtype))
 
-    return jax.tree.map(draw, abstract_params(config))
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
 
 
 def random_batch(config=SMALL, lengths=(20, 14, 7), total=22, seed=1) -> Batch:

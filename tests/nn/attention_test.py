@@ -6,38 +6,39 @@ import pytest
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.nn.attention import Attention, empty_cache, rotate, rotations
 from anyexperts_jax.nn.config import AttentionConfig
+from nn.layers import random_params, run
 
 CONFIG = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6)
 B, T, D = 2, 5, 8
-POSITIONS_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-CAUSAL_BTT = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
+POSITIONS_BT = jnp.asarray(np.tile(np.arange(T), (B, 1)))
+CAUSAL_BTT = jnp.asarray(np.tile(np.tri(T, dtype=bool), (B, 1, 1)))
 
 
 def setup(config=CONFIG, **fields):
     layer = Attention(config, **fields)
-    x_BTD = jax.random.normal(jax.random.key(0), (B, T, D))
-    params = layer.init(jax.random.key(1), x_BTD, CAUSAL_BTT)
-    return layer, jax.tree.map(lambda b: b.value, params, is_leaf=lambda n: hasattr(n, "names")), x_BTD
+    x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
+    return run(layer), random_params(layer, x_BTD, CAUSAL_BTT), x_BTD
 
 
 def test_matches_a_loop_over_positions_and_heads():
-    layer, params, x_BTD = setup()
-    mask_BTT = CAUSAL_BTT.at[1, :, 0].set(False).at[1, 0, 0].set(True)
-    y_BTD, _ = layer.apply(params, x_BTD, mask_BTT)
-    w = {name: np.asarray(p["kernel"], np.float64) for name, p in params["params"].items()}
+    apply, params, x_BTD = setup()
+    mask_BTT = np.array(CAUSAL_BTT)
+    mask_BTT[1, 1:, 0] = False
+    y_BTD, _ = apply(params, x_BTD, jnp.asarray(mask_BTT))
+    w = {name: np.asarray(p["kernel"], np.float64) for name, p in params.items()}
     expected = np.zeros((B, T, D))
     for b in range(B):
         for t in range(T):
             for h in range(4):
                 x = np.asarray(x_BTD[b], np.float64)
                 query, keys, values = x[t] @ w["query"][:, h], x @ w["key"][:, h // 2], x @ w["value"][:, h // 2]
-                weights = np.exp(keys @ query / 6**0.5) * np.asarray(mask_BTT[b, t])
+                weights = np.exp(keys @ query / 6**0.5) * mask_BTT[b, t]
                 expected[b, t] += (weights / weights.sum()) @ values @ w["out"][h]
     np.testing.assert_allclose(y_BTD, expected, atol=1e-5)
 
 
 def test_rotation_makes_scores_depend_on_distance_alone():
-    query, key = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 6))
+    query, key = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 1, 1, 6)), jnp.float32)
 
     def score(t, s):
         rotated = [rotate(x, rotations(CONFIG, jnp.array([[p]]))) for x, p in ((query, t), (key, s))]
@@ -57,47 +58,47 @@ def test_rotation_of_a_hand_computed_pair():
 
 def test_partial_rotation_leaves_the_rest():
     config = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=8, rope_fraction=0.5)
-    x_BTHA = jax.random.normal(jax.random.key(0), (1, 1, 1, 8))
+    x_BTHA = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8)
     turned = rotate(x_BTHA, rotations(config, jnp.array([[5]])))
     np.testing.assert_array_equal(turned[..., 4:], x_BTHA[..., 4:])
     assert not np.allclose(turned[..., :4], x_BTHA[..., :4])
 
 
 def test_the_cache_gives_what_the_whole_sequence_gives():
-    layer, params, x_BTD = setup(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=True))
+    apply, params, x_BTD = setup(AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=True))
     rotation = rotations(CONFIG, POSITIONS_BT)
-    whole_BTD, none = layer.apply(params, x_BTD, CAUSAL_BTT, rotation)
+    whole_BTD, none = apply(params, x_BTD, CAUSAL_BTT, rotation)
     assert none is None
     cache = jax.tree.map(lambda a: a[0], empty_cache(CONFIG, B, T, "float32", 1))
     for t in range(T):
         at = slice(t, t + 1)
         turned = tuple(r[:, at] for r in rotation)
-        y_B1D, cache = layer.apply(params, x_BTD[:, at], CAUSAL_BTT[:, at], turned, cache, POSITIONS_BT[:, at])
+        y_B1D, cache = apply(params, x_BTD[:, at], CAUSAL_BTT[:, at], turned, cache, POSITIONS_BT[:, at])
         np.testing.assert_allclose(y_B1D, whole_BTD[:, at], atol=1e-6)
 
 
 def test_examples_write_the_cache_at_their_own_positions():
-    layer, params, x_BTD = setup()
+    apply, params, x_BTD = setup()
     cache = jax.tree.map(lambda a: a[0], empty_cache(CONFIG, B, T, "float32", 1))
-    _, cache = layer.apply(params, x_BTD[:, :1], CAUSAL_BTT[:, :1], None, cache, jnp.array([[3], [1]]))
-    written_BS = jnp.abs(cache.keys_BSGA).sum((2, 3)) > 0
+    _, cache = apply(params, x_BTD[:, :1], CAUSAL_BTT[:, :1], None, cache, jnp.array([[3], [1]]))
+    written_BS = np.abs(cache.keys_BSGA).sum((2, 3)) > 0
     np.testing.assert_array_equal(written_BS, np.arange(T) == np.array([[3], [1]]))
 
 
 def test_a_row_that_may_see_nothing_is_finite():
-    layer, params, x_BTD = setup()
-    apply = lambda x: layer.apply(params, x, CAUSAL_BTT.at[0].set(False))[0].sum()  # noqa: E731
-    value, grad = jax.value_and_grad(apply)(x_BTD)
-    assert bool(jnp.isfinite(value))
-    assert bool(jnp.isfinite(grad).all())
+    _, params, x_BTD = setup()
+    mask_BTT = CAUSAL_BTT.at[0].set(False)
+    loss = lambda x: Attention(CONFIG).apply({"params": params}, x, mask_BTT)[0].sum()  # noqa: E731
+    value, grad = jax.jit(jax.value_and_grad(loss))(x_BTD)
+    assert bool(np.isfinite(value))
+    assert bool(np.isfinite(grad).all())
 
 
 def test_softmax_is_float32_in_bfloat16():
-    layer, params, x_BTD = setup()
-    half = Attention(CONFIG, dtype="bfloat16")
-    y_BTD, _ = half.apply(params, x_BTD.astype(jnp.bfloat16), CAUSAL_BTT)
+    apply, params, x_BTD = setup()
+    y_BTD, _ = run(Attention(CONFIG, dtype="bfloat16"))(params, x_BTD.astype(jnp.bfloat16), CAUSAL_BTT)
     assert y_BTD.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y_BTD.astype(jnp.float32), layer.apply(params, x_BTD, CAUSAL_BTT)[0], atol=0.05)
+    np.testing.assert_allclose(y_BTD.astype(jnp.float32), apply(params, x_BTD, CAUSAL_BTT)[0], atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,11 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from anyexperts_jax.nn.importance import ImportanceMLP
+from nn.layers import initial_params, random_params, run, shapes
 
-X_BTD = jax.random.normal(jax.random.key(0), (2, 3, 16))
-
-
-def values(variables):
-    return jax.tree.map(lambda b: b.value, variables, is_leaf=lambda n: hasattr(n, "names"))
+X_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 16)), jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -21,26 +17,28 @@ def values(variables):
     ],
 )
 def test_forms(form, kernels):
-    params = values(ImportanceMLP(form).init(jax.random.key(1), X_BTD))["params"]
+    params = shapes(ImportanceMLP(form), X_BTD)
     assert {name: p["kernel"].shape for name, p in params.items() if "kernel" in p} == kernels
 
 
 def test_starts_at_logit_zero():
-    layer = ImportanceMLP()
-    z_BT, _ = layer.init_with_output(jax.random.key(1), X_BTD)
-    np.testing.assert_array_equal(z_BT, np.zeros((2, 3)))
+    params = initial_params(ImportanceMLP(), X_BTD)
+    np.testing.assert_array_equal(run(ImportanceMLP())(params, X_BTD), np.zeros((2, 3)))
 
 
 def test_matches_the_equations():
-    params = values(ImportanceMLP().init(jax.random.key(1), X_BTD))["params"]
-    params["out"] = {"kernel": jnp.array([1.0, -2.0, 0.5, 3.0]), "bias": jnp.float32(0.25)}
+    params = random_params(ImportanceMLP(), X_BTD)
+    p = {f"{a}/{b}": np.asarray(v, np.float64) for a, sub in params.items() for b, v in sub.items()}
     x = np.asarray(X_BTD, np.float64)
-    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-    h = normed @ np.asarray(params["hidden_0"]["kernel"], np.float64)
-    expected = (h / (1 + np.exp(-h))) @ np.array([1.0, -2.0, 0.5, 3.0]) + 0.25
-    np.testing.assert_allclose(ImportanceMLP().apply({"params": params}, X_BTD), expected, atol=1e-5)
+    h = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["norm/scale"]
+    h = h @ p["hidden_0/kernel"] + p["hidden_0/bias"]
+    expected = (h / (1 + np.exp(-h))) @ p["out/kernel"] + p["out/bias"]
+    np.testing.assert_allclose(run(ImportanceMLP())(params, X_BTD), expected, atol=1e-5)
 
 
 def test_is_float32_on_bfloat16_input():
-    params = ImportanceMLP().init(jax.random.key(1), X_BTD)
-    assert ImportanceMLP().apply(params, X_BTD.astype(jnp.bfloat16)).dtype == jnp.float32
+    x_BTD = X_BTD.astype(jnp.bfloat16)
+    params = random_params(ImportanceMLP(), X_BTD)
+    z_BT = run(ImportanceMLP())(params, x_BTD)
+    assert z_BT.dtype == jnp.float32
+    np.testing.assert_allclose(z_BT, run(ImportanceMLP())(params, x_BTD.astype(jnp.float32)), rtol=1e-6)

@@ -3,35 +3,39 @@ import jax.numpy as jnp
 import numpy as np
 
 from anyexperts_jax.nn.linear import Linear
-
-
-def applied(layer, x):
-    variables = layer.init(jax.random.key(0), x)
-    boxes = variables["params"]
-    return layer.apply(variables, x), {name: np.asarray(box.value) for name, box in boxes.items()}, boxes
+from nn.layers import random_params, run
 
 
 def test_contracts_the_last_axes():
-    x = jax.random.normal(jax.random.key(1), (2, 3, 4, 5))
-    y, params, boxes = applied(Linear((6, 7), ("heads", "head_dim", "embed", "mlp"), num_in=2), x)
-    np.testing.assert_allclose(y, np.einsum("btha,haij->btij", x, params["kernel"]), rtol=1e-5, atol=1e-5)
-    assert boxes["kernel"].names == ("heads", "head_dim", "embed", "mlp")
+    layer = Linear((6, 7), ("heads", "head_dim", "embed", "mlp"), num_in=2)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4, 5)), jnp.float32)
+    params = random_params(layer, x)
+    assert params["kernel"].shape == (4, 5, 6, 7)
+    np.testing.assert_allclose(
+        run(layer)(params, x), np.einsum("btha,haij->btij", x, params["kernel"]), rtol=1e-5, atol=1e-5
+    )
+    boxed = jax.eval_shape(lambda: layer.init(jax.random.key(0), x))["params"]
+    assert boxed["kernel"].names == ("heads", "head_dim", "embed", "mlp")
 
 
 def test_may_give_one_scalar_and_add_a_bias():
     layer = Linear((), ("importance",), use_bias=True)
-    x = jax.random.normal(jax.random.key(1), (2, 3, 4))
-    _, params, boxes = applied(layer, x)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4)), jnp.float32)
+    params = random_params(layer, x)
     assert params["bias"].shape == ()
-    assert boxes["bias"].names == ()
-    y = layer.apply({"params": {"kernel": params["kernel"], "bias": jnp.float32(2.0)}}, x)
-    np.testing.assert_allclose(y, x @ params["kernel"] + 2.0, rtol=1e-5)
+    np.testing.assert_allclose(
+        run(layer)(params, x), np.asarray(x) @ np.asarray(params["kernel"]) + params["bias"], rtol=1e-4
+    )
 
 
 def test_computes_in_one_dtype_and_returns_another():
-    x = jnp.ones((1, 512))
+    # 512 times 1 + 1/128 is 516, and 515 once one weight is 0: bfloat16's eight bits cannot tell them apart.
+    kernel = jnp.full((512, 1), 1 + 2**-7).at[0].set(2**-7)
     layer = Linear((1,), ("embed", "vocab"), dtype="bfloat16", out_dtype="float32")
-    y = layer.apply({"params": {"kernel": jnp.full((512, 1), 1 + 2**-7)}}, x)
+    y = run(layer)({"kernel": kernel}, jnp.ones((1, 512)))
     assert y.dtype == jnp.float32
-    assert float(y[0, 0]) == 516.0  # 512 * (1 + 1/128): bfloat16, with 8 bits, has no 516 + small remainder either way
-    assert applied(Linear((2,), ("embed", "mlp"), dtype="bfloat16"), x)[0].dtype == jnp.bfloat16
+    assert float(y[0, 0]) == 515.0
+    assert (
+        run(Linear((1,), ("embed", "mlp"), dtype="bfloat16"))({"kernel": kernel}, jnp.ones((1, 512))).dtype
+        == jnp.bfloat16
+    )

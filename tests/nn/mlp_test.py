@@ -1,21 +1,21 @@
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from anyexperts_jax.nn.mlp import SwiGLU
+from nn.layers import initial_params, run
 
 
 def test_is_swiglu():
     rng = np.random.default_rng(0)
     x, gate, up, down = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 4), (4, 6), (4, 6), (6, 4)))
     params = {"gate": {"kernel": gate}, "up": {"kernel": up}, "down": {"kernel": down}}
-    y = SwiGLU(6).apply({"params": params}, x)
+    y = run(SwiGLU(6))(params, jnp.asarray(x))
     g = (x @ gate).astype(np.float64)
     np.testing.assert_allclose(y, (g / (1 + np.exp(-g)) * (x @ up)) @ down, rtol=1e-4, atol=1e-5)
 
 
 def test_the_residual_scale_is_that_of_the_way_down():
-    x = np.ones((1, 64), np.float32)
-    params = SwiGLU(64, residual_scale=0.1).init(jax.random.key(0), x)["params"]
-    stds = {name: float(p["kernel"].value.std()) * 8 for name, p in params.items()}  # 8 = sqrt(fan-in)
-    assert abs(stds["gate"] - 1) < 0.05
+    params = initial_params(SwiGLU(64, residual_scale=0.1), jnp.ones((1, 64)))
+    stds = {name: float(p["kernel"].std()) * 8 for name, p in params.items()}  # 8 = sqrt(fan-in)
+    assert abs(stds["gate"] - 1) < 0.05  # 4096 draws: standard error 0.011
     assert abs(stds["down"] - 0.1) < 0.005

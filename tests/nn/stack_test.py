@@ -1,20 +1,64 @@
+import collections
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
+from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.nn.config import StackConfig
-from anyexperts_jax.nn.stack import remat_policy
-from models.small import SMALL, forward, loss_and_grad, random_batch, random_params, small, weights
+from anyexperts_jax.nn.block import BlockContext
+from anyexperts_jax.nn.config import AttentionConfig, StackConfig
+from anyexperts_jax.nn.stack import Stack, remat_policy
+from nn.layers import FAST_COMPILE, random_params, run
+
+MOE = AnyExpertsConfig(num_experts=4, num_virtual=1, k_min=1, k_max=3, rho_max=0.25, alpha=0.1)
+CONFIG = StackConfig(
+    d_model=8,
+    num_layers=2,
+    num_dense_layers=0,
+    expert_d_ff=12,
+    num_shared_experts=0,
+    attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4),
+    dispatch="dense",
+)
+B, T, D, L = 2, 5, 8, 2
+X_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
+VALID_BT = np.arange(T) < np.array([[5], [3]])
+CONTEXT = BlockContext(
+    jnp.asarray(np.tile(np.arange(T), (B, 1))),
+    jnp.asarray(VALID_BT),
+    jnp.asarray(np.tri(T, dtype=bool) & VALID_BT[:, None, :]),
+)
 
 
-@pytest.fixture(scope="module")
-def kept():
-    """Loss, output and gradients with nothing computed again."""
-    return loss_and_grad(small(stack={"dispatch": "blocks"}))(random_params(SMALL), random_batch(), weights())
+def stack(moe=MOE, **fields):
+    return Stack(dataclasses.replace(CONFIG, **fields), moe)
+
+
+@functools.cache
+def params():
+    return random_params(stack(), X_BTD, CONTEXT)
+
+
+@functools.cache
+def jitted_loss_and_grad(**fields):
+    module = stack(**fields)
+
+    def loss(params, output_weight):
+        y_BTD, trace, _ = module.apply({"params": params}, X_BTD, CONTEXT)
+        losses = trace.losses["balance"].mean() + trace.losses["importance"].mean()
+        return output_weight * (y_BTD.astype(jnp.float32) ** 2).mean() + losses, trace
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE)
+
+
+def loss_and_grad(output_weight=1.0, **fields):
+    """(loss, trace), gradients: of the output's mean square and the router's losses."""
+    return jitted_loss_and_grad(**fields)(params(), output_weight)
 
 
 def close(actual, expected):
@@ -22,13 +66,50 @@ def close(actual, expected):
 
 
 @pytest.mark.parametrize("remat", ["full", "routing", "dots"])
-def test_remat_changes_neither_routing_nor_gradients(kept, remat):
-    config = small(stack={"dispatch": "blocks", "remat": remat})
-    (loss, output), grads = loss_and_grad(config)(random_params(SMALL), random_batch(), weights())
-    (kept_loss, kept_output), kept_grads = kept
-    np.testing.assert_array_equal(output.trace.expert_ids_BTK, kept_output.trace.expert_ids_BTK)
+def test_remat_changes_neither_routing_nor_gradients(remat):
+    (kept_loss, kept_trace), kept_grads = loss_and_grad()
+    (loss, trace), grads = loss_and_grad(remat=remat)
+    np.testing.assert_array_equal(trace.expert_ids_BTK, kept_trace.expert_ids_BTK)
     np.testing.assert_allclose(loss, kept_loss, rtol=1e-6)
     close(grads, kept_grads)
+
+
+def primitives(jaxpr):
+    """How often each primitive stands in a jaxpr and those inside it."""
+    count = collections.Counter(equation.primitive.name for equation in jaxpr.eqns)
+    for equation in jaxpr.eqns:
+        for inner in jaxprs_in_params(equation.params):
+            count += primitives(getattr(inner, "jaxpr", inner))
+    return count
+
+
+def test_remat_never_selects_again_and_keeps_more_by_name():
+    counts = {}
+    for remat in ("none", "full", "routing", "dots"):
+        counts[remat] = primitives(jitted_loss_and_grad(remat=remat).trace(params(), 1.0).jaxpr.jaxpr)
+    assert {count["top_k"] for count in counts.values()} == {2}  # real and virtual experts, in the forward pass alone
+    dots = [counts[remat]["dot_general"] for remat in ("full", "routing", "dots", "none")]
+    assert sorted(set(dots), reverse=True) == dots
+
+
+def test_remat_through_the_block_dispatch():
+    close(loss_and_grad(dispatch="blocks", remat="full")[1], loss_and_grad()[1])
+
+
+def test_the_router_losses_have_a_gradient_in_every_layer():
+    moe = loss_and_grad(output_weight=0.0)[1]["moe_layers"]["moe"]
+    for name in ("kernel", "virtual_bias"):
+        grad_LX = np.asarray(moe["router"][name]).reshape(L, -1)
+        assert (np.abs(grad_LX).max(1) > 1e-6).all()
+    assert (np.abs(moe["importance"]["out"]["kernel"]).max(1) > 1e-6).all()
+    np.testing.assert_array_equal(moe["experts"]["w_gate_EDF"][-1], 0.0)  # nothing but the output depends on the last
+
+
+def test_bfloat16_has_finite_float32_gradients_near_float32s():
+    (_, exact), (_, grads) = loss_and_grad(), loss_and_grad(dtype="bfloat16")
+    for half, full in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
+        assert half.dtype == np.float32
+        assert np.linalg.norm(half - full) < 0.1 * np.linalg.norm(full) + 1e-3
 
 
 def test_unknown_remat_is_refused_with_the_known_ones():
@@ -39,21 +120,22 @@ def test_unknown_remat_is_refused_with_the_known_ones():
 
 
 def test_an_unrolled_scan_is_the_same_function():
-    params, batch = random_params(SMALL), random_batch()
-    unrolled = forward(small(stack={"scan_unroll": 2}))(params, batch)
-    scanned = forward(SMALL)(params, batch)
-    close(unrolled.logits_BTY, scanned.logits_BTY)
-    np.testing.assert_array_equal(unrolled.trace.expert_ids_BTK, scanned.trace.expert_ids_BTK)
+    scanned, unrolled = (run(stack(scan_unroll=n))(params(), X_BTD, CONTEXT) for n in (1, 2))
+    close(unrolled[0], scanned[0])
+    np.testing.assert_array_equal(unrolled[1].expert_ids_BTK, scanned[1].expert_ids_BTK)
 
 
-def test_layers_of_the_scan_have_their_own_parameters_and_biases():
-    config = small(moe={"expert_bias": True})
-    params, batch = random_params(config), random_batch()
-    bias_LC = jnp.zeros((2, 8)).at[0, 1].set(100.0).at[1, 4].set(100.0)
-    ids = np.asarray(forward(config)(params, batch, bias_LC).trace.expert_ids_BTK)[:, batch.valid_BT]
+def test_layers_have_their_own_parameters_and_biases():
+    module = stack(dataclasses.replace(MOE, expert_bias=True))
+    bias_LC = jnp.zeros((L, 5)).at[0, 1].set(100.0).at[1, 3].set(100.0)
+    _, trace, _ = run(module)(params(), X_BTD, CONTEXT, bias_LC)
+    ids = np.asarray(trace.expert_ids_BTK)[:, VALID_BT]
     assert (ids[0] == 1).any(-1).all()
-    assert (ids[1] == 4).any(-1).all()
-    assert not (ids[1] == 1).any(-1).all()
+    assert (ids[1] == 3).any(-1).all()
+    swapped = jax.tree.map(lambda p: p[::-1], params())
+    assert not np.allclose(
+        run(module)(swapped, X_BTD, CONTEXT, bias_LC)[0], run(module)(params(), X_BTD, CONTEXT, bias_LC)[0]
+    )
 
 
 @pytest.mark.parametrize(
