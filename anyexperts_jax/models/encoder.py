@@ -1,6 +1,7 @@
 """What the encoders of patches and of audio frames have in common."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Float
@@ -20,7 +21,7 @@ class FeatureEmbedding(nn.Module):
     @nn.compact
     def __call__(self, features: Float[Array, "B rows X"]) -> Float[Array, "B rows D"]:
         config = self.config
-        types = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        types: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.param_dtype}
         return Linear((config.d_model,), ("features", "embed"), use_bias=True, name="linear", **types)(features)
 
 

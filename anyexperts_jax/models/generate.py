@@ -1,6 +1,7 @@
 """Greedy generation with a key/value cache."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ def _generate(
     window: Float[Array, "2"] | None,
     router_bias_LC: Float[Array, "L C"] | None,
 ) -> Int[Array, "B J"]:
-    run = functools.partial(
+    run: Callable[..., Any] = functools.partial(
         MultimodalModel(config).apply, {"params": params}, window=window, router_bias_LC=router_bias_LC
     )
     batch_size, length = prompt_batch.tokens_BT.shape

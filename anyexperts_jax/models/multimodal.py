@@ -1,6 +1,7 @@
 """The multimodal decoder: one causal sequence of text, image, audio and video positions."""
 
 import dataclasses
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ class MultimodalModel(nn.Module):
 
     def setup(self) -> None:
         config, stack = self.config, self.config.stack
-        types = {"dtype": stack.dtype, "param_dtype": stack.param_dtype}
+        types: dict[str, Any] = {"dtype": stack.dtype, "param_dtype": stack.param_dtype}
         # The residual stream starts at unit scale, so that a virtual expert's pass-through does not drown it; a tied
         # table also is the head, whose logits are to start at unit scale.
         std = stack.d_model**-0.5 if config.tie_embeddings else 1.0
@@ -93,11 +94,11 @@ class MultimodalModel(nn.Module):
         positions_BT = jnp.broadcast_to(jnp.arange(length), batch.tokens_BT.shape)
         valid_BT = jnp.asarray(batch.valid_BT)
         mask_BTS = causal_mask(positions_BT, cache.moe.keys_BSGA.shape[2])
-        x_BTD, _, cache = self._decode(
+        x_BTD, _, written = self._decode(
             self.embed(batch), positions_BT, valid_BT, mask_BTS, router_bias_LC, window, cache
         )
         last_B = jnp.maximum(valid_BT.sum(axis=1) - 1, 0)
-        return self._logits(x_BTD[jnp.arange(x_BTD.shape[0]), last_B]), cache
+        return self._logits(x_BTD[jnp.arange(x_BTD.shape[0]), last_B]), cast(StackCache, written)
 
     def step(
         self,
@@ -113,8 +114,9 @@ class MultimodalModel(nn.Module):
         positions_BT = positions_B[:, None]
         x_BTD = self.tokens(tokens_B[:, None]) + self.modality(jnp.full_like(positions_BT, Modality.TEXT))
         mask_BTS = causal_mask(positions_BT, cache.moe.keys_BSGA.shape[2])
-        x_BTD, _, cache = self._decode(x_BTD, positions_BT, live_B[:, None], mask_BTS, router_bias_LC, window, cache)
-        return self._logits(x_BTD[:, 0]), cache
+        live_BT = live_B[:, None]
+        x_BTD, _, written = self._decode(x_BTD, positions_BT, live_BT, mask_BTS, router_bias_LC, window, cache)
+        return self._logits(x_BTD[:, 0]), cast(StackCache, written)
 
     def embed(self, batch: Batch) -> Float[Array, "B T D"]:
         """The sequence as the first block sees it."""

@@ -1,5 +1,7 @@
 """Image and video patches to embeddings."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -30,7 +32,7 @@ class VisionEncoder(nn.Module):
         used_BP: Bool[Array, "B P"],
     ) -> Float[Array, "B P D"]:
         config, stack = self.config, self.stack
-        types = {"std": 0.5, "dtype": stack.dtype, "param_dtype": stack.param_dtype}
+        types: dict[str, Any] = {"std": 0.5, "dtype": stack.dtype, "param_dtype": stack.param_dtype}
         x_BPD = FeatureEmbedding(stack, name="patch")(patches_BPX)
         x_BPD = x_BPD + Embedding(config.max_places, stack.d_model, name="place", **types)(place_BP)
         x_BPD = x_BPD + Embedding(config.max_frames, stack.d_model, name="time", **types)(time_BP)

@@ -1,5 +1,7 @@
 """The dense SwiGLU feed-forward network, of dense layers and shared experts."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
@@ -19,7 +21,7 @@ class SwiGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
         def widen(name: str) -> Linear:
-            types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
             return Linear((self.d_ff,), ("embed", "mlp"), name=name, **types)
 
         hidden = jax.nn.silu(widen("gate")(x)) * widen("up")(x)

@@ -94,7 +94,7 @@ class NamedAxes(meta.AxisMetadata[Any]):
         return cls(metadata["value"], metadata["names"], metadata["init"])
 
 
-def named(init: Initializer, names: Sequence[str]) -> Callable[..., NamedAxes]:
+def named(init: Initializer, names: Sequence[str]) -> Callable[..., Any]:
     """The initialiser `init` with logical axis names on what it makes.
 
     Raises:
