@@ -202,8 +202,8 @@ def _at_budget(
 def _mixed_batch(test: Batches, rows: int) -> Batch:
     """`rows` rows, dealt from the domains in turn, so that the mixture of modalities is that of the budget."""
     firsts = [batches[0] for batches in test.values()]
-    every = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:]), *firsts)
-    return jax.tree.map(lambda leaf: leaf[:rows], every)
+    dealt = [(row, i) for row in range(rows) for i in range(len(firsts))][:rows]
+    return jax.tree.map(lambda *leaves: np.stack([leaves[i][row] for row, i in dealt]), *firsts)
 
 
 def _text(window: Window) -> str:

@@ -139,7 +139,7 @@ def load_evaluation(run_dir: pathlib.Path) -> EvaluationResult | None:
         values = json.loads(path.read_text())
         config = dacite.Config(cast=[tuple], type_hooks={float: _read_float}, strict=True)
         return dacite.from_dict(EvaluationResult, values, config)
-    except (json.JSONDecodeError, dacite.DaciteError, TypeError) as error:
+    except (json.JSONDecodeError, dacite.DaciteError, TypeError, AttributeError) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not an evaluation of this version ({line}); run evaluate again") from error
 
