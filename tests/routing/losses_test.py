@@ -109,6 +109,12 @@ def test_padding_has_no_part_in_any_loss_and_gets_no_gradient(scope, regulariser
         assert np.abs(np.asarray(grad)[valid]).max() > 0
 
 
+def test_a_sequence_of_padding_only_is_left_out_of_the_mean_over_sequences():
+    valid = jnp.array([True, False])
+    loss = route(_config(balance_scope="sequence"), LOGITS, jnp.zeros(2), valid, num_sequences=2).losses["balance"]
+    assert float(loss) == pytest.approx(1.5, abs=1e-6)  # the first sequence's own
+
+
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 def test_a_batch_of_padding_only_costs_nothing(scope):
     config = _config(balance_scope=scope, importance_regulariser="mean_target")

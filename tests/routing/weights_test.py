@@ -126,6 +126,21 @@ def test_a_towering_unselected_column_does_not_starve_the_selected():
     assert virtual == 0
 
 
+def test_an_expert_that_the_bias_keeps_out_neither_starves_nor_poisons_the_selected():
+    # Expert 0 towers by its logit, 300, and ranks last by its bias: exp(300) overflows, 1 / exp(300) underflows.
+    # It is a candidate all the same: two slots are granted (w = 0), four are the bound.
+    config = _config(k_min=2, k_max=4, num_virtual=0, rho_max=0.0, expert_bias=True)
+    logits, bias = jnp.array([[300.0, 1.0, 0.0, -1.0]]), jnp.array([-400.0, 0.0, 0.0, 0.0])
+
+    def weights(logits):
+        return route(config, logits, jnp.full(1, -20.0), bias_C=bias).weights_NK
+
+    np.testing.assert_allclose(weights(logits), [[0.731059, 0.268941, 0, 0]], atol=1e-6)
+    # d/dl of w_1 is w_1 w_2 = 0.196612 for the first, its negative for the second, and 0 for those not selected
+    grad = jax.grad(lambda logits: weights(logits)[0, 0])(logits)
+    np.testing.assert_allclose(grad, [[0, 0.196612, -0.196612, 0]], atol=1e-6)
+
+
 class TestStraightThrough:
     """K = 1 + 3 w, w = sigmoid(z); slots fade in linearly between roundings."""
 
