@@ -1,5 +1,6 @@
 """Group-limited routing: a token's real experts come from its best groups only (Ling-mini-2.0, DeepSeek-V3)."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -18,10 +19,7 @@ def limit_to_groups(rank_NE: Float[Array, "N E"], num_groups: int, groups_kept: 
         best_NG = members_NGS.argmax(axis=-1)
         rest_NGS = jnp.where(jnp.arange(E // num_groups) == best_NG[..., None], -jnp.inf, members_NGS)
         group_NG = group_NG + rest_NGS.max(axis=-1)
-    # G is small: counting the groups ahead of each is cheaper than sorting them.
-    g = jnp.arange(num_groups)
-    ahead_NGG = (group_NG[:, None, :] > group_NG[:, :, None]) | (
-        (group_NG[:, None, :] == group_NG[:, :, None]) & (g[None, None, :] < g[None, :, None])
-    )
-    kept_NG = ahead_NGG.sum(axis=-1) < groups_kept
+    # By ids: exactly groups_kept stay, whatever the ties.
+    kept_NI = jax.lax.top_k(group_NG, groups_kept)[1]
+    kept_NG = (kept_NI[:, :, None] == jnp.arange(num_groups)).any(axis=1)
     return jnp.where(kept_NG[..., None], members_NGS, -jnp.inf).reshape(N, E)

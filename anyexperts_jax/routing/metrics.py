@@ -8,13 +8,15 @@ from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.modality import NUM_MODALITIES
 from anyexperts_jax.routing.losses import masked_mean
+from anyexperts_jax.routing.select import Selection
 
 
-def column_load(config: AnyExpertsConfig, selected_NC: Bool[Array, "N C"], num_sequences: int) -> Float[Array, "S C"]:
+def column_load(config: AnyExpertsConfig, selection: Selection, num_sequences: int) -> Float[Array, "S C"]:
     """Selected slots per column and sequence.
 
     Tied virtual columns are one column: ties hand their slots to the lowest, so their load is averaged over all V.
     """
+    selected_NC = selection.columns_NC(config.num_experts, config.num_virtual)
     load_SC = selected_NC.reshape(num_sequences, -1, config.num_columns).sum(axis=1, dtype=jnp.float32)
     if config.virtual_logits == "tied" and config.num_virtual:
         E = config.num_experts

@@ -58,7 +58,7 @@ def route(
     weights_NK, virtual_weight_N = combine_weights(config, logits_NC, importance_N, continuous_N, selection)
 
     probabilities_NC = probabilities(config, logits_NC)
-    load_SC = column_load(config, selection.selected_NC, num_sequences if config.balance_scope == "sequence" else 1)
+    load_SC = column_load(config, selection, num_sequences if config.balance_scope == "sequence" else 1)
     return RoutingPlan(
         expert_ids_NK=jnp.where(selection.real_live_NK, selection.real_ids_NK, config.num_experts),
         weights_NK=weights_NK,

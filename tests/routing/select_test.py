@@ -16,7 +16,7 @@ def _select(real, virtual, slots, **fields):
     chosen = [i for i in ids.tolist() if i >= 0], [j for j in virtual_ids.tolist() if j >= 0]
     # The mask the load is counted from says the same as the ids.
     E = real.shape[1]
-    mask = np.flatnonzero(selection.selected_NC[0]).tolist()
+    mask = np.flatnonzero(selection.columns_NC(E, config.num_virtual)[0]).tolist()
     assert mask == sorted(chosen[0]) + [E + j for j in sorted(chosen[1])]
     assert (int(selection.real_slots_N[0]), int(selection.virtual_slots_N[0])) == (len(chosen[0]), len(chosen[1]))
     return *chosen, bool(selection.last_is_virtual_N[0])
