@@ -18,7 +18,6 @@ from anyexperts_jax.core.modality import MODALITY_NAMES, Modality
 from anyexperts_jax.data.tokenizer import BOS, SEP
 
 BOOTSTRAP_DRAWS = 200
-BASELINES = ("contrast", "position", "random")
 
 
 @dataclasses.dataclass(frozen=True)

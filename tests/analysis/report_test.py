@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anyexperts_jax.analysis import charts, report_source, style
+from anyexperts_jax.analysis import charts, example_map, report_source, style
 from anyexperts_jax.analysis.budget_curves import draw_budget_curves
 from anyexperts_jax.analysis.importance import Separation
 from anyexperts_jax.analysis.results import (
@@ -126,10 +126,10 @@ def check_self_contained(path) -> Page:
 
 
 @pytest.fixture(autouse=True)
-def few_examples(monkeypatch):
-    """As many as the evaluation's tests use, whose programs then serve here too."""
+def few_programs(monkeypatch):
+    """Batches as large as in the evaluation's tests, whose programs then serve here too; answers are tested there."""
     monkeypatch.setattr(report_source, "_ROUTING_EXAMPLES", 6)
-    monkeypatch.setattr(report_source, "_ANSWER_TOKENS", 4)
+    monkeypatch.setattr(example_map, "predict", lambda one, model, batch, *_: ["7"] * len(batch.tokens_BT))
 
 
 @pytest.fixture(scope="module")
