@@ -43,7 +43,8 @@ def routing_metrics(
     probabilities_NC = jax.lax.stop_gradient(probabilities_NC)
     real_E = load_C[: config.num_experts]
     real, virtual = (slots_N.astype(jnp.float32) for slots_N in (real_slots_N, virtual_slots_N))
-    entropy_N = jax.scipy.special.entr(probabilities_NC).sum(axis=1)
+    tiny = jnp.finfo(jnp.float32).tiny  # p log p is 0 where p underflows
+    entropy_N = -(probabilities_NC * jnp.log(jnp.maximum(probabilities_NC, tiny))).sum(axis=1)
     metrics = {
         "load_C": load_C,
         "load_max_over_mean": real_E.max() / jnp.maximum(real_E.mean(), 1 / config.num_experts),

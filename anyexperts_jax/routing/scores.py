@@ -10,13 +10,27 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 
+EPSILON = 1e-20  # Ling-mini-2.0: scores / (their sum + 1e-20)
+
 
 def probabilities(config: AnyExpertsConfig, logits_NC: Float[Array, "N C"]) -> Float[Array, "N C"]:
     """Scores before IAR, each token's summing to one: what the balance loss and the entropy are made of."""
     if config.scores == "softmax":
         return jax.nn.softmax(logits_NC, axis=-1)
-    # sigmoid(l) / sum sigmoid(l) as a softmax of log sigmoid(l): no 0 / 0 where every sigmoid underflows.
-    return jax.nn.softmax(jax.nn.log_sigmoid(logits_NC), axis=-1)
+    return normalise(jax.nn.sigmoid(logits_NC))[0]
+
+
+def normalise(*scores: Float[Array, "N _"]) -> list[Float[Array, "N _"]]:
+    """Divides by the sum of all given scores + 1e-20.
+
+    The scores are first divided by that sum as a constant, so the division that is differentiated has a denominator of
+    one. Differentiating the plain quotient squares the denominator: 1e-40 is 0 in float32, and the gradient NaN.
+    """
+    total_N1 = sum(score.sum(axis=1, keepdims=True) for score in scores)
+    inverse_N1 = jax.lax.stop_gradient(1 / (total_N1 + EPSILON))
+    scaled = [score * inverse_N1 for score in scores]
+    one_N1 = sum(score.sum(axis=1, keepdims=True) for score in scaled) + EPSILON * inverse_N1
+    return [score / one_N1 for score in scaled]
 
 
 def tilt_logits(

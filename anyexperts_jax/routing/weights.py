@@ -5,10 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.routing.scores import score_factor, tilt_logits
+from anyexperts_jax.routing.scores import normalise, score_factor, tilt_logits
 from anyexperts_jax.routing.select import Selection
-
-EPSILON = 1e-20  # Ling-mini-2.0: scores / (their sum + 1e-20)
 
 
 def combine_weights(
@@ -27,9 +25,9 @@ def combine_weights(
     real_NK, virtual_NJ = _selected_scores(config, logits_NC, importance_N, selection)
     if config.slot_gradient == "straight_through":
         real_NK, virtual_NJ = _fade_last_slot(real_NK, virtual_NJ, continuous_slots_N, selection)
-    weights_NK, virtual_weights_NJ = _normalise(real_NK, virtual_NJ)
+    weights_NK, virtual_weights_NJ = normalise(real_NK, virtual_NJ)
     if config.normalisation == "real":
-        (weights_NK,) = _normalise(real_NK)
+        (weights_NK,) = normalise(real_NK)
     return config.scaling_factor * weights_NK, config.scaling_factor * virtual_weights_NJ.sum(axis=1)
 
 
@@ -84,16 +82,3 @@ def _fade_last_slot(
     real_last_NK = (jnp.arange(real_NK.shape[1]) == selection.real_slots_N[:, None] - 1) & ~last_virtual_N1
     virtual_last_NJ = (jnp.arange(virtual_NJ.shape[1]) == selection.virtual_slots_N[:, None] - 1) & last_virtual_N1
     return real_NK * (1 + real_last_NK * fade_N1), virtual_NJ * (1 + virtual_last_NJ * fade_N1)
-
-
-def _normalise(*scores: Float[Array, "N _"]) -> list[Float[Array, "N _"]]:
-    """Divides by the sum of all given scores + 1e-20.
-
-    The scores are first divided by that sum as a constant, so the division that is differentiated has a denominator of
-    one. Differentiating the plain quotient squares the denominator: 1e-40 is 0 in float32, and the gradient NaN.
-    """
-    total_N1 = sum(score.sum(axis=1, keepdims=True) for score in scores)
-    inverse_N1 = jax.lax.stop_gradient(1 / (total_N1 + EPSILON))
-    scaled = [score * inverse_N1 for score in scores]
-    one_N1 = sum(score.sum(axis=1, keepdims=True) for score in scaled) + EPSILON * inverse_N1
-    return [score / one_N1 for score in scaled]

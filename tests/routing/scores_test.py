@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -68,6 +69,12 @@ def test_probabilities_are_the_scores_before_iar_summing_to_one():
     np.testing.assert_allclose(probabilities(_config(scores="sigmoid"), LOGITS)[0], [0.4, 0.3, 0.3], rtol=1e-6)
 
 
-def test_probabilities_of_underflowing_sigmoids_still_sum_to_one():
-    p = probabilities(_config(scores="sigmoid"), jnp.array([[-200.0, -200.0, -200.0]]))
-    np.testing.assert_allclose(p, jnp.full((1, 3), 1 / 3), rtol=1e-6)
+def test_sigmoids_that_underflow_have_a_finite_share_and_gradient():
+    def share(logits):
+        return probabilities(_config(scores="sigmoid"), logits)
+
+    # Down to sigmoids of 1e-13 the 1e-20 in the denominator is not felt; e^-200 is 0 in float32.
+    np.testing.assert_allclose(share(jnp.full((1, 3), -30.0)), jnp.full((1, 3), 1 / 3), rtol=1e-6)
+    for logit in (-50.0, -200.0):
+        grad = jax.grad(lambda logits: share(logits)[0, 0])(jnp.full((1, 3), logit))
+        assert np.isfinite(grad).all()
