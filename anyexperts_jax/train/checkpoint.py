@@ -1,9 +1,15 @@
 """Checkpoints of a run: written in the background, whole or not at all, restored onto any mesh."""
 
+import contextlib
 import dataclasses
+import errno
 import json
+import logging
 import math
+import os
 import pathlib
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,6 +25,21 @@ from anyexperts_jax.train.strict import differing_keys
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
+SMALL_FILES_BYTES = 1 << 20  # metadata, configuration and data state of a checkpoint, amply
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Keeps Orbax's log off the terminal: what goes wrong in its threads is raised here as well, and said once."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class Checkpoints:
     """The checkpoints under `directory`, by step. Keeps the last few and the one with the lowest validation loss.
 
@@ -26,7 +47,8 @@ class Checkpoints:
     run's configuration, each readable without the others. It appears under its name only once it is whole.
     """
 
-    def __init__(self, directory: pathlib.Path, keep_last: int = 1, read_only: bool = False) -> None:
+    def __init__(self, directory: pathlib.Path, keep_last: int = 1, *, read_only: bool = False) -> None:
+        """Opens the directory; to write, it is made, and what a killed run left half written there goes."""
         self.directory = directory
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
@@ -35,13 +57,11 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            save_interval_steps=0 if read_only else 1,
             preservation_policy=policy,
             best_fn=_validation_loss,
             best_mode="min",
             cleanup_tmp_directories=not read_only,
             create=not read_only,
-            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
@@ -68,9 +88,11 @@ class Checkpoints:
         """Starts writing the state; returns once it is copied and may be overwritten. Waits for the one before.
 
         Raises:
-          Exception: what went wrong with the one before, such as a full disk.
+          OSError: when there is no room for it.
+          Exception: what went wrong with the one before.
         """
         self._manager.check_for_errors()
+        self._require_room(state)
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -134,6 +156,12 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+    def _require_room(self, state: TrainState) -> None:
+        """Asks before the writing starts: found out half way, a full disk fills the terminal with tracebacks."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SMALL_FILES_BYTES
+        if shutil.disk_usage(self.directory).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
 
     def _read(self, step: int, **items: Any) -> Any:
         try:

@@ -18,7 +18,7 @@ from anyexperts_jax.data.pipeline import train_iterator
 from anyexperts_jax.models.init import logical_axes
 from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.sharding.specs import batch_shards, shard_batch
-from anyexperts_jax.train.checkpoint import Checkpoints
+from anyexperts_jax.train.checkpoint import Checkpoints, quiet_orbax
 from anyexperts_jax.train.config import RunConfig, describe_differences
 from anyexperts_jax.train.metrics import routing_means
 from anyexperts_jax.train.optim import make_optimizer
@@ -61,7 +61,7 @@ def train(config: RunConfig, run_dir: str | pathlib.Path, *, progress: bool = Tr
     if changed:
         reporter.note(f"going on with {describe_differences(changed)}")
     try:
-        with StopRequests() as requests:
+        with StopRequests() as requests, quiet_orbax():
             return _Run(config, paths, reporter, requests).to_the_end()
     except (OSError, ValueError, RuntimeError) as error:
         said = no_room(error)

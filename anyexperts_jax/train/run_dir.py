@@ -1,5 +1,6 @@
 """A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/ and what the analysis adds."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -84,22 +85,25 @@ def load_run(
     require_one_of("which", which, WHICH)
     paths = RunDir(pathlib.Path(run_dir))
     require(paths.checkpoints.is_dir(), f"no run in {paths.root}: there is no {paths.checkpoints}")
-    checkpoints = Checkpoints(paths.checkpoints, read_only=True)
-    step = checkpoints.best if which == "best" else checkpoints.latest
-    if step is None:
-        raise UserError(f"no checkpoint in {paths.checkpoints}; the run stopped before it wrote one")
-    config = checkpoints.config(step)
-    abstract = abstract_params(config.model)
-    bias_LC = jax.ShapeDtypeStruct((config.model.stack.num_moe_layers, config.model.moe.num_columns), jnp.float32)
+    with contextlib.closing(Checkpoints(paths.checkpoints, read_only=True)) as checkpoints:
+        step = checkpoints.best if which == "best" else checkpoints.latest
+        if step is None:
+            raise UserError(f"no checkpoint in {paths.checkpoints}; the run stopped before it wrote one")
+        config = checkpoints.config(step)
+        params, router_bias_LC = checkpoints.restore_model(step, *_abstract_model(config, mesh))
+        return config, params, router_bias_LC
+
+
+def _abstract_model(config: RunConfig, mesh: Mesh | None) -> tuple[Any, jax.ShapeDtypeStruct]:
+    """Shape, dtype and place of the parameters and of the expert biases."""
+    model = config.model
+    params = abstract_params(model)
     if mesh is None:
         everywhere: Any = SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: everywhere, abstract)
+        shardings = jax.tree.map(lambda _: everywhere, params)
     else:
         everywhere = replicated(mesh)
-        shardings = param_shardings(mesh, logical_axes(config.model), abstract)
+        shardings = param_shardings(mesh, logical_axes(model), params)
     place = lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # noqa: E731
-    params, router_bias_LC = checkpoints.restore_model(
-        step, jax.tree.map(place, abstract, shardings), place(bias_LC, everywhere)
-    )
-    checkpoints.close()
-    return config, params, router_bias_LC
+    bias_LC = jax.ShapeDtypeStruct((model.stack.num_moe_layers, model.moe.num_columns), jnp.float32)
+    return jax.tree.map(place, params, shardings), place(bias_LC, everywhere)

@@ -2,11 +2,13 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from anyexperts_jax.train.config import to_json
 from anyexperts_jax.train.loop import train
 from anyexperts_jax.train.run_dir import load_run
 from anyexperts_jax.train.run_log import read_records
-from anyexperts_jax.train.stops import NonFiniteError, RunInterruptedError
+from anyexperts_jax.train.stops import DiskFullError, NonFiniteError, RunInterruptedError
 from train.stand_in import linear_apply, run_config
 
 LOSSES = ("loss", "answer_loss", "balance_loss", "importance_loss", "z_loss", "grad_norm")
@@ -143,6 +145,20 @@ def test_a_step_that_is_not_finite_is_skipped_where_asked(tmp_path, monkeypatch,
     shown = capsys.readouterr().err
     assert "step 5 skipped: answer_loss is nan" in shown
     assert "1 steps were not finite and skipped" in shown
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path, linear_model, monkeypatch, caplog):
+    train(run_config(steps=3), tmp_path, progress=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    message = rf"^cannot write to {tmp_path}: No space left on device; the last good checkpoint is .*/3; free some room"
+    with pytest.raises(DiskFullError, match=message) as error:
+        train(run_config(), tmp_path, progress=False)
+    assert error.value.exit_code == 4
+    assert "\n" not in str(error.value)
+    assert not caplog.records
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "model_apply", lambda config: linear_apply)
+    assert train(run_config(), tmp_path, progress=False).step == 6
 
 
 def test_load_run_says_what_is_missing(tmp_path):

@@ -32,10 +32,10 @@ MODEL = ModelConfig(
 DATA = DataConfig(domains=("nlp",), encoding=EncodingSpec(max_length=LENGTH, max_patches=0, max_frames=0))
 
 
-def run_config(model=MODEL, seed=0, mesh=None, optim=None, **train) -> RunConfig:
+def run_config(model=MODEL, data=DATA, seed=0, mesh=None, optim=None, **train) -> RunConfig:
     """A run of MODEL on short arithmetic questions; keywords are fields of TrainConfig."""
     fields = {"steps": 6, "batch_size": 8, "log_every": 1, "checkpoint_every": 3, "eval_every": 3, "eval_examples": 8}
-    config = {"model": model, "data": DATA, "train": TrainConfig(**{**fields, **train}), "seed": seed}
+    config = {"model": model, "data": data, "train": TrainConfig(**{**fields, **train}), "seed": seed}
     if mesh is not None:
         config["mesh"] = mesh
     return RunConfig(optim=optim or OptimConfig(lr=0.01, warmup_steps=2), **config)
