@@ -32,7 +32,7 @@ demo: $(BIN)/.installed
 
 demo-smoke: $(BIN)/.installed
 	$(BIN)/anyexperts train smoke --run $(RUN)
-	$(BIN)/anyexperts evaluate $(RUN) --budget $(BUDGETS) --examples 4
+	$(BIN)/anyexperts evaluate $(RUN) --examples 4 --calibration-examples 4
 	$(BIN)/anyexperts report $(RUN)
 
 test: $(BIN)/.installed-test

@@ -10,16 +10,18 @@ from anyexperts_jax.nn.config import AttentionConfig, StackConfig
 
 
 def _tiny() -> ModelConfig:
-    """About 1.6M parameters, half of them active: learns the five domains in minutes on two CPU cores."""
+    """About 0.6M parameters: learns the five domains in minutes on two CPU cores."""
     return ModelConfig(
         stack=StackConfig(
-            d_model=128,
-            num_layers=4,
-            d_ff=384,
+            d_model=64,
+            num_layers=3,
+            d_ff=192,
             expert_d_ff=32,
-            attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=32),
+            attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16),
         ),
         moe=AnyExpertsConfig(num_experts=32, num_virtual=8, cap_rounding="floor"),
+        vision=VisionConfig(d_ff=128),
+        audio=AudioConfig(d_ff=128),
     )
 
 
