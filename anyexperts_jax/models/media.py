@@ -1,6 +1,10 @@
 """Which row of the encoded patches or frames each position of a sequence reads."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -22,11 +26,35 @@ def row_values(media_BT: Bool[Array, "B T"], values_BT: Int[Array, "B T"], num_r
     return zeros_BR.at[sequences_B1, rows_BT].set(values_BT, mode="drop")
 
 
+@jax.custom_vjp
 def place_rows(
     x_BTD: Float[Array, "B T D"], media_BT: Bool[Array, "B T"], encoded_BRD: Float[Array, "B R D"]
 ) -> Float[Array, "B T D"]:
-    """x with the encoded rows at media positions. A media position without a row reads NaN: it cannot go unnoticed."""
+    """x with the encoded rows at media positions. A media position without a row reads NaN: it cannot go unnoticed.
+
+    A row is read by one position at most, so the gradient is a gather too, where a scatter-add would be slow.
+    """
     sequences_B1 = jnp.arange(media_BT.shape[0])[:, None]
     rows_BT = jnp.where(media_BT, media_rows(media_BT), 0)
     gathered_BTD = encoded_BRD.at[sequences_B1, rows_BT].get(mode="fill", fill_value=jnp.nan)
     return jnp.where(media_BT[:, :, None], gathered_BTD, x_BTD)
+
+
+def _place_forward(x_BTD: Array, media_BT: Array, encoded_BRD: Array) -> tuple[Array, tuple[Array, Array]]:
+    num_rows = encoded_BRD.shape[1]
+    positions_BT = jnp.broadcast_to(jnp.arange(media_BT.shape[1]), media_BT.shape)
+    # Positions past the sequence mark unused rows.
+    positions_BR = jnp.where(
+        used_rows(media_BT, num_rows), row_values(media_BT, positions_BT, num_rows), media_BT.shape[1]
+    )
+    return place_rows(x_BTD, media_BT, encoded_BRD), (media_BT, positions_BR)
+
+
+def _place_backward(residuals: tuple[Array, Array], d_BTD: Array) -> tuple[Array, Any, Array]:
+    media_BT, positions_BR = residuals
+    sequences_B1 = jnp.arange(media_BT.shape[0])[:, None]
+    d_encoded_BRD = d_BTD.at[sequences_B1, positions_BR].get(mode="fill", fill_value=0)
+    return jnp.where(media_BT[:, :, None], 0, d_BTD), np.zeros(media_BT.shape, jax.dtypes.float0), d_encoded_BRD
+
+
+place_rows.defvjp(_place_forward, _place_backward)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.nn.config import Dtype
 from anyexperts_jax.nn.linear import Linear
+from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
 
 
 class SwiGLU(nn.Module):
@@ -20,16 +21,24 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
-        def widen(name: str) -> Linear:
-            types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-            return Linear((self.d_ff,), ("embed", "mlp"), name=name, **types)
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        gate = Linear((self.d_ff,), ("embed", "mlp"), name="gate", **types)(x)
+        up = Linear((self.d_ff,), ("embed", "mlp"), name="up", **types)(x)
+        down = Linear(x.shape[-1:], ("mlp", "embed"), scale=self.residual_scale, name="down", **types)
+        return down(gated(gate, up))
 
-        hidden = jax.nn.silu(widen("gate")(x)) * widen("up")(x)
-        return Linear(
-            x.shape[-1:],
-            ("mlp", "embed"),
-            scale=self.residual_scale,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="down",
-        )(hidden)
+
+@jax.custom_vjp
+def gated(gate: Float[Array, "*rest F"], up: Float[Array, "*rest F"]) -> Float[Array, "*rest F"]:
+    """silu(gate) * up, computed in float32 and returned in up's dtype."""
+    return swiglu(gate, up, up.dtype)
+
+
+def _gated_backward(operands: tuple[Array, Array], d_hidden: Array) -> tuple[Array, Array]:
+    gate, up = operands
+    _, d_gate, d_up = swiglu_vjp(gate, up, d_hidden)
+    # Each is read by two dots. Without the barrier XLA's CPU backend computes them anew for both.
+    return jax.lax.optimization_barrier((d_gate.astype(gate.dtype), d_up.astype(up.dtype)))
+
+
+gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)

@@ -12,6 +12,7 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.dispatch.apply import moe_apply_stats
 from anyexperts_jax.nn.config import Dtype
 from anyexperts_jax.nn.importance import ImportanceMLP
+from anyexperts_jax.nn.linear import Contraction, contract
 from anyexperts_jax.nn.mlp import SwiGLU
 from anyexperts_jax.nn.params import Constant, FanIn, named
 from anyexperts_jax.routing.importance import importance, modulate
@@ -33,7 +34,7 @@ class Router(nn.Module):
         learned = min(1, config.num_virtual) if config.virtual_logits == "tied" else config.num_virtual
         kernel_init = named(FanIn(), ("embed", "router"))
         kernel_DC = self.param("kernel", kernel_init, (x_ND.shape[-1], config.num_experts + learned), jnp.float32)
-        logits_NC = jnp.dot(x_ND.astype(jnp.float32), kernel_DC, precision=jax.lax.Precision.HIGHEST)
+        logits_NC = contract(x_ND, kernel_DC, Contraction(precision=jax.lax.Precision.HIGHEST))
         if not learned:
             return logits_NC
         bias_init = named(Constant(config.virtual_bias_init), ("router",))

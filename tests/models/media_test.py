@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,3 +32,12 @@ def test_a_position_without_a_row_reads_nan():
     placed = place_rows(jnp.zeros((2, 5, 1)), MEDIA_BT, jnp.ones((2, 2, 1)))[..., 0]
     assert bool(np.isnan(placed[0, 4]))
     assert int(np.isnan(placed).sum()) == 1
+
+
+def test_gradients_go_back_to_the_rows_and_the_text():
+    # d sum(placed * factor): each used row and each text position gets the factor of its place, the rest nothing.
+    factor_BT = jnp.arange(1.0, 11.0).reshape(2, 5)
+    loss = lambda x, encoded: (place_rows(x, MEDIA_BT, encoded)[..., 0] * factor_BT).sum()  # noqa: E731
+    d_x, d_encoded = jax.grad(loss, (0, 1))(jnp.zeros((2, 5, 1)), jnp.ones((2, 4, 1)))
+    np.testing.assert_array_equal(d_encoded[..., 0], [[2, 3, 5, 0], [6, 0, 0, 0]])
+    np.testing.assert_array_equal(d_x[..., 0], [[1, 0, 0, 4, 0], [0, 7, 8, 9, 10]])

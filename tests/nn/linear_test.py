@@ -1,8 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from anyexperts_jax.nn.linear import Linear
+from anyexperts_jax.nn.linear import Contraction, Linear, contract
 from nn.layers import random_params, run
 
 
@@ -39,3 +40,24 @@ def test_computes_in_one_dtype_and_returns_another():
         run(Linear((1,), ("embed", "mlp"), dtype="bfloat16"))({"kernel": kernel}, jnp.ones((1, 512))).dtype
         == jnp.bfloat16
     )
+
+
+@pytest.mark.parametrize(("num_in", "spec"), [(1, "btd,dhf->bthf"), (2, "btd,tdf->bf")])
+def test_gradients_are_those_of_the_einsum(num_in, spec):
+    rng = np.random.default_rng(0)
+    x, kernel = (
+        jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 3, 4), (4, 5, 6) if num_in == 1 else (3, 4, 6))
+    )
+    ours = lambda x, k: (contract(x, k, Contraction(num_in)) ** 2).sum()  # noqa: E731
+    theirs = lambda x, k: (jnp.einsum(spec, x, k) ** 2).sum()  # noqa: E731
+    grads, expected = (jax.jit(jax.grad(f, (0, 1)))(x, kernel) for f in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), grads, expected)
+
+
+def test_the_kernels_gradient_is_summed_in_float32():
+    # 512 rows of 1 + 1/128 or, once, 1/128: their sum, 515, is no bfloat16 number.
+    x = jnp.full((512, 1), 1 + 2**-7, jnp.bfloat16).at[0].set(2**-7)
+    loss = lambda k: contract(x, k, Contraction(dtype="bfloat16", out_dtype="bfloat16")).astype(jnp.float32).sum()  # noqa: E731
+    grad = jax.grad(loss)(jnp.ones((1, 1)))
+    assert grad.dtype == jnp.float32
+    assert float(grad[0, 0]) == 515.0

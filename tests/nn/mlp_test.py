@@ -1,7 +1,8 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anyexperts_jax.nn.mlp import SwiGLU
+from anyexperts_jax.nn.mlp import SwiGLU, gated
 from nn.layers import initial_params, run
 
 
@@ -19,3 +20,12 @@ def test_the_residual_scale_is_that_of_the_way_down():
     stds = {name: float(p["kernel"].std()) * 8 for name, p in params.items()}  # 8 = sqrt(fan-in)
     assert abs(stds["gate"] - 1) < 0.05  # 4096 draws: standard error 0.011
     assert abs(stds["down"] - 0.1) < 0.005
+
+
+def test_the_activations_gradients_are_autodiffs():
+    rng = np.random.default_rng(0)
+    gate, up = (jnp.asarray(rng.normal(size=(5, 7)), jnp.float32) for _ in range(2))
+    ours = lambda g, u: (gated(g, u) ** 2).sum()  # noqa: E731
+    theirs = lambda g, u: ((jax.nn.silu(g) * u) ** 2).sum()  # noqa: E731
+    grads, expected = (jax.jit(jax.grad(f, (0, 1)))(gate, up) for f in (ours, theirs))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, expected)
