@@ -6,6 +6,7 @@ import pytest
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.routing.losses import balance_loss, importance_loss, masked_mean
 from anyexperts_jax.routing.route import route
+from routing.compiled import gradients, routed
 
 # Three columns, two real and one virtual; one slot each. Softmax of [log 2, 0, 0] is [1/2, 1/4, 1/4].
 LOGITS = jnp.array([[np.log(2.0), 0.0, 0.0], [0.0, 0.0, np.log(2.0)]], jnp.float32)
@@ -20,19 +21,19 @@ def _config(**fields):
 def test_balance_over_the_batch_by_hand():
     # Token 0 takes real 0, token 1 the virtual column: f = [1/2, 0, 1/2]; P = [3/8, 1/4, 3/8].
     # 3 (1/2 * 3/8 + 1/2 * 3/8) = 9/8
-    losses = route(_config(), LOGITS, jnp.zeros(2)).losses
+    losses = routed(_config(), LOGITS, jnp.zeros(2)).losses
     assert float(losses["balance"]) == pytest.approx(1.125, abs=1e-6)
 
 
 def test_balance_per_sequence_by_hand():
     # Each sequence of one token: f is 1 in its column, P 1/2 there: 3/2; the mean is 3/2.
-    losses = route(_config(balance_scope="sequence"), LOGITS, jnp.zeros(2), num_sequences=2).losses
+    losses = routed(_config(balance_scope="sequence"), LOGITS, jnp.zeros(2), num_sequences=2).losses
     assert float(losses["balance"]) == pytest.approx(1.5, abs=1e-6)
 
 
 def test_balance_of_sigmoid_scores_is_normalised_per_token():
     # sigmoid: [2/3, 1/2, 1/2] / (5/3) = [0.4, 0.3, 0.3] and [0.3, 0.3, 0.4]; P = [.35, .3, .35], f = [1/2, 0, 1/2]
-    losses = route(_config(scores="sigmoid"), LOGITS, jnp.zeros(2)).losses
+    losses = routed(_config(scores="sigmoid"), LOGITS, jnp.zeros(2)).losses
     assert float(losses["balance"]) == pytest.approx(3 * 0.35, abs=1e-6)
 
 
@@ -49,7 +50,7 @@ def test_balance_of_tied_virtual_columns_averages_their_load():
         virtual_logits="tied",
         capacity_factor=20.0,
     )
-    plan = route(config, jnp.array([[0.0, 1.0, 1.0]]), jnp.zeros(1))
+    plan = routed(config, jnp.array([[0.0, 1.0, 1.0]]), jnp.zeros(1))
     assert plan.metrics["load_C"].tolist() == [0, 0.5, 0.5]
     # 3 * (e / (1 + 2 e)) = 3 * 0.422319
     assert float(plan.losses["balance"]) == pytest.approx(1.266956, abs=1e-5)
@@ -62,7 +63,7 @@ def test_uniform_routing_costs_one():
 
 def test_z_loss_by_hand():
     # logsumexp of both rows is log(2 + 1 + 1) = log 4; its square 1.921812
-    assert float(route(_config(), LOGITS, jnp.zeros(2)).losses["z"]) == pytest.approx(1.921812, abs=1e-5)
+    assert float(routed(_config(), LOGITS, jnp.zeros(2)).losses["z"]) == pytest.approx(1.921812, abs=1e-5)
 
 
 def test_importance_regularisers_by_hand():
@@ -91,7 +92,10 @@ def test_padding_has_no_part_in_any_loss_and_gets_no_gradient(scope, regulariser
     logits[~valid], z[~valid] = np.nan, np.nan
 
     def losses(logits, z, valid=None, sequences=1):
-        return route(config, logits, z, valid, num_sequences=sequences).losses
+        return routed(config, logits, z, valid, num_sequences=sequences).losses
+
+    def total(logits, z):
+        return sum(route(config, logits, z, valid, num_sequences=2).losses.values())
 
     padded = losses(logits, z, valid, 2)
     compact = losses(logits[valid], z[valid])
@@ -102,8 +106,7 @@ def test_padding_has_no_part_in_any_loss_and_gets_no_gradient(scope, regulariser
     else:
         alone = [float(losses(logits[s], z[s])["balance"]) for s in (slice(0, 3), slice(4, 5))]
         np.testing.assert_allclose(padded["balance"], np.mean(alone), rtol=1e-6)
-    grads = jax.grad(lambda logits, z: sum(losses(logits, z, valid, 2).values()), argnums=(0, 1))(logits, z)
-    for grad in grads:
+    for grad in gradients(total, logits, z):
         assert not np.asarray(grad)[~valid].any()
         assert np.isfinite(grad).all()
         assert np.abs(np.asarray(grad)[valid]).max() > 0
@@ -111,7 +114,7 @@ def test_padding_has_no_part_in_any_loss_and_gets_no_gradient(scope, regulariser
 
 def test_a_sequence_of_padding_only_is_left_out_of_the_mean_over_sequences():
     valid = jnp.array([True, False])
-    loss = route(_config(balance_scope="sequence"), LOGITS, jnp.zeros(2), valid, num_sequences=2).losses["balance"]
+    loss = routed(_config(balance_scope="sequence"), LOGITS, jnp.zeros(2), valid, num_sequences=2).losses["balance"]
     assert float(loss) == pytest.approx(1.5, abs=1e-6)  # the first sequence's own
 
 
@@ -123,15 +126,14 @@ def test_a_batch_of_padding_only_costs_nothing(scope):
         plan = route(config, logits, z, jnp.zeros(2, bool), num_sequences=2)
         return sum(plan.losses.values()) + plan.weights_NK.sum() + plan.virtual_weight_N.sum()
 
-    value, grads = jax.value_and_grad(loss, argnums=(0, 1))(LOGITS, jnp.ones(2))
-    assert float(value) == 0
-    assert not any(np.asarray(g).any() for g in grads)
+    assert float(jax.jit(loss)(LOGITS, jnp.ones(2))) == 0
+    assert not any(np.asarray(g).any() for g in gradients(loss, LOGITS, jnp.ones(2)))
 
 
 def test_the_balance_loss_pushes_the_overloaded_column_down():
     # Both tokens take real 0: the gradient of its logit is positive, of the others negative, and f passes none.
     logits = jnp.array([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0]])
-    grad = jax.grad(lambda x: route(_config(), x, jnp.zeros(2)).losses["balance"])(logits)
+    (grad,) = gradients(lambda x: route(_config(), x, jnp.zeros(2)).losses["balance"], logits)
     assert (grad[:, 0] > 0).all()
     assert (grad[:, 1:] < 0).all()
     # 3 * P_0's derivative: 3 * p (1 - p) / 2 tokens, p = e / (e + 2) = 0.576117

@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +6,7 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.routing.metrics import by_modality
 from anyexperts_jax.routing.route import route
+from routing.compiled import gradients, routed
 
 # Two slots of two real columns and one virtual (cap 1); the third token is padding.
 CONFIG = AnyExpertsConfig(
@@ -19,7 +19,7 @@ VALID = jnp.array([True, True, False])
 
 def test_metrics_by_hand():
     # Token 0: real 0 and virtual 0. Token 1: real 0 and real 1.
-    metrics = route(CONFIG, LOGITS, Z, VALID).metrics
+    metrics = routed(CONFIG, LOGITS, Z, VALID).metrics
     assert metrics["load_C"].tolist() == [2, 1, 1]
     assert float(metrics["load_max_over_mean"]) == pytest.approx(2 / 1.5)
     assert float(metrics["mean_slots"]) == 2
@@ -35,7 +35,7 @@ def test_the_load_counts_every_valid_slot():
     rng = np.random.default_rng(0)
     config = AnyExpertsConfig(num_experts=32, num_virtual=8)
     valid = jnp.asarray(rng.random(200) < 0.8)
-    plan = route(
+    plan = routed(
         config,
         jnp.asarray(rng.normal(size=(200, 40)), jnp.float32),
         jnp.asarray(rng.normal(size=200), jnp.float32),
@@ -51,12 +51,12 @@ def test_no_gradient_flows_through_metrics():
     def total(logits, z):
         return sum(value.sum() for value in route(CONFIG, logits, z, VALID).metrics.values())
 
-    for grad in jax.grad(total, argnums=(0, 1))(LOGITS, Z):
+    for grad in gradients(total, LOGITS, Z):
         assert not grad.any()
 
 
 def test_metrics_of_padding_only_are_zero():
-    metrics = route(CONFIG, LOGITS, Z, jnp.zeros(3, bool)).metrics
+    metrics = routed(CONFIG, LOGITS, Z, jnp.zeros(3, bool)).metrics
     for name, value in metrics.items():
         assert not value.any(), name
 

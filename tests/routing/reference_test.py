@@ -1,6 +1,7 @@
 """The fast path against the token-by-token NumPy oracle, over thousands of random configurations."""
 
 import dataclasses
+import functools
 from typing import get_args
 
 import jax
@@ -15,10 +16,11 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.routing.plan import RoutingPlan
 from anyexperts_jax.routing.reference import route_reference
 from anyexperts_jax.routing.route import route
+from routing.compiled import FAST_COMPILE
 
 N = 8
 # (E, V, K): few, because every new shape compiles every operation anew. The second has fewer experts than slots.
-SHAPES = ((6, 3, 5), (4, 2, 5), (4, 0, 3))
+SHAPES = ((6, 2, 5), (4, 2, 5), (4, 0, 3))
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-6}
 
 
@@ -42,7 +44,7 @@ def configs(draw: st.DrawFn, shape: tuple[int, int, int]) -> AnyExpertsConfig:
             num_virtual=V,
             k_min=draw(_quarters(1, k_max)),
             k_max=k_max,
-            rho_max=draw(st.sampled_from([0.0, 0.1, 0.2, 0.25, 0.5, 0.7, 0.99])) if V else 0.0,
+            rho_max=draw(st.sampled_from([0.0, 0.2, 0.25, 0.5, 0.99])) if V else 0.0,
             slot_rounding=rounding,
             cap_rounding=pick(options.CapRounding),
             iar=iar,
@@ -104,11 +106,11 @@ def problems(draw: st.DrawFn, config: AnyExpertsConfig) -> Problem:
     return Problem(logits_NC.astype(np.float32), z_N.astype(np.float32), valid_N, bias_C, window, sequences, seed)
 
 
-def _assert_equal(config: AnyExpertsConfig, plan: RoutingPlan, p: Problem) -> None:
+def _oracle(config: AnyExpertsConfig, p: Problem) -> dict:
     uniform_N = None
     if config.slot_rounding == "stochastic":
         uniform_N = np.asarray(jax.random.uniform(jax.random.key(p.seed), (N,), np.float32))
-    expected = route_reference(
+    return route_reference(
         config,
         p.logits_NC,
         p.z_N,
@@ -118,6 +120,9 @@ def _assert_equal(config: AnyExpertsConfig, plan: RoutingPlan, p: Problem) -> No
         num_sequences=p.num_sequences,
         uniform_N=uniform_N,
     )
+
+
+def _assert_equal(plan: RoutingPlan, expected: dict) -> None:
     for name in ("slots_N", "virtual_slots_N", "real_slots_N", "expert_ids_NK"):
         np.testing.assert_array_equal(getattr(plan, name), expected[name], err_msg=name)
     for name in ("importance_N", "weights_NK", "virtual_weight_N"):
@@ -132,7 +137,7 @@ def _assert_equal(config: AnyExpertsConfig, plan: RoutingPlan, p: Problem) -> No
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fast_path_equals_the_oracle_with_random_switches(shape):
-    @settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
     @given(st.data())
     def check(data):
         config = data.draw(configs(shape))
@@ -147,14 +152,14 @@ def test_fast_path_equals_the_oracle_with_random_switches(shape):
             num_sequences=p.num_sequences,
             key=jax.random.key(p.seed) if config.slot_rounding == "stochastic" else None,
         )
-        _assert_equal(config, plan, p)
+        _assert_equal(plan, _oracle(config, p))
 
     check()
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_compiled_and_batched_path_equals_the_oracle_over_windows(seed):
-    """160 windows, biases, masks and logits to one compiled program: vmap over all that is not static."""
+    """180 windows, biases, masks and logits to one compiled program: vmap over all that is not static."""
     rng = np.random.default_rng(seed)
     E, V, K = ((6, 3, 5), (12, 4, 8))[seed % 2]
     config = AnyExpertsConfig(
@@ -173,7 +178,7 @@ def test_compiled_and_batched_path_equals_the_oracle_over_windows(seed):
         groups_kept=(1, 2)[seed // 5],
         capacity_factor=100.0,
     )
-    G = 160
+    G = 180
     low_G = rng.integers(0, 4 * K, G) / 4
     window_G2 = np.stack([low_G, low_G + rng.integers(0, 20, G) / 4], axis=1).astype(np.float32)
     logits_GNC = rng.normal(size=(G, N, E + V)).astype(np.float32)
@@ -181,13 +186,14 @@ def test_compiled_and_batched_path_equals_the_oracle_over_windows(seed):
     valid_GN = rng.random((G, N)) < 0.8
     bias_GC = 0.3 * rng.normal(size=(G, E + V)).astype(np.float32)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
     @jax.vmap
     def plans(logits_NC, z_N, valid_N, bias_C, window, seed):
         return route(config, logits_NC, z_N, valid_N, bias_C, window=window, key=jax.random.key(seed))
 
-    plan_G = jax.device_get(plans(logits_GNC, z_GN, valid_GN, bias_GC, window_G2, np.arange(G)))
-    for g in range(G):
-        window = (float(window_G2[g, 0]), float(window_G2[g, 1]))
-        problem = Problem(logits_GNC[g], z_GN[g], valid_GN[g], bias_GC[g], window, 1, g)
-        _assert_equal(config, jax.tree.map(lambda x: x[g], plan_G), problem)  # noqa: B023
+    plan = plans(logits_GNC, z_GN, valid_GN, bias_GC, window_G2, np.arange(G))
+    problems = [
+        Problem(logits_GNC[g], z_GN[g], valid_GN[g], bias_GC[g], (float(low), float(high)), 1, g)
+        for g, (low, high) in enumerate(window_G2)
+    ]
+    _assert_equal(plan, jax.tree.map(lambda *values: np.stack(values), *(_oracle(config, p) for p in problems)))

@@ -12,6 +12,7 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.routing.reference import route_reference
 from anyexperts_jax.routing.route import route
+from routing.compiled import FAST_COMPILE, gradients, routed
 
 CONFIG = AnyExpertsConfig(num_experts=8, num_virtual=4, k_min=3, k_max=6, rho_max=0.25)
 N, C = 12, 12
@@ -28,7 +29,7 @@ def test_a_token_by_hand():
     # w = 1/2: K = 2 + 0.5 * 2 = 3, cap round(0.34 * 3 = 1.02) = 1. After IAR: real 2.5, 1.5, 0.5, virtual 1.0, 0.8.
     # Rank: r0, r1, v0: one virtual slot. exp: 12.182494, 4.481689, 2.718282, sum 19.382465.
     config = AnyExpertsConfig(num_experts=3, num_virtual=2, k_min=2, k_max=4, rho_max=0.34)
-    plan = route(config, jnp.array([[2.0, 1.0, 0.0, 1.5, 1.3]]), jnp.zeros(1))
+    plan = routed(config, jnp.array([[2.0, 1.0, 0.0, 1.5, 1.3]]), jnp.zeros(1))
     assert (plan.slots_N.tolist(), plan.real_slots_N.tolist(), plan.virtual_slots_N.tolist()) == ([3], [2], [1])
     assert plan.expert_ids_NK.tolist() == [[0, 1, 3, 3]]
     np.testing.assert_allclose(plan.weights_NK, [[0.628532, 0.231224, 0, 0]], atol=1e-6)
@@ -39,7 +40,7 @@ def test_a_token_by_hand():
 
 def test_static_top_k_is_the_same_interface():
     config = AnyExpertsConfig.static_top_k(8, 3)
-    plan = route(config, LOGITS[:, :8], jnp.zeros(N))
+    plan = routed(config, LOGITS[:, :8], jnp.zeros(N))
     probabilities = jax.nn.softmax(LOGITS[:, :8])
     top, ids = jax.lax.top_k(probabilities, 3)
     np.testing.assert_array_equal(plan.expert_ids_NK, ids)
@@ -51,7 +52,7 @@ class TestTraps:
     """What other projects got wrong (field.md, papers/neighbours.md)."""
 
     def test_a_slot_without_an_expert_is_never_id_zero_and_weighs_nothing(self):
-        plan = route(CONFIG, LOGITS, Z, jnp.arange(N) != 3)
+        plan = routed(CONFIG, LOGITS, Z, jnp.arange(N) != 3)
         null = _no_slots(plan)
         assert null.any()
         np.testing.assert_array_equal(null, jnp.arange(6) >= plan.real_slots_N[:, None])
@@ -59,19 +60,19 @@ class TestTraps:
         assert ((plan.expert_ids_NK >= 0) & (plan.expert_ids_NK <= 8)).all()
 
     def test_no_expert_twice_in_a_token(self):
-        for row in np.asarray(route(CONFIG, LOGITS, Z).expert_ids_NK):
+        for row in np.asarray(routed(CONFIG, LOGITS, Z).expert_ids_NK):
             real = row[row < 8]
             assert len(set(real.tolist())) == len(real)
 
     def test_weights_sum_to_one_with_the_virtual_ones(self):
-        plan = route(CONFIG, LOGITS.at[:, 8:].add(3.0), Z)
+        plan = routed(CONFIG, LOGITS.at[:, 8:].add(3.0), Z)
         assert plan.virtual_slots_N.any()
         np.testing.assert_allclose(plan.weights_NK.sum(axis=1) + plan.virtual_weight_N, jnp.ones(N), rtol=1e-6)
         np.testing.assert_array_equal(plan.virtual_weight_N > 0, plan.virtual_slots_N > 0)
 
     def test_padding_holds_no_slot(self):
         valid = jnp.arange(N) % 3 > 0
-        plan = route(CONFIG, LOGITS.at[0].set(jnp.nan), Z.at[3].set(jnp.inf), valid)
+        plan = routed(CONFIG, LOGITS.at[0].set(jnp.nan), Z.at[3].set(jnp.inf), valid)
         for name in ("slots_N", "real_slots_N", "virtual_slots_N", "virtual_weight_N", "weights_NK"):
             assert not getattr(plan, name)[~valid].any(), name
         assert _no_slots(plan)[~valid].all()
@@ -79,8 +80,8 @@ class TestTraps:
 
     def test_routing_is_causal(self):
         """Tokens of the future, garbage among them, change nothing for the tokens before; padding neither."""
-        before = route(CONFIG, LOGITS, Z)
-        after = route(CONFIG, LOGITS.at[7:].multiply(-3.0), Z.at[7:].add(5.0), jnp.arange(N) != 11)
+        before = routed(CONFIG, LOGITS, Z)
+        after = routed(CONFIG, LOGITS.at[7:].multiply(-3.0), Z.at[7:].add(5.0), jnp.arange(N) != 11)
         for name in ("expert_ids_NK", "weights_NK", "virtual_weight_N", "slots_N", "importance_N"):
             np.testing.assert_array_equal(getattr(before, name)[:7], getattr(after, name)[:7])
             assert (np.asarray(getattr(before, name)[7:]) != np.asarray(getattr(after, name)[7:])).any()
@@ -91,8 +92,8 @@ class TestTraps:
             return total + route(CONFIG, logits, Z).losses["balance"], None
 
         layers = jnp.stack([LOGITS, 2 * LOGITS])
-        scanned = jax.grad(lambda x: jax.lax.scan(layer, 0.0, x)[0])(layers)
-        plain = jax.grad(lambda x: sum(route(CONFIG, x[i], Z).losses["balance"] for i in range(2)))(layers)
+        (scanned,) = gradients(lambda x: jax.lax.scan(layer, 0.0, x)[0], layers)
+        (plain,) = gradients(lambda x: sum(route(CONFIG, x[i], Z).losses["balance"] for i in range(2)), layers)
         assert np.abs(scanned).max() > 0
         np.testing.assert_allclose(scanned, plain, rtol=1e-5, atol=1e-7)
 
@@ -160,7 +161,7 @@ class TestGradients:
         for i in np.ndindex(logits.shape):
             expected_logits[i] = difference(logits, i, lambda x: slow(x, z))
         expected_z = np.array([difference(z, i, lambda x: slow(logits, x)) for i in range(4)])
-        grads = jax.grad(fast, argnums=(0, 1))(logits.astype(np.float32), z.astype(np.float32))
+        grads = gradients(fast, logits.astype(np.float32), z.astype(np.float32))
         np.testing.assert_allclose(grads[0], expected_logits, rtol=1e-4, atol=2e-6)
         np.testing.assert_allclose(grads[1], expected_z, rtol=1e-4, atol=2e-6)
         assert np.abs(expected_z[:3]).min() > 1e-3
@@ -177,11 +178,11 @@ class TestGradients:
     def test_the_task_reaches_importance_through_iar_and_the_slot_gradient_only(self, fields, reaches):
         config = dataclasses.replace(CONFIG, **fields)
         logits = LOGITS.at[:, 8:].add(3.0)  # every token holds virtual slots
-        grad = jax.grad(lambda z: (route(config, logits, z).weights_NK ** 2).sum())(Z)
+        (grad,) = gradients(lambda z: (route(config, logits, z).weights_NK ** 2).sum(), Z)
         assert bool(np.abs(grad).max() > 0) == reaches
 
     def test_the_regulariser_reaches_importance(self):
-        grad = jax.grad(lambda z: route(CONFIG, LOGITS, z).losses["importance"])(Z)
+        (grad,) = gradients(lambda z: route(CONFIG, LOGITS, z).losses["importance"], Z)
         np.testing.assert_allclose(grad, 2 * Z / N, rtol=1e-6)
 
 
@@ -189,14 +190,14 @@ class TestTransformations:
     def test_one_compiled_program_serves_every_window(self):
         traces = []
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
         def plan_of(window):
             traces.append(1)
             return route(CONFIG, LOGITS, Z, window=window)
 
         for k_min, k_max in ((1.0, 3.0), (2.25, 4.25), (3.0, 6.0)):
             own = dataclasses.replace(CONFIG, k_min=k_min, k_max=k_max)
-            expected, actual = route(own, LOGITS, Z), plan_of(jnp.array([k_min, k_max]))
+            expected, actual = routed(own, LOGITS, Z), plan_of(jnp.array([k_min, k_max]))
             K = own.slots_bound
             np.testing.assert_array_equal(actual.slots_N, expected.slots_N)
             np.testing.assert_array_equal(actual.expert_ids_NK[:, :K], expected.expert_ids_NK)
@@ -210,8 +211,8 @@ class TestTransformations:
         assert all(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(second)))
 
     def test_bfloat16_inputs_are_routed_in_float32(self):
-        plan = route(CONFIG, LOGITS.astype(jnp.bfloat16), Z.astype(jnp.bfloat16))
-        rounded = route(
+        plan = routed(CONFIG, LOGITS.astype(jnp.bfloat16), Z.astype(jnp.bfloat16))
+        rounded = routed(
             CONFIG, LOGITS.astype(jnp.bfloat16).astype(jnp.float32), Z.astype(jnp.bfloat16).astype(jnp.float32)
         )
         for actual, expected in zip(jax.tree.leaves(plan), jax.tree.leaves(rounded), strict=True):
@@ -220,11 +221,11 @@ class TestTransformations:
 
     def test_stochastic_rounding_depends_on_the_key_alone(self):
         config = dataclasses.replace(CONFIG, slot_rounding="stochastic")
-        slots = [route(config, LOGITS, Z, key=jax.random.key(seed)).slots_N.tolist() for seed in (0, 0, 1)]
+        slots = [routed(config, LOGITS, Z, key=jax.random.key(seed)).slots_N.tolist() for seed in (0, 0, 1)]
         assert slots[0] == slots[1] != slots[2]
 
     def test_no_tokens(self):
-        plan = route(CONFIG, LOGITS[:0], Z[:0])
+        plan = routed(CONFIG, LOGITS[:0], Z[:0])
         assert plan.expert_ids_NK.shape == (0, 6)
         assert all(float(loss) == 0 for loss in plan.losses.values())
 

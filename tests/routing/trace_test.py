@@ -5,6 +5,7 @@ import numpy as np
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.routing.route import route
 from anyexperts_jax.routing.trace import RoutingTrace
+from routing.compiled import routed
 
 CONFIG = AnyExpertsConfig(num_experts=4, num_virtual=2, k_min=1, k_max=3)
 LOGITS = jax.random.normal(jax.random.key(0), (6, 6))
@@ -12,7 +13,7 @@ Z = jnp.arange(6.0)
 
 
 def test_a_trace_is_the_plan_in_the_shape_of_the_batch():
-    plan = route(CONFIG, LOGITS, Z)
+    plan = routed(CONFIG, LOGITS, Z)
     trace = RoutingTrace.from_plan(plan, 2, dropped=3)
     np.testing.assert_array_equal(trace.importance_BT, plan.importance_N.reshape(2, 3))
     np.testing.assert_array_equal(trace.real_slots_BT + trace.virtual_slots_BT, trace.slots_BT)
@@ -30,5 +31,5 @@ def test_scan_stacks_traces_over_layers():
     assert trace.slots_BT.shape == (2, 2, 3)
     assert trace.expert_ids_BTK.shape == (2, 2, 3, 3)
     assert trace.losses["balance"].shape == (2,)
-    second = route(CONFIG, -LOGITS, Z + 1)
+    second = routed(CONFIG, -LOGITS, Z + 1)
     np.testing.assert_array_equal(trace.expert_ids_BTK[1].reshape(6, 3), second.expert_ids_NK)

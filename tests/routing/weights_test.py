@@ -5,6 +5,7 @@ import pytest
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.routing.route import route
+from routing.compiled import gradients, routed
 
 E, V = 4, 3
 
@@ -79,7 +80,7 @@ def test_iar_multiplying_sigmoids():
 
 def test_the_expert_bias_moves_the_ranking_and_not_the_weights():
     config = _config(k_min=2, k_max=2, num_virtual=0, rho_max=0.0, expert_bias=True)
-    plan = route(config, LOGITS[:, :E], Z, bias_C=jnp.array([-10.0, 0.0, 0.0, 3.0]))
+    plan = routed(config, LOGITS[:, :E], Z, bias_C=jnp.array([-10.0, 0.0, 0.0, 3.0]))
     assert plan.expert_ids_NK.tolist() == [[3, 1]]  # ranks -8, 1, 0, 2
     # logits -1 and 1: 1 / (1 + e^2) = 0.119203
     np.testing.assert_allclose(plan.weights_NK, [[0.119203, 0.880797]], atol=1e-6)
@@ -88,14 +89,12 @@ def test_the_expert_bias_moves_the_ranking_and_not_the_weights():
 def test_all_virtual_tokens_have_a_bounded_weight_and_finite_gradients():
     for normalisation in ("all", "real"):
         config = _config(k_min=1, k_max=1, rho_max=0.9, normalisation=normalisation)
-        plan = route(config, LOGITS, Z)
+        plan = routed(config, LOGITS, Z)
         assert (int(plan.real_slots_N[0]), int(plan.virtual_slots_N[0])) == (0, 1)
         assert plan.expert_ids_NK.tolist() == [[E]]
         assert not plan.weights_NK.any()
         assert float(plan.virtual_weight_N[0]) == pytest.approx(1.0, abs=1e-6)
-        grads = jax.grad(lambda logits, z, config=config: _weighted_sum(route(config, logits, z)), argnums=(0, 1))(
-            LOGITS, Z
-        )
+        grads = gradients(lambda logits, z, config=config: _weighted_sum(route(config, logits, z)), LOGITS, Z)
         assert all(np.isfinite(g).all() for g in grads)
 
 
@@ -135,9 +134,9 @@ def test_an_expert_that_the_bias_keeps_out_neither_starves_nor_poisons_the_selec
     def weights(logits):
         return route(config, logits, jnp.full(1, -20.0), bias_C=bias).weights_NK
 
-    np.testing.assert_allclose(weights(logits), [[0.731059, 0.268941, 0, 0]], atol=1e-6)
+    np.testing.assert_allclose(jax.jit(weights)(logits), [[0.731059, 0.268941, 0, 0]], atol=1e-6)
     # d/dl of w_1 is w_1 w_2 = 0.196612 for the first, its negative for the second, and 0 for those not selected
-    grad = jax.grad(lambda logits: weights(logits)[0, 0])(logits)
+    (grad,) = gradients(lambda logits: weights(logits)[0, 0], logits)
     np.testing.assert_allclose(grad, [[0, 0.196612, -0.196612, 0]], atol=1e-6)
 
 
