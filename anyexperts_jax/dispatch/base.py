@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from anyexperts_jax.ops.slot_order import SlotOrder
+
 _INT32_LIMIT = 2**31
 
 
@@ -19,15 +21,6 @@ class DispatchStats(NamedTuple):
 
     dropped: Int[Array, ""]  # int32, real slots that found no room
     rows: Int[Array, ""]  # int32, rows the expert matmuls were given, padding included
-
-
-class SlotOrder(NamedTuple):
-    """The slots n * K + k in expert order; within an expert by position, then by rank. Empty slots come last."""
-
-    slots_R: Int[Array, "R"]  # slot at each place of the order, R = N * K
-    places_NK: Int[Array, "N K"]  # the inverse: place of each slot
-    starts_E: Int[Array, "E"]  # first place of each expert
-    counts_E: Int[Array, "E"]  # real slots of each expert
 
 
 class RowMap(NamedTuple):

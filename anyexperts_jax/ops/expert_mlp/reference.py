@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from anyexperts_jax.ops._swiglu import accumulator_dtype, swiglu
+from anyexperts_jax.ops._dots import dot
+from anyexperts_jax.ops._swiglu import swiglu
 
 
 def live_rows(counts_E: Int[Array, "E"], capacity: int) -> Bool[Array, "E C 1"]:
@@ -19,10 +20,9 @@ def expert_mlp(
     w_down_EFD: Float[Array, "E F D"],
 ) -> Float[Array, "E C D"]:
     live_EC1 = live_rows(counts_E, x_ECD.shape[1])
-    wide = accumulator_dtype(x_ECD.dtype)
     x_ECD = jnp.where(live_EC1, x_ECD, 0)
-    gate_ECF = jnp.einsum("ECD,EDF->ECF", x_ECD, w_gate_EDF, preferred_element_type=wide)
-    up_ECF = jnp.einsum("ECD,EDF->ECF", x_ECD, w_up_EDF, preferred_element_type=wide)
+    gate_ECF = dot("ECD,EDF->ECF", x_ECD, w_gate_EDF)
+    up_ECF = dot("ECD,EDF->ECF", x_ECD, w_up_EDF)
     hidden_ECF = swiglu(gate_ECF, up_ECF, x_ECD.dtype)
-    y_ECD = jnp.einsum("ECF,EFD->ECD", hidden_ECF, w_down_EFD, preferred_element_type=wide)
+    y_ECD = dot("ECF,EFD->ECD", hidden_ECF, w_down_EFD)
     return jnp.where(live_EC1, y_ECD, 0).astype(x_ECD.dtype)

@@ -1,0 +1,5 @@
+"""SwiGLU experts over routed tokens, dropless: gather, experts, weighted sum in one op."""
+
+from anyexperts_jax.ops.routed_mlp.api import routed_mlp
+
+__all__ = ["routed_mlp"]

@@ -1,0 +1,45 @@
+"""`routed_mlp`: each token through its own experts, however many land on one expert."""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.ops._checks import check_counts, check_expert_weights
+from anyexperts_jax.ops._select import select_implementation
+from anyexperts_jax.ops.routed_mlp import reference, vjp
+from anyexperts_jax.ops.slot_order import SlotOrder
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"reference": reference.routed_mlp, "xla": vjp.routed_mlp_xla}
+DEFAULT_IMPLEMENTATION = "xla"  # on every platform
+
+
+def routed_mlp(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    order: SlotOrder,
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    implementation: str | None = None,
+) -> Float[Array, "N D"]:
+    """The sum over each token's real slots of weight * (silu(x w_gate) * (x w_up)) w_down; time follows those slots.
+
+    The op takes tokens, not rows gathered from them, so that an implementation need not write the rows out.
+    Sums are accumulated in float32, and the result is float32 (float64 for float64), whatever x's dtype.
+
+    Args:
+      order: the slots of `weights_NK` in expert order.
+      implementation: "xla" or "reference"; None is "xla".
+
+    Raises:
+      UserError: shapes or dtypes that do not fit, or an unknown implementation.
+    """
+    check_expert_weights(x_ND, w_gate_EDF, w_up_EDF, w_down_EFD)
+    check_counts("order.counts_E", order.counts_E, w_gate_EDF.shape[0])
+    require(
+        order.places_NK.shape == weights_NK.shape and order.slots_R.size == weights_NK.size,
+        f"weights_NK has shape {weights_NK.shape}, the order is of {order.places_NK.shape} slots",
+    )
+    run = select_implementation(implementation, IMPLEMENTATIONS, DEFAULT_IMPLEMENTATION)
+    return run(x_ND, weights_NK, order, w_gate_EDF, w_up_EDF, w_down_EFD)

@@ -1,0 +1,35 @@
+"""The XLA implementation with its own derivative."""
+
+import jax
+from jaxtyping import Array, Float
+
+from anyexperts_jax.ops.routed_mlp import xla
+from anyexperts_jax.ops.slot_order import SlotOrder
+
+
+@jax.custom_vjp
+def routed_mlp_xla(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    order: SlotOrder,
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+) -> Float[Array, "N D"]:
+    return xla.forward(x_ND, weights_NK, order, (w_gate_EDF, w_up_EDF, w_down_EFD), keep=False)[0]
+
+
+def _forward(
+    x_ND: Array, weights_NK: Array, order: SlotOrder, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array
+) -> tuple[Array, tuple]:
+    experts = (w_gate_EDF, w_up_EDF, w_down_EFD)
+    y_ND, kept = xla.forward(x_ND, weights_NK, order, experts, keep=True)
+    return y_ND, (x_ND, weights_NK, order, experts, kept)
+
+
+def _backward(residuals: tuple, d_y_ND: Array) -> tuple[Array | None, ...]:
+    d_x_ND, d_weights_NK, d_experts = xla.backward(*residuals, d_y_ND)
+    return d_x_ND, d_weights_NK, None, *d_experts
+
+
+routed_mlp_xla.defvjp(_forward, _backward)
