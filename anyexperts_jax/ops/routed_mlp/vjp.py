@@ -28,7 +28,8 @@ def _forward(
 
 
 def _backward(residuals: tuple, d_y_ND: Array) -> tuple[Array | None, ...]:
-    d_x_ND, d_weights_NK, d_experts = xla.backward(*residuals, d_y_ND)
+    x_ND, weights_NK, order, experts, kept = residuals
+    d_x_ND, d_weights_NK, d_experts = xla.backward(x_ND, weights_NK, order, experts, kept, d_y_ND)
     return d_x_ND, d_weights_NK, None, *d_experts
 
 

@@ -57,9 +57,11 @@ def forward(
     block, dtype, wide = sizes[-1], x_ND.dtype, wide_dtype(x_ND.dtype)
     tokens_R, weight_R = _padded_rows(order, weights_NK, block)
 
-    def compute(size: int, start: Array, x_ND: Array, expert: Expert) -> tuple[Array, ...]:
+    x_bits_ND = to_bits(x_ND)
+
+    def compute(size: int, start: Array, expert: Expert) -> tuple[Array, ...]:
         w_gate_DF, w_up_DF, w_down_FD = expert
-        x_BD = _gather(x_ND, lax.dynamic_slice_in_dim(tokens_R, start, size))
+        x_BD = from_bits(x_bits_ND[lax.dynamic_slice_in_dim(tokens_R, start, size)], dtype)
         gate_BF, up_BF = dot("BD,DF->BF", x_BD, w_gate_DF), dot("BD,DF->BF", x_BD, w_up_DF)
         y_BD = dot("BF,FD->BD", swiglu(gate_BF, up_BF, dtype), w_down_FD)
         y_BD *= lax.dynamic_slice_in_dim(weight_R, start, size).astype(wide)[:, None]
@@ -67,13 +69,13 @@ def forward(
         return tuple(jnp.pad(to_bits(a.astype(dtype)), ((0, block - size), (0, 0))) for a in rows)
 
     def run_expert(i: Array, buffers: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, expert, e = _load(x_ND, experts, live_E[i])
+        expert, e = _load(experts, live_E[i])
         start, count = order.starts_E[e], order.counts_E[e]
-        branches = [lambda size=size: compute(size, start, x, expert) for size in sizes]
+        branches = [lambda size=size: compute(size, start, expert) for size in sizes]
         buffers = _write(buffers, lax.switch(_size_index(sizes, count), branches), start)
 
         def run_block(i: Array, buffers: tuple[Array, ...]) -> tuple[Array, ...]:
-            return _write(buffers, compute(block, start + i * block, x, expert), start + i * block)
+            return _write(buffers, compute(block, start + i * block, expert), start + i * block)
 
         return lax.fori_loop(1, -(-count // block), run_block, buffers)
 
@@ -96,19 +98,19 @@ def backward(
     sizes = row_sizes(weights_NK.size, x_ND.shape[0], order.counts_E.size)
     block, dtype, wide = sizes[-1], x_ND.dtype, wide_dtype(x_ND.dtype)
     tokens_R, weight_R = _padded_rows(order, weights_NK, block)
-    d_y_ND = d_y_ND.astype(dtype)
+    x_bits_ND, d_y_bits_ND = to_bits(x_ND), to_bits(d_y_ND.astype(dtype))
 
-    def compute(size: int, start: Array, count: Array, x_ND: Array, expert: Expert) -> tuple[Array, ...]:
+    def compute(size: int, start: Array, count: Array, expert: Expert) -> tuple[Array, ...]:
         w_gate_DF, w_up_DF, w_down_FD = expert
         own_B1 = (jnp.arange(size) < count)[:, None]
 
         def own(rows: Array) -> Array:
-            return jnp.where(own_B1, rows, 0)
+            return jnp.where(own_B1, from_bits(rows, dtype), 0)
 
         tokens_B = lax.dynamic_slice_in_dim(tokens_R, start, size)
-        x_BD, d_y_BD = own(_gather(x_ND, tokens_B)), own(_gather(d_y_ND, tokens_B))
-        gate_BF, up_BF = (own(from_bits(lax.dynamic_slice_in_dim(a, start, size), dtype)) for a in kept)
-        weight_B1 = own(lax.dynamic_slice_in_dim(weight_R, start, size).astype(wide)[:, None])
+        x_BD, d_y_BD = own(x_bits_ND[tokens_B]), own(d_y_bits_ND[tokens_B])
+        gate_BF, up_BF = (own(lax.dynamic_slice_in_dim(a, start, size)) for a in kept)
+        weight_B1 = jnp.where(own_B1, lax.dynamic_slice_in_dim(weight_R, start, size).astype(wide)[:, None], 0)
         d_hidden_BF = dot("BD,FD->BF", d_y_BD, w_down_FD)  # as if the slot's weight were 1
         hidden_BF, d_gate_BF, d_up_BF = swiglu_vjp(gate_BF, up_BF, weight_B1 * d_hidden_BF)
         d_weight_B1 = (hidden_BF * d_hidden_BF).sum(-1, keepdims=True)
@@ -121,15 +123,15 @@ def backward(
         return d_x_BD, d_weight_B1, row_contraction(x_BD, d_gate_BF), row_contraction(x_BD, d_up_BF), d_down_FD
 
     def run_expert(e: Array, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, expert, e = _load(x_ND, experts, e)
+        expert, e = _load(experts, e)
         start, count = order.starts_E[e], order.counts_E[e]
-        branches = [lambda size=size: compute(size, start, count, x, expert) for size in sizes]
+        branches = [lambda size=size: compute(size, start, count, expert) for size in sizes]
         *rows, d_gate_DF, d_up_DF, d_down_FD = lax.switch(_size_index(sizes, count), branches)
         buffers = _write(gradients[:2], tuple(rows), start)
 
         def run_block(i: Array, carry: tuple) -> tuple:
             buffers, d_weights = carry
-            *rows, d_gate_DF, d_up_DF, d_down_FD = compute(block, start + i * block, count - i * block, x, expert)
+            *rows, d_gate_DF, d_up_DF, d_down_FD = compute(block, start + i * block, count - i * block, expert)
             d_weights = tuple(a + b for a, b in zip(d_weights, (d_gate_DF, d_up_DF, d_down_FD), strict=True))
             return _write(buffers, tuple(rows), start + i * block), d_weights
 
@@ -160,15 +162,12 @@ def _size_index(sizes: tuple[int, ...], count: Array) -> Array:
     return jnp.searchsorted(jnp.asarray(sizes), jnp.minimum(count, sizes[-1]))
 
 
-def _load(x_ND: Float[Array, "N D"], experts: Experts, e: Array) -> tuple[Array, Expert, Array]:
-    """(x, expert e's weights, e). The barrier keeps XLA from converting all weights before the loop."""
-    x_ND, experts, e = lax.optimization_barrier((x_ND, experts, e))
-    expert = (from_bits(lax.dynamic_index_in_dim(to_bits(w), e, keepdims=False), w.dtype) for w in experts)
-    return x_ND, tuple(expert), e
-
-
-def _gather(x_ND: Float[Array, "N D"], tokens_B: Int[Array, "B"]) -> Float[Array, "B D"]:
-    return from_bits(to_bits(x_ND)[tokens_B], x_ND.dtype)
+def _load(experts: Experts, e: Array) -> tuple[Expert, Array]:
+    """(expert e's weights, e). The barrier keeps XLA from converting all weights before the loop."""
+    experts, e = lax.optimization_barrier((experts, e))
+    w_gate, w_up, w_down = (lax.dynamic_index_in_dim(to_bits(w), e, keepdims=False) for w in experts)
+    dtype = experts[0].dtype
+    return (from_bits(w_gate, dtype), from_bits(w_up, dtype), from_bits(w_down, dtype)), e
 
 
 def _write(buffers: tuple[Array, ...], rows: tuple[Array, ...], start: Array) -> tuple[Array, ...]:
