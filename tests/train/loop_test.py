@@ -171,11 +171,12 @@ def test_load_run_says_what_is_missing(tmp_path):
         load_run(tmp_path, "newest")
 
 
-def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, linear_model):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, linear_model, number):
     def interrupt():
         while not (tmp_path / "metrics.jsonl").exists() or not losses(tmp_path):
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt)
     thread.start()
@@ -184,10 +185,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, linear_model):
     thread.join()
     (step,) = checkpoint_steps(tmp_path)
     assert str(error.value) == (
-        f"stopped by SIGINT after step {step} of 100000; the last good checkpoint is "
+        f"stopped by {number.name} after step {step} of 100000; the last good checkpoint is "
         f"{tmp_path}/checkpoints/{step}; run the same command to go on"
     )
-    assert error.value.exit_code == 130
+    assert error.value.exit_code == 128 + number
     assert max(losses(tmp_path)) == step
 
 
@@ -196,10 +197,10 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, linear_model):
 
 @pytest.fixture
 def start(tmp_path, compile_cache):
-    """start(config, run_dir) -> the process of a run; compiled programs are shared."""
+    """start(config, *run_dirs) -> the process that trains them one after the other; compiled programs are shared."""
     processes = []
 
-    def start(config, run_dir):
+    def start(config, *run_dirs):
         path = tmp_path / "config.json"
         path.write_text(to_json(config))
         environment = {
@@ -210,7 +211,7 @@ def start(tmp_path, compile_cache):
             "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
         }
         script = pathlib.Path(__file__).with_name("run_training.py")
-        command = [sys.executable, str(script), str(path), str(run_dir)]
+        command = [sys.executable, str(script), str(path), *map(str, run_dirs)]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
         return processes[-1]
 
@@ -228,42 +229,34 @@ def wait_for(process, condition):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, start):
-    config = run_config(steps=80, checkpoint_every=20, eval_every=20)
-    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    process = start(config, killed)
-    wait_for(process, lambda: (killed / "checkpoints" / "20").exists() and len(losses(killed)) > 24)
+def test_a_killed_and_a_stopped_run_go_on_bit_for_bit(tmp_path, start):
+    """The first process is killed, the second finds the disk full, the third finishes that run and an unbroken one."""
+    config = run_config(steps=300, checkpoint_every=20, eval_every=100)
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    process = start(config, broken)
+    wait_for(process, lambda: (broken / "checkpoints" / "20").exists() and len(losses(broken)) > 24)
     process.kill()
     process.wait()
-    assert max(losses(killed)) < 80
-    assert start(config, unbroken).wait() == 0
-    process = start(config, killed)
-    assert "going on from the checkpoint of step" in process.communicate()[1]
-    assert losses(killed) == losses(unbroken)
-    assert sorted(losses(killed)) == list(range(1, 81))
-    records = [read_records(run / "metrics.jsonl") for run in (killed, unbroken)]
-    last = [next(r for r in reversed(run) if r["kind"] == "validation") for run in records]
-    assert last[0] == last[1]
+    killed_at = max(losses(broken))
+    assert killed_at < 300
 
-
-@pytest.mark.slow
-def test_sigterm_exits_with_143_and_a_full_disk_with_4(tmp_path, start):
-    config = run_config(steps=100_000, checkpoint_every=20, eval_every=20_000, log_every=5)
-    run_dir = tmp_path / "run"
-    process = start(config, run_dir)
-    wait_for(process, lambda: (run_dir / "checkpoints" / "20").exists())
-    process.terminate()
+    process = start(config, broken)
+    wait_for(process, lambda: max(checkpoint_steps(broken)) > killed_at)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))  # less than a checkpoint's arrays need
     shown = process.communicate()[1]
-    step = max(checkpoint_steps(run_dir))
-    assert process.returncode == 143, shown
-    assert f"stopped by SIGTERM after step {step} of 100000; the last good checkpoint is" in shown
-    # goes on from there, until no file may grow past a size that checkpoints need
-    process = start(config, run_dir)
-    wait_for(process, lambda: max(checkpoint_steps(run_dir)) > step)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    shown = process.communicate()[1]
-    last = max(checkpoint_steps(run_dir))
+    last = max(checkpoint_steps(broken))
     assert process.returncode == 4, shown
-    message = f"cannot write to {run_dir}: File too large; the last good checkpoint is {run_dir}/checkpoints/{last}"
+    assert "going on from the checkpoint of step" in shown
+    message = f"cannot write to {broken}: File too large; the last good checkpoint is {broken}/checkpoints/{last}"
     assert shown.splitlines()[-1].startswith(message)
-    assert load_run(run_dir, "last")[0] == config
+    assert last < 300
+
+    process = start(config, broken, unbroken)
+    shown = process.communicate()[1]
+    assert process.returncode == 0, shown
+    assert f"going on from the checkpoint of step {last}" in shown
+    assert sorted(losses(broken)) == list(range(1, 301))
+    assert losses(broken) == losses(unbroken)
+    ends = [read_records(run / "metrics.jsonl")[-1] for run in (broken, unbroken)]
+    assert ends[0]["kind"] == "validation"
+    assert ends[0] == ends[1]

@@ -1,4 +1,4 @@
-"""A training run in a process of its own, to be killed and signalled: CONFIG.json RUN_DIR."""
+"""Training runs in a process of their own, to be killed and signalled: CONFIG.json RUN_DIR..."""
 
 import sys
 
@@ -8,7 +8,8 @@ from anyexperts_jax.train.stops import RunStoppedError
 
 if __name__ == "__main__":
     try:
-        train(load_config(sys.argv[1]), sys.argv[2])
+        for run_dir in sys.argv[2:]:
+            train(load_config(sys.argv[1]), run_dir)
     except RunStoppedError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

@@ -53,7 +53,7 @@ def linear_apply(params, batch, router_bias_LC, key, window):
     logits = table[jnp.asarray(batch.tokens_BT)]
     logits = jnp.pad(logits, ((0, 0), (0, 0), (0, 260 - logits.shape[-1])))
     if key is not None:
-        logits = logits + 0.1 * jax.random.normal(key, logits.shape)
+        logits = logits + jax.random.uniform(key, logits.shape[-1:])
     valid = jnp.asarray(batch.valid_BT)[None]
     slots = jnp.where(valid, 4, 0)
     per_token = jnp.square(logits).mean(-1)[None] * valid

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anyexperts_jax.models.init import logical_axes
+from anyexperts_jax.models.init import abstract_params, logical_axes
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
-from anyexperts_jax.sharding.specs import shard_batch
+from anyexperts_jax.sharding.specs import param_shardings, shard_batch
 from anyexperts_jax.train.losses import answer_scores
 from anyexperts_jax.train.optim import OptimConfig, make_optimizer
-from anyexperts_jax.train.state import TrainState, create_state
+from anyexperts_jax.train.state import TrainState, init_state
 from anyexperts_jax.train.step import accumulate, make_eval_step, make_train_step, model_apply, split_batch
 from train.stand_in import MODEL, linear_apply, linear_params, random_batch, run_config
 
@@ -19,25 +19,38 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def quiet(params, batch, router_bias_LC, key, window):
-    """`linear_apply` without its noise."""
-    return linear_apply(params, batch, router_bias_LC, None, window)
+    """`linear_apply` without its noise. A sequence of level 2, 3 or 4 poisons a step in three different ways."""
+    logits, trace = linear_apply(params, batch, router_bias_LC, None, window)
+    poison = [jnp.any(jnp.asarray(batch.level_B) == level) for level in POISONS]
+    logits = jnp.where(poison[0], jnp.nan, logits)
+    losses = {**trace.losses, "z": jnp.where(poison[1], jnp.inf, trace.losses["z"])}
+    root = jnp.sqrt(jnp.where(poison[2], logits - logits, 1.0)) - jnp.where(poison[2], 0.0, 1.0)
+    return logits + root, dataclasses.replace(trace, losses=losses)  # root is 0, with a gradient of NaN if poisoned
+
+
+POISONS = {2: "answer_loss", 3: "z_loss", 4: "grad_norm"}  # by level
 
 
 def compiled(function):
     return jax.jit(function, compiler_options=FAST_COMPILE)
 
 
-def linear_state(config, seed=0):
-    params = linear_params(seed)
+def linear_state(config):
+    params = linear_params()
     optimizer = make_optimizer(config.optim, AXES)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((1, 5)))
     return optimizer, state
 
 
 def linear_step(apply=quiet, **fields):
-    config = run_config(**fields)
+    config = run_config(optim=OptimConfig(lr=0.1, warmup_steps=2), steps=60, **fields)
     optimizer, state = linear_state(config)
     return compiled(make_train_step(config, optimizer, apply)), state
+
+
+@pytest.fixture(scope="module")
+def quiet_step():
+    return linear_step()
 
 
 def test_micro_batches_are_a_partition():
@@ -48,10 +61,10 @@ def test_micro_batches_are_a_partition():
     np.testing.assert_array_equal(parts.tokens_BT[1], batch.tokens_BT[[1, 5]])
 
 
-def test_accumulated_gradient_is_the_whole_batchs():
+def test_accumulated_gradient_is_the_whole_batchs_and_the_loss_per_answer_token():
     """Sequences differ in answer tokens, so a mean of micro-batch means would be off."""
     batch, (_, state) = random_batch(), linear_state(run_config())
-    moe = dataclasses.replace(MODEL.moe, balance_weight=0.0, importance_weight=0.1, z_weight=0.01)
+    moe = dataclasses.replace(MODEL.moe, balance_weight=0.5, importance_weight=0.25, z_weight=0.125)
     whole, parts = (compiled(lambda n=n: accumulate(quiet, moe, n, state, batch, jax.random.key(0)))() for n in (1, 4))
     np.testing.assert_allclose(parts[0]["table"], whole[0]["table"], atol=1e-7)
     for name in ("loss", "answer_loss", "importance_loss", "z_loss", "balance_loss"):
@@ -59,21 +72,16 @@ def test_accumulated_gradient_is_the_whole_batchs():
     assert parts[1].answer_tokens == whole[1].answer_tokens == batch.loss_mask_BT.sum()
     assert parts[1].exact_answers == whole[1].exact_answers
 
-
-def test_loss_is_nats_per_answer_token_plus_weighted_router_losses():
-    batch, (_, state) = random_batch(), linear_state(run_config())
-    moe = dataclasses.replace(MODEL.moe, balance_weight=0.5, importance_weight=0.25, z_weight=0.125)
-    _, _, losses = compiled(lambda: accumulate(quiet, moe, 1, state, batch, jax.random.key(0)))()
-    logits, trace = quiet(state.params, batch, None, None, None)
+    logits, trace = linear_apply(state.params, batch, None, None, None)
     scores = answer_scores(logits, batch.tokens_BT, batch.loss_mask_BT)
     answer = scores.loss_B.sum() / scores.tokens_B.sum()
-    np.testing.assert_allclose(losses["answer_loss"], answer, rtol=1e-6)
+    np.testing.assert_allclose(whole[2]["answer_loss"], answer, rtol=1e-6)
     balance = trace.losses["balance"][0]
-    np.testing.assert_allclose(losses["loss"], answer + balance * (0.5 + 0.25 * 2 + 0.125 * 3), rtol=1e-6)
+    np.testing.assert_allclose(whole[2]["loss"], answer + balance * (0.5 + 0.25 * 2 + 0.125 * 3), rtol=1e-6)
 
 
-def test_the_first_step_moves_by_the_learning_rate():
-    step, state = linear_step()
+def test_the_first_step_moves_by_the_learning_rate(quiet_step):
+    step, state = quiet_step
     batch = random_batch()
     after, report = step(state, batch)
     predicting = np.unique(batch.tokens_BT[batch.loss_mask_BT])
@@ -81,13 +89,14 @@ def test_the_first_step_moves_by_the_learning_rate():
     np.testing.assert_allclose(
         np.median(moved), report.scalars["learning_rate"], rtol=0.01
     )  # Adam: the gradient's sign
-    assert report.scalars["learning_rate"] == pytest.approx(0.005)  # half of 0.01: two steps of warm-up
+    assert report.scalars["learning_rate"] == pytest.approx(0.05)  # half of 0.1: two steps of warm-up
     assert after.step == 1
     assert report.finite
+    assert not np.any(after.router_bias_LC)  # loss-free balancing is off
 
 
-def test_steps_learn():
-    step, state = linear_step(steps=60, optim=OptimConfig(lr=0.1, warmup_steps=2))
+def test_steps_learn(quiet_step):
+    step, state = quiet_step
     losses = []
     for _ in range(60):
         state, report = step(state, random_batch())
@@ -95,21 +104,14 @@ def test_steps_learn():
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.parametrize("poisoned", ["answer_loss", "z_loss", "grad_norm"])
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poisoned):
-    def apply(params, batch, router_bias_LC, key, window):
-        logits, trace = linear_apply(params, batch, router_bias_LC, None, window)
-        if poisoned == "answer_loss":
-            return logits.at[0].set(jnp.nan), trace
-        if poisoned == "z_loss":
-            return logits, dataclasses.replace(trace, losses={**trace.losses, "z": jnp.asarray([jnp.inf])})
-        root = jnp.sqrt(jnp.maximum(logits - logits, 0.0) + 0.0)  # 0, with a gradient of NaN
-        return logits + root, trace
-
-    step, state = linear_step(apply)
-    after, report = step(state, random_batch())
+@pytest.mark.parametrize("level", POISONS)
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(quiet_step, level):
+    step, state = quiet_step
+    batch = random_batch()
+    batch.level_B[3] = level
+    after, report = step(state, batch)
     assert not report.finite
-    assert not np.isfinite(report.scalars[poisoned])
+    assert not np.isfinite(report.scalars[POISONS[level]])
     assert after.step == 1
     jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(after, step=state.step), state)
 
@@ -123,13 +125,18 @@ def test_randomness_follows_seed_step_and_micro_batch():
     same_rows = jax.tree.map(lambda x: np.repeat(x[:1], 2, axis=0), random_batch())
     first, second, again = losses(0, 1)
     assert first == again != second
-    assert losses(1, 1)[0] != first
-    assert losses(0, 2)[0] != first  # each micro-batch draws from its own key
+    other_seed = losses(1, 2)
+    assert other_seed[0] == other_seed[2] != other_seed[1]
+    assert other_seed[0] != first
+    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 5), part) for part in range(2)]
+    rows = [jax.tree.map(lambda x: x[:1], same_rows)] * 2
+    drawn = [linear_apply(linear_params(), row, None, key, None)[0] for row, key in zip(rows, keys, strict=True)]
+    scores = [answer_scores(logits, rows[0].tokens_BT, rows[0].loss_mask_BT) for logits in drawn]
+    expected = sum(s.loss_B.sum() for s in scores) / sum(s.tokens_B.sum() for s in scores)
+    np.testing.assert_allclose(other_seed[0], expected, rtol=1e-6)  # each micro-batch draws from its own key
 
 
-def test_the_expert_bias_moves_by_its_rule_only_where_it_is_on():
-    step, state = linear_step()
-    assert not np.any(step(state, random_batch())[0].router_bias_LC)
+def test_the_expert_bias_moves_by_its_rule_where_it_is_on():
     moe = dataclasses.replace(MODEL.moe, expert_bias=True, expert_bias_rate=0.5)
     step, state = linear_step(model=dataclasses.replace(MODEL, moe=moe))
     after, _ = step(state, random_batch())
@@ -148,8 +155,12 @@ def real_step_on(mesh):
     """What one step of the real model reports on a mesh, and the parameters after it."""
     moe = dataclasses.replace(MODEL.moe, num_experts=8)
     config = run_config(dataclasses.replace(MODEL, moe=moe))
-    optimizer = make_optimizer(config.optim, logical_axes(config.model))
-    state = create_state(config.model, optimizer, mesh, jax.random.key(0))
+    axes, shapes = logical_axes(config.model), abstract_params(config.model)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(p.dtype) * 0.3, shapes)
+    params = jax.device_put(params, param_shardings(mesh, axes, shapes))
+    optimizer = make_optimizer(config.optim, axes)
+    state = compiled(lambda params: init_state(config.model, optimizer, params))(params)
     step = compiled(make_train_step(config, optimizer, model_apply(config.model)))
     after, report = step(state, shard_batch(mesh, random_batch(rows=8, length=16)))
     return jax.device_get((report, after.params))
