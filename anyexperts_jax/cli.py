@@ -1,4 +1,4 @@
-"""The command line: `anyexperts train | evaluate | report | generate | data | bench`.
+"""The command line: `anyexperts train | evaluate | report | generate | data`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input, 3 a loss that is
 not finite, 4 a full disk, 130 and 143 interrupted with a checkpoint written.
