@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from anyexperts_jax.ops._dots import dot, from_bits, row_contraction, to_bits, wide_dtype
 from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
