@@ -24,7 +24,6 @@ from anyexperts_jax.train.strict import differing_keys
 # What Orbax and TensorStore raise on files that are missing, cut short or not theirs.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
-
 SMALL_FILES_BYTES = 1 << 20  # metadata, configuration and data state of a checkpoint, amply
 
 
@@ -168,7 +167,11 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except _UNREADABLE as error:
             others = [other for other in self.steps if other != step]
-            rest = f"move {self.directory / str(step)} away to go on from step {others[-1]}" if others else "no other"
+            rest = (
+                f"move {self.directory / str(step)} away to go on from step {others[-1]}"
+                if others
+                else "there is no other"
+            )
             line = " ".join(str(error).split())[:200]
             raise UserError(f"checkpoint {step} in {self.directory} is unreadable ({line}); {rest}") from error
 

@@ -99,12 +99,13 @@ class _Run:
         finally:
             self.checkpoints.close()
         records = read_records(self.paths.metrics)
-        last = [record for record in records if record["kind"] == "validation"][-1]
-        self.reporter.tables(last)
+        validations = [record for record in records if record["kind"] == "validation"]
+        require(len(validations) > 0, f"the run is done, but {self.paths.metrics} has lost its validation records")
+        self.reporter.tables(validations[-1])
         skipped = sum(record["kind"] == "nonfinite" for record in records)
         if skipped:
             self.reporter.note(f"{skipped} steps were not finite and skipped")
-        return TrainResult(self.paths.root, self.config.train.steps, last, skipped)
+        return TrainResult(self.paths.root, self.config.train.steps, validations[-1], skipped)
 
     def _start(self) -> TrainState:
         """The last checkpoint's state, with the data iterator moved to it; or a new one."""
@@ -213,7 +214,7 @@ def _check_batch_fits(config: RunConfig, mesh: Mesh) -> None:
 
 def _last_good(paths: RunDir) -> str:
     """Where to go on from, for messages."""
-    steps = [int(path.name) for path in paths.checkpoints.glob("*") if path.name.isdigit()]
+    steps = paths.checkpoint_steps()
     return (
-        f"the last good checkpoint is {paths.checkpoints / str(max(steps))}" if steps else "there is no checkpoint yet"
+        f"the last good checkpoint is {paths.checkpoints / str(steps[-1])}" if steps else "there is no checkpoint yet"
     )

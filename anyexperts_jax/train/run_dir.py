@@ -40,11 +40,16 @@ class RunDir:
     def checkpoints(self) -> pathlib.Path:
         return self.root / "checkpoints"
 
+    def checkpoint_steps(self) -> list[int]:
+        """The steps of the checkpoints that are whole, in order."""
+        return sorted(int(path.name) for path in self.checkpoints.glob("*") if path.name.isdigit())
+
 
 def open_run_dir(root: str | pathlib.Path, config: RunConfig) -> tuple[RunDir, dict[str, tuple[Any, Any]]]:
     """Makes the directory of a run, or checks that the one there is of the same run; writes config.json.
 
-    Returns the paths, and what differs from the configuration there and may.
+    A run without a checkpoint has nothing to go on from: its configuration may be replaced by any other. Returns the
+    paths, and what differs from the configuration there and may.
 
     Raises:
       UserError: when it cannot be made, or holds a run of another configuration (naming the keys).
@@ -53,7 +58,7 @@ def open_run_dir(root: str | pathlib.Path, config: RunConfig) -> tuple[RunDir, d
 
     paths = RunDir(pathlib.Path(root))
     changed = {}
-    if paths.config.exists():
+    if paths.config.exists() and paths.checkpoint_steps():
         changed = require_same_run(config, load_config(paths.config), f"the run in {paths.root}")
     try:
         paths.root.mkdir(parents=True, exist_ok=True)

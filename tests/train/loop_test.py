@@ -104,9 +104,13 @@ def test_a_directory_of_another_run_is_refused_and_kept(tmp_path, linear_model):
         train(run_config(), tmp_path / "file", progress=False)
 
 
-def test_batches_that_do_not_split_are_refused(tmp_path):
+def test_batches_that_do_not_split_are_refused_and_bind_nothing(tmp_path, linear_model):
     with pytest.raises(UserError, match="= 4 does not split over the mesh's 8 batch shards"):
-        train(run_config(accumulation=2), tmp_path, progress=False)
+        train(run_config(accumulation=2, steps=3), tmp_path, progress=False)
+    assert train(run_config(steps=3), tmp_path, progress=False).step == 3
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"metrics\.jsonl has lost its validation records"):
+        train(run_config(steps=3), tmp_path, progress=False)
 
 
 def nan_in_step(poisoned):
@@ -231,14 +235,14 @@ def wait_for(process, condition):
 @pytest.mark.slow
 def test_a_killed_and_a_stopped_run_go_on_bit_for_bit(tmp_path, start):
     """The first process is killed, the second finds the disk full, the third finishes that run and an unbroken one."""
-    config = run_config(steps=300, checkpoint_every=20, eval_every=100)
+    config = run_config(steps=200, checkpoint_every=20, eval_every=100)
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     process = start(config, broken)
     wait_for(process, lambda: (broken / "checkpoints" / "20").exists() and len(losses(broken)) > 24)
     process.kill()
     process.wait()
     killed_at = max(losses(broken))
-    assert killed_at < 300
+    assert killed_at < 200
 
     process = start(config, broken)
     wait_for(process, lambda: max(checkpoint_steps(broken)) > killed_at)
@@ -249,13 +253,13 @@ def test_a_killed_and_a_stopped_run_go_on_bit_for_bit(tmp_path, start):
     assert "going on from the checkpoint of step" in shown
     message = f"cannot write to {broken}: File too large; the last good checkpoint is {broken}/checkpoints/{last}"
     assert shown.splitlines()[-1].startswith(message)
-    assert last < 300
+    assert last < 200
 
     process = start(config, broken, unbroken)
     shown = process.communicate()[1]
     assert process.returncode == 0, shown
     assert f"going on from the checkpoint of step {last}" in shown
-    assert sorted(losses(broken)) == list(range(1, 301))
+    assert sorted(losses(broken)) == list(range(1, 201))
     assert losses(broken) == losses(unbroken)
     ends = [read_records(run / "metrics.jsonl")[-1] for run in (broken, unbroken)]
     assert ends[0]["kind"] == "validation"
