@@ -1,0 +1,58 @@
+"""The forward pass for a handful of rows an expert, as in decoding: time is what reading the live weights takes.
+
+A dot per expert would first copy its weights out of [E, D, F] and pack them, to use each once. Here every row reads
+its own expert's weights where they lie, a few of their rows at a time: one elementwise loop over all rows, so that all
+threads share it, and neighbours in expert order find the weights in cache.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.ops._dots import from_bits, to_bits, wide_dtype
+from anyexperts_jax.ops._swiglu import swiglu
+from anyexperts_jax.ops.slot_order import SlotOrder
+
+_STEP = 8  # rows of a weight matrix in one pass; twice that and more run slower in bfloat16
+
+
+def few_rows(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    order: SlotOrder,
+    experts: tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]],
+) -> Float[Array, "R D"]:
+    """The weighted output of each place of the order, in float32 at least; arbitrary past the real slots."""
+    w_gate_EDF, w_up_EDF, w_down_EFD = experts
+    ends_E = order.starts_E + order.counts_E
+    last_live = jnp.argmax(jnp.where(order.counts_E > 0, ends_E, 0))
+    expert_R = jnp.searchsorted(ends_E, jnp.arange(order.slots_R.size), side="right")
+    expert_R = jnp.minimum(expert_R, last_live)  # places past the real slots read what was read anyway
+    x_RD = x_ND[order.slots_R // weights_NK.shape[1]]
+    gate_RF, up_RF = _own_expert(x_RD, expert_R, w_gate_EDF, w_up_EDF)
+    (y_RD,) = _own_expert(swiglu(gate_RF, up_RF, x_ND.dtype), expert_R, w_down_EFD)
+    return y_RD * weights_NK.reshape(-1)[order.slots_R][:, None].astype(y_RD.dtype)
+
+
+def _own_expert(
+    x_RI: Float[Array, "R I"], expert_R: Int[Array, "R"], *weights_EIJ: Float[Array, "E I J"]
+) -> tuple[Float[Array, "R J"], ...]:
+    """x's rows times their own experts' matrices, one product for each of `weights_EIJ`."""
+    dtype, wide = x_RI.dtype, wide_dtype(x_RI.dtype)
+    step = math.gcd(x_RI.shape[1], _STEP)
+
+    def add_step(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+        weights, i = lax.optimization_barrier((weights_EIJ, i))  # keeps XLA from converting them before the loop
+        x_RS = lax.dynamic_slice_in_dim(x_RI, i * step, step, axis=1).astype(wide)
+        for s in range(step):
+            rows = (to_bits(w).at[expert_R, i * step + s].get(mode="promise_in_bounds") for w in weights)
+            totals = tuple(
+                total + x_RS[:, s, None] * from_bits(row_RJ, dtype).astype(wide)
+                for total, row_RJ in zip(totals, rows, strict=True)
+            )
+        return totals
+
+    zeros = tuple(jnp.zeros((x_RI.shape[0], w.shape[2]), wide) for w in weights_EIJ)
+    return lax.fori_loop(0, x_RI.shape[1] // step, add_step, zeros)
