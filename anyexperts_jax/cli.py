@@ -1,4 +1,4 @@
-"""The command line: `anyexperts train | evaluate | report | generate | data`.
+"""The command line: `anyexperts train | evaluate | report | generate | data | bench`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input, 3 a loss that is
 not finite, 4 a full disk, 130 and 143 interrupted with a checkpoint written.
@@ -111,6 +111,25 @@ def _data_export(options: argparse.Namespace) -> None:
     print(f"{options.count} examples of {options.domain}/{options.split} in {folder}")
 
 
+def _bench_layer(options: argparse.Namespace) -> None:
+    from anyexperts_jax.analysis.bench_layer import bench_layer, layer_tables, write_bench
+    from anyexperts_jax.analysis.bench_output import print_tables
+
+    bench = bench_layer(options.shape, options.dtype, options.rounds, note=_say)
+    print_tables(layer_tables(bench))
+    if options.out:
+        names = (*options.shape, "--dtype", *options.dtype, "--rounds", str(options.rounds))
+        command = f"anyexperts bench layer --shape {' '.join(names)} --out {options.out}"
+        print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
+
+
+def _bench_step(options: argparse.Namespace) -> None:
+    from anyexperts_jax.analysis.bench_output import print_tables
+    from anyexperts_jax.analysis.bench_step import bench_step, step_table
+
+    print_tables([step_table(bench_step(rounds=options.rounds, note=_say))])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="anyexperts", description="Mixture-of-experts models in which each token gets as many experts as it needs."
@@ -122,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_generate(commands)
     _add_data(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -193,6 +213,22 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     export.add_argument("--seed", type=int, default=0)
     export.add_argument("--shards", type=int, default=1)
     export.set_defaults(command=_data_export)
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench", help="time the layer and the train step, beside transformers where it is there"
+    )
+    actions = bench.add_subparsers(title="actions", required=True, metavar="ACTION")
+    layer = actions.add_parser("layer", help="the MoE layer alone, its parts, and its time against the budget")
+    layer.add_argument("--shape", nargs="+", default=["S1", "S2", "S3", "S4"], help="of S1 S2 S3 S4 (default: all)")
+    layer.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="float32, bfloat16 (default: both)")
+    layer.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are shown (default: 7)")
+    layer.add_argument("--out", type=pathlib.Path, help="also write bench_layer.json, .csv and .md into this folder")
+    layer.set_defaults(command=_bench_layer)
+    step = actions.add_parser("step", help="one train step of a 40M-parameter model")
+    step.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are shown (default: 7)")
+    step.set_defaults(command=_bench_step)
 
 
 if __name__ == "__main__":

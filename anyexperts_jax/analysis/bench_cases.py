@@ -1,0 +1,188 @@
+"""What the layer benchmark runs: shapes, operands, routing and compiled calls."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.dispatch.apply import moe_apply, moe_apply_stats
+from anyexperts_jax.dispatch.base import RowMap, combine_rows, sort_slots, take_rows
+from anyexperts_jax.ops.expert_mlp import expert_mlp
+from anyexperts_jax.ops.slot_order import SlotOrder
+from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
+from anyexperts_jax.routing.route import route
+
+Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """One MoE layer: N tokens of width D through K of E experts of width F."""
+
+    tokens: int
+    width: int
+    hidden: int
+    experts: int
+    slots: int
+
+
+SHAPES = {
+    "S1": LayerShape(4096, 512, 512, 32, 8),
+    "S2": LayerShape(2048, 1024, 704, 64, 6),
+    "S3": LayerShape(1024, 2048, 768, 128, 8),
+    "S4": LayerShape(16, 2048, 768, 128, 8),  # decoding
+}
+
+
+def operands(shape: LayerShape, dtype: str, seed: int = 0) -> tuple[Array, Weights]:
+    """(x_ND, (w_gate_EDF, w_up_EDF, w_down_EFD)), unit normal tokens, weights scaled by their fan-in."""
+    E, D, F = shape.experts, shape.width, shape.hidden
+    rng = np.random.default_rng(seed)
+    x_ND = jnp.asarray(rng.standard_normal((shape.tokens, D), np.float32), dtype)
+    weights = (
+        jnp.asarray(rng.standard_normal(size, np.float32) * size[1] ** -0.5, dtype)
+        for size in ((E, D, F), (E, D, F), (E, F, D))
+    )
+    w_gate_EDF, w_up_EDF, w_down_EFD = weights
+    return x_ND, (w_gate_EDF, w_up_EDF, w_down_EFD)
+
+
+def top_k_plan(shape: LayerShape, seed: int = 0) -> RoutingPlan:
+    """Plain top-k over random logits: K real slots for every token, the routing all libraries can run."""
+    config = AnyExpertsConfig.static_top_k(shape.experts, shape.slots)
+    logits_NC = np.random.default_rng(seed).standard_normal((shape.tokens, shape.experts)).astype(np.float32)
+    return jax.jit(route, static_argnums=0)(config, logits_NC, np.zeros(shape.tokens, np.float32))
+
+
+def budget_plan(shape: LayerShape, slots_bound: int, real: float, seed: int = 0) -> RoutingPlan:
+    """Random distinct experts, floor(real) or one more for each token so that the average is `real`; the rest empty.
+
+    Equal weights; a fifth of the weight is virtual. All budgets' plans have one shape: one program runs them all.
+    """
+    rng = np.random.default_rng(seed)
+    N, E = shape.tokens, shape.experts
+    real_N = np.full(N, int(real))
+    real_N[rng.permutation(N)[: round(real * N) - real_N.sum()]] += 1
+    ids_NK = rng.permuted(np.tile(np.arange(E, dtype=np.int32), (N, 1)), axis=1)[:, :slots_bound]
+    held_NK = np.arange(slots_bound) < real_N[:, None]
+    return RoutingPlan(
+        expert_ids_NK=jnp.asarray(np.where(held_NK, ids_NK, E)),
+        weights_NK=jnp.asarray(np.where(held_NK, 0.8 / real_N[:, None], 0), jnp.float32),
+        virtual_weight_N=jnp.full(N, 0.2, jnp.float32),
+        importance_N=jnp.full(N, 0.5, jnp.float32),
+        slots_N=jnp.asarray(real_N + 1, jnp.int32),
+        real_slots_N=jnp.asarray(real_N, jnp.int32),
+        virtual_slots_N=jnp.ones(N, jnp.int32),
+        losses={},
+        metrics={},
+        spec=PlanSpec(E, real, "identity", capacity_factor=1.25, overflow="drop"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled call and the memory it needs beside its operands and results."""
+
+    call: Callable[[], Any]
+    temporary_mib: float
+
+
+def temporary_mib(program: jax.stages.Compiled) -> float:
+    """Memory a program needs beside its operands and results; NaN where the backend does not say."""
+    memory = program.memory_analysis()
+    return math.nan if memory is None else memory.temp_size_in_bytes / 2**20
+
+
+def compiled(function: Callable[..., Any], *arguments: Any) -> Compiled:
+    program = jax.jit(function).lower(*arguments).compile()
+    return Compiled(functools.partial(program, *arguments), temporary_mib(program))
+
+
+def layer(plan: RoutingPlan, x_ND: Array, weights: Weights, dispatch: str, *, backward: bool) -> Compiled:
+    """moe_apply; with `backward`, gradients of x, the slots' weights and the experts too."""
+
+    def forward(x_ND: Array, plan: RoutingPlan, weights: Weights) -> Array:
+        return moe_apply(x_ND, plan, *weights, dispatch)
+
+    def forward_and_backward(x_ND: Array, plan: RoutingPlan, weights: Weights) -> Any:
+        def of(x_ND: Array, weights_NK: Array, weights: Weights) -> Array:
+            return forward(x_ND, dataclasses.replace(plan, weights_NK=weights_NK), weights)
+
+        y_ND, pullback = jax.vjp(of, x_ND, plan.weights_NK, weights)
+        return y_ND, pullback(jnp.ones_like(y_ND))
+
+    return compiled(forward_and_backward if backward else forward, x_ND, plan, weights)
+
+
+def capacity_drops(plan: RoutingPlan, x_ND: Array, weights: Weights) -> float:
+    """The share of real slots that the capacity form drops."""
+    _, stats = jax.jit(moe_apply_stats, static_argnums=5)(x_ND, plan, *weights, "capacity")
+    return float(stats.dropped) / float(plan.real_slots_N.sum())
+
+
+def one_expert(shape: LayerShape, x_ND: Array, weights: Weights, *, backward: bool) -> Compiled:
+    """As many rows, all through one expert, nothing moved: a yardstick, not a bound; small blocks that stay in cache beat it."""
+    rows = shape.tokens * shape.slots
+    x_1RD = jnp.tile(x_ND, (shape.slots, 1))[None]
+
+    def forward(x_1RD: Array, weights: Weights) -> Array:
+        return expert_mlp(x_1RD, jnp.full(1, rows, jnp.int32), *weights)
+
+    def forward_and_backward(x_1RD: Array, weights: Weights) -> Any:
+        y_1RD, pullback = jax.vjp(forward, x_1RD, weights)
+        return y_1RD, pullback(jnp.ones_like(y_1RD))
+
+    one = (weights[0][:1], weights[1][:1], weights[2][:1])
+    return compiled(forward_and_backward if backward else forward, x_1RD, one)
+
+
+def layer_parts(shape: LayerShape, x_ND: Array, weights: Weights, seed: int = 0) -> dict[str, Compiled]:
+    """A whole AnyExperts layer, and each of its parts but the experts alone.
+
+    "layer" is router matmul, `route` and dropless `moe_apply`; "route" the first two; "sort" the slots' order;
+    "gather" and "combine" what moving rows costs on its own, an upper bound, as the layer does both in its loop.
+    The policy is the paper's: window [K, K + 2], a quarter as many virtual experts as real ones.
+    """
+    config = AnyExpertsConfig(
+        num_experts=shape.experts, num_virtual=shape.experts // 4, k_min=shape.slots, k_max=shape.slots + 2
+    )
+    rng = np.random.default_rng(seed)
+    w_router_DC = jnp.asarray(rng.standard_normal((shape.width, config.num_columns)) * shape.width**-0.5, jnp.float32)
+    importance_logits_N = jnp.asarray(rng.standard_normal(shape.tokens), jnp.float32)
+
+    def route_tokens(x_ND: Array, w_router_DC: Array, importance_logits_N: Array) -> RoutingPlan:
+        return route(config, x_ND.astype(jnp.float32) @ w_router_DC, importance_logits_N)
+
+    def whole(x_ND: Array, w_router_DC: Array, importance_logits_N: Array, weights: Weights) -> Array:
+        return moe_apply(x_ND, route_tokens(x_ND, w_router_DC, importance_logits_N), *weights)
+
+    router = (x_ND, w_router_DC, importance_logits_N)
+    plan = jax.jit(route_tokens)(*router)
+    order = jax.jit(sort_slots, static_argnums=1)(plan.expert_ids_NK, shape.experts)
+    rows = _row_map(plan, order)
+    x_RD = jax.jit(take_rows)(x_ND, rows)
+    return {
+        "layer": compiled(whole, *router, weights),
+        "route": compiled(route_tokens, *router),
+        "sort": compiled(lambda ids_NK: sort_slots(ids_NK, shape.experts), plan.expert_ids_NK),
+        "gather": compiled(take_rows, x_ND, rows),
+        "combine": compiled(combine_rows, x_RD, plan.weights_NK, rows),
+    }
+
+
+def _row_map(plan: RoutingPlan, order: SlotOrder) -> RowMap:
+    held_NK = plan.expert_ids_NK < plan.spec.num_experts
+    return RowMap(
+        tokens_R=order.slots_R // held_NK.shape[1],
+        slots_R=order.slots_R,
+        live_R=jnp.arange(held_NK.size) < held_NK.sum(),
+        rows_NK=order.places_NK,
+        held_NK=held_NK,
+    )

@@ -1,0 +1,229 @@
+"""`anyexperts bench layer`: one MoE layer's time beside transformers', its parts, and time against the budget.
+
+    anyexperts bench layer --out experiments/results
+
+All rows of a table run in turn (A B A B), medians are reported, and ratios are medians of ratios within a round.
+"""
+
+import dataclasses
+import gc
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from anyexperts_jax.analysis import bench_cases
+from anyexperts_jax.analysis.bench_cases import SHAPES, Compiled, LayerShape
+from anyexperts_jax.analysis.bench_output import environment, markdown, write_files
+from anyexperts_jax.analysis.bench_peers import PEER, has_transformers, transformers_layer
+from anyexperts_jax.analysis.stopwatch import interleaved_rounds
+from anyexperts_jax.analysis.tables import TextTable
+from anyexperts_jax.core.errors import require, require_one_of
+
+DTYPES = ("float32", "bfloat16")
+BUDGETS = (8.0, 7.2, 6.4, 5.6, 4.8, 4.0)
+BUDGET_SLOTS = 12  # the paper's k_max: the static width of slot arrays in the budget sweep
+ONE_EXPERT = "one expert, same rows"
+PARTS = ("route", "sort", "gather", "combine")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTime:
+    """One row of the comparison. `ratio` is time over transformers' in the same round; None where it did not run."""
+
+    shape: str
+    dtype: str
+    run: str  # forward, forward+backward
+    form: str
+    milliseconds: float
+    ratio: float | None
+    temporary_mib: float | None  # memory beside operands and results; XLA's own figure, so ours only
+    dropped: float  # share of the slots that found no room
+    others_load: float | None  # cores that other processes kept busy meanwhile: figures above 0.1 are noisy
+
+
+@dataclasses.dataclass(frozen=True)
+class PartTime:
+    """A part of a whole AnyExperts layer's forward pass; "overhead" is all but the experts."""
+
+    shape: str
+    dtype: str
+    part: str
+    milliseconds: float
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetTime:
+    """Time of moe_apply at an average number of real experts; ratios are to the first budget."""
+
+    shape: str
+    dtype: str
+    form: str
+    real: float
+    milliseconds: float
+    ratio: float
+    ideal: float  # real over the first budget's
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerBench:
+    """All tables of one run, and what they were made with."""
+
+    environment: dict[str, Any]
+    layers: tuple[LayerTime, ...]
+    parts: tuple[PartTime, ...]
+    budgets: tuple[BudgetTime, ...]
+
+
+def bench_layer(
+    shapes: Sequence[str] = tuple(SHAPES),
+    dtypes: Sequence[str] = DTYPES,
+    rounds: int = 7,
+    patience: float = 0.0,
+    note: Callable[[str], None] = lambda line: None,
+) -> LayerBench:
+    """Runs every table. Needs about 12 GB for S3's backward pass in float32; S1 alone runs in 3.
+
+    Args:
+      patience: seconds to wait, before each comparison, for other processes to leave the machine alone.
+      note: called with a line of progress.
+
+    Raises:
+      UserError: an unknown shape or dtype, or rounds < 1.
+    """
+    for name in shapes:
+        require_one_of("shape", name, list(SHAPES))
+    for dtype in dtypes:
+        require_one_of("dtype", dtype, DTYPES)
+    require(rounds >= 1, f"rounds={rounds} must be >= 1")
+    made_with = environment(rounds)
+    layers: list[LayerTime] = []
+    parts: list[PartTime] = []
+    budgets: list[BudgetTime] = []
+    for name, dtype in ((name, dtype) for name in shapes for dtype in dtypes):
+        for backward in (False, True) if name != "S4" else (False,):
+            note(f"{name} {dtype} {_run(backward)}")
+            layers += compare_layers(name, SHAPES[name], dtype, rounds, patience, backward=backward)
+            gc.collect()
+        note(f"{name} {dtype} parts and budgets")
+        parts += time_parts(name, SHAPES[name], dtype, rounds, patience)
+        if name == "S1":
+            budgets += time_budgets(name, SHAPES[name], dtype, rounds, patience)
+        gc.collect()
+    return LayerBench(made_with, tuple(layers), tuple(parts), tuple(budgets))
+
+
+def compare_layers(
+    name: str, shape: LayerShape, dtype: str, rounds: int, patience: float, *, backward: bool
+) -> list[LayerTime]:
+    """Plain top-k, which every library runs: ours dropless and with capacity, transformers, and one expert on as many rows."""
+    plan = bench_cases.top_k_plan(shape)
+    x_ND, weights = bench_cases.operands(shape, dtype)
+    ours = {
+        "blocks": bench_cases.layer(plan, x_ND, weights, "blocks", backward=backward),
+        "capacity 1.25": bench_cases.layer(plan, x_ND, weights, "capacity", backward=backward),
+        ONE_EXPERT: bench_cases.one_expert(shape, x_ND, weights, backward=backward),
+    }
+    calls: dict[str, Callable[[], Any]] = {form: one.call for form, one in ours.items()}
+    if has_transformers():
+        w_gate_EDF, w_up_EDF, w_down_EFD = (np.asarray(w, np.float32) for w in weights)
+        routing = np.asarray(plan.expert_ids_NK), np.asarray(plan.weights_NK)
+        experts = (w_gate_EDF, w_up_EDF, w_down_EFD)
+        peer = transformers_layer(np.asarray(x_ND, np.float32), *routing, experts, dtype, backward=backward)
+        calls = {PEER: peer, **calls}
+    found = interleaved_rounds(calls, rounds, patience)
+    dropped = bench_cases.capacity_drops(plan, x_ND, weights)
+    return [
+        LayerTime(
+            shape=name,
+            dtype=dtype,
+            run=_run(backward),
+            form=form,
+            milliseconds=found.milliseconds(form),
+            ratio=found.ratio(form, PEER) if PEER in calls else None,
+            temporary_mib=ours[form].temporary_mib if form in ours else None,
+            dropped=dropped if form.startswith("capacity") else 0.0,
+            others_load=found.others_load,
+        )
+        for form in calls
+    ]
+
+
+def time_parts(name: str, shape: LayerShape, dtype: str, rounds: int, patience: float) -> list[PartTime]:
+    """The parts of a whole AnyExperts layer, forward. The experts' part is what the other parts leave."""
+    x_ND, weights = bench_cases.operands(shape, dtype)
+    found = interleaved_rounds(_calls(bench_cases.layer_parts(shape, x_ND, weights)), rounds, patience)
+    milliseconds = {part: found.milliseconds(part) for part in found.seconds}
+    overhead = sum(milliseconds[part] for part in PARTS)
+    milliseconds |= {"overhead": overhead, "experts": milliseconds["layer"] - overhead}
+    return [PartTime(name, dtype, part, own, own / milliseconds["layer"]) for part, own in milliseconds.items()]
+
+
+def time_budgets(name: str, shape: LayerShape, dtype: str, rounds: int, patience: float) -> list[BudgetTime]:
+    """moe_apply at each average of real experts: dropless one program for all, capacity one for each budget."""
+    x_ND, weights = bench_cases.operands(shape, dtype)
+    plans = {real: bench_cases.budget_plan(shape, BUDGET_SLOTS, real) for real in BUDGETS}
+    first = f"{BUDGETS[0]:g}"
+    rows = []
+    for form in ("blocks", "capacity"):
+        cases = {
+            f"{real:g}": bench_cases.layer(plan, x_ND, weights, form, backward=False) for real, plan in plans.items()
+        }
+        found = interleaved_rounds(_calls(cases), rounds, patience)
+        for real in BUDGETS:
+            own = f"{real:g}"
+            ratio, ideal = found.ratio(own, first), real / BUDGETS[0]
+            rows.append(BudgetTime(name, dtype, form, real, found.milliseconds(own), ratio, ideal))
+    return rows
+
+
+def _calls(cases: dict[str, Compiled]) -> dict[str, Callable[[], Any]]:
+    return {name: one.call for name, one in cases.items()}
+
+
+def _run(backward: bool) -> str:
+    return "forward+backward" if backward else "forward"
+
+
+def layer_tables(bench: LayerBench) -> list[TextTable]:
+    """The run as tables: comparison, parts, budgets."""
+    layers = [
+        (
+            f"{one.shape} {one.dtype} {one.run}",
+            one.form,
+            f"{one.milliseconds:.1f}",
+            "-" if one.ratio is None else f"{one.ratio:.2f}",
+            "-" if one.temporary_mib is None else f"{one.temporary_mib:.0f}",
+            f"{one.dropped:.1%}",
+            "-" if one.others_load is None else f"{one.others_load:.1f}",
+        )
+        for one in bench.layers
+    ]
+    parts = [
+        (f"{one.shape} {one.dtype}", one.part, f"{one.milliseconds:.2f}", f"{one.share:.1%}") for one in bench.parts
+    ]
+    budgets = [
+        (
+            f"{one.shape} {one.dtype} {one.form}",
+            f"{one.real:.1f}",
+            f"{one.milliseconds:.1f}",
+            f"{one.ratio:.2f}",
+            f"{one.ideal:.2f}",
+        )
+        for one in bench.budgets
+    ]
+    columns = ("layer", "form", "ms", "over transformers", "temporaries MiB", "dropped", "others' load")
+    first = f"over {BUDGETS[0]:g}"
+    return [
+        TextTable("Plain top-k", columns, tuple(layers)),
+        TextTable("Parts of an AnyExperts layer, forward", ("layer", "part", "ms", "share"), tuple(parts)),
+        TextTable("Time against real experts, forward", ("layer", "real", "ms", first, "ideal"), tuple(budgets)),
+    ]
+
+
+def write_bench(bench: LayerBench, folder: pathlib.Path, command: str) -> tuple[pathlib.Path, ...]:
+    """Writes bench_layer.json, .csv (the comparison) and .md to `folder` and returns their paths."""
+    text = markdown("One MoE layer", command, bench.environment, layer_tables(bench))
+    return write_files(folder, "bench_layer", command, bench, bench.layers, text)

@@ -1,0 +1,105 @@
+"""transformers' mixture-of-experts layer and train step, to run beside ours (extra `parity`)."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from anyexperts_jax.analysis.bench_step import StepSize
+
+IMPLEMENTATION = "grouped_mm"  # dropless, its fastest on CPU but for few shapes
+PEER = f"transformers {IMPLEMENTATION}"
+
+
+def has_transformers() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+
+
+def transformers_layer(
+    x_ND: np.ndarray,
+    expert_ids_NK: np.ndarray,
+    weights_NK: np.ndarray,
+    weights: tuple[np.ndarray, np.ndarray, np.ndarray],
+    dtype: str,
+    *,
+    backward: bool,
+) -> Callable[[], Any]:
+    """A call that runs Qwen3MoeExperts once; with `backward`, gradients of x, the slots' weights and the experts too.
+
+    Args:
+      weights: w_gate_EDF, w_up_EDF, w_down_EFD.
+    """
+    import torch
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    w_gate_EDF, w_up_EDF, w_down_EFD = weights
+    experts, width, hidden = w_gate_EDF.shape
+    config = Qwen3MoeConfig(
+        hidden_size=width,
+        moe_intermediate_size=hidden,
+        num_experts=experts,
+        num_experts_per_tok=expert_ids_NK.shape[1],
+    )
+    config._experts_implementation = IMPLEMENTATION
+    layer = Qwen3MoeExperts(config)
+    with torch.no_grad():
+        gate_up_EFD = np.concatenate([w_gate_EDF, w_up_EDF], axis=2).swapaxes(1, 2)
+        layer.gate_up_proj.copy_(torch.tensor(gate_up_EFD))
+        layer.down_proj.copy_(torch.tensor(w_down_EFD.swapaxes(1, 2)))
+    layer = layer.to(getattr(torch, dtype))
+    x, slot_weights = (torch.tensor(a).to(getattr(torch, dtype)) for a in (x_ND, weights_NK))
+    ids = torch.tensor(expert_ids_NK, dtype=torch.int64)
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return layer(x, ids, slot_weights)
+
+    def forward_and_backward() -> Any:
+        layer.zero_grad(set_to_none=True)
+        operands = x.clone().requires_grad_(), slot_weights.clone().requires_grad_()
+        y = layer(operands[0], ids, operands[1])
+        y.backward(torch.ones_like(y))
+        return y
+
+    return forward_and_backward if backward else forward
+
+
+def transformers_step(size: "StepSize", tokens_BT: np.ndarray) -> tuple[Callable[[], Any], int]:
+    """(a call that takes one AdamW step of Qwen3MoeForCausalLM with its balance loss, number of parameters)."""
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    fields: dict[str, Any] = {"head_dim": size.width // size.heads, "tie_word_embeddings": False}
+    config = Qwen3MoeConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        moe_intermediate_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        num_experts=size.experts,
+        num_experts_per_tok=size.slots,
+        norm_topk_prob=True,
+        output_router_logits=True,
+        max_position_embeddings=size.length,
+        use_cache=False,
+        **fields,
+    )
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config).float().train()
+    model.set_experts_implementation(IMPLEMENTATION)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    tokens = torch.tensor(tokens_BT, dtype=torch.int64)
+
+    def step() -> Any:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step, sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,218 @@
+"""`anyexperts bench step`: a whole train step beside transformers', at a size that is trained in minutes on a CPU.
+
+    anyexperts bench step --out experiments/results
+
+The model is text alone, with what Qwen3MoE has and in its sizes: 39.9M parameters, six MoE layers, 32 experts, top-8.
+A step is forward, backward, clipping and AdamW in float32 on the same tokens, every position predicted.
+"""
+
+import dataclasses
+import gc
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from anyexperts_jax.analysis.bench_cases import temporary_mib
+from anyexperts_jax.analysis.bench_output import environment, markdown, write_files
+from anyexperts_jax.analysis.bench_peers import PEER, has_transformers, transformers_step
+from anyexperts_jax.analysis.stopwatch import interleaved_rounds
+from anyexperts_jax.analysis.tables import TextTable
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.data.config import DataConfig
+from anyexperts_jax.data.encode import EncodingSpec
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.init import init_params, logical_axes
+from anyexperts_jax.nn.config import AttentionConfig, StackConfig
+from anyexperts_jax.train.config import RunConfig
+from anyexperts_jax.train.optim import make_optimizer
+from anyexperts_jax.train.state import init_state
+from anyexperts_jax.train.step import make_train_step, model_apply
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSize:
+    """The model and batch of the benchmark."""
+
+    width: int = 256
+    hidden: int = 256
+    layers: int = 6
+    experts: int = 32
+    slots: int = 8
+    heads: int = 8
+    vocabulary: int = 1024
+    batch: int = 8
+    length: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """One row. `ratio` is tokens per second over transformers' in the same round; None where it did not run."""
+
+    form: str
+    parameters: int
+    milliseconds: float
+    tokens_per_second: float
+    ratio: float | None
+    temporary_mib: float | None
+    others_load: float | None  # cores that other processes kept busy meanwhile
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBench:
+    """The table of one run, and what it was made with."""
+
+    environment: dict[str, Any]
+    steps: tuple[StepTime, ...]
+
+
+def step_forms(size: StepSize) -> dict[str, RunConfig]:
+    """Ours: plain top-k in both forms, and AnyExperts at the paper's top and bottom budgets, scaled to `slots`."""
+    static = AnyExpertsConfig.static_top_k(size.experts, size.slots)
+    paper = AnyExpertsConfig(
+        num_experts=size.experts, num_virtual=size.experts // 4, k_min=size.slots, k_max=size.slots + 4
+    )
+    low = dataclasses.replace(paper, k_min=size.slots - 4, k_max=size.slots)
+    return {
+        f"top-{size.slots}, blocks": run_config(size, static, "blocks"),
+        f"top-{size.slots}, capacity 1.25": run_config(size, static, "capacity"),
+        f"AnyExperts {paper.expected_real_slots:g}, blocks": run_config(size, paper, "blocks"),
+        f"AnyExperts {low.expected_real_slots:g}, blocks": run_config(size, low, "blocks"),
+    }
+
+
+def run_config(size: StepSize, moe: AnyExpertsConfig, dispatch: str) -> RunConfig:
+    stack = StackConfig(
+        d_model=size.width,
+        num_layers=size.layers,
+        num_dense_layers=0,
+        expert_d_ff=size.hidden,
+        num_shared_experts=0,
+        attention=AttentionConfig(
+            num_heads=size.heads, num_kv_heads=size.heads, head_dim=size.width // size.heads, qk_norm=True
+        ),
+        dispatch=dispatch,
+        scan_unroll=size.layers,
+    )
+    model = ModelConfig(
+        vocab_size=size.vocabulary, max_length=size.length, stack=stack, moe=moe, vision=None, audio=None
+    )
+    encoding = EncodingSpec(max_length=size.length, max_patches=0, max_frames=0)
+    return RunConfig(model=model, data=DataConfig(domains=("nlp",), encoding=encoding))
+
+
+def bench_step(
+    size: StepSize | None = None,
+    rounds: int = 7,
+    patience: float = 0.0,
+    note: Callable[[str], None] = lambda line: None,
+) -> StepBench:
+    """Times every form's step in turn, on the same random tokens.
+
+    Args:
+      patience: seconds to wait for other processes to leave the machine alone.
+      note: called with a line of progress.
+
+    Raises:
+      UserError: rounds < 1.
+    """
+    require(rounds >= 1, f"rounds={rounds} must be >= 1")
+    size = size or StepSize()
+    made_with = environment(rounds) | {"size": dataclasses.asdict(size)}
+    tokens_BT = np.random.default_rng(0).integers(0, size.vocabulary, (size.batch, size.length), np.int32)
+    calls: dict[str, Callable[[], Any]] = {}
+    parameters: dict[str, int] = {}
+    temporary: dict[str, float] = {}
+    if has_transformers():
+        note(PEER)
+        calls[PEER], parameters[PEER] = transformers_step(size, tokens_BT)
+    for form, config in step_forms(size).items():
+        note(form)
+        calls[form], parameters[form], temporary[form] = own_step(config, tokens_BT)
+    gc.collect()
+    note("timing")
+    found = interleaved_rounds(calls, rounds, patience)
+    steps = (
+        StepTime(
+            form=form,
+            parameters=parameters[form],
+            milliseconds=found.milliseconds(form),
+            tokens_per_second=1e3 * tokens_BT.size / found.milliseconds(form),
+            ratio=1 / found.ratio(form, PEER) if PEER in calls else None,
+            temporary_mib=temporary.get(form),
+            others_load=found.others_load,
+        )
+        for form in calls
+    )
+    return StepBench(made_with, tuple(steps))
+
+
+def own_step(config: RunConfig, tokens_BT: np.ndarray) -> tuple[Callable[[], Any], int, float]:
+    """(a call that takes one train step, number of parameters, MiB beside state and batch)."""
+    optimizer = make_optimizer(config.optim, logical_axes(config.model))
+    params = init_params(config.model, jax.random.key(0))
+    state = init_state(config.model, optimizer, params)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    batch = text_batch(tokens_BT)
+    train_step = make_train_step(config, optimizer, model_apply(config.model))
+    program = jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
+
+    def step() -> Any:
+        nonlocal state
+        state, report = program(state, batch)
+        return report
+
+    return step, count, temporary_mib(program)
+
+
+def text_batch(tokens_BT: np.ndarray) -> Batch:
+    """Text alone, without padding; every position predicts the next."""
+    batch, length = tokens_BT.shape
+    everywhere_BT = np.ones(tokens_BT.shape, bool)
+    zeros_BT, zeros_B = np.zeros(tokens_BT.shape, np.int32), np.zeros(batch, np.int32)
+    return jax.tree.map(
+        jnp.asarray,
+        Batch(
+            tokens_BT=tokens_BT,
+            modality_BT=zeros_BT,
+            valid_BT=everywhere_BT,
+            loss_mask_BT=everywhere_BT & (np.arange(length) < length - 1),
+            evidence_BT=~everywhere_BT,
+            time_BT=zeros_BT,
+            patches_BPX=np.zeros((batch, 0, 0), np.float32),
+            patch_place_BP=np.zeros((batch, 0), np.int32),
+            frames_BSX=np.zeros((batch, 0, 0), np.float32),
+            domain_B=zeros_B,
+            question_B=zeros_B,
+            level_B=zeros_B,
+            example_B=zeros_B,
+        ),
+    )
+
+
+def step_table(bench: StepBench) -> TextTable:
+    rows = [
+        (
+            one.form,
+            f"{one.parameters / 1e6:.2f}M",
+            f"{one.milliseconds:.0f}",
+            f"{one.tokens_per_second:.0f}",
+            "-" if one.ratio is None else f"{one.ratio:.2f}",
+            "-" if one.temporary_mib is None else f"{one.temporary_mib:.0f}",
+            "-" if one.others_load is None else f"{one.others_load:.1f}",
+        )
+        for one in bench.steps
+    ]
+    columns = ("form", "parameters", "ms", "tokens/s", "over transformers", "temporaries MiB", "others' load")
+    return TextTable("float32", columns, tuple(rows))
+
+
+def write_bench(bench: StepBench, folder: pathlib.Path, command: str) -> tuple[pathlib.Path, ...]:
+    """Writes bench_step.json, .csv and .md to `folder` and returns their paths."""
+    text = markdown("One train step", command, bench.environment, [step_table(bench)])
+    return write_files(folder, "bench_step", command, bench, bench.steps, text)

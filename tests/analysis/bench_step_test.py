@@ -1,0 +1,34 @@
+import json
+
+import numpy as np
+import pytest
+
+from anyexperts_jax.analysis import bench_step
+from anyexperts_jax.analysis.bench_step import StepSize
+
+TINY = StepSize(width=16, hidden=8, layers=1, experts=16, slots=5, heads=2, vocabulary=260, batch=2, length=8)
+
+
+def test_forms_have_rows_and_files_are_written(monkeypatch, tmp_path):
+    forms = dict(list(bench_step.step_forms(TINY).items())[:1])  # each takes six seconds to compile
+    monkeypatch.setattr(bench_step, "step_forms", lambda size: forms)
+    monkeypatch.setattr(bench_step, "has_transformers", lambda: False)
+    bench = bench_step.bench_step(TINY, rounds=1)
+    assert [one.form for one in bench.steps] == list(forms)
+    assert all(one.tokens_per_second > 0 and one.ratio is None for one in bench.steps)
+    paths = bench_step.write_bench(bench, tmp_path, "anyexperts bench step")
+    assert json.loads(paths[0].read_text())["environment"]["size"]["width"] == 16
+    assert "tokens/s" in paths[2].read_text()
+
+
+@pytest.mark.parity
+def test_transformers_has_as_many_parameters_but_the_modality_table():
+    pytest.importorskip("transformers")
+    from anyexperts_jax.analysis.bench_peers import transformers_step
+
+    tokens_BT = np.zeros((TINY.batch, TINY.length), np.int32)
+    step, parameters = transformers_step(TINY, tokens_BT)
+    config = next(iter(bench_step.step_forms(TINY).values()))
+    _, own, _ = bench_step.own_step(config, tokens_BT)
+    assert own - parameters == 4 * TINY.width
+    assert np.isfinite(step().item())
