@@ -128,7 +128,7 @@ def capacity_drops(plan: RoutingPlan, x_ND: Array, weights: Weights) -> float:
 
 
 def one_expert(shape: LayerShape, x_ND: Array, weights: Weights, *, backward: bool) -> Compiled:
-    """As many rows, all through one expert, nothing moved: a yardstick, not a bound; small blocks that stay in cache beat it."""
+    """As many rows through one expert, nothing moved: a yardstick, no bound, as blocks that stay in cache beat it."""
     rows = shape.tokens * shape.slots
     x_1RD = jnp.tile(x_ND, (shape.slots, 1))[None]
 

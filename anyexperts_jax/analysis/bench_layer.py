@@ -118,7 +118,7 @@ def bench_layer(
 def compare_layers(
     name: str, shape: LayerShape, dtype: str, rounds: int, patience: float, *, backward: bool
 ) -> list[LayerTime]:
-    """Plain top-k, which every library runs: ours dropless and with capacity, transformers, and one expert on as many rows."""
+    """Plain top-k, which every library runs: ours in two forms, transformers, and one expert on as many rows."""
     plan = bench_cases.top_k_plan(shape)
     x_ND, weights = bench_cases.operands(shape, dtype)
     ours = {
