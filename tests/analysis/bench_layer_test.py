@@ -24,7 +24,7 @@ def test_every_form_part_and_budget_has_a_row(bench):
     assert {(one.run, one.form) for one in bench.layers} == {
         (run, form)
         for run in ("forward", "forward+backward")
-        for form in ("blocks", "capacity 1.25", bench_layer.BOUND)
+        for form in ("blocks", "capacity 1.25", bench_layer.ONE_EXPERT)
     }
     assert all(one.milliseconds > 0 and one.ratio is None for one in bench.layers)
     assert {one.part for one in bench.parts} == {"layer", *bench_layer.PARTS, "overhead", "experts"}
