@@ -155,7 +155,7 @@ def draw_load(summary: RoutingSummary, path: Path) -> Path:
         for axes, (name, load_LE) in zip(np.atleast_1d(grid), panels, strict=True):
             relative = load_LE / np.maximum(load_LE.mean(axis=1, keepdims=True), 1e-9)
             picture = axes.imshow(relative, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
-            axes.set_title(f"{name}: busiest expert {relative.max():.2f} times the mean")
+            axes.set_title(f"{name}: busiest expert {np.max(relative):.2f} times the mean")
             axes.set_yticks(range(layers) if layers <= 8 else [0, layers - 1])
             axes.set_ylabel("layer")
             axes.tick_params(axis="x", length=0)
