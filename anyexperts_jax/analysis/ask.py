@@ -16,6 +16,7 @@ from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.example import SAMPLE_RATE, Example
 from anyexperts_jax.routing.budget import shift_budget
+from anyexperts_jax.routing.metrics import by_modality
 
 MAX_NEW_TOKENS = 24
 _UNKNOWN = "?"  # stands for the answer of a question whose answer nobody gave
@@ -48,13 +49,9 @@ def ask(trained: Trained, example: Example, budget: float | None = None) -> Repl
     (answer,) = predict(trained, model, batch, window, MAX_NEW_TOKENS)
     output = forward(model, trained.params, trained.router_bias_LC, batch, window_array(window))
     real_T = np.asarray(output.trace.real_slots_BT)[:, 0].mean(axis=0)
-    valid_T, modality_T = np.asarray(batch.valid_BT)[0], np.asarray(batch.modality_BT)[0]
-    by_modality = {
-        name: float(real_T[valid_T & (modality_T == index)].mean())
-        for index, name in enumerate(MODALITY_NAMES)
-        if (valid_T & (modality_T == index)).any()
-    }
-    return Reply(answer, by_modality, window)
+    means_M = np.asarray(by_modality(real_T, batch.modality_BT[0], batch.valid_BT[0]))
+    present = {name: float(mean) for name, mean in zip(MODALITY_NAMES, means_M, strict=True) if not np.isnan(mean)}
+    return Reply(answer, present, window)
 
 
 def own_example(

@@ -19,7 +19,7 @@ VirtualLogits = Literal["free", "tied"]
 VirtualOutput = Literal["identity", "zero"]
 Normalisation = Literal["all", "real"]
 BalanceScope = Literal["batch", "sequence"]
-ImportanceRegulariser = Literal["logit_l2", "mean_target"]
+ImportanceRegulariser = Literal["logit_l2", "mean_target", "salience"]
 SlotGradient = Literal["none", "straight_through"]
 Overflow = Literal["drop", "fallback"]
 
@@ -81,7 +81,8 @@ class AnyExpertsConfig:
     balance_weight: float = 0.01
     balance_scope: BalanceScope = "batch"
     importance_weight: float = 0.001
-    importance_regulariser: ImportanceRegulariser = "logit_l2"  # mean z^2, or (mean w - importance_target)^2 (reading)
+    # Mean z^2, or (mean w - importance_target)^2 (reading); salience, our extension: see routing.salience.
+    importance_regulariser: ImportanceRegulariser = "logit_l2"
     importance_target: float = 0.5
     z_weight: float = 0.0
     slot_gradient: SlotGradient = "none"  # straight_through: our extension, the rounded K_i passes a gradient to w

@@ -19,13 +19,14 @@ class EncodingSpec:
     max_length: int = 128  # T
     patch_size: int = 8  # side of a square patch, in pixels
     max_patches: int = 72  # P; 0: no image, no video
+    max_video_frames: int = 16
     mel_bands: int = 40
     frames_per_chunk: int = 4  # log-mel frames (10 ms each) that make one audio position
     max_frames: int = 72  # S; 0: no audio
     patch_evidence: float = 0.125  # a patch is evidence when at least this share of its pixels is
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "patch_size", "mel_bands", "frames_per_chunk"):
+        for name in ("max_length", "patch_size", "max_video_frames", "mel_bands", "frames_per_chunk"):
             require(getattr(self, name) >= 1, f"encoding.{name}={getattr(self, name)} must be >= 1")
         for name in ("max_patches", "max_frames"):
             require(getattr(self, name) >= 0, f"encoding.{name}={getattr(self, name)} must be >= 0")

@@ -120,6 +120,10 @@ def _visual(
     require(
         count <= spec.max_patches, f"{where} makes {count} patches, more than encoding.max_patches={spec.max_patches}"
     )
+    require(
+        frames <= spec.max_video_frames,
+        f"{where} has {frames} frames, more than encoding.max_video_frames={spec.max_video_frames}",
+    )
     share = np.zeros(count)
     if evidence is not None:
         share = evidence.reshape(frames, rows, size, columns, size).mean(axis=(2, 4)).reshape(count)
@@ -168,3 +172,7 @@ def require_fits_model(spec: EncodingSpec, model: ModelConfig) -> None:
         require(config is not None, f"the model has no {part} part; set encoding.{rows}=0 or give it one")
         reads = getattr(config, name)
         require(reads == features, f"encoding makes {features} {part} features, the model's {part}.{name} is {reads}")
+    if spec.max_patches and model.vision is not None:
+        for name, table in (("max_patches", "max_places"), ("max_video_frames", "max_frames")):
+            value, limit = getattr(spec, name), getattr(model.vision, table)
+            require(value <= limit, f"encoding.{name}={value} is more than the model's vision.{table}={limit}")

@@ -51,7 +51,10 @@ def importance_loss(
     importance_N: Float[Array, "N"],
     valid_N: Bool[Array, "N"],
 ) -> Float[Array, ""]:
-    """mean z^2, or (mean w - target)^2: keeps the mean importance, and with it the budget, in place (a reading)."""
+    """mean z^2, or (mean w - target)^2: keeps the mean importance, and with it the budget, in place (a reading).
+
+    That of "salience" depends on the combine weights' gradient: `salience.rank_by_salience`.
+    """
     if config.importance_regulariser == "logit_l2":
         return masked_mean(importance_logits_N**2, valid_N)
     return jnp.where(valid_N.any(), (masked_mean(importance_N, valid_N) - config.importance_target) ** 2, 0)

@@ -169,8 +169,10 @@ def _losses(config: AnyExpertsConfig, sequences: list[list[_Token]], tokens: lis
             balance.append(config.num_columns * float((load_C / load_C.sum()) @ mean_C))
     if config.importance_regulariser == "logit_l2":
         regulariser = float(np.mean([token.z**2 for token in tokens]))
-    else:
+    elif config.importance_regulariser == "mean_target":
         regulariser = (float(np.mean([token.w for token in tokens])) - config.importance_target) ** 2
+    else:  # the forward value; the ranks are the backward pass's
+        regulariser = float(np.mean([(token.w - 0.5) ** 2 for token in tokens]))
     z = float(np.mean([np.log(np.exp(token.logits_C).sum()) ** 2 for token in tokens]))
     return {"balance": float(np.mean(balance)), "importance": regulariser, "z": z}
 

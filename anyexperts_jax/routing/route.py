@@ -11,6 +11,7 @@ from anyexperts_jax.routing.importance import importance
 from anyexperts_jax.routing.losses import routing_losses
 from anyexperts_jax.routing.metrics import column_load, routing_metrics
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
+from anyexperts_jax.routing.salience import rank_by_salience
 from anyexperts_jax.routing.scores import probabilities, ranking
 from anyexperts_jax.routing.select import SAVED_NAME, select
 from anyexperts_jax.routing.slots import continuous_slots, round_slots
@@ -59,6 +60,9 @@ def route(
 
     probabilities_NC = probabilities(config, logits_NC)
     load_SC = column_load(config, selection, num_sequences if config.balance_scope == "sequence" else 1)
+    losses = routing_losses(config, logits_NC, importance_logits_N, importance_N, probabilities_NC, load_SC, valid_N)
+    if config.importance_regulariser == "salience":
+        weights_NK, losses["importance"] = rank_by_salience(weights_NK, importance_N, valid_N)
     return RoutingPlan(
         expert_ids_NK=jnp.where(selection.real_live_NK, selection.real_ids_NK, config.num_experts),
         weights_NK=weights_NK,
@@ -67,7 +71,7 @@ def route(
         slots_N=slots_N,
         real_slots_N=selection.real_slots_N,
         virtual_slots_N=selection.virtual_slots_N,
-        losses=routing_losses(config, logits_NC, importance_logits_N, importance_N, probabilities_NC, load_SC, valid_N),
+        losses=losses,
         metrics=routing_metrics(
             config,
             probabilities_NC,

@@ -100,6 +100,7 @@ def test_audio_by_hand():
             {"max_patches": 5},
             "image of 24 x 16 pixels makes 6 patches, more than encoding.max_patches=5",
         ),
+        (video_example(), {"max_video_frames": 2}, "has 3 frames, more than encoding.max_video_frames=2"),
         (image_example(), {"patch_size": 5}, "does not divide into patches of encoding.patch_size=5"),
         (
             audio_example(),
@@ -122,6 +123,7 @@ def test_the_longest_that_fits_fits():
     ("change", "message"),
     [
         ({"max_length": 0}, "encoding.max_length=0 must be >= 1"),
+        ({"max_video_frames": 0}, "encoding.max_video_frames=0 must be >= 1"),
         ({"max_frames": -1}, "encoding.max_frames=-1 must be >= 0"),
         ({"patch_evidence": 0.0}, r"encoding.patch_evidence=0.0 must be in \(0, 1\]"),
     ],
@@ -144,6 +146,8 @@ def test_a_model_must_read_what_is_encoded():
         (EncodingSpec(), ModelConfig(audio=None), "the model has no audio part; set encoding.max_frames=0"),
         (EncodingSpec(), ModelConfig(audio=AudioConfig(frame_features=128)), "makes 160 audio features"),
         (EncodingSpec(patch_size=4), ModelConfig(vision=VisionConfig()), "makes 48 vision features"),
+        (EncodingSpec(max_patches=73), ModelConfig(), "max_patches=73 is more than the model's vision.max_places=72"),
+        (EncodingSpec(max_video_frames=17), ModelConfig(), "max_video_frames=17 is more than .* vision.max_frames=16"),
     ):
         with pytest.raises(UserError, match=message):
             require_fits_model(spec, model)

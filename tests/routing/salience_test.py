@@ -1,0 +1,110 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import rankdata
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.routing.route import route
+from anyexperts_jax.routing.salience import midranks, rank_by_salience
+
+WEIGHTS = jnp.array([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]], jnp.float32)
+SLOPES = jnp.array([[2.0, 2.0], [3.0, 9.0], [4.0, 0.0]], jnp.float32)  # of the loss in each weight
+IMPORTANCE = jnp.array([0.5, 0.25, 0.75], jnp.float32)
+ALL = jnp.ones(3, bool)
+
+
+def _importance_gradient(weights, importance, valid, slopes=SLOPES, scale=1.0):
+    def loss(importance):
+        weighted, importance_loss = rank_by_salience(weights, importance, valid)
+        return (slopes * weighted).sum() + scale * importance_loss
+
+    return np.asarray(jax.grad(loss)(importance))
+
+
+def test_weights_pass_forward_and_backward():
+    def loss(weights):
+        weighted, importance_loss = rank_by_salience(weights, IMPORTANCE, ALL)
+        return (SLOPES * weighted).sum() + importance_loss, weighted
+
+    grad, weighted = jax.grad(loss, has_aux=True)(WEIGHTS)
+    np.testing.assert_array_equal(weighted, WEIGHTS)
+    np.testing.assert_array_equal(grad, SLOPES)
+
+
+def test_the_gradient_by_hand():
+    # Saliences: 1 + 1 = 2, 9 + 0 = 9, 1 + 0 = 1: ranks 3/6, 5/6, 1/6. Gradient 2 (w - q) / 3.
+    expected = 2 * (np.array([1 / 2, 1 / 4, 3 / 4]) - np.array([3, 5, 1]) / 6) / 3
+    np.testing.assert_allclose(_importance_gradient(WEIGHTS, IMPORTANCE, ALL), expected, atol=1e-7)
+
+
+def test_the_loss_weight_scales_the_gradient_and_the_ranks_ignore_the_scale_of_the_loss():
+    plain = _importance_gradient(WEIGHTS, IMPORTANCE, ALL)
+    np.testing.assert_allclose(_importance_gradient(WEIGHTS, IMPORTANCE, ALL, scale=0.1), 0.1 * plain, rtol=1e-6)
+    np.testing.assert_allclose(_importance_gradient(WEIGHTS, IMPORTANCE, ALL, 1e-4 * SLOPES), plain, rtol=1e-6)
+
+
+def test_padding_has_no_rank_and_no_gradient():
+    # Without token 1: saliences 2 and 1, ranks 3/4 and 1/4.
+    grad = _importance_gradient(WEIGHTS, IMPORTANCE, jnp.array([True, False, True]))
+    np.testing.assert_allclose(grad, [2 * (1 / 2 - 3 / 4) / 2, 0, 2 * (3 / 4 - 1 / 4) / 2], atol=1e-7)
+    assert not _importance_gradient(WEIGHTS, IMPORTANCE, jnp.zeros(3, bool)).any()
+
+
+def test_tokens_the_loss_does_not_feel_tie():
+    grad = _importance_gradient(WEIGHTS, IMPORTANCE, ALL, jnp.zeros((3, 2)))
+    np.testing.assert_allclose(grad, 2 * (np.asarray(IMPORTANCE) - 0.5) / 3, atol=1e-7)
+
+
+def test_the_value_is_that_of_no_knowledge():
+    _, loss = rank_by_salience(WEIGHTS, IMPORTANCE, jnp.array([True, True, False]))
+    assert float(loss) == pytest.approx(0.0625 / 2, abs=1e-7)  # (0 + 1/16) / 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_midranks_are_those_of_scipy_and_average_one_half(seed):
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, 6, size=40).astype(np.float32)
+    valid = rng.random(40) < 0.7
+    ranks = np.asarray(midranks(jnp.asarray(values), jnp.asarray(valid)))[valid]
+    np.testing.assert_allclose(ranks, (rankdata(values[valid]) - 0.5) / valid.sum(), atol=1e-6)
+    assert ranks.mean() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_importance_learns_which_tokens_the_loss_feels():
+    """Eight kinds of token, half of them in the loss: their importance rises, the others' falls, the mean stays."""
+    config = AnyExpertsConfig(
+        num_experts=8, num_virtual=2, k_min=2, k_max=6, iar="off", importance_regulariser="salience"
+    )
+    rng = np.random.default_rng(0)
+    felt = jnp.arange(64) % 8 < 4
+
+    def loss(z, logits, slopes):
+        plan = route(config, logits, z[jnp.arange(64) % 8])
+        return jnp.where(felt[:, None], slopes * plan.weights_NK, 0).sum() + plan.losses["importance"]
+
+    step = jax.jit(jax.grad(loss))
+    z = jnp.zeros(8)
+    for _ in range(200):
+        z = z - 2.0 * step(z, jnp.asarray(rng.normal(size=(64, 10))), jnp.asarray(rng.normal(size=(64, 6))))
+    w = np.asarray(jax.nn.sigmoid(z))
+    # Those out of the loss tie at 1/4; the others lie evenly above 1/2, 3/4 on average.
+    np.testing.assert_allclose(w[4:], 0.25, atol=0.01)
+    np.testing.assert_allclose(w[:4], 0.75, atol=0.06)
+    assert w.mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_plan_hands_on_the_weights_whose_gradient_is_read():
+    """Through `route`, rematerialised too: the rank of the token with the steeper loss is the higher."""
+    config = AnyExpertsConfig(
+        num_experts=4, num_virtual=1, k_min=2, k_max=4, iar="off", importance_regulariser="salience"
+    )
+    logits = jnp.zeros((2, 5))
+
+    def loss(z):
+        plan = route(config, logits, z)
+        return (plan.weights_NK[:, 0] * jnp.array([5.0, 1.0])).sum() + plan.losses["importance"]
+
+    expected = [2 * (0.5 - 0.75) / 2 / 4, 2 * (0.5 - 0.25) / 2 / 4]  # dw/dz = 1/4
+    np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(2)), expected, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(jax.checkpoint(loss))(jnp.zeros(2)), expected, atol=1e-6)
