@@ -1,9 +1,9 @@
 """OCR: text in the fonts matplotlib ships, on signs, tables, receipts and bar charts.
 
 Three question types: `read` (the text of a sign), `find` (the value of a row or bar, the price of an item) and
-`compare` (the largest, the smallest, how many above a number). Level 1 has one or two large characters to a text in
-black on white; level 3 has receipts and charts in the smallest readable print, coloured, off the grid and noisy. The
-splits share no font.
+`compare` (the largest, the smallest, how many above a number). Level 1 has single large characters in black on white,
+each in a quarter of the picture, on signs and in tables of two rows; level 2 has charts as well; level 3 has receipts
+and charts in the smallest readable print, coloured, off the grid and noisy. The splits share no font.
 
 Exact for a given version of Pillow: glyphs are drawn by the FreeType it bundles, all else in integers.
 """
@@ -40,16 +40,20 @@ class _Difficulty:
     shift: int  # pixels the text may be off its cells, either way
     noise: int  # of the pixels, either way
     sign_cell: tuple[int, int]
+    sign_grid: int  # pixels between the places a sign can stand at
     sign_characters: int
     rows: int
     value_digits: int
-    everything: bool  # words, receipts and the question of how many lie above a number as well
+    kinds: tuple[str, ...]  # of documents to find something in; all but receipts to compare in
+    everything: bool  # words on signs and the question of how many lie above a number as well
 
 
 _DIFFICULTIES = {
-    1: _Difficulty((_PLAIN,), 0, 0, (40, 56), 1, rows=2, value_digits=1, everything=False),
-    2: _Difficulty(_COLOURED, 1, 6, (24, 32), 2, rows=3, value_digits=2, everything=False),
-    3: _Difficulty(_COLOURED, 2, 12, (16, 20), 3, rows=4, value_digits=2, everything=True),
+    1: _Difficulty((_PLAIN,), 0, 0, (32, 32), 32, 1, rows=2, value_digits=1, kinds=("table",), everything=False),
+    2: _Difficulty(_COLOURED, 1, 6, (20, 24), 1, 2, rows=3, value_digits=2, kinds=("table", "chart"), everything=False),
+    3: _Difficulty(
+        _COLOURED, 2, 12, (16, 20), 1, 3, rows=4, value_digits=2, kinds=("table", "chart", "receipt"), everything=True
+    ),
 }
 
 
@@ -92,14 +96,14 @@ def _read(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> _M
     width, height = difficulty.sign_cell
     number = _digits(rng, difficulty.sign_characters)
     text = str(rng.choice(documents.ITEMS)) if difficulty.everything and rng.integers(2) else number
-    left = int(rng.integers(0, documents.SIDE - width * len(text), endpoint=True))
-    top = int(rng.integers(0, documents.SIDE - height, endpoint=True))
+    left = _place(rng, documents.SIDE - width * len(text), difficulty.sign_grid)
+    top = _place(rng, documents.SIDE - height, difficulty.sign_grid)
     document = documents.sign(style, text, difficulty.sign_cell, left, top)
     return document, "What does it say?", text, [document.fields[0].value_box]
 
 
 def _find(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> _Made:
-    kind = ("table", "chart", "receipt")[int(rng.integers(3 if difficulty.everything else 2))]
+    kind = difficulty.kinds[int(rng.integers(len(difficulty.kinds)))]
     document = _draw(rng, style, difficulty, kind)
     field = document.fields[int(rng.integers(len(document.fields)))]
     question = f"Price of [{field.key}]?" if kind == "receipt" else f"Value of [{field.key}]?"
@@ -107,7 +111,8 @@ def _find(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> _M
 
 
 def _compare(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> _Made:
-    kind = ("table", "chart")[int(rng.integers(2))]
+    kinds = [kind for kind in difficulty.kinds if kind != "receipt"]
+    kind = kinds[int(rng.integers(len(kinds)))]
     document = _draw(rng, style, difficulty, kind)
     boxes = [box for field in document.fields for box in (field.value_box, field.bar_box) if box is not None]
     values = [int(field.value) for field in document.fields]
@@ -149,6 +154,10 @@ def _add_noise(
         return image
     grain = rng.integers(-noise, noise, size=(*image.shape[:2], 1), endpoint=True)
     return np.clip(image + grain, 0, 255).astype(np.uint8)
+
+
+def _place(rng: np.random.Generator, room: int, grid: int) -> int:
+    return grid * int(rng.integers(0, room // grid, endpoint=True))
 
 
 def _digits(rng: np.random.Generator, count: int) -> str:

@@ -102,6 +102,18 @@ def test_answers_and_evidence_follow_from_the_document(monkeypatch, level):
     assert level < 3 or {"How", "Price"} <= types
 
 
+def test_the_first_level_has_a_character_to_each_quarter(monkeypatch):
+    quarters = set()
+    for index in range(40):
+        example, document = drawn(monkeypatch, index, 1)
+        assert (document.fields[0].key == "") == (example.question_type == "read")
+        for field in document.fields:
+            for left, top, right, bottom in (field.value_box, field.key_box):
+                quarters.add((left // 32, top // 32))
+                assert (left // 32, top // 32) == ((right - 1) // 32, (bottom - 1) // 32)
+    assert quarters == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
 def test_levels_differ_in_noise_and_size_of_print(examples):
     def grain(image):  # how far apart the neighbours on the paper are
         return np.median(np.abs(np.diff(image[..., 0].astype(int), axis=1)))
