@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,10 +7,28 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.base import sort_slots
-from anyexperts_jax.ops.routed_mlp import routed_mlp
+from anyexperts_jax.ops.routed_mlp import routed_mlp, xla
+from anyexperts_jax.ops.routed_mlp.batched import batch_rows, rest_sizes
 from anyexperts_jax.ops.routed_mlp.few_rows import few_rows
-from anyexperts_jax.ops.routed_mlp.xla import row_sizes
+from anyexperts_jax.ops.routed_mlp.loop import row_sizes
 from tests.dispatch.plans import EXPERTS, PLANS, make_operands, make_plan, oracle
+
+
+@pytest.fixture(params=["loop", "batched"])
+def form(request, monkeypatch):
+    """Which of the two forms the XLA implementation takes, whatever the shape."""
+    monkeypatch.setattr(xla, "_BATCH_ROWS", {"loop": -1, "batched": float("inf")}[request.param])
+    monkeypatch.setattr(xla, "has_fast_batched_dots", lambda dtype: True)
+    return request.param
+
+
+def gradients(plan, operands, implementation):
+    def total(x, weights_NK, *weights):
+        y = run(dataclasses.replace(plan, weights_NK=weights_NK), (x, *weights), implementation)
+        return jnp.sin(y).sum()
+
+    x, *weights = operands
+    return jax.grad(total, range(5))(x, plan.weights_NK, *weights)
 
 
 def run(plan, operands, implementation=None):
@@ -35,21 +55,65 @@ def test_few_rows_equal_the_loop():
     np.testing.assert_allclose(y_RD[order.places_NK].sum(1), run(plan, (x, *weights)), rtol=1e-5, atol=1e-5)
 
 
-def test_one_expert_far_over_the_largest_size():
+@pytest.mark.parametrize("name", PLANS)
+def test_every_form_gives_the_references_values_and_gradients(name, form):
+    plan = PLANS[name]
+    operands = make_operands(plan.expert_ids_NK.shape[0], plan.spec.num_experts)
+    expected = run(plan, operands, "reference")
+    np.testing.assert_allclose(run(plan, operands, "xla"), expected, rtol=2e-5, atol=2e-5)
+    for a, b in zip(gradients(plan, operands, "xla"), gradients(plan, operands, "reference"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_one_expert_far_over_the_largest_size(form):
     """Blocks past the first: 300 rows on one expert where a fair draw would give 60."""
     ids = np.full((300, 1), 2)
     assert row_sizes(300, 300, EXPERTS)[-1] < 150
+    assert 2 * rest_sizes(batch_rows(300, 300, EXPERTS))[-1] < 200
     plan, operands = make_plan(ids), make_operands(300)
-
-    def gradients(implementation):
-        return jax.grad(lambda *operands: jnp.sin(run(plan, operands, implementation)).sum(), (0, 1, 2, 3))(*operands)
-
-    for a, b in zip(gradients("xla"), gradients("reference"), strict=True):
+    for a, b in zip(gradients(plan, operands, "xla"), gradients(plan, operands, "reference"), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("count", [0, 1, -1, +1, +7, +8, +9, +40])
+def test_loads_about_the_batchs_rows(count, form):
+    """Expert 1 has none, one, or about as many slots as the batch holds (`count` signed: off its rows), others few."""
+    rows = batch_rows(48, 48, EXPERTS)
+    hot = count if count in (0, 1) else min(48, rows + count)
+    ids = np.where(np.arange(48) < hot, 1, 2 + np.arange(48) % 3)[:, None]
+    plan, operands = make_plan(ids), make_operands(48)
+    np.testing.assert_allclose(run(plan, operands, "xla"), run(plan, operands, "reference"), rtol=2e-5, atol=2e-5)
+    found = gradients(plan, operands, "xla")
+    for a, b in zip(found, gradients(plan, operands, "reference"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    assert not np.asarray(found[2][0]).any()  # expert 0 has no row
+
+
+def test_bfloat16_in_every_form(form):
+    """Against float32 on the same rounded operands; 2% of the largest value is a few roundings of bfloat16."""
+    ids = np.random.default_rng(0).integers(0, EXPERTS, size=(64, 2))
+    ids[:, 1] = np.where(ids[:, 1] == ids[:, 0], EXPERTS, ids[:, 1])
+    plan, operands = make_plan(ids), [a.astype(jnp.bfloat16) for a in make_operands(64)]
+    wide = [a.astype(jnp.float32) for a in operands]
+    for a, b in zip(gradients(plan, operands, "xla"), gradients(plan, wide, "reference"), strict=True):
+        np.testing.assert_allclose(a.astype(np.float32), b, atol=0.02 * float(jnp.abs(b).max()))
+
+
+def test_the_shape_decides_the_form(monkeypatch):
+    taken = []
+    monkeypatch.setattr(xla, "has_fast_batched_dots", lambda dtype: True)
+    for name in ("batched", "loop"):
+        module = getattr(xla, name)
+        monkeypatch.setattr(module, "forward", lambda *a, name=name, **k: taken.append(name) or (None, None))
+    for tokens, slots, experts in ((8, 6, 8), (4096, 8, 32)):  # 6 and 1024 rows an expert
+        weights_NK = jnp.zeros((tokens, slots))
+        order = sort_slots(jnp.zeros((tokens, slots), jnp.int32), experts)
+        xla.forward(jnp.zeros((tokens, 4)), weights_NK, order, (), keep=False)
+    assert taken == ["batched", "loop"]
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_tokens_without_slots_may_hold_anything(implementation):
+def test_tokens_without_slots_may_hold_anything(implementation, form):
     """Padding shares blocks with real rows; a NaN there must reach no output and no gradient."""
     plan = make_plan([[0], [EXPERTS], [4], [EXPERTS]])
     x, *weights = make_operands(4)
@@ -59,8 +123,8 @@ def test_tokens_without_slots_may_hold_anything(implementation):
         y = run(plan, (x, *weights), implementation)
         return jnp.sin(y).sum(), y
 
-    (_, y), gradients = jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True)(poisoned, *weights)
-    for array in (y, *gradients):
+    (_, y), grads = jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True)(poisoned, *weights)
+    for array in (y, *grads):
         assert np.all(np.isfinite(array))
 
 
