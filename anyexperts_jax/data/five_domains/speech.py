@@ -1,8 +1,9 @@
 """Speech: spoken digits and commands, synthesised by eSpeak NG in many voices, and what was said.
 
 Three question types: `transcribe` (all words), `position` (the first, second or last word) and `count` (how many).
-Level 1 is one accent at one rate in a quiet room; levels 2 and 3 add words, accents, rates, pitches and noise. The
-splits share no voice variant, which sets formants, pitch and timing.
+Level 1 is one accent at one rate in a quiet room, and the recording ends with the last word; levels 2 and 3 add words,
+accents, rates, pitches, noise, and silence after the words. The splits share no voice variant, which sets formants,
+pitch and timing.
 
 Exact in the samples: eSpeak's integers, noise in integers, and resampling rounded to 16 bits.
 """
@@ -60,7 +61,8 @@ class _Difficulty:
     accents: tuple[str, ...]
     words_per_minute: tuple[int, int]
     pitch: tuple[int, int]
-    padding_ms: tuple[int, int]  # of noise alone, before the words and after them
+    before_ms: tuple[int, int]  # of noise alone, before the words
+    after_ms: tuple[int, int]  # and after them
     gain_percent: tuple[int, int]
     noise_db: tuple[int, int]  # below the speech
     transcribe: tuple[int, int]  # how many words, by question type
@@ -73,7 +75,8 @@ _DIFFICULTIES = {
         accents=("en-us",),
         words_per_minute=(170, 170),
         pitch=(50, 50),
-        padding_ms=(20, 120),
+        before_ms=(40, 200),
+        after_ms=(0, 0),
         gain_percent=(80, 80),
         noise_db=(40, 40),
         transcribe=(1, 1),
@@ -84,7 +87,8 @@ _DIFFICULTIES = {
         accents=("en-us", "en-us-nyc", "en-gb-x-rp"),
         words_per_minute=(150, 190),
         pitch=(42, 58),
-        padding_ms=(20, 240),
+        before_ms=(20, 240),
+        after_ms=(20, 240),
         gain_percent=(60, 90),
         noise_db=(24, 36),
         transcribe=(2, 2),
@@ -95,7 +99,8 @@ _DIFFICULTIES = {
         accents=("en-us", "en-us-nyc", "en-gb-x-rp", "en-gb-x-gbcwmd", "en-gb-scotland", "en-029"),
         words_per_minute=(150, 220),
         pitch=(35, 65),
-        padding_ms=(20, 360),
+        before_ms=(20, 360),
+        after_ms=(20, 360),
         gain_percent=(40, 95),
         noise_db=(8, 20),
         transcribe=(3, 3),
@@ -190,8 +195,8 @@ def _in_a_room(
     Everything is an integer until the division at the end.
     """
     room = int(MAX_SECONDS * SAMPLE_RATE) - len(speech)
-    before = min(_draw(rng, difficulty.padding_ms) * SAMPLE_RATE // 1000, room // 2)
-    after = min(_draw(rng, difficulty.padding_ms) * SAMPLE_RATE // 1000, room // 2)
+    before = min(_draw(rng, difficulty.before_ms) * SAMPLE_RATE // 1000, room // 2)
+    after = min(_draw(rng, difficulty.after_ms) * SAMPLE_RATE // 1000, room // 2)
     peak = int(np.abs(speech.astype(np.int64)).max())
     scaled = speech.astype(np.int64) * (32767 * _draw(rng, difficulty.gain_percent) // 100) // peak
     mean_square = int((scaled**2).sum()) // len(scaled)
