@@ -125,9 +125,13 @@ def _bench_layer(options: argparse.Namespace) -> None:
 
 def _bench_step(options: argparse.Namespace) -> None:
     from anyexperts_jax.analysis.bench_output import print_tables
-    from anyexperts_jax.analysis.bench_step import bench_step, step_table
+    from anyexperts_jax.analysis.bench_step import bench_step, step_table, write_bench
 
-    print_tables([step_table(bench_step(rounds=options.rounds, note=_say))])
+    bench = bench_step(rounds=options.rounds, note=_say)
+    print_tables([step_table(bench)])
+    if options.out:
+        command = f"anyexperts bench step --rounds {options.rounds} --out {options.out}"
+        print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -228,6 +232,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     layer.set_defaults(command=_bench_layer)
     step = actions.add_parser("step", help="one train step of a 40M-parameter model")
     step.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are shown (default: 7)")
+    step.add_argument("--out", type=pathlib.Path, help="also write bench_step.json, .csv and .md into this folder")
     step.set_defaults(command=_bench_step)
 
 
