@@ -1,10 +1,11 @@
 """Block sizes of the TPU kernels: data for the shapes we studied, a heuristic by VMEM for all others."""
 
 import dataclasses
-import math
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import UserError, require
 
 _MIB = 2**20
 
@@ -56,10 +57,124 @@ class KernelSizes:
 
 @dataclasses.dataclass(frozen=True)
 class TpuSizes:
-    """Sizes of the three kernels: y; the gradients of x and of gate and up; the gradients of the weights."""
+    """Sizes of the three kernels: y; the gradients of x, gate and up; the gradients of the weights."""
 
     forward: KernelSizes
     backward: KernelSizes
     weights: KernelSizes
     cores: int
     vmem_bytes: int
+
+
+class Shape(NamedTuple):
+    """What sizes are chosen by: C, D and F, and bytes an element."""
+
+    capacity: int
+    width: int
+    hidden: int
+    itemsize: int
+
+
+def chip_of(device_kind: str) -> Chip:
+    """The chip of a device kind as JAX names it; of an unknown one, the least any TPU has."""
+    return CHIPS[_KINDS[device_kind]] if device_kind in _KINDS else UNKNOWN_CHIP
+
+
+def choose_sizes(chip: Chip, shape: Shape) -> TpuSizes:
+    """Sizes for a shape.
+
+    One fused kernel wherever an expert's weights fit in VMEM twice, the next expert's being fetched meanwhile; else
+    kernels that keep as many columns of them as fit.
+
+    Raises:
+      UserError: not even 128 columns fit.
+    """
+    budget = _SHARE_FOR_BLOCKS * chip.vmem_bytes
+    both = {
+        name: _first_fit(name, _row_candidates(shape), functools.partial(count, shape), budget, shape)
+        for name, count in (("forward", _forward_bytes), ("backward", _backward_bytes))
+    }
+    count = functools.partial(_weights_bytes, shape)
+    weights = _first_fit("weights", _weights_candidates(chip, shape), count, budget, shape)
+    limit = chip.vmem_bytes * 15 // 16
+    return TpuSizes(**both, weights=weights, cores=chip.cores, vmem_bytes=limit)
+
+
+_SHARE_FOR_BLOCKS = 0.75  # of VMEM; the rest is for what the compiler keeps of the values in flight
+_SLAB, _STEP = 256, 128
+_BLOCKS = (512, 256, 128)
+
+
+def _fitted(rows: int, shape: Shape) -> tuple[int, int, int]:
+    """(block, slab, step) for blocks of `rows`, no longer than the capacity asks for."""
+    step = min(_STEP, _round_up(shape.capacity, 16))
+    block = min(rows, _round_up(shape.capacity, step))
+    slab = _SLAB if block % _SLAB == 0 else block
+    return block, slab, step
+
+
+def _row_candidates(shape: Shape) -> Iterator[KernelSizes]:
+    for columns in (None, *_column_counts(max(shape.width, shape.hidden))):
+        for rows in _BLOCKS:
+            yield KernelSizes(*_fitted(rows, shape), columns)
+
+
+def _weights_candidates(chip: Chip, shape: Shape) -> Iterator[KernelSizes]:
+    """Whole columns first; two parts at least where two cores share the work."""
+    for columns in _column_counts(shape.hidden // chip.cores):
+        for rows in _BLOCKS:
+            yield KernelSizes(*_fitted(rows, shape), columns)
+
+
+def _column_counts(most: int) -> Iterator[int]:
+    """Multiples of 128 from the first that holds `most` downwards, about halving."""
+    columns = _round_up(most, 128)
+    while columns > 128:
+        yield columns
+        columns = _round_up(columns // 2, 128)
+    yield 128
+
+
+def _first_fit(
+    name: str, candidates: Iterable[KernelSizes], count: Callable[[KernelSizes], int], budget: float, shape: Shape
+) -> KernelSizes:
+    least = None
+    for sizes in candidates:
+        least = count(sizes)
+        if least <= budget:
+            return sizes
+    raise UserError(
+        f"{name}: D={shape.width}, F={shape.hidden} at {shape.itemsize} bytes needs {least} bytes of VMEM and "
+        f"{int(budget)} are free; use implementation='xla'"
+    )
+
+
+def _forward_bytes(shape: Shape, sizes: KernelSizes) -> int:
+    """VMEM of the blocks, two of each, and of the scratch; of the larger kernel where there are two."""
+    _, D, F, itemsize = shape
+    if sizes.columns is None:
+        return itemsize * (2 * 3 * D * F + 2 * sizes.block * (2 * D + 2 * F) + sizes.block * F)
+    hidden = 2 * D * sizes.columns + sizes.block * (D + 3 * sizes.columns)
+    down = F * sizes.columns + sizes.block * (F + sizes.columns)
+    return 2 * itemsize * max(hidden, down)
+
+
+def _backward_bytes(shape: Shape, sizes: KernelSizes) -> int:
+    _, D, F, itemsize = shape
+    rows = sizes.block * (max(D, 2 * F) + 2 * D + 3 * F)
+    if sizes.columns is None:
+        return 2 * itemsize * (3 * D * F + rows)
+    hidden = 3 * D * sizes.columns + sizes.block * (2 * D + 5 * sizes.columns)
+    back = 2 * F * sizes.columns + sizes.block * (2 * F + sizes.columns)
+    return 2 * itemsize * max(hidden, back)
+
+
+def _weights_bytes(shape: Shape, sizes: KernelSizes) -> int:
+    C, D, _, itemsize = shape
+    columns = sizes.columns or shape.hidden
+    totals = 0 if sizes.block == sizes.slab and sizes.block >= C else 4 * 3 * D * columns
+    return totals + 2 * itemsize * (3 * D * columns + sizes.block * (2 * D + 3 * columns))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
