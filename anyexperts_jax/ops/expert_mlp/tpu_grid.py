@@ -149,7 +149,7 @@ class Slab:
 
 def for_each_slab(live: Any, sizes: KernelSizes, body: Callable[[Slab], None]) -> None:
     """Runs `body` on slabs that cover the first `live` rows of a tile, and less than `sizes.step` rows more."""
-    start, rest = 0, live
+    start, rest, largest = 0, live, sizes.slab
     if sizes.block > sizes.slab:
         full = live // sizes.slab
 
@@ -158,7 +158,8 @@ def for_each_slab(live: Any, sizes: KernelSizes, body: Callable[[Slab], None]) -
 
         lax.fori_loop(0, full, run, None)
         start, rest = pl.multiple_of(full * sizes.slab, sizes.slab), live - full * sizes.slab
-    for size in range(sizes.step, sizes.slab + 1, sizes.step):
+        largest = sizes.slab - sizes.step
+    for size in range(sizes.step, largest + 1, sizes.step):
         slab = Slab(start, size, sizes.step, rest)
         pl.when((rest > size - sizes.step) & (rest <= size))(functools.partial(body, slab))
 
