@@ -65,7 +65,7 @@ def model_us(name: str, chip: str, shape: kernels.ExpertShape, summary: dict[str
     steps = tiles.list_tiles(counts, shape.capacity, own.block)
     gradients = name.endswith("weights")
     stop = int(steps.num_touched) if gradients else steps.rows.size - 1
-    rows, expert = np.asarray(steps.rows)[:stop], np.asarray(steps.expert)[:stop]
+    rows = np.asarray(steps.rows)[:stop]
     source, block = np.asarray(steps.source_expert)[:stop], np.asarray(steps.block)[:stop]
     height = np.clip(shape.capacity - block * own.block, 0, own.block)  # of the block, which copies move whole
     turns = -(-shape.hidden // own.columns) if own.columns else 1

@@ -12,10 +12,10 @@ from anyexperts_jax.ops._select import platform, select_implementation
 from anyexperts_jax.ops.expert_mlp import reference, vjp
 
 
-def _pallas_tpu(*operands: Array, residuals: str) -> Array:
+def _pallas_tpu(x_ECD: Array, counts_E: Array, *weights: Array, residuals: str) -> Array:
     from anyexperts_jax.ops.expert_mlp import vjp_tpu  # Pallas is imported where it is used
 
-    return vjp_tpu.expert_mlp_pallas_tpu(*operands, vjp_tpu.TpuOptions(residuals=residuals))
+    return vjp_tpu.expert_mlp_pallas_tpu(x_ECD, counts_E, *weights, options=vjp_tpu.TpuOptions(residuals=residuals))
 
 
 def _plain(run: Callable[..., Array]) -> Callable[..., Array]:

@@ -65,7 +65,7 @@ def _hidden(slab: Slab, x_ref: Ref, weights: Refs, hidden_ref: Ref, kept: Refs) 
     """hidden = silu(gate) * up, gate = x w_gate, up = x w_up; `kept` takes gate and up."""
     x = x_ref[slab.rows, :]
     for columns in _chunks(hidden_ref.shape[1]):
-        gate, up = _gate_up(x, *weights, columns)
+        gate, up = _gate_up(x, weights[0], weights[1], columns)
         hidden_ref[slab.rows, columns] = (gate * jax.nn.sigmoid(gate) * up).astype(hidden_ref.dtype)
         if kept:
             kept[0][slab.rows, columns] = gate.astype(kept[0].dtype)
@@ -144,7 +144,7 @@ def _backward_kernel(step: Step, inputs: Refs, outputs: Refs, scratch: Refs, *, 
 
     def run(slab: Slab) -> None:
         _hidden_backward(slab, d_y_ref, given, (w_gate_ref, w_up_ref, w_down_ref), d_hidden)
-        _rows_backward(slab, *d_hidden[:2], (w_gate_ref, w_up_ref), d_x_ref)
+        _rows_backward(slab, d_hidden[0], d_hidden[1], (w_gate_ref, w_up_ref), d_x_ref)
 
     for_each_slab(step.live, sizes, run)
     zero_dead(d_x_ref, step.live, sizes)

@@ -149,7 +149,8 @@ class Slab:
 
 def for_each_slab(live: Any, sizes: KernelSizes, body: Callable[[Slab], None]) -> None:
     """Runs `body` on slabs that cover the first `live` rows of a tile, and less than `sizes.step` rows more."""
-    start, rest, largest = 0, live, sizes.slab
+    start: Any = 0
+    rest, largest = live, sizes.slab
     if sizes.block > sizes.slab:
         full = live // sizes.slab
 

@@ -80,11 +80,9 @@ def _backward(options: TpuOptions, residuals: tuple, d_y_ECD: Array) -> tuple[Ar
     shapes = [a.shape for a in (x_ECD, *weights)]
     x_ECD, d_y_ECD = _pad_rows(x_ECD), _pad_rows(d_y_ECD.astype(x_ECD.dtype))
     weights = tuple(_pad(w, (1, _LANES, _LANES)) for w in weights)
-    sizes, interpret = _sizes(x_ECD, weights[0], options), options.interpret
-    d_x_ECD, d_hidden = pallas_tpu.rows_backward(
-        x_ECD, counts_E, kept, *weights, d_y_ECD, sizes=sizes, interpret=interpret
-    )
-    d_weights = pallas_tpu.weights_backward(x_ECD, counts_E, *d_hidden, d_y_ECD, sizes=sizes, interpret=interpret)
+    how: dict[str, Any] = {"sizes": _sizes(x_ECD, weights[0], options), "interpret": options.interpret}
+    d_x_ECD, d_hidden = pallas_tpu.rows_backward(x_ECD, counts_E, kept, *weights, d_y_ECD, **how)
+    d_weights = pallas_tpu.weights_backward(x_ECD, counts_E, *d_hidden, d_y_ECD, **how)
     gradients = [_cut(a, shape) for a, shape in zip((d_x_ECD, *d_weights), shapes, strict=True)]
     return gradients[0], None, *gradients[1:]
 
@@ -104,10 +102,11 @@ def _run(
 
 
 def _sizes(x_ECD: Array, w_gate_EDF: Array, options: TpuOptions) -> TpuSizes:
-    """Those asked for, or those of the chip the computation is for; in interpret mode, of the smallest."""
+    """Those asked for, or those of the chip the computation is for."""
     if options.sizes is not None:
         return options.sizes
-    shape = Shape(*x_ECD.shape[1:], w_gate_EDF.shape[2], x_ECD.dtype.itemsize)
+    _, capacity, width = x_ECD.shape
+    shape = Shape(capacity, width, w_gate_EDF.shape[2], x_ECD.dtype.itemsize)
     return choose_sizes(chip_of(device_kind()), shape)
 
 
