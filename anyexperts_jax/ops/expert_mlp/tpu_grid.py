@@ -131,7 +131,7 @@ class Slab:
     start: Any
     size: int
     step: int
-    live: Any  # None: all
+    live: Any
 
     @property
     def rows(self) -> Any:
@@ -139,8 +139,6 @@ class Slab:
 
     def mask(self, value: Any) -> Any:
         """`value` with zeros in the dead rows."""
-        if self.live is None:
-            return value
         head = self.size - self.step
         row = lax.broadcasted_iota(jnp.int32, (self.step, value.shape[1]), 0) + head
         tail = jnp.where(row < self.live, value[head:], jnp.zeros((), value.dtype))
@@ -152,10 +150,10 @@ def for_each_slab(live: Any, sizes: KernelSizes, body: Callable[[Slab], None]) -
     start: Any = 0
     rest, largest = live, sizes.slab
     if sizes.block > sizes.slab:
-        full = live // sizes.slab
+        full = (live + sizes.step - 1) // sizes.slab  # those that no smaller pass will do for
 
         def run(i: Any, _: None) -> None:
-            body(Slab(pl.multiple_of(i * sizes.slab, sizes.slab), sizes.slab, sizes.step, None))
+            body(Slab(pl.multiple_of(i * sizes.slab, sizes.slab), sizes.slab, sizes.step, live - i * sizes.slab))
 
         lax.fori_loop(0, full, run, None)
         start, rest = pl.multiple_of(full * sizes.slab, sizes.slab), live - full * sizes.slab

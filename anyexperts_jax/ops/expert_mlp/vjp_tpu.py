@@ -42,6 +42,7 @@ def expert_mlp_pallas_tpu(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
+    *,
     options: TpuOptions = TpuOptions(),
 ) -> Float[Array, "E C D"]:
     """`expert_mlp` by the kernels. D and F that are no multiples of 128, or C of 16, cost padded copies.
@@ -81,8 +82,8 @@ def _backward(options: TpuOptions, residuals: tuple, d_y_ECD: Array) -> tuple[Ar
     x_ECD, d_y_ECD = _pad_rows(x_ECD), _pad_rows(d_y_ECD.astype(x_ECD.dtype))
     weights = tuple(_pad(w, (1, _LANES, _LANES)) for w in weights)
     how: dict[str, Any] = {"sizes": _sizes(x_ECD, weights[0], options), "interpret": options.interpret}
-    d_x_ECD, d_hidden = pallas_tpu.rows_backward(x_ECD, counts_E, kept, *weights, d_y_ECD, **how)
-    d_weights = pallas_tpu.weights_backward(x_ECD, counts_E, *d_hidden, d_y_ECD, **how)
+    d_x_ECD, d_hidden = pallas_tpu.rows_backward(x_ECD, counts_E, kept, *weights, d_y_ECD=d_y_ECD, **how)
+    d_weights = pallas_tpu.weights_backward(x_ECD, counts_E, *d_hidden, d_y_ECD=d_y_ECD, **how)
     gradients = [_cut(a, shape) for a, shape in zip((d_x_ECD, *d_weights), shapes, strict=True)]
     return gradients[0], None, *gradients[1:]
 

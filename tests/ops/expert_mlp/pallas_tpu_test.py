@@ -86,15 +86,15 @@ def test_counts_past_the_buffer_mean_all_rows():
 
 
 def swapped(x, counts, w_gate, w_up, w_down):
-    return expert_mlp_pallas_tpu(x, counts, w_up, w_gate, w_down, FUSED)
+    return expert_mlp_pallas_tpu(x, counts, w_up, w_gate, w_down, options=FUSED)
 
 
 def one_row_more(x, counts, *weights):
-    return expert_mlp_pallas_tpu(x, counts + 1, *weights, FUSED)
+    return expert_mlp_pallas_tpu(x, counts + 1, *weights, options=FUSED)
 
 
 def one_row_less(x, counts, *weights):
-    return expert_mlp_pallas_tpu(x, counts - 1, *weights, FUSED)
+    return expert_mlp_pallas_tpu(x, counts - 1, *weights, options=FUSED)
 
 
 @pytest.mark.parametrize("wrong", [swapped, one_row_more, one_row_less])
@@ -120,4 +120,4 @@ def test_an_unmasked_weight_gradient_is_found(monkeypatch):
 def test_other_dtypes_are_refused():
     operands = make_operands((1, 2), np.float16)
     with pytest.raises(UserError, match=r"^implementation='pallas_tpu' takes bfloat16 or float32 and x is float16;"):
-        expert_mlp_pallas_tpu(*operands[:5], FUSED)
+        expert_mlp_pallas_tpu(*operands[:5], options=FUSED)
