@@ -101,29 +101,26 @@ def choose_sizes(chip: Chip, shape: Shape) -> TpuSizes:
 
 
 _SHARE_FOR_BLOCKS = 0.75  # of VMEM; the rest is for what the compiler keeps of the values in flight
-_SLAB, _STEP = 256, 128
+_SLAB, _STEP, _SHORT_STEP = 256, 128, 64
+_SHORT_CAPACITY = 512  # up to here half a step's rows are a good part of an expert's
 _BLOCKS = (512, 256, 128)
 
 
-def _fitted(rows: int, shape: Shape) -> tuple[int, int, int]:
-    """(block, slab, step) for blocks of `rows`, no longer than the capacity asks for."""
-    step = min(_STEP, _round_up(shape.capacity, 16))
-    block = min(rows, _round_up(shape.capacity, step))
-    slab = _SLAB if block % _SLAB == 0 else block
-    return block, slab, step
-
-
 def _row_candidates(shape: Shape) -> Iterator[KernelSizes]:
+    step = min(_SHORT_STEP if shape.capacity <= _SHORT_CAPACITY else _STEP, _round_up(shape.capacity, 16))
     for columns in (None, *_column_counts(max(shape.width, shape.hidden))):
         for rows in _BLOCKS:
-            yield KernelSizes(*_fitted(rows, shape), columns)
+            block = min(rows, _round_up(shape.capacity, step))
+            yield KernelSizes(block, _SLAB if block > _SLAB and _SLAB % step == 0 else block, step, columns)
 
 
 def _weights_candidates(chip: Chip, shape: Shape) -> Iterator[KernelSizes]:
     """Whole columns first; two parts at least where two cores share the work."""
+    step = min(_STEP, _round_up(shape.capacity, 16))
     for columns in _column_counts(shape.hidden // chip.cores):
         for rows in _BLOCKS:
-            yield KernelSizes(*_fitted(rows, shape), columns)
+            block = min(rows, _round_up(shape.capacity, step))
+            yield KernelSizes(block, _SLAB if block == _BLOCKS[0] else block, step, columns)
 
 
 def _column_counts(most: int) -> Iterator[int]:

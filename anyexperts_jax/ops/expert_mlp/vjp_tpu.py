@@ -23,7 +23,7 @@ class TpuOptions:
     """How the kernels run.
 
     residuals: "saved" keeps gate and up for the backward pass, 2 * E * C * F elements of x's dtype; "recomputed" keeps
-      nothing but the operands and computes both again, 2 of the backward pass's then 10 matmuls.
+      nothing but the operands and computes both again, 2 of the backward pass's then 8 matmuls.
     sizes: None chooses them by chip and shape.
     interpret: pltpu.InterpretParams runs the kernels on CPU, for tests.
     """
