@@ -1,0 +1,89 @@
+"""The GPU kernels as differentiable implementations of `expert_mlp`."""
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.ops._gpu import gpu_kind, require_dtype, require_runnable
+from anyexperts_jax.ops.expert_mlp import pallas_triton
+
+
+class Options(NamedTuple):
+    """How the kernels run."""
+
+    tiles: Any = None  # the module's `Tiles`; None: its default for dtype and GPU
+    recompute: bool = False  # False: keep x w_gate and x w_up for the gradient, 2 E C F values; True: make them again
+    interpret: bool = False  # on the CPU, slowly; for tests
+
+
+@runtime_checkable
+class Kernels(Protocol):
+    """What a module of kernels offers: five functions that know nothing of derivatives."""
+
+    gate_up: Any
+    down: Any
+    d_gate_up: Any
+    d_x: Any
+    d_weights: Any
+
+
+def expert_mlp_triton(
+    x_ECD: Float[Array, "E C D"],
+    counts_E: Int[Array, "E"],
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    options: Options = Options(),  # noqa: B008, an immutable tuple
+) -> Float[Array, "E C D"]:
+    """`expert_mlp` by the Pallas Triton kernels.
+
+    Raises:
+      UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
+    """
+    if options.interpret:
+        require_dtype("pallas_triton", x_ECD.dtype)
+    else:
+        require_runnable("pallas_triton", x_ECD.dtype, hopper=False)
+    tiles = options.tiles or pallas_triton.default_tiles(x_ECD.dtype, gpu_kind())
+    return _triton(x_ECD, counts_E.astype(jnp.int32), w_gate_EDF, w_up_EDF, w_down_EFD, options._replace(tiles=tiles))
+
+
+def differentiable(kernels: Kernels) -> Any:
+    """`expert_mlp` with its derivative: a function of the five operands and `Options` whose tiles are chosen."""
+
+    def run(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options):  # type: ignore[no-untyped-def]
+        (hidden_ECF,) = gate_up(x_ECD, counts_E, w_gate_EDF, w_up_EDF, options, keep=False)
+        return down(hidden_ECF, counts_E, w_down_EFD, options)
+
+    def gate_up(x_ECD, counts_E, w_gate_EDF, w_up_EDF, options, *, keep):  # type: ignore[no-untyped-def]
+        tile = options.tiles.gate_up
+        return kernels.gate_up(x_ECD, counts_E, w_gate_EDF, w_up_EDF, tile=tile, keep=keep, interpret=options.interpret)
+
+    def down(hidden_ECF, counts_E, w_down_EFD, options):  # type: ignore[no-untyped-def]
+        return kernels.down(hidden_ECF, counts_E, w_down_EFD, tile=options.tiles.down, interpret=options.interpret)
+
+    def forward(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options):  # type: ignore[no-untyped-def]
+        keep = not options.recompute
+        hidden_ECF, *kept = gate_up(x_ECD, counts_E, w_gate_EDF, w_up_EDF, options, keep=keep)
+        y_ECD = down(hidden_ECF, counts_E, w_down_EFD, options)
+        return y_ECD, (x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, tuple(kept))
+
+    def backward(options, residuals, d_y_ECD):  # type: ignore[no-untyped-def]
+        x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, kept = residuals
+        tiles, how = options.tiles, {"interpret": options.interpret}
+        if not kept:
+            _, *kept = gate_up(x_ECD, counts_E, w_gate_EDF, w_up_EDF, options, keep=True)
+        hidden_ECF, *d_ECF = kernels.d_gate_up(d_y_ECD, counts_E, w_down_EFD, *kept, tile=tiles.d_gate_up, **how)
+        d_x_ECD = kernels.d_x(*d_ECF, counts_E, w_gate_EDF, w_up_EDF, tile=tiles.d_x, **how)
+        d_inputs = kernels.d_weights(x_ECD, counts_E, *d_ECF, tile=tiles.d_w_gate_up, **how)
+        d_down = kernels.d_weights(hidden_ECF, counts_E, d_y_ECD, tile=tiles.d_w_down, **how)
+        return d_x_ECD, None, *d_inputs, *d_down
+
+    call = jax.custom_vjp(run, nondiff_argnums=(5,))
+    call.defvjp(forward, backward)
+    return call
+
+
+_triton = differentiable(pallas_triton)
