@@ -87,9 +87,7 @@ def test_the_checks_catch_kernels_that_forget_the_row_mask(monkeypatch):
 
 def test_errors_say_why_and_what_to_do():
     operands = make_operands((CAPACITY,), np.float32)[:-1]
-    with pytest.raises(
-        UserError, match=r"^implementation='pallas_triton' needs an NVIDIA GPU and this runs on cpu; "
-    ):
+    with pytest.raises(UserError, match=r"^implementation='pallas_triton' needs an NVIDIA GPU and this runs on cpu; "):
         expert_mlp_triton(*operands)
     half = (operands[0].astype(jnp.float16), operands[1], *(w.astype(jnp.float16) for w in operands[2:]))
     with pytest.raises(UserError, match=r"takes bfloat16 and float32, x is float16; cast it or use 'xla'$"):
