@@ -25,6 +25,7 @@ LAYERS = [
     {"data"},
     {"train"},
     {"analysis"},
+    {"aot"},
     {"cli"},
 ]
 LEVEL = {layer: level for level, layers in enumerate(LAYERS) for layer in layers}
