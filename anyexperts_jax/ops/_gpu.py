@@ -1,11 +1,12 @@
 """Which GPU a trace is for, and the refusal where there is none."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from anyexperts_jax.core.errors import require
 
-KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
 _HOPPER = ("H100", "H200", "H800", "H20")  # GH200 contains H200
 
 
@@ -26,21 +27,33 @@ def is_hopper(kind: str | None) -> bool:
     return kind is not None and any(name in kind for name in _HOPPER)
 
 
-def require_runnable(implementation: str, dtype: jnp.dtype, *, hopper: bool) -> None:
-    """Raises `UserError` unless a GPU that can run the kernels is in use and they take `dtype`."""
+def is_nvidia(kind: str | None) -> bool:
+    """True for the names NVIDIA gives its GPUs."""
+    return kind is not None and kind.startswith(("NVIDIA", "Tesla", "Quadro"))
+
+
+def require_nvidia(implementation: str) -> None:
+    """Raises `UserError` unless traces are for an NVIDIA GPU."""
     kind = gpu_kind()
-    if hopper:
-        runs, needs = is_hopper(kind), "a Hopper GPU (H100, H200)"
-    else:
-        runs, needs = kind is not None and kind.startswith(("NVIDIA", "Tesla")), "an NVIDIA GPU"
-    here, instead = kind or jax.default_backend(), "'pallas_triton' or 'xla'" if hopper and kind else "'xla'"
-    require(runs, f"implementation={implementation!r} needs {needs} and this runs on {here}; use {instead}")
-    require_dtype(implementation, dtype)
+    here = kind or jax.default_backend()
+    message = f"implementation={implementation!r} needs an NVIDIA GPU and this runs on {here}; use implementation='xla'"
+    require(is_nvidia(kind), message)
 
 
-def require_dtype(implementation: str, dtype: jnp.dtype) -> None:
-    """Raises `UserError` unless the kernels take `dtype`."""
-    names = " and ".join(jnp.dtype(d).name for d in KERNEL_DTYPES)
+def require_hopper(implementation: str) -> None:
+    """Raises `UserError` unless traces are for a Hopper GPU."""
+    kind = gpu_kind()
+    here, instead = kind or jax.default_backend(), "pallas_triton" if is_nvidia(kind) else "xla"
     require(
-        dtype in KERNEL_DTYPES, f"implementation={implementation!r} takes {names}, x is {dtype}; cast it or use 'xla'"
+        is_hopper(kind),
+        f"implementation={implementation!r} needs a Hopper GPU and this runs on {here}; use implementation={instead!r}",
+    )
+
+
+def require_dtype(implementation: str, dtype: jnp.dtype, valid: tuple[Any, ...], *, instead: str) -> None:
+    """Raises `UserError` unless `dtype` is one of `valid`, naming an implementation that takes more."""
+    names = " and ".join(jnp.dtype(d).name for d in valid)
+    require(
+        dtype in valid,
+        f"implementation={implementation!r} takes {names} and x is {dtype}; cast it or use implementation={instead!r}",
     )

@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from anyexperts_jax.ops._gpu import gpu_kind, require_dtype, require_runnable
-from anyexperts_jax.ops.expert_mlp import pallas_triton
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.ops._gpu import gpu_kind, require_dtype, require_hopper, require_nvidia
+from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
 
 
 class Options(NamedTuple):
     """How the kernels run."""
 
-    tiles: Any = None  # the module's `Tiles`; None: its default for dtype and GPU
-    recompute: bool = False  # False: keep x w_gate and x w_up for the gradient, 2 E C F values; True: make them again
-    interpret: bool = False  # on the CPU, slowly; for tests
+    tiles: Any = None  # the module's `Tiles`; None: its own for dtype and GPU
+    residuals: str = "saved"  # x w_gate and x w_up, 2 E C F values, kept for the gradient; "recomputed": made again
+    interpret: Any = False  # on the CPU, for tests: True for Triton, Mosaic's `InterpretGPUParams`
 
 
 @runtime_checkable
@@ -42,12 +43,38 @@ def expert_mlp_triton(
     Raises:
       UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
     """
-    if options.interpret:
-        require_dtype("pallas_triton", x_ECD.dtype)
-    else:
-        require_runnable("pallas_triton", x_ECD.dtype, hopper=False)
+    if not options.interpret:
+        require_nvidia("pallas_triton")
+    require_dtype("pallas_triton", x_ECD.dtype, (jnp.bfloat16, jnp.float32), instead="xla")
     tiles = options.tiles or pallas_triton.default_tiles(x_ECD.dtype, gpu_kind())
     return _triton(x_ECD, counts_E.astype(jnp.int32), w_gate_EDF, w_up_EDF, w_down_EFD, options._replace(tiles=tiles))
+
+
+def expert_mlp_mosaic(
+    x_ECD: Float[Array, "E C D"],
+    counts_E: Int[Array, "E"],
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    options: Options = Options(),  # noqa: B008, an immutable tuple
+) -> Float[Array, "E C D"]:
+    """`expert_mlp` by the Pallas Mosaic GPU kernels.
+
+    Raises:
+      UserError: no Hopper GPU to run on, or a dtype or widths the kernels do not take.
+    """
+    if not options.interpret:
+        require_hopper("pallas_gpu")
+    require_dtype("pallas_gpu", x_ECD.dtype, (jnp.bfloat16,), instead="pallas_triton")
+    width, hidden = w_gate_EDF.shape[1:]
+    step = pallas_gpu.WIDTH_MULTIPLE
+    require(
+        width % step == 0 and hidden % step == 0,
+        f"implementation='pallas_gpu' takes widths that are multiples of {step}, D={width} and F={hidden}; "
+        "use implementation='pallas_triton'",
+    )
+    tiles = options.tiles or pallas_gpu.TILES
+    return _mosaic(x_ECD, counts_E.astype(jnp.int32), w_gate_EDF, w_up_EDF, w_down_EFD, options._replace(tiles=tiles))
 
 
 def differentiable(kernels: Kernels) -> Any:
@@ -65,7 +92,7 @@ def differentiable(kernels: Kernels) -> Any:
         return kernels.down(hidden_ECF, counts_E, w_down_EFD, tile=options.tiles.down, interpret=options.interpret)
 
     def forward(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options):  # type: ignore[no-untyped-def]
-        keep = not options.recompute
+        keep = options.residuals == "saved"
         hidden_ECF, *kept = gate_up(x_ECD, counts_E, w_gate_EDF, w_up_EDF, options, keep=keep)
         y_ECD = down(hidden_ECF, counts_E, w_down_EFD, options)
         return y_ECD, (x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, tuple(kept))
@@ -87,3 +114,4 @@ def differentiable(kernels: Kernels) -> Any:
 
 
 _triton = differentiable(pallas_triton)
+_mosaic = differentiable(pallas_gpu)

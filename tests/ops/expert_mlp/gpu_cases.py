@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCK = 16  # rows of the tiles the tests use; the smallest the kernels take
-CAPACITY = 33
 
-# Live rows of six experts; buffers hold CAPACITY rows.
-COUNTS = {
-    "around a block": (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CAPACITY),
-    "one hot expert": (0, 0, 0, CAPACITY, 0, 0),
-    "no rows at all": (0, 0, 0, 0, 0, 0),
-    "first and last empty": (0, 3, 20, 17, 32, 0),
-    "every other empty": (5, 0, 16, 0, 33, 0),
-    "all full": (CAPACITY,) * 6,
-}
+def counts_cases(block: int, capacity: int) -> dict[str, tuple[int, ...]]:
+    """Live rows of six experts whose buffers hold `capacity` rows, for kernels with tiles of `block` rows."""
+    return {
+        "around a block": (0, 1, block - 1, block, block + 1, capacity),
+        "one hot expert": (0, 0, 0, capacity, 0, 0),
+        "no rows at all": (0, 0, 0, 0, 0, 0),
+        "first and last empty": (0, 3, block + 4, block + 1, capacity - 1, 0),
+        "every other empty": (5, 0, block, 0, capacity, 0),
+        "all full": (capacity,) * 6,
+    }
+
 
 # Error of each expert's slice over its norm. float32 rounds sums of up to 33 products; bfloat16 rounds gate, up,
 # hidden, their gradients and the result once each, 2**-9 a time.
@@ -33,7 +33,7 @@ class Operands(NamedTuple):
     d_y_ECD: jax.Array
 
 
-def make_operands(counts, dtype, *, capacity=CAPACITY, width=20, hidden=24) -> Operands:
+def make_operands(counts, dtype, *, capacity, width, hidden) -> Operands:
     """Operands whose dead rows hold NaN, in x and in the cotangent."""
     rng = np.random.default_rng(0)
     experts = len(counts)
