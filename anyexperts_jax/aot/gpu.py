@@ -3,12 +3,13 @@
 import contextlib
 import functools
 import importlib.util
+import os
 import pathlib
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from anyexperts_jax.core.errors import UserError, require
 
 _TARGETS = pathlib.Path(__file__).parent / "targets"
+_TENSOR_CORES = re.compile(r"\b(wgmma|mma\.sync)\b")  # the instructions that multiply matrices
+_DUMP_VARIABLE = "MOSAIC_GPU_DUMP_TO"
 _PACKAGES = ("jax_cuda13_plugin", "nvidia.cu13")  # what the extra `aot-gpu` installs
 
 
@@ -43,7 +46,7 @@ class KernelReport(NamedTuple):
     registers: int  # per thread; 255 is the limit
     spill_bytes: int  # per thread, stores and loads
     shared_bytes: int  # per block, static and dynamic
-    tensor_cores: str  # "wgmma", "mma.sync" or "none"
+    tensor_cores: str  # "wgmma" or "mma.sync"
     tma: bool  # True: tiles are copied by the tensor memory accelerator
 
 
@@ -63,14 +66,13 @@ def compile_kernel(fn: Callable[..., Any], args: tuple[Any, ...], target: Target
     """
     missing = missing_packages()
     require(not missing, f"compiling for {target.device_kind} needs {', '.join(missing)}: pip install '.[aot-gpu]'")
-    with tempfile.TemporaryDirectory() as folder:
-        dump = pathlib.Path(folder)
+    with tempfile.TemporaryDirectory() as folder, _mosaic_dump(folder):
         lowered = _lower(fn, args, target)
         lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
-        files = sorted(dump.glob("*.ptx"))
-        require(len(files) == 1, f"{len(files)} kernels were compiled where one was expected")
-        launch = "".join(path.read_text() for path in dump.glob("*thunk_sequence.txt"))
-        return _read(files[0], launch, target)
+        texts = {path: path.read_text() for path in sorted(pathlib.Path(folder).glob("*.ptx"))}
+        kernels = [path for path, text in texts.items() if _TENSOR_CORES.search(text)]
+        require(len(kernels) == 1, f"{len(kernels)} kernels with matmuls were compiled where one was expected")
+        return _read(kernels[0], _launch(pathlib.Path(folder)), target)
 
 
 def abstract_gpu(target: Target = H100) -> contextlib.AbstractContextManager[Any]:
@@ -78,6 +80,26 @@ def abstract_gpu(target: Target = H100) -> contextlib.AbstractContextManager[Any
     device = AbstractDevice(device_kind=target.device_kind, num_cores=target.cores, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
+
+
+@contextlib.contextmanager
+def _mosaic_dump(folder: str) -> Iterator[None]:
+    """Has Mosaic GPU, which compiles while it is lowered and knows no option for this, write what it makes."""
+    before = os.environ.get(_DUMP_VARIABLE)
+    os.environ[_DUMP_VARIABLE] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_DUMP_VARIABLE]
+        else:
+            os.environ[_DUMP_VARIABLE] = before
+
+
+def _launch(folder: pathlib.Path) -> str:
+    """What XLA and Mosaic write about shared memory."""
+    files = (*folder.glob("*thunk_sequence.txt"), *folder.glob("*.resources.txt"))
+    return "".join(path.read_text() for path in files)
 
 
 def _lower(fn: Callable[..., Any], args: tuple[Any, ...], target: Target) -> Any:
@@ -104,8 +126,8 @@ def _read(ptx: pathlib.Path, launch: str, target: Target) -> KernelReport:
         threads=_number(r"\.reqntid\s+(\d+)", text) or _number(r"\.maxntid\s+(\d+)", text),
         registers=_number(r"Used (\d+) registers", done.stderr),
         spill_bytes=sum(_number(rf"(\d+) bytes spill {what}", done.stderr) for what in ("stores", "loads")),
-        shared_bytes=static + _number(r"shared_memory: (\d+) bytes", launch),
-        tensor_cores=next((name for name in ("wgmma", "mma.sync") if f"{name}." in text), "none"),
+        shared_bytes=static + _number(r"(?:shared_memory: |smem_scratch_bytes=)(\d+)", launch),
+        tensor_cores=_first(_TENSOR_CORES.pattern, text),
         tma="cp.async.bulk.tensor" in text,
     )
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from anyexperts_jax.aot.gpu import A100, H100, KernelReport, Target, compile_kernel
-from anyexperts_jax.ops.expert_mlp import pallas_triton
+from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
 
 
 class Shape(NamedTuple):
@@ -31,12 +31,20 @@ Case = tuple[Callable[..., Any], tuple[Any, ...]]
 def triton_cases(shape: Shape, dtype: str, target: Target = H100) -> dict[str, Case]:
     """Every Triton kernel as (function, abstract operands), with the tiles it would run with on `target`."""
     tiles = pallas_triton.default_tiles(jnp.dtype(dtype), target.device_kind)
+    return _module_cases(pallas_triton, tiles, shape, dtype)
+
+
+def mosaic_cases(shape: Shape) -> dict[str, Case]:
+    """The same of the Mosaic GPU kernels, in bfloat16."""
+    return _module_cases(pallas_gpu, pallas_gpu.TILES, shape, "bfloat16")
+
+
+def _module_cases(k: Any, tiles: Any, shape: Shape, dtype: str) -> dict[str, Case]:
     x_ECD, hidden_ECF, w_in_EDF, w_down_EFD, counts_E = _operands(shape, dtype)
 
     def with_tile(kernel: Callable[..., Any], tile: Any, **more: Any) -> Callable[..., Any]:
         return lambda *operands: kernel(*operands, tile=tile, interpret=False, **more)
 
-    k = pallas_triton
     forward = (x_ECD, counts_E, w_in_EDF, w_in_EDF)
     return {
         "gate_up": (with_tile(k.gate_up, tiles.gate_up, keep=False), forward),
@@ -51,6 +59,9 @@ def triton_cases(shape: Shape, dtype: str, target: Target = H100) -> dict[str, C
 
 def cases() -> Iterator[tuple[str, Case, Target]]:
     """("target/implementation/shape/dtype/kernel", case, target) of everything that is compiled."""
+    for name, shape in SHAPES.items():
+        for kernel, case in mosaic_cases(shape).items():
+            yield f"H100/pallas_gpu/{name}/bfloat16/{kernel}", case, H100
     for (target_name, target), (name, shape), dtype in itertools.product(TARGETS.items(), SHAPES.items(), DTYPES):
         for kernel, case in triton_cases(shape, dtype, target).items():
             yield f"{target_name}/pallas_triton/{name}/{dtype}/{kernel}", case, target

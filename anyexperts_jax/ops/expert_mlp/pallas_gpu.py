@@ -1,10 +1,11 @@
 """Pallas Mosaic GPU kernels for Hopper: the six matmuls of `pallas_triton`, with wgmma fed by the tensor memory
-accelerator (TMA). Rows of arrays in memory have to be multiples of 16 bytes.
+accelerator (TMA).
 
 A block owns one tile of the result and has three warpgroups: one orders the copies, two multiply, each half the rows
-of the tile. TMA reads zeros past an array's edges and does not write there, so no size has to be a multiple of the
-tile. Blocks without a live row store zeros, or nothing where nobody reads them; dead rows of a tile that has live ones
-are stored as zeros, so that the weight gradients, which contract over rows, add nothing for them.
+of the tile. Rows are multiples of 8 and widths of 64, the unit in which TMA lays tiles out for wgmma; they need not
+be multiples of the tile, for past an array's edges TMA reads zeros and writes nothing. Blocks without a live row store
+zeros, or nothing where nobody reads them; dead rows of a tile that has live ones are stored as zeros, so that the
+weight gradients, which contract over rows, add nothing for them.
 
 Only bfloat16: wgmma takes float32 as TF32 and then wants both operands contiguous along the contraction, which the
 weights are in one direction alone.
@@ -23,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
 
-WIDTH_MULTIPLE = 8  # TMA wants rows of whole 16 bytes
+ROW_MULTIPLE, WIDTH_MULTIPLE = 8, 64
 _WORKERS = 2  # warpgroups that multiply; one more copies
 _COPY_REGISTERS = 40  # a thread of the copying warpgroup needs few, those that multiply get the rest
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from anyexperts_jax.core.errors import require
 from anyexperts_jax.ops._gpu import gpu_kind, require_dtype, require_hopper, require_nvidia
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
 
@@ -58,23 +57,25 @@ def expert_mlp_mosaic(
     w_down_EFD: Float[Array, "E F D"],
     options: Options = Options(),  # noqa: B008, an immutable tuple
 ) -> Float[Array, "E C D"]:
-    """`expert_mlp` by the Pallas Mosaic GPU kernels.
+    """`expert_mlp` by the Pallas Mosaic GPU kernels. C that is no multiple of 8, or D or F of 64, costs padded copies.
 
     Raises:
-      UserError: no Hopper GPU to run on, or a dtype or widths the kernels do not take.
+      UserError: no Hopper GPU to run on, or a dtype the kernels do not take.
     """
     if not options.interpret:
         require_hopper("pallas_gpu")
     require_dtype("pallas_gpu", x_ECD.dtype, (jnp.bfloat16,), instead="pallas_triton")
-    width, hidden = w_gate_EDF.shape[1:]
-    step = pallas_gpu.WIDTH_MULTIPLE
-    require(
-        width % step == 0 and hidden % step == 0,
-        f"implementation='pallas_gpu' takes widths that are multiples of {step}, D={width} and F={hidden}; "
-        "use implementation='pallas_triton'",
-    )
-    tiles = options.tiles or pallas_gpu.TILES
-    return _mosaic(x_ECD, counts_E.astype(jnp.int32), w_gate_EDF, w_up_EDF, w_down_EFD, options._replace(tiles=tiles))
+    options = options._replace(tiles=options.tiles or pallas_gpu.TILES)
+    rows, width = pallas_gpu.ROW_MULTIPLE, pallas_gpu.WIDTH_MULTIPLE
+    weights = (_pad(w, (1, width, width)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+    y_ECD = _mosaic(_pad(x_ECD, (1, rows, width)), counts_E.astype(jnp.int32), *weights, options)
+    return y_ECD[:, : x_ECD.shape[1], : x_ECD.shape[2]]
+
+
+def _pad(a: Array, multiples: tuple[int, ...]) -> Array:
+    """Zeros up to the next multiples; the array itself where it has them."""
+    extra = [-size % multiple for size, multiple in zip(a.shape, multiples, strict=True)]
+    return jnp.pad(a, [(0, n) for n in extra]) if any(extra) else a
 
 
 def differentiable(kernels: Kernels) -> Any:
