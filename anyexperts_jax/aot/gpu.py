@@ -45,7 +45,7 @@ class KernelReport(NamedTuple):
     threads: int
     registers: int  # per thread; 255 is the limit
     spill_bytes: int  # per thread, stores and loads
-    shared_bytes: int  # per block, static and dynamic
+    shared_bytes: int  # per block
     tensor_cores: str  # "wgmma" or "mma.sync"
     tma: bool  # True: tiles are copied by the tensor memory accelerator
 
@@ -72,7 +72,7 @@ def compile_kernel(fn: Callable[..., Any], args: tuple[Any, ...], target: Target
         texts = {path: path.read_text() for path in sorted(pathlib.Path(folder).glob("*.ptx"))}
         kernels = [path for path, text in texts.items() if _TENSOR_CORES.search(text)]
         require(len(kernels) == 1, f"{len(kernels)} kernels with matmuls were compiled where one was expected")
-        return _read(kernels[0], _launch(pathlib.Path(folder)), target)
+        return _read(kernels[0], target)
 
 
 def abstract_gpu(target: Target = H100) -> contextlib.AbstractContextManager[Any]:
@@ -96,10 +96,12 @@ def _mosaic_dump(folder: str) -> Iterator[None]:
             os.environ[_DUMP_VARIABLE] = before
 
 
-def _launch(folder: pathlib.Path) -> str:
-    """What XLA and Mosaic write about shared memory."""
-    files = (*folder.glob("*thunk_sequence.txt"), *folder.glob("*.resources.txt"))
-    return "".join(path.read_text() for path in files)
+def _dynamic_shared_bytes(folder: pathlib.Path, kernel: str) -> int:
+    """Shared memory asked for at launch: Mosaic states its kernel's, XLA that of each kernel it knows by name."""
+    for path in folder.glob("*.resources.txt"):
+        return _number(r"smem_scratch_bytes=(\d+)", path.read_text())
+    launches = "".join(path.read_text() for path in folder.glob("*thunk_sequence.txt"))
+    return _number(rf"\b{kernel}\b.*shared_memory: (\d+)", launches)
 
 
 def _lower(fn: Callable[..., Any], args: tuple[Any, ...], target: Target) -> Any:
@@ -115,18 +117,18 @@ def _topology(target: Target) -> Any:
     return topologies.get_topology_desc(topology_name="gpu", platform="cuda", target_config=config, topology="1x1x1")
 
 
-def _read(ptx: pathlib.Path, launch: str, target: Target) -> KernelReport:
+def _read(ptx: pathlib.Path, target: Target) -> KernelReport:
     text = ptx.read_text()
     command = [_tool("ptxas"), "-v", f"-arch={target.arch}", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
     done = subprocess.run(command, capture_output=True, text=True)
     require(done.returncode == 0, f"ptxas refuses the kernel: {' '.join(done.stderr.split())[:300]}")
-    static = _number(r"(\d+) bytes smem", done.stderr)
+    kernel = _first(r"\.entry\s+(\w+)", text)
     return KernelReport(
-        kernel=_first(r"\.entry\s+(\w+)", text),
+        kernel=kernel,
         threads=_number(r"\.reqntid\s+(\d+)", text) or _number(r"\.maxntid\s+(\d+)", text),
         registers=_number(r"Used (\d+) registers", done.stderr),
         spill_bytes=sum(_number(rf"(\d+) bytes spill {what}", done.stderr) for what in ("stores", "loads")),
-        shared_bytes=static + _number(r"(?:shared_memory: |smem_scratch_bytes=)(\d+)", launch),
+        shared_bytes=max(_number(r"(\d+) bytes smem", done.stderr), _dynamic_shared_bytes(ptx.parent, kernel)),
         tensor_cores=_first(_TENSOR_CORES.pattern, text),
         tma="cp.async.bulk.tensor" in text,
     )
