@@ -5,12 +5,13 @@ RUN ?= runs/demo
 BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 
-.PHONY: help install demo demo-smoke test lint types format check clean
+.PHONY: help install demo demo-smoke test test-aot lint types format check clean
 
 help:
 	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 12 minutes)"
 	@echo "make demo-smoke  the same in about a minute, too short to learn anything"
 	@echo "make test        install and run the tests"
+	@echo "make test-aot    compile every TPU kernel for TPUs that are not here and compare with the kept figures"
 	@echo "make check       lint, format check and types"
 
 $(BIN)/.installed: pyproject.toml
@@ -37,6 +38,10 @@ demo-smoke: $(BIN)/.installed
 
 test: $(BIN)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-aot: $(BIN)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[aot]'
+	$(BIN)/python -m pytest -m aot tests/aot
 
 lint: $(BIN)/.installed-test
 	$(BIN)/ruff check .

@@ -3,7 +3,9 @@
 import jax.numpy as jnp
 from jax import Array
 
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import require, require_one_of
+
+RESIDUALS = ("saved", "recomputed")
 
 
 def check_expert_weights(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> None:
@@ -28,3 +30,8 @@ def check_counts(name: str, counts: Array, num_experts: int) -> None:
         counts.shape == (num_experts,) and jnp.issubdtype(counts.dtype, jnp.integer),
         f"{name} is {counts.dtype}{list(counts.shape)}; it must hold {num_experts} integers",
     )
+
+
+def check_residuals(residuals: str) -> None:
+    """Raises `UserError` unless `residuals` names what an op can keep for its backward pass."""
+    require_one_of("residuals", residuals, RESIDUALS)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TypeVar
 
+import jax
+
 from anyexperts_jax.core.errors import require_one_of
 
 T = TypeVar("T")
@@ -17,3 +19,16 @@ def select_implementation(name: str | None, implementations: Mapping[str, T], de
     chosen = default if name is None else name
     require_one_of("implementation", chosen, list(implementations))
     return implementations[chosen]
+
+
+def platform() -> str:
+    """Where the computation will run: the platform of the mesh in use, if it names one (a mesh of a topology compiled
+    for without its devices does), else that of JAX's default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+    """The kind of device the computation will run on, found as `platform` is."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind

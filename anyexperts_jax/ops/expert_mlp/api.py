@@ -2,15 +2,55 @@
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.ops._checks import check_counts, check_expert_weights
-from anyexperts_jax.ops._select import select_implementation
+from anyexperts_jax.ops._checks import check_counts, check_expert_weights, check_residuals
+from anyexperts_jax.ops._select import platform, select_implementation
 from anyexperts_jax.ops.expert_mlp import reference, vjp
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"reference": reference.expert_mlp, "xla": vjp.expert_mlp_xla}
-DEFAULT_IMPLEMENTATION = "xla"  # on every platform
+
+def _pallas_tpu(x_ECD: Array, counts_E: Array, *weights: Array, residuals: str) -> Array:
+    from anyexperts_jax.ops.expert_mlp import vjp_tpu  # Pallas is imported where it is used
+
+    return vjp_tpu.expert_mlp_pallas_tpu(x_ECD, counts_E, *weights, options=vjp_tpu.TpuOptions(residuals=residuals))
+
+
+def _pallas_gpu(x_ECD: Array, counts_E: Array, *weights: Array, residuals: str) -> Array:
+    from anyexperts_jax.ops.expert_mlp import vjp_gpu
+
+    return vjp_gpu.expert_mlp_mosaic(x_ECD, counts_E, *weights, options=vjp_gpu.Options(residuals=residuals))
+
+
+def _pallas_triton(x_ECD: Array, counts_E: Array, *weights: Array, residuals: str) -> Array:
+    from anyexperts_jax.ops.expert_mlp import vjp_gpu
+
+    return vjp_gpu.expert_mlp_triton(x_ECD, counts_E, *weights, options=vjp_gpu.Options(residuals=residuals))
+
+
+def _plain(run: Callable[..., Array]) -> Callable[..., Array]:
+    """An implementation that keeps what it keeps, or is computed again as a whole."""
+
+    def with_residuals(*operands: Array, residuals: str) -> Array:
+        return run(*operands) if residuals == "saved" else jax.checkpoint(run)(*operands)
+
+    return with_residuals
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "reference": _plain(reference.expert_mlp),
+    "xla": _plain(vjp.expert_mlp_xla),
+    "pallas_tpu": _pallas_tpu,
+    "pallas_gpu": _pallas_gpu,
+    "pallas_triton": _pallas_triton,
+}
+
+
+def default_implementation(dtype: jnp.dtype) -> str:
+    """The kernels on a TPU where they take the dtype, else XLA."""
+    return "pallas_tpu" if platform() == "tpu" and dtype in (jnp.bfloat16, jnp.float32) else "xla"
 
 
 def expert_mlp(
@@ -20,6 +60,8 @@ def expert_mlp(
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
     implementation: str | None = None,
+    *,
+    residuals: str = "saved",
 ) -> Float[Array, "E C D"]:
     """(silu(x w_gate) * (x w_up)) w_down for the first `counts_E[e]` rows of expert e.
 
@@ -27,10 +69,14 @@ def expert_mlp(
     in float32; the result has x's dtype.
 
     Args:
-      implementation: "xla" or "reference"; None is "xla".
+      implementation: "pallas_tpu", "pallas_gpu" (Hopper, bfloat16), "pallas_triton" (NVIDIA GPUs; bfloat16, and
+        float32 multiplied as TF32), "xla" or "reference". None is "pallas_tpu" where the mesh in use, or else JAX's
+        default backend, is a TPU and x is bfloat16 or float32, and "xla" everywhere else.
+      residuals: "saved" keeps gate and up for the backward pass, 2 * E * C * F elements of x's dtype; "recomputed"
+        keeps nothing but the operands.
 
     Raises:
-      UserError: shapes or dtypes that do not fit, or an unknown implementation.
+      UserError: shapes or dtypes that do not fit, an unknown implementation, or one that cannot run here.
     """
     require(x_ECD.ndim == 3, f"x_ECD has shape {x_ECD.shape}; it must be [E, C, D]")
     check_expert_weights(x_ECD, w_gate_EDF, w_up_EDF, w_down_EFD)
@@ -39,5 +85,6 @@ def expert_mlp(
         f"x_ECD holds {x_ECD.shape[0]} experts, the weights {w_gate_EDF.shape[0]}",
     )
     check_counts("counts_E", counts_E, x_ECD.shape[0])
-    run = select_implementation(implementation, IMPLEMENTATIONS, DEFAULT_IMPLEMENTATION)
-    return run(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD)
+    check_residuals(residuals)
+    run = select_implementation(implementation, IMPLEMENTATIONS, default_implementation(x_ECD.dtype))
+    return run(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, residuals=residuals)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.ops.expert_mlp import pallas_gpu
+from anyexperts_jax.ops.expert_mlp import expert_mlp, pallas_gpu
 from anyexperts_jax.ops.expert_mlp.vjp_gpu import Options, expert_mlp_mosaic
 from tests.ops.expert_mlp.gpu_cases import check, counts_cases, expected, make_operands, run
 
@@ -75,7 +75,7 @@ def test_errors_say_why_and_what_to_do():
     operands = make_operands((3,), jnp.bfloat16, **SIZES)[:-1]
     message = "implementation='pallas_gpu' needs a Hopper GPU and this runs on cpu; use implementation='xla'"
     with pytest.raises(UserError, match=f"^{message}$"):
-        expert_mlp_mosaic(*operands)
+        expert_mlp(*operands, implementation="pallas_gpu")
     wide = make_operands((3,), np.float32, **SIZES)[:-1]
     message = "implementation='pallas_gpu' takes bfloat16 and x is float32; cast it or use implementation="
     with pytest.raises(UserError, match=f"^{message}'pallas_triton'$"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.ops.expert_mlp import pallas_triton, reference
+from anyexperts_jax.ops.expert_mlp import expert_mlp, pallas_triton, reference
 from anyexperts_jax.ops.expert_mlp.vjp_gpu import Options, expert_mlp_triton
 from tests.ops.expert_mlp.gpu_cases import check, counts_cases, expected, make_operands, run
 
@@ -92,7 +92,7 @@ def test_errors_say_why_and_what_to_do():
     operands = make_operands((CAPACITY,), np.float32, **SIZES)[:-1]
     message = "implementation='pallas_triton' needs an NVIDIA GPU and this runs on cpu; use implementation='xla'"
     with pytest.raises(UserError, match=f"^{message}$"):
-        expert_mlp_triton(*operands)
+        expert_mlp(*operands, implementation="pallas_triton")
     half = (operands[0].astype(jnp.float16), operands[1], *(w.astype(jnp.float16) for w in operands[2:]))
     with pytest.raises(UserError, match=r"takes bfloat16 and float32 and x is float16; cast it or use "):
         expert_mlp_triton(*half, OPTIONS)

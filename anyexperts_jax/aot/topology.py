@@ -1,0 +1,76 @@
+"""TPUs that are not attached, as libtpu describes them to a compiler."""
+
+import contextlib
+import importlib.util
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from anyexperts_jax.core.errors import require, require_one_of
+
+TOPOLOGIES = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}
+
+_DUMP_FLAG = "--xla_jf_dump_to="
+_PASSES = ".*(pre-delay|packed-bundles-post-ra|post-bundle-packing-post-ra).*"  # the files `report` reads
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server which TPU this is
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+def has_compiler() -> bool:
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def open_compiler(directory: pathlib.Path) -> None:
+    """Has libtpu, once it is loaded, write its schedules into `directory`.
+
+    libtpu reads environment variables when it is first used, so this sets them, and it must come before any other use
+    of a TPU topology in the process.
+
+    Raises:
+      UserError: libtpu is not installed, or the process has already told it another directory.
+    """
+    require(has_compiler(), "libtpu is not installed; pip install 'anyexperts-jax[aot]' (Linux only)")
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    flag = f"{_DUMP_FLAG}{directory}"
+    require(
+        _DUMP_FLAG not in flags or flag in flags.split(),
+        f"LIBTPU_INIT_ARGS={flags!r} names another directory than {directory}; start a new process",
+    )
+    if flag not in flags.split():
+        flags = f"{flags} {flag} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={_PASSES}"
+    os.environ.update(_ENVIRONMENT, LIBTPU_INIT_ARGS=flags.strip())
+
+
+def devices(chip: str) -> list[Any]:
+    """One chip's devices, to compile for."""
+    require_one_of("chip", chip, TOPOLOGIES)
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices)
+
+
+@contextlib.contextmanager
+def mesh_of(chip: str) -> Iterator[NamedSharding]:
+    """In here, code that asks for the platform or the device kind hears of `chip`. Yields the sharding that places an
+    abstract argument on its first device."""
+    device = devices(chip)[0]
+    described = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
+    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=described)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec())
+
+
+def compile_for(chip: str, function: Callable[..., Any], arguments: Sequence[jax.ShapeDtypeStruct]) -> Any:
+    """`function` jitted and compiled for one device of `chip`."""
+    with mesh_of(chip) as sharding:
+        placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in arguments]
+        return jax.jit(function).lower(*placed).compile()

@@ -1,0 +1,59 @@
+"""The tiles of a buffer [E, C, D] in the order a kernel visits them, live ones first and packed.
+
+A tile is one expert and one block of its rows. A kernel's grid runs along the list, so a tile that is not reached
+costs nothing, and the weights of the next expert are fetched while a live tile computes.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+
+class TileList(NamedTuple):
+    """All tiles: the live ones, then the first block of each empty expert, then the rest. One entry is added to repeat
+    the last, so that two cores can take halves of an odd list."""
+
+    expert: Int[Array, "tiles"]  # whose rows the step writes
+    block: Int[Array, "tiles"]
+    source_expert: Int[Array, "tiles"]  # whose rows and weights it reads; past the live ones, the last live tile's:
+    source_block: Int[Array, "tiles"]  # nothing new is fetched there
+    rows: Int[Array, "tiles"]  # live rows, 0 past the live tiles
+    opens: Int[Array, "tiles"]  # 1: first tile of its expert in the list
+    closes: Int[Array, "tiles"]  # 1: last live tile of its expert in the list, or the only one if it is empty
+    num_live: Int[Array, ""]
+    num_touched: Int[Array, ""]  # live tiles and empty experts: every expert is among them
+
+
+def list_tiles(counts_E: Int[Array, "E"], capacity: int, block: int) -> TileList:
+    """The tiles of `block` rows that make up `capacity` rows an expert; the last may reach past `capacity`.
+
+    Experts come in order. Within one, the block that may be partly filled comes first: the next expert's weights are
+    then fetched behind a full block.
+    """
+    num_experts, blocks = counts_E.shape[0], -(-capacity // block)
+    total = num_experts * blocks
+    counts_E = jnp.clip(counts_E.astype(jnp.int32), 0, capacity)
+    place = jnp.arange(total, dtype=jnp.int32)
+    expert, block_at = place // blocks, blocks - 1 - place % blocks
+    live = block_at * block < counts_E[expert]
+    opening = (block_at == 0) & ~live
+    group = jnp.where(live, 0, jnp.where(opening, 1, 2))
+    order = lax.sort(group * total + place, is_stable=False) % total
+    num_live, num_touched = live.sum(dtype=jnp.int32), (live | opening).sum(dtype=jnp.int32)
+    order = jnp.append(order, order[-1])
+    source = order[jnp.clip(jnp.arange(total + 1), 0, jnp.maximum(num_live - 1, 0))]
+    expert, block_at = expert[order], block_at[order]
+    rows = jnp.clip(counts_E[expert] - block_at * block, 0, block)
+    return TileList(
+        expert=expert,
+        block=block_at,
+        source_expert=source // blocks,
+        source_block=blocks - 1 - source % blocks,
+        rows=rows,
+        opens=((block_at + 1) * block >= counts_E[expert]).astype(jnp.int32),
+        closes=(block_at == 0).astype(jnp.int32),
+        num_live=num_live,
+        num_touched=num_touched,
+    )

@@ -1,0 +1,177 @@
+"""What the TPU kernels share: the grid along a list of tiles, blocks of operands, passes over a tile's live rows."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Int
+
+from anyexperts_jax.ops.expert_mlp.tiles import TileList
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import KernelSizes
+
+Ref = Any  # a reference to a block in VMEM, or to scalars in SMEM
+
+_LISTS = ("expert", "block", "source_expert", "source_block", "rows", "opens", "closes")  # of TileList, prefetched
+
+
+class Block(NamedTuple):
+    """What a kernel sees of an operand at one step: [rows, columns] of one expert's matrix.
+
+    `of` says where: "tile", the step's rows; "expert", the whole matrix. `along` is the side that the outer grid axis
+    walks along, if any.
+    """
+
+    of: str
+    rows: int
+    columns: int
+    along: str | None = None
+
+
+class Operand(NamedTuple):
+    array: Any  # an Array, or the ShapeDtypeStruct of an output
+    block: Block
+
+
+class Step(NamedTuple):
+    """A grid step as its kernel sees it: the live rows of its tile, and whether its expert begins or ends here."""
+
+    live: Any
+    opens: Any
+    closes: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Steps of a call. `tiles` are visited up to `steps`; the outer axis has `outer` steps, each of which goes through
+    all tiles (columns) or, where `split`, through its part of them (cores)."""
+
+    tiles: TileList
+    steps: Int[Array, ""] | int
+    outer: int = 1
+    split: bool = False
+
+
+Kernel = Callable[[Step, Sequence[Ref], Sequence[Ref], Sequence[Ref]], None]
+
+
+def run_kernel(
+    kernel: Kernel,
+    name: str,
+    grid: Grid,
+    inputs: Sequence[Operand],
+    outputs: Sequence[Operand],
+    *,
+    vmem_bytes: int,
+    interpret: Any,
+    scratch: Sequence[Any] = (),
+) -> list[Array]:
+    """Runs `kernel(step, input refs, output refs, scratch refs)` along the grid.
+
+    Outputs of tiles that the grid does not reach hold anything.
+    """
+    steps = -(-grid.steps // grid.outer) if grid.split else grid.steps
+    scalars = [*(getattr(grid.tiles, name) for name in _LISTS), jnp.asarray(steps, jnp.int32).reshape(1)]
+
+    def body(*refs: Ref) -> None:
+        lists, refs = refs[: len(scalars)], refs[len(scalars) :]
+        place = _place(pl.program_id(0), pl.program_id(1), lists, grid.split)
+        step = Step(*(_read(lists, name, place) for name in ("rows", "opens", "closes")))
+        ends = len(inputs), len(inputs) + len(outputs)
+        kernel(step, refs[: ends[0]], refs[ends[0] : ends[1]], refs[ends[1] :])
+
+    results = pl.pallas_call(
+        body,
+        name=name,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(grid.outer, steps),
+            in_specs=[_spec(operand.block, grid.split, "source_") for operand in inputs],
+            out_specs=[_spec(operand.block, grid.split, "") for operand in outputs],
+            scratch_shapes=list(scratch),
+        ),
+        out_shape=[operand.array for operand in outputs],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
+        ),
+        interpret=interpret,
+    )(*scalars, *(operand.array for operand in inputs))
+    return list(results)
+
+
+def _place(outer: Any, step: Any, lists: Sequence[Ref], split: bool) -> Any:
+    """A step's index in the list of tiles."""
+    return outer * lists[-1][0] + step if split else step
+
+
+def _read(lists: Sequence[Ref], name: str, place: Any) -> Any:
+    return lists[_LISTS.index(name)][place]
+
+
+def _spec(block: Block, split: bool, side: str) -> pl.BlockSpec:
+    def index(outer: Any, step: Any, *lists: Ref) -> tuple[Any, ...]:
+        place = _place(outer, step, lists, split)
+        row = _read(lists, side + "block", place) if block.of == "tile" else 0
+        row = outer if block.along == "rows" else row
+        return _read(lists, side + "expert", place), row, outer if block.along == "columns" else 0
+
+    return pl.BlockSpec((None, block.rows, block.columns), index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Slab:
+    """Rows of a tile that go through the matmuls together. Those from `live` on are dead; all such are among the last
+    `step`."""
+
+    start: Any
+    size: int
+    step: int
+    live: Any
+
+    @property
+    def rows(self) -> Any:
+        return pl.ds(self.start, self.size)
+
+    def mask(self, value: Any) -> Any:
+        """`value` with zeros in the dead rows."""
+        head = self.size - self.step
+        row = lax.broadcasted_iota(jnp.int32, (self.step, value.shape[1]), 0) + head
+        tail = jnp.where(row < self.live, value[head:], jnp.zeros((), value.dtype))
+        return jnp.concatenate([value[:head], tail]) if head else tail
+
+
+def for_each_slab(live: Any, sizes: KernelSizes, body: Callable[[Slab], None]) -> None:
+    """Runs `body` on slabs that cover the first `live` rows of a tile, and less than `sizes.step` rows more."""
+    start: Any = 0
+    rest, largest = live, sizes.slab
+    if sizes.block > sizes.slab:
+        full = (live + sizes.step - 1) // sizes.slab  # those that no smaller pass will do for
+
+        def run(i: Any, _: None) -> None:
+            body(Slab(pl.multiple_of(i * sizes.slab, sizes.slab), sizes.slab, sizes.step, live - i * sizes.slab))
+
+        lax.fori_loop(0, full, run, None)
+        start, rest = pl.multiple_of(full * sizes.slab, sizes.slab), live - full * sizes.slab
+        largest = sizes.slab - sizes.step
+    for size in range(sizes.step, largest + 1, sizes.step):
+        slab = Slab(start, size, sizes.step, rest)
+        pl.when((rest > size - sizes.step) & (rest <= size))(functools.partial(body, slab))
+
+
+def zero_dead(ref: Ref, live: Any, sizes: KernelSizes) -> None:
+    """Zeros in the rows of a tile that no slab reached."""
+    for start in range(0, sizes.block, sizes.step):
+
+        @pl.when(start >= live)
+        def _(rows: slice = slice(start, start + sizes.step)) -> None:
+            ref[rows, :] = jnp.zeros((sizes.step, ref.shape[1]), ref.dtype)
+
+
+def like(array: Array, *shape: int) -> jax.ShapeDtypeStruct:
+    """An output of array's dtype."""
+    return jax.ShapeDtypeStruct(shape, array.dtype)

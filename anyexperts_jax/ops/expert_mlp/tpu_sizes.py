@@ -1,0 +1,177 @@
+"""Block sizes of the TPU kernels: data for the shapes we studied, a heuristic by VMEM for all others."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from anyexperts_jax.core.errors import UserError, require
+
+_MIB = 2**20
+
+
+class Chip(NamedTuple):
+    """What a choice of sizes needs to know of a TPU."""
+
+    vmem_bytes: int  # of one core
+    cores: int  # that share a device: each takes a part of every kernel
+
+
+CHIPS = {
+    "v5e": Chip(128 * _MIB, 1),
+    "v5p": Chip(64 * _MIB, 2),
+    "v6e": Chip(128 * _MIB, 1),
+    "tpu7x": Chip(64 * _MIB, 1),
+}
+UNKNOWN_CHIP = Chip(16 * _MIB, 1)  # as little as any TPU has
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"} | {
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "TPU v7x": "tpu7x",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSizes:
+    """Sizes of one kernel.
+
+    block: rows of a tile, the unit of fetching and skipping; a multiple of `step`.
+    slab: rows of one pass through the matmuls, at most `block`.
+    step: the last pass of a tile takes the fewest multiple of `step` rows that will do.
+    columns: columns of F (or D) whose weights are kept at a time; None keeps an expert's weights whole and fuses.
+    """
+
+    block: int
+    slab: int
+    step: int
+    columns: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.step % 8 == 0 and self.slab % self.step == 0 and self.block % self.step == 0,
+            f"block={self.block} and slab={self.slab} must be multiples of step={self.step}, that one of 8",
+        )
+        require(self.slab <= self.block, f"slab={self.slab} is more than block={self.block}")
+        require(self.columns is None or self.columns % 128 == 0, f"columns={self.columns} must be a multiple of 128")
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuSizes:
+    """Sizes of the three kernels: y; the gradients of x, gate and up; the gradients of the weights."""
+
+    forward: KernelSizes
+    backward: KernelSizes
+    weights: KernelSizes
+    cores: int
+    vmem_bytes: int
+
+
+class Shape(NamedTuple):
+    """What sizes are chosen by: C, D and F, and bytes an element."""
+
+    capacity: int
+    width: int
+    hidden: int
+    itemsize: int
+
+
+def chip_of(device_kind: str) -> Chip:
+    """The chip of a device kind as JAX names it; of an unknown one, the least any TPU has."""
+    return CHIPS[_KINDS[device_kind]] if device_kind in _KINDS else UNKNOWN_CHIP
+
+
+def choose_sizes(chip: Chip, shape: Shape) -> TpuSizes:
+    """Sizes for a shape.
+
+    One fused kernel wherever an expert's weights fit in VMEM twice, the next expert's being fetched meanwhile; else
+    kernels that keep as many columns of them as fit.
+
+    Raises:
+      UserError: not even 128 columns fit.
+    """
+    budget = _SHARE_FOR_BLOCKS * chip.vmem_bytes
+    both = {
+        name: _first_fit(name, _row_candidates(shape), functools.partial(count, shape), budget, shape)
+        for name, count in (("forward", _forward_bytes), ("backward", _backward_bytes))
+    }
+    count = functools.partial(_weights_bytes, shape)
+    weights = _first_fit("weights", _weights_candidates(chip, shape), count, budget, shape)
+    limit = chip.vmem_bytes * 15 // 16
+    return TpuSizes(**both, weights=weights, cores=chip.cores, vmem_bytes=limit)
+
+
+_SHARE_FOR_BLOCKS = 0.75  # of VMEM; the rest is for what the compiler keeps of the values in flight
+_SLAB, _STEP, _SHORT_STEP = 256, 128, 64
+_SHORT_CAPACITY = 512  # up to here half a step's rows are a good part of an expert's
+_BLOCKS = (512, 256, 128)
+
+
+def _row_candidates(shape: Shape) -> Iterator[KernelSizes]:
+    step = min(_SHORT_STEP if shape.capacity <= _SHORT_CAPACITY else _STEP, _round_up(shape.capacity, 16))
+    for columns in (None, *_column_counts(max(shape.width, shape.hidden))):
+        for rows in _BLOCKS:
+            block = min(rows, _round_up(shape.capacity, step))
+            yield KernelSizes(block, _SLAB if block > _SLAB and _SLAB % step == 0 else block, step, columns)
+
+
+def _weights_candidates(chip: Chip, shape: Shape) -> Iterator[KernelSizes]:
+    """Whole columns first; two parts at least where two cores share the work."""
+    step = min(_STEP, _round_up(shape.capacity, 16))
+    for columns in _column_counts(shape.hidden // chip.cores):
+        for rows in _BLOCKS:
+            block = min(rows, _round_up(shape.capacity, step))
+            yield KernelSizes(block, _SLAB if block == _BLOCKS[0] else block, step, columns)
+
+
+def _column_counts(most: int) -> Iterator[int]:
+    """Multiples of 128 from the first that holds `most` downwards, about halving."""
+    columns = _round_up(most, 128)
+    while columns > 128:
+        yield columns
+        columns = _round_up(columns // 2, 128)
+    yield 128
+
+
+def _first_fit(
+    name: str, candidates: Iterable[KernelSizes], count: Callable[[KernelSizes], int], budget: float, shape: Shape
+) -> KernelSizes:
+    least = None
+    for sizes in candidates:
+        least = count(sizes)
+        if least <= budget:
+            return sizes
+    raise UserError(
+        f"{name}: D={shape.width}, F={shape.hidden} at {shape.itemsize} bytes needs {least} bytes of VMEM and "
+        f"{int(budget)} are free; use implementation='xla'"
+    )
+
+
+def _forward_bytes(shape: Shape, sizes: KernelSizes) -> int:
+    """VMEM of the blocks, two of each, and of the scratch; of the larger kernel where there are two."""
+    _, D, F, itemsize = shape
+    if sizes.columns is None:
+        return itemsize * (2 * 3 * D * F + 2 * sizes.block * (2 * D + 2 * F) + sizes.block * F)
+    hidden = 2 * D * sizes.columns + sizes.block * (D + 3 * sizes.columns)
+    down = F * sizes.columns + sizes.block * (F + sizes.columns)
+    return 2 * itemsize * max(hidden, down)
+
+
+def _backward_bytes(shape: Shape, sizes: KernelSizes) -> int:
+    _, D, F, itemsize = shape
+    rows = sizes.block * (max(D, 2 * F) + 2 * D + 3 * F)
+    if sizes.columns is None:
+        return 2 * itemsize * (3 * D * F + rows)
+    hidden = 3 * D * sizes.columns + sizes.block * (2 * D + 5 * sizes.columns)
+    back = 2 * F * sizes.columns + sizes.block * (2 * F + sizes.columns)
+    return 2 * itemsize * max(hidden, back)
+
+
+def _weights_bytes(shape: Shape, sizes: KernelSizes) -> int:
+    C, D, _, itemsize = shape
+    columns = sizes.columns or shape.hidden
+    totals = 0 if sizes.block == sizes.slab and sizes.block >= C else 4 * 3 * D * columns
+    return totals + 2 * itemsize * (3 * D * columns + sizes.block * (2 * D + 3 * columns))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

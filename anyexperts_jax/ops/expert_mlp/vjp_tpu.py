@@ -1,0 +1,125 @@
+"""The TPU kernels as one differentiable function, for operands of any size."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.ops._checks import check_residuals
+from anyexperts_jax.ops._select import device_kind, platform
+from anyexperts_jax.ops.expert_mlp import pallas_tpu
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape, TpuSizes, chip_of, choose_sizes
+
+DTYPES = (jnp.bfloat16, jnp.float32)
+_LANES, _SUBLANES = 128, 16
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuOptions:
+    """How the kernels run.
+
+    residuals: "saved" keeps gate and up for the backward pass, 2 * E * C * F elements of x's dtype; "recomputed" keeps
+      nothing but the operands and computes both again, 2 of the backward pass's then 8 matmuls.
+    sizes: None chooses them by chip and shape.
+    interpret: pltpu.InterpretParams runs the kernels on CPU, for tests.
+    """
+
+    residuals: str = "saved"
+    sizes: TpuSizes | None = None
+    interpret: Any = False
+
+    def __post_init__(self) -> None:
+        check_residuals(self.residuals)
+
+
+def expert_mlp_pallas_tpu(
+    x_ECD: Float[Array, "E C D"],
+    counts_E: Int[Array, "E"],
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    *,
+    options: TpuOptions = TpuOptions(),
+) -> Float[Array, "E C D"]:
+    """`expert_mlp` by the kernels. D and F that are no multiples of 128, or C of 16, cost padded copies.
+
+    Raises:
+      UserError: no TPU, a dtype the kernels do not take, or weights of which no part fits in VMEM.
+    """
+    require(
+        bool(options.interpret) or platform() == "tpu",
+        f"implementation='pallas_tpu' needs a TPU and the platform is {platform()!r}; use implementation='xla'",
+    )
+    require(
+        x_ECD.dtype in DTYPES,
+        f"implementation='pallas_tpu' takes bfloat16 or float32 and x is {x_ECD.dtype}; use implementation='xla'",
+    )
+    return _expert_mlp(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _expert_mlp(
+    x_ECD: Array, counts_E: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array, options: TpuOptions
+) -> Array:
+    return _run(x_ECD, counts_E, (w_gate_EDF, w_up_EDF, w_down_EFD), options, keep=False)[0]
+
+
+def _forward(
+    x_ECD: Array, counts_E: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array, options: TpuOptions
+) -> tuple[Array, tuple]:
+    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
+    y_ECD, kept = _run(x_ECD, counts_E, weights, options, keep=options.residuals == "saved")
+    return y_ECD, (x_ECD, counts_E, weights, kept)
+
+
+def _backward(options: TpuOptions, residuals: tuple, d_y_ECD: Array) -> tuple[Array | None, ...]:
+    x_ECD, counts_E, weights, kept = residuals
+    shapes = [a.shape for a in (x_ECD, *weights)]
+    x_ECD, d_y_ECD = _pad_rows(x_ECD), _pad_rows(d_y_ECD.astype(x_ECD.dtype))
+    weights = tuple(_pad(w, (1, _LANES, _LANES)) for w in weights)
+    how: dict[str, Any] = {"sizes": _sizes(x_ECD, weights[0], options), "interpret": options.interpret}
+    d_x_ECD, d_hidden = pallas_tpu.rows_backward(x_ECD, counts_E, kept, *weights, d_y_ECD=d_y_ECD, **how)
+    d_weights = pallas_tpu.weights_backward(x_ECD, counts_E, *d_hidden, d_y_ECD=d_y_ECD, **how)
+    gradients = [_cut(a, shape) for a, shape in zip((d_x_ECD, *d_weights), shapes, strict=True)]
+    return gradients[0], None, *gradients[1:]
+
+
+_expert_mlp.defvjp(_forward, _backward)
+
+
+def _run(
+    x_ECD: Array, counts_E: Array, weights: tuple[Array, ...], options: TpuOptions, *, keep: bool
+) -> tuple[Array, tuple[Array, ...]]:
+    """(y_ECD, padded gate and up if `keep`)."""
+    shape, x_ECD = x_ECD.shape, _pad_rows(x_ECD)
+    weights = tuple(_pad(w, (1, _LANES, _LANES)) for w in weights)
+    sizes = _sizes(x_ECD, weights[0], options)
+    y_ECD, kept = pallas_tpu.forward(x_ECD, counts_E, *weights, sizes=sizes, keep=keep, interpret=options.interpret)
+    return _cut(y_ECD, shape), kept
+
+
+def _sizes(x_ECD: Array, w_gate_EDF: Array, options: TpuOptions) -> TpuSizes:
+    """Those asked for, or those of the chip the computation is for."""
+    if options.sizes is not None:
+        return options.sizes
+    _, capacity, width = x_ECD.shape
+    shape = Shape(capacity, width, w_gate_EDF.shape[2], x_ECD.dtype.itemsize)
+    return choose_sizes(chip_of(device_kind()), shape)
+
+
+def _pad_rows(a_ECD: Array) -> Array:
+    return _pad(a_ECD, (1, _SUBLANES, _LANES))
+
+
+def _pad(a: Array, multiples: tuple[int, ...]) -> Array:
+    """Zeros up to multiples of `multiples`; the array itself where there are none to add."""
+    extra = [-size % multiple for size, multiple in zip(a.shape, multiples, strict=True)]
+    return jnp.pad(a, [(0, n) for n in extra]) if any(extra) else a
+
+
+def _cut(a: Array, shape: tuple[int, ...]) -> Array:
+    return a if a.shape == shape else a[tuple(slice(size) for size in shape)]

@@ -1,0 +1,31 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anyexperts_jax.ops.expert_mlp.tiles import list_tiles
+
+
+def entries(tiles, stop):
+    return list(zip(*(np.asarray(a)[:stop].tolist() for a in tiles[:7]), strict=True))
+
+
+def test_live_tiles_come_first_then_empty_experts_then_the_rest():
+    tiles = list_tiles(jnp.array([5, 0, 8, 9]), 12, 4)
+    live = [(0, 1, 0, 1, 1, 1, 0), (0, 0, 0, 0, 4, 0, 1)]  # expert, block, both again as sources, rows, opens, closes
+    live += [(2, 1, 2, 1, 4, 1, 0), (2, 0, 2, 0, 4, 0, 1)]
+    live += [(3, 2, 3, 2, 1, 1, 0), (3, 1, 3, 1, 4, 0, 0), (3, 0, 3, 0, 4, 0, 1)]
+    assert (int(tiles.num_live), int(tiles.num_touched)) == (7, 8)
+    assert entries(tiles, 7) == live
+    assert entries(tiles, 8)[7] == (1, 0, 3, 0, 0, 1, 1)
+    assert not np.any(np.asarray(tiles.rows)[7:])
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [7, 0, 3], [100, -4, 7], [7, 7, 7]])
+def test_every_tile_is_listed_once(counts):
+    tiles = list_tiles(jnp.array(counts), 7, 4)
+    own = list(zip(tiles.expert.tolist(), tiles.block.tolist(), strict=True))
+    assert sorted(own[:-1]) == [(e, b) for e in range(3) for b in range(2)]
+    assert own[-1] == own[-2]
+    assert int(tiles.rows[:-1].sum()) == sum(min(max(c, 0), 7) for c in counts)
+    touched = [e for e, _ in own[: int(tiles.num_touched)]]
+    assert set(touched) == {0, 1, 2}
