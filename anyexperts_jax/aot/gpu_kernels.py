@@ -58,10 +58,7 @@ def _module_cases(k: Any, tiles: Any, shape: Shape, dtype: str) -> dict[str, Cas
 
 
 def cases() -> Iterator[tuple[str, Case, Target]]:
-    """("target/implementation/shape/dtype/kernel", case, target) of everything that is compiled."""
-    for name, shape in SHAPES.items():
-        for kernel, case in mosaic_cases(shape).items():
-            yield f"H100/pallas_gpu/{name}/bfloat16/{kernel}", case, H100
+    """("target/implementation/shape/dtype/kernel", case, target) of every Triton kernel."""
     for (target_name, target), (name, shape), dtype in itertools.product(TARGETS.items(), SHAPES.items(), DTYPES):
         for kernel, case in triton_cases(shape, dtype, target).items():
             yield f"{target_name}/pallas_triton/{name}/{dtype}/{kernel}", case, target
