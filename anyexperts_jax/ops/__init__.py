@@ -4,5 +4,5 @@ api        checks, choice of implementation; the only module callers import
 reference  the op in plain `jax.numpy`, short enough to be read against its definition
 xla        forward and backward as XLA runs them well
 vjp        ties the two together as a `custom_vjp`
-pallas_tpu kernels for TPU (`expert_mlp`), with `tiles`, `tpu_grid` and `tpu_sizes` beside them and `vjp_tpu` above
+pallas_*   kernels for one kind of device, which know nothing of derivatives; `vjp_tpu`, `vjp_gpu` tie them together
 """

@@ -77,7 +77,8 @@ def test_counts_past_the_buffer_mean_all_rows():
 
 def test_errors_name_value_and_rule():
     x, counts, *weights = make_operands()
-    with pytest.raises(UserError, match=r"^implementation='cuda' is unknown; valid: reference, xla, pallas_tpu$"):
+    valid = "reference, xla, pallas_tpu, pallas_gpu, pallas_triton"
+    with pytest.raises(UserError, match=f"^implementation='cuda' is unknown; valid: {valid}$"):
         expert_mlp(x, counts, *weights, "cuda")
     with pytest.raises(UserError, match=r"^w_gate_EDF is float32 and x is bfloat16; cast one of them$"):
         expert_mlp(x.astype(jnp.bfloat16), counts, *weights)

@@ -18,6 +18,18 @@ def _pallas_tpu(x_ECD: Array, counts_E: Array, *weights: Array, residuals: str) 
     return vjp_tpu.expert_mlp_pallas_tpu(x_ECD, counts_E, *weights, options=vjp_tpu.TpuOptions(residuals=residuals))
 
 
+def _pallas_gpu(x_ECD: Array, counts_E: Array, *weights: Array, residuals: str) -> Array:
+    from anyexperts_jax.ops.expert_mlp import vjp_gpu
+
+    return vjp_gpu.expert_mlp_mosaic(x_ECD, counts_E, *weights, options=vjp_gpu.Options(residuals=residuals))
+
+
+def _pallas_triton(x_ECD: Array, counts_E: Array, *weights: Array, residuals: str) -> Array:
+    from anyexperts_jax.ops.expert_mlp import vjp_gpu
+
+    return vjp_gpu.expert_mlp_triton(x_ECD, counts_E, *weights, options=vjp_gpu.Options(residuals=residuals))
+
+
 def _plain(run: Callable[..., Array]) -> Callable[..., Array]:
     """An implementation that keeps what it keeps, or is computed again as a whole."""
 
@@ -31,6 +43,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "reference": _plain(reference.expert_mlp),
     "xla": _plain(vjp.expert_mlp_xla),
     "pallas_tpu": _pallas_tpu,
+    "pallas_gpu": _pallas_gpu,
+    "pallas_triton": _pallas_triton,
 }
 
 
@@ -55,7 +69,8 @@ def expert_mlp(
     in float32; the result has x's dtype.
 
     Args:
-      implementation: "pallas_tpu", "xla" or "reference". None is "pallas_tpu" where the mesh in use, or else JAX's
+      implementation: "pallas_tpu", "pallas_gpu" (Hopper, bfloat16), "pallas_triton" (NVIDIA GPUs; bfloat16, and
+        float32 multiplied as TF32), "xla" or "reference". None is "pallas_tpu" where the mesh in use, or else JAX's
         default backend, is a TPU and x is bfloat16 or float32, and "xla" everywhere else.
       residuals: "saved" keeps gate and up for the backward pass, 2 * E * C * F elements of x's dtype; "recomputed"
         keeps nothing but the operands.

@@ -1,0 +1,158 @@
+"""Compiles a kernel for a GPU that is not here and reads what it takes of the chip. All figures are static."""
+
+import contextlib
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from anyexperts_jax.core.errors import UserError, require
+
+_TARGETS = pathlib.Path(__file__).parent / "targets"
+_TENSOR_CORES = re.compile(r"\b(wgmma|mma\.sync)\b")  # the instructions that multiply matrices
+_DUMP_VARIABLE = "MOSAIC_GPU_DUMP_TO"
+_PACKAGES = ("jax_cuda13_plugin", "nvidia.cu13")  # what the extra `aot-gpu` installs
+
+
+class Target(NamedTuple):
+    """A GPU to compile for."""
+
+    file: str  # of `targets/`
+    device_kind: str
+    cores: int
+    arch: str  # as ptxas calls it, with the instructions of this architecture alone
+
+
+H100 = Target(file="h100.txtpb", device_kind="NVIDIA H100 80GB HBM3", cores=132, arch="sm_90a")
+A100 = Target(file="a100.txtpb", device_kind="NVIDIA A100-SXM4-80GB", cores=108, arch="sm_80")
+
+
+class KernelReport(NamedTuple):
+    """What one kernel takes of the chip."""
+
+    kernel: str
+    threads: int
+    registers: int  # per thread; 255 is the limit
+    spill_bytes: int  # per thread, stores and loads
+    shared_bytes: int  # per block
+    tensor_cores: str  # "wgmma" or "mma.sync"
+    tma: bool  # True: tiles are copied by the tensor memory accelerator
+
+
+def missing_packages() -> list[str]:
+    """The packages a deviceless compile needs and does not find."""
+    return [name for name in _PACKAGES if not _installed(name)]
+
+
+def compile_kernel(fn: Callable[..., Any], args: tuple[Any, ...], target: Target = H100) -> KernelReport:
+    """Compiles `fn`, which calls one kernel, and reads the report.
+
+    Args:
+      args: `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      UserError: packages are missing, `fn` calls no kernel or several, or the compiler refuses the kernel.
+    """
+    missing = missing_packages()
+    require(not missing, f"compiling for {target.device_kind} needs {', '.join(missing)}: pip install '.[aot-gpu]'")
+    with tempfile.TemporaryDirectory() as folder, _mosaic_dump(folder):
+        lowered = _lower(fn, args, target)
+        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
+        texts = {path: path.read_text() for path in sorted(pathlib.Path(folder).glob("*.ptx"))}
+        kernels = [path for path, text in texts.items() if _TENSOR_CORES.search(text)]
+        require(len(kernels) == 1, f"{len(kernels)} kernels with matmuls were compiled where one was expected")
+        return _read(kernels[0], target)
+
+
+def abstract_gpu(target: Target = H100) -> contextlib.AbstractContextManager[Any]:
+    """Within it, traces are for one `target`."""
+    device = AbstractDevice(device_kind=target.device_kind, num_cores=target.cores, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+@contextlib.contextmanager
+def _mosaic_dump(folder: str) -> Iterator[None]:
+    """Has Mosaic GPU, which compiles while it is lowered and knows no option for this, write what it makes."""
+    before = os.environ.get(_DUMP_VARIABLE)
+    os.environ[_DUMP_VARIABLE] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_DUMP_VARIABLE]
+        else:
+            os.environ[_DUMP_VARIABLE] = before
+
+
+def _dynamic_shared_bytes(folder: pathlib.Path, kernel: str) -> int:
+    """Shared memory asked for at launch: Mosaic states its kernel's, XLA that of each kernel it knows by name."""
+    for path in folder.glob("*.resources.txt"):
+        return _number(r"smem_scratch_bytes=(\d+)", path.read_text())
+    launches = "".join(path.read_text() for path in folder.glob("*thunk_sequence.txt"))
+    return _number(rf"\b{kernel}\b.*shared_memory: (\d+)", launches)
+
+
+def _lower(fn: Callable[..., Any], args: tuple[Any, ...], target: Target) -> Any:
+    sharding = NamedSharding(Mesh(np.array(_topology(target).devices[:1]), ("x",)), PartitionSpec())
+    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in args]
+    with abstract_gpu(target):
+        return jax.jit(fn).lower(*placed)
+
+
+@functools.cache
+def _topology(target: Target) -> Any:
+    config = (_TARGETS / target.file).read_text()
+    return topologies.get_topology_desc(topology_name="gpu", platform="cuda", target_config=config, topology="1x1x1")
+
+
+def _read(ptx: pathlib.Path, target: Target) -> KernelReport:
+    text = ptx.read_text()
+    command = [_tool("ptxas"), "-v", f"-arch={target.arch}", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    require(done.returncode == 0, f"ptxas refuses the kernel: {' '.join(done.stderr.split())[:300]}")
+    kernel = _first(r"\.entry\s+(\w+)", text)
+    return KernelReport(
+        kernel=kernel,
+        threads=_number(r"\.reqntid\s+(\d+)", text) or _number(r"\.maxntid\s+(\d+)", text),
+        registers=_number(r"Used (\d+) registers", done.stderr),
+        spill_bytes=sum(_number(rf"(\d+) bytes spill {what}", done.stderr) for what in ("stores", "loads")),
+        shared_bytes=max(_number(r"(\d+) bytes smem", done.stderr), _dynamic_shared_bytes(ptx.parent, kernel)),
+        tensor_cores=_first(_TENSOR_CORES.pattern, text),
+        tma="cp.async.bulk.tensor" in text,
+    )
+
+
+def _installed(name: str) -> bool:
+    parent = name.rpartition(".")[0]
+    return (not parent or _installed(parent)) and importlib.util.find_spec(name) is not None
+
+
+def _tool(name: str) -> str:
+    """The wheel's own tool first: it understands the PTX that the wheel's XLA writes, which an older one may not."""
+    spec = importlib.util.find_spec("nvidia.cu13")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for path in (*(str(pathlib.Path(folder) / "bin" / name) for folder in folders), shutil.which(name)):
+        if path and pathlib.Path(path).exists():
+            return path
+    raise UserError(f"no {name} found: pip install '.[aot-gpu]'")
+
+
+def _first(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    return found.group(1) if found else ""
+
+
+def _number(pattern: str, text: str) -> int:
+    return int(_first(pattern, text) or 0)

@@ -1,0 +1,59 @@
+"""Which GPU a trace is for, and the refusal where there is none."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from anyexperts_jax.core.errors import require
+
+_HOPPER = ("H100", "H200", "H800", "H20")  # GH200 contains H200
+
+
+def gpu_kind() -> str | None:
+    """The device kind of the GPU that a trace made now will run on: of the mesh in use, else of the default backend.
+
+    None where that is no GPU.
+    """
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    if abstract is not None:
+        return abstract.device_kind if abstract.platform == "gpu" else None
+    device = jax.devices()[0]
+    return device.device_kind if device.platform == "gpu" else None
+
+
+def is_hopper(kind: str | None) -> bool:
+    """True for the GPUs of compute capability 9.0, known by name: a deviceless compile knows no more of them."""
+    return kind is not None and any(name in kind for name in _HOPPER)
+
+
+def is_nvidia(kind: str | None) -> bool:
+    """True for the names NVIDIA gives its GPUs."""
+    return kind is not None and kind.startswith(("NVIDIA", "Tesla", "Quadro"))
+
+
+def require_nvidia(implementation: str) -> None:
+    """Raises `UserError` unless traces are for an NVIDIA GPU."""
+    kind = gpu_kind()
+    here = kind or jax.default_backend()
+    message = f"implementation={implementation!r} needs an NVIDIA GPU and this runs on {here}; use implementation='xla'"
+    require(is_nvidia(kind), message)
+
+
+def require_hopper(implementation: str) -> None:
+    """Raises `UserError` unless traces are for a Hopper GPU."""
+    kind = gpu_kind()
+    here, instead = kind or jax.default_backend(), "pallas_triton" if is_nvidia(kind) else "xla"
+    require(
+        is_hopper(kind),
+        f"implementation={implementation!r} needs a Hopper GPU and this runs on {here}; use implementation={instead!r}",
+    )
+
+
+def require_dtype(implementation: str, dtype: jnp.dtype, valid: tuple[Any, ...], *, instead: str) -> None:
+    """Raises `UserError` unless `dtype` is one of `valid`, naming an implementation that takes more."""
+    names = " and ".join(jnp.dtype(d).name for d in valid)
+    require(
+        dtype in valid,
+        f"implementation={implementation!r} takes {names} and x is {dtype}; cast it or use implementation={instead!r}",
+    )

@@ -1,0 +1,59 @@
+"""Writes experiments/results/kernels_gpu.{json,md}: what the GPU kernels take of a chip, read from the compiler.
+
+    python experiments/bench/kernels_gpu.py [FOLDER]
+
+Needs no GPU, but the extra `aot-gpu`. Takes about a minute. The figures are static; nothing is run.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+
+from anyexperts_jax.aot.gpu_kernels import SHAPES, TARGETS, reports
+
+COMMAND = "python experiments/bench/kernels_gpu.py"
+COLUMNS = ("kernel", "registers", "spilled bytes", "shared KiB", "threads", "tensor cores", "TMA")
+
+
+def main(folder: pathlib.Path) -> None:
+    kernels = {name: report._asdict() for name, report in reports()}
+    result = {
+        "command": COMMAND,
+        "targets": {name: target.device_kind for name, target in TARGETS.items()},
+        "jax": jax.__version__,
+        "note": "static: read from compiler output, nothing was run",
+        "shapes": {name: shape._asdict() for name, shape in SHAPES.items()},
+        "kernels": kernels,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "kernels_gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "kernels_gpu.md").write_text(as_markdown(result))
+
+
+def as_markdown(result: dict) -> str:
+    shapes = "; ".join(
+        f"{name}: E {s['experts']}, C {s['capacity']}, D {s['width']}, F {s['hidden']}"
+        for name, s in result["shapes"].items()
+    )
+    lines = [
+        "# GPU kernels (static)",
+        "",
+        f"`{result['command']}`, JAX {result['jax']}. Read from ptxas and XLA; nothing was run, no figure is a time.",
+        "Registers are per thread (the limit is 255), shared memory per block (the limit is 227 KiB on an H100 and",
+        '163 KiB on an A100). "kept" is the forward kernel when a gradient will follow.',
+        f"{shapes}.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    for name, k in result["kernels"].items():
+        shared, tma = f"{k['shared_bytes'] / 1024:g}", "yes" if k["tma"] else "no"
+        cells = (name, k["registers"], k["spill_bytes"], shared, k["threads"], k["tensor_cores"], tma)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else "experiments/results"))

@@ -1,0 +1,94 @@
+"""Every GPU kernel compiles for GPUs that are not here and takes no more of them than the committed table says.
+
+The table is experiments/results/kernels_gpu.json; after a change that is meant to cost registers or shared memory,
+experiments/bench/kernels_gpu.py writes it anew.
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from anyexperts_jax.aot.gpu import abstract_gpu, compile_kernel, missing_packages
+from anyexperts_jax.aot.gpu_kernels import SHAPES, cases, mosaic_cases, triton_cases
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.ops.expert_mlp import pallas_triton
+from anyexperts_jax.ops.expert_mlp.pallas_triton import Tile
+from anyexperts_jax.ops.expert_mlp.vjp_gpu import expert_mlp_mosaic, expert_mlp_triton
+
+TABLE = json.loads(
+    (pathlib.Path(__file__).resolve().parents[2] / "experiments" / "results" / "kernels_gpu.json").read_text()
+)["kernels"]
+REGISTER_SLACK = 16  # what another version of the compiler may add
+CASES = {name: (case, target) for name, case, target in cases()}
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(bool(missing_packages()), reason=f"not installed: {', '.join(missing_packages())}"),
+]
+
+
+def check(report, golden):
+    assert report.spill_bytes == 0
+    assert report.tensor_cores == golden["tensor_cores"]
+    assert report.tma == golden["tma"]
+    assert report.registers <= golden["registers"] + REGISTER_SLACK
+    assert report.shared_bytes <= golden["shared_bytes"]
+
+
+def test_the_table_holds_every_kernel():
+    assert list(TABLE) == list(CASES)
+
+
+def test_every_kernel_of_the_table_is_on_tensor_cores_and_spills_nothing():
+    for name, golden in TABLE.items():
+        assert golden["spill_bytes"] == 0, name
+        assert golden["tensor_cores"] == ("wgmma" if name.startswith("H100") else "mma.sync"), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_takes_no_more_than_the_table_says(name):
+    case, target = CASES[name]
+    check(compile_kernel(*case, target), TABLE[name])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kernel", mosaic_cases(SHAPES["P"]))
+def test_mosaic_kernels_use_wgmma_and_tma_and_spill_nothing(kernel, shape):
+    report = compile_kernel(*mosaic_cases(SHAPES[shape])[kernel])
+    assert (report.spill_bytes, report.tensor_cores, report.tma) == (0, "wgmma", True)
+    assert report.registers <= 168  # 384 threads share 65536
+    assert report.shared_bytes <= 227 * 1024
+
+
+def test_the_check_sees_a_tile_that_spills():
+    _, operands = triton_cases(SHAPES["A"], "bfloat16")["d_gate_up"]
+    tile = Tile(m=128, n=128, k=64, warps=8, stages=4)
+    report = compile_kernel(lambda *a: pallas_triton.d_gate_up(*a, tile=tile, interpret=False), operands)
+    assert report.spill_bytes > 0
+    with pytest.raises(AssertionError):
+        check(report, TABLE["H100/pallas_triton/A/bfloat16/d_gate_up"])
+
+
+def test_a_tile_that_does_not_fit_is_refused_by_the_compiler():
+    _, operands = triton_cases(SHAPES["A"], "bfloat16")["down"]
+    tile = Tile(m=128, n=128, k=64, warps=8, stages=9)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"[Ss]hared memory"):
+        compile_kernel(lambda *a: pallas_triton.down(*a, tile=tile, interpret=False), operands)
+
+
+def test_two_kernels_are_not_read_as_one():
+    fn, operands = triton_cases(SHAPES["P"], "bfloat16")["down"]
+    with pytest.raises(UserError, match=r"^2 kernels with matmuls were compiled where one was expected$"):
+        compile_kernel(lambda *a: (fn(*a), fn(a[0] + 1, *a[1:])), operands)
+
+
+def test_the_whole_layer_traces_for_a_gpu_without_interpret_mode():
+    shapes = ((4, 48, 64), (4,), (4, 64, 32), (4, 64, 32), (4, 32, 64))
+    dtypes = (jnp.bfloat16, jnp.int32, *(jnp.bfloat16,) * 3)
+    operands = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)]
+    with abstract_gpu():
+        for implementation in (expert_mlp_triton, expert_mlp_mosaic):
+            assert jax.eval_shape(implementation, *operands).shape == (4, 48, 64)

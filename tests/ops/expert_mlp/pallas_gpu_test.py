@@ -1,0 +1,82 @@
+"""The Mosaic GPU kernels in interpret mode: shared memory holds NaN before it is written, and races raise."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.ops.expert_mlp import expert_mlp, pallas_gpu
+from anyexperts_jax.ops.expert_mlp.vjp_gpu import Options, expert_mlp_mosaic
+from tests.ops.expert_mlp.gpu_cases import check, counts_cases, expected, make_operands, run
+
+# JAX 0.10 has the interpreter but not its public name, and stops where TMA reads zeros past an array's edge.
+TMA_EDGES = jax.version.__version_info__ >= (0, 12)
+PARAMS = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params").InterpretGPUParams
+
+BLOCK = 128  # the smallest tile the kernels take
+CAPACITY = BLOCK + 5 if TMA_EDGES else 2 * BLOCK
+COUNTS = counts_cases(BLOCK, CAPACITY)
+del COUNTS["every other empty"], COUNTS["all full"]  # seconds each; what they would show, the Triton tests do
+SIZES = {"capacity": CAPACITY, "width": 60, "hidden": 50}  # padded to 64 by the wrapper
+SMALL = pallas_gpu.Tiles(*(pallas_gpu.Tile(m=BLOCK, n=64, k=64, stages=2),) * 6)
+OPTIONS = Options(tiles=SMALL, interpret=PARAMS(detect_races=True))
+
+
+@functools.cache
+def compiled(options=OPTIONS):
+    """One program for all counts of a shape."""
+    return jax.jit(functools.partial(run, functools.partial(expert_mlp_mosaic, options=options)))
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_values_and_gradients(counts):
+    operands = make_operands(counts, jnp.bfloat16, **SIZES)
+    check(compiled()(operands), expected(operands), jnp.bfloat16)
+
+
+@pytest.mark.skipif(not TMA_EDGES, reason="JAX 0.10's interpreter does not read past an array's edge")
+@pytest.mark.parametrize("residuals", ["saved", "recomputed"])
+def test_widths_that_end_inside_a_tile(residuals):
+    operands = make_operands((BLOCK + 2, 5), jnp.bfloat16, capacity=BLOCK + 8, width=192, hidden=192)
+    tiles = pallas_gpu.Tiles(*(pallas_gpu.Tile(m=BLOCK, n=128, k=64, stages=2),) * 6)
+    results = compiled(OPTIONS._replace(tiles=tiles, residuals=residuals))(operands)
+    check(results, expected(operands), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda o: o._replace(w_gate_EDF=o.w_up_EDF, w_up_EDF=o.w_gate_EDF),
+        lambda o: o._replace(counts_E=o.counts_E + 1),
+        lambda o: o._replace(counts_E=jnp.maximum(o.counts_E - 1, 0)),
+    ],
+    ids=["gate and up swapped", "a count too many", "a count too few"],
+)
+def test_the_checks_catch(fault):
+    operands = make_operands(COUNTS["first and last empty"], jnp.bfloat16, **SIZES)
+    with pytest.raises(AssertionError):
+        check(compiled()(fault(operands)), expected(operands), jnp.bfloat16)
+
+
+def test_the_checks_catch_kernels_that_store_dead_rows(monkeypatch):
+    store = pallas_gpu._store
+    monkeypatch.setattr(pallas_gpu, "_store", lambda *args: store(*args[:-2], None, args[-1]))
+    operands = make_operands((3,), jnp.bfloat16, capacity=BLOCK, width=64, hidden=64)
+    broken = jax.jit(lambda o: run(functools.partial(expert_mlp_mosaic, options=OPTIONS), o))
+    with pytest.raises(AssertionError):
+        check(broken(operands), expected(operands), jnp.bfloat16)
+
+
+def test_errors_say_why_and_what_to_do():
+    operands = make_operands((3,), jnp.bfloat16, **SIZES)[:-1]
+    message = "implementation='pallas_gpu' needs a Hopper GPU and this runs on cpu; use implementation='xla'"
+    with pytest.raises(UserError, match=f"^{message}$"):
+        expert_mlp(*operands, implementation="pallas_gpu")
+    wide = make_operands((3,), np.float32, **SIZES)[:-1]
+    message = "implementation='pallas_gpu' takes bfloat16 and x is float32; cast it or use implementation="
+    with pytest.raises(UserError, match=f"^{message}'pallas_triton'$"):
+        expert_mlp_mosaic(*wide, OPTIONS)
