@@ -1,6 +1,7 @@
 """`expert_mlp`: every expert's SwiGLU MLP over its own buffer of rows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,16 @@ def _pallas_tpu(x_ECD: Array, counts_E: Array, *weights: Array, residuals: str) 
     return vjp_tpu.expert_mlp_pallas_tpu(x_ECD, counts_E, *weights, options=vjp_tpu.TpuOptions(residuals=residuals))
 
 
-def _pallas_gpu(x_ECD: Array, counts_E: Array, *weights: Array, residuals: str) -> Array:
+def _pallas_gpu(*operands: Any, residuals: str) -> Array:
     from anyexperts_jax.ops.expert_mlp import vjp_gpu
 
-    return vjp_gpu.expert_mlp_mosaic(x_ECD, counts_E, *weights, options=vjp_gpu.Options(residuals=residuals))
+    return vjp_gpu.expert_mlp_mosaic(*operands, options=vjp_gpu.Options(residuals=residuals))
 
 
-def _pallas_triton(x_ECD: Array, counts_E: Array, *weights: Array, residuals: str) -> Array:
+def _pallas_triton(*operands: Any, residuals: str) -> Array:
     from anyexperts_jax.ops.expert_mlp import vjp_gpu
 
-    return vjp_gpu.expert_mlp_triton(x_ECD, counts_E, *weights, options=vjp_gpu.Options(residuals=residuals))
+    return vjp_gpu.expert_mlp_triton(*operands, options=vjp_gpu.Options(residuals=residuals))
 
 
 def _plain(run: Callable[..., Array]) -> Callable[..., Array]:

@@ -145,7 +145,7 @@ def _call(
     """The kernel over the tiles of its results; `epilogue_tiles` more tiles of shared memory, and their barriers."""
     experts, height, width = outs[0]
     tile_smem = plgpu.SMEM((tile.m, tile.n), dtype, transforms=_transforms(tile.n, dtype))
-    barriers = [plgpu.Barrier(num_arrivals=epilogue_tiles, num_barriers=_WORKERS)] if epilogue_tiles else []
+    barriers: list[Any] = [plgpu.Barrier(num_arrivals=epilogue_tiles, num_barriers=_WORKERS)] if epilogue_tiles else []
     body = functools.partial(kernel, tile=tile)
     body.__name__ = kernel.__name__.strip("_")  # type: ignore[attr-defined]
     return plgpu.kernel(
@@ -155,7 +155,7 @@ def _call(
         grid_names=("row", "column", "expert"),
         num_threads=_WORKERS + 1,
         thread_name="warpgroup",
-        scratch_types=[tile_smem] * (1 + epilogue_tiles) + barriers,
+        scratch_types=[*[tile_smem] * (1 + epilogue_tiles), *barriers],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret or None,
     )
@@ -382,4 +382,5 @@ def _transforms(width: int, dtype: Any) -> tuple[Any, ...]:
     """The layout in shared memory that wgmma reads and TMA writes, for tiles with rows of `width`."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(width * itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+    classes: Any = plgpu  # whose stubs leave these two abstract
+    return classes.TilingTransform((8, swizzle // itemsize)), classes.SwizzleTransform(swizzle)

@@ -292,8 +292,9 @@ def _load(ref: Any, row: Array, column: Array, height: int, width: int, *, rows:
 
 def _store(ref: Any, row: Array, column: Array, value: Array, *, rows: Array | None = None) -> None:
     """Writes the tile at (row, column) as far as it lies below `rows` and inside the array."""
-    mask = _inside(ref.shape, row, column, *value.shape, rows)
-    plgpu.store(ref.at[pl.ds(row, value.shape[0]), pl.ds(column, value.shape[1])], value, mask=mask)
+    height, width = value.shape
+    mask = _inside(ref.shape, row, column, height, width, rows)
+    plgpu.store(ref.at[pl.ds(row, height), pl.ds(column, width)], value, mask=mask)
 
 
 def _inside(
