@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.errors import require
 from anyexperts_jax.ops._gpu import gpu_kind, require_dtype, require_hopper, require_nvidia
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
 
@@ -60,8 +61,13 @@ def expert_mlp_mosaic(
     """`expert_mlp` by the Pallas Mosaic GPU kernels. C that is no multiple of 8, or D or F of 64, costs padded copies.
 
     Raises:
-      UserError: no Hopper GPU to run on, or a dtype the kernels do not take.
+      UserError: a JAX before 0.12, no Hopper GPU to run on, or a dtype the kernels do not take.
     """
+    version = jax.__version__
+    require(
+        jax.__version_info__ >= (0, 12),
+        f"implementation='pallas_gpu' needs JAX 0.12 and this is {version}; upgrade it or use 'pallas_triton'",
+    )
     if not options.interpret:
         require_hopper("pallas_gpu")
     require_dtype("pallas_gpu", x_ECD.dtype, (jnp.bfloat16,), instead="pallas_triton")
