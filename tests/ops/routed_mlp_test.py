@@ -101,14 +101,22 @@ def test_bfloat16_in_every_form(form):
 
 def test_the_shape_decides_the_form(monkeypatch):
     taken = []
+
+    def stand_in(name):
+        def forward(x_ND, *operands, keep):
+            taken.append(name)
+            return x_ND, None
+
+        return forward
+
     monkeypatch.setattr(xla, "has_fast_batched_dots", lambda dtype: True)
-    for name in ("batched", "loop"):
-        module = getattr(xla, name)
-        monkeypatch.setattr(module, "forward", lambda *a, name=name, **k: taken.append(name) or (None, None))
+    monkeypatch.setattr(xla.batched, "forward", stand_in("batched"))
+    monkeypatch.setattr(xla.loop, "forward", stand_in("loop"))
     for tokens, slots, experts in ((8, 6, 8), (4096, 8, 32)):  # 6 and 1024 rows an expert
         weights_NK = jnp.zeros((tokens, slots))
         order = sort_slots(jnp.zeros((tokens, slots), jnp.int32), experts)
-        xla.forward(jnp.zeros((tokens, 4)), weights_NK, order, (), keep=False)
+        weights = (jnp.zeros((experts, 4, 3)), jnp.zeros((experts, 4, 3)), jnp.zeros((experts, 3, 4)))
+        xla.forward(jnp.zeros((tokens, 4)), weights_NK, order, weights, keep=False)
     assert taken == ["batched", "loop"]
 
 
