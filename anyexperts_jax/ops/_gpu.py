@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.ops._select import device_kind, platform
 
 _HOPPER = ("H100", "H200", "H800", "H20")  # GH200 contains H200
 
@@ -15,11 +15,7 @@ def gpu_kind() -> str | None:
 
     None where that is no GPU.
     """
-    abstract = jax.sharding.get_abstract_mesh().abstract_device
-    if abstract is not None:
-        return abstract.device_kind if abstract.platform == "gpu" else None
-    device = jax.devices()[0]
-    return device.device_kind if device.platform == "gpu" else None
+    return device_kind() if platform() == "gpu" else None
 
 
 def is_hopper(kind: str | None) -> bool:
@@ -35,7 +31,7 @@ def is_nvidia(kind: str | None) -> bool:
 def require_nvidia(implementation: str) -> None:
     """Raises `UserError` unless traces are for an NVIDIA GPU."""
     kind = gpu_kind()
-    here = kind or jax.default_backend()
+    here = kind or platform()
     message = f"implementation={implementation!r} needs an NVIDIA GPU and this runs on {here}; use implementation='xla'"
     require(is_nvidia(kind), message)
 
@@ -43,7 +39,7 @@ def require_nvidia(implementation: str) -> None:
 def require_hopper(implementation: str) -> None:
     """Raises `UserError` unless traces are for a Hopper GPU."""
     kind = gpu_kind()
-    here, instead = kind or jax.default_backend(), "pallas_triton" if is_nvidia(kind) else "xla"
+    here, instead = kind or platform(), "pallas_triton" if is_nvidia(kind) else "xla"
     require(
         is_hopper(kind),
         f"implementation={implementation!r} needs a Hopper GPU and this runs on {here}; use implementation={instead!r}",

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from anyexperts_jax.routing.losses import masked_mean
+
 
 @jax.custom_vjp
 def rank_by_salience(
@@ -22,7 +24,7 @@ def rank_by_salience(
     2 (w - q) / N. The value returned is that of a q of 1/2 for every token. The ranks' mean is 1/2 whatever they are:
     the loss moves slots from token to token within one budget. To dispatch, use the weights returned here.
     """
-    return weights_NK, _mean_square(importance_N - 0.5, valid_N)
+    return weights_NK, masked_mean((importance_N - 0.5) ** 2, valid_N)
 
 
 def _forward(
@@ -48,7 +50,3 @@ def midranks(values_N: Float[Array, "N"], valid_N: Bool[Array, "N"]) -> Float[Ar
     below_N = jnp.searchsorted(sorted_N, values_N, side="left", method="sort")
     not_above_N = jnp.searchsorted(sorted_N, values_N, side="right", method="sort")
     return (below_N + not_above_N).astype(jnp.float32) / (2 * jnp.maximum(valid_N.sum(dtype=jnp.float32), 1))
-
-
-def _mean_square(values_N: Array, valid_N: Array) -> Array:
-    return jnp.where(valid_N, values_N**2, 0).sum() / jnp.maximum(valid_N.sum(dtype=jnp.float32), 1)

@@ -50,8 +50,8 @@ class Tiles(NamedTuple):
     d_w_down: Tile
 
 
-# No spills and tensor cores at the shapes of `aot/gpu.py`, by tests/aot/golden (static). Shared memory is what `stages`
-# is limited by: 227 KiB of a Hopper, 99 KiB of the smallest GPU since Ampere.
+# No spills and tensor cores at the shapes of `aot/gpu_kernels.py`, by tests/aot/gpu_test.py (static). Shared memory is
+# what `stages` is limited by: 227 KiB of a Hopper, 99 KiB of the smallest GPU since Ampere.
 HOPPER_16_BIT = Tiles(
     gate_up=Tile(m=128, n=128, k=64, warps=8, stages=3),
     down=Tile(m=128, n=128, k=64, warps=8, stages=4),

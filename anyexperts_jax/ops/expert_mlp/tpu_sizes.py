@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernels: data for the shapes we studied, a heuristic by VMEM for all others."""
+"""Block sizes of the TPU kernels: the first of a list of candidates that fits in VMEM."""
 
 import dataclasses
 import functools
@@ -24,7 +24,12 @@ CHIPS = {
     "tpu7x": Chip(64 * _MIB, 1),
 }
 UNKNOWN_CHIP = Chip(16 * _MIB, 1)  # as little as any TPU has
-_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"} | {
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
     "TPU v7x": "tpu7x",

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.ops._gpu import gpu_kind, require_dtype, require_hopper, require_nvidia
+from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
 
 
@@ -73,15 +74,9 @@ def expert_mlp_mosaic(
     require_dtype("pallas_gpu", x_ECD.dtype, (jnp.bfloat16,), instead="pallas_triton")
     options = options._replace(tiles=options.tiles or pallas_gpu.TILES)
     rows, width = pallas_gpu.ROW_MULTIPLE, pallas_gpu.WIDTH_MULTIPLE
-    weights = (_pad(w, (1, width, width)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
-    y_ECD = _mosaic(_pad(x_ECD, (1, rows, width)), counts_E.astype(jnp.int32), *weights, options)
+    weights = (pad_to_multiples(w, (1, width, width)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+    y_ECD = _mosaic(pad_to_multiples(x_ECD, (1, rows, width)), counts_E.astype(jnp.int32), *weights, options)
     return y_ECD[:, : x_ECD.shape[1], : x_ECD.shape[2]]
-
-
-def _pad(a: Array, multiples: tuple[int, ...]) -> Array:
-    """Zeros up to the next multiples; the array itself where it has them."""
-    extra = [-size % multiple for size, multiple in zip(a.shape, multiples, strict=True)]
-    return jnp.pad(a, [(0, n) for n in extra]) if any(extra) else a
 
 
 def differentiable(kernels: Kernels) -> Any:

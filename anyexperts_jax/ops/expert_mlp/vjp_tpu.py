@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.ops._checks import check_residuals
+from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops._select import device_kind, platform
 from anyexperts_jax.ops.expert_mlp import pallas_tpu
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape, TpuSizes, chip_of, choose_sizes
@@ -80,7 +81,7 @@ def _backward(options: TpuOptions, residuals: tuple, d_y_ECD: Array) -> tuple[Ar
     x_ECD, counts_E, weights, kept = residuals
     shapes = [a.shape for a in (x_ECD, *weights)]
     x_ECD, d_y_ECD = _pad_rows(x_ECD), _pad_rows(d_y_ECD.astype(x_ECD.dtype))
-    weights = tuple(_pad(w, (1, _LANES, _LANES)) for w in weights)
+    weights = tuple(pad_to_multiples(w, (1, _LANES, _LANES)) for w in weights)
     how: dict[str, Any] = {"sizes": _sizes(x_ECD, weights[0], options), "interpret": options.interpret}
     d_x_ECD, d_hidden = pallas_tpu.rows_backward(x_ECD, counts_E, kept, *weights, d_y_ECD=d_y_ECD, **how)
     d_weights = pallas_tpu.weights_backward(x_ECD, counts_E, *d_hidden, d_y_ECD=d_y_ECD, **how)
@@ -96,7 +97,7 @@ def _run(
 ) -> tuple[Array, tuple[Array, ...]]:
     """(y_ECD, padded gate and up if `keep`)."""
     shape, x_ECD = x_ECD.shape, _pad_rows(x_ECD)
-    weights = tuple(_pad(w, (1, _LANES, _LANES)) for w in weights)
+    weights = tuple(pad_to_multiples(w, (1, _LANES, _LANES)) for w in weights)
     sizes = _sizes(x_ECD, weights[0], options)
     y_ECD, kept = pallas_tpu.forward(x_ECD, counts_E, *weights, sizes=sizes, keep=keep, interpret=options.interpret)
     return _cut(y_ECD, shape), kept
@@ -112,13 +113,7 @@ def _sizes(x_ECD: Array, w_gate_EDF: Array, options: TpuOptions) -> TpuSizes:
 
 
 def _pad_rows(a_ECD: Array) -> Array:
-    return _pad(a_ECD, (1, _SUBLANES, _LANES))
-
-
-def _pad(a: Array, multiples: tuple[int, ...]) -> Array:
-    """Zeros up to multiples of `multiples`; the array itself where there are none to add."""
-    extra = [-size % multiple for size, multiple in zip(a.shape, multiples, strict=True)]
-    return jnp.pad(a, [(0, n) for n in extra]) if any(extra) else a
+    return pad_to_multiples(a_ECD, (1, _SUBLANES, _LANES))
 
 
 def _cut(a: Array, shape: tuple[int, ...]) -> Array:

@@ -16,8 +16,6 @@ from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
 from anyexperts_jax.ops.routed_mlp import loop
 from anyexperts_jax.ops.slot_order import SlotOrder
 
-_ROW_STEP = 8
-
 
 class Kept(NamedTuple):
     """What the backward pass needs of the forward one, in x's dtype."""
@@ -38,12 +36,12 @@ class _Split(NamedTuple):
 def batch_rows(num_slots: int, num_tokens: int, num_experts: int) -> int:
     """C: the mean load and one deviation of a fair draw."""
     mean = num_slots / num_experts
-    return _round_up(min(num_tokens, mean + math.sqrt(mean)))
+    return loop.round_up(min(num_tokens, mean + math.sqrt(mean)))
 
 
 def rest_sizes(rows: int) -> tuple[int, ...]:
     """Row counts the loop over the rest is compiled for."""
-    return tuple(sorted({0, _ROW_STEP, 2 * _ROW_STEP, _round_up(rows / 2), rows}))
+    return tuple(sorted({0, loop.ROW_STEP, 2 * loop.ROW_STEP, loop.round_up(rows / 2), rows}))
 
 
 def forward(
@@ -141,7 +139,3 @@ def _sum_slots(
         row_ND = jnp.where(in_batch_NK[:, k, None], batch_bits_SD[row_NK[:, k]], rest_bits_RD[order.places_NK[:, k]])
         total_ND += jnp.where(held_NK[:, k, None], from_bits(row_ND, dtype).astype(wide), 0)
     return total_ND
-
-
-def _round_up(rows: float) -> int:
-    return _ROW_STEP * math.ceil(rows / _ROW_STEP)

@@ -22,7 +22,7 @@ from anyexperts_jax.ops.slot_order import SlotOrder
 
 Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 Expert = tuple[Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]
-_ROW_STEP = 8
+ROW_STEP = 8
 _SIZE_RATIO = 0.88
 
 
@@ -36,17 +36,18 @@ class Kept(NamedTuple):
 def row_sizes(num_slots: int, num_tokens: int, num_experts: int) -> tuple[int, ...]:
     """The compiled row counts, ascending from 0. The largest holds the mean load and four deviations of a fair draw."""
     mean = num_slots / num_experts
-    largest = _round_up(min(num_tokens, mean + 4 * math.sqrt(mean)))
+    largest = round_up(min(num_tokens, mean + 4 * math.sqrt(mean)))
     sizes = {0, largest}
     size: float = largest
-    while size > largest / 4 and size > _ROW_STEP:
+    while size > largest / 4 and size > ROW_STEP:
         size *= _SIZE_RATIO
-        sizes.add(_round_up(size))
-    return tuple(sorted(sizes | {_round_up(largest / 8)}))
+        sizes.add(round_up(size))
+    return tuple(sorted(sizes | {round_up(largest / 8)}))
 
 
-def _round_up(rows: float) -> int:
-    return _ROW_STEP * math.ceil(rows / _ROW_STEP)
+def round_up(rows: float) -> int:
+    """Whole steps of rows."""
+    return ROW_STEP * math.ceil(rows / ROW_STEP)
 
 
 def forward(

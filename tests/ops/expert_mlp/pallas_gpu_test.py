@@ -11,7 +11,8 @@ import pytest
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.ops.expert_mlp import expert_mlp, pallas_gpu
 from anyexperts_jax.ops.expert_mlp.vjp_gpu import Options, expert_mlp_mosaic
-from tests.ops.expert_mlp.gpu_cases import check, counts_cases, expected, make_operands, run
+from tests.ops.expert_mlp.cases import expected, make_operands, run
+from tests.ops.expert_mlp.gpu_cases import check, counts_cases
 
 # JAX 0.10's interpreter stops at what these kernels do, and its compiler has not been tried: they ask for 0.12.
 NEW_JAX = jax.__version_info__ >= (0, 12)

@@ -10,7 +10,8 @@ import pytest
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.ops.expert_mlp import expert_mlp, pallas_triton, reference
 from anyexperts_jax.ops.expert_mlp.vjp_gpu import Options, expert_mlp_triton
-from tests.ops.expert_mlp.gpu_cases import check, counts_cases, expected, make_operands, run
+from tests.ops.expert_mlp.cases import expected, make_operands, run
+from tests.ops.expert_mlp.gpu_cases import check, counts_cases
 
 BLOCK, CAPACITY = 16, 33  # the smallest tiles the kernels take
 COUNTS = counts_cases(BLOCK, CAPACITY)
