@@ -2,6 +2,7 @@
 
 topology     devices of a TPU that is not attached, and the compiler told to write its schedules down
 report       cycles, matrix unit use, spills and VMEM of each kernel, from those schedules
+kernels      the TPU kernels and the shapes they are compiled at
 gpu          a kernel compiled for a GPU: registers, spills, shared memory, tensor cores
 gpu_kernels  the GPU kernels and the shapes they are compiled at
 targets/     what XLA has to know of a GPU to compile for it

@@ -1,0 +1,49 @@
+"""The expert kernels at the shapes they are studied at, forward and backward in one program."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from anyexperts_jax.ops.expert_mlp import expert_mlp
+
+
+class ExpertShape(NamedTuple):
+    """Experts, width, expert width, and the rows that all experts together get."""
+
+    experts: int
+    width: int
+    hidden: int
+    rows: int
+
+    @property
+    def capacity(self) -> int:
+        """Rows of a buffer: a quarter more than an expert's share."""
+        return math.ceil(1.25 * self.rows / self.experts)
+
+
+SHAPES = {
+    "A": ExpertShape(64, 2048, 1408, 49152),
+    "B": ExpertShape(128, 2048, 768, 32768),
+    "P": ExpertShape(256, 2048, 512, 65536),  # the paper's
+}
+
+
+def arguments(shape: ExpertShape, dtype: Any = jnp.bfloat16) -> list[jax.ShapeDtypeStruct]:
+    """(x, counts, w_gate, w_up, w_down, gradient of y), abstract."""
+    E, D, F, _ = shape
+    rows, up, down = (E, shape.capacity, D), (E, D, F), (E, F, D)
+    floats = [jax.ShapeDtypeStruct(s, dtype) for s in (rows, up, up, down, rows)]
+    return [floats[0], jax.ShapeDtypeStruct((E,), jnp.int32), *floats[1:]]
+
+
+def forward_backward(
+    x_ECD: Array, counts_E: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array, d_y_ECD: Array
+) -> tuple[Array, ...]:
+    """y and the four gradients, by the implementation that the platform in use picks."""
+    y_ECD, pull = jax.vjp(
+        lambda x_ECD, *weights: expert_mlp(x_ECD, counts_E, *weights), x_ECD, w_gate_EDF, w_up_EDF, w_down_EFD
+    )
+    return y_ECD, *pull(d_y_ECD)
