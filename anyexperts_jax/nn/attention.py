@@ -3,7 +3,6 @@
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -11,6 +10,7 @@ from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.nn.config import AttentionConfig, Dtype
 from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.norms import RMSNorm
+from anyexperts_jax.ops.attention import attention
 
 Rotations = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         if cache is not None and positions_BT is not None:
             cache = _write(cache, keys, values, positions_BT)
             keys, values = cache.keys_BSGA, cache.values_BSGA
-        out_BTHA = jax.nn.dot_product_attention(queries, keys, values, mask=mask_BTS[:, None])
+        out_BTHA = attention(queries, keys, values, mask_BTS)
         project = Linear(
             x_BTD.shape[-1:],
             ("heads", "head_dim", "embed"),

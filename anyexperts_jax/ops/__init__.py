@@ -1,4 +1,4 @@
-"""Expert compute: one folder an op, with the same file names in each.
+"""Expert compute, and attention: one folder an op, with the same file names in each.
 
 api        checks, choice of implementation; the only module callers import
 reference  the op in plain `jax.numpy`, short enough to be read against its definition

@@ -8,18 +8,9 @@ import pytest
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.routed_mlp import routed_mlp, xla
-from anyexperts_jax.ops.routed_mlp.batched import batch_rows, rest_sizes
 from anyexperts_jax.ops.routed_mlp.few_rows import few_rows
 from anyexperts_jax.ops.routed_mlp.loop import row_sizes
 from tests.dispatch.plans import EXPERTS, PLANS, make_operands, make_plan, oracle
-
-
-@pytest.fixture(params=["loop", "batched"])
-def form(request, monkeypatch):
-    """Which of the two forms the XLA implementation takes, whatever the shape."""
-    monkeypatch.setattr(xla, "_BATCH_ROWS", {"loop": -1, "batched": float("inf")}[request.param])
-    monkeypatch.setattr(xla, "has_fast_batched_dots", lambda dtype: True)
-    return request.param
 
 
 def gradients(plan, operands, implementation):
@@ -56,7 +47,7 @@ def test_few_rows_equal_the_loop():
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_every_form_gives_the_references_values_and_gradients(name, form):
+def test_gives_the_references_values_and_gradients(name):
     plan = PLANS[name]
     operands = make_operands(plan.expert_ids_NK.shape[0], plan.spec.num_experts)
     expected = run(plan, operands, "reference")
@@ -65,20 +56,20 @@ def test_every_form_gives_the_references_values_and_gradients(name, form):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-def test_one_expert_far_over_the_largest_size(form):
-    """Blocks past the first: 300 rows on one expert where a fair draw would give 60."""
-    ids = np.full((300, 1), 2)
-    assert row_sizes(300, 300, EXPERTS)[-1] < 150
-    assert 2 * rest_sizes(batch_rows(300, 300, EXPERTS))[-1] < 200
+@pytest.mark.parametrize("hot", [300, 210, 190])
+def test_one_expert_far_over_the_largest_size(hot):
+    """Blocks past the first: up to 300 rows on one expert where a fair draw would give 60."""
+    ids = np.where(np.arange(300) < hot, 2, 0)[:, None]
+    assert row_sizes(300, 300, EXPERTS)[-1] < 100
     plan, operands = make_plan(ids), make_operands(300)
     for a, b in zip(gradients(plan, operands, "xla"), gradients(plan, operands, "reference"), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [0, 1, -1, +1, +7, +8, +9, +40])
-def test_loads_about_the_batchs_rows(count, form):
-    """Expert 1 has none, one, or about as many slots as the batch holds (`count` signed: off its rows), others few."""
-    rows = batch_rows(48, 48, EXPERTS)
+def test_loads_about_the_largest_size(count):
+    """Expert 1 has no slot, one, or about as many as the largest size has rows (`count` signed: off it)."""
+    rows = row_sizes(48, 48, EXPERTS)[-1]
     hot = count if count in (0, 1) else min(48, rows + count)
     ids = np.where(np.arange(48) < hot, 1, 2 + np.arange(48) % 3)[:, None]
     plan, operands = make_plan(ids), make_operands(48)
@@ -89,7 +80,7 @@ def test_loads_about_the_batchs_rows(count, form):
     assert not np.asarray(found[2][0]).any()  # expert 0 has no row
 
 
-def test_bfloat16_in_every_form(form):
+def test_bfloat16():
     """Against float32 on the same rounded operands; 2% of the largest value is a few roundings of bfloat16."""
     ids = np.random.default_rng(0).integers(0, EXPERTS, size=(64, 2))
     ids[:, 1] = np.where(ids[:, 1] == ids[:, 0], EXPERTS, ids[:, 1])
@@ -102,26 +93,27 @@ def test_bfloat16_in_every_form(form):
 def test_the_shape_decides_the_form(monkeypatch):
     taken = []
 
-    def stand_in(name):
-        def forward(x_ND, *operands, keep):
-            taken.append(name)
-            return x_ND, None
+    def few_rows(x_ND, weights_NK, *operands):
+        taken.append("few_rows")
+        return jnp.zeros((weights_NK.size, x_ND.shape[1]))
 
-        return forward
+    def loop_forward(x_ND, *operands, keep):
+        taken.append("loop")
+        return x_ND, None
 
-    monkeypatch.setattr(xla, "has_fast_batched_dots", lambda dtype: True)
-    monkeypatch.setattr(xla.batched, "forward", stand_in("batched"))
-    monkeypatch.setattr(xla.loop, "forward", stand_in("loop"))
-    for tokens, slots, experts in ((8, 6, 8), (4096, 8, 32)):  # 6 and 1024 rows an expert
+    monkeypatch.setattr(xla, "few_rows", few_rows)
+    monkeypatch.setattr(xla.loop, "forward", loop_forward)
+    for tokens, slots, experts in ((4, 2, 8), (4096, 8, 32)):  # 1 and 1024 rows an expert
         weights_NK = jnp.zeros((tokens, slots))
         order = sort_slots(jnp.zeros((tokens, slots), jnp.int32), experts)
         weights = (jnp.zeros((experts, 4, 3)), jnp.zeros((experts, 4, 3)), jnp.zeros((experts, 3, 4)))
-        xla.forward(jnp.zeros((tokens, 4)), weights_NK, order, weights, keep=False)
-    assert taken == ["batched", "loop"]
+        for keep in (False, True):
+            xla.forward(jnp.zeros((tokens, 4)), weights_NK, order, weights, keep=keep)
+    assert taken == ["few_rows", "loop", "loop", "loop"]
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_tokens_without_slots_may_hold_anything(implementation, form):
+def test_tokens_without_slots_may_hold_anything(implementation):
     """Padding shares blocks with real rows; a NaN there must reach no output and no gradient."""
     plan = make_plan([[0], [EXPERTS], [4], [EXPERTS]])
     x, *weights = make_operands(4)

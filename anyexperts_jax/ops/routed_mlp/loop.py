@@ -3,7 +3,8 @@
 Weights are sliced out of [E, D, F] once per expert, rows are gathered inside the loop, and buffers stay small enough
 for the cache, which is what CPU time is made of: at 64 rows an expert, reading the weights costs more than the dots.
 An expert's rows go through the smallest compiled size that holds them. An expert with more rows than the largest
-size, rare unless routing is badly skewed, takes further blocks of that size.
+size, as an untrained router gives some, takes blocks of that size and a last one of the smallest of a few that holds
+the rest.
 
 Places of the slot order beyond an expert's own are computed too and hold whatever the tokens there give; the next
 expert overwrites them, and no slot reads those past the last.
@@ -55,23 +56,6 @@ def forward(
 ) -> tuple[Float[Array, "N D"], Kept | None]:
     """(y_ND, gate and up if `keep`)."""
     sizes = row_sizes(weights_NK.size, x_ND.shape[0], order.counts_E.size)
-    y_bits_RD, kept = forward_rows(x_ND, weights_NK, order, experts, sizes, keep=keep)
-    return sum_slots(y_bits_RD, order, x_ND.dtype), kept
-
-
-def forward_rows(
-    x_ND: Float[Array, "N D"],
-    weights_NK: Float[Array, "N K"],
-    order: SlotOrder,
-    experts: Experts,
-    sizes: tuple[int, ...],
-    *,
-    keep: bool,
-) -> tuple[Shaped[Array, "RB D"], Kept | None]:
-    """(bits of the weighted output at each place that `order`'s starts and counts name, gate and up if `keep`).
-
-    `sizes` are the compiled row counts, ascending from 0.
-    """
     block, dtype, wide = sizes[-1], x_ND.dtype, wide_dtype(x_ND.dtype)
     tokens_R, weight_R = _padded_rows(order, weights_NK, block)
     x_bits_ND = to_bits(x_ND)
@@ -92,7 +76,10 @@ def forward_rows(
         buffers = _write(buffers, lax.switch(_size_index(sizes, count), branches), start)
 
         def run_block(i: Array, buffers: tuple[Array, ...]) -> tuple[Array, ...]:
-            return _write(buffers, compute(block, start + i * block, expert), start + i * block)
+            first = start + i * block
+            branches = [lambda size=size: compute(size, first, expert) for size in _further_sizes(sizes)]
+            rows = lax.switch(_size_index(_further_sizes(sizes), count - i * block), branches)
+            return _write(buffers, rows, first)
 
         return lax.fori_loop(1, -(-count // block), run_block, buffers)
 
@@ -100,7 +87,7 @@ def forward_rows(
     empty = tuple(jnp.zeros((tokens_R.size, width), to_bits(jnp.zeros((), dtype)).dtype) for width in widths)
     live_E = jnp.argsort(order.counts_E == 0, stable=True)
     y_RD, *kept = lax.fori_loop(0, (order.counts_E > 0).sum(), run_expert, empty)
-    return y_RD, Kept(*kept) if keep else None
+    return sum_slots(y_RD, order, dtype), Kept(*kept) if keep else None
 
 
 def backward(
@@ -113,25 +100,6 @@ def backward(
 ) -> tuple[Float[Array, "N D"], Float[Array, "N K"], Experts]:
     """Gradients of x, the slots' weights and the experts' weights."""
     sizes = row_sizes(weights_NK.size, x_ND.shape[0], order.counts_E.size)
-    d_x_RD, d_weight_R, d_experts = backward_rows(x_ND, weights_NK, order, experts, kept, d_y_ND, sizes)
-    d_weights_NK = jnp.where(held(order), d_weight_R[order.places_NK], 0).astype(weights_NK.dtype)
-    return sum_slots(d_x_RD, order, x_ND.dtype).astype(x_ND.dtype), d_weights_NK, d_experts
-
-
-def backward_rows(
-    x_ND: Float[Array, "N D"],
-    weights_NK: Float[Array, "N K"],
-    order: SlotOrder,
-    experts: Experts,
-    kept: Kept,
-    d_y_ND: Float[Array, "N D"],
-    sizes: tuple[int, ...],
-    d_experts: Experts | None = None,
-) -> tuple[Shaped[Array, "RB D"], Float[Array, "RB"], Experts]:
-    """(bits of x's gradient at each place, the weight's gradient at each place, gradients of the experts' weights).
-
-    The last are added to `d_experts` where given; then experts without a row cost nothing.
-    """
     block, dtype, wide = sizes[-1], x_ND.dtype, wide_dtype(x_ND.dtype)
     tokens_R, weight_R = _padded_rows(order, weights_NK, block)
     x_bits_ND, d_y_bits_ND = to_bits(x_ND), to_bits(d_y_ND.astype(dtype))
@@ -167,32 +135,38 @@ def backward_rows(
 
         def run_block(i: Array, carry: tuple) -> tuple:
             buffers, d_weights = carry
-            *rows, d_gate_DF, d_up_DF, d_down_FD = compute(block, start + i * block, count - i * block, expert)
+            first, rest = start + i * block, count - i * block
+            branches = [lambda size=size: compute(size, first, rest, expert) for size in _further_sizes(sizes)]
+            *rows, d_gate_DF, d_up_DF, d_down_FD = lax.switch(_size_index(_further_sizes(sizes), rest), branches)
             d_weights = tuple(a + b for a, b in zip(d_weights, (d_gate_DF, d_up_DF, d_down_FD), strict=True))
-            return _write(buffers, tuple(rows), start + i * block), d_weights
+            return _write(buffers, tuple(rows), first), d_weights
 
         carry = (buffers, (d_gate_DF, d_up_DF, d_down_FD))
         buffers, d_weights = lax.fori_loop(1, -(-count // block), run_block, carry)
-        return *buffers, *(update(total, own, e) for total, own in zip(gradients[2:], d_weights, strict=True))
-
-    def update(total: Array, own: Array, e: Array) -> Array:
-        if d_experts is not None:
-            own += from_bits(lax.dynamic_index_in_dim(total, e, keepdims=False), dtype)
-        return lax.dynamic_update_index_in_dim(total, to_bits(own.astype(dtype)), e, 0)
+        own = (to_bits(a.astype(dtype)) for a in d_weights)
+        return *buffers, *(
+            lax.dynamic_update_index_in_dim(total, a, e, 0) for total, a in zip(gradients[2:], own, strict=True)
+        )
 
     d_x_RD = jnp.zeros((tokens_R.size, x_ND.shape[1]), to_bits(jnp.zeros((), dtype)).dtype)
-    initial = (to_bits(w) if d_experts is not None else jnp.zeros_like(to_bits(w)) for w in d_experts or experts)
-    gradients = (d_x_RD, jnp.zeros((tokens_R.size, 1), wide), *initial)
+    zeros = (jnp.zeros_like(to_bits(w)) for w in experts)
+    gradients = (d_x_RD, jnp.zeros((tokens_R.size, 1), wide), *zeros)
     live_E = jnp.argsort(order.counts_E == 0, stable=True)
     d_x_RD, d_weight_R1, *totals = lax.fori_loop(0, (order.counts_E > 0).sum(), run_expert, gradients)
     d_gate, d_up, d_down = (from_bits(w, dtype) for w in totals)
-    return d_x_RD, d_weight_R1[:, 0], (d_gate, d_up, d_down)
+    d_weights_NK = jnp.where(_held(order), d_weight_R1[order.places_NK, 0], 0).astype(weights_NK.dtype)
+    return sum_slots(d_x_RD, order, dtype).astype(dtype), d_weights_NK, (d_gate, d_up, d_down)
 
 
 def _padded_rows(order: SlotOrder, weights_NK: Float[Array, "N K"], block: int) -> tuple[Array, Array]:
     """(token, weight) of each place, and of `block` places more so that no slice runs over the end."""
     slots_R = jnp.pad(order.slots_R, (0, block))
     return slots_R // weights_NK.shape[1], weights_NK.reshape(-1)[slots_R]
+
+
+def _further_sizes(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Those compiled for an expert's blocks after its first: every third, the largest among them."""
+    return sizes[::-3][::-1]
 
 
 def _size_index(sizes: tuple[int, ...], count: Array) -> Array:
@@ -212,14 +186,14 @@ def _write(buffers: tuple[Array, ...], rows: tuple[Array, ...], start: Array) ->
     return tuple(lax.dynamic_update_slice_in_dim(a, b, start, 0) for a, b in zip(buffers, rows, strict=True))
 
 
-def held(order: SlotOrder) -> Bool[Array, "N K"]:
+def _held(order: SlotOrder) -> Bool[Array, "N K"]:
     """True at the slots that hold a real expert: they come first in the order."""
     return order.places_NK < order.counts_E.sum()
 
 
 def sum_slots(y_bits_RD: Shaped[Array, "RB D"], order: SlotOrder, dtype: jnp.dtype) -> Float[Array, "N D"]:
     """The sum of each token's held rows, one fused gather and add a slot."""
-    held_NK, wide = held(order), wide_dtype(dtype)
+    held_NK, wide = _held(order), wide_dtype(dtype)
     total_ND = jnp.zeros((held_NK.shape[0], y_bits_RD.shape[1]), wide)
     for k in range(held_NK.shape[1]):
         row_ND = from_bits(y_bits_RD[order.places_NK[:, k]], dtype).astype(wide)

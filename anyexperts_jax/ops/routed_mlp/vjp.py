@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Float
 
-from anyexperts_jax.ops.routed_mlp import xla
+from anyexperts_jax.ops.routed_mlp import loop, xla
 from anyexperts_jax.ops.slot_order import SlotOrder
 
 
@@ -29,7 +29,7 @@ def _forward(
 
 def _backward(residuals: tuple, d_y_ND: Array) -> tuple[Array | None, ...]:
     x_ND, weights_NK, order, experts, kept = residuals
-    d_x_ND, d_weights_NK, d_experts = xla.backward(x_ND, weights_NK, order, experts, kept, d_y_ND)
+    d_x_ND, d_weights_NK, d_experts = loop.backward(x_ND, weights_NK, order, experts, kept, d_y_ND)
     return d_x_ND, d_weights_NK, None, *d_experts
 
 

@@ -1,0 +1,64 @@
+"""One example's attention, forward and backward, heads first: [G, J, T, A] queries over [G, S, A] keys and values.
+
+J query heads share a key head. The scores are divided by their sum after they have met the values, and the backward
+pass computes them again from the two numbers a row that the softmax needs.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from anyexperts_jax.ops._dots import dot
+
+_MASKED = -1e30  # finite: a row that sees nothing is uniform, not NaN
+
+
+class Softmax(NamedTuple):
+    """What turns a row's scores into weights: exp(score - peak) / total."""
+
+    peak_GJT1: Float[Array, "G J T 1"]
+    total_GJT1: Float[Array, "G J T 1"]
+
+
+def forward(
+    queries_GJTA: Float[Array, "G J T A"],
+    keys_GSA: Float[Array, "G S A"],
+    values_GSA: Float[Array, "G S A"],
+    mask_TS: Bool[Array, "T S"],
+) -> tuple[Float[Array, "G J T A"], Softmax]:
+    """(the weighted mean of the values in float32, what `backward` needs)."""
+    scores_GJTS = _scores(queries_GJTA, keys_GSA, mask_TS)
+    peak_GJT1 = scores_GJTS.max(axis=-1, keepdims=True)
+    weights_GJTS = jnp.exp(scores_GJTS - peak_GJT1)
+    total_GJT1 = weights_GJTS.sum(axis=-1, keepdims=True)
+    mean_GJTA = dot("gjts,gsa->gjta", weights_GJTS.astype(values_GSA.dtype), values_GSA) / total_GJT1
+    return mean_GJTA, Softmax(peak_GJT1, total_GJT1)
+
+
+def backward(
+    queries_GJTA: Float[Array, "G J T A"],
+    keys_GSA: Float[Array, "G S A"],
+    values_GSA: Float[Array, "G S A"],
+    mask_TS: Bool[Array, "T S"],
+    mean_GJTA: Float[Array, "G J T A"],
+    softmax: Softmax,
+    d_mean_GJTA: Float[Array, "G J T A"],
+) -> tuple[Float[Array, "G J T A"], Float[Array, "G S A"], Float[Array, "G S A"]]:
+    """Gradients of queries, keys and values, in float32."""
+    dtype, scale = queries_GJTA.dtype, queries_GJTA.shape[-1] ** -0.5
+    scores_GJTS = _scores(queries_GJTA, keys_GSA, mask_TS)
+    weights_GJTS = jnp.exp(scores_GJTS - softmax.peak_GJT1) / softmax.total_GJT1
+    d_values_GSA = dot("gjts,gjta->gsa", weights_GJTS.astype(dtype), d_mean_GJTA)
+    d_weights_GJTS = dot("gjta,gsa->gjts", d_mean_GJTA, values_GSA)
+    wide = d_weights_GJTS.dtype
+    shift_GJT1 = (mean_GJTA.astype(wide) * d_mean_GJTA.astype(wide)).sum(axis=-1, keepdims=True)
+    d_scores_GJTS = jnp.where(mask_TS, scale * weights_GJTS * (d_weights_GJTS - shift_GJT1), 0).astype(dtype)
+    d_queries_GJTA = dot("gjts,gsa->gjta", d_scores_GJTS, keys_GSA)
+    d_keys_GSA = dot("gjts,gjta->gsa", d_scores_GJTS, queries_GJTA)
+    return d_queries_GJTA, d_keys_GSA, d_values_GSA
+
+
+def _scores(queries_GJTA: Array, keys_GSA: Array, mask_TS: Array) -> Float[Array, "G J T S"]:
+    scores_GJTS = dot("gjta,gsa->gjts", queries_GJTA, keys_GSA) * queries_GJTA.shape[-1] ** -0.5
+    return jnp.where(mask_TS, scores_GJTS, _MASKED)
