@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from anyexperts_jax.ops._dots import wide_dtype
 
@@ -31,7 +31,7 @@ def take_rows(x_ND: Float[Array, "N D"], row_map: RowMap) -> Float[Array, "R D"]
 
 
 def _take_rows_backward(row_map: RowMap, d_x_RD: Float[Array, "R D"]) -> tuple[Array, None]:
-    return _sum_slots(d_x_RD, row_map, row_map.held_NK).astype(d_x_RD.dtype), None
+    return sum_rows(d_x_RD, row_map.held_NK, row_map).astype(d_x_RD.dtype), None
 
 
 take_rows.defvjp(lambda x_ND, row_map: (take_rows(x_ND, row_map), row_map), _take_rows_backward)
@@ -40,7 +40,7 @@ take_rows.defvjp(lambda x_ND, row_map: (take_rows(x_ND, row_map), row_map), _tak
 @jax.custom_vjp
 def combine_rows(y_RD: Float[Array, "R D"], weights_NK: Float[Array, "N K"], row_map: RowMap) -> Float[Array, "N D"]:
     """The sum over each token's held slots of weight * row, accumulated and returned in float32 at least."""
-    return _sum_slots(y_RD, row_map, weights_NK)
+    return sum_rows(y_RD, weights_NK, row_map)
 
 
 def _combine_rows_backward(
@@ -57,7 +57,8 @@ def _combine_rows_backward(
 combine_rows.defvjp(lambda *operands: (combine_rows(*operands), operands), _combine_rows_backward)
 
 
-def _sum_slots(y_RD: Float[Array, "R D"], row_map: RowMap, weights_NK: Array) -> Float[Array, "N D"]:
+def sum_rows(y_RD: Float[Array, "R D"], weights_NK: Shaped[Array, "N K"], row_map: RowMap) -> Float[Array, "N D"]:
+    """`combine_rows`, without its derivative."""
     wide = wide_dtype(y_RD.dtype)
     total_ND = jnp.zeros((weights_NK.shape[0], y_RD.shape[1]), wide)
     for k in range(weights_NK.shape[1]):

