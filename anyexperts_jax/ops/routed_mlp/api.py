@@ -1,17 +1,29 @@
 """`routed_mlp`: each token through its own experts, however many land on one expert."""
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.ops._checks import check_counts, check_expert_weights
-from anyexperts_jax.ops._select import select_implementation
+from anyexperts_jax.ops._checks import check_counts, check_expert_weights, check_residuals
+from anyexperts_jax.ops._select import default_implementation, select_implementation
 from anyexperts_jax.ops.routed_mlp import reference, vjp
 from anyexperts_jax.ops.slot_order import SlotOrder
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"reference": reference.routed_mlp, "xla": vjp.routed_mlp_xla}
-DEFAULT_IMPLEMENTATION = "xla"  # on every platform
+
+def _pallas_tpu(*operands: Any) -> Array:
+    from anyexperts_jax.ops.routed_mlp import tpu  # Pallas is imported where it is used
+
+    return tpu.routed_mlp_pallas_tpu(*operands)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "reference": reference.routed_mlp,
+    "xla": vjp.routed_mlp_xla,
+    "pallas_tpu": _pallas_tpu,
+}
 
 
 def routed_mlp(
@@ -22,6 +34,8 @@ def routed_mlp(
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
     implementation: str | None = None,
+    *,
+    residuals: str = "saved",
 ) -> Float[Array, "N D"]:
     """The sum over each token's real slots of weight * (silu(x w_gate) * (x w_up)) w_down; time follows those slots.
 
@@ -30,10 +44,13 @@ def routed_mlp(
 
     Args:
       order: the slots of `weights_NK` in expert order.
-      implementation: "xla" or "reference"; None is "xla".
+      implementation: "pallas_tpu", "xla" or "reference". None is "pallas_tpu" where the mesh in use, or else JAX's
+        default backend, is a TPU and x is bfloat16 or float32, and "xla" everywhere else.
+      residuals: "saved" keeps gate and up for the backward pass, 2 * F elements of x's dtype a row; "recomputed" keeps
+        nothing but the operands and runs the forward pass again.
 
     Raises:
-      UserError: shapes or dtypes that do not fit, or an unknown implementation.
+      UserError: shapes or dtypes that do not fit, an unknown implementation, or one that cannot run here.
     """
     check_expert_weights(x_ND, w_gate_EDF, w_up_EDF, w_down_EFD)
     check_counts("order.counts_E", order.counts_E, w_gate_EDF.shape[0])
@@ -41,5 +58,7 @@ def routed_mlp(
         order.places_NK.shape == weights_NK.shape and order.slots_R.size == weights_NK.size,
         f"weights_NK has shape {weights_NK.shape}, the order is of {order.places_NK.shape} slots",
     )
-    run = select_implementation(implementation, IMPLEMENTATIONS, DEFAULT_IMPLEMENTATION)
+    check_residuals(residuals)
+    run = select_implementation(implementation, IMPLEMENTATIONS, default_implementation(x_ND.dtype))
+    run = run if residuals == "saved" else jax.checkpoint(run)
     return run(x_ND, weights_NK, order, w_gate_EDF, w_up_EDF, w_down_EFD)
