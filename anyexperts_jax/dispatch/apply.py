@@ -6,13 +6,13 @@ import jax
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.errors import require, require_one_of
-from anyexperts_jax.dispatch.base import DispatchStats
+from anyexperts_jax.dispatch.base import DispatchStats, add_virtual_output
 from anyexperts_jax.dispatch.blocks import apply_blocks
 from anyexperts_jax.dispatch.capacity import apply_capacity, rows_per_expert
 from anyexperts_jax.dispatch.dense import apply_dense
 from anyexperts_jax.routing.plan import RoutingPlan
 
-DISPATCHES = ("blocks", "capacity", "dense")
+DISPATCHES = ("blocks", "capacity", "dense", "exchange")
 
 
 def moe_apply(
@@ -64,7 +64,8 @@ def moe_apply_stats(
 
     Args:
       dispatch: "blocks", dropless on one shard; "capacity", buffers sized by the plan's budget, which shard;
-        "dense", the oracle.
+        "dense", the oracle; "exchange" is "blocks" here, on one shard, and between shards what
+        `sharding.expert_parallel.moe_exchange_stats` does.
       implementation: of the expert op; None picks.
       capacity: rows of an expert's buffer in place of the budget's, for "capacity" alone.
       num_sequences: N = num_sequences * T, sequence after sequence; overflow takes the latest positions of all.
@@ -79,16 +80,14 @@ def moe_apply_stats(
     how: dict[str, Any] = {"implementation": implementation, "residuals": residuals}
     if dispatch == "dense":
         y_ND, stats = apply_dense(x_ND, plan, *weights, **how)
-    elif dispatch == "blocks":
+    elif dispatch in ("blocks", "exchange"):
         y_ND, stats = apply_blocks(x_ND, plan, *weights, **how)
     else:
         rows = rows_per_expert(plan.spec, x_ND.shape[0]) if capacity is None else min(capacity, x_ND.shape[0])
         y_ND, stats = apply_capacity(x_ND, plan, *weights, capacity=rows, num_sequences=num_sequences, **how)
         if plan.spec.overflow == "fallback":
             y_ND, stats = _exact_where_dropped(y_ND, stats, x_ND, plan, weights, how)
-    if plan.spec.virtual_output == "identity":
-        y_ND = y_ND + plan.virtual_weight_N[:, None].astype(y_ND.dtype) * x_ND.astype(y_ND.dtype)
-    return y_ND.astype(x_ND.dtype), stats
+    return add_virtual_output(y_ND, x_ND, plan), stats
 
 
 def _exact_where_dropped(

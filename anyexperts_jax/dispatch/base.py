@@ -1,12 +1,15 @@
-"""What the index-based forms share: one sort of the slots. The gathers each way are `ops.row_map`'s."""
+"""What the index-based forms share: one sort of the slots, and the rows a buffer has for them. The gathers each way
+are `ops.row_map`'s."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.ops.row_map import RowMap
 from anyexperts_jax.ops.slot_order import SlotOrder
+from anyexperts_jax.routing.plan import RoutingPlan
 
 _INT32_LIMIT = 2**31
 
@@ -47,3 +50,30 @@ def _stable_order(ids_R: Int[Array, "R"], num_experts: int) -> Int[Array, "R"]:
         return jnp.argsort(ids_R, stable=True).astype(jnp.int32)
     keys_R = (ids_R.astype(jnp.int32) << bits) | jnp.arange(ids_R.size, dtype=jnp.int32)
     return lax.sort(keys_R, is_stable=False) & ((1 << bits) - 1)
+
+
+def buffer_row_map(
+    order: SlotOrder, ids_NK: Int[Array, "N K"], capacity: int, first: Int[Array, ""] | int = 0
+) -> RowMap:
+    """Row e * capacity + c serves slot `first` + c of those with id e in `ids_NK`, of which `order` is the order."""
+    num_ids, k = order.counts_E.shape[0], ids_NK.shape[1]
+    place_C = first + jnp.arange(capacity)
+    place_EC = jnp.minimum(order.starts_E[:, None] + place_C, order.slots_R.size - 1)
+    slots_R = order.slots_R[place_EC.reshape(-1)]
+    id_NK = jnp.minimum(ids_NK, num_ids - 1)
+    row_NK = order.places_NK - order.starts_E[id_NK] - first
+    held_NK = (ids_NK < num_ids) & (row_NK >= 0) & (row_NK < capacity)
+    return RowMap(
+        tokens_R=slots_R // k,
+        slots_R=slots_R,
+        live_R=(place_C < order.counts_E[:, None]).reshape(-1),
+        rows_NK=jnp.where(held_NK, id_NK * capacity + row_NK, 0),
+        held_NK=held_NK,
+    )
+
+
+def add_virtual_output(y_ND: Float[Array, "N D"], x_ND: Float[Array, "N D"], plan: RoutingPlan) -> Float[Array, "N D"]:
+    """The real experts' sum and the virtual ones' share, in x's dtype."""
+    if plan.spec.virtual_output == "identity":
+        y_ND = y_ND + plan.virtual_weight_N[:, None].astype(y_ND.dtype) * x_ND.astype(y_ND.dtype)
+    return y_ND.astype(x_ND.dtype)

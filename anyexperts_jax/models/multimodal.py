@@ -22,6 +22,7 @@ from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.norms import RMSNorm
 from anyexperts_jax.nn.stack import Stack, StackCache
 from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.sharding.expert_parallel import Placement
 
 
 @register_dataclass
@@ -37,6 +38,7 @@ class MultimodalModel(nn.Module):
     """Text embeddings with encoded patches and frames at media positions, the stack, a norm and the output head."""
 
     config: ModelConfig
+    placement: Placement | None = None  # of the arrays, for dispatch="exchange"; None: on one device
 
     def setup(self) -> None:
         config, stack = self.config, self.config.stack
@@ -50,7 +52,7 @@ class MultimodalModel(nn.Module):
             self.vision = VisionEncoder(config.vision, stack)
         if config.audio is not None:
             self.audio = AudioEncoder(config.audio, stack)
-        self.decoder = Stack(stack, config.moe)
+        self.decoder = Stack(stack, config.moe, self.placement)
         self.final_norm = RMSNorm(stack.norm_eps, **types)
         if not config.tie_embeddings:
             self.head = Linear((config.vocab_size,), ("embed", "vocab"), out_dtype="float32", **types)

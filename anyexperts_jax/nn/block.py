@@ -15,6 +15,7 @@ from anyexperts_jax.nn.moe import MoE
 from anyexperts_jax.nn.norms import RMSNorm
 from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.sharding.expert_parallel import Placement
 
 
 @register_dataclass
@@ -76,6 +77,7 @@ class MoEBlock(nn.Module):
 
     config: StackConfig
     moe: AnyExpertsConfig
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(
@@ -103,6 +105,7 @@ class MoEBlock(nn.Module):
             config.norm_eps,
             config.dtype,
             config.param_dtype,
+            self.placement,
             name="moe",
         )
         normed_BTD = _norm(config, "norm")(x_BTD)

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: parameters here, policy in `routing`, movement in `dispatch`, compute in `ops`."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,7 @@ from anyexperts_jax.nn.params import Constant, FanIn, named
 from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.route import route
 from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.sharding.expert_parallel import Placement, moe_exchange_stats
 
 
 class Router(nn.Module):
@@ -84,6 +86,7 @@ class MoE(nn.Module):
     norm_eps: float = 1e-6
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
+    placement: Placement | None = None  # of the arrays, for dispatch="exchange" between devices; None: one device
 
     @nn.compact
     def __call__(
@@ -135,15 +138,11 @@ class MoE(nn.Module):
         experts = Experts(
             config.num_experts, self.d_ff, self.residual_scale, self.dtype, self.param_dtype, name="experts"
         )
-        y_ND, stats = moe_apply_stats(
-            x_ND,
-            plan,
-            *experts(d_model),
-            self.dispatch,
-            self.expert_mlp,
-            num_sequences=batch,
-            residuals=self.expert_residuals,
-        )
+        how: dict[str, Any] = {"num_sequences": batch, "residuals": self.expert_residuals}
+        if self.dispatch == "exchange" and self.placement is not None:
+            y_ND, stats = moe_exchange_stats(x_ND, plan, *experts(d_model), self.placement, self.expert_mlp, **how)
+        else:
+            y_ND, stats = moe_apply_stats(x_ND, plan, *experts(d_model), self.dispatch, self.expert_mlp, **how)
         y_BTD = y_ND.reshape(x_BTD.shape)
         if self.num_shared_experts:
             width = self.num_shared_experts * self.d_ff

@@ -16,6 +16,7 @@ from anyexperts_jax.nn.attention import KVCache, empty_cache
 from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock
 from anyexperts_jax.nn.config import Remat, StackConfig
 from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.sharding.expert_parallel import Placement
 
 
 @register_dataclass
@@ -62,6 +63,7 @@ class Stack(nn.Module):
 
     config: StackConfig
     moe: AnyExpertsConfig
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(
@@ -87,7 +89,7 @@ class Stack(nn.Module):
             unroll=self.config.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        layers = scanned(self.config, self.moe, name="moe_layers")
+        layers = scanned(self.config, self.moe, self.placement, name="moe_layers")
         x_BTD, (trace, moe_cache) = layers(x_BTD, context, router_bias_LC, None if cache is None else cache.moe)
         if cache is None:
             return x_BTD, trace, None

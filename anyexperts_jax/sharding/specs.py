@@ -27,7 +27,7 @@ def batch_shardings(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> dict[st
 
 def batch_shards(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> int:
     """The number of parts the sequences of a batch are split into; it must divide the batch size."""
-    return _parts(mesh, rules.spec(("batch",))[0])
+    return parts(mesh, rules.spec(("batch",))[0])
 
 
 def shard_batch(mesh: Mesh, batch: Batch, rules: ShardingRules = DEFAULT_RULES) -> Batch:
@@ -52,15 +52,15 @@ def param_shardings(mesh: Mesh, logical_axes: Any, abstract_params: Any, rules: 
         require(len(axes) == len(array.shape), f"parameter {name}: logical axes {axes} for shape {array.shape}")
         spec = rules.spec(axes)
         for size, axis, mesh_axes in zip(array.shape, axes, spec, strict=True):
-            parts = _parts(mesh, mesh_axes)
-            indivisible = f"parameter {name}: {axis}={size} does not split over {mesh_axes} of {parts} devices"
-            require(size % parts == 0, indivisible)
+            count = parts(mesh, mesh_axes)
+            indivisible = f"parameter {name}: {axis}={size} does not split over {mesh_axes} of {count} devices"
+            require(size % count == 0, indivisible)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, abstract_params, logical_axes)
 
 
-def _parts(mesh: Mesh, mesh_axes: Any) -> int:
+def parts(mesh: Mesh, mesh_axes: Any) -> int:
     """Into how many parts a dimension on `mesh_axes` is split."""
     names = () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
     return math.prod(mesh.shape[name] for name in names)

@@ -16,6 +16,7 @@ from rich.console import Console
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.pipeline import train_iterator
 from anyexperts_jax.models.init import logical_axes
+from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.sharding.specs import batch_shards, shard_batch
 from anyexperts_jax.train.checkpoint import Checkpoints, quiet_orbax
@@ -79,7 +80,7 @@ class _Run:
         self.config, self.paths, self.reporter, self.requests = config, paths, reporter, requests
         self.mesh = make_mesh(config.mesh)
         _check_batch_fits(config, self.mesh)
-        self.apply = model_apply(config.model)
+        self.apply = model_apply(config.model, Placement(self.mesh))
         self.optimizer = make_optimizer(config.optim, logical_axes(config.model))
         self.iterator = train_iterator(config.data, config.train.batch_size)
         self.validation = Validation(config, self.apply, self.mesh)

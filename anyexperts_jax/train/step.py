@@ -16,6 +16,7 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
 from anyexperts_jax.routing.bias import update_expert_bias
 from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.losses import answer_scores, auxiliary_loss
 from anyexperts_jax.train.metrics import RoutingSums, routing_sums
@@ -54,9 +55,9 @@ class StepReport:
     finite: Bool[Array, ""]  # False: the step changed nothing but the step count
 
 
-def model_apply(config: ModelConfig) -> Apply:
-    """`MultimodalModel(config)` as a function."""
-    model = MultimodalModel(config)
+def model_apply(config: ModelConfig, placement: Placement | None = None) -> Apply:
+    """`MultimodalModel(config, placement)` as a function."""
+    model = MultimodalModel(config, placement)
 
     def apply(
         params: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None

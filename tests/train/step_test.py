@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.models.init import abstract_params, logical_axes
+from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.sharding.specs import param_shardings, shard_batch
 from anyexperts_jax.train.losses import answer_scores
@@ -151,25 +152,44 @@ def test_evaluation_counts_rows_with_an_answer():
     assert sums.answer_tokens == batch.loss_mask_BT.sum()
 
 
-def real_step_on(mesh):
+def real_step_on(mesh, dispatch="blocks"):
     """What one step of the real model reports on a mesh, and the parameters after it."""
-    moe = dataclasses.replace(MODEL.moe, num_experts=8)
-    config = run_config(dataclasses.replace(MODEL, moe=moe))
+    moe = dataclasses.replace(MODEL.moe, num_experts=8, overflow="fallback")
+    attention = dataclasses.replace(MODEL.stack.attention, num_heads=2, num_kv_heads=2)
+    stack = dataclasses.replace(MODEL.stack, dispatch=dispatch, attention=attention)
+    config = run_config(dataclasses.replace(MODEL, moe=moe, stack=stack))
     axes, shapes = logical_axes(config.model), abstract_params(config.model)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(p.dtype) * 0.3, shapes)
     params = jax.device_put(params, param_shardings(mesh, axes, shapes))
     optimizer = make_optimizer(config.optim, axes)
     state = compiled(lambda params: init_state(config.model, optimizer, params))(params)
-    step = compiled(make_train_step(config, optimizer, model_apply(config.model)))
+    step = compiled(make_train_step(config, optimizer, model_apply(config.model, Placement(mesh))))
     after, report = step(state, shard_batch(mesh, random_batch(rows=8, length=16)))
     return jax.device_get((report, after.params))
 
 
+@pytest.fixture(scope="module")
+def step_on_one_device():
+    return real_step_on(make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+STEP_MESHES = [
+    (MeshConfig(data=2, fsdp=2, expert=2), "blocks"),
+    (MeshConfig(data=2, fsdp=2, expert=2), "capacity"),
+    (MeshConfig(data=2, fsdp=2, expert=2), "exchange"),
+    (MeshConfig(data=1, expert=8), "exchange"),
+    (MeshConfig(data=1, fsdp=8), "exchange"),
+    (MeshConfig(data=1, expert=4, sequence=2), "exchange"),
+    (MeshConfig(data=2, expert=2, tensor=2), "exchange"),
+]
+
+
 @pytest.mark.slow
-def test_losses_and_router_statistics_are_those_of_the_whole_batch_on_a_mesh():
-    one, params_one = real_step_on(make_mesh(MeshConfig(), jax.devices()[:1]))
-    many, params_many = real_step_on(make_mesh(MeshConfig(data=2, fsdp=2, expert=2)))
+@pytest.mark.parametrize(("mesh", "dispatch"), STEP_MESHES, ids=str)
+def test_losses_and_router_statistics_are_those_of_the_whole_batch_on_a_mesh(mesh, dispatch, step_on_one_device):
+    one, params_one = step_on_one_device
+    many, params_many = real_step_on(make_mesh(mesh), dispatch)
     for name, value in one.scalars.items():
         np.testing.assert_allclose(many.scalars[name], value, rtol=2e-5, err_msg=name)
     np.testing.assert_array_equal(many.routing.load_LC, one.routing.load_LC)

@@ -1,0 +1,92 @@
+"""`moe_exchange_stats`: `dispatch="exchange"`, each device with its own tokens and experts under one `shard_map`."""
+
+import dataclasses
+
+import jax
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.dispatch.base import DispatchStats, add_virtual_output
+from anyexperts_jax.dispatch.exchange import apply_exchange
+from anyexperts_jax.routing.plan import RoutingPlan
+from anyexperts_jax.sharding.rules import ShardingRules
+from anyexperts_jax.sharding.specs import DEFAULT_RULES, parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where arrays live: what a layer must know that speaks to other devices itself."""
+
+    mesh: Mesh
+    rules: ShardingRules = DEFAULT_RULES
+
+
+def moe_exchange_stats(
+    x_ND: Float[Array, "N D"],
+    plan: RoutingPlan,
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    placement: Placement,
+    implementation: str | None = None,
+    *,
+    num_sequences: int,
+    residuals: str = "saved",
+) -> tuple[Float[Array, "N D"], DispatchStats]:
+    """What `dispatch.moe_apply_stats` gives, computed where the experts are; stats of all devices in sum.
+
+    Tokens stay with the device that has them; a real slot's row goes to the device that holds its expert, through its
+    kernels, and back. FFN widths split over devices give partial sums that are added once per token. Every device
+    holds whole rows of x; weights split over `fsdp` are gathered first.
+
+    Raises:
+      UserError: experts, widths, sequences or positions that the mesh does not divide.
+    """
+    mesh, rules = placement.mesh, placement.rules
+    tokens_spec = PartitionSpec(*rules.spec(("batch", "length")))
+    expert_axis, width_axis = rules.expert, rules.expert_mlp
+    require(isinstance(expert_axis, str), f"dispatch='exchange' needs one mesh axis of experts and has {expert_axis!r}")
+    x_BTD, ids_BTK, weights_BTK = (
+        a.reshape(num_sequences, -1, a.shape[1]) for a in (x_ND, plan.expert_ids_NK, plan.weights_NK)
+    )
+    _check(mesh, tokens_spec, x_BTD, plan.spec.num_experts, str(expert_axis))
+
+    token_axes = jax.tree.leaves(tuple(tokens_spec))
+
+    def run(x_BTD: Array, ids_BTK: Array, weights_BTK: Array, *experts: Array) -> tuple[Array, DispatchStats]:
+        x_ND, ids_NK, weights_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTK, weights_BTK))
+        y_ND, stats = apply_exchange(
+            x_ND,
+            ids_NK,
+            weights_NK,
+            plan.spec,
+            (experts[0], experts[1], experts[2]),
+            axis=str(expert_axis),
+            num_sequences=x_BTD.shape[0],
+            implementation=implementation,
+            residuals=residuals,
+        )
+        if width_axis is not None:
+            y_ND = lax.psum(y_ND, width_axis)
+        return y_ND.reshape(x_BTD.shape), jax.tree.map(lambda a: lax.psum(a, token_axes), stats)
+
+    wide, narrow = PartitionSpec(expert_axis, None, width_axis), PartitionSpec(expert_axis, width_axis, None)
+    sharded = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(tokens_spec, tokens_spec, tokens_spec, wide, wide, narrow),
+        out_specs=(tokens_spec, PartitionSpec()),
+        check_vma=False,
+    )
+    y_BTD, stats = sharded(x_BTD, ids_BTK, weights_BTK, w_gate_EDF, w_up_EDF, w_down_EFD)
+    return add_virtual_output(y_BTD.reshape(x_ND.shape), x_ND, plan), stats
+
+
+def _check(mesh: Mesh, tokens_spec: PartitionSpec, x_BTD: Array, num_experts: int, expert_axis: str) -> None:
+    shards = mesh.shape[expert_axis]
+    require(num_experts % shards == 0, f"{num_experts} experts do not split over mesh axis {expert_axis!r} of {shards}")
+    for what, size, axes in zip(("sequences", "positions"), x_BTD.shape, tokens_spec, strict=False):
+        count = parts(mesh, axes)
+        require(size % count == 0, f"{size} {what} do not split over mesh axes {axes} of {count} devices")

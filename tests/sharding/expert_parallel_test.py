@@ -1,0 +1,113 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.dispatch.apply import moe_apply_stats
+from anyexperts_jax.dispatch.exchange import rows_per_shard
+from anyexperts_jax.sharding.expert_parallel import Placement, moe_exchange_stats
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from tests.dispatch.plans import make_operands, make_plan, random_ids
+
+EXPERTS, SEQUENCES, LENGTH, SLOTS, WIDTH, HIDDEN = 16, 8, 6, 3, 6, 8
+EMPTY = EXPERTS
+TOKENS = SEQUENCES * LENGTH
+MESHES = {
+    "expert 8": MeshConfig(data=1, expert=8),
+    "data 2, expert 4": MeshConfig(data=2, expert=4),
+    "fsdp 2, expert 2, tensor 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    "expert 2, sequence 2, data 2": MeshConfig(data=2, expert=2, sequence=2),
+    "data 8": MeshConfig(data=8),
+}
+
+
+CASES = {
+    "random": random_ids(np.random.default_rng(0), TOKENS, SLOTS, EXPERTS),
+    "all on one expert": np.tile([[5, EMPTY, EMPTY]], (TOKENS, 1)),
+    "one shard's experts alone": np.tile([[0, 1, EMPTY]], (TOKENS, 1)),
+    "one sequence has slots": np.where(np.arange(TOKENS)[:, None] < LENGTH, [[3, 9, EMPTY]], EMPTY),
+    "no slot at all": np.full((TOKENS, SLOTS), EMPTY),
+}
+
+
+def plan_of(case, **spec):
+    return make_plan(CASES[case], EXPERTS, **{"expected_real_slots": 1.5, "virtual_output": "zero", **spec})
+
+
+def place(mesh):
+    return Placement(make_mesh(mesh))
+
+
+def exchange(placement, num_sequences=SEQUENCES):
+    return lambda x, plan, *weights: moe_exchange_stats(x, plan, *weights, placement, num_sequences=num_sequences)
+
+
+@functools.cache
+def value_and_gradients(mesh):
+    """A compiled function of plan and operands; None: one device."""
+    run = exchange(place(MESHES[mesh])) if mesh else moe_apply_stats
+
+    def total(x, weights_NK, weights, plan):
+        y_ND, stats = run(x, dataclasses.replace(plan, weights_NK=weights_NK), *weights)
+        return jnp.sin(y_ND).sum(), (y_ND, stats)
+
+    compiled = jax.jit(jax.value_and_grad(total, range(3), has_aux=True))
+    return lambda plan, x, *weights: compiled(x, plan.weights_NK, weights, plan)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
+    plan = plan_of(case, overflow="fallback")
+    operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
+    (_, (y_ND, stats)), gradients = value_and_gradients(mesh)(plan, *operands)
+    (_, (expected_ND, _)), expected = value_and_gradients(None)(plan, *operands)
+    np.testing.assert_allclose(y_ND, expected_ND, rtol=2e-5, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    assert stats.dropped == 0
+    assert stats.rows == (CASES[case] < EMPTY).sum()
+
+
+def test_what_does_not_fit_is_dropped_and_counted_over_all_devices():
+    plan = plan_of("one shard's experts alone")
+    placement, rows = place(MESHES["expert 8"]), rows_per_shard(plan.spec, LENGTH, 8)
+    operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
+    y_ND, stats = exchange(placement)(operands[0], plan, *operands[1:])
+    assert rows == 2  # ceil(1.25 * 1.5 * 6 / 8)
+    assert stats.dropped == 2 * TOKENS - 8 * rows
+    np.testing.assert_array_equal((y_ND != 0).any(1).reshape(SEQUENCES, LENGTH).sum(0), [SEQUENCES, 0, 0, 0, 0, 0])
+
+
+def test_drops_do_not_depend_on_later_tokens():
+    placement = place(MESHES["data 2, expert 4"])
+    operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
+    plan, early = plan_of("random"), np.tile(np.arange(LENGTH) < 4, SEQUENCES)
+    changed_ids = np.where(early[:, None], plan.expert_ids_NK, [[0, 1, 2]])
+    changed = dataclasses.replace(plan, expert_ids_NK=jnp.asarray(changed_ids, jnp.int32))
+    before, stats = exchange(placement)(operands[0], plan, *operands[1:])
+    after, _ = exchange(placement)(operands[0], changed, *operands[1:])
+    assert stats.dropped > 0
+    np.testing.assert_array_equal(before[early], after[early])
+
+
+def test_the_buffer_follows_the_budget():
+    spec = plan_of("random").spec
+    high, low = (dataclasses.replace(spec, expected_real_slots=slots) for slots in (8.0, 4.8))
+    assert rows_per_shard(high, 1024, 8) == 1280  # 1.25 * 8 * 1024 / 8
+    assert rows_per_shard(low, 1024, 8) == 768
+    assert rows_per_shard(high, 4, 8) == 5
+    assert rows_per_shard(dataclasses.replace(spec, num_experts=8), 4, 8) == 1  # one expert a shard: a slot a token
+
+
+def test_what_the_mesh_does_not_divide_is_refused():
+    plan, operands = plan_of("random"), make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
+    with pytest.raises(UserError, match=r"4 sequences do not split over mesh axes .* of 8 devices"):
+        exchange(place(MESHES["expert 8"]), num_sequences=4)(operands[0], plan, *operands[1:])
+    few = make_plan(np.zeros((TOKENS, 1)), 4)
+    with pytest.raises(UserError, match=r"4 experts do not split over mesh axis 'expert' of 8"):
+        exchange(place(MESHES["expert 8"]))(operands[0], few, *make_operands(TOKENS, 4)[1:])
