@@ -1,7 +1,8 @@
-"""Every GPU kernel compiles for GPUs that are not here and takes no more of them than the committed table says.
+"""GPU kernels compile for GPUs that are not here and take no more of them than the committed table says.
 
-The table is experiments/results/kernels_gpu.json; after a change that is meant to cost registers or shared memory,
-experiments/bench/kernels_gpu.py writes it anew.
+The table is experiments/results/kernels_gpu.json, all of which `gpu_table_test` checks without a compiler; here the
+paper's layer is compiled again, and in bfloat16 on an H100 shape A, whose tiles end inside the arrays. After a change
+that is meant to cost registers or shared memory, experiments/bench/kernels_gpu.py writes the table anew.
 """
 
 import json
@@ -11,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from anyexperts_jax.aot.gpu import abstract_gpu, compile_kernel, missing_packages
-from anyexperts_jax.aot.gpu_kernels import SHAPES, cases, mosaic_cases, triton_cases
+from anyexperts_jax.aot.gpu import H100, abstract_gpu, compile_kernel, complaints, missing_packages
+from anyexperts_jax.aot.gpu_kernels import SHAPES, cases, triton_cases
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.ops.expert_mlp import pallas_triton
 from anyexperts_jax.ops.expert_mlp.pallas_triton import Tile
@@ -22,7 +23,11 @@ TABLE = json.loads(
     (pathlib.Path(__file__).resolve().parents[2] / "experiments" / "results" / "kernels_gpu.json").read_text()
 )["kernels"]
 REGISTER_SLACK = 16  # what another version of the compiler may add
-CASES = {name: (case, target) for name, case, target in cases()}
+CASES = {
+    name: (case, target)
+    for name, case, target in cases()
+    if "/P/" in name or (name.startswith("H100/") and "/A/bfloat16/" in name)
+}
 
 pytestmark = [
     pytest.mark.aot,
@@ -30,37 +35,19 @@ pytestmark = [
 ]
 
 
-def check(report, golden):
-    assert report.spill_bytes == 0
-    assert report.tensor_cores == golden["tensor_cores"]
+def check(report, golden, target):
+    assert complaints(report, target) == []
     assert report.tma == golden["tma"]
     assert report.registers <= golden["registers"] + REGISTER_SLACK
     assert report.shared_bytes <= golden["shared_bytes"]
 
 
-def test_the_table_holds_every_kernel():
-    assert list(TABLE) == list(CASES)
-
-
-def test_every_kernel_of_the_table_is_on_tensor_cores_and_spills_nothing():
-    for name, golden in TABLE.items():
-        assert golden["spill_bytes"] == 0, name
-        assert golden["tensor_cores"] == ("wgmma" if name.startswith("H100") else "mma.sync"), name
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_takes_no_more_than_the_table_says(name):
+    if "/pallas_gpu/" in name and jax.__version_info__ < (0, 12):
+        pytest.skip("the Mosaic GPU kernels need JAX 0.12")
     case, target = CASES[name]
-    check(compile_kernel(*case, target), TABLE[name])
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kernel", mosaic_cases(SHAPES["P"]))
-def test_mosaic_kernels_use_wgmma_and_tma_and_spill_nothing(kernel, shape):
-    report = compile_kernel(*mosaic_cases(SHAPES[shape])[kernel])
-    assert (report.spill_bytes, report.tensor_cores, report.tma) == (0, "wgmma", True)
-    assert report.registers <= 168  # 384 threads share 65536
-    assert report.shared_bytes <= 227 * 1024
+    check(compile_kernel(*case, target), TABLE[name], target)
 
 
 def test_the_check_sees_a_tile_that_spills():
@@ -69,7 +56,7 @@ def test_the_check_sees_a_tile_that_spills():
     report = compile_kernel(lambda *a: pallas_triton.d_gate_up(*a, tile=tile, interpret=False), operands)
     assert report.spill_bytes > 0
     with pytest.raises(AssertionError):
-        check(report, TABLE["H100/pallas_triton/A/bfloat16/d_gate_up"])
+        check(report, TABLE["H100/pallas_triton/A/bfloat16/d_gate_up"], H100)
 
 
 def test_a_tile_that_does_not_fit_is_refused_by_the_compiler():
