@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
 
 ROW_MULTIPLE, WIDTH_MULTIPLE = 8, 64
 _WORKERS = 2  # warpgroups that multiply; one more copies
@@ -36,17 +37,6 @@ class Tile(NamedTuple):
     n: int
     k: int
     stages: int  # steps in flight, each with its tiles in shared memory
-
-
-class Tiles(NamedTuple):
-    """One `Tile` a kernel."""
-
-    gate_up: Tile
-    down: Tile
-    d_gate_up: Tile
-    d_x: Tile
-    d_w_gate_up: Tile
-    d_w_down: Tile
 
 
 # As many stages as fit in the 227 KiB of shared memory beside the tiles of the epilogue.

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.ops._gpu import is_hopper
 from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
 
 
 class Tile(NamedTuple):
@@ -37,17 +38,6 @@ class Tile(NamedTuple):
     k: int
     warps: int
     stages: int  # tiles of both operands in flight, each in shared memory
-
-
-class Tiles(NamedTuple):
-    """One `Tile` a kernel."""
-
-    gate_up: Tile
-    down: Tile
-    d_gate_up: Tile
-    d_x: Tile
-    d_w_gate_up: Tile
-    d_w_down: Tile
 
 
 # No spills and tensor cores at the shapes of `aot/gpu_kernels.py`, by tests/aot/gpu_test.py (static). Shared memory is

@@ -1,23 +1,36 @@
 """The GPU kernels as differentiable implementations of `expert_mlp`."""
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.ops._gpu import gpu_kind, require_dtype, require_hopper, require_nvidia
+from anyexperts_jax.ops._checks import check_dtype, check_residuals
+from anyexperts_jax.ops._gpu import gpu_kind, require_hopper, require_nvidia
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
 
 
-class Options(NamedTuple):
-    """How the kernels run."""
+@dataclasses.dataclass(frozen=True)
+class GpuOptions:
+    """How the kernels run.
 
-    tiles: Any = None  # the module's `Tiles`; None: its own for dtype and GPU
-    residuals: str = "saved"  # x w_gate and x w_up, 2 E C F values, kept for the gradient; "recomputed": made again
-    interpret: Any = False  # on the CPU, for tests: True for Triton, Mosaic's `InterpretGPUParams`
+    tiles: of the module's kind; None chooses them by dtype and GPU.
+    residuals: "saved" keeps gate and up for the backward pass, 2 * E * C * F elements of x's dtype; "recomputed" keeps
+      nothing but the operands and computes both again, 2 of the backward pass's then 8 matmuls.
+    interpret: on the CPU, for tests: True for Triton, `InterpretGPUParams` for Mosaic.
+    """
+
+    tiles: Tiles | None = None
+    residuals: str = "saved"
+    interpret: Any = False
+
+    def __post_init__(self) -> None:
+        check_residuals(self.residuals)
 
 
 @runtime_checkable
@@ -37,7 +50,7 @@ def expert_mlp_triton(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
-    options: Options = Options(),  # noqa: B008, an immutable tuple
+    options: GpuOptions = GpuOptions(),
 ) -> Float[Array, "E C D"]:
     """`expert_mlp` by the Pallas Triton kernels.
 
@@ -46,9 +59,11 @@ def expert_mlp_triton(
     """
     if not options.interpret:
         require_nvidia("pallas_triton")
-    require_dtype("pallas_triton", x_ECD.dtype, (jnp.bfloat16, jnp.float32), instead="xla")
+    check_dtype("pallas_triton", x_ECD.dtype, (jnp.bfloat16, jnp.float32), instead="xla")
     tiles = options.tiles or pallas_triton.default_tiles(x_ECD.dtype, gpu_kind())
-    return _triton(x_ECD, counts_E.astype(jnp.int32), w_gate_EDF, w_up_EDF, w_down_EFD, options._replace(tiles=tiles))
+    return _triton(
+        x_ECD, counts_E.astype(jnp.int32), w_gate_EDF, w_up_EDF, w_down_EFD, dataclasses.replace(options, tiles=tiles)
+    )
 
 
 def expert_mlp_mosaic(
@@ -57,7 +72,7 @@ def expert_mlp_mosaic(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
-    options: Options = Options(),  # noqa: B008, an immutable tuple
+    options: GpuOptions = GpuOptions(),
 ) -> Float[Array, "E C D"]:
     """`expert_mlp` by the Pallas Mosaic GPU kernels. C that is no multiple of 8, or D or F of 64, costs padded copies.
 
@@ -71,8 +86,8 @@ def expert_mlp_mosaic(
     )
     if not options.interpret:
         require_hopper("pallas_gpu")
-    require_dtype("pallas_gpu", x_ECD.dtype, (jnp.bfloat16,), instead="pallas_triton")
-    options = options._replace(tiles=options.tiles or pallas_gpu.TILES)
+    check_dtype("pallas_gpu", x_ECD.dtype, (jnp.bfloat16,), instead="pallas_triton")
+    options = dataclasses.replace(options, tiles=options.tiles or pallas_gpu.TILES)
     rows, width = pallas_gpu.ROW_MULTIPLE, pallas_gpu.WIDTH_MULTIPLE
     weights = (pad_to_multiples(w, (1, width, width)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
     y_ECD = _mosaic(pad_to_multiples(x_ECD, (1, rows, width)), counts_E.astype(jnp.int32), *weights, options)
@@ -80,7 +95,7 @@ def expert_mlp_mosaic(
 
 
 def differentiable(kernels: Kernels) -> Any:
-    """`expert_mlp` with its derivative: a function of the five operands and `Options` whose tiles are chosen."""
+    """`expert_mlp` with its derivative: a function of the five operands and `GpuOptions` whose tiles are chosen."""
 
     def run(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options):  # type: ignore[no-untyped-def]
         (hidden_ECF,) = gate_up(x_ECD, counts_E, w_gate_EDF, w_up_EDF, options, keep=False)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.ops._checks import check_residuals
+from anyexperts_jax.ops._checks import check_dtype, check_residuals
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops._select import device_kind, platform
 from anyexperts_jax.ops.expert_mlp import pallas_tpu
@@ -55,10 +55,7 @@ def expert_mlp_pallas_tpu(
         bool(options.interpret) or platform() == "tpu",
         f"implementation='pallas_tpu' needs a TPU and the platform is {platform()!r}; use implementation='xla'",
     )
-    require(
-        x_ECD.dtype in DTYPES,
-        f"implementation='pallas_tpu' takes bfloat16 or float32 and x is {x_ECD.dtype}; use implementation='xla'",
-    )
+    check_dtype("pallas_tpu", x_ECD.dtype, DTYPES, instead="xla")
     return _expert_mlp(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options)
 
 
