@@ -13,10 +13,11 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.dispatch.apply import moe_apply, moe_apply_stats
-from anyexperts_jax.dispatch.base import RowMap, combine_rows, sort_slots, take_rows
+from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.expert_mlp import expert_mlp
 from anyexperts_jax.ops.expert_mlp.api import IMPLEMENTATIONS as EXPERT_MLPS
 from anyexperts_jax.ops.routed_mlp.api import IMPLEMENTATIONS as ROUTED_MLPS
+from anyexperts_jax.ops.row_map import RowMap, combine_rows, take_rows
 from anyexperts_jax.ops.slot_order import SlotOrder
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
 from anyexperts_jax.routing.route import route

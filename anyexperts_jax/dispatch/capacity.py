@@ -5,8 +5,9 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from anyexperts_jax.dispatch.base import DispatchStats, RowMap, combine_rows, sort_slots, take_rows
+from anyexperts_jax.dispatch.base import DispatchStats, sort_slots
 from anyexperts_jax.ops.expert_mlp import expert_mlp
+from anyexperts_jax.ops.row_map import RowMap, combine_rows, take_rows
 from anyexperts_jax.ops.slot_order import SlotOrder
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
 

@@ -5,4 +5,6 @@ reference  the op in plain `jax.numpy`, short enough to be read against its defi
 xla        forward and backward as XLA runs them well
 vjp        ties the two together as a `custom_vjp`
 pallas_*   kernels for one kind of device, which know nothing of derivatives; `vjp_tpu`, `vjp_gpu` tie them together
+
+Beside them `slot_order`, `aligned_rows` and `row_map`: where slots and rows lie, and the gathers between.
 """

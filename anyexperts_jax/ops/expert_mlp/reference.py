@@ -1,9 +1,10 @@
-"""The definition, with JAX's own derivative."""
+"""The definition over buffers of both kinds, with JAX's own derivative."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from anyexperts_jax.ops._dots import dot
+from anyexperts_jax.ops._dots import dot, wide_dtype
 from anyexperts_jax.ops._swiglu import swiglu
 
 
@@ -26,3 +27,26 @@ def expert_mlp(
     hidden_ECF = swiglu(gate_ECF, up_ECF, x_ECD.dtype)
     y_ECD = dot("ECF,EFD->ECD", hidden_ECF, w_down_EFD)
     return jnp.where(live_EC1, y_ECD, 0).astype(x_ECD.dtype)
+
+
+def aligned_mlp(
+    x_RD: Float[Array, "R D"],
+    starts_E: Int[Array, "E"],
+    counts_E: Int[Array, "E"],
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+) -> Float[Array, "R D"]:
+    """Expert e on rows starts_E[e] .. starts_E[e] + counts_E[e] of one buffer: each over all rows, its own kept."""
+    row_R1 = jnp.arange(x_RD.shape[0])[:, None]
+
+    def add_expert(y_RD: Array, expert: tuple[Array, ...]) -> tuple[Array, None]:
+        start, count, w_gate_DF, w_up_DF, w_down_FD = expert
+        own_R1 = (row_R1 >= start) & (row_R1 < start + count)
+        own_RD = jnp.where(own_R1, x_RD, 0)
+        hidden_RF = swiglu(dot("RD,DF->RF", own_RD, w_gate_DF), dot("RD,DF->RF", own_RD, w_up_DF), x_RD.dtype)
+        return jnp.where(own_R1, dot("RF,FD->RD", hidden_RF, w_down_FD), y_RD), None
+
+    zeros_RD = jnp.zeros(x_RD.shape, wide_dtype(x_RD.dtype))
+    y_RD, _ = jax.lax.scan(add_expert, zeros_RD, (starts_E, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD))
+    return y_RD.astype(x_RD.dtype)

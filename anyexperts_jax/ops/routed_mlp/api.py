@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+import jax
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.ops._checks import check_counts, check_expert_weights
+from anyexperts_jax.ops._checks import check_counts, check_expert_weights, check_residuals
 from anyexperts_jax.ops._select import select_implementation
 from anyexperts_jax.ops.routed_mlp import reference, vjp
 from anyexperts_jax.ops.slot_order import SlotOrder
@@ -22,6 +23,8 @@ def routed_mlp(
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
     implementation: str | None = None,
+    *,
+    residuals: str = "saved",
 ) -> Float[Array, "N D"]:
     """The sum over each token's real slots of weight * (silu(x w_gate) * (x w_up)) w_down; time follows those slots.
 
@@ -31,6 +34,8 @@ def routed_mlp(
     Args:
       order: the slots of `weights_NK` in expert order.
       implementation: "xla" or "reference"; None is "xla".
+      residuals: "saved" keeps gate and up for the backward pass, 2 * F elements of x's dtype a row; "recomputed" keeps
+        nothing but the operands and runs the forward pass again.
 
     Raises:
       UserError: shapes or dtypes that do not fit, or an unknown implementation.
@@ -41,5 +46,7 @@ def routed_mlp(
         order.places_NK.shape == weights_NK.shape and order.slots_R.size == weights_NK.size,
         f"weights_NK has shape {weights_NK.shape}, the order is of {order.places_NK.shape} slots",
     )
+    check_residuals(residuals)
     run = select_implementation(implementation, IMPLEMENTATIONS, DEFAULT_IMPLEMENTATION)
+    run = run if residuals == "saved" else jax.checkpoint(run)
     return run(x_ND, weights_NK, order, w_gate_EDF, w_up_EDF, w_down_EFD)

@@ -1,0 +1,70 @@
+"""The block-aligned buffer: the rows of all experts one after the other, each expert's from a multiple of `block` on.
+
+A tile of `block` rows, or of a divisor of it, then belongs to one expert. Slots without a real expert own no row.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.ops.row_map import RowMap
+from anyexperts_jax.ops.slot_order import SlotOrder
+
+
+def num_aligned_rows(num_slots: int, num_experts: int, block: int) -> int:
+    """R: rows that hold `num_slots` slots however they fall on the experts; at least one block.
+
+    No fewer will do: `num_experts` experts may each have one slot in a block of their own.
+    """
+    most_padding = min(num_slots, num_experts) * (block - 1)
+    return max(1, (num_slots + most_padding) // block) * block
+
+
+def aligned_starts(counts_E: Int[Array, "E"], block: int) -> Int[Array, "E"]:
+    """First row of each expert, experts packed as tightly as blocks allow."""
+    sizes_E = -(-counts_E // block) * block
+    return jnp.cumsum(sizes_E) - sizes_E
+
+
+def align_rows(order: SlotOrder, block: int) -> tuple[RowMap, Int[Array, "E"]]:
+    """(which slot each of the R = `num_aligned_rows` rows holds and back, first row of each expert).
+
+    Raises:
+      UserError: `block` is no positive number.
+    """
+    require(block >= 1, f"block={block} must be >= 1")
+    num_experts, k = order.counts_E.shape[0], order.places_NK.shape[1]
+    rows = num_aligned_rows(order.slots_R.size, num_experts, block)
+    starts_E = aligned_starts(order.counts_E, block)
+    expert_B = experts_of_blocks(starts_E, order.counts_E, rows // block, block)
+    row_BR = jnp.arange(rows, dtype=jnp.int32).reshape(-1, block)
+    in_expert_BR = row_BR - starts_E[expert_B][:, None]
+    live_BR = (in_expert_BR >= 0) & (in_expert_BR < order.counts_E[expert_B][:, None])
+    place_BR = jnp.where(live_BR, in_expert_BR + order.starts_E[expert_B][:, None], 0)
+    slots_R = order.slots_R[place_BR.reshape(-1)]
+    held_NK = order.places_NK < order.counts_E.sum()
+    # Every expert that a place lies past has pushed it on by the padding of its last block.
+    padding_E = -order.counts_E % block
+    past_NKE = order.places_NK[:, :, None] >= order.starts_E + order.counts_E
+    pushed_NK = jnp.where(past_NKE, padding_E, 0).sum(-1)
+    rows_NK = jnp.where(held_NK, order.places_NK + pushed_NK, 0)
+    row_map = RowMap(slots_R // k, slots_R, live_BR.reshape(-1), rows_NK, held_NK)
+    return row_map, starts_E
+
+
+def experts_of_blocks(
+    starts_E: Int[Array, "E"], counts_E: Int[Array, "E"], num_blocks: int, block: int
+) -> Int[Array, "num_blocks"]:
+    """The expert that each block of `block` rows belongs to; any expert where it holds no live row."""
+    first_row_B1 = jnp.arange(num_blocks)[:, None] * block
+    own_BE = (first_row_B1 >= starts_E) & (first_row_B1 < starts_E + counts_E)
+    return jnp.argmax(own_BE, axis=1)
+
+
+def rows_of_blocks(
+    starts_E: Int[Array, "E"], counts_E: Int[Array, "E"], num_blocks: int, block: int
+) -> Int[Array, "num_blocks"]:
+    """How many rows of each block are live; they are its first ones."""
+    first_row_B1 = jnp.arange(num_blocks)[:, None] * block
+    rest_BE = jnp.where(first_row_B1 >= starts_E, starts_E + counts_E - first_row_B1, 0)
+    return jnp.clip(rest_BE, 0, block).max(axis=1)

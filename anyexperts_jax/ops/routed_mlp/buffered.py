@@ -1,0 +1,96 @@
+"""By way of the block-aligned buffer: tokens gathered into rows, kernels over the rows, the rows' weighted sum.
+
+Kept for the backward pass are gate and up of every row, no more: rows of tokens are gathered anew, and a slot's weight
+has its gradient from what the kernels return. For that they are given the tokens' gradients as they are, and the slots'
+weights are applied to what enters the sums over rows: a slot's gradient is then sum(d_hidden * hidden), which is
+sum(d_up * up). Rows that belong to no slot are computed by nobody and read by nobody.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from anyexperts_jax.ops._dots import wide_dtype
+from anyexperts_jax.ops.aligned_rows import align_rows
+from anyexperts_jax.ops.row_map import RowMap, sum_rows, take_rows
+from anyexperts_jax.ops.slot_order import SlotOrder
+
+Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
+
+
+class AlignedKernels(NamedTuple):
+    """The expert MLP over a buffer in which expert e has rows starts_E[e] .. starts_E[e] + counts_E[e]; every start is
+    a multiple of the buffer's block. No function knows of derivatives.
+
+    What an input holds in dead rows, those of no expert, reaches no live row and no gradient of a weight. What an
+    output holds there is anything at all.
+    """
+
+    # (x_RD, starts_E, counts_E, experts, keep=bool) -> y_RD, (gate_RF, up_RF) if keep else ()
+    forward: Callable[..., tuple[Array, tuple[Array, ...]]]
+    # (x_RD, starts_E, counts_E, (gate_RF, up_RF), experts, d_y_RD) -> d_x_RD, (d_gate_RF, d_up_RF, hidden_RF)
+    rows_backward: Callable[..., tuple[Array, tuple[Array, ...]]]
+    # (x_RD, starts_E, counts_E, (d_gate_RF, d_up_RF, hidden_RF), d_y_RD) -> gradients of `experts`; zero without rows
+    weights_backward: Callable[..., tuple[Array, ...]]
+
+
+def routed_mlp(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    order: SlotOrder,
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    *,
+    kernels: AlignedKernels,
+    block: int,
+) -> Float[Array, "N D"]:
+    """`routed_mlp` by `kernels` over a buffer whose experts begin at multiples of `block`."""
+
+    def forward(
+        x_ND: Array, weights_NK: Array, order: SlotOrder, experts: Experts, *, keep: bool
+    ) -> tuple[Array, tuple[Array, ...]]:
+        row_map, starts_E = align_rows(order, block)
+        x_RD = take_rows(x_ND, row_map)
+        y_RD, kept = kernels.forward(x_RD, starts_E, order.counts_E, experts, keep=keep)
+        return sum_rows(y_RD, weights_NK, row_map), kept
+
+    @jax.custom_vjp
+    def run(x_ND: Array, weights_NK: Array, order: SlotOrder, experts: Experts) -> Array:
+        return forward(x_ND, weights_NK, order, experts, keep=False)[0]
+
+    def run_forward(x_ND: Array, weights_NK: Array, order: SlotOrder, experts: Experts) -> tuple[Array, tuple]:
+        y_ND, kept = forward(x_ND, weights_NK, order, experts, keep=True)
+        return y_ND, (x_ND, weights_NK, order, experts, kept)
+
+    def run_backward(residuals: tuple, d_y_ND: Array) -> tuple[Any, ...]:
+        return backward(kernels, block, residuals, d_y_ND)
+
+    run.defvjp(run_forward, run_backward)
+    return run(x_ND, weights_NK, order, (w_gate_EDF, w_up_EDF, w_down_EFD))
+
+
+def backward(
+    kernels: AlignedKernels, block: int, residuals: tuple, d_y_ND: Float[Array, "N D"]
+) -> tuple[Float[Array, "N D"], Float[Array, "N K"], None, Experts]:
+    """Gradients of x, the slots' weights, nothing (the order) and the experts' weights."""
+    x_ND, weights_NK, order, experts, kept = residuals
+    dtype, wide = x_ND.dtype, wide_dtype(x_ND.dtype)
+    row_map, starts_E = align_rows(order, block)
+    rows = (starts_E, order.counts_E)
+    x_RD, d_y_RD = take_rows(x_ND, row_map), take_rows(d_y_ND.astype(dtype), row_map)
+    d_x_RD, d_hidden = kernels.rows_backward(x_RD, *rows, kept, experts, d_y_RD)
+    weight_R1 = slot_weights(weights_NK, row_map)[:, None].astype(wide)
+    weighted_x_RD, weighted_d_y_RD = ((weight_R1 * a).astype(dtype) for a in (x_RD, d_y_RD))
+    d_gate_EDF, d_up_EDF, d_down_EFD = kernels.weights_backward(weighted_x_RD, *rows, d_hidden, weighted_d_y_RD)
+    d_weight_R = (d_hidden[1].astype(wide) * kept[1].astype(wide)).sum(-1)
+    d_weights_NK = jnp.where(row_map.held_NK, d_weight_R[row_map.rows_NK], 0).astype(weights_NK.dtype)
+    return sum_rows(d_x_RD, weights_NK, row_map).astype(dtype), d_weights_NK, None, (d_gate_EDF, d_up_EDF, d_down_EFD)
+
+
+def slot_weights(weights_NK: Float[Array, "N K"], row_map: RowMap) -> Float[Array, "R"]:
+    """The weight of each row's slot; zero in rows without one."""
+    return jnp.where(row_map.live_R, weights_NK.reshape(-1)[row_map.slots_R], 0)

@@ -1,0 +1,67 @@
+"""`RowMap`: tokens copied into the rows of a buffer, and a token's rows summed, each with its gradient.
+
+Nothing here scatters floats, forward or backward: a row knows its token and a slot knows its row, so every
+transpose is again a gather. A token's K slots are summed by K fused multiply-adds in slot order; no [N, K, D] array
+exists. What a row without a slot holds is read by nobody's result.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from anyexperts_jax.ops._dots import wide_dtype
+
+
+class RowMap(NamedTuple):
+    """Which token each buffer row holds, and where each slot's row is."""
+
+    tokens_R: Int[Array, "R"]
+    slots_R: Int[Array, "R"]  # slot n * K + k the row serves
+    live_R: Bool[Array, "R"]  # False: the row holds no slot, its token and slot are arbitrary
+    rows_NK: Int[Array, "N K"]  # arbitrary where `held_NK` is False
+    held_NK: Bool[Array, "N K"]  # False: an empty slot, or one that found no room
+
+
+@jax.custom_vjp
+def take_rows(x_ND: Float[Array, "N D"], row_map: RowMap) -> Float[Array, "R D"]:
+    """Each row's token; zero in rows without one."""
+    return jnp.where(row_map.live_R[:, None], x_ND[row_map.tokens_R], 0)
+
+
+def _take_rows_backward(row_map: RowMap, d_x_RD: Float[Array, "R D"]) -> tuple[Array, None]:
+    return sum_rows(d_x_RD, row_map.held_NK, row_map).astype(d_x_RD.dtype), None
+
+
+take_rows.defvjp(lambda x_ND, row_map: (take_rows(x_ND, row_map), row_map), _take_rows_backward)
+
+
+@jax.custom_vjp
+def combine_rows(y_RD: Float[Array, "R D"], weights_NK: Float[Array, "N K"], row_map: RowMap) -> Float[Array, "N D"]:
+    """The sum over each token's held slots of weight * row, accumulated and returned in float32 at least."""
+    return sum_rows(y_RD, weights_NK, row_map)
+
+
+def _combine_rows_backward(
+    residuals: tuple[Array, Array, RowMap], d_ND: Float[Array, "N D"]
+) -> tuple[Array, Array, None]:
+    y_RD, weights_NK, row_map = residuals
+    weight_R = jnp.where(row_map.live_R, weights_NK.reshape(-1)[row_map.slots_R], 0)
+    d_y_RD = (d_ND[row_map.tokens_R] * weight_R[:, None]).astype(y_RD.dtype)
+    d_weights_KN = [(y_RD[row_map.rows_NK[:, k]] * d_ND).sum(-1) for k in range(weights_NK.shape[1])]
+    d_weights_NK = jnp.where(row_map.held_NK, jnp.stack(d_weights_KN, axis=1), 0).astype(weights_NK.dtype)
+    return d_y_RD, d_weights_NK, None
+
+
+combine_rows.defvjp(lambda *operands: (combine_rows(*operands), operands), _combine_rows_backward)
+
+
+def sum_rows(y_RD: Float[Array, "R D"], weights_NK: Shaped[Array, "N K"], row_map: RowMap) -> Float[Array, "N D"]:
+    """`combine_rows`, without its derivative."""
+    wide = wide_dtype(y_RD.dtype)
+    total_ND = jnp.zeros((weights_NK.shape[0], y_RD.shape[1]), wide)
+    for k in range(weights_NK.shape[1]):
+        row_ND = y_RD[row_map.rows_NK[:, k]].astype(wide) * weights_NK[:, k, None].astype(wide)
+        total_ND += jnp.where(row_map.held_NK[:, k, None], row_ND, 0)
+    return total_ND
