@@ -79,7 +79,7 @@ def compile_kernel(fn: Callable[..., Any], args: tuple[Any, ...], target: Target
     """Compiles `fn`, which calls one kernel, and reads the report.
 
     Args:
-      args: `jax.ShapeDtypeStruct`s.
+      args: trees of `jax.ShapeDtypeStruct`s.
 
     Raises:
       UserError: packages are missing, `fn` calls no kernel or several, or the compiler refuses the kernel.
@@ -128,7 +128,7 @@ def _dynamic_shared_bytes(folder: pathlib.Path, kernel: str) -> int:
 
 def _lower(fn: Callable[..., Any], args: tuple[Any, ...], target: Target) -> Any:
     sharding = NamedSharding(Mesh(np.array(_topology(target).devices[:1]), ("x",)), PartitionSpec())
-    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in args]
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     with abstract_gpu(target):
         return jax.jit(fn).lower(*placed)
 

@@ -9,20 +9,30 @@ import jax.numpy as jnp
 
 from anyexperts_jax.aot.gpu import A100, H100, KernelReport, Target, compile_kernel, complaints
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.ops.aligned_rows import num_aligned_rows
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
+from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
 
 
 class Shape(NamedTuple):
-    """Sizes of one call of `expert_mlp`."""
+    """Sizes of one call of the expert MLP."""
 
     experts: int
-    capacity: int
+    capacity: int  # rows of a buffer, or of a block
     width: int
     hidden: int
+    blocks: int | None = None  # of the block-aligned buffer; None: each expert has a buffer
 
 
-# 49152, 32768 and 65536 rows, and a quarter more room than that; the last is the paper's layer.
-SHAPES = {"A": Shape(64, 960, 2048, 1408), "B": Shape(128, 320, 2048, 768), "P": Shape(256, 320, 2048, 512)}
+BLOCK = 128  # of the aligned buffer, by the tiles of every GPU and dtype
+# 49152, 32768 and 65536 rows, and a quarter more room than that; P is the paper's layer, compiled dropless too.
+SHAPES = {
+    "A": Shape(64, 960, 2048, 1408),
+    "B": Shape(128, 320, 2048, 768),
+    "P": Shape(256, 320, 2048, 512),
+    "P dropless": Shape(256, BLOCK, 2048, 512, num_aligned_rows(65536, 256, BLOCK) // BLOCK),
+}
 DTYPES = ("bfloat16", "float32")
 TARGETS = {"H100": H100, "A100": A100}
 
@@ -40,21 +50,25 @@ def mosaic_cases(shape: Shape) -> dict[str, Case]:
     return _module_cases(pallas_gpu, pallas_gpu.TILES, shape, "bfloat16")
 
 
-def _module_cases(k: Any, tiles: Any, shape: Shape, dtype: str) -> dict[str, Case]:
-    x_ECD, hidden_ECF, w_in_EDF, w_down_EFD, counts_E = _operands(shape, dtype)
+def _module_cases(k: Any, tiles: Tiles, shape: Shape, dtype: str) -> dict[str, Case]:
+    e, c, d, f, blocks = shape
+    b, ends = (e, (e, c)) if blocks is None else (blocks, (1, blocks * c))  # ends: as a sum over rows sees them
+    sizes = ((b, c, d), (b, c, f), (*ends, d), (*ends, f), (e, d, f), (e, f, d))
+    x_BCD, hidden_BCF, x_GRD, hidden_GRF, w_in_EDF, w_down_EFD = (jax.ShapeDtypeStruct(s, dtype) for s in sizes)
+    rows = GpuRows(*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (b, b, e, e)))
 
     def with_tile(kernel: Callable[..., Any], tile: Any, **more: Any) -> Callable[..., Any]:
         return lambda *operands: kernel(*operands, tile=tile, interpret=False, **more)
 
-    forward = (x_ECD, counts_E, w_in_EDF, w_in_EDF)
+    forward, last = (x_BCD, rows, w_in_EDF, w_in_EDF), {"zeros": blocks is None}
     return {
         "gate_up": (with_tile(k.gate_up, tiles.gate_up, keep=False), forward),
         "gate_up, kept": (with_tile(k.gate_up, tiles.gate_up, keep=True), forward),
-        "down": (with_tile(k.down, tiles.down), (hidden_ECF, counts_E, w_down_EFD)),
-        "d_gate_up": (with_tile(k.d_gate_up, tiles.d_gate_up), (x_ECD, counts_E, w_down_EFD, hidden_ECF, hidden_ECF)),
-        "d_x": (with_tile(k.d_x, tiles.d_x), (hidden_ECF, hidden_ECF, counts_E, w_in_EDF, w_in_EDF)),
-        "d_w_gate_up": (with_tile(k.d_weights, tiles.d_w_gate_up), (x_ECD, counts_E, hidden_ECF, hidden_ECF)),
-        "d_w_down": (with_tile(k.d_weights, tiles.d_w_down), (hidden_ECF, counts_E, x_ECD)),
+        "down": (with_tile(k.down, tiles.down, **last), (hidden_BCF, rows, w_down_EFD)),
+        "d_gate_up": (with_tile(k.d_gate_up, tiles.d_gate_up), (x_BCD, rows, w_down_EFD, hidden_BCF, hidden_BCF)),
+        "d_x": (with_tile(k.d_x, tiles.d_x, **last), (hidden_BCF, hidden_BCF, rows, w_in_EDF, w_in_EDF)),
+        "d_w_gate_up": (with_tile(k.d_weights, tiles.d_w_gate_up), (x_GRD, rows, hidden_GRF, hidden_GRF)),
+        "d_w_down": (with_tile(k.d_weights, tiles.d_w_down), (hidden_GRF, rows, x_GRD)),
     }
 
 
@@ -79,9 +93,3 @@ def reports() -> Iterator[tuple[str, KernelReport]]:
         found = complaints(report, target)
         require(not found, f"{name}: {'; '.join(found)}; change its tile")
         yield name, report
-
-
-def _operands(shape: Shape, dtype: str) -> tuple[Any, ...]:
-    e, c, d, f = shape
-    sizes = ((e, c, d), (e, c, f), (e, d, f), (e, f, d))
-    return *(jax.ShapeDtypeStruct(size, dtype) for size in sizes), jax.ShapeDtypeStruct((e,), jnp.int32)

@@ -35,8 +35,7 @@ def main(folder: pathlib.Path) -> None:
 
 def as_markdown(result: dict) -> str:
     shapes = "; ".join(
-        f"{name}: E {s['experts']}, C {s['capacity']}, D {s['width']}, F {s['hidden']}"
-        for name, s in result["shapes"].items()
+        f"{name}: E {s['experts']}, {_rows(s)}, D {s['width']}, F {s['hidden']}" for name, s in result["shapes"].items()
     )
     lines = [
         "# GPU kernels (static)",
@@ -57,6 +56,10 @@ def as_markdown(result: dict) -> str:
         cells = (name, k["registers"], k["spill_bytes"], shared, k["threads"], k["tensor_cores"], tma)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _rows(shape: dict) -> str:
+    return f"C {shape['capacity']}" if shape["blocks"] is None else f"{shape['blocks']} blocks of {shape['capacity']}"
 
 
 if __name__ == "__main__":

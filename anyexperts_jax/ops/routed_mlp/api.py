@@ -1,6 +1,7 @@
 """`routed_mlp`: each token through its own experts, however many land on one expert."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float
@@ -11,7 +12,25 @@ from anyexperts_jax.ops._select import select_implementation
 from anyexperts_jax.ops.routed_mlp import reference, vjp
 from anyexperts_jax.ops.slot_order import SlotOrder
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"reference": reference.routed_mlp, "xla": vjp.routed_mlp_xla}
+
+def _pallas_gpu(*operands: Any) -> Array:
+    from anyexperts_jax.ops.routed_mlp import gpu  # Pallas is imported where it is used
+
+    return gpu.routed_mlp_mosaic(*operands)
+
+
+def _pallas_triton(*operands: Any) -> Array:
+    from anyexperts_jax.ops.routed_mlp import gpu
+
+    return gpu.routed_mlp_triton(*operands)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "reference": reference.routed_mlp,
+    "xla": vjp.routed_mlp_xla,
+    "pallas_gpu": _pallas_gpu,
+    "pallas_triton": _pallas_triton,
+}
 DEFAULT_IMPLEMENTATION = "xla"  # on every platform
 
 
@@ -33,12 +52,13 @@ def routed_mlp(
 
     Args:
       order: the slots of `weights_NK` in expert order.
-      implementation: "xla" or "reference"; None is "xla".
+      implementation: "pallas_gpu" (Hopper, bfloat16), "pallas_triton" (NVIDIA GPUs; bfloat16, and float32 multiplied as
+        TF32), "xla" or "reference"; None is "xla".
       residuals: "saved" keeps gate and up for the backward pass, 2 * F elements of x's dtype a row; "recomputed" keeps
         nothing but the operands and runs the forward pass again.
 
     Raises:
-      UserError: shapes or dtypes that do not fit, or an unknown implementation.
+      UserError: shapes or dtypes that do not fit, an unknown implementation, or one that cannot run here.
     """
     check_expert_weights(x_ND, w_gate_EDF, w_up_EDF, w_down_EFD)
     check_counts("order.counts_E", order.counts_E, w_gate_EDF.shape[0])

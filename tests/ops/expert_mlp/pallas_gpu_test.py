@@ -11,8 +11,9 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.ops.expert_mlp import expert_mlp, pallas_gpu
+from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
-from anyexperts_jax.ops.expert_mlp.vjp_gpu import GpuOptions, expert_mlp_mosaic
+from anyexperts_jax.ops.expert_mlp.vjp_gpu import expert_mlp_mosaic
 from tests.ops.expert_mlp.cases import expected, make_operands, run
 from tests.ops.expert_mlp.gpu_cases import check, counts_cases
 
