@@ -13,7 +13,7 @@ help:
 	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 12 minutes)"
 	@echo "make demo-smoke  the same in about a minute, too short to learn anything"
 	@echo "make test        install and run the tests"
-	@echo "make test-aot    compile the kernels for TPUs and GPUs that are not here (Linux; about 500 MB of compilers)"
+	@echo "make test-aot    compile the kernels for TPUs and GPUs that are not here (Linux; 1.2 GB of compilers)"
 	@echo "make check       lint, format check and types"
 
 $(BIN)/.installed: pyproject.toml

@@ -55,7 +55,8 @@ def _module_cases(k: Any, tiles: Tiles, shape: Shape, dtype: str) -> dict[str, C
     b, ends = (e, (e, c)) if blocks is None else (blocks, (1, blocks * c))  # ends: as a sum over rows sees them
     sizes = ((b, c, d), (b, c, f), (*ends, d), (*ends, f), (e, d, f), (e, f, d))
     x_BCD, hidden_BCF, x_GRD, hidden_GRF, w_in_EDF, w_down_EFD = (jax.ShapeDtypeStruct(s, dtype) for s in sizes)
-    rows = GpuRows(*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (b, b, e, e)))
+    vectors: Any = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (b, b, e, e))
+    rows = GpuRows(*vectors)
 
     def with_tile(kernel: Callable[..., Any], tile: Any, **more: Any) -> Callable[..., Any]:
         return lambda *operands: kernel(*operands, tile=tile, interpret=False, **more)

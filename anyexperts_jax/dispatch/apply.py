@@ -1,5 +1,7 @@
 """`moe_apply`: the plan carried out on the tokens."""
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float
 
@@ -24,6 +26,7 @@ def moe_apply(
     *,
     capacity: int | None = None,
     num_sequences: int = 1,
+    residuals: str = "saved",
 ) -> Float[Array, "N D"]:
     """`moe_apply_stats` without the stats."""
     y_ND, _ = moe_apply_stats(
@@ -36,6 +39,7 @@ def moe_apply(
         implementation,
         capacity=capacity,
         num_sequences=num_sequences,
+        residuals=residuals,
     )
     return y_ND
 
@@ -51,6 +55,7 @@ def moe_apply_stats(
     *,
     capacity: int | None = None,
     num_sequences: int = 1,
+    residuals: str = "saved",
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
     """(sum over each token's slots of weight * expert(x) or, for virtual slots, weight * x; stats).
 
@@ -63,24 +68,24 @@ def moe_apply_stats(
       implementation: of the expert op; None picks.
       capacity: rows of an expert's buffer in place of the budget's, for "capacity" alone.
       num_sequences: N = num_sequences * T, sequence after sequence; overflow takes the latest positions of all.
+      residuals: "saved" keeps gate and up of the rows for the backward pass, "recomputed" computes them again.
 
     Raises:
-      UserError: an unknown dispatch or implementation, or shapes, dtypes or sizes that do not fit.
+      UserError: an unknown dispatch, implementation or residuals, or shapes, dtypes or sizes that do not fit.
     """
     require_one_of("dispatch", dispatch, DISPATCHES)
     _check(x_ND, plan, w_gate_EDF, dispatch, capacity, num_sequences)
     weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
+    how: dict[str, Any] = {"implementation": implementation, "residuals": residuals}
     if dispatch == "dense":
-        y_ND, stats = apply_dense(x_ND, plan, *weights, implementation=implementation)
+        y_ND, stats = apply_dense(x_ND, plan, *weights, **how)
     elif dispatch == "blocks":
-        y_ND, stats = apply_blocks(x_ND, plan, *weights, implementation=implementation)
+        y_ND, stats = apply_blocks(x_ND, plan, *weights, **how)
     else:
         rows = rows_per_expert(plan.spec, x_ND.shape[0]) if capacity is None else min(capacity, x_ND.shape[0])
-        y_ND, stats = apply_capacity(
-            x_ND, plan, *weights, capacity=rows, num_sequences=num_sequences, implementation=implementation
-        )
+        y_ND, stats = apply_capacity(x_ND, plan, *weights, capacity=rows, num_sequences=num_sequences, **how)
         if plan.spec.overflow == "fallback":
-            y_ND, stats = _exact_where_dropped(y_ND, stats, x_ND, plan, weights, implementation)
+            y_ND, stats = _exact_where_dropped(y_ND, stats, x_ND, plan, weights, how)
     if plan.spec.virtual_output == "identity":
         y_ND = y_ND + plan.virtual_weight_N[:, None].astype(y_ND.dtype) * x_ND.astype(y_ND.dtype)
     return y_ND.astype(x_ND.dtype), stats
@@ -92,12 +97,12 @@ def _exact_where_dropped(
     x_ND: Array,
     plan: RoutingPlan,
     weights: tuple[Array, Array, Array],
-    implementation: str | None,
+    how: dict[str, Any],
 ) -> tuple[Array, DispatchStats]:
     """The dropless result where the buffers dropped anything, else what they gave."""
     return jax.lax.cond(
         stats.dropped > 0,
-        lambda: apply_blocks(x_ND, plan, *weights, implementation=implementation),
+        lambda: apply_blocks(x_ND, plan, *weights, **how),
         lambda: (y_ND, stats),
     )
 

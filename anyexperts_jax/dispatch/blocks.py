@@ -16,8 +16,11 @@ def apply_blocks(
     w_down_EFD: Float[Array, "E F D"],
     *,
     implementation: str | None,
+    residuals: str,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
     """(weighted sum of each token's experts in float32, stats)."""
     order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
-    y_ND = routed_mlp(x_ND, plan.weights_NK, order, w_gate_EDF, w_up_EDF, w_down_EFD, implementation)
+    y_ND = routed_mlp(
+        x_ND, plan.weights_NK, order, w_gate_EDF, w_up_EDF, w_down_EFD, implementation, residuals=residuals
+    )
     return y_ND, DispatchStats(dropped=jnp.zeros((), jnp.int32), rows=order.counts_E.sum())

@@ -28,6 +28,7 @@ def apply_capacity(
     capacity: int,
     num_sequences: int,
     implementation: str | None,
+    residuals: str,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
     """(weighted sum of each token's experts in float32, stats); an expert's slots past `capacity` add nothing."""
     num_experts = plan.spec.num_experts
@@ -35,7 +36,7 @@ def apply_capacity(
     row_map = _row_map(order, plan.expert_ids_NK, capacity)
     x_ECD = take_rows(x_ND, row_map).reshape(num_experts, capacity, x_ND.shape[1])
     kept_E = jnp.minimum(order.counts_E, capacity)
-    y_ECD = expert_mlp(x_ECD, kept_E, w_gate_EDF, w_up_EDF, w_down_EFD, implementation)
+    y_ECD = expert_mlp(x_ECD, kept_E, w_gate_EDF, w_up_EDF, w_down_EFD, implementation, residuals=residuals)
     y_ND = combine_rows(y_ECD.reshape(-1, x_ND.shape[1]), plan.weights_NK, row_map)
     rows = jnp.asarray(num_experts * capacity, jnp.int32)
     return y_ND, DispatchStats(dropped=(order.counts_E - kept_E).sum(), rows=rows)

@@ -17,6 +17,7 @@ def apply_dense(
     w_down_EFD: Float[Array, "E F D"],
     *,
     implementation: str | None,
+    residuals: str,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
     """(weighted sum of each token's experts in float32, stats)."""
     num_experts, tokens = plan.spec.num_experts, x_ND.shape[0]
@@ -24,7 +25,7 @@ def apply_dense(
     weights_NE = jnp.einsum("NK,NKE->NE", plan.weights_NK, chosen_NKE)
     x_END = jnp.broadcast_to(x_ND, (num_experts, *x_ND.shape))
     everything_E = jnp.full(num_experts, tokens, jnp.int32)
-    y_END = expert_mlp(x_END, everything_E, w_gate_EDF, w_up_EDF, w_down_EFD, implementation)
+    y_END = expert_mlp(x_END, everything_E, w_gate_EDF, w_up_EDF, w_down_EFD, implementation, residuals=residuals)
     wide = jnp.promote_types(x_ND.dtype, jnp.float32)
     y_ND = jnp.einsum("NE,END->ND", weights_NE.astype(wide), y_END.astype(wide))
     rows = jnp.asarray(num_experts * tokens, jnp.int32)

@@ -98,6 +98,7 @@ class MoEBlock(nn.Module):
             config.num_shared_experts,
             config.dispatch,
             config.expert_mlp,
+            config.expert_residuals,
             config.residual_scale,
             config.norm_eps,
             config.dtype,

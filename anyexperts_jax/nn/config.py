@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from anyexperts_jax.core.errors import require, require_one_of
 
 Dtype = Literal["float32", "bfloat16"]
+Residuals = Literal["saved", "recomputed"]
 Remat = Literal["none", "full", "routing", "dots"]
 
 
@@ -61,13 +62,15 @@ class StackConfig:
     norm_eps: float = 1e-6
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     dispatch: str = "blocks"  # see dispatch.moe_apply
-    expert_mlp: str | None = None  # implementation of ops.expert_mlp; None: the platform's fastest
+    expert_mlp: str | None = None  # implementation of the expert op; None: the platform's fastest
+    expert_residuals: Residuals = "saved"  # what the expert op keeps for its backward pass; see dispatch.moe_apply
     remat: Remat = "none"  # see nn.stack.remat_policy
     scan_unroll: int = 1  # MoE layers per iteration of the scan
     dtype: Dtype = "float32"  # of activations and matmuls; router, norms, softmax and losses are always float32
     param_dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
+        require_one_of("expert_residuals", self.expert_residuals, get_args(Residuals))
         require_one_of("remat", self.remat, get_args(Remat))
         require_one_of("dtype", self.dtype, get_args(Dtype))
         require_one_of("param_dtype", self.param_dtype, get_args(Dtype))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.dispatch.apply import moe_apply_stats
-from anyexperts_jax.nn.config import Dtype
+from anyexperts_jax.nn.config import Dtype, Residuals
 from anyexperts_jax.nn.importance import ImportanceMLP
 from anyexperts_jax.nn.linear import Contraction, contract
 from anyexperts_jax.nn.mlp import SwiGLU
@@ -78,7 +78,8 @@ class MoE(nn.Module):
     d_ff: int  # F, of one expert
     num_shared_experts: int = 0  # each F wide, on every token
     dispatch: str = "blocks"  # see dispatch.moe_apply
-    expert_mlp: str | None = None  # implementation of ops.expert_mlp
+    expert_mlp: str | None = None  # implementation of the expert op
+    expert_residuals: Residuals = "saved"  # see dispatch.moe_apply
     residual_scale: float = 1.0  # of the down projections' initial values
     norm_eps: float = 1e-6
     dtype: Dtype = "float32"
@@ -135,7 +136,13 @@ class MoE(nn.Module):
             config.num_experts, self.d_ff, self.residual_scale, self.dtype, self.param_dtype, name="experts"
         )
         y_ND, stats = moe_apply_stats(
-            x_ND, plan, *experts(d_model), self.dispatch, self.expert_mlp, num_sequences=batch
+            x_ND,
+            plan,
+            *experts(d_model),
+            self.dispatch,
+            self.expert_mlp,
+            num_sequences=batch,
+            residuals=self.expert_residuals,
         )
         y_BTD = y_ND.reshape(x_BTD.shape)
         if self.num_shared_experts:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 
 from anyexperts_jax.core.errors import require_one_of
 
@@ -32,3 +33,8 @@ def device_kind() -> str:
     """The kind of device the computation will run on, found as `platform` is."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def default_implementation(dtype: jnp.dtype) -> str:
+    """The kernels on a TPU where they take the dtype, else XLA."""
+    return "pallas_tpu" if platform() == "tpu" and dtype in (jnp.bfloat16, jnp.float32) else "xla"

@@ -98,11 +98,27 @@ def test_stats_count_rows():
     assert int(stats.rows) == 4 * EXPERTS
 
 
+@pytest.mark.parametrize("dispatch", ["blocks", "capacity"])
+def test_recomputed_residuals_change_nothing_but_memory(dispatch):
+    plan, (x, *weights) = PLANS["random"], make_operands(12)
+
+    def gradients(residuals):
+        def total(x, *weights):
+            return jnp.sin(moe_apply(x, plan, *weights, dispatch, capacity=rows, residuals=residuals)).sum()
+
+        return jax.jit(jax.grad(total, range(4)))(x, *weights)
+
+    rows = 12 if dispatch == "capacity" else None
+    for a, b in zip(gradients("recomputed"), gradients("saved"), strict=True):
+        np.testing.assert_allclose(a, b, **FLOAT32_TOLERANCE)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"dispatch": "sparse"}, "dispatch='sparse' is unknown; valid: blocks, capacity, dense"),
-        ({"implementation": "cuda"}, "implementation='cuda' is unknown; valid: reference, xla"),
+        ({"implementation": "cuda"}, "implementation='cuda' is unknown; valid: reference, xla, pallas_tpu"),
+        ({"residuals": "all"}, "residuals='all' is unknown; valid: saved, recomputed"),
         ({"dispatch": "blocks", "capacity": 3}, "capacity=3 has no meaning for dispatch='blocks'"),
         ({"dispatch": "capacity", "capacity": 0}, "capacity=0 must be >= 1"),
         ({"num_sequences": 5}, "num_sequences=5 must divide the 12 tokens"),

@@ -93,7 +93,8 @@ def test_remat_never_selects_again_and_keeps_more_by_name():
 
 
 def test_remat_through_the_block_dispatch():
-    close(loss_and_grad(dispatch="blocks", remat="full")[1], loss_and_grad()[1])
+    for residuals in ("saved", "recomputed"):
+        close(loss_and_grad(dispatch="blocks", remat="full", expert_residuals=residuals)[1], loss_and_grad()[1])
 
 
 def test_the_router_losses_have_a_gradient_in_every_layer():

@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.ops._checks import check_counts, check_expert_weights, check_residuals
-from anyexperts_jax.ops._select import platform, select_implementation
+from anyexperts_jax.ops._select import default_implementation, select_implementation
 from anyexperts_jax.ops.expert_mlp import reference, vjp
 
 
@@ -47,11 +46,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "pallas_gpu": _pallas_gpu,
     "pallas_triton": _pallas_triton,
 }
-
-
-def default_implementation(dtype: jnp.dtype) -> str:
-    """The kernels on a TPU where they take the dtype, else XLA."""
-    return "pallas_tpu" if platform() == "tpu" and dtype in (jnp.bfloat16, jnp.float32) else "xla"
 
 
 def expert_mlp(

@@ -7,7 +7,6 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.ops._checks import check_residuals
 from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows
-from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
 
 Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 
@@ -16,13 +15,13 @@ Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F 
 class GpuOptions:
     """How the kernels run.
 
-    tiles: of the module's kind; None chooses them by dtype and GPU.
+    tiles: `Tiles` of the module's kind; None chooses them by dtype and GPU.
     residuals: "saved" keeps gate and up for the backward pass, 2 * E * C * F elements of x's dtype; "recomputed" keeps
       nothing but the operands and computes both again, 2 of the backward pass's then 8 matmuls.
     interpret: on the CPU, for tests: True for Triton, `InterpretGPUParams` for Mosaic.
     """
 
-    tiles: Tiles | None = None
+    tiles: Any = None
     residuals: str = "saved"
     interpret: Any = False
 
@@ -46,8 +45,8 @@ def gate_up(
     kernels: Kernels, x_BCD: Float[Array, "B C D"], rows: GpuRows, experts: Experts, options: GpuOptions, *, keep: bool
 ) -> tuple[Float[Array, "B C F"], ...]:
     """(hidden,), or (hidden, gate, up) with `keep`."""
-    tile, how = options.tiles.gate_up, {"interpret": options.interpret}
-    return kernels.gate_up(x_BCD, rows, *experts[:2], tile=tile, keep=keep, **how)
+    how = {"tile": options.tiles.gate_up, "interpret": options.interpret}
+    return kernels.gate_up(x_BCD, rows, *experts[:2], keep=keep, **how)
 
 
 def forward(

@@ -5,6 +5,9 @@ are read once an expert. A tile's matmuls run over its live rows, rounded up to 
 expert's count never reaches a live row: the row kernels treat rows one by one and zero the dead ones of what they
 return; the weights' gradients, which sum over rows, mask what they read.
 
+Given `starts_E`, the same kernels run over one block-aligned buffer, [1, R, D], of which they touch live tiles alone:
+other tiles of what they return hold anything.
+
 Operands are bfloat16 or float32, D and F multiples of 128 and C of 16; sums are float32. float32 operands are
 multiplied in full, not rounded to bfloat16 first.
 """
@@ -20,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from anyexperts_jax.ops.expert_mlp.tiles import list_tiles
+from anyexperts_jax.ops.expert_mlp.tiles import list_aligned_tiles, list_tiles
 from anyexperts_jax.ops.expert_mlp.tpu_grid import (
     Block,
     Grid,
@@ -182,15 +185,20 @@ def _weights_kernel(step: Step, inputs: Refs, outputs: Refs, scratch: Refs, *, s
                 ref[...] = total_ref[...].astype(ref.dtype)
 
 
-def _row_grid(counts_E: Array, capacity: int, sizes: KernelSizes, cores: int) -> Grid:
-    """All tiles, shared among the cores."""
+def _row_grid(counts_E: Array, starts_E: Array | None, capacity: int, sizes: KernelSizes, cores: int) -> Grid:
+    """All tiles, or in a block-aligned buffer the live ones, shared among the cores."""
+    if starts_E is not None:
+        blocks = capacity // sizes.block
+        tiles = list_aligned_tiles(starts_E, counts_E, blocks, sizes.block, empty=False)
+        cores = min(cores, blocks)
+        return Grid(tiles, jnp.maximum(tiles.num_live, 1), outer=cores, split=cores > 1, flat=True)
     tiles = list_tiles(counts_E, capacity, sizes.block)
     total = tiles.rows.size - 1
     return Grid(tiles, total, outer=cores, split=True) if total > 1 else Grid(tiles, total)
 
 
 def forward(
-    x_ECD: Float[Array, "E C D"],
+    x_ECD: Float[Array, "#E C D"],
     counts_E: Int[Array, "E"],
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
@@ -198,13 +206,14 @@ def forward(
     *,
     sizes: TpuSizes,
     keep: bool,
+    starts_E: Int[Array, "E"] | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "E C D"], tuple[Float[Array, "E C F"], ...]]:
+) -> tuple[Float[Array, "#E C D"], tuple[Float[Array, "#E C F"], ...]]:
     """(y_ECD, (gate_ECF, up_ECF) if `keep` else ()). Dead rows of y are zero, those of gate and up hold anything."""
     own = sizes.forward
     (experts, capacity, width), hidden = x_ECD.shape, w_gate_EDF.shape[2]
     call = functools.partial(run_kernel, vmem_bytes=sizes.vmem_bytes, interpret=interpret)
-    grid = _row_grid(counts_E, capacity, own, sizes.cores)
+    grid = _row_grid(counts_E, starts_E, capacity, own, sizes.cores)
     x, y = Operand(x_ECD, Block("tile", own.block, width)), like(x_ECD, experts, capacity, width)
     row_ECF = like(x_ECD, experts, capacity, hidden)
     if own.columns is None:
@@ -222,14 +231,14 @@ def forward(
     hidden_ECF, *kept = call(
         functools.partial(_hidden_kernel, sizes=own),
         "expert_mlp_forward_hidden",
-        Grid(grid.tiles, jnp.maximum(grid.tiles.num_live, 1), outer=pl.cdiv(hidden, own.columns)),
+        Grid(grid.tiles, jnp.maximum(grid.tiles.num_live, 1), outer=pl.cdiv(hidden, own.columns), flat=grid.flat),
         [x, Operand(w_gate_EDF, up), Operand(w_up_EDF, up)],
         [Operand(row_ECF, Block("tile", own.block, own.columns, "columns"))] * (1 + 2 * keep),
     )
     (y_ECD,) = call(
         functools.partial(_down_kernel, sizes=own),
         "expert_mlp_forward_down",
-        Grid(grid.tiles, grid.tiles.rows.size - 1, outer=pl.cdiv(width, own.columns)),
+        Grid(grid.tiles, grid.steps, outer=pl.cdiv(width, own.columns), flat=grid.flat),
         [
             Operand(hidden_ECF, Block("tile", own.block, hidden)),
             Operand(w_down_EFD, Block("expert", hidden, own.columns, "columns")),
@@ -240,17 +249,18 @@ def forward(
 
 
 def rows_backward(
-    x_ECD: Float[Array, "E C D"],
+    x_ECD: Float[Array, "#E C D"],
     counts_E: Int[Array, "E"],
-    kept: tuple[Float[Array, "E C F"], ...],
+    kept: tuple[Float[Array, "#E C F"], ...],
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
-    d_y_ECD: Float[Array, "E C D"],
+    d_y_ECD: Float[Array, "#E C D"],
     *,
     sizes: TpuSizes,
+    starts_E: Int[Array, "E"] | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "E C D"], tuple[Float[Array, "E C F"], ...]]:
+) -> tuple[Float[Array, "#E C D"], tuple[Float[Array, "#E C F"], ...]]:
     """(d_x_ECD, (d_gate_ECF, d_up_ECF, hidden_ECF)). Dead rows of d_x are zero, those of the others hold anything.
 
     `kept` is what `forward` kept; where that is nothing, gate and up are computed again from x.
@@ -258,7 +268,7 @@ def rows_backward(
     own = sizes.backward
     (experts, capacity, width), hidden = x_ECD.shape, w_gate_EDF.shape[2]
     call = functools.partial(run_kernel, vmem_bytes=sizes.vmem_bytes, interpret=interpret)
-    grid = _row_grid(counts_E, capacity, own, sizes.cores)
+    grid = _row_grid(counts_E, starts_E, capacity, own, sizes.cores)
     wide_row = Block("tile", own.block, width)
     row_ECF, d_x = like(x_ECD, experts, capacity, hidden), like(x_ECD, experts, capacity, width)
     if own.columns is None:
@@ -285,7 +295,7 @@ def rows_backward(
     d_hidden = call(
         functools.partial(_hidden_backward_kernel, sizes=own, num_given=len(given)),
         "expert_mlp_backward_hidden",
-        Grid(grid.tiles, jnp.maximum(grid.tiles.num_live, 1), outer=pl.cdiv(hidden, own.columns)),
+        Grid(grid.tiles, jnp.maximum(grid.tiles.num_live, 1), outer=pl.cdiv(hidden, own.columns), flat=grid.flat),
         [Operand(d_y_ECD, wide_row), *given, *weights, Operand(w_down_EFD, down)],
         [Operand(row_ECF, row)] * 3,
     )
@@ -293,7 +303,7 @@ def rows_backward(
     (d_x_ECD,) = call(
         functools.partial(_rows_backward_kernel, sizes=own),
         "expert_mlp_backward_rows",
-        Grid(grid.tiles, grid.tiles.rows.size - 1, outer=pl.cdiv(width, own.columns)),
+        Grid(grid.tiles, grid.steps, outer=pl.cdiv(width, own.columns), flat=grid.flat),
         [
             *(Operand(a, Block("tile", own.block, hidden)) for a in d_hidden[:2]),
             Operand(w_gate_EDF, up_rows),
@@ -305,21 +315,25 @@ def rows_backward(
 
 
 def weights_backward(
-    x_ECD: Float[Array, "E C D"],
+    x_ECD: Float[Array, "#E C D"],
     counts_E: Int[Array, "E"],
-    d_gate_ECF: Float[Array, "E C F"],
-    d_up_ECF: Float[Array, "E C F"],
-    hidden_ECF: Float[Array, "E C F"],
-    d_y_ECD: Float[Array, "E C D"],
+    d_gate_ECF: Float[Array, "#E C F"],
+    d_up_ECF: Float[Array, "#E C F"],
+    hidden_ECF: Float[Array, "#E C F"],
+    d_y_ECD: Float[Array, "#E C D"],
     *,
     sizes: TpuSizes,
+    starts_E: Int[Array, "E"] | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]:
     """Gradients of w_gate, w_up and w_down; exactly zero for an expert without rows. Dead rows may hold anything."""
     own = sizes.weights
-    (experts, capacity, width), hidden = x_ECD.shape, d_gate_ECF.shape[2]
+    (_, capacity, width), experts, hidden = x_ECD.shape, counts_E.shape[0], d_gate_ECF.shape[2]
     columns = own.columns or hidden
-    tiles = list_tiles(counts_E, capacity, own.block)
+    if starts_E is None:
+        tiles = list_tiles(counts_E, capacity, own.block)
+    else:
+        tiles = list_aligned_tiles(starts_E, counts_E, capacity // own.block, own.block, empty=True)
     wide_row, row = Block("tile", own.block, width), Block("tile", own.block, columns, "columns")
     up, down = Block("expert", width, columns, "columns"), Block("expert", columns, width, "rows")
     one_pass = own.block == own.slab and capacity <= own.block
@@ -328,7 +342,7 @@ def weights_backward(
     results = run_kernel(
         functools.partial(_weights_kernel, sizes=own),
         "expert_mlp_backward_weights",
-        Grid(tiles, tiles.num_touched, outer=pl.cdiv(hidden, columns)),
+        Grid(tiles, tiles.num_touched, outer=pl.cdiv(hidden, columns), flat=starts_E is not None),
         [
             Operand(x_ECD, wide_row),
             Operand(d_y_ECD, wide_row),

@@ -254,7 +254,7 @@ def _d_x_kernel(  # type: ignore[no-untyped-def]
 def _d_weights_kernel(starts_ref, counts_ref, a_ref, *refs, tile):  # type: ignore[no-untyped-def]
     b_refs, out_refs = refs[: len(refs) // 2], refs[len(refs) // 2 :]
     e, m, n = _position(tile)
-    b, start, live = (e if a_ref.shape[0] > 1 else 0), starts_ref[e], counts_ref[e]
+    b, start, live = jnp.minimum(e, a_ref.shape[0] - 1), starts_ref[e], counts_ref[e]
 
     def step(k, sums):  # type: ignore[no-untyped-def]
         row, end = start + k, start + live

@@ -1,4 +1,4 @@
-"""The tiles of a buffer [E, C, D] in the order a kernel visits them, live ones first and packed.
+"""The tiles of a buffer, [E, C, D] or block-aligned, in the order a kernel visits them, live ones first and packed.
 
 A tile is one expert and one block of its rows. A kernel's grid runs along the list, so a tile that is not reached
 costs nothing, and the weights of the next expert are fetched while a live tile computes.
@@ -56,4 +56,48 @@ def list_tiles(counts_E: Int[Array, "E"], capacity: int, block: int) -> TileList
         closes=(block_at == 0).astype(jnp.int32),
         num_live=num_live,
         num_touched=num_touched,
+    )
+
+
+def list_aligned_tiles(
+    starts_E: Int[Array, "E"], counts_E: Int[Array, "E"], num_blocks: int, block: int, *, empty: bool
+) -> TileList:
+    """The live tiles of one buffer of `num_blocks` blocks, in which expert e has `counts_E[e]` rows from `starts_E[e]`
+    on, a multiple of `block`. `block` in the list counts from the buffer's beginning.
+
+    Experts come in order, within one the partly filled block first. After the live tiles come, with `empty`, those of
+    the experts without rows, whose own rows are nowhere; without, the last live tile again, for two cores that take
+    halves of an odd list. Of a list of one, the other core is given another block, which is dead, to keep off its tile.
+    """
+    num_experts = counts_E.shape[0]
+    starts_E, counts_E = starts_E.astype(jnp.int32), counts_E.astype(jnp.int32)
+    blocks_E = -(-counts_E // block)
+    ends_E = jnp.cumsum(blocks_E)
+    num_live, num_empty = ends_E[-1], (counts_E == 0).sum(dtype=jnp.int32)
+    place = jnp.arange(num_blocks + 1 + empty * num_experts, dtype=jnp.int32)
+    live = place < num_live
+    source = jnp.clip(place, 0, jnp.maximum(num_live - 1, 0))
+    source_expert = jnp.minimum((source[:, None] >= ends_E).sum(1, dtype=jnp.int32), num_experts - 1)
+    in_expert = jnp.maximum(ends_E[source_expert] - 1 - source, 0)
+    source_block = starts_E[source_expert] // block + in_expert
+    rows = jnp.clip(counts_E[source_expert] - in_expert * block, 0, block)
+    opens, closes = in_expert + 1 == blocks_E[source_expert], in_expert == 0
+    expert, at = source_expert, source_block
+    if empty:
+        order_E = jnp.argsort(counts_E > 0, stable=True).astype(jnp.int32)
+        expert = jnp.where(live, expert, order_E[jnp.clip(place - num_live, 0, num_experts - 1)])
+        rows, opens, closes = jnp.where(live, rows, 0), opens | ~live, closes | ~live
+    else:
+        alone = ~live & (num_live <= 1) & (place > 0)
+        at, rows = jnp.where(alone, (at + 1) % num_blocks, at), jnp.where(alone, 0, rows)
+    return TileList(
+        expert=expert,
+        block=at,
+        source_expert=source_expert,
+        source_block=source_block,
+        rows=rows,
+        opens=opens.astype(jnp.int32),
+        closes=closes.astype(jnp.int32),
+        num_live=num_live,
+        num_touched=num_live + num_empty,
     )

@@ -49,12 +49,14 @@ class Step(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """Steps of a call. `tiles` are visited up to `steps`; the outer axis has `outer` steps, each of which goes through
-    all tiles (columns) or, where `split`, through its part of them (cores)."""
+    all tiles (columns) or, where `split`, through its part of them (cores). Where `flat`, the rows of all experts lie
+    in one buffer [1, R, D]."""
 
     tiles: TileList
     steps: Int[Array, ""] | int
     outer: int = 1
     split: bool = False
+    flat: bool = False
 
 
 Kernel = Callable[[Step, Sequence[Ref], Sequence[Ref], Sequence[Ref]], None]
@@ -91,8 +93,8 @@ def run_kernel(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(grid.outer, steps),
-            in_specs=[_spec(operand.block, grid.split, "source_") for operand in inputs],
-            out_specs=[_spec(operand.block, grid.split, "") for operand in outputs],
+            in_specs=[_spec(operand.block, grid, "source_") for operand in inputs],
+            out_specs=[_spec(operand.block, grid, "") for operand in outputs],
             scratch_shapes=list(scratch),
         ),
         out_shape=[operand.array for operand in outputs],
@@ -113,12 +115,13 @@ def _read(lists: Sequence[Ref], name: str, place: Any) -> Any:
     return lists[_LISTS.index(name)][place]
 
 
-def _spec(block: Block, split: bool, side: str) -> pl.BlockSpec:
+def _spec(block: Block, grid: Grid, side: str) -> pl.BlockSpec:
     def index(outer: Any, step: Any, *lists: Ref) -> tuple[Any, ...]:
-        place = _place(outer, step, lists, split)
+        place = _place(outer, step, lists, grid.split)
         row = _read(lists, side + "block", place) if block.of == "tile" else 0
         row = outer if block.along == "rows" else row
-        return _read(lists, side + "expert", place), row, outer if block.along == "columns" else 0
+        matrix = 0 if grid.flat and block.of == "tile" else _read(lists, side + "expert", place)
+        return matrix, row, outer if block.along == "columns" else 0
 
     return pl.BlockSpec((None, block.rows, block.columns), index)
 

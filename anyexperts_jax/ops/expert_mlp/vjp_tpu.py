@@ -16,7 +16,7 @@ from anyexperts_jax.ops.expert_mlp import pallas_tpu
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape, TpuSizes, chip_of, choose_sizes
 
 DTYPES = (jnp.bfloat16, jnp.float32)
-_LANES, _SUBLANES = 128, 16
+LANES, _SUBLANES = 128, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +51,17 @@ def expert_mlp_pallas_tpu(
     Raises:
       UserError: no TPU, a dtype the kernels do not take, or weights of which no part fits in VMEM.
     """
+    require_kernels(x_ECD.dtype, options)
+    return _expert_mlp(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options)
+
+
+def require_kernels(dtype: jnp.dtype, options: TpuOptions) -> None:
+    """Raises `UserError` unless the kernels take `dtype` and run where this is traced for."""
     require(
         bool(options.interpret) or platform() == "tpu",
         f"implementation='pallas_tpu' needs a TPU and the platform is {platform()!r}; use implementation='xla'",
     )
-    check_dtype("pallas_tpu", x_ECD.dtype, DTYPES, instead="xla")
-    return _expert_mlp(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options)
+    check_dtype("pallas_tpu", dtype, DTYPES, instead="xla")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -78,7 +83,7 @@ def _backward(options: TpuOptions, residuals: tuple, d_y_ECD: Array) -> tuple[Ar
     x_ECD, counts_E, weights, kept = residuals
     shapes = [a.shape for a in (x_ECD, *weights)]
     x_ECD, d_y_ECD = _pad_rows(x_ECD), _pad_rows(d_y_ECD.astype(x_ECD.dtype))
-    weights = tuple(pad_to_multiples(w, (1, _LANES, _LANES)) for w in weights)
+    weights = tuple(pad_to_multiples(w, (1, LANES, LANES)) for w in weights)
     how: dict[str, Any] = {"sizes": _sizes(x_ECD, weights[0], options), "interpret": options.interpret}
     d_x_ECD, d_hidden = pallas_tpu.rows_backward(x_ECD, counts_E, kept, *weights, d_y_ECD=d_y_ECD, **how)
     d_weights = pallas_tpu.weights_backward(x_ECD, counts_E, *d_hidden, d_y_ECD=d_y_ECD, **how)
@@ -94,7 +99,7 @@ def _run(
 ) -> tuple[Array, tuple[Array, ...]]:
     """(y_ECD, padded gate and up if `keep`)."""
     shape, x_ECD = x_ECD.shape, _pad_rows(x_ECD)
-    weights = tuple(pad_to_multiples(w, (1, _LANES, _LANES)) for w in weights)
+    weights = tuple(pad_to_multiples(w, (1, LANES, LANES)) for w in weights)
     sizes = _sizes(x_ECD, weights[0], options)
     y_ECD, kept = pallas_tpu.forward(x_ECD, counts_E, *weights, sizes=sizes, keep=keep, interpret=options.interpret)
     return _cut(y_ECD, shape), kept
@@ -110,7 +115,7 @@ def _sizes(x_ECD: Array, w_gate_EDF: Array, options: TpuOptions) -> TpuSizes:
 
 
 def _pad_rows(a_ECD: Array) -> Array:
-    return pad_to_multiples(a_ECD, (1, _SUBLANES, _LANES))
+    return pad_to_multiples(a_ECD, (1, _SUBLANES, LANES))
 
 
 def _cut(a: Array, shape: tuple[int, ...]) -> Array:

@@ -8,13 +8,19 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.ops._checks import check_counts, check_expert_weights, check_residuals
-from anyexperts_jax.ops._select import select_implementation
+from anyexperts_jax.ops._select import default_implementation, select_implementation
 from anyexperts_jax.ops.routed_mlp import reference, vjp
 from anyexperts_jax.ops.slot_order import SlotOrder
 
 
+def _pallas_tpu(*operands: Any) -> Array:
+    from anyexperts_jax.ops.routed_mlp import tpu  # Pallas is imported where it is used
+
+    return tpu.routed_mlp_pallas_tpu(*operands)
+
+
 def _pallas_gpu(*operands: Any) -> Array:
-    from anyexperts_jax.ops.routed_mlp import gpu  # Pallas is imported where it is used
+    from anyexperts_jax.ops.routed_mlp import gpu
 
     return gpu.routed_mlp_mosaic(*operands)
 
@@ -28,10 +34,10 @@ def _pallas_triton(*operands: Any) -> Array:
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "reference": reference.routed_mlp,
     "xla": vjp.routed_mlp_xla,
+    "pallas_tpu": _pallas_tpu,
     "pallas_gpu": _pallas_gpu,
     "pallas_triton": _pallas_triton,
 }
-DEFAULT_IMPLEMENTATION = "xla"  # on every platform
 
 
 def routed_mlp(
@@ -52,8 +58,9 @@ def routed_mlp(
 
     Args:
       order: the slots of `weights_NK` in expert order.
-      implementation: "pallas_gpu" (Hopper, bfloat16), "pallas_triton" (NVIDIA GPUs; bfloat16, and float32 multiplied as
-        TF32), "xla" or "reference"; None is "xla".
+      implementation: "pallas_tpu", "pallas_gpu" (Hopper, bfloat16), "pallas_triton" (NVIDIA GPUs; bfloat16, and
+        float32 multiplied as TF32), "xla" or "reference". None is "pallas_tpu" where the mesh in use, or else JAX's
+        default backend, is a TPU and x is bfloat16 or float32, and "xla" everywhere else.
       residuals: "saved" keeps gate and up for the backward pass, 2 * F elements of x's dtype a row; "recomputed" keeps
         nothing but the operands and runs the forward pass again.
 
@@ -67,6 +74,6 @@ def routed_mlp(
         f"weights_NK has shape {weights_NK.shape}, the order is of {order.places_NK.shape} slots",
     )
     check_residuals(residuals)
-    run = select_implementation(implementation, IMPLEMENTATIONS, DEFAULT_IMPLEMENTATION)
+    run = select_implementation(implementation, IMPLEMENTATIONS, default_implementation(x_ND.dtype))
     run = run if residuals == "saved" else jax.checkpoint(run)
     return run(x_ND, weights_NK, order, w_gate_EDF, w_up_EDF, w_down_EFD)

@@ -1,6 +1,7 @@
 """`routed_mlp` by the GPU kernels of `expert_mlp`, run over the block-aligned buffer."""
 
 import math
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
@@ -29,7 +30,7 @@ def routed_mlp_triton(
       UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
     """
     options = triton_options(x_ND.dtype, options)
-    how = {"kernels": aligned_kernels(pallas_triton, options), "block": buffer_block(options.tiles)}
+    how: dict[str, Any] = {"kernels": aligned_kernels(pallas_triton, options), "block": buffer_block(options.tiles)}
     return buffered.routed_mlp(x_ND, weights_NK, order, w_gate_EDF, w_up_EDF, w_down_EFD, **how)
 
 
@@ -50,7 +51,7 @@ def routed_mlp_mosaic(
     options = mosaic_options(x_ND.dtype, options)
     multiple = pallas_gpu.WIDTH_MULTIPLE
     experts = (pad_to_multiples(w, (1, multiple, multiple)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
-    how = {"kernels": aligned_kernels(pallas_gpu, options), "block": buffer_block(options.tiles)}
+    how: dict[str, Any] = {"kernels": aligned_kernels(pallas_gpu, options), "block": buffer_block(options.tiles)}
     y_ND = buffered.routed_mlp(pad_to_multiples(x_ND, (1, multiple)), weights_NK, order, *experts, **how)
     return y_ND[:, : x_ND.shape[1]]
 

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anyexperts_jax.ops.expert_mlp.tiles import list_tiles
+from anyexperts_jax.ops.expert_mlp.tiles import list_aligned_tiles, list_tiles
 
 
 def entries(tiles, stop):
@@ -29,3 +29,24 @@ def test_every_tile_is_listed_once(counts):
     assert int(tiles.rows[:-1].sum()) == sum(min(max(c, 0), 7) for c in counts)
     touched = [e for e, _ in own[: int(tiles.num_touched)]]
     assert set(touched) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_aligned_tiles_are_the_live_ones_and_then_the_empty_experts(empty):
+    tiles = list_aligned_tiles(jnp.array([0, 8, 8, 16]), jnp.array([5, 0, 8, 1]), 8, 4, empty=empty)
+    live = [(0, 1, 0, 1, 1, 1, 0), (0, 0, 0, 0, 4, 0, 1)]
+    live += [(2, 3, 2, 3, 4, 1, 0), (2, 2, 2, 2, 4, 0, 1), (3, 4, 3, 4, 1, 1, 1)]
+    assert (int(tiles.num_live), int(tiles.num_touched)) == (5, 6)
+    assert entries(tiles, 5) == live
+    if empty:
+        expert, _, *rest = entries(tiles, 6)[5]
+        assert (expert, rest) == (1, [3, 4, 0, 1, 1])
+    else:
+        assert entries(tiles, 6)[5] == live[-1]
+
+
+def test_the_core_without_a_tile_keeps_off_the_others():
+    for counts, rows in (([0, 3], [3, 0]), ([0, 0], [0, 0])):
+        tiles = list_aligned_tiles(jnp.array([0, 0]), jnp.array(counts), 2, 4, empty=False)
+        assert tiles.block[:2].tolist() == [0, 1]
+        assert tiles.rows[:2].tolist() == rows

@@ -1,0 +1,114 @@
+"""`routed_mlp` by the TPU kernels of `expert_mlp`, run over the block-aligned buffer."""
+
+import dataclasses
+import math
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from anyexperts_jax.ops._padding import pad_to_multiples
+from anyexperts_jax.ops._select import device_kind
+from anyexperts_jax.ops.expert_mlp import pallas_tpu
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import Chip, KernelSizes, Shape, TpuSizes, chip_of, choose_sizes
+from anyexperts_jax.ops.expert_mlp.vjp_tpu import LANES, TpuOptions, require_kernels
+from anyexperts_jax.ops.routed_mlp import buffered
+from anyexperts_jax.ops.slot_order import SlotOrder
+
+_LEAST_BLOCK, _LARGEST_BLOCK = 16, 256
+_MANY_ROWS, _SHORT_STEP = 512, 64  # up to so many rows an expert half a step is a good part of them
+_LONG = 4096  # rows of an expert for whom sums over tiles are kept, as they are here whatever the counts
+
+
+def routed_mlp_pallas_tpu(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    order: SlotOrder,
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    *,
+    options: TpuOptions = TpuOptions(),  # noqa: B008, immutable
+) -> Float[Array, "N D"]:
+    """`routed_mlp` by the kernels. D and F that are no multiples of 128 cost padded copies.
+
+    Raises:
+      UserError: no TPU, a dtype the kernels do not take, or weights of which no part fits in VMEM.
+    """
+    require_kernels(x_ND.dtype, options)
+    width = x_ND.shape[1]
+    x_ND = pad_to_multiples(x_ND, (1, LANES))
+    experts = [pad_to_multiples(w, (1, LANES, LANES)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)]
+    sizes = options.sizes
+    if sizes is None:
+        num_experts, padded, hidden = experts[0].shape
+        shape = Shape(math.ceil(weights_NK.size / num_experts), padded, hidden, x_ND.dtype.itemsize)
+        sizes = aligned_sizes(chip_of(device_kind()), shape)
+    kernels = _kernels(sizes, options.interpret)
+    y_ND = buffered.routed_mlp(x_ND, weights_NK, order, *experts, kernels=kernels, block=buffer_block(sizes))
+    return y_ND[:, :width]
+
+
+def aligned_sizes(chip: Chip, shape: Shape) -> TpuSizes:
+    """Sizes for experts with `shape.capacity` slots each on average, real or not.
+
+    A block is the largest power of two up to half of that: the last block of an expert is half empty on average, and
+    is fetched and stored whole.
+
+    Raises:
+      UserError: not even 128 columns of the weights fit in VMEM.
+    """
+    block = 2 ** math.floor(math.log2(max(shape.capacity / 2, 1)))
+    block = min(max(block, _LEAST_BLOCK), _LARGEST_BLOCK)
+    most_step = min(block, _SHORT_STEP) if shape.capacity <= _MANY_ROWS else block
+
+    def cut(sizes: KernelSizes) -> KernelSizes:
+        step, slab = min(sizes.step, most_step), min(sizes.slab, block)
+        return dataclasses.replace(sizes, block=min(sizes.block, block), slab=slab, step=step)
+
+    sizes = choose_sizes(chip, shape._replace(capacity=_LONG))
+    forward, backward, weights = (cut(own) for own in (sizes.forward, sizes.backward, sizes.weights))
+    return dataclasses.replace(sizes, forward=forward, backward=backward, weights=weights)
+
+
+def buffer_block(sizes: TpuSizes) -> int:
+    """What experts must begin at multiples of for every kernel's tiles to have one expert."""
+    return math.lcm(sizes.forward.block, sizes.backward.block, sizes.weights.block)
+
+
+def _kernels(sizes: TpuSizes, interpret: Any) -> buffered.AlignedKernels:
+    """The kernels see the buffer as that of all experts at once, [1, R, D]."""
+    how: dict[str, Any] = {"sizes": sizes, "interpret": interpret}
+
+    def forward(
+        x_RD: Array, starts_E: Array, counts_E: Array, experts: buffered.Experts, *, keep: bool
+    ) -> tuple[Array, tuple[Array, ...]]:
+        y, kept = pallas_tpu.forward(x_RD[None], counts_E, *experts, starts_E=starts_E, keep=keep, **how)
+        return y[0], _rows(kept)
+
+    def rows_backward(
+        x_RD: Array,
+        starts_E: Array,
+        counts_E: Array,
+        kept: tuple[Array, ...],
+        experts: buffered.Experts,
+        d_y_RD: Array,
+    ) -> tuple[Array, tuple[Array, ...]]:
+        operands = (x_RD[None], counts_E, _buffers(kept), *experts)
+        d_x, d_hidden = pallas_tpu.rows_backward(*operands, d_y_RD[None], starts_E=starts_E, **how)
+        return d_x[0], _rows(d_hidden)
+
+    def weights_backward(
+        x_RD: Array, starts_E: Array, counts_E: Array, d_hidden: tuple[Array, ...], d_y_RD: Array
+    ) -> tuple[Array, ...]:
+        operands = (x_RD[None], counts_E, *_buffers(d_hidden), d_y_RD[None])
+        return pallas_tpu.weights_backward(*operands, starts_E=starts_E, **how)
+
+    return buffered.AlignedKernels(forward, rows_backward, weights_backward)
+
+
+def _rows(buffers: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(a[0] for a in buffers)
+
+
+def _buffers(rows: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(a[None] for a in rows)

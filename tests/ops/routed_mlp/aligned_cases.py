@@ -1,0 +1,53 @@
+"""The shared cases of `expert_mlp` in a block-aligned buffer: NaN in every dead row, and results brought back."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from anyexperts_jax.ops.aligned_rows import aligned_starts, num_aligned_rows
+from anyexperts_jax.ops.routed_mlp.buffered import AlignedKernels
+from tests.ops.expert_mlp.cases import Operands, Results
+
+
+class Buffer(NamedTuple):
+    x_RD: jax.Array
+    starts_E: jax.Array
+    counts_E: jax.Array
+    experts: tuple[jax.Array, ...]
+    d_y_RD: jax.Array
+
+
+def to_buffer(operands: Operands, block: int) -> Buffer:
+    x, counts, *experts, d_y = operands
+    starts = np.asarray(aligned_starts(counts, block))
+    rows = num_aligned_rows(int(counts.sum()), len(counts), block)
+
+    def flat(a):
+        whole = np.full((rows, a.shape[2]), np.nan)
+        for e, (start, count) in enumerate(zip(starts, np.asarray(counts), strict=True)):
+            whole[start : start + count] = np.asarray(a, np.float64)[e, :count]
+        return jnp.asarray(whole, a.dtype)
+
+    return Buffer(flat(x), jnp.asarray(starts), counts, tuple(experts), flat(d_y))
+
+
+def run_kernels(kernels: AlignedKernels, buffer: Buffer, *, keep: bool = True) -> Results:
+    """y and d_x with rows [R, D]; without `keep` the backward pass is given nothing but the operands."""
+    x, starts, counts, experts, d_y = buffer
+    y, kept = kernels.forward(x, starts, counts, experts, keep=keep)
+    d_x, d_hidden = kernels.rows_backward(x, starts, counts, kept, experts, d_y)
+    return Results(y, d_x, *kernels.weights_backward(x, starts, counts, d_hidden, d_y))
+
+
+def to_experts(results: Results, buffer: Buffer, capacity: int) -> Results:
+    """y and d_x as [E, C, D], zero past an expert's rows."""
+
+    def unflat(a):
+        whole = np.zeros((len(buffer.counts_E), capacity, a.shape[1]), np.float64)
+        for e, (start, count) in enumerate(zip(buffer.starts_E.tolist(), buffer.counts_E.tolist(), strict=True)):
+            whole[e, :count] = np.asarray(a, np.float64)[start : start + count]
+        return jnp.asarray(whole, a.dtype)
+
+    return results._replace(y_ECD=unflat(results.y_ECD), d_x_ECD=unflat(results.d_x_ECD))
