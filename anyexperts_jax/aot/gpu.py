@@ -95,6 +95,15 @@ def compile_kernel(fn: Callable[..., Any], args: tuple[Any, ...], target: Target
         return _read(kernels[0], target)
 
 
+def compile_for(fn: Callable[..., Any], args: tuple[Any, ...], target: Target = H100) -> Any:
+    """`fn` jitted and compiled for `target`.
+
+    Args:
+      args: trees of `jax.ShapeDtypeStruct`s.
+    """
+    return _lower(fn, args, target).compile()
+
+
 def abstract_gpu(target: Target = H100) -> contextlib.AbstractContextManager[Any]:
     """Within it, traces are for one `target`."""
     device = AbstractDevice(device_kind=target.device_kind, num_cores=target.cores, platform="gpu")

@@ -11,14 +11,16 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from anyexperts_jax.aot.gpu import H100, abstract_gpu, compile_kernel, complaints, missing_packages
+from anyexperts_jax.aot.gpu import H100, compile_for, compile_kernel, complaints, missing_packages
 from anyexperts_jax.aot.gpu_kernels import SHAPES, cases, triton_cases
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.dispatch.apply import moe_apply
 from anyexperts_jax.ops.expert_mlp import pallas_triton
 from anyexperts_jax.ops.expert_mlp.pallas_triton import Tile
-from anyexperts_jax.ops.expert_mlp.vjp_gpu import expert_mlp_mosaic, expert_mlp_triton
+from tests.dispatch.plans import make_operands, make_plan, random_ids
 
 TABLE = json.loads(
     (pathlib.Path(__file__).resolve().parents[2] / "experiments" / "results" / "kernels_gpu.json").read_text()
@@ -75,10 +77,19 @@ def test_two_kernels_are_not_read_as_one():
         compile_kernel(lambda *a: (first(*a[:3]), second(*a[3:])), (*operands, *others))
 
 
-def test_the_whole_layer_traces_for_a_gpu_without_interpret_mode():
-    shapes = ((4, 48, 64), (4,), (4, 64, 32), (4, 64, 32), (4, 32, 64))
-    dtypes = (jnp.bfloat16, jnp.int32, *(jnp.bfloat16,) * 3)
-    operands = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)]
-    with abstract_gpu():
-        for implementation in (expert_mlp_triton, expert_mlp_mosaic):
-            assert jax.eval_shape(implementation, *operands).shape == (4, 48, 64)
+@pytest.mark.parametrize("implementation", ["pallas_triton", "pallas_gpu"])
+@pytest.mark.parametrize("dispatch", ["blocks", "capacity"])
+def test_a_whole_layer_compiles_forward_and_backward(implementation, dispatch):
+    """Not a kernel alone: routing's plan carried out and pulled back, as one program for an H100."""
+    if implementation == "pallas_gpu" and jax.__version_info__ < (0, 12):
+        pytest.skip("the Mosaic GPU kernels need JAX 0.12")
+    plan = make_plan(random_ids(np.random.default_rng(0), 40, 3))
+
+    def layer(plan, x, *weights):
+        y, pull = jax.vjp(lambda *a: moe_apply(a[0], plan, *a[1:], dispatch, implementation), x, *weights)
+        return y, *pull(y)
+
+    operands = make_operands(40, dtype=jnp.bfloat16, width=72, hidden=48)
+    program = compile_for(layer, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (plan, *operands)))
+    mosaic = program.as_text().count("mosaic_gpu")
+    assert (mosaic > 0) == (implementation == "pallas_gpu")
