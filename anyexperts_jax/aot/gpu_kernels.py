@@ -54,7 +54,7 @@ def _module_cases(k: Any, tiles: Tiles, shape: Shape, dtype: str) -> dict[str, C
     e, c, d, f, blocks = shape
     b, ends = (e, (e, c)) if blocks is None else (blocks, (1, blocks * c))  # ends: as a sum over rows sees them
     sizes = ((b, c, d), (b, c, f), (*ends, d), (*ends, f), (e, d, f), (e, f, d))
-    x_BCD, hidden_BCF, x_GRD, hidden_GRF, w_in_EDF, w_down_EFD = (jax.ShapeDtypeStruct(s, dtype) for s in sizes)
+    x_BCD, hidden_BCF, x_ERD, hidden_ERF, w_in_EDF, w_down_EFD = (jax.ShapeDtypeStruct(s, dtype) for s in sizes)
     vectors: Any = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (b, b, e, e))
     rows = GpuRows(*vectors)
 
@@ -68,8 +68,8 @@ def _module_cases(k: Any, tiles: Tiles, shape: Shape, dtype: str) -> dict[str, C
         "down": (with_tile(k.down, tiles.down, **last), (hidden_BCF, rows, w_down_EFD)),
         "d_gate_up": (with_tile(k.d_gate_up, tiles.d_gate_up), (x_BCD, rows, w_down_EFD, hidden_BCF, hidden_BCF)),
         "d_x": (with_tile(k.d_x, tiles.d_x, **last), (hidden_BCF, hidden_BCF, rows, w_in_EDF, w_in_EDF)),
-        "d_w_gate_up": (with_tile(k.d_weights, tiles.d_w_gate_up), (x_GRD, rows, hidden_GRF, hidden_GRF)),
-        "d_w_down": (with_tile(k.d_weights, tiles.d_w_down), (hidden_GRF, rows, x_GRD)),
+        "d_w_gate_up": (with_tile(k.d_weights, tiles.d_w_gate_up), (x_ERD, rows, hidden_ERF, hidden_ERF)),
+        "d_w_down": (with_tile(k.d_weights, tiles.d_w_down), (hidden_ERF, rows, x_ERD)),
     }
 
 

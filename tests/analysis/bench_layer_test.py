@@ -53,9 +53,12 @@ def test_the_implementation_asked_for_runs_in_every_table(monkeypatch):
     }
 
 
-def test_an_unknown_implementation():
+def test_an_implementation_that_is_unknown_or_cannot_run_here(monkeypatch):
     with pytest.raises(UserError, match=r"^implementation='cuda' is unknown; valid: reference, xla"):
         bench_layer.bench_layer(("S1",), implementation="cuda")
+    monkeypatch.setattr(bench_layer, "SHAPES", {"S1": TINY})
+    with pytest.raises(UserError, match=r"^implementation='pallas_triton' needs an NVIDIA GPU and this runs on cpu"):
+        bench_layer.bench_layer(("S1",), ("bfloat16",), implementation="pallas_triton")
 
 
 def test_files_hold_the_command_and_the_rows(bench, tmp_path):

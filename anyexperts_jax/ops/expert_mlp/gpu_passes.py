@@ -85,15 +85,15 @@ def rows_backward(
 
 def weights_backward(
     kernels: Kernels,
-    x_GRD: Float[Array, "G R D"],
+    x_ERD: Float[Array, "_ R D"],
     rows: GpuRows,
-    d_hidden: tuple[Float[Array, "G R F"], ...],
-    d_y_GRD: Float[Array, "G R D"],
+    d_hidden: tuple[Float[Array, "_ R F"], ...],
+    d_y_ERD: Float[Array, "_ R D"],
     options: GpuOptions,
 ) -> Experts:
     """Gradients of the experts' weights, of what `kernels.clean` and `rows_backward` returned."""
     tiles, how = options.tiles, {"interpret": options.interpret}
-    *d_GRF, hidden_GRF = d_hidden
-    d_gate_EDF, d_up_EDF = kernels.d_weights(x_GRD, rows, *d_GRF, tile=tiles.d_w_gate_up, **how)
-    (d_down_EFD,) = kernels.d_weights(hidden_GRF, rows, d_y_GRD, tile=tiles.d_w_down, **how)
+    *d_ERF, hidden_ERF = d_hidden
+    d_gate_EDF, d_up_EDF = kernels.d_weights(x_ERD, rows, *d_ERF, tile=tiles.d_w_gate_up, **how)
+    (d_down_EFD,) = kernels.d_weights(hidden_ERF, rows, d_y_ERD, tile=tiles.d_w_down, **how)
     return d_gate_EDF, d_up_EDF, d_down_EFD

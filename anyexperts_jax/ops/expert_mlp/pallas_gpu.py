@@ -40,7 +40,8 @@ class Tile(NamedTuple):
     stages: int  # steps in flight, each with its tiles in shared memory
 
 
-# As many stages as fit in the 227 KiB of shared memory beside the tiles of the epilogue.
+# As many stages as fit in the 227 KiB of shared memory beside the tiles of the epilogue. The k of the last two divides
+# the m of the others: no step of a sum over rows then leaves a tile of which the kernels before wrote all rows.
 TILES = Tiles(
     gate_up=Tile(m=128, n=128, k=64, stages=4),
     down=Tile(m=128, n=128, k=64, stages=5),
@@ -116,18 +117,18 @@ def d_x(
 
 
 def d_weights(
-    a_GRI: Float[Array, "G R I"], rows: GpuRows, *b_GRJ: Float[Array, "G R J"], tile: Tile, interpret: Any
+    a_ERI: Float[Array, "_ R I"], rows: GpuRows, *b_ERJ: Float[Array, "_ R J"], tile: Tile, interpret: Any
 ) -> tuple[Float[Array, "E I J"], ...]:
     """a^T b over the live rows of each expert, for every b; exactly zero for an expert without rows.
 
     Args:
-      a_GRI: [E, C, I], or the rows of all experts as [1, R, I], where experts begin at multiples of `tile.k`. Dead rows
+      a_ERI: [E, C, I], or the rows of all experts as [1, R, I], where experts begin at multiples of `tile.k`. Dead rows
         among the `tile.k` of a step that has live ones must be zero here and in every b: `clean` makes them so, and
         `gate_up` and `d_gate_up` leave them so.
     """
-    out = jax.ShapeDtypeStruct((rows.counts_E.shape[0], a_GRI.shape[2], b_GRJ[0].shape[2]), a_GRI.dtype)
-    call = _call(_d_weights_kernel, (out,) * len(b_GRJ), tile, interpret)
-    return call(rows.starts_E, rows.counts_E, a_GRI, *b_GRJ)
+    out = jax.ShapeDtypeStruct((rows.counts_E.shape[0], a_ERI.shape[2], b_ERJ[0].shape[2]), a_ERI.dtype)
+    call = _call(_d_weights_kernel, (out,) * len(b_ERJ), tile, interpret)
+    return call(rows.starts_E, rows.counts_E, a_ERI, *b_ERJ)
 
 
 clean = zero_dead_rows  # a pass of XLA's, as a tile in shared memory holds rows of both kinds

@@ -143,16 +143,16 @@ def d_x(
 
 
 def d_weights(
-    a_GRI: Float[Array, "G R I"], rows: GpuRows, *b_GRJ: Float[Array, "G R J"], tile: Tile, interpret: bool
+    a_ERI: Float[Array, "_ R I"], rows: GpuRows, *b_ERJ: Float[Array, "_ R J"], tile: Tile, interpret: bool
 ) -> tuple[Float[Array, "E I J"], ...]:
     """a^T b over the live rows of each expert, for every b; exactly zero for an expert without rows.
 
     Args:
-      a_GRI: [E, C, I], or the rows of all experts as [1, R, I].
+      a_ERI: [E, C, I], or the rows of all experts as [1, R, I].
     """
-    out = jax.ShapeDtypeStruct((rows.counts_E.shape[0], a_GRI.shape[2], b_GRJ[0].shape[2]), a_GRI.dtype)
-    call = _call(_d_weights_kernel, (out,) * len(b_GRJ), tile, interpret)
-    return call(rows.starts_E, rows.counts_E, a_GRI, *b_GRJ)
+    out = jax.ShapeDtypeStruct((rows.counts_E.shape[0], a_ERI.shape[2], b_ERJ[0].shape[2]), a_ERI.dtype)
+    call = _call(_d_weights_kernel, (out,) * len(b_ERJ), tile, interpret)
+    return call(rows.starts_E, rows.counts_E, a_ERI, *b_ERJ)
 
 
 def clean(a_BCI: Float[Array, "B C I"], rows: GpuRows) -> Float[Array, "B C I"]:
