@@ -3,7 +3,8 @@
 Kept for the backward pass are gate and up of every row, no more: rows of tokens are gathered anew, and a slot's weight
 has its gradient from what the kernels return. For that they are given the tokens' gradients as they are, and the slots'
 weights are applied to what enters the sums over rows: a slot's gradient is then sum(d_hidden * hidden), which is
-sum(d_up * up). Rows that belong to no slot are computed by nobody and read by nobody.
+sum(d_up * up). Rows that belong to no slot are computed by nobody and read by nobody, so none is cleared: on a TPU that
+would be a pass over the buffer longer than the gather.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.ops._dots import wide_dtype
 from anyexperts_jax.ops.aligned_rows import align_rows
-from anyexperts_jax.ops.row_map import RowMap, sum_rows, take_rows
+from anyexperts_jax.ops.row_map import sum_rows
 from anyexperts_jax.ops.slot_order import SlotOrder
 
 Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
@@ -35,6 +36,8 @@ class AlignedKernels(NamedTuple):
     rows_backward: Callable[..., tuple[Array, tuple[Array, ...]]]
     # (x_RD, starts_E, counts_E, (d_gate_RF, d_up_RF, hidden_RF), d_y_RD) -> gradients of `experts`; zero without rows
     weights_backward: Callable[..., tuple[Array, ...]]
+    # (y_RD, weights_NK, row_map) -> the weighted sum of each token's held rows, [N, D] in float32 at least
+    combine: Callable[..., Array] = sum_rows
 
 
 def routed_mlp(
@@ -54,9 +57,8 @@ def routed_mlp(
         x_ND: Array, weights_NK: Array, order: SlotOrder, experts: Experts, *, keep: bool
     ) -> tuple[Array, tuple[Array, ...]]:
         row_map, starts_E = align_rows(order, block)
-        x_RD = take_rows(x_ND, row_map)
-        y_RD, kept = kernels.forward(x_RD, starts_E, order.counts_E, experts, keep=keep)
-        return sum_rows(y_RD, weights_NK, row_map), kept
+        y_RD, kept = kernels.forward(x_ND[row_map.tokens_R], starts_E, order.counts_E, experts, keep=keep)
+        return kernels.combine(y_RD, weights_NK, row_map), kept
 
     @jax.custom_vjp
     def run(x_ND: Array, weights_NK: Array, order: SlotOrder, experts: Experts) -> Array:
@@ -81,16 +83,16 @@ def backward(
     dtype, wide = x_ND.dtype, wide_dtype(x_ND.dtype)
     row_map, starts_E = align_rows(order, block)
     rows = (starts_E, order.counts_E)
-    x_RD, d_y_RD = take_rows(x_ND, row_map), take_rows(d_y_ND.astype(dtype), row_map)
+    x_RD, d_y_RD = x_ND[row_map.tokens_R], d_y_ND.astype(dtype)[row_map.tokens_R]
     d_x_RD, d_hidden = kernels.rows_backward(x_RD, *rows, kept, experts, d_y_RD)
-    weight_R1 = slot_weights(weights_NK, row_map)[:, None].astype(wide)
-    weighted_x_RD, weighted_d_y_RD = ((weight_R1 * a).astype(dtype) for a in (x_RD, d_y_RD))
-    d_gate_EDF, d_up_EDF, d_down_EFD = kernels.weights_backward(weighted_x_RD, *rows, d_hidden, weighted_d_y_RD)
+    weight_R1 = weights_NK.reshape(-1)[row_map.slots_R][:, None].astype(wide)
+    weighted = tuple((weight_R1 * a.astype(wide)).astype(dtype) for a in d_hidden)
+    d_gate_EDF, d_up_EDF, d_down_EFD = kernels.weights_backward(x_RD, *rows, weighted, d_y_RD)
     d_weight_R = (d_hidden[1].astype(wide) * kept[1].astype(wide)).sum(-1)
     d_weights_NK = jnp.where(row_map.held_NK, d_weight_R[row_map.rows_NK], 0).astype(weights_NK.dtype)
-    return sum_rows(d_x_RD, weights_NK, row_map).astype(dtype), d_weights_NK, None, (d_gate_EDF, d_up_EDF, d_down_EFD)
-
-
-def slot_weights(weights_NK: Float[Array, "N K"], row_map: RowMap) -> Float[Array, "R"]:
-    """The weight of each row's slot; zero in rows without one."""
-    return jnp.where(row_map.live_R, weights_NK.reshape(-1)[row_map.slots_R], 0)
+    return (
+        kernels.combine(d_x_RD, weights_NK, row_map).astype(dtype),
+        d_weights_NK,
+        None,
+        (d_gate_EDF, d_up_EDF, d_down_EFD),
+    )

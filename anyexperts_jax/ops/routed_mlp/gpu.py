@@ -93,7 +93,8 @@ def aligned_kernels(kernels: Kernels, options: GpuOptions) -> buffered.AlignedKe
         d_y_RD: Float[Array, "R D"],
     ) -> tuple[Array, tuple[Array, ...]]:
         rows, kept = find_rows(x_RD, starts_E, counts_E), tuple(map(blocks, kept))
-        d_x_BCD, d_hidden = gpu_passes.rows_backward(kernels, rows, kept, experts, blocks(d_y_RD), options, zeros=False)
+        d_y_BCD = kernels.clean(blocks(d_y_RD), rows)  # as `weights_backward` needs them: one pass for both
+        d_x_BCD, d_hidden = gpu_passes.rows_backward(kernels, rows, kept, experts, d_y_BCD, options, zeros=False)
         return _rows(d_x_BCD), tuple(map(_rows, d_hidden))
 
     def weights_backward(

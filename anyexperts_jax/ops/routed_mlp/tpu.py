@@ -1,9 +1,14 @@
-"""`routed_mlp` by the TPU kernels of `expert_mlp`, run over the block-aligned buffer."""
+"""`routed_mlp` by the TPU kernels of `expert_mlp`, run over the block-aligned buffer, and one that adds up its rows.
+
+Tokens are gathered into the buffer by XLA, which needs no longer than the writing of it takes, and their rows summed by
+a kernel, which needs half as long as XLA (static figures: experiments/results/permute_combine.md).
+"""
 
 import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from anyexperts_jax.ops._padding import pad_to_multiples
@@ -11,7 +16,8 @@ from anyexperts_jax.ops._select import device_kind
 from anyexperts_jax.ops.expert_mlp import pallas_tpu
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import Chip, KernelSizes, Shape, TpuSizes, chip_of, choose_sizes
 from anyexperts_jax.ops.expert_mlp.vjp_tpu import LANES, TpuOptions, require_kernels
-from anyexperts_jax.ops.routed_mlp import buffered
+from anyexperts_jax.ops.routed_mlp import buffered, pallas_combine
+from anyexperts_jax.ops.row_map import RowMap
 from anyexperts_jax.ops.slot_order import SlotOrder
 
 _LEAST_BLOCK, _LARGEST_BLOCK = 16, 256
@@ -103,7 +109,14 @@ def _kernels(sizes: TpuSizes, interpret: Any) -> buffered.AlignedKernels:
         operands = (x_RD[None], counts_E, *_buffers(d_hidden), d_y_RD[None])
         return pallas_tpu.weights_backward(*operands, starts_E=starts_E, **how)
 
-    return buffered.AlignedKernels(forward, rows_backward, weights_backward)
+    def combine(y_RD: Array, weights_NK: Array, row_map: RowMap) -> Array:
+        rows_NK = jnp.where(row_map.held_NK, row_map.rows_NK, -1)
+        cores, vmem_bytes = sizes.cores, sizes.vmem_bytes
+        return pallas_combine.combine(
+            y_RD, weights_NK, rows_NK, cores=cores, vmem_bytes=vmem_bytes, interpret=interpret
+        )
+
+    return buffered.AlignedKernels(forward, rows_backward, weights_backward, combine)
 
 
 def _rows(buffers: tuple[Array, ...]) -> tuple[Array, ...]:
