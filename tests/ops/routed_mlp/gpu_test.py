@@ -89,17 +89,15 @@ def test_the_checks_catch_dead_rows_that_reach_a_sum(monkeypatch):
 )
 def test_routed_mlp(op, options, dtype):
     """Widths that are no multiple of a tile, against the oracle in float64."""
-    for name in ("random", "all slots virtual") if dtype == np.float32 else ("random",):
-        plan = plans.make_plan(plans.PLANS[name].expert_ids_NK, virtual_output="zero")
-        operands = plans.make_operands(plan.expert_ids_NK.shape[0], dtype=dtype)
-        run = jax.jit(functools.partial(value_and_gradients, run=functools.partial(op, options=options)))
-        y, (d_x, d_slots, _, *d_weights) = plans.oracle_value_and_gradients(plan, operands)
-        found = run(plan, operands)
-        assert (found[0].dtype, found[1].dtype) == (jnp.float32, dtype)
-        for a, b in zip(found, (y, d_x, d_slots, *d_weights), strict=True):
-            scale = max(np.abs(b).max(), 1e-30)
-            tolerance = 2e-5 if dtype == np.float32 else 2e-2  # a few roundings of bfloat16
-            np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=tolerance * scale, rtol=0)
+    plan = plans.make_plan(plans.PLANS["random"].expert_ids_NK, virtual_output="zero")
+    operands = plans.make_operands(plan.expert_ids_NK.shape[0], dtype=dtype)
+    run = jax.jit(functools.partial(value_and_gradients, run=functools.partial(op, options=options)))
+    y, (d_x, d_slots, _, *d_weights) = plans.oracle_value_and_gradients(plan, operands)
+    found = run(plan, operands)
+    assert (found[0].dtype, found[1].dtype) == (jnp.float32, dtype)
+    tolerance = 2e-5 if dtype == np.float32 else 2e-2  # a few roundings of bfloat16
+    for a, b in zip(found, (y, d_x, d_slots, *d_weights), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=tolerance * np.abs(b).max(), rtol=0)
 
 
 @pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_triton"])
