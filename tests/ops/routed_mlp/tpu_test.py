@@ -1,5 +1,6 @@
 """The TPU kernels over the block-aligned buffer in interpret mode: memory starts as NaN, races are found."""
 
+import dataclasses
 import functools
 
 import jax
@@ -31,6 +32,7 @@ def options(*, columns=None, weight_columns=None, slab=16, block=BLOCK, cores=1)
 
 
 FUSED = options()
+SHORT = options(block=16)
 
 
 def kernels(chosen):
@@ -143,12 +145,12 @@ def value_and_gradients(plan, operands, run):
     return y, *gradients
 
 
-@pytest.mark.parametrize("name", ["random", "all slots virtual"])
-def test_routed_mlp(name):
+@pytest.mark.parametrize(("name", "columns"), [("random", None), ("random", 128), ("all slots virtual", None)])
+def test_routed_mlp(name, columns):
     """Widths that are no multiple of a tile, against the oracle in float64."""
     plan = plans.make_plan(plans.PLANS[name].expert_ids_NK, virtual_output="zero")
     operands = plans.make_operands(plan.expert_ids_NK.shape[0])
-    chosen = options(block=16)
+    chosen = SHORT if columns is None else options(block=16, columns=columns)
     run = jax.jit(
         functools.partial(value_and_gradients, run=functools.partial(tpu.routed_mlp_pallas_tpu, options=chosen))
     )
@@ -158,6 +160,22 @@ def test_routed_mlp(name):
     for a, b in zip(found, (y, d_x, d_slots, *d_weights), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
     assert found[0].dtype == jnp.float32
+
+
+def test_a_slot_of_weight_zero_has_its_gradient_and_a_wrong_weight_is_found():
+    plan = plans.make_plan(plans.PLANS["random"].expert_ids_NK, virtual_output="zero")
+    slot = np.argwhere(np.asarray(plan.expert_ids_NK) < plans.EXPERTS)[0]
+    plan = dataclasses.replace(plan, weights_NK=plan.weights_NK.at[tuple(slot)].set(0))
+    operands = plans.make_operands(plan.expert_ids_NK.shape[0])
+    run = jax.jit(
+        functools.partial(value_and_gradients, run=functools.partial(tpu.routed_mlp_pallas_tpu, options=SHORT))
+    )
+    _, (_, wanted, *_) = plans.oracle_value_and_gradients(plan, operands)
+    assert abs(wanted[tuple(slot)]) > 0.01
+    np.testing.assert_allclose(run(plan, operands)[2], wanted, rtol=1e-4, atol=2e-5)
+    wrong = dataclasses.replace(plan, weights_NK=plan.weights_NK.at[tuple(slot)].set(1))
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(run(wrong, operands)[2], wanted, rtol=1e-4, atol=2e-5)
 
 
 # Sizes and refusals.
