@@ -1,16 +1,19 @@
 # Everything runs in a virtual environment of its own: `make demo`, `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+AOT_VENV ?= .venv-aot
 RUN ?= runs/demo
 BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
+AOT_BIN := $(AOT_VENV)/bin
 
-.PHONY: help install demo demo-smoke test lint types format check clean
+.PHONY: help install demo demo-smoke test test-aot lint types format check clean
 
 help:
 	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 12 minutes)"
 	@echo "make demo-smoke  the same in about a minute, too short to learn anything"
 	@echo "make test        install and run the tests"
+	@echo "make test-aot    compile the kernels for TPUs and GPUs that are not here (Linux; 1.2 GB of compilers)"
 	@echo "make check       lint, format check and types"
 
 $(BIN)/.installed: pyproject.toml
@@ -38,6 +41,16 @@ demo-smoke: $(BIN)/.installed
 test: $(BIN)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# An environment of its own: the compilers are large, and nothing else needs them.
+$(AOT_BIN)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(AOT_VENV)
+	$(AOT_BIN)/python -m pip install --quiet --upgrade pip
+	$(AOT_BIN)/python -m pip install --quiet --editable '.[test,aot,aot-gpu]'
+	touch $@
+
+test-aot: $(AOT_BIN)/.installed
+	$(AOT_BIN)/python -m pytest -m aot tests/aot --durations=5
+
 lint: $(BIN)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,4 +65,4 @@ format: $(BIN)/.installed-test
 check: lint types
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AOT_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -115,10 +115,12 @@ def _bench_layer(options: argparse.Namespace) -> None:
     from anyexperts_jax.analysis.bench_layer import bench_layer, layer_tables, write_bench
     from anyexperts_jax.analysis.bench_output import print_tables
 
-    bench = bench_layer(options.shape, options.dtype, options.rounds, note=_say)
+    bench = bench_layer(options.shape, options.dtype, options.rounds, implementation=options.implementation, note=_say)
     print_tables(layer_tables(bench))
     if options.out:
         names = (*options.shape, "--dtype", *options.dtype, "--rounds", str(options.rounds))
+        if options.implementation:
+            names += ("--implementation", options.implementation)
         command = f"anyexperts bench layer --shape {' '.join(names)} --out {options.out}"
         print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
 
@@ -228,6 +230,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     layer.add_argument("--shape", nargs="+", default=["S1", "S2", "S3", "S4"], help="of S1 S2 S3 S4 (default: all)")
     layer.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="float32, bfloat16 (default: both)")
     layer.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are shown (default: 7)")
+    layer.add_argument("--implementation", help="of the expert ops, as pallas_gpu or xla (default: the platform's)")
     layer.add_argument("--out", type=pathlib.Path, help="also write bench_layer.json, .csv and .md into this folder")
     layer.set_defaults(command=_bench_layer)
     step = actions.add_parser("step", help="one train step of a 40M-parameter model")

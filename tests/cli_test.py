@@ -30,6 +30,7 @@ def one_line(capsys) -> str:
         (["data", "show", "nlp", "--count", "0"], r"count=0"),
         (["bench", "layer", "--shape", "S9"], r"S9.*S1"),
         (["bench", "layer", "--dtype", "float8"], r"float8.*float32"),
+        (["bench", "layer", "--implementation", "cuda"], r"implementation='cuda' is unknown; valid: reference, xla"),
     ],
 )
 def test_a_wrong_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch):

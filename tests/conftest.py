@@ -1,4 +1,8 @@
-"""Every test runs on eight fake CPU devices; annotated shapes and dtypes are checked at every call."""
+"""Every test runs on eight fake CPU devices; annotated shapes and dtypes are checked at every call.
+
+Unless a device is asked for: `pytest -m gpu` and `pytest -m tpu` run the tests of that marker on what JAX finds, and
+skip them where it finds something else.
+"""
 
 import os
 
@@ -6,6 +10,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 
+import jax
+import pytest
 from jaxtyping import install_import_hook
 
 _hook = install_import_hook("anyexperts_jax", "typecheck.check")
+DEVICES = ("gpu", "tpu")
+
+
+def pytest_configure(config):
+    if config.option.markexpr in DEVICES and jax.config.jax_platforms == "cpu":
+        jax.config.update("jax_platforms", None)  # JAX looks for itself
+
+
+def pytest_runtest_setup(item):
+    for device in DEVICES:
+        if item.get_closest_marker(device) and jax.default_backend() != device:
+            pytest.skip(f"needs a {device.upper()} and `pytest -m {device}`; this runs on {jax.default_backend()}")

@@ -15,6 +15,8 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.dispatch.apply import moe_apply, moe_apply_stats
 from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.expert_mlp import expert_mlp
+from anyexperts_jax.ops.expert_mlp.api import IMPLEMENTATIONS as EXPERT_MLPS
+from anyexperts_jax.ops.routed_mlp.api import IMPLEMENTATIONS as ROUTED_MLPS
 from anyexperts_jax.ops.row_map import RowMap, combine_rows, take_rows
 from anyexperts_jax.ops.slot_order import SlotOrder
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
@@ -87,6 +89,11 @@ def budget_plan(shape: LayerShape, slots_bound: int, real: float, seed: int = 0)
     )
 
 
+def implementations() -> list[str]:
+    """The names that both expert ops know; whether one can run here, the op says."""
+    return [name for name in EXPERT_MLPS if name in ROUTED_MLPS]
+
+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """A compiled call and the memory it needs beside its operands and results."""
@@ -106,11 +113,19 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Compiled:
     return Compiled(functools.partial(program, *arguments), temporary_mib(program))
 
 
-def layer(plan: RoutingPlan, x_ND: Array, weights: Weights, dispatch: str, *, backward: bool) -> Compiled:
+def layer(
+    plan: RoutingPlan,
+    x_ND: Array,
+    weights: Weights,
+    dispatch: str,
+    implementation: str | None = None,
+    *,
+    backward: bool,
+) -> Compiled:
     """moe_apply; with `backward`, gradients of x, the slots' weights and the experts too."""
 
     def forward(x_ND: Array, plan: RoutingPlan, weights: Weights) -> Array:
-        return moe_apply(x_ND, plan, *weights, dispatch)
+        return moe_apply(x_ND, plan, *weights, dispatch, implementation)
 
     def forward_and_backward(x_ND: Array, plan: RoutingPlan, weights: Weights) -> Any:
         def of(x_ND: Array, weights_NK: Array, weights: Weights) -> Array:
@@ -128,13 +143,15 @@ def capacity_drops(plan: RoutingPlan, x_ND: Array, weights: Weights) -> float:
     return float(stats.dropped) / float(plan.real_slots_N.sum())
 
 
-def one_expert(shape: LayerShape, x_ND: Array, weights: Weights, *, backward: bool) -> Compiled:
+def one_expert(
+    shape: LayerShape, x_ND: Array, weights: Weights, implementation: str | None = None, *, backward: bool
+) -> Compiled:
     """As many rows through one expert, nothing moved: a yardstick, no bound, as blocks that stay in cache beat it."""
     rows = shape.tokens * shape.slots
     x_1RD = jnp.tile(x_ND, (shape.slots, 1))[None]
 
     def forward(x_1RD: Array, weights: Weights) -> Array:
-        return expert_mlp(x_1RD, jnp.full(1, rows, jnp.int32), *weights)
+        return expert_mlp(x_1RD, jnp.full(1, rows, jnp.int32), *weights, implementation)
 
     def forward_and_backward(x_1RD: Array, weights: Weights) -> Any:
         y_1RD, pullback = jax.vjp(forward, x_1RD, weights)
@@ -144,7 +161,9 @@ def one_expert(shape: LayerShape, x_ND: Array, weights: Weights, *, backward: bo
     return compiled(forward_and_backward if backward else forward, x_1RD, one)
 
 
-def layer_parts(shape: LayerShape, x_ND: Array, weights: Weights, seed: int = 0) -> dict[str, Compiled]:
+def layer_parts(
+    shape: LayerShape, x_ND: Array, weights: Weights, implementation: str | None = None, seed: int = 0
+) -> dict[str, Compiled]:
     """A whole AnyExperts layer, and each of its parts but the experts alone.
 
     "layer" is router matmul, `route` and dropless `moe_apply`; "route" the first two; "sort" the slots' order;
@@ -162,7 +181,7 @@ def layer_parts(shape: LayerShape, x_ND: Array, weights: Weights, seed: int = 0)
         return route(config, x_ND.astype(jnp.float32) @ w_router_DC, importance_logits_N)
 
     def whole(x_ND: Array, w_router_DC: Array, importance_logits_N: Array, weights: Weights) -> Array:
-        return moe_apply(x_ND, route_tokens(x_ND, w_router_DC, importance_logits_N), *weights)
+        return moe_apply(x_ND, route_tokens(x_ND, w_router_DC, importance_logits_N), *weights, "blocks", implementation)
 
     router = (x_ND, w_router_DC, importance_logits_N)
     plan = jax.jit(route_tokens)(*router)

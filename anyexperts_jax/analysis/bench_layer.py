@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from anyexperts_jax.analysis import bench_cases
@@ -82,52 +83,65 @@ def bench_layer(
     dtypes: Sequence[str] = DTYPES,
     rounds: int = 7,
     patience: float = 0.0,
+    implementation: str | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> LayerBench:
     """Runs every table. Needs about 12 GB for S3's backward pass in float32; S1 alone runs in 3.
 
     Args:
       patience: seconds to wait, before each comparison, for other processes to leave the machine alone.
+      implementation: of the expert ops; None is the platform's choice.
       note: called with a line of progress.
 
     Raises:
-      UserError: an unknown shape or dtype, or rounds < 1.
+      UserError: an unknown shape, dtype or implementation, one that cannot run here, or rounds < 1.
     """
     for name in shapes:
         require_one_of("shape", name, list(SHAPES))
     for dtype in dtypes:
         require_one_of("dtype", dtype, DTYPES)
     require(rounds >= 1, f"rounds={rounds} must be >= 1")
-    made_with = environment(rounds)
+    if implementation is not None:
+        require_one_of("implementation", implementation, bench_cases.implementations())
+    made_with = environment(rounds) | {"implementation": implementation or "the platform's"}
+    how = (rounds, patience, implementation)
     layers: list[LayerTime] = []
     parts: list[PartTime] = []
     budgets: list[BudgetTime] = []
     for name, dtype in ((name, dtype) for name in shapes for dtype in dtypes):
         for backward in (False, True) if name != "S4" else (False,):
             note(f"{name} {dtype} {_run(backward)}")
-            layers += compare_layers(name, SHAPES[name], dtype, rounds, patience, backward=backward)
+            layers += compare_layers(name, SHAPES[name], dtype, *how, backward=backward)
             gc.collect()
         note(f"{name} {dtype} parts and budgets")
-        parts += time_parts(name, SHAPES[name], dtype, rounds, patience)
+        parts += time_parts(name, SHAPES[name], dtype, *how)
         if name == "S1":
-            budgets += time_budgets(name, SHAPES[name], dtype, rounds, patience)
+            budgets += time_budgets(name, SHAPES[name], dtype, *how)
         gc.collect()
     return LayerBench(made_with, tuple(layers), tuple(parts), tuple(budgets))
 
 
 def compare_layers(
-    name: str, shape: LayerShape, dtype: str, rounds: int, patience: float, *, backward: bool
+    name: str,
+    shape: LayerShape,
+    dtype: str,
+    rounds: int,
+    patience: float,
+    implementation: str | None = None,
+    *,
+    backward: bool,
 ) -> list[LayerTime]:
-    """Plain top-k, which every library runs: ours in two forms, transformers, and one expert on as many rows."""
+    """Plain top-k, which every library runs: ours in two forms, one expert on as many rows, and, on the CPU where it
+    would run, transformers."""
     plan = bench_cases.top_k_plan(shape)
     x_ND, weights = bench_cases.operands(shape, dtype)
     ours = {
-        "blocks": bench_cases.layer(plan, x_ND, weights, "blocks", backward=backward),
-        "capacity 1.25": bench_cases.layer(plan, x_ND, weights, "capacity", backward=backward),
-        ONE_EXPERT: bench_cases.one_expert(shape, x_ND, weights, backward=backward),
+        "blocks": bench_cases.layer(plan, x_ND, weights, "blocks", implementation, backward=backward),
+        "capacity 1.25": bench_cases.layer(plan, x_ND, weights, "capacity", implementation, backward=backward),
+        ONE_EXPERT: bench_cases.one_expert(shape, x_ND, weights, implementation, backward=backward),
     }
     calls: dict[str, Callable[[], Any]] = {form: one.call for form, one in ours.items()}
-    if has_transformers():
+    if has_transformers() and jax.default_backend() == "cpu":
         w_gate_EDF, w_up_EDF, w_down_EFD = (np.asarray(w, np.float32) for w in weights)
         routing = np.asarray(plan.expert_ids_NK), np.asarray(plan.weights_NK)
         experts = (w_gate_EDF, w_up_EDF, w_down_EFD)
@@ -151,17 +165,21 @@ def compare_layers(
     ]
 
 
-def time_parts(name: str, shape: LayerShape, dtype: str, rounds: int, patience: float) -> list[PartTime]:
+def time_parts(
+    name: str, shape: LayerShape, dtype: str, rounds: int, patience: float, implementation: str | None = None
+) -> list[PartTime]:
     """The parts of a whole AnyExperts layer, forward. The experts' part is what the other parts leave."""
     x_ND, weights = bench_cases.operands(shape, dtype)
-    found = interleaved_rounds(_calls(bench_cases.layer_parts(shape, x_ND, weights)), rounds, patience)
+    found = interleaved_rounds(_calls(bench_cases.layer_parts(shape, x_ND, weights, implementation)), rounds, patience)
     milliseconds = {part: found.milliseconds(part) for part in found.seconds}
     overhead = sum(milliseconds[part] for part in PARTS)
     milliseconds |= {"overhead": overhead, "experts": milliseconds["layer"] - overhead}
     return [PartTime(name, dtype, part, own, own / milliseconds["layer"]) for part, own in milliseconds.items()]
 
 
-def time_budgets(name: str, shape: LayerShape, dtype: str, rounds: int, patience: float) -> list[BudgetTime]:
+def time_budgets(
+    name: str, shape: LayerShape, dtype: str, rounds: int, patience: float, implementation: str | None = None
+) -> list[BudgetTime]:
     """moe_apply at each average of real experts: dropless one program for all, capacity one for each budget."""
     x_ND, weights = bench_cases.operands(shape, dtype)
     plans = {real: bench_cases.budget_plan(shape, BUDGET_SLOTS, real) for real in BUDGETS}
@@ -169,7 +187,8 @@ def time_budgets(name: str, shape: LayerShape, dtype: str, rounds: int, patience
     rows = []
     for form in ("blocks", "capacity"):
         cases = {
-            f"{real:g}": bench_cases.layer(plan, x_ND, weights, form, backward=False) for real, plan in plans.items()
+            f"{real:g}": bench_cases.layer(plan, x_ND, weights, form, implementation, backward=False)
+            for real, plan in plans.items()
         }
         found = interleaved_rounds(_calls(cases), rounds, patience)
         for real in BUDGETS:

@@ -40,7 +40,8 @@ def markdown(title: str, command: str, environment: dict[str, Any], tables: Sequ
         f"`{command}`",
         "",
         f"{environment['cores']} CPU cores, {environment['device']}; {packages}. Load average before the run: "
-        f"{environment['load_before']:.1f}. Medians of {environment['rounds']} interleaved rounds.",
+        f"{environment['load_before']:.1f}. Medians of {environment['rounds']} interleaved rounds."
+        + (f" Expert ops: {environment['implementation']}." if "implementation" in environment else ""),
     ]
     for table in tables:
         head, *body = ("| " + " | ".join(row) + " |" for row in (table.columns, *table.rows))

@@ -21,6 +21,9 @@ from anyexperts_jax.core.errors import UserError, require
 
 _TARGETS = pathlib.Path(__file__).parent / "targets"
 _TENSOR_CORES = re.compile(r"\b(wgmma|mma\.sync)\b")  # the instructions that multiply matrices
+_BARRIERS = re.compile(r"num_barriers=(\d+)[^)]*\): (\d+)")  # so many arrays of so many, as Mosaic writes it
+_BARRIER_BYTES = 8
+_REGISTERS = 65536  # of a multiprocessor
 _DUMP_VARIABLE = "MOSAIC_GPU_DUMP_TO"
 _PACKAGES = ("jax_cuda13_plugin", "nvidia.cu13")  # what the extra `aot-gpu` installs
 
@@ -32,10 +35,12 @@ class Target(NamedTuple):
     device_kind: str
     cores: int
     arch: str  # as ptxas calls it, with the instructions of this architecture alone
+    tensor_cores: str  # the instruction that its kernels are to multiply with
+    shared_bytes: int  # the most a block can ask for
 
 
-H100 = Target(file="h100.txtpb", device_kind="NVIDIA H100 80GB HBM3", cores=132, arch="sm_90a")
-A100 = Target(file="a100.txtpb", device_kind="NVIDIA A100-SXM4-80GB", cores=108, arch="sm_80")
+H100 = Target("h100.txtpb", "NVIDIA H100 80GB HBM3", 132, "sm_90a", "wgmma", 227 * 1024)
+A100 = Target("a100.txtpb", "NVIDIA A100-SXM4-80GB", 108, "sm_80", "mma.sync", 163 * 1024)
 
 
 class KernelReport(NamedTuple):
@@ -50,6 +55,21 @@ class KernelReport(NamedTuple):
     tma: bool  # True: tiles are copied by the tensor memory accelerator
 
 
+def complaints(report: KernelReport, target: Target) -> list[str]:
+    """What keeps a kernel from running well on `target`, or from being launched at all."""
+    rules = {
+        f"spills {report.spill_bytes} bytes": report.spill_bytes > 0,
+        f"multiplies with {report.tensor_cores}, not {target.tensor_cores}": report.tensor_cores != target.tensor_cores,
+        f"{report.shared_bytes} bytes of shared memory, {target.shared_bytes} are there": (
+            report.shared_bytes > target.shared_bytes
+        ),
+        f"{report.threads} threads of {report.registers} registers, {_REGISTERS} are there": (
+            report.threads * report.registers > _REGISTERS
+        ),
+    }
+    return [text for text, broken in rules.items() if broken]
+
+
 def missing_packages() -> list[str]:
     """The packages a deviceless compile needs and does not find."""
     return [name for name in _PACKAGES if not _installed(name)]
@@ -59,7 +79,7 @@ def compile_kernel(fn: Callable[..., Any], args: tuple[Any, ...], target: Target
     """Compiles `fn`, which calls one kernel, and reads the report.
 
     Args:
-      args: `jax.ShapeDtypeStruct`s.
+      args: trees of `jax.ShapeDtypeStruct`s.
 
     Raises:
       UserError: packages are missing, `fn` calls no kernel or several, or the compiler refuses the kernel.
@@ -73,6 +93,15 @@ def compile_kernel(fn: Callable[..., Any], args: tuple[Any, ...], target: Target
         kernels = [path for path, text in texts.items() if _TENSOR_CORES.search(text)]
         require(len(kernels) == 1, f"{len(kernels)} kernels with matmuls were compiled where one was expected")
         return _read(kernels[0], target)
+
+
+def compile_for(fn: Callable[..., Any], args: tuple[Any, ...], target: Target = H100) -> Any:
+    """`fn` jitted and compiled for `target`.
+
+    Args:
+      args: trees of `jax.ShapeDtypeStruct`s.
+    """
+    return _lower(fn, args, target).compile()
 
 
 def abstract_gpu(target: Target = H100) -> contextlib.AbstractContextManager[Any]:
@@ -99,14 +128,16 @@ def _mosaic_dump(folder: str) -> Iterator[None]:
 def _dynamic_shared_bytes(folder: pathlib.Path, kernel: str) -> int:
     """Shared memory asked for at launch: Mosaic states its kernel's, XLA that of each kernel it knows by name."""
     for path in folder.glob("*.resources.txt"):
-        return _number(r"smem_scratch_bytes=(\d+)", path.read_text())
+        text = path.read_text()
+        barriers = sum(int(each) * int(times) for each, times in _BARRIERS.findall(text))
+        return _number(r"smem_scratch_bytes=(\d+)", text) + _BARRIER_BYTES * barriers
     launches = "".join(path.read_text() for path in folder.glob("*thunk_sequence.txt"))
     return _number(rf"\b{kernel}\b.*shared_memory: (\d+)", launches)
 
 
 def _lower(fn: Callable[..., Any], args: tuple[Any, ...], target: Target) -> Any:
     sharding = NamedSharding(Mesh(np.array(_topology(target).devices[:1]), ("x",)), PartitionSpec())
-    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in args]
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     with abstract_gpu(target):
         return jax.jit(fn).lower(*placed)
 

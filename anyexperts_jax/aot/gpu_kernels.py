@@ -7,21 +7,32 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from anyexperts_jax.aot.gpu import A100, H100, KernelReport, Target, compile_kernel
+from anyexperts_jax.aot.gpu import A100, H100, KernelReport, Target, compile_kernel, complaints
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.ops.aligned_rows import num_aligned_rows
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
+from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
 
 
 class Shape(NamedTuple):
-    """Sizes of one call of `expert_mlp`."""
+    """Sizes of one call of the expert MLP."""
 
     experts: int
-    capacity: int
+    capacity: int  # rows of a buffer, or of a block
     width: int
     hidden: int
+    blocks: int | None = None  # of the block-aligned buffer; None: each expert has a buffer
 
 
-# 49152, 32768 and 65536 rows, and a quarter more room than that; the last is the paper's layer.
-SHAPES = {"A": Shape(64, 960, 2048, 1408), "B": Shape(128, 320, 2048, 768), "P": Shape(256, 320, 2048, 512)}
+BLOCK = 128  # of the aligned buffer, by the tiles of every GPU and dtype
+# 49152, 32768 and 65536 rows, and a quarter more room than that; P is the paper's layer, compiled dropless too.
+SHAPES = {
+    "A": Shape(64, 960, 2048, 1408),
+    "B": Shape(128, 320, 2048, 768),
+    "P": Shape(256, 320, 2048, 512),
+    "P dropless": Shape(256, BLOCK, 2048, 512, num_aligned_rows(65536, 256, BLOCK) // BLOCK),
+}
 DTYPES = ("bfloat16", "float32")
 TARGETS = {"H100": H100, "A100": A100}
 
@@ -39,38 +50,47 @@ def mosaic_cases(shape: Shape) -> dict[str, Case]:
     return _module_cases(pallas_gpu, pallas_gpu.TILES, shape, "bfloat16")
 
 
-def _module_cases(k: Any, tiles: Any, shape: Shape, dtype: str) -> dict[str, Case]:
-    x_ECD, hidden_ECF, w_in_EDF, w_down_EFD, counts_E = _operands(shape, dtype)
+def _module_cases(k: Any, tiles: Tiles, shape: Shape, dtype: str) -> dict[str, Case]:
+    e, c, d, f, blocks = shape
+    b, ends = (e, (e, c)) if blocks is None else (blocks, (1, blocks * c))  # ends: as a sum over rows sees them
+    sizes = ((b, c, d), (b, c, f), (*ends, d), (*ends, f), (e, d, f), (e, f, d))
+    x_BCD, hidden_BCF, x_ERD, hidden_ERF, w_in_EDF, w_down_EFD = (jax.ShapeDtypeStruct(s, dtype) for s in sizes)
+    vectors: Any = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (b, b, e, e))
+    rows = GpuRows(*vectors)
 
     def with_tile(kernel: Callable[..., Any], tile: Any, **more: Any) -> Callable[..., Any]:
         return lambda *operands: kernel(*operands, tile=tile, interpret=False, **more)
 
-    forward = (x_ECD, counts_E, w_in_EDF, w_in_EDF)
+    forward, last = (x_BCD, rows, w_in_EDF, w_in_EDF), {"zeros": blocks is None}
     return {
         "gate_up": (with_tile(k.gate_up, tiles.gate_up, keep=False), forward),
         "gate_up, kept": (with_tile(k.gate_up, tiles.gate_up, keep=True), forward),
-        "down": (with_tile(k.down, tiles.down), (hidden_ECF, counts_E, w_down_EFD)),
-        "d_gate_up": (with_tile(k.d_gate_up, tiles.d_gate_up), (x_ECD, counts_E, w_down_EFD, hidden_ECF, hidden_ECF)),
-        "d_x": (with_tile(k.d_x, tiles.d_x), (hidden_ECF, hidden_ECF, counts_E, w_in_EDF, w_in_EDF)),
-        "d_w_gate_up": (with_tile(k.d_weights, tiles.d_w_gate_up), (x_ECD, counts_E, hidden_ECF, hidden_ECF)),
-        "d_w_down": (with_tile(k.d_weights, tiles.d_w_down), (hidden_ECF, counts_E, x_ECD)),
+        "down": (with_tile(k.down, tiles.down, **last), (hidden_BCF, rows, w_down_EFD)),
+        "d_gate_up": (with_tile(k.d_gate_up, tiles.d_gate_up), (x_BCD, rows, w_down_EFD, hidden_BCF, hidden_BCF)),
+        "d_x": (with_tile(k.d_x, tiles.d_x, **last), (hidden_BCF, hidden_BCF, rows, w_in_EDF, w_in_EDF)),
+        "d_w_gate_up": (with_tile(k.d_weights, tiles.d_w_gate_up), (x_ERD, rows, hidden_ERF, hidden_ERF)),
+        "d_w_down": (with_tile(k.d_weights, tiles.d_w_down), (hidden_ERF, rows, x_ERD)),
     }
 
 
 def cases() -> Iterator[tuple[str, Case, Target]]:
-    """("target/implementation/shape/dtype/kernel", case, target) of every Triton kernel."""
+    """("target/implementation/shape/dtype/kernel", case, target) of every kernel, the Mosaic ones on Hopper alone."""
+    for name, shape in SHAPES.items():
+        for kernel, case in mosaic_cases(shape).items():
+            yield f"H100/pallas_gpu/{name}/bfloat16/{kernel}", case, H100
     for (target_name, target), (name, shape), dtype in itertools.product(TARGETS.items(), SHAPES.items(), DTYPES):
         for kernel, case in triton_cases(shape, dtype, target).items():
             yield f"{target_name}/pallas_triton/{name}/{dtype}/{kernel}", case, target
 
 
 def reports() -> Iterator[tuple[str, KernelReport]]:
-    """(name, report) of every case, compiled one after the other."""
+    """(name, report) of every case, compiled one after the other.
+
+    Raises:
+      UserError: a kernel spills, misses the tensor cores or does not fit: no table is made of such.
+    """
     for name, case, target in cases():
-        yield name, compile_kernel(*case, target)
-
-
-def _operands(shape: Shape, dtype: str) -> tuple[Any, ...]:
-    e, c, d, f = shape
-    sizes = ((e, c, d), (e, c, f), (e, d, f), (e, f, d))
-    return *(jax.ShapeDtypeStruct(size, dtype) for size in sizes), jax.ShapeDtypeStruct((e,), jnp.int32)
+        report = compile_kernel(*case, target)
+        found = complaints(report, target)
+        require(not found, f"{name}: {'; '.join(found)}; change its tile")
+        yield name, report

@@ -1,5 +1,7 @@
 """Checks that every op over expert weights makes."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -29,6 +31,15 @@ def check_counts(name: str, counts: Array, num_experts: int) -> None:
     require(
         counts.shape == (num_experts,) and jnp.issubdtype(counts.dtype, jnp.integer),
         f"{name} is {counts.dtype}{list(counts.shape)}; it must hold {num_experts} integers",
+    )
+
+
+def check_dtype(implementation: str, dtype: jnp.dtype, valid: tuple[Any, ...], *, instead: str) -> None:
+    """Raises `UserError` unless `dtype` is one of `valid`, naming an implementation that takes more."""
+    names = " or ".join(jnp.dtype(d).name for d in valid)
+    require(
+        dtype in valid,
+        f"implementation={implementation!r} takes {names} and x is {dtype}; cast it or use implementation={instead!r}",
     )
 
 

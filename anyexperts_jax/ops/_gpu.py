@@ -1,9 +1,5 @@
 """Which GPU a trace is for, and the refusal where there is none."""
 
-from typing import Any
-
-import jax.numpy as jnp
-
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.ops._select import device_kind, platform
 
@@ -43,13 +39,4 @@ def require_hopper(implementation: str) -> None:
     require(
         is_hopper(kind),
         f"implementation={implementation!r} needs a Hopper GPU and this runs on {here}; use implementation={instead!r}",
-    )
-
-
-def require_dtype(implementation: str, dtype: jnp.dtype, valid: tuple[Any, ...], *, instead: str) -> None:
-    """Raises `UserError` unless `dtype` is one of `valid`, naming an implementation that takes more."""
-    names = " and ".join(jnp.dtype(d).name for d in valid)
-    require(
-        dtype in valid,
-        f"implementation={implementation!r} takes {names} and x is {dtype}; cast it or use implementation={instead!r}",
     )

@@ -139,11 +139,11 @@ def main(folder):
         "|---|---|---|---|---|",
         *table,
         "",
-        "XLA's gather from x, which it keeps in VMEM on v5e, is bound by the writing of its result: as long as x fits",
-        "there a kernel for it does not pay. Clearing the rows that hold no slot would cost more than the gather, so they",
-        "are left as they are. XLA's sum writes every slot's rows out and reads them back; the kernel adds them up where",
-        "they arrive, and slots without a real expert, which XLA gathers like the others, start no copy in it. Half of its",
-        "copies are the rows' neighbours in bfloat16.",
+        "XLA's gather from x, which it keeps in VMEM on v5e, is bound by the writing of its result: as long as x",
+        "fits there a kernel for it does not pay. Clearing the rows that hold no slot would cost more than the",
+        "gather, so they are left as they are. XLA's sum writes every slot's rows out and reads them back; the",
+        "kernel adds them up where they arrive, and slots without a real expert, which XLA gathers like the others,",
+        "start no copy in it. Half of its copies are the rows' neighbours in bfloat16.",
     ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "permute_combine.md").write_text("\n".join(lines) + "\n")

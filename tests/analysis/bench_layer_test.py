@@ -8,6 +8,7 @@ from anyexperts_jax.analysis import bench_cases, bench_layer
 from anyexperts_jax.analysis.bench_cases import LayerShape
 from anyexperts_jax.analysis.stopwatch import Rounds, cpu_times, interleaved_rounds, others_load
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.dispatch import apply
 
 TINY = LayerShape(tokens=24, width=8, hidden=8, experts=16, slots=3)
 
@@ -30,6 +31,34 @@ def test_every_form_part_and_budget_has_a_row(bench):
     assert {one.part for one in bench.parts} == {"layer", *bench_layer.PARTS, "overhead", "experts"}
     assert [one.real for one in bench.budgets if one.form == "blocks"] == list(bench_layer.BUDGETS)
     assert bench.budgets[0].ratio == 1
+
+
+def test_the_implementation_asked_for_runs_in_every_table(monkeypatch):
+    taken = set()
+    monkeypatch.setattr(bench_layer, "BUDGETS", (2.0,))
+    for module, op in ((apply, "apply_blocks"), (apply, "apply_capacity"), (bench_cases, "expert_mlp")):
+        run = getattr(module, op)
+
+        def note(*operands, run=run, op=op, **options):
+            taken.add((op, options.get("implementation", operands[-1] if op == "expert_mlp" else None)))
+            return run(*operands, **options)
+
+        monkeypatch.setattr(module, op, note)
+    for table in (bench_layer.time_parts, bench_layer.time_budgets):
+        table("S1", TINY, "float32", 1, 0.0, "reference")
+    bench_layer.compare_layers("S1", TINY, "float32", 1, 0.0, "reference", backward=False)
+    capacity_drops_by_default = ("apply_capacity", None)
+    assert taken - {capacity_drops_by_default} == {
+        (op, "reference") for op in ("apply_blocks", "apply_capacity", "expert_mlp")
+    }
+
+
+def test_an_implementation_that_is_unknown_or_cannot_run_here(monkeypatch):
+    with pytest.raises(UserError, match=r"^implementation='cuda' is unknown; valid: reference, xla"):
+        bench_layer.bench_layer(("S1",), implementation="cuda")
+    monkeypatch.setattr(bench_layer, "SHAPES", {"S1": TINY})
+    with pytest.raises(UserError, match=r"^implementation='pallas_triton' needs an NVIDIA GPU and this runs on cpu"):
+        bench_layer.bench_layer(("S1",), ("bfloat16",), implementation="pallas_triton")
 
 
 def test_files_hold_the_command_and_the_rows(bench, tmp_path):

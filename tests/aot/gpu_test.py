@@ -1,7 +1,9 @@
-"""Every GPU kernel compiles for GPUs that are not here and takes no more of them than the committed table says.
+"""GPU kernels compile for GPUs that are not here and take no more of them than the committed table says.
 
-The table is experiments/results/kernels_gpu.json; after a change that is meant to cost registers or shared memory,
-experiments/bench/kernels_gpu.py writes it anew.
+The table is experiments/results/kernels_gpu.json, all of which `gpu_table_test` checks without a compiler; here the
+paper's layer is compiled again, in bfloat16 on an H100 dropless too, and the Mosaic kernels at shape A, whose tiles end
+inside the arrays. After a change
+that is meant to cost registers or shared memory, experiments/bench/kernels_gpu.py writes the table anew.
 """
 
 import json
@@ -9,20 +11,27 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from anyexperts_jax.aot.gpu import abstract_gpu, compile_kernel, missing_packages
-from anyexperts_jax.aot.gpu_kernels import SHAPES, cases, mosaic_cases, triton_cases
+from anyexperts_jax.aot.gpu import H100, compile_for, compile_kernel, complaints, missing_packages
+from anyexperts_jax.aot.gpu_kernels import SHAPES, cases, triton_cases
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.dispatch.apply import moe_apply
 from anyexperts_jax.ops.expert_mlp import pallas_triton
 from anyexperts_jax.ops.expert_mlp.pallas_triton import Tile
-from anyexperts_jax.ops.expert_mlp.vjp_gpu import expert_mlp_mosaic, expert_mlp_triton
+from tests.dispatch.plans import make_operands, make_plan, random_ids
 
 TABLE = json.loads(
     (pathlib.Path(__file__).resolve().parents[2] / "experiments" / "results" / "kernels_gpu.json").read_text()
 )["kernels"]
 REGISTER_SLACK = 16  # what another version of the compiler may add
-CASES = {name: (case, target) for name, case, target in cases()}
+CASES = {
+    name: (case, target)
+    for name, case, target in cases()
+    if "/P/" in name
+    or name.startswith(("H100/pallas_gpu/A/", "H100/pallas_gpu/P d", "H100/pallas_triton/P dropless/b"))
+}
 
 pytestmark = [
     pytest.mark.aot,
@@ -30,37 +39,19 @@ pytestmark = [
 ]
 
 
-def check(report, golden):
-    assert report.spill_bytes == 0
-    assert report.tensor_cores == golden["tensor_cores"]
+def check(report, golden, target):
+    assert complaints(report, target) == []
     assert report.tma == golden["tma"]
     assert report.registers <= golden["registers"] + REGISTER_SLACK
     assert report.shared_bytes <= golden["shared_bytes"]
 
 
-def test_the_table_holds_every_kernel():
-    assert list(TABLE) == list(CASES)
-
-
-def test_every_kernel_of_the_table_is_on_tensor_cores_and_spills_nothing():
-    for name, golden in TABLE.items():
-        assert golden["spill_bytes"] == 0, name
-        assert golden["tensor_cores"] == ("wgmma" if name.startswith("H100") else "mma.sync"), name
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_takes_no_more_than_the_table_says(name):
+    if "/pallas_gpu/" in name and jax.__version_info__ < (0, 12):
+        pytest.skip("the Mosaic GPU kernels need JAX 0.12")
     case, target = CASES[name]
-    check(compile_kernel(*case, target), TABLE[name])
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kernel", mosaic_cases(SHAPES["P"]))
-def test_mosaic_kernels_use_wgmma_and_tma_and_spill_nothing(kernel, shape):
-    report = compile_kernel(*mosaic_cases(SHAPES[shape])[kernel])
-    assert (report.spill_bytes, report.tensor_cores, report.tma) == (0, "wgmma", True)
-    assert report.registers <= 168  # 384 threads share 65536
-    assert report.shared_bytes <= 227 * 1024
+    check(compile_kernel(*case, target), TABLE[name], target)
 
 
 def test_the_check_sees_a_tile_that_spills():
@@ -69,26 +60,36 @@ def test_the_check_sees_a_tile_that_spills():
     report = compile_kernel(lambda *a: pallas_triton.d_gate_up(*a, tile=tile, interpret=False), operands)
     assert report.spill_bytes > 0
     with pytest.raises(AssertionError):
-        check(report, TABLE["H100/pallas_triton/A/bfloat16/d_gate_up"])
+        check(report, TABLE["H100/pallas_triton/A/bfloat16/d_gate_up"], H100)
 
 
 def test_a_tile_that_does_not_fit_is_refused_by_the_compiler():
     _, operands = triton_cases(SHAPES["A"], "bfloat16")["down"]
     tile = Tile(m=128, n=128, k=64, warps=8, stages=9)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"[Ss]hared memory"):
-        compile_kernel(lambda *a: pallas_triton.down(*a, tile=tile, interpret=False), operands)
+        compile_kernel(lambda *a: pallas_triton.down(*a, tile=tile, zeros=True, interpret=False), operands)
 
 
 def test_two_kernels_are_not_read_as_one():
-    fn, operands = triton_cases(SHAPES["P"], "bfloat16")["down"]
+    kernels = triton_cases(SHAPES["P"], "bfloat16")
+    (first, operands), (second, others) = kernels["down"], kernels["d_w_down"]
     with pytest.raises(UserError, match=r"^2 kernels with matmuls were compiled where one was expected$"):
-        compile_kernel(lambda *a: (fn(*a), fn(a[0] + 1, *a[1:])), operands)
+        compile_kernel(lambda *a: (first(*a[:3]), second(*a[3:])), (*operands, *others))
 
 
-def test_the_whole_layer_traces_for_a_gpu_without_interpret_mode():
-    shapes = ((4, 48, 64), (4,), (4, 64, 32), (4, 64, 32), (4, 32, 64))
-    dtypes = (jnp.bfloat16, jnp.int32, *(jnp.bfloat16,) * 3)
-    operands = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)]
-    with abstract_gpu():
-        for implementation in (expert_mlp_triton, expert_mlp_mosaic):
-            assert jax.eval_shape(implementation, *operands).shape == (4, 48, 64)
+@pytest.mark.parametrize("implementation", ["pallas_triton", "pallas_gpu"])
+@pytest.mark.parametrize("dispatch", ["blocks", "capacity"])
+def test_a_whole_layer_compiles_forward_and_backward(implementation, dispatch):
+    """Not a kernel alone: routing's plan carried out and pulled back, as one program for an H100."""
+    if implementation == "pallas_gpu" and jax.__version_info__ < (0, 12):
+        pytest.skip("the Mosaic GPU kernels need JAX 0.12")
+    plan = make_plan(random_ids(np.random.default_rng(0), 40, 3))
+
+    def layer(plan, x, *weights):
+        y, pull = jax.vjp(lambda *a: moe_apply(a[0], plan, *a[1:], dispatch, implementation), x, *weights)
+        return y, *pull(y)
+
+    operands = make_operands(40, dtype=jnp.bfloat16, width=72, hidden=48)
+    program = compile_for(layer, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (plan, *operands)))
+    mosaic = program.as_text().count("mosaic_gpu")
+    assert (mosaic > 0) == (implementation == "pallas_gpu")

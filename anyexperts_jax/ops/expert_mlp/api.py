@@ -19,15 +19,15 @@ def _pallas_tpu(x_ECD: Array, counts_E: Array, *weights: Array, residuals: str) 
 
 
 def _pallas_gpu(*operands: Any, residuals: str) -> Array:
-    from anyexperts_jax.ops.expert_mlp import vjp_gpu
+    from anyexperts_jax.ops.expert_mlp import gpu_passes, vjp_gpu
 
-    return vjp_gpu.expert_mlp_mosaic(*operands, options=vjp_gpu.Options(residuals=residuals))
+    return vjp_gpu.expert_mlp_mosaic(*operands, options=gpu_passes.GpuOptions(residuals=residuals))
 
 
 def _pallas_triton(*operands: Any, residuals: str) -> Array:
-    from anyexperts_jax.ops.expert_mlp import vjp_gpu
+    from anyexperts_jax.ops.expert_mlp import gpu_passes, vjp_gpu
 
-    return vjp_gpu.expert_mlp_triton(*operands, options=vjp_gpu.Options(residuals=residuals))
+    return vjp_gpu.expert_mlp_triton(*operands, options=gpu_passes.GpuOptions(residuals=residuals))
 
 
 def _plain(run: Callable[..., Array]) -> Callable[..., Array]:

@@ -60,7 +60,7 @@ def _gate_up(x: Any, w_gate_ref: Ref, w_up_ref: Ref, columns: slice) -> tuple[An
     even where F is an odd multiple of 128."""
     lanes = [slice(s, s + _LANES) for s in range(columns.start, columns.stop, _LANES)]
     both = _dot(x, jnp.concatenate([ref[:, lane] for lane in lanes for ref in (w_gate_ref, w_up_ref)], axis=1))
-    parts = [both[:, s : s + _LANES] for s in range(0, both.shape[1], _LANES)]
+    parts = _lanes(both)
     return jnp.concatenate(parts[::2], axis=1), jnp.concatenate(parts[1::2], axis=1)
 
 
@@ -82,9 +82,14 @@ def _down(slab: Slab, hidden_ref: Ref, w_down_ref: Ref, y_ref: Ref) -> None:
         y_ref[slab.rows, columns] = slab.mask(_dot(hidden, w_down_ref[:, columns])).astype(y_ref.dtype)
 
 
-def _hidden_backward(slab: Slab, d_y_ref: Ref, given: Refs, weights: Refs, outputs: Refs) -> None:
-    """Gradients of gate and up, and hidden once more. `given` is x, or gate and up as they were kept."""
+def _hidden_backward(slab: Slab, d_y_ref: Ref, given: Refs, weights: Refs, outputs: Refs, slots: Refs = ()) -> None:
+    """Gradients of gate and up, and hidden once more. `given` is x, or gate and up as they were kept.
+
+    With `slots`, rows' weights and what takes their gradients: all three times the row's weight, and the gradient as
+    128 sums, each over every 128th column.
+    """
     d_y = d_y_ref[slab.rows, :]
+    sums = jnp.zeros((slab.size, _LANES), jnp.float32)
     for columns in _chunks(outputs[0].shape[1]):
         if len(given) == 1:
             gate, up = _gate_up(given[0][slab.rows, :], weights[0], weights[1], columns)
@@ -93,9 +98,20 @@ def _hidden_backward(slab: Slab, d_y_ref: Ref, given: Refs, weights: Refs, outpu
         d_hidden = _dot(d_y, weights[-1][columns, :], _TRANSPOSED_RIGHT)
         sigmoid = jax.nn.sigmoid(gate)
         silu = gate * sigmoid
-        results = d_hidden * up * (sigmoid + silu * (1 - sigmoid)), d_hidden * silu, silu * up
+        hidden = silu * up
+        if slots:
+            sums += sum(_lanes(d_hidden * hidden))
+            weight = jnp.concatenate([slots[0][slab.rows, :]] * (hidden.shape[1] // _LANES), axis=1)
+            d_hidden, hidden = d_hidden * weight, hidden * weight
+        results = d_hidden * up * (sigmoid + silu * (1 - sigmoid)), d_hidden * silu, hidden
         for ref, value in zip(outputs, results, strict=True):
             ref[slab.rows, columns] = value.astype(ref.dtype)
+    if slots:
+        slots[1][slab.rows, :] = sums
+
+
+def _lanes(value: Any) -> list[Any]:
+    return [value[:, s : s + _LANES] for s in range(0, value.shape[1], _LANES)]
 
 
 def _rows_backward(slab: Slab, d_gate_ref: Ref, d_up_ref: Ref, weights: Refs, d_x_ref: Ref) -> None:
@@ -141,12 +157,15 @@ def _down_kernel(step: Step, inputs: Refs, outputs: Refs, scratch: Refs, *, size
     zero_dead(outputs[0], step.live, sizes)
 
 
-def _backward_kernel(step: Step, inputs: Refs, outputs: Refs, scratch: Refs, *, sizes: KernelSizes) -> None:
+def _backward_kernel(
+    step: Step, inputs: Refs, outputs: Refs, scratch: Refs, *, sizes: KernelSizes, weighted: bool
+) -> None:
     d_y_ref, *given, w_gate_ref, w_up_ref, w_down_ref = inputs
     d_x_ref, *d_hidden = outputs
+    slots = (given.pop(), d_hidden.pop()) if weighted else ()
 
     def run(slab: Slab) -> None:
-        _hidden_backward(slab, d_y_ref, given, (w_gate_ref, w_up_ref, w_down_ref), d_hidden)
+        _hidden_backward(slab, d_y_ref, given, (w_gate_ref, w_up_ref, w_down_ref), d_hidden, slots)
         _rows_backward(slab, d_hidden[0], d_hidden[1], (w_gate_ref, w_up_ref), d_x_ref)
 
     for_each_slab(step.live, sizes, run)
@@ -259,11 +278,14 @@ def rows_backward(
     *,
     sizes: TpuSizes,
     starts_E: Int[Array, "E"] | None = None,
+    slot_weights: Float[Array, "#E C 128"] | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "#E C D"], tuple[Float[Array, "#E C F"], ...]]:
+) -> tuple[Float[Array, "#E C D"], tuple[Float[Array, "#E C _"], ...]]:
     """(d_x_ECD, (d_gate_ECF, d_up_ECF, hidden_ECF)). Dead rows of d_x are zero, those of the others hold anything.
 
-    `kept` is what `forward` kept; where that is nothing, gate and up are computed again from x.
+    `kept` is what `forward` kept; where that is nothing, gate and up are computed again from x. With `slot_weights`,
+    the weight of each row 128 times, all results, hidden too, are times the weight, and a fourth beside hidden,
+    [E, C, 128], adds up to the weights' gradients. Only where `sizes.backward` keeps whole weights.
     """
     own = sizes.backward
     (experts, capacity, width), hidden = x_ECD.shape, w_gate_EDF.shape[2]
@@ -274,18 +296,24 @@ def rows_backward(
     if own.columns is None:
         up, down, row = Block("expert", width, hidden), Block("expert", hidden, width), Block("tile", own.block, hidden)
         given = [Operand(a, row) for a in kept] or [Operand(x_ECD, wide_row)]
+        slots = [] if slot_weights is None else [Operand(slot_weights, Block("tile", own.block, _LANES))]
         d_x_ECD, *d_hidden = call(
-            functools.partial(_backward_kernel, sizes=own),
+            functools.partial(_backward_kernel, sizes=own, weighted=bool(slots)),
             "expert_mlp_backward",
             grid,
             [
                 Operand(d_y_ECD, wide_row),
                 *given,
+                *slots,
                 Operand(w_gate_EDF, up),
                 Operand(w_up_EDF, up),
                 Operand(w_down_EFD, down),
             ],
-            [Operand(d_x, wide_row), *[Operand(row_ECF, row)] * 3],
+            [
+                Operand(d_x, wide_row),
+                *[Operand(row_ECF, row)] * 3,
+                *(Operand(jax.ShapeDtypeStruct(slot.array.shape, jnp.float32), slot.block) for slot in slots),
+            ],
         )
         return d_x_ECD, tuple(d_hidden)
     row = Block("tile", own.block, own.columns, "columns")

@@ -10,7 +10,7 @@
 A program owns one tile of the result. A tile without a live row runs no step of its loop, so it costs a store of
 zeros, or nothing where nobody reads it: buffers between two kernels hold garbage in dead rows, and every kernel masks
 the rows it loads. Experts are the slowest axis of the grid and rows the fastest, so that programs which run together
-share an expert's weights in L2.
+share an expert's weights in L2. `gpu_rows` tells how one kernel runs over buffers of both kinds.
 
 float32 operands are multiplied as TF32, which is also what XLA's own dots do on these GPUs by default.
 """
@@ -23,10 +23,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from anyexperts_jax.ops._gpu import is_hopper
 from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
+from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
 
 
 class Tile(NamedTuple):
@@ -37,17 +39,6 @@ class Tile(NamedTuple):
     k: int
     warps: int
     stages: int  # tiles of both operands in flight, each in shared memory
-
-
-class Tiles(NamedTuple):
-    """One `Tile` a kernel."""
-
-    gate_up: Tile
-    down: Tile
-    d_gate_up: Tile
-    d_x: Tile
-    d_w_gate_up: Tile
-    d_w_down: Tile
 
 
 # No spills and tensor cores at the shapes of `aot/gpu_kernels.py`, by tests/aot/gpu_test.py (static). Shared memory is
@@ -87,189 +78,197 @@ def default_tiles(dtype: jnp.dtype, gpu: str | None) -> Tiles:
 
 
 def gate_up(
-    x_ECD: Float[Array, "E C D"],
-    counts_E: Int[Array, "E"],
+    x_BCD: Float[Array, "B C D"],
+    rows: GpuRows,
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     *,
     tile: Tile,
     keep: bool,
     interpret: bool,
-) -> tuple[Float[Array, "E C F"], ...]:
+) -> tuple[Float[Array, "B C F"], ...]:
     """(hidden,), or (hidden, gate, up) with `keep`; dead rows undefined."""
-    experts, capacity, _ = x_ECD.shape
-    width = w_gate_EDF.shape[2]
-    out = jax.ShapeDtypeStruct((experts, capacity, width), x_ECD.dtype)
-    grid = (pl.cdiv(capacity, tile.m), pl.cdiv(width, tile.n), experts)
-    call = _call(_gate_up_kernel, grid, (out,) * (3 if keep else 1), tile, interpret)
-    return call(counts_E, x_ECD, w_gate_EDF, w_up_EDF)
+    outs = (_like(x_BCD, w_gate_EDF.shape[2]),) * (3 if keep else 1)
+    return _call(_gate_up_kernel, outs, tile, interpret)(*_blocks(rows), x_BCD, w_gate_EDF, w_up_EDF)
 
 
 def down(
-    hidden_ECF: Float[Array, "E C F"],
-    counts_E: Int[Array, "E"],
+    hidden_BCF: Float[Array, "B C F"],
+    rows: GpuRows,
     w_down_EFD: Float[Array, "E F D"],
     *,
     tile: Tile,
+    zeros: bool,
     interpret: bool,
-) -> Float[Array, "E C D"]:
-    """hidden w_down; dead rows zero, whatever `hidden_ECF` holds there."""
-    experts, capacity, _ = hidden_ECF.shape
-    width = w_down_EFD.shape[2]
-    out = jax.ShapeDtypeStruct((experts, capacity, width), hidden_ECF.dtype)
-    grid = (pl.cdiv(capacity, tile.m), pl.cdiv(width, tile.n), experts)
-    (y_ECD,) = _call(_down_kernel, grid, (out,), tile, interpret)(counts_E, hidden_ECF, w_down_EFD)
-    return y_ECD
+) -> Float[Array, "B C D"]:
+    """hidden w_down, whatever `hidden_BCF` holds in dead rows; these are zero with `zeros`, else undefined."""
+    kernel = functools.partial(_down_kernel, zeros=zeros)
+    out = _like(hidden_BCF, w_down_EFD.shape[2])
+    (y_BCD,) = _call(kernel, (out,), tile, interpret)(*_blocks(rows), hidden_BCF, w_down_EFD)
+    return y_BCD
 
 
 def d_gate_up(
-    d_y_ECD: Float[Array, "E C D"],
-    counts_E: Int[Array, "E"],
+    d_y_BCD: Float[Array, "B C D"],
+    rows: GpuRows,
     w_down_EFD: Float[Array, "E F D"],
-    gate_ECF: Float[Array, "E C F"],
-    up_ECF: Float[Array, "E C F"],
+    gate_BCF: Float[Array, "B C F"],
+    up_BCF: Float[Array, "B C F"],
     *,
     tile: Tile,
     interpret: bool,
-) -> tuple[Float[Array, "E C F"], Float[Array, "E C F"], Float[Array, "E C F"]]:
+) -> tuple[Float[Array, "B C F"], Float[Array, "B C F"], Float[Array, "B C F"]]:
     """(hidden, gradient of gate, gradient of up); dead rows undefined."""
-    experts, capacity, width = gate_ECF.shape
-    out = jax.ShapeDtypeStruct(gate_ECF.shape, gate_ECF.dtype)
-    grid = (pl.cdiv(capacity, tile.m), pl.cdiv(width, tile.n), experts)
-    return _call(_d_gate_up_kernel, grid, (out,) * 3, tile, interpret)(counts_E, d_y_ECD, w_down_EFD, gate_ECF, up_ECF)
+    outs = (_like(gate_BCF, gate_BCF.shape[2]),) * 3
+    return _call(_d_gate_up_kernel, outs, tile, interpret)(*_blocks(rows), d_y_BCD, w_down_EFD, gate_BCF, up_BCF)
 
 
 def d_x(
-    d_gate_ECF: Float[Array, "E C F"],
-    d_up_ECF: Float[Array, "E C F"],
-    counts_E: Int[Array, "E"],
+    d_gate_BCF: Float[Array, "B C F"],
+    d_up_BCF: Float[Array, "B C F"],
+    rows: GpuRows,
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     *,
     tile: Tile,
+    zeros: bool,
     interpret: bool,
-) -> Float[Array, "E C D"]:
-    """Gradient of x; dead rows zero."""
-    experts, capacity, _ = d_gate_ECF.shape
-    width = w_gate_EDF.shape[1]
-    out = jax.ShapeDtypeStruct((experts, capacity, width), d_gate_ECF.dtype)
-    grid = (pl.cdiv(capacity, tile.m), pl.cdiv(width, tile.n), experts)
-    (d_x_ECD,) = _call(_d_x_kernel, grid, (out,), tile, interpret)(counts_E, d_gate_ECF, d_up_ECF, w_gate_EDF, w_up_EDF)
-    return d_x_ECD
+) -> Float[Array, "B C D"]:
+    """Gradient of x; dead rows are zero with `zeros`, else undefined."""
+    call = _call(
+        functools.partial(_d_x_kernel, zeros=zeros), (_like(d_gate_BCF, w_gate_EDF.shape[1]),), tile, interpret
+    )
+    (d_x_BCD,) = call(*_blocks(rows), d_gate_BCF, d_up_BCF, w_gate_EDF, w_up_EDF)
+    return d_x_BCD
 
 
 def d_weights(
-    a_ECI: Float[Array, "E C I"], counts_E: Int[Array, "E"], *b_ECJ: Float[Array, "E C J"], tile: Tile, interpret: bool
+    a_ERI: Float[Array, "_ R I"], rows: GpuRows, *b_ERJ: Float[Array, "_ R J"], tile: Tile, interpret: bool
 ) -> tuple[Float[Array, "E I J"], ...]:
-    """a^T b over the live rows of each expert, for every b; exactly zero for an expert without rows."""
-    experts, _, height = a_ECI.shape
-    width = b_ECJ[0].shape[2]
-    out = jax.ShapeDtypeStruct((experts, height, width), a_ECI.dtype)
-    grid = (pl.cdiv(height, tile.m), pl.cdiv(width, tile.n), experts)
-    return _call(_d_weights_kernel, grid, (out,) * len(b_ECJ), tile, interpret)(counts_E, a_ECI, *b_ECJ)
+    """a^T b over the live rows of each expert, for every b; exactly zero for an expert without rows.
+
+    Args:
+      a_ERI: [E, C, I], or the rows of all experts as [1, R, I].
+    """
+    out = jax.ShapeDtypeStruct((rows.counts_E.shape[0], a_ERI.shape[2], b_ERJ[0].shape[2]), a_ERI.dtype)
+    call = _call(_d_weights_kernel, (out,) * len(b_ERJ), tile, interpret)
+    return call(rows.starts_E, rows.counts_E, a_ERI, *b_ERJ)
 
 
-def _call(kernel: Any, grid: tuple[int, int, int], out_shape: tuple[Any, ...], tile: Tile, interpret: bool) -> Any:
-    """The kernel as a function of counts and [E, ., .] operands; it sees the slices of its program's expert."""
-
-    def run(counts_E: Array, *operands: Array) -> Any:
-        return pl.pallas_call(
-            functools.partial(kernel, tile=tile),
-            grid=grid,
-            in_specs=[pl.BlockSpec(counts_E.shape, lambda m, n, e: (0,)), *map(_expert_slice, operands)],
-            out_specs=tuple(map(_expert_slice, out_shape)),
-            out_shape=out_shape,
-            compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-            interpret=interpret,
-            name=kernel.__name__.strip("_"),
-        )(counts_E, *operands)
-
-    return run
+def clean(a_BCI: Float[Array, "B C I"], rows: GpuRows) -> Float[Array, "B C I"]:
+    """What `d_weights` asks of rows that no kernel here wrote: nothing, it masks them."""
+    del rows
+    return a_BCI
 
 
-def _expert_slice(array: Any) -> pl.BlockSpec:
-    return pl.BlockSpec((None, *array.shape[1:]), lambda m, n, e: (e, 0, 0))
+def _blocks(rows: GpuRows) -> tuple[Array, Array]:
+    return rows.experts_B, rows.counts_B
 
 
-# The kernels. `m`, `n` are the first row and column of the program's tile, `live` the number of the expert's live
-# rows, `k` the first index of a step along the contraction.
+def _like(rows_BCI: Array, width: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*rows_BCI.shape[:2], width), rows_BCI.dtype)
 
 
-def _gate_up_kernel(counts_ref, x_ref, w_gate_ref, w_up_ref, hidden_ref, *kept_refs, tile):  # type: ignore[no-untyped-def]
-    m, n, live = _position(counts_ref, x_ref, tile)
+def _call(kernel: Any, outs: tuple[Any, ...], tile: Tile, interpret: bool) -> Any:
+    """The kernel, as a function of two vectors of integers and of arrays, over the tiles of its results."""
+    body = functools.partial(kernel, tile=tile)
+    name = getattr(kernel, "func", kernel).__name__.strip("_")
+    slices, height, width = outs[0].shape
+    return pl.pallas_call(
+        body,
+        grid=(pl.cdiv(height, tile.m), pl.cdiv(width, tile.n), slices),
+        out_shape=outs,
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name=name,
+    )
+
+
+# The kernels. `m`, `n` are the first row and column of the program's tile in block `b`, `e` the expert, `live` the
+# number of live rows, `k` the first index of a step along the contraction.
+
+
+def _gate_up_kernel(experts_ref, counts_ref, x_ref, w_gate_ref, w_up_ref, hidden_ref, *kept_refs, tile):  # type: ignore[no-untyped-def]
+    b, m, n = _position(tile)
+    e, live = experts_ref[b], counts_ref[b]
 
     def step(k, sums):  # type: ignore[no-untyped-def]
-        x = _load(x_ref, m, k, tile.m, tile.k, rows=live)
-        w_gate = _load(w_gate_ref, k, n, tile.k, tile.n)
-        w_up = _load(w_up_ref, k, n, tile.k, tile.n)
+        x = _load(x_ref, b, m, k, tile.m, tile.k, rows=live)
+        w_gate = _load(w_gate_ref, e, k, n, tile.k, tile.n)
+        w_up = _load(w_up_ref, e, k, n, tile.k, tile.n)
         return sums[0] + _dot(x, w_gate), sums[1] + _dot(x, w_up)
 
-    gate, up = _sum_steps(step, _steps_if(m < live, x_ref.shape[1], tile), tile, 2)
+    gate, up = _sum_steps(step, _steps_if(m < live, x_ref.shape[2], tile), tile, 2)
     dtype = hidden_ref.dtype
-    _store(hidden_ref, m, n, swiglu(gate, up, dtype), rows=live)
+    _store(hidden_ref, b, m, n, swiglu(gate, up, dtype), rows=live)
     for ref, value in zip(kept_refs, (gate, up), strict=False):
-        _store(ref, m, n, value.astype(dtype), rows=live)
+        _store(ref, b, m, n, value.astype(dtype), rows=live)
 
 
-def _down_kernel(counts_ref, hidden_ref, w_down_ref, y_ref, *, tile):  # type: ignore[no-untyped-def]
-    m, n, live = _position(counts_ref, hidden_ref, tile)
+def _down_kernel(experts_ref, counts_ref, hidden_ref, w_down_ref, y_ref, *, tile, zeros):  # type: ignore[no-untyped-def]
+    b, m, n = _position(tile)
+    e, live = experts_ref[b], counts_ref[b]
 
     def step(k, sums):  # type: ignore[no-untyped-def]
-        hidden = _load(hidden_ref, m, k, tile.m, tile.k, rows=live)
-        return (sums[0] + _dot(hidden, _load(w_down_ref, k, n, tile.k, tile.n)),)
+        hidden = _load(hidden_ref, b, m, k, tile.m, tile.k, rows=live)
+        return (sums[0] + _dot(hidden, _load(w_down_ref, e, k, n, tile.k, tile.n)),)
 
-    (y,) = _sum_steps(step, _steps_if(m < live, hidden_ref.shape[1], tile), tile, 1)
-    _store(y_ref, m, n, y.astype(y_ref.dtype))
+    (y,) = _sum_steps(step, _steps_if(m < live, hidden_ref.shape[2], tile), tile, 1)
+    _store(y_ref, b, m, n, y.astype(y_ref.dtype), rows=None if zeros else live)
 
 
 def _d_gate_up_kernel(  # type: ignore[no-untyped-def]
-    counts_ref, d_y_ref, w_down_ref, gate_ref, up_ref, hidden_ref, d_gate_ref, d_up_ref, *, tile
+    experts_ref, counts_ref, d_y_ref, w_down_ref, gate_ref, up_ref, hidden_ref, d_gate_ref, d_up_ref, *, tile
 ):
-    m, n, live = _position(counts_ref, d_y_ref, tile)
+    b, m, n = _position(tile)
+    e, live = experts_ref[b], counts_ref[b]
 
     def step(k, sums):  # type: ignore[no-untyped-def]
-        d_y = _load(d_y_ref, m, k, tile.m, tile.k, rows=live)
-        return (sums[0] + _dot_nt(d_y, _load(w_down_ref, n, k, tile.n, tile.k)),)
+        d_y = _load(d_y_ref, b, m, k, tile.m, tile.k, rows=live)
+        return (sums[0] + _dot_nt(d_y, _load(w_down_ref, e, n, k, tile.n, tile.k)),)
 
-    (d_hidden,) = _sum_steps(step, _steps_if(m < live, d_y_ref.shape[1], tile), tile, 1)
-    gate = _load(gate_ref, m, n, tile.m, tile.n, rows=live)
-    up = _load(up_ref, m, n, tile.m, tile.n, rows=live)
+    (d_hidden,) = _sum_steps(step, _steps_if(m < live, d_y_ref.shape[2], tile), tile, 1)
+    gate = _load(gate_ref, b, m, n, tile.m, tile.n, rows=live)
+    up = _load(up_ref, b, m, n, tile.m, tile.n, rows=live)
     for ref, value in zip((hidden_ref, d_gate_ref, d_up_ref), swiglu_vjp(gate, up, d_hidden), strict=True):
-        _store(ref, m, n, value.astype(ref.dtype), rows=live)
+        _store(ref, b, m, n, value.astype(ref.dtype), rows=live)
 
 
-def _d_x_kernel(counts_ref, d_gate_ref, d_up_ref, w_gate_ref, w_up_ref, d_x_ref, *, tile):  # type: ignore[no-untyped-def]
-    m, n, live = _position(counts_ref, d_gate_ref, tile)
-    pairs = [(d_gate_ref, w_gate_ref), (d_up_ref, w_up_ref)]
+def _d_x_kernel(  # type: ignore[no-untyped-def]
+    experts_ref, counts_ref, d_gate_ref, d_up_ref, w_gate_ref, w_up_ref, d_x_ref, *, tile, zeros
+):
+    b, m, n = _position(tile)
+    e, live = experts_ref[b], counts_ref[b]
 
     def step(k, sums):  # type: ignore[no-untyped-def]
         (total,) = sums
-        for d_ref, w_ref in pairs:
-            d = _load(d_ref, m, k, tile.m, tile.k, rows=live)
-            total += _dot_nt(d, _load(w_ref, n, k, tile.n, tile.k))
+        for d_ref, w_ref in ((d_gate_ref, w_gate_ref), (d_up_ref, w_up_ref)):
+            d = _load(d_ref, b, m, k, tile.m, tile.k, rows=live)
+            total += _dot_nt(d, _load(w_ref, e, n, k, tile.n, tile.k))
         return (total,)
 
-    (d_x,) = _sum_steps(step, _steps_if(m < live, d_gate_ref.shape[1], tile), tile, 1)
-    _store(d_x_ref, m, n, d_x.astype(d_x_ref.dtype))
+    (d_x,) = _sum_steps(step, _steps_if(m < live, d_gate_ref.shape[2], tile), tile, 1)
+    _store(d_x_ref, b, m, n, d_x.astype(d_x_ref.dtype), rows=None if zeros else live)
 
 
-def _d_weights_kernel(counts_ref, a_ref, *refs, tile):  # type: ignore[no-untyped-def]
+def _d_weights_kernel(starts_ref, counts_ref, a_ref, *refs, tile):  # type: ignore[no-untyped-def]
     b_refs, out_refs = refs[: len(refs) // 2], refs[len(refs) // 2 :]
-    m, n, live = _position(counts_ref, a_ref, tile)
+    e, m, n = _position(tile)
+    b, start, live = jnp.minimum(e, a_ref.shape[0] - 1), starts_ref[e], counts_ref[e]
 
     def step(k, sums):  # type: ignore[no-untyped-def]
-        a = _load(a_ref, k, m, tile.k, tile.m, rows=live)
-        b = [_load(ref, k, n, tile.k, tile.n, rows=live) for ref in b_refs]
-        return tuple(total + _dot_tn(a, each) for total, each in zip(sums, b, strict=True))
+        row, end = start + k, start + live
+        a = _load(a_ref, b, row, m, tile.k, tile.m, rows=end)
+        factors = [_load(ref, b, row, n, tile.k, tile.n, rows=end) for ref in b_refs]
+        return tuple(total + _dot_tn(a, each) for total, each in zip(sums, factors, strict=True))
 
     for ref, value in zip(out_refs, _sum_steps(step, pl.cdiv(live, tile.k), tile, len(b_refs)), strict=True):
-        _store(ref, m, n, value.astype(ref.dtype))
+        _store(ref, e, m, n, value.astype(ref.dtype))
 
 
-def _position(counts_ref: Any, rows_ref: Any, tile: Tile) -> tuple[Array, Array, Array]:
-    """(first row, first column, live rows of the expert) of this program."""
-    live = jnp.minimum(counts_ref[pl.program_id(2)], rows_ref.shape[0])
-    return pl.program_id(0) * tile.m, pl.program_id(1) * tile.n, live
+def _position(tile: Tile) -> tuple[Array, Array, Array]:
+    """(slice of the result, first row, first column) of this program."""
+    return pl.program_id(2), pl.program_id(0) * tile.m, pl.program_id(1) * tile.n
 
 
 def _steps_if(wanted: Array, length: int, tile: Tile) -> Array:
@@ -283,18 +282,18 @@ def _sum_steps(step: Any, steps: Array, tile: Tile, sums: int) -> tuple[Array, .
     return lax.fori_loop(0, steps, lambda i, sums: step(i * tile.k, sums), zeros)
 
 
-def _load(ref: Any, row: Array, column: Array, height: int, width: int, *, rows: Array | None = None) -> Array:
-    """The [height, width] tile at (row, column); zero at or past `rows` and past the array's edges."""
-    mask = _inside(ref.shape, row, column, height, width, rows)
-    tile_ref = ref.at[pl.ds(row, height), pl.ds(column, width)]
+def _load(ref: Any, at: Any, row: Array, column: Array, height: int, width: int, *, rows: Array | None = None) -> Array:
+    """The [height, width] tile at (row, column) of slice `at`; zero at or past `rows` and past the array's edges."""
+    mask = _inside(ref.shape[1:], row, column, height, width, rows)
+    tile_ref = ref.at[at, pl.ds(row, height), pl.ds(column, width)]
     return plgpu.load(tile_ref) if mask is None else plgpu.load(tile_ref, mask=mask, other=0)
 
 
-def _store(ref: Any, row: Array, column: Array, value: Array, *, rows: Array | None = None) -> None:
-    """Writes the tile at (row, column) as far as it lies below `rows` and inside the array."""
+def _store(ref: Any, at: Any, row: Array, column: Array, value: Array, *, rows: Array | None = None) -> None:
+    """Writes the tile at (row, column) of slice `at` as far as it lies below `rows` and inside the array."""
     height, width = value.shape
-    mask = _inside(ref.shape, row, column, height, width, rows)
-    plgpu.store(ref.at[pl.ds(row, height), pl.ds(column, width)], value, mask=mask)
+    mask = _inside(ref.shape[1:], row, column, height, width, rows)
+    plgpu.store(ref.at[at, pl.ds(row, height), pl.ds(column, width)], value, mask=mask)
 
 
 def _inside(

@@ -1,65 +1,42 @@
 """The GPU kernels as differentiable implementations of `expert_mlp`."""
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.ops._gpu import gpu_kind, require_dtype, require_hopper, require_nvidia
+from anyexperts_jax.ops._checks import check_dtype
+from anyexperts_jax.ops._gpu import gpu_kind, require_hopper, require_nvidia
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
+from anyexperts_jax.ops.expert_mlp.gpu_passes import (
+    GpuOptions,
+    Kernels,
+    forward,
+    gate_up,
+    rows_backward,
+    weights_backward,
+)
+from anyexperts_jax.ops.expert_mlp.gpu_rows import capacity_rows
 
 
-class Options(NamedTuple):
-    """How the kernels run."""
-
-    tiles: Any = None  # the module's `Tiles`; None: its own for dtype and GPU
-    residuals: str = "saved"  # x w_gate and x w_up, 2 E C F values, kept for the gradient; "recomputed": made again
-    interpret: Any = False  # on the CPU, for tests: True for Triton, Mosaic's `InterpretGPUParams`
-
-
-@runtime_checkable
-class Kernels(Protocol):
-    """What a module of kernels offers: five functions that know nothing of derivatives."""
-
-    gate_up: Any
-    down: Any
-    d_gate_up: Any
-    d_x: Any
-    d_weights: Any
-
-
-def expert_mlp_triton(
-    x_ECD: Float[Array, "E C D"],
-    counts_E: Int[Array, "E"],
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
-    options: Options = Options(),  # noqa: B008, an immutable tuple
-) -> Float[Array, "E C D"]:
-    """`expert_mlp` by the Pallas Triton kernels.
+def triton_options(dtype: jnp.dtype, options: GpuOptions) -> GpuOptions:
+    """`options` with tiles.
 
     Raises:
       UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
     """
     if not options.interpret:
         require_nvidia("pallas_triton")
-    require_dtype("pallas_triton", x_ECD.dtype, (jnp.bfloat16, jnp.float32), instead="xla")
-    tiles = options.tiles or pallas_triton.default_tiles(x_ECD.dtype, gpu_kind())
-    return _triton(x_ECD, counts_E.astype(jnp.int32), w_gate_EDF, w_up_EDF, w_down_EFD, options._replace(tiles=tiles))
+    check_dtype("pallas_triton", dtype, (jnp.bfloat16, jnp.float32), instead="xla")
+    return dataclasses.replace(options, tiles=options.tiles or pallas_triton.default_tiles(dtype, gpu_kind()))
 
 
-def expert_mlp_mosaic(
-    x_ECD: Float[Array, "E C D"],
-    counts_E: Int[Array, "E"],
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
-    options: Options = Options(),  # noqa: B008, an immutable tuple
-) -> Float[Array, "E C D"]:
-    """`expert_mlp` by the Pallas Mosaic GPU kernels. C that is no multiple of 8, or D or F of 64, costs padded copies.
+def mosaic_options(dtype: jnp.dtype, options: GpuOptions) -> GpuOptions:
+    """`options` with tiles.
 
     Raises:
       UserError: a JAX before 0.12, no Hopper GPU to run on, or a dtype the kernels do not take.
@@ -71,47 +48,70 @@ def expert_mlp_mosaic(
     )
     if not options.interpret:
         require_hopper("pallas_gpu")
-    require_dtype("pallas_gpu", x_ECD.dtype, (jnp.bfloat16,), instead="pallas_triton")
-    options = options._replace(tiles=options.tiles or pallas_gpu.TILES)
+    check_dtype("pallas_gpu", dtype, (jnp.bfloat16,), instead="pallas_triton")
+    return dataclasses.replace(options, tiles=options.tiles or pallas_gpu.TILES)
+
+
+def expert_mlp_triton(
+    x_ECD: Float[Array, "E C D"],
+    counts_E: Int[Array, "E"],
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    options: GpuOptions = GpuOptions(),  # noqa: B008, immutable
+) -> Float[Array, "E C D"]:
+    """`expert_mlp` by the Pallas Triton kernels.
+
+    Raises:
+      UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
+    """
+    options = triton_options(x_ECD.dtype, options)
+    return _triton(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options)
+
+
+def expert_mlp_mosaic(
+    x_ECD: Float[Array, "E C D"],
+    counts_E: Int[Array, "E"],
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    options: GpuOptions = GpuOptions(),  # noqa: B008, immutable
+) -> Float[Array, "E C D"]:
+    """`expert_mlp` by the Pallas Mosaic GPU kernels. C that is no multiple of 8, or D or F of 64, costs padded copies.
+
+    Raises:
+      UserError: a JAX before 0.12, no Hopper GPU to run on, or a dtype the kernels do not take.
+    """
+    options = mosaic_options(x_ECD.dtype, options)
     rows, width = pallas_gpu.ROW_MULTIPLE, pallas_gpu.WIDTH_MULTIPLE
     weights = (pad_to_multiples(w, (1, width, width)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
-    y_ECD = _mosaic(pad_to_multiples(x_ECD, (1, rows, width)), counts_E.astype(jnp.int32), *weights, options)
+    y_ECD = _mosaic(pad_to_multiples(x_ECD, (1, rows, width)), counts_E, *weights, options)
     return y_ECD[:, : x_ECD.shape[1], : x_ECD.shape[2]]
 
 
 def differentiable(kernels: Kernels) -> Any:
-    """`expert_mlp` with its derivative: a function of the five operands and `Options` whose tiles are chosen."""
+    """`expert_mlp` with its derivative: a function of the five operands and `GpuOptions` whose tiles are chosen."""
 
     def run(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options):  # type: ignore[no-untyped-def]
-        (hidden_ECF,) = gate_up(x_ECD, counts_E, w_gate_EDF, w_up_EDF, options, keep=False)
-        return down(hidden_ECF, counts_E, w_down_EFD, options)
+        experts = (w_gate_EDF, w_up_EDF, w_down_EFD)
+        rows = capacity_rows(counts_E, x_ECD.shape[1])
+        return forward(kernels, x_ECD, rows, experts, options, keep=False, zeros=True)[0]
 
-    def gate_up(x_ECD, counts_E, w_gate_EDF, w_up_EDF, options, *, keep):  # type: ignore[no-untyped-def]
-        tile = options.tiles.gate_up
-        return kernels.gate_up(x_ECD, counts_E, w_gate_EDF, w_up_EDF, tile=tile, keep=keep, interpret=options.interpret)
+    def run_forward(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options):  # type: ignore[no-untyped-def]
+        experts, keep = (w_gate_EDF, w_up_EDF, w_down_EFD), options.residuals == "saved"
+        rows = capacity_rows(counts_E, x_ECD.shape[1])
+        y_ECD, kept = forward(kernels, x_ECD, rows, experts, options, keep=keep, zeros=True)
+        return y_ECD, (x_ECD, rows, experts, kept)
 
-    def down(hidden_ECF, counts_E, w_down_EFD, options):  # type: ignore[no-untyped-def]
-        return kernels.down(hidden_ECF, counts_E, w_down_EFD, tile=options.tiles.down, interpret=options.interpret)
-
-    def forward(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options):  # type: ignore[no-untyped-def]
-        keep = options.residuals == "saved"
-        hidden_ECF, *kept = gate_up(x_ECD, counts_E, w_gate_EDF, w_up_EDF, options, keep=keep)
-        y_ECD = down(hidden_ECF, counts_E, w_down_EFD, options)
-        return y_ECD, (x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, tuple(kept))
-
-    def backward(options, residuals, d_y_ECD):  # type: ignore[no-untyped-def]
-        x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, kept = residuals
-        tiles, how = options.tiles, {"interpret": options.interpret}
-        if not kept:
-            _, *kept = gate_up(x_ECD, counts_E, w_gate_EDF, w_up_EDF, options, keep=True)
-        hidden_ECF, *d_ECF = kernels.d_gate_up(d_y_ECD, counts_E, w_down_EFD, *kept, tile=tiles.d_gate_up, **how)
-        d_x_ECD = kernels.d_x(*d_ECF, counts_E, w_gate_EDF, w_up_EDF, tile=tiles.d_x, **how)
-        d_inputs = kernels.d_weights(x_ECD, counts_E, *d_ECF, tile=tiles.d_w_gate_up, **how)
-        d_down = kernels.d_weights(hidden_ECF, counts_E, d_y_ECD, tile=tiles.d_w_down, **how)
-        return d_x_ECD, None, *d_inputs, *d_down
+    def run_backward(options, residuals, d_y_ECD):  # type: ignore[no-untyped-def]
+        x_ECD, rows, experts, kept = residuals
+        kept = kept or gate_up(kernels, x_ECD, rows, experts, options, keep=True)[1:]
+        d_x_ECD, d_hidden = rows_backward(kernels, rows, kept, experts, d_y_ECD, options, zeros=True)
+        x_ECD, d_y_ECD = kernels.clean(x_ECD, rows), kernels.clean(d_y_ECD, rows)
+        return d_x_ECD, None, *weights_backward(kernels, x_ECD, rows, d_hidden, d_y_ECD, options)
 
     call = jax.custom_vjp(run, nondiff_argnums=(5,))
-    call.defvjp(forward, backward)
+    call.defvjp(run_forward, run_backward)
     return call
 
 

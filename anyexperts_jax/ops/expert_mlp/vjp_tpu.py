@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.ops._checks import check_residuals
+from anyexperts_jax.ops._checks import check_dtype, check_residuals
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops._select import device_kind, platform
 from anyexperts_jax.ops.expert_mlp import pallas_tpu
@@ -61,10 +61,7 @@ def require_kernels(dtype: jnp.dtype, options: TpuOptions) -> None:
         bool(options.interpret) or platform() == "tpu",
         f"implementation='pallas_tpu' needs a TPU and the platform is {platform()!r}; use implementation='xla'",
     )
-    require(
-        dtype in DTYPES,
-        f"implementation='pallas_tpu' takes bfloat16 or float32 and x is {dtype}; use implementation='xla'",
-    )
+    check_dtype("pallas_tpu", dtype, DTYPES, instead="xla")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

@@ -19,10 +19,24 @@ def _pallas_tpu(*operands: Any) -> Array:
     return tpu.routed_mlp_pallas_tpu(*operands)
 
 
+def _pallas_gpu(*operands: Any) -> Array:
+    from anyexperts_jax.ops.routed_mlp import gpu
+
+    return gpu.routed_mlp_mosaic(*operands)
+
+
+def _pallas_triton(*operands: Any) -> Array:
+    from anyexperts_jax.ops.routed_mlp import gpu
+
+    return gpu.routed_mlp_triton(*operands)
+
+
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "reference": reference.routed_mlp,
     "xla": vjp.routed_mlp_xla,
     "pallas_tpu": _pallas_tpu,
+    "pallas_gpu": _pallas_gpu,
+    "pallas_triton": _pallas_triton,
 }
 
 
@@ -44,7 +58,8 @@ def routed_mlp(
 
     Args:
       order: the slots of `weights_NK` in expert order.
-      implementation: "pallas_tpu", "xla" or "reference". None is "pallas_tpu" where the mesh in use, or else JAX's
+      implementation: "pallas_tpu", "pallas_gpu" (Hopper, bfloat16), "pallas_triton" (NVIDIA GPUs; bfloat16, and
+        float32 multiplied as TF32), "xla" or "reference". None is "pallas_tpu" where the mesh in use, or else JAX's
         default backend, is a TPU and x is bfloat16 or float32, and "xla" everywhere else.
       residuals: "saved" keeps gate and up for the backward pass, 2 * F elements of x's dtype a row; "recomputed" keeps
         nothing but the operands and runs the forward pass again.

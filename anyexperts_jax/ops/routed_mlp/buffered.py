@@ -3,8 +3,10 @@
 Kept for the backward pass are gate and up of every row, no more: rows of tokens are gathered anew, and a slot's weight
 has its gradient from what the kernels return. For that they are given the tokens' gradients as they are, and the slots'
 weights are applied to what enters the sums over rows: a slot's gradient is then sum(d_hidden * hidden), which is
-sum(d_up * up). Rows that belong to no slot are computed by nobody and read by nobody, so none is cleared: on a TPU that
-would be a pass over the buffer longer than the gather.
+sum(d_up * up). Kernels that do both themselves save passes over the whole buffer.
+
+Rows that belong to no slot are computed by nobody and read by nobody, so none is cleared: on a TPU that would be a pass
+over the buffer longer than the gather.
 """
 
 from collections.abc import Callable
@@ -38,6 +40,8 @@ class AlignedKernels(NamedTuple):
     weights_backward: Callable[..., tuple[Array, ...]]
     # (y_RD, weights_NK, row_map) -> the weighted sum of each token's held rows, [N, D] in float32 at least
     combine: Callable[..., Array] = sum_rows
+    # (as rows_backward, weight_R) -> both results times each row's weight, hidden too, and the weights' gradients, [R]
+    weighted_rows_backward: Callable[..., tuple[Array, tuple[Array, ...], Array]] | None = None
 
 
 def routed_mlp(
@@ -84,15 +88,17 @@ def backward(
     row_map, starts_E = align_rows(order, block)
     rows = (starts_E, order.counts_E)
     x_RD, d_y_RD = x_ND[row_map.tokens_R], d_y_ND.astype(dtype)[row_map.tokens_R]
-    d_x_RD, d_hidden = kernels.rows_backward(x_RD, *rows, kept, experts, d_y_RD)
-    weight_R1 = weights_NK.reshape(-1)[row_map.slots_R][:, None].astype(wide)
-    weighted = tuple((weight_R1 * a.astype(wide)).astype(dtype) for a in d_hidden)
-    d_gate_EDF, d_up_EDF, d_down_EFD = kernels.weights_backward(x_RD, *rows, weighted, d_y_RD)
-    d_weight_R = (d_hidden[1].astype(wide) * kept[1].astype(wide)).sum(-1)
+    weight_R = weights_NK.reshape(-1)[row_map.slots_R].astype(wide)
+    operands = (x_RD, *rows, kept, experts, d_y_RD)
+    if kernels.weighted_rows_backward is not None:
+        d_x_RD, weighted, d_weight_R = kernels.weighted_rows_backward(*operands, weight_R)
+        left_NK = row_map.held_NK
+    else:
+        d_x_RD, d_hidden = kernels.rows_backward(*operands)
+        weighted = tuple((weight_R[:, None] * a.astype(wide)).astype(dtype) for a in d_hidden)
+        d_weight_R = (d_hidden[1].astype(wide) * kept[1].astype(wide)).sum(-1)
+        left_NK = weights_NK
+    d_x_ND = kernels.combine(d_x_RD, left_NK, row_map).astype(dtype)
     d_weights_NK = jnp.where(row_map.held_NK, d_weight_R[row_map.rows_NK], 0).astype(weights_NK.dtype)
-    return (
-        kernels.combine(d_x_RD, weights_NK, row_map).astype(dtype),
-        d_weights_NK,
-        None,
-        (d_gate_EDF, d_up_EDF, d_down_EFD),
-    )
+    d_gate_EDF, d_up_EDF, d_down_EFD = kernels.weights_backward(x_RD, *rows, weighted, d_y_RD)
+    return d_x_ND, d_weights_NK, None, (d_gate_EDF, d_up_EDF, d_down_EFD)

@@ -103,6 +103,21 @@ def _kernels(sizes: TpuSizes, interpret: Any) -> buffered.AlignedKernels:
         d_x, d_hidden = pallas_tpu.rows_backward(*operands, d_y_RD[None], starts_E=starts_E, **how)
         return d_x[0], _rows(d_hidden)
 
+    def weighted_rows_backward(
+        x_RD: Array,
+        starts_E: Array,
+        counts_E: Array,
+        kept: tuple[Array, ...],
+        experts: buffered.Experts,
+        d_y_RD: Array,
+        weight_R: Array,
+    ) -> tuple[Array, tuple[Array, ...], Array]:
+        weights = jnp.broadcast_to(weight_R[None, :, None], (1, weight_R.size, LANES))
+        operands = (x_RD[None], counts_E, _buffers(kept), *experts)
+        d_x, results = pallas_tpu.rows_backward(*operands, d_y_RD[None], starts_E=starts_E, slot_weights=weights, **how)
+        *d_hidden, sums = _rows(results)
+        return d_x[0], tuple(d_hidden), sums.sum(-1)
+
     def weights_backward(
         x_RD: Array, starts_E: Array, counts_E: Array, d_hidden: tuple[Array, ...], d_y_RD: Array
     ) -> tuple[Array, ...]:
@@ -116,7 +131,8 @@ def _kernels(sizes: TpuSizes, interpret: Any) -> buffered.AlignedKernels:
             y_RD, weights_NK, rows_NK, cores=cores, vmem_bytes=vmem_bytes, interpret=interpret
         )
 
-    return buffered.AlignedKernels(forward, rows_backward, weights_backward, combine)
+    weighted = weighted_rows_backward if sizes.backward.columns is None else None
+    return buffered.AlignedKernels(forward, rows_backward, weights_backward, combine, weighted)
 
 
 def _rows(buffers: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -21,12 +21,14 @@ def counts_cases(block: int, capacity: int) -> dict[str, tuple[int, ...]]:
 TOLERANCE = {np.dtype(np.float32): 1e-5, np.dtype(jnp.bfloat16): 1e-2}
 
 
-def check(actual, wanted, dtype) -> None:
-    """Every expert's part of every array within the tolerance of `dtype`; exactly zero where it must be zero."""
+def check(actual, wanted, dtype, tolerance=None) -> None:
+    """Every expert's part of every array within the tolerance (of `dtype`, if not given); exactly zero where it must
+    be zero."""
+    tolerance = TOLERANCE[np.dtype(dtype)] if tolerance is None else tolerance
     names = ("y", "gradient of x", "gradient of w_gate", "gradient of w_up", "gradient of w_down")
     for name, a_array, b_array in zip(names, actual, wanted, strict=True):
         assert a_array.dtype == dtype, name
         for e, (a, b) in enumerate(zip(np.asarray(a_array, np.float64), b_array, strict=True)):
             assert not np.any(a[b == 0]), f"{name}, expert {e}: not zero where it must be"
             error = np.linalg.norm(a - b)
-            assert error <= TOLERANCE[np.dtype(dtype)] * np.linalg.norm(b), f"{name}, expert {e}: {error}"
+            assert error <= tolerance * np.linalg.norm(b), f"{name}, expert {e}: {error}"

@@ -1,5 +1,6 @@
 """The Mosaic GPU kernels in interpret mode: shared memory holds NaN before it is written, and races raise."""
 
+import dataclasses
 import functools
 import importlib
 
@@ -10,7 +11,9 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.ops.expert_mlp import expert_mlp, pallas_gpu
-from anyexperts_jax.ops.expert_mlp.vjp_gpu import Options, expert_mlp_mosaic
+from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
+from anyexperts_jax.ops.expert_mlp.vjp_gpu import expert_mlp_mosaic
 from tests.ops.expert_mlp.cases import expected, make_operands, run
 from tests.ops.expert_mlp.gpu_cases import check, counts_cases
 
@@ -24,8 +27,8 @@ CAPACITY = BLOCK + 5
 COUNTS = counts_cases(BLOCK, CAPACITY)
 del COUNTS["every other empty"], COUNTS["all full"]  # seconds each; what they would show, the Triton tests do
 SIZES = {"capacity": CAPACITY, "width": 60, "hidden": 50}  # padded to 64 by the wrapper
-SMALL = pallas_gpu.Tiles(*(pallas_gpu.Tile(m=BLOCK, n=64, k=64, stages=2),) * 6)
-OPTIONS = Options(tiles=SMALL, interpret=PARAMS(detect_races=True))
+SMALL = Tiles(*(pallas_gpu.Tile(m=BLOCK, n=64, k=64, stages=2),) * 6)
+OPTIONS = GpuOptions(tiles=SMALL, interpret=PARAMS(detect_races=True))
 
 
 @functools.cache
@@ -45,8 +48,8 @@ def test_values_and_gradients(counts):
 @pytest.mark.parametrize("residuals", ["saved", "recomputed"])
 def test_widths_that_end_inside_a_tile(residuals):
     operands = make_operands((BLOCK + 2, 5), jnp.bfloat16, capacity=BLOCK + 8, width=192, hidden=192)
-    tiles = pallas_gpu.Tiles(*(pallas_gpu.Tile(m=BLOCK, n=128, k=64, stages=2),) * 6)
-    results = compiled(OPTIONS._replace(tiles=tiles, residuals=residuals))(operands)
+    tiles = Tiles(*(pallas_gpu.Tile(m=BLOCK, n=128, k=64, stages=2),) * 6)
+    results = compiled(dataclasses.replace(OPTIONS, tiles=tiles, residuals=residuals))(operands)
     check(results, expected(operands), jnp.bfloat16)
 
 

@@ -119,5 +119,7 @@ def test_an_unmasked_weight_gradient_is_found(monkeypatch):
 
 def test_other_dtypes_are_refused():
     operands = make_operands((1, 2), np.float16)
-    with pytest.raises(UserError, match=r"^implementation='pallas_tpu' takes bfloat16 or float32 and x is float16;"):
+    with pytest.raises(
+        UserError, match=r"^implementation='pallas_tpu' takes bfloat16 or float32 and x is float16; cast it or use "
+    ):
         expert_mlp_pallas_tpu(*operands[:5], options=FUSED)

@@ -1,5 +1,6 @@
 """The Triton kernels in interpret mode, where buffers nobody wrote hold NaN."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,15 +10,17 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.ops.expert_mlp import expert_mlp, pallas_triton, reference
-from anyexperts_jax.ops.expert_mlp.vjp_gpu import Options, expert_mlp_triton
+from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
+from anyexperts_jax.ops.expert_mlp.vjp_gpu import expert_mlp_triton
 from tests.ops.expert_mlp.cases import expected, make_operands, run
 from tests.ops.expert_mlp.gpu_cases import check, counts_cases
 
 BLOCK, CAPACITY = 16, 33  # the smallest tiles the kernels take
 COUNTS = counts_cases(BLOCK, CAPACITY)
 SIZES = {"capacity": CAPACITY, "width": 20, "hidden": 24}  # none a multiple of the tile
-SMALL = pallas_triton.Tiles(*(pallas_triton.Tile(m=BLOCK, n=16, k=16, warps=4, stages=2),) * 6)
-OPTIONS = Options(tiles=SMALL, interpret=True)
+SMALL = Tiles(*(pallas_triton.Tile(m=BLOCK, n=16, k=16, warps=4, stages=2),) * 6)
+OPTIONS = GpuOptions(tiles=SMALL, interpret=True)
 DTYPES = [np.float32, jnp.bfloat16]
 
 
@@ -53,7 +56,7 @@ def test_shapes_below_one_tile():
 
 def test_recomputed_activations_change_nothing():
     operands = make_operands(COUNTS["around a block"], jnp.bfloat16, **SIZES)
-    again = compiled(OPTIONS._replace(residuals="recomputed"))(operands)
+    again = compiled(dataclasses.replace(OPTIONS, residuals="recomputed"))(operands)
     for a, b in zip(again, compiled()(operands), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -95,5 +98,7 @@ def test_errors_say_why_and_what_to_do():
     with pytest.raises(UserError, match=f"^{message}$"):
         expert_mlp(*operands, implementation="pallas_triton")
     half = (operands[0].astype(jnp.float16), operands[1], *(w.astype(jnp.float16) for w in operands[2:]))
-    with pytest.raises(UserError, match=r"takes bfloat16 and float32 and x is float16; cast it or use "):
+    with pytest.raises(UserError, match=r"takes bfloat16 or float32 and x is float16; cast it or use "):
         expert_mlp_triton(*half, OPTIONS)
+    with pytest.raises(UserError, match=r"^residuals='all' is unknown; valid: saved, recomputed$"):
+        GpuOptions(residuals="all")

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from anyexperts_jax.ops.routed_mlp import pallas_combine
 from anyexperts_jax.ops.routed_mlp.pallas_combine import TOKENS, combine
+from tests.ops.routed_mlp.interpret import STRICT, check_races
 
-STRICT = {"detect_races": True, "uninitialized_memory": "nan", "out_of_bounds_reads": "uninitialized"}
 ROWS, WIDTH = 24, 256
 
 
@@ -42,8 +41,7 @@ def expected(y, weights, rows):
 
 def check(found, operands):
     jax.block_until_ready(found)
-    races = interpret_pallas_call.races
-    assert races is None or not races.races_found
+    check_races()
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected(*operands), rtol=1e-5, atol=1e-5)
 

@@ -6,29 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
 
-from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.expert_mlp import pallas_tpu
 from anyexperts_jax.ops.expert_mlp.reference import aligned_mlp
 from anyexperts_jax.ops.expert_mlp.tiles import list_aligned_tiles
-from anyexperts_jax.ops.expert_mlp.tpu_sizes import CHIPS, KernelSizes, Shape, TpuSizes
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import KernelSizes, TpuSizes
 from anyexperts_jax.ops.expert_mlp.vjp_tpu import TpuOptions
-from anyexperts_jax.ops.routed_mlp import routed_mlp, tpu
-from tests.dispatch import plans
+from anyexperts_jax.ops.routed_mlp import tpu
 from tests.ops.expert_mlp.cases import BLOCK, COUNTS, Results, check, make_operands
 from tests.ops.routed_mlp.aligned_cases import run_kernels, to_buffer, to_experts
-
-STRICT = {"detect_races": True, "uninitialized_memory": "nan", "out_of_bounds_reads": "uninitialized"}
-
-
-def options(*, columns=None, weight_columns=None, slab=16, block=BLOCK, cores=1):
-    rows = KernelSizes(block, slab, 8, columns)
-    sizes = TpuSizes(rows, rows, KernelSizes(block, slab, 8, weight_columns), cores, 2**20)
-    return TpuOptions(sizes=sizes, interpret=pltpu.InterpretParams(num_cores_or_threads=cores, **STRICT))
-
+from tests.ops.routed_mlp.interpret import check_races, options
 
 FUSED = options()
 
@@ -41,11 +28,6 @@ def kernels(chosen):
 def compiled(chosen, keep=True):
     """One program for all counts that fill the same number of rows."""
     return jax.jit(functools.partial(run_kernels, kernels(chosen), keep=keep))
-
-
-def check_races():
-    races = interpret_pallas_call.races
-    assert races is None or not races.races_found
 
 
 def check_buffer(operands, chosen=FUSED, program=None, broken=None):
@@ -127,55 +109,3 @@ def test_a_stale_list_of_tiles_is_found(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "list_aligned_tiles", stale)
     with pytest.raises(AssertionError):
         check_buffer(make_operands(SMALL), program=jax.jit(functools.partial(run_kernels, kernels(FUSED))))
-
-
-# The whole op.
-
-
-def value_and_gradients(plan, operands, run):
-    def total(x, slot_weights, *weights):
-        order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
-        y = run(x, slot_weights, order, *weights)
-        return jnp.sin(y).sum(), y
-
-    x, *weights = operands
-    (_, y), gradients = jax.value_and_grad(total, range(5), has_aux=True)(x, plan.weights_NK, *weights)
-    return y, *gradients
-
-
-@pytest.mark.parametrize("name", ["random", "all slots virtual"])
-def test_routed_mlp(name):
-    """Widths that are no multiple of a tile, against the oracle in float64."""
-    plan = plans.make_plan(plans.PLANS[name].expert_ids_NK, virtual_output="zero")
-    operands = plans.make_operands(plan.expert_ids_NK.shape[0])
-    chosen = options(block=16)
-    run = jax.jit(
-        functools.partial(value_and_gradients, run=functools.partial(tpu.routed_mlp_pallas_tpu, options=chosen))
-    )
-    found = jax.block_until_ready(run(plan, operands))
-    check_races()
-    y, (d_x, d_slots, _, *d_weights) = plans.oracle_value_and_gradients(plan, operands)
-    for a, b in zip(found, (y, d_x, d_slots, *d_weights), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
-    assert found[0].dtype == jnp.float32
-
-
-# Sizes and refusals.
-
-
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("slots", [1, 40, 128, 384, 1000, 10**5])
-def test_any_load_has_sizes_whose_blocks_fit_each_other(chip, slots):
-    for width, hidden, itemsize in ((2048, 512, 2), (2048, 1408, 2), (4096, 14336, 2), (1024, 640, 4)):
-        sizes = tpu.aligned_sizes(CHIPS[chip], Shape(slots, width, hidden, itemsize))
-        assert tpu.buffer_block(sizes) == max(sizes.forward.block, sizes.backward.block, sizes.weights.block)
-        assert 16 <= tpu.buffer_block(sizes) <= max(16, slots / 2)
-
-
-def test_what_cannot_run_is_refused():
-    plan = plans.PLANS["random"]
-    x, *weights = plans.make_operands(12)
-    order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
-    message = r"^implementation='pallas_tpu' needs a TPU and the platform is 'cpu'; use implementation='xla'$"
-    with pytest.raises(UserError, match=message):
-        routed_mlp(x, plan.weights_NK, order, *weights, "pallas_tpu")

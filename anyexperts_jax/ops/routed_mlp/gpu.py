@@ -1,0 +1,115 @@
+"""`routed_mlp` by the GPU kernels of `expert_mlp`, run over the block-aligned buffer."""
+
+import math
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.ops._padding import pad_to_multiples
+from anyexperts_jax.ops.expert_mlp import gpu_passes, pallas_gpu, pallas_triton
+from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions, Kernels
+from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows, aligned_rows
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
+from anyexperts_jax.ops.expert_mlp.vjp_gpu import mosaic_options, triton_options
+from anyexperts_jax.ops.routed_mlp import buffered
+from anyexperts_jax.ops.slot_order import SlotOrder
+
+
+def routed_mlp_triton(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    order: SlotOrder,
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    options: GpuOptions = GpuOptions(),  # noqa: B008, immutable
+) -> Float[Array, "N D"]:
+    """`routed_mlp` by the Pallas Triton kernels.
+
+    Raises:
+      UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
+    """
+    options = triton_options(x_ND.dtype, options)
+    how: dict[str, Any] = {"kernels": aligned_kernels(pallas_triton, options), "block": buffer_block(options.tiles)}
+    return buffered.routed_mlp(x_ND, weights_NK, order, w_gate_EDF, w_up_EDF, w_down_EFD, **how)
+
+
+def routed_mlp_mosaic(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    order: SlotOrder,
+    w_gate_EDF: Float[Array, "E D F"],
+    w_up_EDF: Float[Array, "E D F"],
+    w_down_EFD: Float[Array, "E F D"],
+    options: GpuOptions = GpuOptions(),  # noqa: B008, immutable
+) -> Float[Array, "N D"]:
+    """`routed_mlp` by the Pallas Mosaic GPU kernels. D or F that is no multiple of 64 costs padded copies.
+
+    Raises:
+      UserError: a JAX before 0.12, no Hopper GPU to run on, or a dtype the kernels do not take.
+    """
+    options = mosaic_options(x_ND.dtype, options)
+    multiple = pallas_gpu.WIDTH_MULTIPLE
+    experts = (pad_to_multiples(w, (1, multiple, multiple)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+    how: dict[str, Any] = {"kernels": aligned_kernels(pallas_gpu, options), "block": buffer_block(options.tiles)}
+    y_ND = buffered.routed_mlp(pad_to_multiples(x_ND, (1, multiple)), weights_NK, order, *experts, **how)
+    return y_ND[:, : x_ND.shape[1]]
+
+
+def buffer_block(tiles: Tiles) -> int:
+    """What experts must begin at multiples of: no tile of a kernel, and no step of a sum over rows, has two experts."""
+    rows = (tile.m for tile in (tiles.gate_up, tiles.down, tiles.d_gate_up, tiles.d_x))
+    return math.lcm(*rows, tiles.d_w_gate_up.k, tiles.d_w_down.k)
+
+
+def aligned_kernels(kernels: Kernels, options: GpuOptions) -> buffered.AlignedKernels:
+    """The kernels over a buffer [R, D] of blocks, which those whose results are rows see as [B, C, D]."""
+    block = buffer_block(options.tiles)
+
+    def find_rows(x_RD: Array, starts_E: Array, counts_E: Array) -> GpuRows:
+        return aligned_rows(starts_E, counts_E, x_RD.shape[0], block)
+
+    def blocks(a_RI: Float[Array, "R I"]) -> Float[Array, "B C I"]:
+        return a_RI.reshape(-1, block, a_RI.shape[1])
+
+    def forward(
+        x_RD: Float[Array, "R D"],
+        starts_E: Int[Array, "E"],
+        counts_E: Int[Array, "E"],
+        experts: buffered.Experts,
+        *,
+        keep: bool,
+    ) -> tuple[Array, tuple[Array, ...]]:
+        rows = find_rows(x_RD, starts_E, counts_E)
+        y_BCD, kept = gpu_passes.forward(kernels, blocks(x_RD), rows, experts, options, keep=keep, zeros=False)
+        return _rows(y_BCD), tuple(map(_rows, kept))
+
+    def rows_backward(
+        x_RD: Float[Array, "R D"],
+        starts_E: Int[Array, "E"],
+        counts_E: Int[Array, "E"],
+        kept: tuple[Float[Array, "R F"], ...],
+        experts: buffered.Experts,
+        d_y_RD: Float[Array, "R D"],
+    ) -> tuple[Array, tuple[Array, ...]]:
+        rows, kept = find_rows(x_RD, starts_E, counts_E), tuple(map(blocks, kept))
+        d_y_BCD = kernels.clean(blocks(d_y_RD), rows)  # as `weights_backward` needs them: one pass for both
+        d_x_BCD, d_hidden = gpu_passes.rows_backward(kernels, rows, kept, experts, d_y_BCD, options, zeros=False)
+        return _rows(d_x_BCD), tuple(map(_rows, d_hidden))
+
+    def weights_backward(
+        x_RD: Float[Array, "R D"],
+        starts_E: Int[Array, "E"],
+        counts_E: Int[Array, "E"],
+        d_hidden: tuple[Float[Array, "R F"], ...],
+        d_y_RD: Float[Array, "R D"],
+    ) -> buffered.Experts:
+        rows = find_rows(x_RD, starts_E, counts_E)
+        x_1RD, d_y_1RD = (_rows(kernels.clean(blocks(a), rows))[None] for a in (x_RD, d_y_RD))
+        return gpu_passes.weights_backward(kernels, x_1RD, rows, tuple(a[None] for a in d_hidden), d_y_1RD, options)
+
+    return buffered.AlignedKernels(forward, rows_backward, weights_backward)
+
+
+def _rows(a_BCI: Float[Array, "B C I"]) -> Float[Array, "R I"]:
+    return a_BCI.reshape(-1, a_BCI.shape[2])

@@ -1,0 +1,19 @@
+"""What the tests of every `routed_mlp` by kernels run."""
+
+import jax
+import jax.numpy as jnp
+
+from anyexperts_jax.dispatch.base import sort_slots
+
+
+def value_and_gradients(plan, operands, run):
+    """y, and gradients of sum(sin(y)) in x, the slots' weights and the experts' weights."""
+
+    def total(x, slot_weights, *weights):
+        order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
+        y = run(x, slot_weights, order, *weights)
+        return jnp.sin(y).sum(), y
+
+    x, *weights = operands
+    (_, y), gradients = jax.value_and_grad(total, range(5), has_aux=True)(x, plan.weights_NK, *weights)
+    return y, *gradients
