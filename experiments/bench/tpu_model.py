@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from anyexperts_jax.aot.kernels import ExpertShape
-from anyexperts_jax.ops.expert_mlp.tiles import list_tiles
+from anyexperts_jax.ops.expert_mlp.tiles import deal_tiles, list_tiles
+from anyexperts_jax.ops.expert_mlp.tpu_grid import Block, chunk_rows
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import CHIPS, KernelSizes, TpuSizes
 
 ITEMSIZE = 2  # bfloat16
@@ -97,26 +98,29 @@ def our_steps(
 ) -> list[Steps]:
     """The steps of each core in one of our kernels, from its compiled summary."""
     own, cores = own_sizes(call, sizes), CHIPS[chip].cores
-    listed = list_tiles(jnp.asarray(counts), shape.capacity, own.block)
-    stop = int(listed.num_touched) if call == "weights" else listed.rows.size - 1
-    rows, block, source, closes = (
-        np.asarray(a)[:stop] for a in (listed.rows, listed.block, listed.source_expert, listed.closes)
-    )
-    row_in, expert_in, row_out, expert_out, turns = _traffic(call, shape, own)
-    skipped = closes == 1 if call == "weights" else np.ones(stop, bool)  # the sums are rounded once an expert
-    cycles = np.array([pass_cycles(summary, own, int(n)) for n in rows]) + summary["step_cycles"]
-    cycles = cycles + summary["skipped_cycles"] * skipped
-    height = np.clip(shape.capacity - block * own.block, 0, own.block)  # copies move a tile's block whole
+    capacity = -(-shape.capacity // 16) * 16  # as `expert_mlp` pads it
+    listed = list_tiles(jnp.asarray(counts), capacity, own.block)
+    traffic = _traffic(call, shape, own)
     if call == "weights":  # cores share the parts of the columns, each going through all tiles
-        places, cores = [np.tile(np.arange(stop), -(-turns // cores))], min(turns, cores)
+        parts = [[np.asarray(a)[: int(listed.num_touched)] for a in listed[:7]]]
+        turns, cores = -(-traffic.turns // cores), min(traffic.turns, cores)
     else:
-        places = np.array_split(np.arange(stop), cores)
+        dealt, turns = deal_tiles(listed, cores), 1
+        parts = [list(part) for part in zip(*(np.split(np.asarray(a), cores) for a in dealt[:7]), strict=True)]
     found = []
-    for part in places:
-        new_expert = np.append(True, source[part][1:] != source[part][:-1])
-        read = np.where(rows[part] > 0, height[part] * row_in, 0) + new_expert * expert_in
-        written = height[part] * row_out + (closes[part] == 1) * expert_out
-        found.append(Steps(cycles[part], read, written, cores=cores))
+    for _, block, source, source_block, rows, _, closes in parts:
+        skipped = closes == 1 if call == "weights" else np.ones(len(rows), bool)  # sums are rounded once an expert
+        cycles = np.array([pass_cycles(summary, own, int(n)) for n in rows]) + summary["step_cycles"]
+        cycles = cycles + summary["skipped_cycles"] * skipped
+        height = np.clip(capacity - block * own.block, 0, own.block)
+        new_expert, new_block = (np.append(True, a[1:] != a[:-1]) for a in (source, source_block))
+        read = new_expert * traffic.read_an_expert
+        for width in traffic.read_widths:
+            chunk = chunk_rows(Block("tile", own.block, width), capacity, width)
+            whole = np.where(new_expert | new_block, height, 0)
+            read = read + (-(-rows // chunk) * chunk if chunk else whole) * width * ITEMSIZE
+        written = height * traffic.written_a_row + (closes == 1) * traffic.written_an_expert
+        found.append(Steps(*(np.tile(a, turns) for a in (cycles, read, written)), cores=cores))
     return found
 
 
@@ -136,13 +140,20 @@ def pass_cycles(summary: dict[str, Any], own: KernelSizes, rows: int) -> int:
     return full * passes[-1] + (passes[part - 1] if part else 0)
 
 
-def _traffic(call: str, shape: ExpertShape, own: KernelSizes) -> tuple[int, int, int, int, int]:
-    """(bytes read a row, read an expert, written a row, written an expert, times the tiles are gone through)."""
+class _Traffic(NamedTuple):
+    read_widths: tuple[int, ...]  # of the rows of each input
+    read_an_expert: int  # bytes
+    written_a_row: int
+    written_an_expert: int
+    turns: int = 1  # times that the tiles are gone through
+
+
+def _traffic(call: str, shape: ExpertShape, own: KernelSizes) -> _Traffic:
     D, F = shape.width, shape.hidden
     weights = 3 * D * F * ITEMSIZE
     if call == "weights":
         columns = own.columns or F
-        return (2 * D + 3 * columns) * ITEMSIZE, 0, 0, 3 * D * columns * ITEMSIZE, -(-F // columns)
-    values_in = D + 2 * F if call == "backward" else D
-    values_out = {"forward": D, "forward_kept": D + 2 * F, "backward": D + 3 * F}[call]
-    return values_in * ITEMSIZE, weights, values_out * ITEMSIZE, 0, 1
+        return _Traffic((D, D, *(columns,) * 3), 0, 0, 3 * D * columns * ITEMSIZE, -(-F // columns))
+    read = (D, F, F) if call == "backward" else (D,)
+    written = {"forward": D, "forward_kept": D + 2 * F, "backward": D + 3 * F}[call]
+    return _Traffic(read, weights, written * ITEMSIZE, 0)

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from anyexperts_jax.ops.expert_mlp.tiles import list_tiles
+from anyexperts_jax.ops.expert_mlp.tiles import TileList, deal_tiles, list_tiles
 from anyexperts_jax.ops.expert_mlp.tpu_grid import (
     Block,
     Grid,
@@ -182,11 +182,10 @@ def _weights_kernel(step: Step, inputs: Refs, outputs: Refs, scratch: Refs, *, s
                 ref[...] = total_ref[...].astype(ref.dtype)
 
 
-def _row_grid(counts_E: Array, capacity: int, sizes: KernelSizes, cores: int) -> Grid:
+def _row_grid(tiles: TileList, cores: int) -> Grid:
     """All tiles, shared among the cores."""
-    tiles = list_tiles(counts_E, capacity, sizes.block)
     total = tiles.rows.size - 1
-    return Grid(tiles, total, outer=cores, split=True) if total > 1 else Grid(tiles, total)
+    return Grid(deal_tiles(tiles, cores), total, outer=cores, split=True) if total > 1 else Grid(tiles, total)
 
 
 def forward(
@@ -204,7 +203,7 @@ def forward(
     own = sizes.forward
     (experts, capacity, width), hidden = x_ECD.shape, w_gate_EDF.shape[2]
     call = functools.partial(run_kernel, vmem_bytes=sizes.vmem_bytes, interpret=interpret)
-    grid = _row_grid(counts_E, capacity, own, sizes.cores)
+    tiles = list_tiles(counts_E, capacity, own.block)
     x, y = Operand(x_ECD, Block("tile", own.block, width)), like(x_ECD, experts, capacity, width)
     row_ECF = like(x_ECD, experts, capacity, hidden)
     if own.columns is None:
@@ -212,7 +211,7 @@ def forward(
         y_ECD, *kept = call(
             functools.partial(_forward_kernel, sizes=own),
             "expert_mlp_forward",
-            grid,
+            _row_grid(tiles, sizes.cores),
             [x, Operand(w_gate_EDF, up), Operand(w_up_EDF, up), Operand(w_down_EFD, down)],
             [Operand(y, x.block), *[Operand(row_ECF, Block("tile", own.block, hidden))] * (2 * keep)],
             scratch=[pltpu.VMEM((own.block, hidden), x_ECD.dtype)],
@@ -222,14 +221,14 @@ def forward(
     hidden_ECF, *kept = call(
         functools.partial(_hidden_kernel, sizes=own),
         "expert_mlp_forward_hidden",
-        Grid(grid.tiles, jnp.maximum(grid.tiles.num_live, 1), outer=pl.cdiv(hidden, own.columns)),
+        Grid(tiles, jnp.maximum(tiles.num_live, 1), outer=pl.cdiv(hidden, own.columns)),
         [x, Operand(w_gate_EDF, up), Operand(w_up_EDF, up)],
         [Operand(row_ECF, Block("tile", own.block, own.columns, "columns"))] * (1 + 2 * keep),
     )
     (y_ECD,) = call(
         functools.partial(_down_kernel, sizes=own),
         "expert_mlp_forward_down",
-        Grid(grid.tiles, grid.tiles.rows.size - 1, outer=pl.cdiv(width, own.columns)),
+        Grid(tiles, tiles.rows.size - 1, outer=pl.cdiv(width, own.columns)),
         [
             Operand(hidden_ECF, Block("tile", own.block, hidden)),
             Operand(w_down_EFD, Block("expert", hidden, own.columns, "columns")),
@@ -258,7 +257,7 @@ def rows_backward(
     own = sizes.backward
     (experts, capacity, width), hidden = x_ECD.shape, w_gate_EDF.shape[2]
     call = functools.partial(run_kernel, vmem_bytes=sizes.vmem_bytes, interpret=interpret)
-    grid = _row_grid(counts_E, capacity, own, sizes.cores)
+    tiles = list_tiles(counts_E, capacity, own.block)
     wide_row = Block("tile", own.block, width)
     row_ECF, d_x = like(x_ECD, experts, capacity, hidden), like(x_ECD, experts, capacity, width)
     if own.columns is None:
@@ -267,7 +266,7 @@ def rows_backward(
         d_x_ECD, *d_hidden = call(
             functools.partial(_backward_kernel, sizes=own),
             "expert_mlp_backward",
-            grid,
+            _row_grid(tiles, sizes.cores),
             [
                 Operand(d_y_ECD, wide_row),
                 *given,
@@ -285,7 +284,7 @@ def rows_backward(
     d_hidden = call(
         functools.partial(_hidden_backward_kernel, sizes=own, num_given=len(given)),
         "expert_mlp_backward_hidden",
-        Grid(grid.tiles, jnp.maximum(grid.tiles.num_live, 1), outer=pl.cdiv(hidden, own.columns)),
+        Grid(tiles, jnp.maximum(tiles.num_live, 1), outer=pl.cdiv(hidden, own.columns)),
         [Operand(d_y_ECD, wide_row), *given, *weights, Operand(w_down_EFD, down)],
         [Operand(row_ECF, row)] * 3,
     )
@@ -293,7 +292,7 @@ def rows_backward(
     (d_x_ECD,) = call(
         functools.partial(_rows_backward_kernel, sizes=own),
         "expert_mlp_backward_rows",
-        Grid(grid.tiles, grid.tiles.rows.size - 1, outer=pl.cdiv(width, own.columns)),
+        Grid(tiles, tiles.rows.size - 1, outer=pl.cdiv(width, own.columns)),
         [
             *(Operand(a, Block("tile", own.block, hidden)) for a in d_hidden[:2]),
             Operand(w_gate_EDF, up_rows),
