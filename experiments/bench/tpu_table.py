@@ -1,5 +1,6 @@
 """The table of static times, from the programs that experiments/bench/kernels.py compiled."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,13 +142,28 @@ holds. `forward` keeps nothing for a backward pass, `forward_kept` keeps gate an
 and the weights. 8.0 and 4.8 are real experts a token: at 4.8 the rows are 60% and buffers are sized by the budget;
 pass cycles are those of the program compiled at 8.0. `floor` is the longer of the matmuls at the peak rate and of every
 operand and result moved once; where reading the weights sets the pace its own ratio is above 0.60.
-Of tokamax and megablox the matmul kernels alone are counted, not what stands between them ({peers}); of their backward
-passes that leaves out the gradient of SwiGLU, which is in ours."""
+Of tokamax and megablox the matmul kernels alone are counted, not what stands between them; of their backward passes
+that leaves out the gradient of SwiGLU, which is in ours (experiments/bench/tpu_peers.py). On v5p tokamax shares columns
+between cores, and where they are one tile one core does all the work."""
+
+
+def _missing(entries: list[dict[str, Any]]) -> list[str]:
+    """Lines that name what was not compiled."""
+    have = {(row["who"], row["part"], row["chip"], row["shape"]) for row in entries}
+    places = list(itertools.product(topology.TOPOLOGIES, kernels.SHAPES))
+    wanted = [("ours", part) for part in PARTS] + [(w, p) for w in LIBRARIES for p in ("forward", "backward")]
+    wanted += [(f"xla {call}", "forward") for call in ("ragged_dot", "einsum")]
+    lines = []
+    for who, part in wanted:
+        lacking = [f"{chip}/{name}" for chip, name in places if (who, part, chip, name) not in have]
+        if lacking:
+            lines.append(f"- {who}, {part}: {'everywhere' if len(lacking) == len(places) else ', '.join(lacking)}")
+    return ["", "Not compiled yet; the same command goes on from here:", *lines] if lines else []
 
 
 def markdown(kept: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in kept["versions"].items())
-    head = _HEAD.format(note=kept["note"], peers="experiments/bench/tpu_peers.py")
+    head = _HEAD.format(note=kept["note"])
     lines = ["# Expert kernels on TPUs (static, no device run)", "", f"`{kept['command']}`, {versions}.", head, ""]
     lines += ["| chip | shape | part | who | ns a row at 8.0 | at 4.8 | time at 4.8 over 8.0 |", "|" + "---|" * 7]
     said = []
@@ -172,4 +188,4 @@ def markdown(kept: dict[str, Any]) -> str:
             lines.append(
                 f"| {chip} | {name} | {who} | {row['flops'] / row['useful_flops']:.2f} | {row['bytes'] / 1e9:.2f} |"
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_missing(kept["rows"])]) + "\n"
