@@ -12,6 +12,7 @@ Operands are bfloat16 or float32, D and F multiples of 128 and C of 16; sums are
 multiplied in full, not rounded to bfloat16 first.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from anyexperts_jax.ops.expert_mlp.tiles import list_aligned_tiles, list_tiles
+from anyexperts_jax.ops.expert_mlp.tiles import deal_tiles, list_aligned_tiles, list_tiles
 from anyexperts_jax.ops.expert_mlp.tpu_grid import (
     Block,
     Grid,
@@ -204,16 +205,20 @@ def _weights_kernel(step: Step, inputs: Refs, outputs: Refs, scratch: Refs, *, s
                 ref[...] = total_ref[...].astype(ref.dtype)
 
 
-def _row_grid(counts_E: Array, starts_E: Array | None, capacity: int, sizes: KernelSizes, cores: int) -> Grid:
-    """All tiles, or in a block-aligned buffer the live ones, shared among the cores."""
-    if starts_E is not None:
-        blocks = capacity // sizes.block
-        tiles = list_aligned_tiles(starts_E, counts_E, blocks, sizes.block, empty=False)
-        cores = min(cores, blocks)
-        return Grid(tiles, jnp.maximum(tiles.num_live, 1), outer=cores, split=cores > 1, flat=True)
-    tiles = list_tiles(counts_E, capacity, sizes.block)
-    total = tiles.rows.size - 1
-    return Grid(tiles, total, outer=cores, split=True) if total > 1 else Grid(tiles, total)
+def _row_grid(counts_E: Array, starts_E: Array | None, capacity: int, block: int) -> Grid:
+    """All tiles, or in a block-aligned buffer the live ones."""
+    if starts_E is None:
+        tiles = list_tiles(counts_E, capacity, block)
+        return Grid(tiles, tiles.rows.size - 1)
+    tiles = list_aligned_tiles(starts_E, counts_E, capacity // block, block, empty=False)
+    return Grid(tiles, jnp.maximum(tiles.num_live, 1), flat=True)
+
+
+def _shared(grid: Grid, cores: int) -> Grid:
+    """The same tiles, shared among the cores."""
+    cores = min(cores, grid.tiles.rows.size - 1)
+    tiles = grid.tiles if grid.flat else deal_tiles(grid.tiles, cores)
+    return dataclasses.replace(grid, tiles=tiles, outer=cores, split=True) if cores > 1 else grid
 
 
 def forward(
@@ -232,7 +237,7 @@ def forward(
     own = sizes.forward
     (experts, capacity, width), hidden = x_ECD.shape, w_gate_EDF.shape[2]
     call = functools.partial(run_kernel, vmem_bytes=sizes.vmem_bytes, interpret=interpret)
-    grid = _row_grid(counts_E, starts_E, capacity, own, sizes.cores)
+    grid = _row_grid(counts_E, starts_E, capacity, own.block)
     x, y = Operand(x_ECD, Block("tile", own.block, width)), like(x_ECD, experts, capacity, width)
     row_ECF = like(x_ECD, experts, capacity, hidden)
     if own.columns is None:
@@ -240,7 +245,7 @@ def forward(
         y_ECD, *kept = call(
             functools.partial(_forward_kernel, sizes=own),
             "expert_mlp_forward",
-            grid,
+            _shared(grid, sizes.cores),
             [x, Operand(w_gate_EDF, up), Operand(w_up_EDF, up), Operand(w_down_EFD, down)],
             [Operand(y, x.block), *[Operand(row_ECF, Block("tile", own.block, hidden))] * (2 * keep)],
             scratch=[pltpu.VMEM((own.block, hidden), x_ECD.dtype)],
@@ -290,7 +295,7 @@ def rows_backward(
     own = sizes.backward
     (experts, capacity, width), hidden = x_ECD.shape, w_gate_EDF.shape[2]
     call = functools.partial(run_kernel, vmem_bytes=sizes.vmem_bytes, interpret=interpret)
-    grid = _row_grid(counts_E, starts_E, capacity, own, sizes.cores)
+    grid = _row_grid(counts_E, starts_E, capacity, own.block)
     wide_row = Block("tile", own.block, width)
     row_ECF, d_x = like(x_ECD, experts, capacity, hidden), like(x_ECD, experts, capacity, width)
     if own.columns is None:
@@ -300,7 +305,7 @@ def rows_backward(
         d_x_ECD, *d_hidden = call(
             functools.partial(_backward_kernel, sizes=own, weighted=bool(slots)),
             "expert_mlp_backward",
-            grid,
+            _shared(grid, sizes.cores),
             [
                 Operand(d_y_ECD, wide_row),
                 *given,

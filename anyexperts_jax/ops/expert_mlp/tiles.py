@@ -12,8 +12,8 @@ from jaxtyping import Array, Int
 
 
 class TileList(NamedTuple):
-    """All tiles: the live ones, then the first block of each empty expert, then the rest. One entry is added to repeat
-    the last, so that two cores can take halves of an odd list."""
+    """All tiles: the live ones, then the first block of each empty expert, then the rest. One entry is added that
+    repeats the last."""
 
     expert: Int[Array, "tiles"]  # whose rows the step writes
     block: Int[Array, "tiles"]
@@ -24,6 +24,30 @@ class TileList(NamedTuple):
     closes: Int[Array, "tiles"]  # 1: last live tile of its expert in the list, or the only one if it is empty
     num_live: Int[Array, ""]
     num_touched: Int[Array, ""]  # live tiles and empty experts: every expert is among them
+
+
+def deal_tiles(tiles: TileList, cores: int) -> TileList:
+    """The list in parts of one length, one for each of two cores at most, live tiles first in each and shared evenly.
+    The last part may repeat its last tile. Past its live tiles a part's source stays its own last one."""
+    total = tiles.rows.size - 1
+    steps = -(-total // cores)
+    core, step = jnp.divmod(jnp.arange(cores * steps, dtype=jnp.int32), steps)
+    share = -(-tiles.num_live // cores)
+    first = jnp.minimum(core * share, tiles.num_live)
+    live = jnp.minimum(tiles.num_live - first, share)
+    dead = tiles.num_live + core * steps - first + step - live
+    again = jnp.where(step > live, total - 1, first + live - 1)
+    place = jnp.where(step < live, first + step, jnp.where(dead < total, dead, again))
+    source = jnp.maximum(first + jnp.minimum(step, live - 1), 0)
+    return tiles._replace(
+        expert=tiles.expert[place],
+        block=tiles.block[place],
+        source_expert=tiles.source_expert[source],
+        source_block=tiles.source_block[source],
+        rows=tiles.rows[place],
+        opens=tiles.opens[place],
+        closes=tiles.closes[place],
+    )
 
 
 def list_tiles(counts_E: Int[Array, "E"], capacity: int, block: int) -> TileList:

@@ -17,6 +17,8 @@ from anyexperts_jax.ops.expert_mlp.tpu_sizes import KernelSizes
 
 Ref = Any  # a reference to a block in VMEM, or to scalars in SMEM
 
+_CHUNKS = (64, 32, 16)
+_MOST_CHUNKS = 16  # of a block: each is a branch of the program
 _LISTS = ("expert", "block", "source_expert", "source_block", "rows", "opens", "closes")  # of TileList, prefetched
 
 
@@ -75,17 +77,26 @@ def run_kernel(
 ) -> list[Array]:
     """Runs `kernel(step, input refs, output refs, scratch refs)` along the grid.
 
-    Outputs of tiles that the grid does not reach hold anything.
+    Outputs of tiles that the grid does not reach hold anything, as do rows of an input past the live ones.
     """
     steps = -(-grid.steps // grid.outer) if grid.split else grid.steps
     scalars = [*(getattr(grid.tiles, name) for name in _LISTS), jnp.asarray(steps, jnp.int32).reshape(1)]
+    chunks = [chunk_rows(operand.block, *operand.array.shape[1:]) for operand in inputs]
+    copied = [(i, operand) for i, operand in enumerate(inputs) if chunks[i]]
 
     def body(*refs: Ref) -> None:
         lists, refs = refs[: len(scalars)], refs[len(scalars) :]
+        ends = len(inputs), len(inputs) + len(outputs), len(inputs) + len(outputs) + len(scratch)
+        given, (*buffers, semaphores) = list(refs[: ends[0]]), refs[ends[2] :]
+        own = [
+            Copied(given[i], buffer, semaphores.at[n], operand.block, chunks[i], grid.flat)
+            for n, ((i, operand), buffer) in enumerate(zip(copied, buffers, strict=True))
+        ]
         place = _place(pl.program_id(0), pl.program_id(1), lists, grid.split)
         step = Step(*(_read(lists, name, place) for name in ("rows", "opens", "closes")))
-        ends = len(inputs), len(inputs) + len(outputs)
-        kernel(step, refs[: ends[0]], refs[ends[0] : ends[1]], refs[ends[1] :])
+        for (i, _), ref in zip(copied, _fetch_ahead(own, lists, place), strict=True):
+            given[i] = ref
+        kernel(step, given, refs[ends[0] : ends[1]], refs[ends[1] : ends[2]])
 
     results = pl.pallas_call(
         body,
@@ -93,9 +104,16 @@ def run_kernel(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(grid.outer, steps),
-            in_specs=[_spec(operand.block, grid, "source_") for operand in inputs],
+            in_specs=[
+                pl.BlockSpec(memory_space=pl.ANY) if chunk else _spec(operand.block, grid, "source_")
+                for operand, chunk in zip(inputs, chunks, strict=True)
+            ],
             out_specs=[_spec(operand.block, grid, "") for operand in outputs],
-            scratch_shapes=list(scratch),
+            scratch_shapes=[
+                *scratch,
+                *(pltpu.VMEM((2, op.block.rows, op.block.columns), op.array.dtype) for _, op in copied),
+                pltpu.SemaphoreType.DMA((max(len(copied), 1), 2)),
+            ],
         ),
         out_shape=[operand.array for operand in outputs],
         compiler_params=pltpu.CompilerParams(
@@ -104,6 +122,56 @@ def run_kernel(
         interpret=interpret,
     )(*scalars, *(operand.array for operand in inputs))
     return list(results)
+
+
+def chunk_rows(block: Block, capacity: int, width: int) -> int:
+    """Rows of an input [E, capacity, width] that are copied together where no more of a tile is copied than its live
+    rows; 0 where the pipeline copies a tile whole, its sizes being no multiple of a chunk's."""
+    if block.of != "tile" or width % block.columns:
+        return 0
+    fitting = [rows for rows in _CHUNKS if block.rows % rows == 0 and capacity % rows == 0]
+    return fitting[0] if fitting and block.rows <= _MOST_CHUNKS * fitting[0] else 0
+
+
+class Copied(NamedTuple):
+    """An operand whose live rows a kernel copies by itself, into one of two buffers while it works on the other."""
+
+    source: Ref
+    buffers: Ref
+    semaphores: Ref
+    block: Block
+    chunk: int
+    flat: bool
+
+    def each(self, place: Any, slot: Any, lists: Sequence[Ref], act: Callable[[Any], None]) -> None:
+        """Calls `act` on the copy of every chunk that holds a live row of the tile at `place`."""
+        expert, block_at, live = (_read(lists, name, place) for name in ("source_expert", "source_block", "rows"))
+        along = self.block.along == "columns"
+        columns = pl.ds(pl.program_id(0) * self.block.columns, self.block.columns) if along else slice(None)
+        for start in range(0, self.block.rows, self.chunk):
+            rows = pl.ds(pl.multiple_of(block_at * self.block.rows + start, self.chunk), self.chunk)
+            source, target = (
+                self.source.at[0 if self.flat else expert, rows, columns],
+                self.buffers.at[slot, pl.ds(start, self.chunk)],
+            )
+            copy = pltpu.make_async_copy(source, target, self.semaphores.at[slot])
+            pl.when(start < live)(functools.partial(act, copy))
+
+
+def _fetch_ahead(operands: Sequence[Copied], lists: Sequence[Ref], place: Any) -> list[Ref]:
+    """This step's tile of each, once it is here; the next step's is on its way."""
+    step = pl.program_id(1)
+    slot = lax.rem(step, 2)
+
+    def start(at: Any, into: Any) -> None:
+        for operand in operands:
+            operand.each(at, into, lists, lambda copy: copy.start())
+
+    pl.when(step == 0)(lambda: start(place, slot))
+    pl.when(step + 1 < lists[-1][0])(lambda: start(place + 1, 1 - slot))
+    for operand in operands:
+        operand.each(place, slot, lists, lambda copy: copy.wait())
+    return [operand.buffers.at[slot] for operand in operands]
 
 
 def _place(outer: Any, step: Any, lists: Sequence[Ref], split: bool) -> Any:

@@ -1,8 +1,8 @@
-"""Block sizes of the TPU kernels: the first of a list of candidates that fits in VMEM."""
+"""Block sizes of the TPU kernels: what they are, what VMEM they take, and a heuristic, the first of a list of
+candidates that fits. `tpu_size_table` has better ones for the shapes it knows."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from anyexperts_jax.core.errors import UserError, require
@@ -15,15 +15,22 @@ class Chip(NamedTuple):
 
     vmem_bytes: int  # of one core
     cores: int  # that share a device: each takes a part of every kernel
+    name: str = ""
+
+    @property
+    def vmem_limit(self) -> int:
+        """What a kernel may take; the compiler keeps the rest."""
+        return self.vmem_bytes * 15 // 16
 
 
 CHIPS = {
-    "v5e": Chip(128 * _MIB, 1),
-    "v5p": Chip(64 * _MIB, 2),
-    "v6e": Chip(128 * _MIB, 1),
-    "tpu7x": Chip(64 * _MIB, 1),
+    "v5e": Chip(128 * _MIB, 1, "v5e"),
+    "v5p": Chip(64 * _MIB, 2, "v5p"),
+    "v6e": Chip(128 * _MIB, 1, "v6e"),
+    "tpu7x": Chip(64 * _MIB, 1, "tpu7x"),
 }
 UNKNOWN_CHIP = Chip(16 * _MIB, 1)  # as little as any TPU has
+KERNELS = ("forward", "backward", "weights")
 _KINDS = {
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -94,25 +101,32 @@ def choose_sizes(chip: Chip, shape: Shape) -> TpuSizes:
     Raises:
       UserError: not even 128 columns fit.
     """
-    budget = _SHARE_FOR_BLOCKS * chip.vmem_bytes
-    both = {
-        name: _first_fit(name, _row_candidates(shape), functools.partial(count, shape), budget, shape)
-        for name, count in (("forward", _forward_bytes), ("backward", _backward_bytes))
-    }
-    count = functools.partial(_weights_bytes, shape)
-    weights = _first_fit("weights", _weights_candidates(chip, shape), count, budget, shape)
-    limit = chip.vmem_bytes * 15 // 16
-    return TpuSizes(**both, weights=weights, cores=chip.cores, vmem_bytes=limit)
+    budget = block_budget(chip)
+    both = {name: _first_fit(name, _row_candidates(shape), budget, shape) for name in ("forward", "backward")}
+    weights = _first_fit("weights", _weights_candidates(chip, shape), budget, shape)
+    return TpuSizes(**both, weights=weights, cores=chip.cores, vmem_bytes=chip.vmem_limit)
+
+
+def block_budget(chip: Chip) -> float:
+    """Bytes of VMEM for blocks and scratch."""
+    return _SHARE_FOR_BLOCKS * chip.vmem_bytes
+
+
+def kernel_bytes(kernel: str, shape: Shape, sizes: KernelSizes) -> int:
+    """VMEM of a kernel's blocks, two of each, and of its scratch; of the larger kernel where there are two."""
+    count = {"forward": _forward_bytes, "backward": _backward_bytes, "weights": _weights_bytes}[kernel]
+    return count(shape, sizes)
 
 
 _SHARE_FOR_BLOCKS = 0.75  # of VMEM; the rest is for what the compiler keeps of the values in flight
-_SLAB, _STEP, _SHORT_STEP = 256, 128, 64
-_SHORT_CAPACITY = 512  # up to here half a step's rows are a good part of an expert's
+_SLAB = 256
+_STEP = 64  # half of it is computed in vain for each expert
+_SUM_STEP = 128  # of the weights' gradients, which contract rows: a matrix unit takes 128 at a time
 _BLOCKS = (512, 256, 128)
 
 
 def _row_candidates(shape: Shape) -> Iterator[KernelSizes]:
-    step = min(_SHORT_STEP if shape.capacity <= _SHORT_CAPACITY else _STEP, _round_up(shape.capacity, 16))
+    step = min(_STEP, _round_up(shape.capacity, 16))
     for columns in (None, *_column_counts(max(shape.width, shape.hidden))):
         for rows in _BLOCKS:
             block = min(rows, _round_up(shape.capacity, step))
@@ -121,7 +135,7 @@ def _row_candidates(shape: Shape) -> Iterator[KernelSizes]:
 
 def _weights_candidates(chip: Chip, shape: Shape) -> Iterator[KernelSizes]:
     """Whole columns first; two parts at least where two cores share the work."""
-    step = min(_STEP, _round_up(shape.capacity, 16))
+    step = min(_SUM_STEP, _round_up(shape.capacity, 16))
     for columns in _column_counts(shape.hidden // chip.cores):
         for rows in _BLOCKS:
             block = min(rows, _round_up(shape.capacity, step))
@@ -137,12 +151,10 @@ def _column_counts(most: int) -> Iterator[int]:
     yield 128
 
 
-def _first_fit(
-    name: str, candidates: Iterable[KernelSizes], count: Callable[[KernelSizes], int], budget: float, shape: Shape
-) -> KernelSizes:
+def _first_fit(name: str, candidates: Iterable[KernelSizes], budget: float, shape: Shape) -> KernelSizes:
     least = None
     for sizes in candidates:
-        least = count(sizes)
+        least = kernel_bytes(name, shape, sizes)
         if least <= budget:
             return sizes
     raise UserError(
@@ -152,7 +164,6 @@ def _first_fit(
 
 
 def _forward_bytes(shape: Shape, sizes: KernelSizes) -> int:
-    """VMEM of the blocks, two of each, and of the scratch; of the larger kernel where there are two."""
     _, D, F, itemsize = shape
     if sizes.columns is None:
         return itemsize * (2 * 3 * D * F + 2 * sizes.block * (2 * D + 2 * F) + sizes.block * F)

@@ -13,7 +13,8 @@ from anyexperts_jax.ops._checks import check_dtype, check_residuals
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops._select import device_kind, platform
 from anyexperts_jax.ops.expert_mlp import pallas_tpu
-from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape, TpuSizes, chip_of, choose_sizes
+from anyexperts_jax.ops.expert_mlp.tpu_size_table import sizes_for
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape, TpuSizes, chip_of
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 LANES, _SUBLANES = 128, 16
@@ -25,7 +26,7 @@ class TpuOptions:
 
     residuals: "saved" keeps gate and up for the backward pass, 2 * E * C * F elements of x's dtype; "recomputed" keeps
       nothing but the operands and computes both again, 2 of the backward pass's then 8 matmuls.
-    sizes: None chooses them by chip and shape.
+    sizes: None takes those of the chip's table, or of the heuristic for shapes that are not in it.
     interpret: pltpu.InterpretParams runs the kernels on CPU, for tests.
     """
 
@@ -111,7 +112,7 @@ def _sizes(x_ECD: Array, w_gate_EDF: Array, options: TpuOptions) -> TpuSizes:
         return options.sizes
     _, capacity, width = x_ECD.shape
     shape = Shape(capacity, width, w_gate_EDF.shape[2], x_ECD.dtype.itemsize)
-    return choose_sizes(chip_of(device_kind()), shape)
+    return sizes_for(chip_of(device_kind()), shape)
 
 
 def _pad_rows(a_ECD: Array) -> Array:

@@ -10,7 +10,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.ops.expert_mlp import pallas_tpu
+from anyexperts_jax.ops.expert_mlp import pallas_tpu, tpu_grid
 from anyexperts_jax.ops.expert_mlp.tiles import list_tiles
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import KernelSizes, TpuSizes
 from anyexperts_jax.ops.expert_mlp.vjp_tpu import TpuOptions, expert_mlp_pallas_tpu
@@ -82,6 +82,15 @@ def test_counts_past_the_buffer_mean_all_rows():
     check(results, operands)
 
 
+def test_live_rows_are_copied_by_chunks_where_sizes_allow():
+    tile, expert = tpu_grid.Block("tile", 320, 512), tpu_grid.Block("expert", 320, 512)
+    assert tpu_grid.chunk_rows(tile, 320, 512) == 64
+    assert tpu_grid.chunk_rows(tile._replace(rows=BLOCK), 48, 512) == 16
+    assert tpu_grid.chunk_rows(tile, 336, 512) == 0, "20 chunks of 16 rows are too many branches"
+    assert tpu_grid.chunk_rows(tile, 320, 768) == 0, "the last part of the columns reaches past the array"
+    assert tpu_grid.chunk_rows(expert, 320, 512) == 0
+
+
 # Tests of the tests: a kernel that is wrong must not pass.
 
 
@@ -105,6 +114,18 @@ def test_wrong_operands_are_found(wrong):
 
 def test_a_stale_list_of_tiles_is_found(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "list_tiles", lambda counts, *sizes: list_tiles(jnp.roll(counts, 1), *sizes))
+    op = functools.partial(expert_mlp_pallas_tpu, options=FUSED)
+    with pytest.raises(AssertionError):
+        check_kernels(make_operands((0, 17, 3)), FUSED, jax.jit(functools.partial(run, op)))
+
+
+def test_a_copy_that_stops_short_is_found(monkeypatch):
+    whole = tpu_grid.Copied.each
+
+    def first_chunk(copied, *where):
+        whole(copied._replace(block=copied.block._replace(rows=copied.chunk)), *where)
+
+    monkeypatch.setattr(tpu_grid.Copied, "each", first_chunk)
     op = functools.partial(expert_mlp_pallas_tpu, options=FUSED)
     with pytest.raises(AssertionError):
         check_kernels(make_operands((0, 17, 3)), FUSED, jax.jit(functools.partial(run, op)))

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anyexperts_jax.ops.expert_mlp.tiles import list_aligned_tiles, list_tiles
+from anyexperts_jax.ops.expert_mlp.tiles import deal_tiles, list_aligned_tiles, list_tiles
 
 
 def entries(tiles, stop):
@@ -50,3 +50,21 @@ def test_the_core_without_a_tile_keeps_off_the_others():
         tiles = list_aligned_tiles(jnp.array([0, 0]), jnp.array(counts), 2, 4, empty=False)
         assert tiles.block[:2].tolist() == [0, 1]
         assert tiles.rows[:2].tolist() == rows
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("counts", [[0, 0, 0], [7, 0, 3], [0, 5, 0], [7, 7, 7], [4, 4, 4], [1, 1, 0]])
+@pytest.mark.parametrize("capacity", [7, 4])
+def test_cores_get_even_shares_of_the_live_tiles_and_no_tile_twice(cores, counts, capacity):
+    tiles = list_tiles(jnp.array(counts), capacity, 4)
+    total = tiles.rows.size - 1
+    steps = -(-total // cores)
+    dealt = entries(deal_tiles(tiles, cores), cores * steps)
+    parts = [dealt[core * steps : (core + 1) * steps] for core in range(cores)]
+    own = [{entry[:2] for entry in part} for part in parts]
+    assert sum(map(len, own)) == total == len(set.union(*own))
+    live = [sum(entry[4] > 0 for entry in set(part)) for part in parts]
+    assert max(live) - min(live) <= 1
+    for part, count in zip(parts, live, strict=True):
+        assert all(entry[:2] == entry[2:4] and entry[4] > 0 for entry in part[:count])
+        assert len({entry[2:4] for entry in part[count:]}) <= 1

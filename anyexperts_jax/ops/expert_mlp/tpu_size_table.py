@@ -1,0 +1,122 @@
+"""Block sizes that were compared offline, by chip and class of shape; where there are none, the heuristic's.
+
+experiments/bench/tune.py writes the table, tpu_sizes.json; nothing is tried at run time.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import (
+    CHIPS,
+    KERNELS,
+    Chip,
+    KernelSizes,
+    Shape,
+    TpuSizes,
+    block_budget,
+    choose_sizes,
+    kernel_bytes,
+)
+
+FILE = "tpu_sizes.json"
+_REMEDY = "write it anew with `python -m experiments.bench.tune`"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Sizes for one class of shapes: this D, F and element size, and a capacity above `over` and at most `capacity`."""
+
+    capacity: int
+    over: int
+    width: int
+    hidden: int
+    itemsize: int
+    forward: KernelSizes
+    backward: KernelSizes
+    weights: KernelSizes
+
+    @property
+    def shape(self) -> Shape:
+        """The largest shape of the class."""
+        return Shape(self.capacity, self.width, self.hidden, self.itemsize)
+
+    def holds(self, shape: Shape) -> bool:
+        return self.over < shape.capacity <= self.capacity and shape[1:] == self.shape[1:]
+
+
+Table = dict[str, tuple[Entry, ...]]
+
+
+def sizes_for(chip: Chip, shape: Shape, table: Table | None = None) -> TpuSizes:
+    """The table's sizes, cut to the shape's capacity, or those of the heuristic.
+
+    Args:
+      table: None is the package's own.
+
+    Raises:
+      UserError: the package's table is broken, or no sizes fit in VMEM.
+    """
+    entries = (load_table() if table is None else table).get(chip.name, ())
+    for entry in entries:
+        if entry.holds(shape):
+            cut = {kernel: _cut(getattr(entry, kernel), shape.capacity) for kernel in KERNELS}
+            return TpuSizes(**cut, cores=chip.cores, vmem_bytes=chip.vmem_limit)
+    return choose_sizes(chip, shape)
+
+
+@functools.cache
+def load_table() -> Table:
+    """The package's table."""
+    return parse_table((importlib.resources.files(__package__) / FILE).read_text())
+
+
+def parse_table(text: str) -> Table:
+    """A table from its file.
+
+    Raises:
+      UserError: not JSON, fields that are missing or unknown, a chip that is unknown, sizes that make no sense or do
+        not fit in the chip's VMEM.
+    """
+    try:
+        chips = json.loads(text)["chips"]
+        rows = [(name, fields) for name, entries in chips.items() for fields in entries]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{FILE} holds no table ({type(error).__name__}: {error}); {_REMEDY}") from error
+    for name in chips:
+        require(name in CHIPS, f"{FILE}: chip={name!r} is unknown; valid: {', '.join(CHIPS)}; {_REMEDY}")
+    table: Table = {}
+    for name, fields in rows:
+        table[name] = (*table.get(name, ()), _entry(name, fields))
+    return table
+
+
+def _entry(chip: str, fields: Any) -> Entry:
+    try:
+        kernels = {kernel: KernelSizes(**fields[kernel]) for kernel in KERNELS}
+        entry = Entry(**(fields | kernels))
+        too_much = [f"{kernel} takes {taken}" for kernel, taken, fits in _bytes(chip, entry) if not fits]
+    except (TypeError, KeyError, UserError) as error:
+        raise UserError(f"{FILE}: an entry of {chip} is broken ({error}): {fields}; {_REMEDY}") from error
+    require(
+        not too_much,
+        f"{FILE}: {', '.join(too_much)} bytes of VMEM at {entry.shape} on {chip}, more than "
+        f"{int(block_budget(CHIPS[chip]))}; {_REMEDY}",
+    )
+    return entry
+
+
+def _bytes(chip: str, entry: Entry) -> Iterator[tuple[str, int, bool]]:
+    for kernel in KERNELS:
+        taken = kernel_bytes(kernel, entry.shape, getattr(entry, kernel))
+        yield kernel, taken, taken <= block_budget(CHIPS[chip])
+
+
+def _cut(sizes: KernelSizes, capacity: int) -> KernelSizes:
+    """No block larger than the buffer asks for."""
+    block = min(sizes.block, -(-capacity // sizes.step) * sizes.step)
+    return dataclasses.replace(sizes, block=block, slab=min(sizes.slab, block))

@@ -1,0 +1,159 @@
+"""Static time of a kernel on a TPU: cycles from the compiler, copies at the full rate of HBM, nothing else.
+
+A kernel is a list of steps. A step computes for so many cycles once its blocks have come; copies go one after the
+other, each asked for when the step that precedes its own by `ahead` begins, and what a step wrote leaves VMEM when it
+ends. Launching the kernel, its list of tiles and the small operations around it are not counted, for anyone.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from anyexperts_jax.aot.kernels import ExpertShape
+from anyexperts_jax.ops.expert_mlp.tiles import deal_tiles, list_tiles
+from anyexperts_jax.ops.expert_mlp.tpu_grid import Block, chunk_rows
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import CHIPS, KernelSizes, TpuSizes
+
+ITEMSIZE = 2  # bfloat16
+OURS = ("forward", "forward_kept", "backward", "weights")
+_OUT_BUFFERS = 2
+
+
+class Speed(NamedTuple):
+    """Public figures of a device."""
+
+    ghz: float
+    hbm_gb_per_s: float
+    tflop_per_s: float  # bfloat16
+
+
+SPEEDS = {
+    "v5e": Speed(1.5, 819, 197),
+    "v5p": Speed(1.75, 2765, 459),
+    "v6e": Speed(1.75, 1640, 918),
+    "tpu7x": Speed(2.2, 3690, 1153),  # half a chip: each of its cores is a device
+}
+
+
+class Steps(NamedTuple):
+    """What the steps of one core cost, an entry each."""
+
+    cycles: np.ndarray
+    read: np.ndarray  # bytes that come for the step
+    written: np.ndarray  # bytes that leave after it
+    ahead: int = 1  # steps between asking for a block and using it
+    cores: int = 1  # that do the like at the same time and share HBM
+
+
+def draw_counts(shape: ExpertShape) -> np.ndarray:
+    """Rows of each expert: one multinomial draw, its chances lognormal with sigma 0.3; no more than a buffer holds."""
+    rng = np.random.default_rng(0)
+    chances = rng.lognormal(sigma=0.3, size=shape.experts)
+    return np.minimum(rng.multinomial(shape.rows, chances / chances.sum()), shape.capacity)
+
+
+def time_us(steps: Steps, chip: str) -> float:
+    """Microseconds until the last copy of the last step has left."""
+    per_byte = 1e-3 * steps.cores / SPEEDS[chip].hbm_gb_per_s
+    per_cycle = 1e-3 / SPEEDS[chip].ghz
+    arrived, left = [0.0] * len(steps.cycles), [0.0] * len(steps.cycles)
+    free = end = 0.0  # of the copies, of the last step
+
+    def fetch(at: int, now: float) -> float:
+        if at >= len(arrived):
+            return free
+        arrived[at] = max(free, now) + float(steps.read[at]) * per_byte if steps.read[at] else now
+        return max(free, arrived[at])
+
+    for at in range(steps.ahead):
+        free = fetch(at, 0.0)
+    for at, cycles in enumerate(steps.cycles):
+        start = max(end, arrived[at], left[at - _OUT_BUFFERS] if at >= _OUT_BUFFERS else 0.0)
+        free = fetch(at + steps.ahead, start)
+        end = start + float(cycles) * per_cycle
+        if steps.written[at]:
+            free = max(free, end) + float(steps.written[at]) * per_byte
+        left[at] = free if steps.written[at] else end
+    return max(end, free)
+
+
+def floor_us(chip: str, shape: ExpertShape, counts: np.ndarray, part: str) -> float:
+    """The longer of the matmuls at the peak rate and of every operand and result moved once, for live rows alone."""
+    D, F, rows = shape.width, shape.hidden, int(counts.sum())
+    matmuls, matrices = (6, 6) if part == "backward" else (3, 3)
+    values = {"forward": 2 * D, "forward_kept": 2 * D + 2 * F, "backward": 3 * D + 2 * F}[part]
+    moved = ITEMSIZE * (matrices * D * F * int((counts > 0).sum()) + rows * values)
+    return max(2 * matmuls * D * F * rows / SPEEDS[chip].tflop_per_s * 1e-6, moved / SPEEDS[chip].hbm_gb_per_s * 1e-3)
+
+
+def own_sizes(call: str, sizes: TpuSizes) -> KernelSizes:
+    """The sizes of one of our kernels."""
+    return sizes.forward if call.startswith("forward") else getattr(sizes, call)
+
+
+def our_steps(
+    call: str, chip: str, shape: ExpertShape, sizes: TpuSizes, summary: dict[str, Any], counts: np.ndarray
+) -> list[Steps]:
+    """The steps of each core in one of our kernels, from its compiled summary."""
+    own, cores = own_sizes(call, sizes), CHIPS[chip].cores
+    capacity = -(-shape.capacity // 16) * 16  # as `expert_mlp` pads it
+    listed = list_tiles(jnp.asarray(counts), capacity, own.block)
+    traffic = _traffic(call, shape, own)
+    if call == "weights":  # cores share the parts of the columns, each going through all tiles
+        parts = [[np.asarray(a)[: int(listed.num_touched)] for a in listed[:7]]]
+        turns, cores = -(-traffic.turns // cores), min(traffic.turns, cores)
+    else:
+        dealt, turns = deal_tiles(listed, cores), 1
+        parts = [list(part) for part in zip(*(np.split(np.asarray(a), cores) for a in dealt[:7]), strict=True)]
+    found = []
+    for _, block, source, source_block, rows, _, closes in parts:
+        skipped = closes == 1 if call == "weights" else np.ones(len(rows), bool)  # sums are rounded once an expert
+        cycles = np.array([pass_cycles(summary, own, int(n)) for n in rows]) + summary["step_cycles"]
+        cycles = cycles + summary["skipped_cycles"] * skipped
+        height = np.clip(capacity - block * own.block, 0, own.block)
+        new_expert, new_block = (np.append(True, a[1:] != a[:-1]) for a in (source, source_block))
+        read = new_expert * traffic.read_an_expert
+        for width in traffic.read_widths:
+            chunk = chunk_rows(Block("tile", own.block, width), capacity, width)
+            whole = np.where(new_expert | new_block, height, 0)
+            read = read + (-(-rows // chunk) * chunk if chunk else whole) * width * ITEMSIZE
+        written = height * traffic.written_a_row + (closes == 1) * traffic.written_an_expert
+        found.append(Steps(*(np.tile(a, turns) for a in (cycles, read, written)), cores=cores))
+    return found
+
+
+def longest_us(parts: Sequence[Steps], chip: str) -> float:
+    """Time of the slowest core."""
+    return max(time_us(part, chip) for part in parts)
+
+
+def pass_cycles(summary: dict[str, Any], own: KernelSizes, rows: int) -> int:
+    """Cycles of the passes over `rows` live rows."""
+    passes = [p["cycles"] for p in summary["passes"]]
+    looped = own.block > own.slab
+    full, rest = divmod(rows, own.slab) if looped else (0, rows)
+    if looped and rest > own.slab - own.step:  # nearly whole: one more turn of the loop
+        full, rest = full + 1, 0
+    part = -(-rest // own.step)
+    return full * passes[-1] + (passes[part - 1] if part else 0)
+
+
+class _Traffic(NamedTuple):
+    read_widths: tuple[int, ...]  # of the rows of each input
+    read_an_expert: int  # bytes
+    written_a_row: int
+    written_an_expert: int
+    turns: int = 1  # times that the tiles are gone through
+
+
+def _traffic(call: str, shape: ExpertShape, own: KernelSizes) -> _Traffic:
+    D, F = shape.width, shape.hidden
+    weights = 3 * D * F * ITEMSIZE
+    if call == "weights":
+        columns = own.columns or F
+        return _Traffic((D, D, *(columns,) * 3), 0, 0, 3 * D * columns * ITEMSIZE, -(-F // columns))
+    read = (D, F, F) if call == "backward" else (D,)
+    written = {"forward": D, "forward_kept": D + 2 * F, "backward": D + 3 * F}[call]
+    return _Traffic(read, weights, written * ITEMSIZE, 0)

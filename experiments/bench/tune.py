@@ -1,0 +1,148 @@
+"""Compares block sizes of the TPU kernels by their static time and writes the package's table of the best.
+
+    python -m experiments.bench.tune [--chip v5e ...] [--shape A ...] [--kernel forward ...] [--seconds 600]
+
+Compiles the candidates that experiments/results/kernels_tpu.json lacks (see experiments/bench/kernels.py), then writes
+anyexperts_jax/ops/expert_mlp/tpu_sizes.json anew from all that is in it: for each chip, shape and kernel the candidate
+with the least time at 8.0 real experts a token, the heuristic's where they tie within half a percent or where nothing
+was compared.
+Nothing here is run on a device.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from anyexperts_jax.aot import kernels, topology
+from anyexperts_jax.ops.expert_mlp import tpu_size_table
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import (
+    CHIPS,
+    KERNELS,
+    KernelSizes,
+    Shape,
+    TpuSizes,
+    block_budget,
+    choose_sizes,
+    kernel_bytes,
+)
+from experiments.bench import tpu_model, tpu_table
+from experiments.bench.kernels import NOTE, RESULT, ROOT, Task, compile_all, load, our_task, versions
+
+TABLE = ROOT / "anyexperts_jax" / "ops" / "expert_mlp" / tpu_size_table.FILE
+_TIE = 0.995
+
+
+def candidates(chip: str, name: str, kernel: str) -> list[TpuSizes]:
+    """The heuristic's sizes first, then all rows of an expert in one block, and larger slabs for the sums over rows.
+
+    No steps below 64 rows: more than four passes make a program that instruction memory may not hold, of which the
+    figures say nothing."""
+    shape = class_of(name)
+    base = choose_sizes(CHIPS[chip], shape)
+    own: KernelSizes = getattr(base, kernel)
+    whole = -(-shape.capacity // own.step) * own.step
+    found = [own]
+    if whole > own.block:
+        slabs = (own.slab, 2 * own.slab) if kernel == "weights" else (own.slab,)
+        found += [dataclasses.replace(own, block=b, slab=s) for b in (own.block, whole) for s in slabs if s <= b]
+    fitting = []
+    for sizes in found:
+        if sizes not in fitting and kernel_bytes(kernel, shape, sizes) <= block_budget(CHIPS[chip]):
+            fitting.append(sizes)
+    return [dataclasses.replace(base, **{kernel: sizes}) for sizes in fitting]
+
+
+def class_of(name: str) -> Shape:
+    shape = kernels.SHAPES[name]
+    return Shape(tpu_table.rows_of(shape), shape.width, shape.hidden, tpu_model.ITEMSIZE)
+
+
+def tasks(chips: list[str], shapes: list[str], which: list[str]) -> Iterator[Task]:
+    for kernel in which:
+        for chip in chips:
+            for name in shapes:
+                found = candidates(chip, name, kernel)
+                for sizes in found if len(found) > 1 else ():
+                    task = our_task(chip, name, kernel, sizes)
+                    yield task._replace(name=place(chip, name, kernel, getattr(sizes, kernel)))
+
+
+def place(chip: str, name: str, kernel: str, sizes: KernelSizes) -> str:
+    return f"{chip}/{name}/tuned/{kernel}/{label(sizes)}"
+
+
+def label(sizes: KernelSizes) -> str:
+    return f"block {sizes.block}, slab {sizes.slab}, step {sizes.step}"
+
+
+def static_ns(chip: str, name: str, kernel: str, sizes: TpuSizes, summary: dict[str, Any]) -> float:
+    """Of a kept row at 8.0."""
+    shape = kernels.SHAPES[name]
+    counts = tpu_model.draw_counts(shape)
+    steps = tpu_model.our_steps(kernel, chip, shape, sizes, summary, counts)
+    return round(1e3 * tpu_model.longest_us(steps, chip) / int(np.sum(counts)), 2)
+
+
+def choose(programs: dict[str, Any], chip: str, name: str, kernel: str) -> tuple[KernelSizes, dict[str, Any]]:
+    """(the best sizes, {label: ns or why there is none}) of what was compiled."""
+    found = candidates(chip, name, kernel)
+    best, least, said = getattr(found[0], kernel), None, {}
+    for sizes in found:
+        own = getattr(sizes, kernel)
+        one = programs.get(place(chip, name, kernel, own), {}).get("found", {})
+        if "passes" not in one:
+            said |= {label(own): one["unread"]} if one else {}
+            continue
+        said[label(own)] = ns = static_ns(chip, name, kernel, sizes, one)
+        if least is None or ns < _TIE * least:
+            best, least = own, ns
+    return best, said
+
+
+def table(programs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """({chip: entries}, {chip/shape/kernel: what was compared})."""
+    chips: dict[str, Any] = {}
+    compared = {}
+    for chip in topology.TOPOLOGIES:
+        chips[chip] = []
+        for name in kernels.SHAPES:
+            shape = class_of(name)
+            entry: dict[str, Any] = {"over": shape.capacity // 2} | shape._asdict()
+            for kernel in KERNELS:
+                sizes, compared[f"{chip}/{name}/{kernel}"] = choose(programs, chip, name, kernel)
+                entry[kernel] = dataclasses.asdict(sizes)
+            chips[chip].append(entry)
+    return chips, {where: said for where, said in compared.items() if said}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", nargs="+", default=list(topology.TOPOLOGIES), choices=topology.TOPOLOGIES)
+    parser.add_argument("--shape", nargs="+", default=list(kernels.SHAPES), choices=kernels.SHAPES)
+    parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="compile nothing more after so long")
+    parser.add_argument("--result", type=pathlib.Path, default=RESULT)
+    parser.add_argument("--table", type=pathlib.Path, default=TABLE)
+    args = parser.parse_args()
+    compile_all(tasks(args.chip, args.shape, args.kernel), args.result, args.seconds)
+    chips, compared = table(load(args.result)["programs"])
+    provenance = {
+        "note": NOTE,
+        "tool": "experiments/bench/tune.py: the compiler's cycles and the copies beside them",
+        "command": "python -m experiments.bench.tune",
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "ns a row": compared,
+    }
+    args.table.write_text(json.dumps({"provenance": provenance, "chips": chips}, indent=1) + "\n")
+    print(json.dumps(compared, indent=1))
+
+
+if __name__ == "__main__":
+    main()
