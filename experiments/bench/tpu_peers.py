@@ -5,6 +5,7 @@ between the kernels (SwiGLU and its gradient, transposes) is not counted, and of
 shortest is taken.
 """
 
+import importlib
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -63,9 +64,10 @@ def _tokamax(m: Matmul, experts: int) -> Callable[..., Any]:
 
 
 def _megablox(m: Matmul, experts: int) -> Callable[..., Any]:
-    from jax.experimental.pallas.ops.tpu.megablox import gmm as module
-
     del experts
+    module = importlib.import_module(
+        "jax.experimental.pallas.ops.tpu.megablox.gmm"
+    )  # a function hides it in its package
     tiling = _megablox_tiling(m)
     if m.kind == "tgmm":
         return lambda left, right, counts: module.tgmm(left.T, right, counts, jnp.bfloat16, tiling)
