@@ -48,7 +48,7 @@ def compile_once(compile_cache):
 @pytest.fixture
 def linear_model(monkeypatch):
     """The loop around a model that compiles at once; the parameters are the real model's."""
-    monkeypatch.setattr(loop, "model_apply", lambda config: linear_apply)
+    monkeypatch.setattr(loop, "model_apply", lambda config, placement: linear_apply)
 
 
 def losses(run_dir, kind="train"):
@@ -130,7 +130,7 @@ def example_of_step(step):
 
 
 def test_a_step_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "model_apply", lambda config: nan_in_step(example_of_step(5)))
+    monkeypatch.setattr(loop, "model_apply", lambda config, placement: nan_in_step(example_of_step(5)))
     message = r"^step 5: answer_loss is nan; the last good checkpoint is .*checkpoints/3; lower optim\.lr"
     with pytest.raises(NonFiniteError, match=message) as error:
         train(run_config(), tmp_path, progress=False)
@@ -140,7 +140,7 @@ def test_a_step_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 
 def test_a_step_that_is_not_finite_is_skipped_where_asked(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "model_apply", lambda config: nan_in_step(example_of_step(5)))
+    monkeypatch.setattr(loop, "model_apply", lambda config, placement: nan_in_step(example_of_step(5)))
     result = train(run_config(on_nonfinite="skip"), tmp_path)
     assert result.skipped_steps == 1
     assert losses(tmp_path)[5][0] is None
@@ -161,7 +161,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path, linear_model, monke
     assert "\n" not in str(error.value)
     assert not caplog.records
     monkeypatch.undo()
-    monkeypatch.setattr(loop, "model_apply", lambda config: linear_apply)
+    monkeypatch.setattr(loop, "model_apply", lambda config, placement: linear_apply)
     assert train(run_config(), tmp_path, progress=False).step == 6
 
 
