@@ -117,7 +117,7 @@ def test_recomputed_residuals_change_nothing_but_memory(dispatch):
     ("options", "words"),
     [
         ({"dispatch": "sparse"}, "dispatch='sparse' is unknown; valid: blocks, capacity, dense, exchange"),
-        ({"implementation": "cuda"}, "implementation='cuda' is unknown; valid: reference, xla, pallas_tpu, "),
+        ({"implementation": "cuda"}, f"implementation='cuda' is unknown; valid: {', '.join(IMPLEMENTATIONS)}"),
         ({"residuals": "all"}, "residuals='all' is unknown; valid: saved, recomputed"),
         ({"dispatch": "blocks", "capacity": 3}, "capacity=3 has no meaning for dispatch='blocks'"),
         ({"dispatch": "capacity", "capacity": 0}, "capacity=0 must be >= 1"),
