@@ -10,6 +10,7 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch import moe_apply, moe_apply_stats
+from anyexperts_jax.ops.routed_mlp.api import IMPLEMENTATIONS
 from tests.dispatch.plans import EXPERTS, PLANS, make_operands, make_plan, oracle_value_and_gradients, random_ids
 
 FORMS = ("dense", "capacity", "blocks")
