@@ -1,4 +1,4 @@
-"""The command line: `anyexperts train | evaluate | report | generate | data | bench`.
+"""The command line: `anyexperts train | evaluate | report | generate | data | bench | compile`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input, 3 a loss that is
 not finite, 4 a full disk, 130 and 143 interrupted with a checkpoint written.
@@ -136,6 +136,22 @@ def _bench_step(options: argparse.Namespace) -> None:
         print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
 
 
+def _compile(options: argparse.Namespace) -> None:
+    import json
+
+    from anyexperts_jax.analysis.bench_output import print_tables
+    from anyexperts_jax.aot.step import compile_step
+    from anyexperts_jax.aot.step_tables import step_tables, to_json
+    from anyexperts_jax.train.config import load_config
+
+    _say(f"compiling the train step of {options.config} for {options.topology}; nothing is run")
+    compiled = compile_step(load_config(options.config, options.set), options.topology)
+    print_tables(step_tables(compiled))
+    if options.json:
+        options.json.write_text(json.dumps(to_json(compiled), indent=1) + "\n")
+        print(f"wrote {options.json}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="anyexperts", description="Mixture-of-experts models in which each token gets as many experts as it needs."
@@ -148,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_data(commands)
     _add_bench(commands)
+    _add_compile(commands)
     return parser
 
 
@@ -237,6 +254,17 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     step.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are shown (default: 7)")
     step.add_argument("--out", type=pathlib.Path, help="also write bench_step.json, .csv and .md into this folder")
     step.set_defaults(command=_bench_step)
+
+
+def _add_compile(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("compile", help="compile the train step for a TPU slice that is not here")
+    parser.add_argument("config", help="a preset (tiny, small, smoke), a TOML file, or a run's config.json")
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="as v5e:4x4 or v5p:8x8x8")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as in mesh.fsdp=8; repeatable"
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file")
+    parser.set_defaults(command=_compile)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.errors import UserError, require, require_one_of
 
 TOPOLOGIES = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}
 
@@ -56,6 +57,25 @@ def devices(chip: str) -> list[Any]:
     """One chip's devices, to compile for."""
     require_one_of("chip", chip, TOPOLOGIES)
     return list(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices)
+
+
+def slice_devices(topology: str) -> list[Any]:
+    """The devices of a slice such as "v5p:8x8x8", to compile for.
+
+    Raises:
+      UserError: libtpu is not installed, or knows no such slice.
+    """
+    chip, _, shape = topology.partition(":")
+    one_chip = TOPOLOGIES.get(chip, "").partition(":")[2]
+    valid = re.fullmatch(r"\d+(x\d+)*", shape) is not None and shape.count("x") == one_chip.count("x") > 0
+    form = f"CHIP:SHAPE with CHIP of {', '.join(TOPOLOGIES)}, as v5e:4x4 or v5p:8x8x8"
+    require(valid, f"topology {topology!r} is not of the form {form}")
+    require(has_compiler(), "libtpu is not installed; pip install 'anyexperts-jax[aot]' (Linux only)")
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"libtpu describes no slice {topology!r}: {str(error).splitlines()[0]}") from error
 
 
 @contextlib.contextmanager
