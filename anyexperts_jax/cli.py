@@ -168,13 +168,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("train", help="train a model, or go on with a run that stopped")
+def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a preset (tiny, small, smoke), a TOML file, or a run's config.json")
-    parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as in optim.lr=1e-3; repeatable"
     )
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("train", help="train a model, or go on with a run that stopped")
+    _add_config(parser)
+    parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
     parser.set_defaults(command=_train)
 
 
@@ -258,11 +262,8 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
 
 def _add_compile(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("compile", help="compile the train step for a TPU slice that is not here")
-    parser.add_argument("config", help="a preset (tiny, small, smoke), a TOML file, or a run's config.json")
+    _add_config(parser)
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="as v5e:4x4 or v5p:8x8x8")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as in mesh.fsdp=8; repeatable"
-    )
     parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file")
     parser.set_defaults(command=_compile)
 

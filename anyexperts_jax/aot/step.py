@@ -21,8 +21,8 @@ from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.sharding.specs import batch_shardings, batch_shards
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.optim import make_optimizer
-from anyexperts_jax.train.state import abstract_state, state_shardings
-from anyexperts_jax.train.step import make_train_step, model_apply
+from anyexperts_jax.train.state import abstract_state
+from anyexperts_jax.train.step import jit_train_step, model_apply
 
 # Per device as JAX counts them, in GiB: a v5p's two cores are one device, a tpu7x's are two.
 HBM_GIB = {"v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
@@ -86,11 +86,7 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
 def lower_step(config: RunConfig, mesh: Mesh) -> Any:
     """The train step traced for the devices of `mesh`, which need not be here."""
     optimizer = make_optimizer(config.optim, logical_axes(config.model))
-    step = jax.jit(
-        make_train_step(config, optimizer, model_apply(config.model, Placement(mesh))),
-        donate_argnums=0,
-        out_shardings=(state_shardings(config.model, optimizer, mesh), None),
-    )
+    step = jit_train_step(config, optimizer, model_apply(config.model, Placement(mesh)), mesh)
     state = abstract_state(config.model, optimizer, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what is chosen by platform is chosen for the mesh's
         return step.lower(state, abstract_batch(config.data.encoding, config.train.batch_size, mesh))

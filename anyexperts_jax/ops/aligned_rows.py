@@ -42,13 +42,12 @@ def align_rows(order: SlotOrder, block: int) -> tuple[RowMap, Int[Array, "E"]]:
     live_BR = (in_expert_BR >= 0) & (in_expert_BR < order.counts_E[expert_B][:, None])
     place_BR = jnp.where(live_BR, in_expert_BR + order.starts_E[expert_B][:, None], 0)
     slots_R = order.slots_R[place_BR.reshape(-1)]
-    held_NK = order.places_NK < order.counts_E.sum()
     # Every expert that a place lies past has pushed it on by the padding of its last block.
     padding_E = -order.counts_E % block
     past_NKE = order.places_NK[:, :, None] >= order.starts_E + order.counts_E
     pushed_NK = jnp.where(past_NKE, padding_E, 0).sum(-1)
-    rows_NK = jnp.where(held_NK, order.places_NK + pushed_NK, 0)
-    row_map = RowMap(slots_R // k, slots_R, live_BR.reshape(-1), rows_NK, held_NK)
+    rows_NK = jnp.where(order.held_NK, order.places_NK + pushed_NK, 0)
+    row_map = RowMap(slots_R // k, slots_R, live_BR.reshape(-1), rows_NK, order.held_NK)
     return row_map, starts_E
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 
 class SlotOrder(NamedTuple):
@@ -12,3 +12,8 @@ class SlotOrder(NamedTuple):
     places_NK: Int[Array, "N K"]  # the inverse: place of each slot
     starts_E: Int[Array, "E"]  # first place of each expert
     counts_E: Int[Array, "E"]  # real slots of each expert
+
+    @property
+    def held_NK(self) -> Bool[Array, "N K"]:
+        """True at the slots that hold a real expert: they come first in the order."""
+        return self.places_NK < self.counts_E.sum()

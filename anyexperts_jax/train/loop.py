@@ -26,8 +26,8 @@ from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.progress import Reporter, status_line
 from anyexperts_jax.train.run_dir import RunDir, open_run_dir
 from anyexperts_jax.train.run_log import RunLog, read_records
-from anyexperts_jax.train.state import TrainState, abstract_state, create_state, state_shardings
-from anyexperts_jax.train.step import CHECKED_SCALARS, StepReport, make_train_step, model_apply
+from anyexperts_jax.train.state import TrainState, abstract_state, create_state
+from anyexperts_jax.train.step import CHECKED_SCALARS, StepReport, jit_train_step, model_apply
 from anyexperts_jax.train.stops import DiskFullError, NonFiniteError, RunInterruptedError, StopRequests, no_room
 from anyexperts_jax.train.validation import Validation
 
@@ -154,11 +154,7 @@ class _Run:
 
     def _compile(self, state: TrainState, batch: Any) -> Any:
         start = time.perf_counter()
-        step_fn = jax.jit(
-            make_train_step(self.config, self.optimizer, self.apply),
-            donate_argnums=0,
-            out_shardings=(state_shardings(self.config.model, self.optimizer, self.mesh), None),
-        )
+        step_fn = jit_train_step(self.config, self.optimizer, self.apply, self.mesh)
         compiled = step_fn.lower(state, batch).compile()
         self.reporter.note(f"step compiled in {time.perf_counter() - start:.1f} s")
         self.since = time.perf_counter()

@@ -7,6 +7,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.batch import Batch
@@ -21,7 +22,7 @@ from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.losses import answer_scores, auxiliary_loss
 from anyexperts_jax.train.metrics import RoutingSums, routing_sums
 from anyexperts_jax.train.optim import learning_rate
-from anyexperts_jax.train.state import TrainState
+from anyexperts_jax.train.state import TrainState, state_shardings
 
 # In the order in which a step that is not finite names the first offender.
 CHECKED_SCALARS = ("answer_loss", "balance_loss", "importance_loss", "z_loss", "loss", "grad_norm")
@@ -127,6 +128,15 @@ def make_train_step(
         return dataclasses.replace(kept, step=state.step + 1), StepReport(scalars, sums.routing, finite)
 
     return train_step
+
+
+def jit_train_step(config: RunConfig, optimizer: optax.GradientTransformation, apply: Apply, mesh: Mesh) -> Any:
+    """`make_train_step` jitted as a run runs it: the state is replaced in place and stays where it is on `mesh`."""
+    return jax.jit(
+        make_train_step(config, optimizer, apply),
+        donate_argnums=0,
+        out_shardings=(state_shardings(config.model, optimizer, mesh), None),
+    )
 
 
 def accumulate(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.ops.aligned_rows import experts_of_blocks, rows_of_blocks
+from anyexperts_jax.ops.expert_mlp.reference import live_rows
 
 
 class GpuRows(NamedTuple):
@@ -38,5 +39,4 @@ def aligned_rows(starts_E: Int[Array, "E"], counts_E: Int[Array, "E"], num_rows:
 
 def zero_dead_rows(a_BCI: Float[Array, "B C I"], rows: GpuRows) -> Float[Array, "B C I"]:
     """`a_BCI` with zeros in dead rows, whatever they held."""
-    live_BC1 = (jnp.arange(a_BCI.shape[1]) < rows.counts_B[:, None])[..., None]
-    return jnp.where(live_BC1, a_BCI, 0)
+    return jnp.where(live_rows(rows.counts_B, a_BCI.shape[1]), a_BCI, 0)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Float, Shaped
 
 from anyexperts_jax.ops._dots import dot, from_bits, row_contraction, to_bits, wide_dtype
 from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
@@ -154,7 +154,7 @@ def backward(
     live_E = jnp.argsort(order.counts_E == 0, stable=True)
     d_x_RD, d_weight_R1, *totals = lax.fori_loop(0, (order.counts_E > 0).sum(), run_expert, gradients)
     d_gate, d_up, d_down = (from_bits(w, dtype) for w in totals)
-    d_weights_NK = jnp.where(_held(order), d_weight_R1[order.places_NK, 0], 0).astype(weights_NK.dtype)
+    d_weights_NK = jnp.where(order.held_NK, d_weight_R1[order.places_NK, 0], 0).astype(weights_NK.dtype)
     return sum_slots(d_x_RD, order, dtype).astype(dtype), d_weights_NK, (d_gate, d_up, d_down)
 
 
@@ -186,14 +186,9 @@ def _write(buffers: tuple[Array, ...], rows: tuple[Array, ...], start: Array) ->
     return tuple(lax.dynamic_update_slice_in_dim(a, b, start, 0) for a, b in zip(buffers, rows, strict=True))
 
 
-def _held(order: SlotOrder) -> Bool[Array, "N K"]:
-    """True at the slots that hold a real expert: they come first in the order."""
-    return order.places_NK < order.counts_E.sum()
-
-
 def sum_slots(y_bits_RD: Shaped[Array, "RB D"], order: SlotOrder, dtype: jnp.dtype) -> Float[Array, "N D"]:
     """The sum of each token's held rows, one fused gather and add a slot."""
-    held_NK, wide = _held(order), wide_dtype(dtype)
+    held_NK, wide = order.held_NK, wide_dtype(dtype)
     total_ND = jnp.zeros((held_NK.shape[0], y_bits_RD.shape[1]), wide)
     for k in range(held_NK.shape[1]):
         row_ND = from_bits(y_bits_RD[order.places_NK[:, k]], dtype).astype(wide)

@@ -19,6 +19,16 @@ class Buffer(NamedTuple):
     d_y_RD: jax.Array
 
 
+# What is wrong with the operands of kernels and must not pass their checks.
+FAULTS = {
+    "gate and up swapped": lambda b: b._replace(experts=(b.experts[1], b.experts[0], b.experts[2])),
+    "experts swapped": lambda b: b._replace(experts=tuple(w[::-1] for w in b.experts)),
+    "a count too many": lambda b: b._replace(counts_E=b.counts_E + 1),
+    "a count too few": lambda b: b._replace(counts_E=jnp.maximum(b.counts_E - 1, 0)),
+    "starts of others": lambda b: b._replace(starts_E=b.starts_E[::-1]),
+}
+
+
 def to_buffer(operands: Operands, block: int) -> Buffer:
     x, counts, *experts, d_y = operands
     starts = np.asarray(aligned_starts(counts, block))

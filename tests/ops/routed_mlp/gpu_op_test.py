@@ -16,7 +16,7 @@ from tests.ops.expert_mlp import pallas_gpu_test as mosaic
 from tests.ops.expert_mlp import pallas_triton_test as triton
 from tests.ops.expert_mlp.cases import expected, make_operands
 from tests.ops.expert_mlp.gpu_cases import check
-from tests.ops.routed_mlp.aligned_cases import run_kernels, to_buffer, to_experts
+from tests.ops.routed_mlp.aligned_cases import FAULTS, run_kernels, to_buffer, to_experts
 from tests.ops.routed_mlp.routed_cases import value_and_gradients
 
 KERNELS = {"triton": (pallas_triton, triton.OPTIONS), "mosaic": (pallas_gpu, mosaic.OPTIONS)}
@@ -47,15 +47,6 @@ def test_triton_kernels_in_bfloat16():
 @pytest.mark.parametrize("counts", [(0, 1, 127, 0, 128, 129), (0, 0)])
 def test_mosaic_kernels(counts):
     check_buffer("mosaic", make_operands(counts, jnp.bfloat16, capacity=130, width=64, hidden=128))
-
-
-FAULTS = {
-    "gate and up swapped": lambda b: b._replace(experts=(b.experts[1], b.experts[0], b.experts[2])),
-    "experts swapped": lambda b: b._replace(experts=tuple(w[::-1] for w in b.experts)),
-    "a count too many": lambda b: b._replace(counts_E=b.counts_E + 1),
-    "a count too few": lambda b: b._replace(counts_E=jnp.maximum(b.counts_E - 1, 0)),
-    "starts of others": lambda b: b._replace(starts_E=b.starts_E[::-1]),
-}
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)

@@ -14,7 +14,7 @@ from anyexperts_jax.ops.expert_mlp.tpu_sizes import KernelSizes, TpuSizes
 from anyexperts_jax.ops.expert_mlp.vjp_tpu import TpuOptions
 from anyexperts_jax.ops.routed_mlp import tpu
 from tests.ops.expert_mlp.cases import BLOCK, COUNTS, Results, check, make_operands
-from tests.ops.routed_mlp.aligned_cases import run_kernels, to_buffer, to_experts
+from tests.ops.routed_mlp.aligned_cases import FAULTS, run_kernels, to_buffer, to_experts
 from tests.ops.routed_mlp.interpret import check_races, options
 
 FUSED = options()
@@ -87,13 +87,6 @@ def test_the_reference_of_the_buffer_is_the_definition():
 # Tests of the tests: what is wrong must not pass.
 
 SMALL = (0, 17, 3)
-FAULTS = {
-    "gate and up swapped": lambda b: b._replace(experts=(b.experts[1], b.experts[0], b.experts[2])),
-    "experts swapped": lambda b: b._replace(experts=tuple(w[::-1] for w in b.experts)),
-    "a count too many": lambda b: b._replace(counts_E=b.counts_E + 1),
-    "a count too few": lambda b: b._replace(counts_E=jnp.maximum(b.counts_E - 1, 0)),
-    "starts of others": lambda b: b._replace(starts_E=b.starts_E[::-1]),
-}
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
