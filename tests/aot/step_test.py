@@ -3,13 +3,13 @@ import json
 import pytest
 
 from anyexperts_jax import cli
-from anyexperts_jax.aot import topology
 from anyexperts_jax.aot.step import abstract_batch, compile_step
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.train.config import load_config
 
-needs_libtpu = pytest.mark.skipif(not topology.has_compiler(), reason="libtpu is not installed (extra `aot`)")
+# Before libtpu is loaded, so that it also writes schedules for the tests that come after these.
+needs_libtpu = pytest.mark.usefixtures("schedules")
 EXCHANGE = ["mesh.data=-1", "mesh.expert=4", "model.stack.dispatch=exchange"]
 
 
