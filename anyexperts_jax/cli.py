@@ -112,15 +112,16 @@ def _data_export(options: argparse.Namespace) -> None:
 
 
 def _bench_layer(options: argparse.Namespace) -> None:
-    from anyexperts_jax.analysis.bench_layer import bench_layer, layer_tables, write_bench
+    from anyexperts_jax.analysis.bench_layer import Timing, bench_layer, layer_tables, write_bench
     from anyexperts_jax.analysis.bench_output import print_tables
 
-    bench = bench_layer(options.shape, options.dtype, options.rounds, implementation=options.implementation, note=_say)
+    timing = Timing(options.rounds, repeats=options.repeats)
+    bench = bench_layer(options.shape, options.dtype, timing, options.implementation or [None], note=_say)
     print_tables(layer_tables(bench))
     if options.out:
         names = (*options.shape, "--dtype", *options.dtype, "--rounds", str(options.rounds))
-        if options.implementation:
-            names += ("--implementation", options.implementation)
+        names += ("--repeats", str(options.repeats)) if options.repeats > 1 else ()
+        names += ("--implementation", *options.implementation) if options.implementation else ()
         command = f"anyexperts bench layer --shape {' '.join(names)} --out {options.out}"
         print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
 
@@ -129,10 +130,10 @@ def _bench_step(options: argparse.Namespace) -> None:
     from anyexperts_jax.analysis.bench_output import print_tables
     from anyexperts_jax.analysis.bench_step import bench_step, step_table, write_bench
 
-    bench = bench_step(rounds=options.rounds, note=_say)
+    bench = bench_step(options.size, rounds=options.rounds, note=_say)
     print_tables([step_table(bench)])
     if options.out:
-        command = f"anyexperts bench step --rounds {options.rounds} --out {options.out}"
+        command = f"anyexperts bench step --size {options.size} --rounds {options.rounds} --out {options.out}"
         print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
 
 
@@ -248,13 +249,20 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     )
     actions = bench.add_subparsers(title="actions", required=True, metavar="ACTION")
     layer = actions.add_parser("layer", help="the MoE layer alone, its parts, and its time against the budget")
-    layer.add_argument("--shape", nargs="+", default=["S1", "S2", "S3", "S4"], help="of S1 S2 S3 S4 (default: all)")
+    shapes = ["S1", "S2", "S3", "S4"]
+    layer.add_argument("--shape", nargs="+", default=shapes, help="S1 S2 S3 S4 (the default), for accelerators A B P")
     layer.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="float32, bfloat16 (default: both)")
     layer.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are shown (default: 7)")
-    layer.add_argument("--implementation", help="of the expert ops, as pallas_gpu or xla (default: the platform's)")
+    layer.add_argument("--repeats", type=int, default=1, help="calls on end a sample, as 10 on a GPU (default: 1)")
+    layer.add_argument(
+        "--implementation",
+        nargs="+",
+        help="of the expert ops, as pallas_gpu xla (default: the platform's)",
+    )
     layer.add_argument("--out", type=pathlib.Path, help="also write bench_layer.json, .csv and .md into this folder")
     layer.set_defaults(command=_bench_layer)
-    step = actions.add_parser("step", help="one train step of a 40M-parameter model")
+    step = actions.add_parser("step", help="one train step of a text model")
+    step.add_argument("--size", default="40M", help="40M in float32, or for GPUs 800M in bfloat16 (default: 40M)")
     step.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are shown (default: 7)")
     step.add_argument("--out", type=pathlib.Path, help="also write bench_step.json, .csv and .md into this folder")
     step.set_defaults(command=_bench_step)

@@ -41,19 +41,25 @@ SHAPES = {
     "S2": LayerShape(2048, 1024, 704, 64, 6),
     "S3": LayerShape(1024, 2048, 768, 128, 8),
     "S4": LayerShape(16, 2048, 768, 128, 8),  # decoding
+    # what an accelerator is for; P is the paper's layer
+    "A": LayerShape(6144, 2048, 1408, 64, 8),
+    "B": LayerShape(4096, 2048, 768, 128, 8),
+    "P": LayerShape(8192, 2048, 512, 256, 8),
 }
 
 
 def operands(shape: LayerShape, dtype: str, seed: int = 0) -> tuple[Array, Weights]:
     """(x_ND, (w_gate_EDF, w_up_EDF, w_down_EFD)), unit normal tokens, weights scaled by their fan-in."""
     E, D, F = shape.experts, shape.width, shape.hidden
-    rng = np.random.default_rng(seed)
-    x_ND = jnp.asarray(rng.standard_normal((shape.tokens, D), np.float32), dtype)
-    weights = (
-        jnp.asarray(rng.standard_normal(size, np.float32) * size[1] ** -0.5, dtype)
-        for size in ((E, D, F), (E, D, F), (E, F, D))
-    )
-    w_gate_EDF, w_up_EDF, w_down_EFD = weights
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), 4)  # up to 800M numbers: threefry would take long
+    sizes = ((shape.tokens, D), (E, D, F), (E, D, F), (E, F, D))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def draw(key: Array, size: tuple[int, ...]) -> Array:
+        scale = size[1] ** -0.5 if len(size) == 3 else 1.0
+        return (scale * jax.random.normal(key, size, jnp.float32)).astype(dtype)
+
+    x_ND, w_gate_EDF, w_up_EDF, w_down_EFD = map(draw, keys, sizes)
     return x_ND, (w_gate_EDF, w_up_EDF, w_down_EFD)
 
 
@@ -131,10 +137,35 @@ def layer(
         def of(x_ND: Array, weights_NK: Array, weights: Weights) -> Array:
             return forward(x_ND, dataclasses.replace(plan, weights_NK=weights_NK), weights)
 
-        y_ND, pullback = jax.vjp(of, x_ND, plan.weights_NK, weights)
-        return y_ND, pullback(jnp.ones_like(y_ND))
+        return _with_backward(of)(x_ND, plan.weights_NK, weights)
 
     return compiled(forward_and_backward if backward else forward, x_ND, plan, weights)
+
+
+def _with_backward(function: Callable[..., Array]) -> Callable[..., Any]:
+    """(the result, the gradients of its sum with respect to every operand)."""
+
+    def run(*operands: Any) -> Any:
+        y, pullback = jax.vjp(function, *operands)
+        return y, pullback(jnp.ones_like(y))
+
+    return run
+
+
+def ragged_layer(plan: RoutingPlan, x_ND: Array, weights: Weights, *, backward: bool) -> Compiled:
+    """What a user of plain JAX writes: slots sorted by expert, three `jax.lax.ragged_dot`, the weighted sum back."""
+
+    def forward(x_ND: Array, weights_NK: Array, weights: Weights) -> Array:
+        w_gate_EDF, w_up_EDF, w_down_EFD = weights
+        order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
+        slots = weights_NK.shape[1]
+        x_RD = x_ND[order.slots_R // slots]
+        gate_RF, up_RF = (jax.lax.ragged_dot(x_RD, w, order.counts_E) for w in (w_gate_EDF, w_up_EDF))
+        y_RD = jax.lax.ragged_dot(jax.nn.silu(gate_RF) * up_RF, w_down_EFD, order.counts_E)
+        y_NKD = y_RD[order.places_NK]
+        return jnp.einsum("nkd,nk->nd", y_NKD, weights_NK.astype(x_ND.dtype), preferred_element_type=jnp.float32)
+
+    return compiled(_with_backward(forward) if backward else forward, x_ND, plan.weights_NK, weights)
 
 
 def capacity_drops(plan: RoutingPlan, x_ND: Array, weights: Weights) -> float:
@@ -153,12 +184,8 @@ def one_expert(
     def forward(x_1RD: Array, weights: Weights) -> Array:
         return expert_mlp(x_1RD, jnp.full(1, rows, jnp.int32), *weights, implementation)
 
-    def forward_and_backward(x_1RD: Array, weights: Weights) -> Any:
-        y_1RD, pullback = jax.vjp(forward, x_1RD, weights)
-        return y_1RD, pullback(jnp.ones_like(y_1RD))
-
     one = (weights[0][:1], weights[1][:1], weights[2][:1])
-    return compiled(forward_and_backward if backward else forward, x_1RD, one)
+    return compiled(_with_backward(forward) if backward else forward, x_1RD, one)
 
 
 def layer_parts(

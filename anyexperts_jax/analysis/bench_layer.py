@@ -18,14 +18,17 @@ from anyexperts_jax.analysis import bench_cases
 from anyexperts_jax.analysis.bench_cases import SHAPES, Compiled, LayerShape
 from anyexperts_jax.analysis.bench_output import environment, markdown, write_files
 from anyexperts_jax.analysis.bench_peers import PEER, has_transformers, transformers_layer
-from anyexperts_jax.analysis.stopwatch import interleaved_rounds
+from anyexperts_jax.analysis.stopwatch import Rounds, interleaved_rounds
 from anyexperts_jax.analysis.tables import TextTable
 from anyexperts_jax.core.errors import require, require_one_of
 
 DTYPES = ("float32", "bfloat16")
 BUDGETS = (8.0, 7.2, 6.4, 5.6, 4.8, 4.0)
 BUDGET_SLOTS = 12  # the paper's k_max: the static width of slot arrays in the budget sweep
+BUDGET_SHAPES = ("S1", "A", "B", "P")
+HOST_SHAPES = ("S1", "S2", "S3", "S4")  # the others are for accelerators
 ONE_EXPERT = "one expert, same rows"
+RAGGED_DOT = "jax.lax.ragged_dot"
 PARTS = ("route", "sort", "gather", "combine")
 
 
@@ -36,7 +39,7 @@ class LayerTime:
     shape: str
     dtype: str
     run: str  # forward, forward+backward
-    form: str
+    form: str  # with the implementation where it is not the platform's choice
     milliseconds: float
     ratio: float | None
     temporary_mib: float | None  # memory beside operands and results; XLA's own figure, so ours only
@@ -61,6 +64,7 @@ class BudgetTime:
 
     shape: str
     dtype: str
+    run: str
     form: str
     real: float
     milliseconds: float
@@ -78,19 +82,34 @@ class LayerBench:
     budgets: tuple[BudgetTime, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How a comparison is timed.
+
+    patience: seconds to wait, before each comparison, for other processes to leave the machine alone.
+    repeats: calls a sample (`stopwatch.interleaved_rounds`).
+    """
+
+    rounds: int = 7
+    patience: float = 0.0
+    repeats: int = 1
+
+    def run(self, calls: dict[str, Callable[[], Any]]) -> Rounds:
+        return interleaved_rounds(calls, self.rounds, self.patience, self.repeats)
+
+
 def bench_layer(
-    shapes: Sequence[str] = tuple(SHAPES),
+    shapes: Sequence[str] = HOST_SHAPES,
     dtypes: Sequence[str] = DTYPES,
-    rounds: int = 7,
-    patience: float = 0.0,
-    implementation: str | None = None,
+    timing: Timing | None = None,
+    implementations: Sequence[str | None] = (None,),
     note: Callable[[str], None] = lambda line: None,
 ) -> LayerBench:
     """Runs every table. Needs about 12 GB for S3's backward pass in float32; S1 alone runs in 3.
 
     Args:
-      patience: seconds to wait, before each comparison, for other processes to leave the machine alone.
-      implementation: of the expert ops; None is the platform's choice.
+      implementations: of the expert ops, side by side in the comparison; the other tables are of the first. None is
+        the platform's choice.
       note: called with a line of progress.
 
     Raises:
@@ -100,24 +119,26 @@ def bench_layer(
         require_one_of("shape", name, list(SHAPES))
     for dtype in dtypes:
         require_one_of("dtype", dtype, DTYPES)
-    require(rounds >= 1, f"rounds={rounds} must be >= 1")
-    if implementation is not None:
-        require_one_of("implementation", implementation, bench_cases.implementations())
-    made_with = environment(rounds) | {"implementation": implementation or "the platform's"}
-    how = (rounds, patience, implementation)
+    timing = timing or Timing()
+    require(timing.rounds >= 1, f"rounds={timing.rounds} must be >= 1")
+    for implementation in implementations:
+        if implementation is not None:
+            require_one_of("implementation", implementation, bench_cases.implementations())
+    names = ", ".join(implementation or "the platform's" for implementation in implementations)
+    made_with = environment(timing.rounds) | {"implementation": names, "calls_a_sample": timing.repeats}
     layers: list[LayerTime] = []
     parts: list[PartTime] = []
     budgets: list[BudgetTime] = []
     for name, dtype in ((name, dtype) for name in shapes for dtype in dtypes):
         for backward in (False, True) if name != "S4" else (False,):
             note(f"{name} {dtype} {_run(backward)}")
-            layers += compare_layers(name, SHAPES[name], dtype, *how, backward=backward)
+            layers += compare_layers(name, SHAPES[name], dtype, timing, implementations, backward=backward)
             gc.collect()
         note(f"{name} {dtype} parts and budgets")
-        parts += time_parts(name, SHAPES[name], dtype, *how)
-        if name == "S1":
-            budgets += time_budgets(name, SHAPES[name], dtype, *how)
-        gc.collect()
+        parts += time_parts(name, SHAPES[name], dtype, timing, implementations[0])
+        for backward in (False, True) if name in BUDGET_SHAPES else ():
+            budgets += time_budgets(name, SHAPES[name], dtype, timing, implementations[0], backward=backward)
+            gc.collect()
     return LayerBench(made_with, tuple(layers), tuple(parts), tuple(budgets))
 
 
@@ -125,29 +146,31 @@ def compare_layers(
     name: str,
     shape: LayerShape,
     dtype: str,
-    rounds: int,
-    patience: float,
-    implementation: str | None = None,
+    timing: Timing,
+    implementations: Sequence[str | None] = (None,),
     *,
     backward: bool,
 ) -> list[LayerTime]:
-    """Plain top-k, which every library runs: ours in two forms, one expert on as many rows, and, on the CPU where it
-    would run, transformers."""
+    """Plain top-k, which every library runs: ours in two forms, one expert on as many rows, and, where they run,
+    transformers and, on an accelerator, `jax.lax.ragged_dot`."""
     plan = bench_cases.top_k_plan(shape)
     x_ND, weights = bench_cases.operands(shape, dtype)
-    ours = {
-        "blocks": bench_cases.layer(plan, x_ND, weights, "blocks", implementation, backward=backward),
-        "capacity 1.25": bench_cases.layer(plan, x_ND, weights, "capacity", implementation, backward=backward),
-        ONE_EXPERT: bench_cases.one_expert(shape, x_ND, weights, implementation, backward=backward),
-    }
+    ours: dict[str, Compiled] = {}
+    for own in implementations:
+        suffix = "" if own is None else f", {own}"
+        for form, dispatch in (("blocks", "blocks"), ("capacity 1.25", "capacity")):
+            ours[form + suffix] = bench_cases.layer(plan, x_ND, weights, dispatch, own, backward=backward)
+    ours[ONE_EXPERT] = bench_cases.one_expert(shape, x_ND, weights, implementations[0], backward=backward)
+    if jax.default_backend() != "cpu":  # a CPU computes all rows by every expert: 20 times as long and more
+        ours[RAGGED_DOT] = bench_cases.ragged_layer(plan, x_ND, weights, backward=backward)
     calls: dict[str, Callable[[], Any]] = {form: one.call for form, one in ours.items()}
-    if has_transformers() and jax.default_backend() == "cpu":
+    if has_transformers():
         w_gate_EDF, w_up_EDF, w_down_EFD = (np.asarray(w, np.float32) for w in weights)
         routing = np.asarray(plan.expert_ids_NK), np.asarray(plan.weights_NK)
         experts = (w_gate_EDF, w_up_EDF, w_down_EFD)
         peer = transformers_layer(np.asarray(x_ND, np.float32), *routing, experts, dtype, backward=backward)
         calls = {PEER: peer, **calls}
-    found = interleaved_rounds(calls, rounds, patience)
+    found = timing.run(calls)
     dropped = bench_cases.capacity_drops(plan, x_ND, weights)
     return [
         LayerTime(
@@ -166,11 +189,11 @@ def compare_layers(
 
 
 def time_parts(
-    name: str, shape: LayerShape, dtype: str, rounds: int, patience: float, implementation: str | None = None
+    name: str, shape: LayerShape, dtype: str, timing: Timing, implementation: str | None = None
 ) -> list[PartTime]:
     """The parts of a whole AnyExperts layer, forward. The experts' part is what the other parts leave."""
     x_ND, weights = bench_cases.operands(shape, dtype)
-    found = interleaved_rounds(_calls(bench_cases.layer_parts(shape, x_ND, weights, implementation)), rounds, patience)
+    found = timing.run(_calls(bench_cases.layer_parts(shape, x_ND, weights, implementation)))
     milliseconds = {part: found.milliseconds(part) for part in found.seconds}
     overhead = sum(milliseconds[part] for part in PARTS)
     milliseconds |= {"overhead": overhead, "experts": milliseconds["layer"] - overhead}
@@ -178,7 +201,7 @@ def time_parts(
 
 
 def time_budgets(
-    name: str, shape: LayerShape, dtype: str, rounds: int, patience: float, implementation: str | None = None
+    name: str, shape: LayerShape, dtype: str, timing: Timing, implementation: str | None = None, *, backward: bool
 ) -> list[BudgetTime]:
     """moe_apply at each average of real experts: dropless one program for all, capacity one for each budget."""
     x_ND, weights = bench_cases.operands(shape, dtype)
@@ -187,14 +210,14 @@ def time_budgets(
     rows = []
     for form in ("blocks", "capacity"):
         cases = {
-            f"{real:g}": bench_cases.layer(plan, x_ND, weights, form, implementation, backward=False)
+            f"{real:g}": bench_cases.layer(plan, x_ND, weights, form, implementation, backward=backward)
             for real, plan in plans.items()
         }
-        found = interleaved_rounds(_calls(cases), rounds, patience)
+        found = timing.run(_calls(cases))
         for real in BUDGETS:
             own = f"{real:g}"
             ratio, ideal = found.ratio(own, first), real / BUDGETS[0]
-            rows.append(BudgetTime(name, dtype, form, real, found.milliseconds(own), ratio, ideal))
+            rows.append(BudgetTime(name, dtype, _run(backward), form, real, found.milliseconds(own), ratio, ideal))
     return rows
 
 
@@ -206,13 +229,17 @@ def _run(backward: bool) -> str:
     return "forward+backward" if backward else "forward"
 
 
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
 def layer_tables(bench: LayerBench) -> list[TextTable]:
     """The run as tables: comparison, parts, budgets."""
     layers = [
         (
             f"{one.shape} {one.dtype} {one.run}",
             one.form,
-            f"{one.milliseconds:.1f}",
+            _milliseconds(one.milliseconds),
             "-" if one.ratio is None else f"{one.ratio:.2f}",
             "-" if one.temporary_mib is None else f"{one.temporary_mib:.0f}",
             f"{one.dropped:.1%}",
@@ -221,13 +248,14 @@ def layer_tables(bench: LayerBench) -> list[TextTable]:
         for one in bench.layers
     ]
     parts = [
-        (f"{one.shape} {one.dtype}", one.part, f"{one.milliseconds:.2f}", f"{one.share:.1%}") for one in bench.parts
+        (f"{one.shape} {one.dtype}", one.part, _milliseconds(one.milliseconds), f"{one.share:.1%}")
+        for one in bench.parts
     ]
     budgets = [
         (
-            f"{one.shape} {one.dtype} {one.form}",
+            f"{one.shape} {one.dtype} {one.run} {one.form}",
             f"{one.real:.1f}",
-            f"{one.milliseconds:.1f}",
+            _milliseconds(one.milliseconds),
             f"{one.ratio:.2f}",
             f"{one.ideal:.2f}",
         )
@@ -238,7 +266,7 @@ def layer_tables(bench: LayerBench) -> list[TextTable]:
     return [
         TextTable("Plain top-k", columns, tuple(layers)),
         TextTable("Parts of an AnyExperts layer, forward", ("layer", "part", "ms", "share"), tuple(parts)),
-        TextTable("Time against real experts, forward", ("layer", "real", "ms", first, "ideal"), tuple(budgets)),
+        TextTable("Time against real experts", ("layer", "real", "ms", first, "ideal"), tuple(budgets)),
     ]
 
 

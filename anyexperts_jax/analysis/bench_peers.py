@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 if TYPE_CHECKING:
@@ -14,7 +15,34 @@ PEER = f"transformers {IMPLEMENTATION}"
 
 
 def has_transformers() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+    """Whether transformers can run where JAX does."""
+    if not all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers")):
+        return False
+    return jax.default_backend() == "cpu" or (jax.default_backend() == "gpu" and _has_cuda())
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+class _Result:
+    """A tensor that `jax.block_until_ready` waits for."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    def block_until_ready(self) -> Any:
+        import torch
+
+        if self.tensor.is_cuda:
+            torch.cuda.synchronize()
+        return self.tensor
+
+
+def _device() -> str:
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
 def transformers_layer(
@@ -26,7 +54,9 @@ def transformers_layer(
     *,
     backward: bool,
 ) -> Callable[[], Any]:
-    """A call that runs Qwen3MoeExperts once; with `backward`, gradients of x, the slots' weights and the experts too.
+    """A call that runs Qwen3MoeExperts once, on a GPU where JAX does.
+
+    With `backward`, gradients of x, the slots' weights and the experts too.
 
     Args:
       weights: w_gate_EDF, w_up_EDF, w_down_EFD.
@@ -49,20 +79,21 @@ def transformers_layer(
         gate_up_EFD = np.concatenate([w_gate_EDF, w_up_EDF], axis=2).swapaxes(1, 2)
         layer.gate_up_proj.copy_(torch.tensor(gate_up_EFD))
         layer.down_proj.copy_(torch.tensor(w_down_EFD.swapaxes(1, 2)))
-    layer = layer.to(getattr(torch, dtype))
-    x, slot_weights = (torch.tensor(a).to(getattr(torch, dtype)) for a in (x_ND, weights_NK))
-    ids = torch.tensor(expert_ids_NK, dtype=torch.int64)
+    where = {"device": _device(), "dtype": getattr(torch, dtype)}
+    layer = layer.to(**where)
+    x, slot_weights = (torch.tensor(a).to(**where) for a in (x_ND, weights_NK))
+    ids = torch.tensor(expert_ids_NK, dtype=torch.int64, device=_device())
 
     def forward() -> Any:
         with torch.no_grad():
-            return layer(x, ids, slot_weights)
+            return _Result(layer(x, ids, slot_weights))
 
     def forward_and_backward() -> Any:
         layer.zero_grad(set_to_none=True)
         operands = x.clone().requires_grad_(), slot_weights.clone().requires_grad_()
         y = layer(operands[0], ids, operands[1])
         y.backward(torch.ones_like(y))
-        return y
+        return _Result(y)
 
     return forward_and_backward if backward else forward
 
@@ -89,17 +120,19 @@ def transformers_step(size: "StepSize", tokens_BT: np.ndarray) -> tuple[Callable
         **fields,
     )
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config).float().train()
+    model = Qwen3MoeForCausalLM(config).float().train().to(_device())
     model.set_experts_implementation(IMPLEMENTATION)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    tokens = torch.tensor(tokens_BT, dtype=torch.int64)
+    tokens = torch.tensor(tokens_BT, dtype=torch.int64, device=_device())
+    dtype = getattr(torch, size.dtype)
 
     def step() -> Any:
-        loss = model(input_ids=tokens, labels=tokens).loss
+        with torch.autocast(_device(), dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return _Result(loss.detach())
 
     return step, sum(parameter.numel() for parameter in model.parameters())

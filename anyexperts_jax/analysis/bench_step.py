@@ -2,8 +2,8 @@
 
     anyexperts bench step --out experiments/results
 
-The model is text alone, with what Qwen3MoE has and in its sizes: 39.9M parameters, six MoE layers, 32 experts, top-8.
-A step is forward, backward, clipping and AdamW in float32 on the same tokens, every position predicted.
+The model is text alone, with what Qwen3MoE has and in its sizes. A step is forward, backward, clipping and AdamW on the
+same tokens, every position predicted, with float32 parameters and matmuls in the size's dtype.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ from anyexperts_jax.analysis.stopwatch import interleaved_rounds
 from anyexperts_jax.analysis.tables import TextTable
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.encode import EncodingSpec
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import init_params, logical_axes
-from anyexperts_jax.nn.config import AttentionConfig, StackConfig
+from anyexperts_jax.nn.config import AttentionConfig, Dtype, StackConfig
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.state import init_state
@@ -48,6 +48,25 @@ class StepSize:
     vocabulary: int = 1024
     batch: int = 8
     length: int = 256
+    dtype: Dtype = "float32"
+    scan_unroll: int = 6
+
+
+SIZES = {
+    "40M": StepSize(),
+    "800M": StepSize(
+        width=1024,
+        hidden=512,
+        layers=8,
+        experts=64,
+        heads=16,
+        vocabulary=8192,
+        batch=16,
+        length=1024,
+        dtype="bfloat16",
+        scan_unroll=1,
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +116,8 @@ def run_config(size: StepSize, moe: AnyExpertsConfig, dispatch: str) -> RunConfi
             num_heads=size.heads, num_kv_heads=size.heads, head_dim=size.width // size.heads, qk_norm=True
         ),
         dispatch=dispatch,
-        scan_unroll=size.layers,
+        dtype=size.dtype,
+        scan_unroll=size.scan_unroll,
     )
     model = ModelConfig(
         vocab_size=size.vocabulary, max_length=size.length, stack=stack, moe=moe, vision=None, audio=None
@@ -107,7 +127,7 @@ def run_config(size: StepSize, moe: AnyExpertsConfig, dispatch: str) -> RunConfi
 
 
 def bench_step(
-    size: StepSize | None = None,
+    size: str | StepSize = "40M",
     rounds: int = 7,
     patience: float = 0.0,
     note: Callable[[str], None] = lambda line: None,
@@ -119,10 +139,12 @@ def bench_step(
       note: called with a line of progress.
 
     Raises:
-      UserError: rounds < 1.
+      UserError: an unknown size, or rounds < 1.
     """
     require(rounds >= 1, f"rounds={rounds} must be >= 1")
-    size = size or StepSize()
+    if isinstance(size, str):
+        require_one_of("size", size, SIZES)
+        size = SIZES[size]
     made_with = environment(rounds) | {"size": dataclasses.asdict(size)}
     tokens_BT = np.random.default_rng(0).integers(0, size.vocabulary, (size.batch, size.length), np.int32)
     calls: dict[str, Callable[[], Any]] = {}
@@ -209,7 +231,7 @@ def step_table(bench: StepBench) -> TextTable:
         for one in bench.steps
     ]
     columns = ("form", "parameters", "ms", "tokens/s", "over transformers", "temporaries MiB", "others' load")
-    return TextTable("float32", columns, tuple(rows))
+    return TextTable(bench.environment["size"]["dtype"], columns, tuple(rows))
 
 
 def write_bench(bench: StepBench, folder: pathlib.Path, command: str) -> tuple[pathlib.Path, ...]:

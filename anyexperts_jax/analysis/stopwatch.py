@@ -72,8 +72,15 @@ class Rounds:
         return statistics.median(own / other for own, other in pairs)
 
 
-def interleaved_rounds(calls: Mapping[str, Callable[[], Any]], rounds: int, patience: float = 0.0) -> Rounds:
-    """Warms every call up, waits for quiet up to `patience` seconds, and runs all of them in turn `rounds` times."""
+def interleaved_rounds(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, patience: float = 0.0, repeats: int = 1
+) -> Rounds:
+    """Warms every call up, waits for quiet up to `patience` seconds, and runs all of them in turn `rounds` times.
+
+    Args:
+      repeats: a call is made so many times on end and the time is theirs over their number: an accelerator then has
+        its next work waiting, as in training, and the host's time to start a call hides behind the one before.
+    """
     for call in calls.values():
         jax.block_until_ready(call())
     wait_for_quiet(patience)
@@ -82,6 +89,8 @@ def interleaved_rounds(calls: Mapping[str, Callable[[], Any]], rounds: int, pati
     for _ in range(rounds):
         for name, call in calls.items():
             start = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - start)
+            for _ in range(repeats):
+                last = call()
+            jax.block_until_ready(last)
+            seconds[name].append((time.perf_counter() - start) / repeats)
     return Rounds(seconds, others_load(begin))

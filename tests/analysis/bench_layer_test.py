@@ -1,11 +1,14 @@
 import csv
 import json
+import time
 
+import jax
 import numpy as np
 import pytest
 
 from anyexperts_jax.analysis import bench_cases, bench_layer
 from anyexperts_jax.analysis.bench_cases import LayerShape
+from anyexperts_jax.analysis.bench_layer import Timing
 from anyexperts_jax.analysis.stopwatch import Rounds, cpu_times, interleaved_rounds, others_load
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch import apply
@@ -18,7 +21,8 @@ def bench():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_layer, "SHAPES", {"S1": TINY})
         patch.setattr(bench_layer, "has_transformers", lambda: False)
-        return bench_layer.bench_layer(("S1",), ("float32",), rounds=1)
+        patch.setattr(bench_layer, "BUDGETS", (8.0, 4.8))  # each compiles two programs more
+        return bench_layer.bench_layer(("S1",), ("float32",), Timing(rounds=1))
 
 
 def test_every_form_part_and_budget_has_a_row(bench):
@@ -29,7 +33,9 @@ def test_every_form_part_and_budget_has_a_row(bench):
     }
     assert all(one.milliseconds > 0 and one.ratio is None for one in bench.layers)
     assert {one.part for one in bench.parts} == {"layer", *bench_layer.PARTS, "overhead", "experts"}
-    assert [one.real for one in bench.budgets if one.form == "blocks"] == list(bench_layer.BUDGETS)
+    for run in ("forward", "forward+backward"):
+        found = [one.real for one in bench.budgets if one.form == "blocks" and one.run == run]
+        assert found == [8.0, 4.8]
     assert bench.budgets[0].ratio == 1
 
 
@@ -44,21 +50,30 @@ def test_the_implementation_asked_for_runs_in_every_table(monkeypatch):
             return run(*operands, **options)
 
         monkeypatch.setattr(module, op, note)
-    for table in (bench_layer.time_parts, bench_layer.time_budgets):
-        table("S1", TINY, "float32", 1, 0.0, "reference")
-    bench_layer.compare_layers("S1", TINY, "float32", 1, 0.0, "reference", backward=False)
+    once = Timing(rounds=1)
+    bench_layer.time_parts("S1", TINY, "float32", once, "reference")
+    bench_layer.time_budgets("S1", TINY, "float32", once, "reference", backward=False)
+    monkeypatch.setattr(bench_layer, "has_transformers", lambda: False)
+    rows = bench_layer.compare_layers("S1", TINY, "float32", once, ("reference", "xla"), backward=False)
+    assert [one.form for one in rows] == [
+        "blocks, reference",
+        "capacity 1.25, reference",
+        "blocks, xla",
+        "capacity 1.25, xla",
+        bench_layer.ONE_EXPERT,
+    ]
     capacity_drops_by_default = ("apply_capacity", None)
     assert taken - {capacity_drops_by_default} == {
         (op, "reference") for op in ("apply_blocks", "apply_capacity", "expert_mlp")
-    }
+    } | {("apply_blocks", "xla"), ("apply_capacity", "xla")}
 
 
 def test_an_implementation_that_is_unknown_or_cannot_run_here(monkeypatch):
     with pytest.raises(UserError, match=r"^implementation='cuda' is unknown; valid: reference, xla"):
-        bench_layer.bench_layer(("S1",), implementation="cuda")
+        bench_layer.bench_layer(("S1",), implementations=["cuda"])
     monkeypatch.setattr(bench_layer, "SHAPES", {"S1": TINY})
     with pytest.raises(UserError, match=r"^implementation='pallas_triton' needs an NVIDIA GPU and this runs on cpu"):
-        bench_layer.bench_layer(("S1",), ("bfloat16",), implementation="pallas_triton")
+        bench_layer.bench_layer(("S1",), ("bfloat16",), implementations=["pallas_triton"])
 
 
 def test_files_hold_the_command_and_the_rows(bench, tmp_path):
@@ -88,6 +103,22 @@ def test_ratios_are_taken_within_rounds():
     assert found.milliseconds("own") == 8000.0
 
 
+def test_calls_on_end_share_their_time():
+    calls = []
+    found = interleaved_rounds({"a": lambda: calls.append(time.sleep(0.02))}, rounds=1, repeats=5)
+    assert len(calls) == 1 + 5
+    assert 0.02 <= found.seconds["a"][0] < 0.1
+
+
+def test_ragged_dot_computes_the_same_layer():
+    plan = bench_cases.top_k_plan(TINY)
+    operands = bench_cases.operands(TINY, "float32")
+    for backward in (False, True):
+        own = bench_cases.layer(plan, *operands, "blocks", backward=backward).call()
+        ragged = bench_cases.ragged_layer(plan, *operands, backward=backward).call()
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), own, ragged)
+
+
 def test_rounds_alternate():
     order = []
     found = interleaved_rounds({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2)
@@ -106,12 +137,12 @@ def test_own_work_is_not_others_load():
 
 
 def test_unknown_shape_and_dtype():
-    with pytest.raises(UserError, match=r"^shape='S9' is unknown; valid: S1, S2, S3, S4$"):
+    with pytest.raises(UserError, match=r"^shape='S9' is unknown; valid: S1, S2, S3, S4, A, B, P$"):
         bench_layer.bench_layer(("S9",))
     with pytest.raises(UserError, match=r"^dtype='float16' is unknown; valid: float32, bfloat16$"):
         bench_layer.bench_layer(("S1",), ("float16",))
     with pytest.raises(UserError, match=r"^rounds=0 must be >= 1$"):
-        bench_layer.bench_layer(("S1",), rounds=0)
+        bench_layer.bench_layer(("S1",), timing=Timing(rounds=0))
 
 
 @pytest.mark.parity
@@ -130,4 +161,4 @@ def test_transformers_computes_the_same_layer():
         backward=False,
     )
     ours = bench_cases.layer(plan, x_ND, weights, "blocks", backward=False).call()
-    np.testing.assert_allclose(call().numpy(), ours, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(call().tensor.numpy(), ours, rtol=1e-4, atol=1e-4)

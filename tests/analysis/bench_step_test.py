@@ -5,6 +5,7 @@ import pytest
 
 from anyexperts_jax.analysis import bench_step
 from anyexperts_jax.analysis.bench_step import StepSize
+from anyexperts_jax.core.errors import UserError
 
 TINY = StepSize(width=16, hidden=8, layers=1, experts=16, slots=5, heads=2, vocabulary=260, batch=2, length=8)
 
@@ -31,4 +32,9 @@ def test_transformers_has_as_many_parameters_but_the_modality_table():
     config = next(iter(bench_step.step_forms(TINY).values()))
     _, own, _ = bench_step.own_step(config, tokens_BT)
     assert own - parameters == 4 * TINY.width
-    assert np.isfinite(step().item())
+    assert np.isfinite(step().tensor.item())
+
+
+def test_an_unknown_size_is_refused():
+    with pytest.raises(UserError, match=r"^size='7B' is unknown; valid: 40M, 800M$"):
+        bench_step.bench_step("7B")

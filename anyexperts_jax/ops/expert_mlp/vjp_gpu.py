@@ -39,12 +39,12 @@ def mosaic_options(dtype: jnp.dtype, options: GpuOptions) -> GpuOptions:
     """`options` with tiles.
 
     Raises:
-      UserError: a JAX before 0.12, no Hopper GPU to run on, or a dtype the kernels do not take.
+      UserError: a JAX before 0.11, no Hopper GPU to run on, or a dtype the kernels do not take.
     """
     version = jax.__version__
     require(
-        jax.__version_info__ >= (0, 12),
-        f"implementation='pallas_gpu' needs JAX 0.12 and this is {version}; upgrade it or use 'pallas_triton'",
+        jax.__version_info__ >= (0, 11),
+        f"implementation='pallas_gpu' needs JAX 0.11 and this is {version}; upgrade it or use 'pallas_triton'",
     )
     if not options.interpret:
         require_hopper("pallas_gpu")
@@ -80,7 +80,7 @@ def expert_mlp_mosaic(
     """`expert_mlp` by the Pallas Mosaic GPU kernels. C that is no multiple of 8, or D or F of 64, costs padded copies.
 
     Raises:
-      UserError: a JAX before 0.12, no Hopper GPU to run on, or a dtype the kernels do not take.
+      UserError: a JAX before 0.11, no Hopper GPU to run on, or a dtype the kernels do not take.
     """
     options = mosaic_options(x_ECD.dtype, options)
     rows, width = pallas_gpu.ROW_MULTIPLE, pallas_gpu.WIDTH_MULTIPLE

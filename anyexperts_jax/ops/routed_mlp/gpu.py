@@ -46,7 +46,7 @@ def routed_mlp_mosaic(
     """`routed_mlp` by the Pallas Mosaic GPU kernels. D or F that is no multiple of 64 costs padded copies.
 
     Raises:
-      UserError: a JAX before 0.12, no Hopper GPU to run on, or a dtype the kernels do not take.
+      UserError: a JAX before 0.11, no Hopper GPU to run on, or a dtype the kernels do not take.
     """
     options = mosaic_options(x_ND.dtype, options)
     multiple = pallas_gpu.WIDTH_MULTIPLE
