@@ -5,14 +5,16 @@
 All rows of a table run in turn (A B A B), medians are reported, and ratios are medians of ratios within a round.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import gc
+import os
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 
 from anyexperts_jax.analysis import bench_cases
 from anyexperts_jax.analysis.bench_cases import SHAPES, Compiled, LayerShape
@@ -23,7 +25,7 @@ from anyexperts_jax.analysis.tables import TextTable
 from anyexperts_jax.core.errors import require, require_one_of
 
 DTYPES = ("float32", "bfloat16")
-BUDGETS = (8.0, 7.2, 6.4, 5.6, 4.8, 4.0)
+BUDGETS = (8.0, 7.2, 6.4, 4.8)
 BUDGET_SLOTS = 12  # the paper's k_max: the static width of slot arrays in the budget sweep
 BUDGET_SHAPES = ("S1", "P")
 HOST_SHAPES = ("S1", "S2", "S3", "S4")  # the others are for accelerators
@@ -47,6 +49,9 @@ class LayerTime:
     dropped: float  # share of the slots that found no room
     others_load: float | None  # cores that other processes kept busy meanwhile: figures above 0.1 are noisy
 
+    def line(self) -> str:
+        return f"{self.shape} {self.dtype} {self.run}, {self.form}: {_milliseconds(self.milliseconds)} ms"
+
 
 @dataclasses.dataclass(frozen=True)
 class PartTime:
@@ -57,6 +62,9 @@ class PartTime:
     part: str
     milliseconds: float
     share: float
+
+    def line(self) -> str:
+        return f"{self.shape} {self.dtype} forward, {self.part}: {_milliseconds(self.milliseconds)} ms"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +79,13 @@ class BudgetTime:
     milliseconds: float
     ratio: float
     ideal: float  # real over the first budget's
+
+    def line(self) -> str:
+        where = f"{self.shape} {self.dtype} {self.run}, {self.form} at {self.real:g} real"
+        return f"{where}: {_milliseconds(self.milliseconds)} ms"
+
+
+Row = TypeVar("Row", LayerTime, PartTime, BudgetTime)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +126,7 @@ def bench_layer(
     Args:
       implementations: of the expert ops, side by side in the comparison; the other tables are of the first. None is
         the platform's choice.
-      note: called with a line of progress.
+      note: called with a line for every row, as soon as it is measured.
 
     Raises:
       UserError: an unknown shape, dtype or implementation, one that cannot run here, or rounds < 1.
@@ -131,16 +146,21 @@ def bench_layer(
     parts: list[PartTime] = []
     budgets: list[BudgetTime] = []
     for name, dtype in ((name, dtype) for name in shapes for dtype in dtypes):
+        case = (name, SHAPES[name], dtype, timing)
         for backward in (False, True) if name != "S4" else (False,):
-            note(f"{name} {dtype} {_run(backward)}")
-            layers += compare_layers(name, SHAPES[name], dtype, timing, implementations, backward=backward)
-            gc.collect()
-        note(f"{name} {dtype} parts and budgets")
-        parts += time_parts(name, SHAPES[name], dtype, timing, implementations[0])
+            layers += _noted(note, compare_layers(*case, implementations, backward=backward))
+        parts += _noted(note, time_parts(*case, implementations[0]))
         for backward in (False, True) if name in BUDGET_SHAPES else ():
-            budgets += time_budgets(name, SHAPES[name], dtype, timing, implementations[0], backward=backward)
-            gc.collect()
+            budgets += _noted(note, time_budgets(*case, implementations[0], backward=backward))
     return LayerBench(made_with, tuple(layers), tuple(parts), tuple(budgets))
+
+
+def _noted(note: Callable[[str], None], rows: list[Row]) -> list[Row]:
+    """The rows, each noted; what they were measured with is freed."""
+    gc.collect()
+    for row in rows:
+        note(row.line())
+    return rows
 
 
 def compare_layers(
@@ -156,20 +176,19 @@ def compare_layers(
     transformers and `jax.lax.ragged_dot` (on the CPU 20 times as long and more, so not there)."""
     plan = bench_cases.top_k_plan(shape)
     x_ND, weights = bench_cases.operands(shape, dtype)
-    ours: dict[str, Compiled] = {}
+    how = {"backward": backward}
+    cases: dict[str, Callable[[], Compiled]] = {}
     for own in implementations:
         suffix = "" if own is None else f", {own}"
         for form, dispatch in (("blocks", "blocks"), ("capacity 1.25", "capacity")):
-            ours[form + suffix] = bench_cases.layer(plan, x_ND, weights, dispatch, own, backward=backward)
-    ours[ONE_EXPERT] = bench_cases.one_expert(shape, x_ND, weights, implementations[0], backward=backward)
+            cases[form + suffix] = functools.partial(bench_cases.layer, plan, x_ND, weights, dispatch, own, **how)
+    cases[ONE_EXPERT] = functools.partial(bench_cases.one_expert, shape, x_ND, weights, implementations[0], **how)
     if jax.default_backend() != "cpu" and bench_cases.ragged_bytes(shape) <= RAGGED_LIMIT:
-        ours[RAGGED_DOT] = bench_cases.ragged_layer(plan, x_ND, weights, backward=backward)
+        cases[RAGGED_DOT] = functools.partial(bench_cases.ragged_layer, plan, x_ND, weights, **how)
+    ours = compile_together(cases)
     calls: dict[str, Callable[[], Any]] = {form: one.call for form, one in ours.items()}
     if has_transformers():
-        w_gate_EDF, w_up_EDF, w_down_EFD = (np.asarray(w, np.float32) for w in weights)
-        routing = np.asarray(plan.expert_ids_NK), np.asarray(plan.weights_NK)
-        experts = (w_gate_EDF, w_up_EDF, w_down_EFD)
-        peer = transformers_layer(np.asarray(x_ND, np.float32), *routing, experts, dtype, backward=backward)
+        peer = transformers_layer(x_ND, plan.expert_ids_NK, plan.weights_NK, weights, backward=backward)
         calls = {PEER: peer, **calls}
     found = timing.run(calls)
     dropped = bench_cases.capacity_drops(plan, x_ND, weights)
@@ -211,15 +230,24 @@ def time_budgets(
     rows = []
     for form in ("blocks", "capacity"):
         cases = {
-            f"{real:g}": bench_cases.layer(plan, x_ND, weights, form, implementation, backward=backward)
+            f"{real:g}": functools.partial(
+                bench_cases.layer, plan, x_ND, weights, form, implementation, backward=backward
+            )
             for real, plan in plans.items()
         }
-        found = timing.run(_calls(cases))
+        found = timing.run(_calls(compile_together(cases)))
         for real in BUDGETS:
             own = f"{real:g}"
             ratio, ideal = found.ratio(own, first), real / BUDGETS[0]
             rows.append(BudgetTime(name, dtype, _run(backward), form, real, found.milliseconds(own), ratio, ideal))
     return rows
+
+
+def compile_together(cases: Mapping[str, Callable[[], Compiled]]) -> dict[str, Compiled]:
+    """Every case compiled, as many at once as there are cores: the compilers of GPUs use one each."""
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = {name: pool.submit(case) for name, case in cases.items()}
+        return {name: one.result() for name, one in found.items()}
 
 
 def _calls(cases: dict[str, Compiled]) -> dict[str, Callable[[], Any]]:

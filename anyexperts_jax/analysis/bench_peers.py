@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 if TYPE_CHECKING:
     from anyexperts_jax.analysis.bench_step import StepSize
@@ -45,16 +47,22 @@ def _device() -> str:
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
+def _tensor(array: Array) -> Any:
+    """The array as a tensor of its own, on the same device."""
+    import torch
+
+    return torch.from_dlpack(array).clone()
+
+
 def transformers_layer(
-    x_ND: np.ndarray,
-    expert_ids_NK: np.ndarray,
-    weights_NK: np.ndarray,
-    weights: tuple[np.ndarray, np.ndarray, np.ndarray],
-    dtype: str,
+    x_ND: Array,
+    expert_ids_NK: Array,
+    weights_NK: Array,
+    weights: tuple[Array, Array, Array],
     *,
     backward: bool,
 ) -> Callable[[], Any]:
-    """A call that runs Qwen3MoeExperts once, on a GPU where JAX does.
+    """A call that runs Qwen3MoeExperts once, in the operands' dtype and where they are.
 
     With `backward`, gradients of x, the slots' weights and the experts too.
 
@@ -74,15 +82,13 @@ def transformers_layer(
         num_experts_per_tok=expert_ids_NK.shape[1],
     )
     config._experts_implementation = IMPLEMENTATION
-    layer = Qwen3MoeExperts(config)
+    x = _tensor(x_ND)
+    with torch.device(x.device):
+        layer = Qwen3MoeExperts(config).to(x.dtype)
     with torch.no_grad():
-        gate_up_EFD = np.concatenate([w_gate_EDF, w_up_EDF], axis=2).swapaxes(1, 2)
-        layer.gate_up_proj.copy_(torch.tensor(gate_up_EFD))
-        layer.down_proj.copy_(torch.tensor(w_down_EFD.swapaxes(1, 2)))
-    where = {"device": _device(), "dtype": getattr(torch, dtype)}
-    layer = layer.to(**where)
-    x, slot_weights = (torch.tensor(a).to(**where) for a in (x_ND, weights_NK))
-    ids = torch.tensor(expert_ids_NK, dtype=torch.int64, device=_device())
+        layer.gate_up_proj.copy_(_tensor(jnp.concatenate([w_gate_EDF, w_up_EDF], axis=2)).mT)
+        layer.down_proj.copy_(_tensor(w_down_EFD).mT)
+    slot_weights, ids = _tensor(weights_NK).to(x.dtype), _tensor(expert_ids_NK).long()
 
     def forward() -> Any:
         with torch.no_grad():

@@ -152,13 +152,6 @@ def test_transformers_computes_the_same_layer():
 
     plan = bench_cases.top_k_plan(TINY)
     x_ND, weights = bench_cases.operands(TINY, "float32")
-    call = transformers_layer(
-        np.asarray(x_ND),
-        np.asarray(plan.expert_ids_NK),
-        np.asarray(plan.weights_NK),
-        tuple(np.asarray(w) for w in weights),
-        "float32",
-        backward=False,
-    )
+    call = transformers_layer(x_ND, plan.expert_ids_NK, plan.weights_NK, weights, backward=False)
     ours = bench_cases.layer(plan, x_ND, weights, "blocks", backward=False).call()
     np.testing.assert_allclose(call().tensor.numpy(), ours, rtol=1e-4, atol=1e-4)
