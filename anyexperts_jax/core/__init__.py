@@ -12,6 +12,7 @@ One letter means one thing everywhere: in names (`x_BTD`), annotations (`Float[A
     A  head width                     P  image or video patches of a sequence
     S  audio frames of a sequence     R  rows of a flat, expert-major buffer
     X  features of a patch or frame   Y  vocabulary entries (tokenizer ids)
+    Z  a hypernetwork's code          Q  rank of the maps a hypernetwork generates
 
 Terms: `importance` w in (0, 1), one per token and layer; `slots` K_i; `real_slots` and `virtual_slots` that add up
 to them; `capacity_factor`, `dispatch`, `combine`, `load` as in the mixture-of-experts literature; `dropped`, slots

@@ -10,6 +10,9 @@ LOGICAL_AXES = (
     "expert",  # real experts E
     "expert_mlp",  # expert FFN width F
     "router",  # router columns C
+    "modality",  # one slice a modality M, of routers that tell them apart
+    "router_hidden",  # a hypernetwork's code Z
+    "router_rank",  # rank of the maps a hypernetwork generates Q
     "importance",  # hidden width of the importance MLP
     "norm",  # scales of a norm
     "features",  # patch or audio-frame features X

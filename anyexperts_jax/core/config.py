@@ -7,6 +7,7 @@ from numbers import Integral, Real
 from typing import Literal, get_args
 
 from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.modality import NUM_MODALITIES
 
 ImportanceMLP = Literal["default", "wide", "deep"]
 HsmSite = Literal["block_input", "residual", "off"]
@@ -17,11 +18,12 @@ Scores = Literal["softmax", "sigmoid"]
 Selection = Literal["logits", "scores"]
 VirtualLogits = Literal["free", "tied"]
 VirtualOutput = Literal["identity", "zero"]
-Normalisation = Literal["all", "real"]
+Normalisation = Literal["all", "real", "none", "all_raw_gradient"]
 BalanceScope = Literal["batch", "sequence"]
 ImportanceRegulariser = Literal["logit_l2", "mean_target", "salience"]
 SlotGradient = Literal["none", "straight_through"]
 Overflow = Literal["drop", "fallback"]
+Router = Literal["linear", "per_modality", "per_modality_shared", "dtr", "dtr_shared"]
 
 _CHOICES = {
     "importance_mlp": ImportanceMLP,
@@ -38,6 +40,7 @@ _CHOICES = {
     "importance_regulariser": ImportanceRegulariser,
     "slot_gradient": SlotGradient,
     "overflow": Overflow,
+    "router": Router,
 }
 
 
@@ -70,7 +73,7 @@ class AnyExpertsConfig:
     virtual_logits: VirtualLogits = "free"  # tied: one column stands V times
     virtual_bias_init: float = 1.0  # initial bias of the virtual logits (reading: centres the IAR gap at w = 0.5)
     virtual_output: VirtualOutput = "identity"
-    normalisation: Normalisation = "all"  # combine weights sum to 1 over all selected slots, or over the real ones
+    normalisation: Normalisation = "all"  # of the combine weights; see routing.weights.combine_weights
     scaling_factor: float = 1.0  # on the combine weights (Ling-mini-2.0: 2.5)
 
     expert_bias: bool = False  # loss-free balancing: a bias on the ranking, moved by rule and not by gradient
@@ -90,6 +93,12 @@ class AnyExpertsConfig:
     capacity_factor: float = 1.25  # rows of an expert's buffer over the budget's expected rows
     overflow: Overflow = "drop"  # what does not fit: dropped and counted, or recomputed exactly
 
+    router: Router = "linear"  # where the logits come from; the others are EvoMoE's: see routing.routers
+    router_modalities: int = NUM_MODALITIES  # M of the routers that tell modalities apart
+    router_hidden: int = 128  # Z, the width of a hypernetwork's code (reading: hidden x rank fits the added parameters)
+    router_rank: int = 16  # Q, of the maps a hypernetwork generates (reading)
+    router_gelu: bool = False  # a GELU between a hypernetwork's two maps; EvoMoE's equation (5) has none
+
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             require_one_of(name, getattr(self, name), get_args(choices))
@@ -97,6 +106,8 @@ class AnyExpertsConfig:
         self._check_groups_fit()
         self._check_window()
         self._check_scores()
+        for name in ("router_modalities", "router_hidden", "router_rank"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
         for name in ("balance_weight", "importance_weight", "z_weight", "alpha", "expert_bias_rate"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative; it must be >= 0")
         require(self.scaling_factor > 0, f"scaling_factor={self.scaling_factor} must be > 0")

@@ -4,6 +4,7 @@ import dataclasses
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.modality import NUM_MODALITIES
 from anyexperts_jax.nn.config import StackConfig
 
 
@@ -65,6 +66,11 @@ class ModelConfig:
         for name in ("pad_id", "eos_id"):
             value = getattr(self, name)
             require(0 <= value < self.vocab_size, f"{name}={value} must be in [0, vocab_size={self.vocab_size})")
+        router, modalities = self.moe.router, self.moe.router_modalities
+        require(
+            router == "linear" or modalities == NUM_MODALITIES,
+            f"moe.router={router!r} with moe.router_modalities={modalities}: a multimodal model has {NUM_MODALITIES}",
+        )
 
 
 def _require_sizes(part: str, config: VisionConfig | AudioConfig, names: tuple[str, ...]) -> None:

@@ -79,7 +79,9 @@ class MultimodalModel(nn.Module):
         positions_BT = jnp.broadcast_to(jnp.arange(length), batch.tokens_BT.shape)
         valid_BT = jnp.asarray(batch.valid_BT)
         mask_BTS = causal_mask(positions_BT, length) & valid_BT[:, None, :]
-        x_BTD, trace, _ = self._decode(self.embed(batch), positions_BT, valid_BT, mask_BTS, router_bias_LC, window)
+        modality_BT = jnp.asarray(batch.modality_BT)
+        context = self._context(positions_BT, valid_BT, mask_BTS, modality_BT, window)
+        x_BTD, trace, _ = self._decode(self.embed(batch), context, router_bias_LC)
         return ModelOutput(self._logits(x_BTD), trace)
 
     def prefill(
@@ -96,9 +98,8 @@ class MultimodalModel(nn.Module):
         positions_BT = jnp.broadcast_to(jnp.arange(length), batch.tokens_BT.shape)
         valid_BT = jnp.asarray(batch.valid_BT)
         mask_BTS = causal_mask(positions_BT, cache.moe.keys_BSGA.shape[2])
-        x_BTD, _, written = self._decode(
-            self.embed(batch), positions_BT, valid_BT, mask_BTS, router_bias_LC, window, cache
-        )
+        context = self._context(positions_BT, valid_BT, mask_BTS, jnp.asarray(batch.modality_BT), window)
+        x_BTD, _, written = self._decode(self.embed(batch), context, router_bias_LC, cache)
         last_B = jnp.maximum(valid_BT.sum(axis=1) - 1, 0)
         return self._logits(x_BTD[jnp.arange(x_BTD.shape[0]), last_B]), cast(StackCache, written)
 
@@ -114,10 +115,11 @@ class MultimodalModel(nn.Module):
     ) -> tuple[Float[Array, "B Y"], StackCache]:
         """Logits after one more text token per sequence, at its own position; where not live, anything."""
         positions_BT = positions_B[:, None]
-        x_BTD = self.tokens(tokens_B[:, None]) + self.modality(jnp.full_like(positions_BT, Modality.TEXT))
+        modality_BT = jnp.full_like(positions_BT, Modality.TEXT)
+        x_BTD = self.tokens(tokens_B[:, None]) + self.modality(modality_BT)
         mask_BTS = causal_mask(positions_BT, cache.moe.keys_BSGA.shape[2])
-        live_BT = live_B[:, None]
-        x_BTD, _, written = self._decode(x_BTD, positions_BT, live_BT, mask_BTS, router_bias_LC, window, cache)
+        context = self._context(positions_BT, live_B[:, None], mask_BTS, modality_BT, window)
+        x_BTD, _, written = self._decode(x_BTD, context, router_bias_LC, cache)
         return self._logits(x_BTD[:, 0]), cast(StackCache, written)
 
     def embed(self, batch: Batch) -> Float[Array, "B T D"]:
@@ -140,18 +142,24 @@ class MultimodalModel(nn.Module):
             x_BTD = place_rows(x_BTD, audio_BT, encoded_BSD)
         return x_BTD + self.modality(modality_BT)
 
-    def _decode(
+    def _context(
         self,
-        x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
         valid_BT: Bool[Array, "B T"],
         mask_BTS: Bool[Array, "B T S"],
-        router_bias_LC: Float[Array, "L C"] | None,
+        modality_BT: Int[Array, "B T"],
         window: Float[Array, "2"] | None,
+    ) -> BlockContext:
+        rotation = rotations(self.config.stack.attention, positions_BT)
+        return BlockContext(positions_BT, valid_BT, mask_BTS, rotation, window, modality_BT)
+
+    def _decode(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        context: BlockContext,
+        router_bias_LC: Float[Array, "L C"] | None,
         cache: StackCache | None = None,
     ) -> tuple[Float[Array, "B T D"], RoutingTrace, StackCache | None]:
-        rotation = rotations(self.config.stack.attention, positions_BT)
-        context = BlockContext(positions_BT, valid_BT, mask_BTS, rotation, window)
         return self.decoder(x_BTD, context, router_bias_LC if self.config.moe.expert_bias else None, cache)
 
     def _logits(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest Y"]:

@@ -28,6 +28,7 @@ class BlockContext:
     mask_BTS: Bool[Array, "B T S"]  # position t attends to s
     rotation: Rotations | None = None
     window: Float[Array, "2"] | None = None
+    modality_BT: Int[Array, "B T"] | None = None  # for routers that tell modalities apart
 
 
 def _norm(config: StackConfig, name: str) -> RMSNorm:
@@ -109,5 +110,7 @@ class MoEBlock(nn.Module):
             name="moe",
         )
         normed_BTD = _norm(config, "norm")(x_BTD)
-        y_BTD, trace = layer(normed_BTD, context.valid_BT, bias_C, context.window, importance_logits_BT)
+        y_BTD, trace = layer(
+            normed_BTD, context.valid_BT, bias_C, context.window, importance_logits_BT, context.modality_BT
+        )
         return x_BTD + y_BTD, (trace, cache)

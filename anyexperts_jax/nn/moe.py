@@ -4,46 +4,21 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.dispatch.apply import moe_apply_stats
 from anyexperts_jax.nn.config import Dtype, Residuals
 from anyexperts_jax.nn.importance import ImportanceMLP
-from anyexperts_jax.nn.linear import Contraction, contract
 from anyexperts_jax.nn.mlp import SwiGLU
-from anyexperts_jax.nn.params import Constant, FanIn, named
+from anyexperts_jax.nn.params import FanIn, named
+from anyexperts_jax.nn.router import Router
 from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.route import route
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.expert_parallel import Placement, moe_exchange_stats
-
-
-class Router(nn.Module):
-    """Router logits over E real and V virtual columns, in float32 whatever the compute dtype.
-
-    With `virtual_logits="tied"` one virtual column is learned and stands V times.
-    """
-
-    config: AnyExpertsConfig
-
-    @nn.compact
-    def __call__(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N C"]:
-        config = self.config
-        learned = min(1, config.num_virtual) if config.virtual_logits == "tied" else config.num_virtual
-        kernel_init = named(FanIn(), ("embed", "router"))
-        kernel_DC = self.param("kernel", kernel_init, (x_ND.shape[-1], config.num_experts + learned), jnp.float32)
-        logits_NC = contract(x_ND, kernel_DC, Contraction(precision=jax.lax.Precision.HIGHEST))
-        if not learned:
-            return logits_NC
-        bias_init = named(Constant(config.virtual_bias_init), ("router",))
-        bias_V = self.param("virtual_bias", bias_init, (learned,), jnp.float32)
-        real_NE, virtual_NV = jnp.split(logits_NC, [config.num_experts], axis=-1)
-        virtual_NV = jnp.broadcast_to(virtual_NV + bias_V, (x_ND.shape[0], config.num_virtual))
-        return jnp.concatenate([real_NE, virtual_NV], axis=-1)
 
 
 class Experts(nn.Module):
@@ -96,6 +71,7 @@ class MoE(nn.Module):
         bias_C: Float[Array, "C"] | None = None,
         window: Float[Array, "2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
+        modality_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RoutingTrace]:
         """Returns the layer's output, without a residual connection, and what the router did.
 
@@ -106,6 +82,7 @@ class MoE(nn.Module):
           window: (k_min, k_max) in place of the configuration's.
           importance_logits_BT: computed by the caller, as a block does that modulates its residual stream. With
             `hsm_site="residual"` modulation is the caller's business.
+          modality_BT: ids in [0, router_modalities); needed by routers that tell modalities apart.
 
         Raises:
           UserError: unknown dispatch or implementation, or shapes that do not fit.
@@ -121,7 +98,8 @@ class MoE(nn.Module):
         if config.hsm_site == "block_input":
             x_BTD = modulate(x_BTD, importance(importance_logits_BT), config.alpha)
         x_ND = x_BTD.reshape(batch * length, d_model)
-        logits_NC = checkpoint_name(Router(config, name="router")(x_ND), "router_logits")
+        modality_N = None if modality_BT is None else modality_BT.reshape(-1)
+        logits_NC = checkpoint_name(Router(config, name="router")(x_ND, modality_N), "router_logits")
         if bias_C is None and config.expert_bias and self.is_initializing():
             bias_C = jnp.zeros(config.num_columns, jnp.float32)
         key = self.make_rng("routing") if self._rounds_stochastically() else None

@@ -111,7 +111,9 @@ class _Token:
 
         over_all = scores_C[self.chosen].sum() + 1e-20
         over_real = scores_C[self.real].sum() + 1e-20
-        divisor = over_all if config.normalisation == "all" else over_real
+        if config.normalisation == "none":
+            over_all = over_real = 1.0
+        divisor = over_real if config.normalisation == "real" else over_all
         self.real_weights = config.scaling_factor * scores_C[self.real] / divisor
         self.virtual_weight = config.scaling_factor * scores_C[self.virtual].sum() / over_all
 

@@ -20,15 +20,29 @@ def combine_weights(
 
     normalisation="all": score / (sum over real and virtual selected + 1e-20). "real": the real slots' weights sum to
     one among themselves, and the virtual weight stays what it is under "all", so that it is bounded, and defined for a
-    token whose slots are all virtual (our reading). Both times `scaling_factor`. The expert bias has no part in them.
+    token whose slots are all virtual (our reading). "none": the scores themselves, among all columns, as Switch and
+    MoE-LLaVA's top-1 have them. "all_raw_gradient": the values of "all" with the gradient of "none", an extension of
+    ours: under "all" a single slot's weight is 1 whatever the router says, and the task teaches the router nothing.
+    All times `scaling_factor`. The expert bias has no part in them.
     """
-    real_NK, virtual_NJ = _selected_scores(config, logits_NC, importance_N, selection)
+    real_NK, virtual_NJ, to_raw_N1 = _selected_scores(config, logits_NC, importance_N, selection)
     if config.slot_gradient == "straight_through":
         real_NK, virtual_NJ = _fade_last_slot(real_NK, virtual_NJ, continuous_slots_N, selection)
+    raw_NK, raw_NJ = to_raw_N1 * real_NK, to_raw_N1 * virtual_NJ
     weights_NK, virtual_weights_NJ = normalise(real_NK, virtual_NJ)
-    if config.normalisation == "real":
+    if config.normalisation == "none":
+        weights_NK, virtual_weights_NJ = raw_NK, raw_NJ
+    elif config.normalisation == "all_raw_gradient":
+        weights_NK = with_gradient_of(weights_NK, raw_NK)
+        virtual_weights_NJ = with_gradient_of(virtual_weights_NJ, raw_NJ)
+    elif config.normalisation == "real":
         (weights_NK,) = normalise(real_NK)
     return config.scaling_factor * weights_NK, config.scaling_factor * virtual_weights_NJ.sum(axis=1)
+
+
+def with_gradient_of(value: Float[Array, "*shape"], source: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`value`, whose gradient goes to `source` (straight-through)."""
+    return jax.lax.stop_gradient(value) + (source - jax.lax.stop_gradient(source))
 
 
 def _selected_scores(
@@ -36,11 +50,11 @@ def _selected_scores(
     logits_NC: Float[Array, "N C"],
     importance_N: Float[Array, "N"],
     selection: Selection,
-) -> tuple[Float[Array, "N K"], Float[Array, "N J"]]:
-    """Scores after IAR of the selected real and virtual slots, 0 elsewhere.
+) -> tuple[Float[Array, "N K"], Float[Array, "N J"], Float[Array, "N 1"]]:
+    """Scores after IAR of the selected real and virtual slots, 0 elsewhere, and the factor that makes them true ones.
 
-    Softmax scores come up to a factor per token, which normalisation removes: taken from the largest *selected* logit,
-    they cannot all underflow when a column outside the selection towers over them.
+    Softmax scores come up to that factor per token: taken from the largest *selected* logit, they cannot all underflow
+    when a column outside the selection towers over them. Sigmoid scores are true as they are.
     """
     live_NK, live_NJ = selection.real_live_NK, selection.virtual_live_NJ
     real_NK = jnp.take_along_axis(logits_NC, selection.real_ids_NK, axis=1)
@@ -52,14 +66,23 @@ def _selected_scores(
         # the mask's zero cotangent is NaN.
         top_N1 = jnp.max(real_NK, axis=1, keepdims=True, where=live_NK, initial=-jnp.inf)
         top_N1 = jnp.max(virtual_NJ, axis=1, keepdims=True, where=live_NJ, initial=-jnp.inf).clip(min=top_N1)
-        top_N1 = jax.lax.stop_gradient(top_N1)
+        top_N1 = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top_N1), top_N1, 0))  # -inf: a token without slots
+        tilted = (tilt_logits(config, part, importance_N, sign) for part, sign in _columns(config, logits_NC))
+        total_N1 = jax.nn.logsumexp(jnp.concatenate(list(tilted), axis=1), axis=1, keepdims=True)
+        to_raw_N1 = jnp.exp(top_N1 - total_N1)
         real_NK = jnp.exp(jnp.where(live_NK, real_NK - top_N1, 0))
         virtual_NJ = jnp.exp(jnp.where(live_NJ, virtual_NJ - top_N1, 0))
     else:
         real_NK, virtual_NJ = jax.nn.sigmoid(real_NK), jax.nn.sigmoid(virtual_NJ)
+        to_raw_N1 = jnp.ones_like(importance_N)[:, None]
     real_NK = real_NK * score_factor(config, importance_N, +1)
     virtual_NJ = virtual_NJ * score_factor(config, importance_N, -1)
-    return jnp.where(live_NK, real_NK, 0), jnp.where(live_NJ, virtual_NJ, 0)
+    return jnp.where(live_NK, real_NK, 0), jnp.where(live_NJ, virtual_NJ, 0), to_raw_N1
+
+
+def _columns(config: AnyExpertsConfig, logits_NC: Float[Array, "N C"]) -> tuple[tuple[Array, int], tuple[Array, int]]:
+    """The real and the virtual experts' columns, each with its sign in importance-aware routing."""
+    return (logits_NC[:, : config.num_experts], +1), (logits_NC[:, config.num_experts :], -1)
 
 
 def _fade_last_slot(

@@ -34,6 +34,9 @@ class ShardingRules:
     expert: MeshAxes = "expert"
     expert_mlp: MeshAxes = "tensor"
     router: MeshAxes = None
+    modality: MeshAxes = None
+    router_hidden: MeshAxes = None
+    router_rank: MeshAxes = None
     importance: MeshAxes = None
     norm: MeshAxes = None
     features: MeshAxes = None

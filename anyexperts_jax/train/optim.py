@@ -56,7 +56,7 @@ def learning_rate(config: OptimConfig, steps: int, step: Int[Array, ""] | int) -
 
 def decays(logical_axes: tuple[str, ...]) -> bool:
     """Whether weight decay applies to a parameter: to matrices, not to norms, biases and other vectors per layer."""
-    return len([axis for axis in logical_axes if axis != "layers"]) >= 2
+    return len([axis for axis in logical_axes if axis not in ("layers", "modality")]) >= 2
 
 
 def make_optimizer(config: OptimConfig, logical_axes: Any) -> optax.GradientTransformation:

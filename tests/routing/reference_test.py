@@ -172,7 +172,7 @@ def test_compiled_and_batched_path_equals_the_oracle_over_windows(seed):
         scores="sigmoid" if seed % 4 in (1, 2) else "softmax",
         selection=("logits", "scores")[seed // 4],
         slot_rounding=("round", "stochastic", "floor")[seed % 3],
-        normalisation=("all", "real")[seed // 3 % 2],
+        normalisation=("all", "real", "none", "all_raw_gradient")[seed // 2],
         expert_bias=True,
         num_groups=(1, 3)[seed // 5],
         groups_kept=(1, 2)[seed // 5],

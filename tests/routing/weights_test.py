@@ -41,6 +41,28 @@ def test_normalised_over_real_slots_only():
     assert virtual == pytest.approx(0.930371, abs=1e-6)
 
 
+def test_scores_as_they_are():
+    weights, virtual = _weights(_config(normalisation="none"))
+    scores = np.exp(LOGITS[0]) / np.exp(LOGITS[0]).sum()
+    np.testing.assert_allclose(weights, [*scores[:3], 0], atol=1e-6)
+    assert virtual == pytest.approx(float(scores[4]), abs=1e-6)
+
+
+def test_a_single_slot_has_weight_one_and_teaches_the_router_only_by_the_raw_scores_gradient():
+    def gradient(normalisation):
+        config = AnyExpertsConfig.static_top_k(E, 1, normalisation=normalisation)
+        logits = jnp.array([[2.0, 1.0, 0.0, -1.0]])
+        weight = lambda logits: route(config, logits, Z).weights_NK[0, 0]  # noqa: E731
+        return weight(logits), jax.grad(weight)(logits)[0]
+
+    (unit, none), (same, raw_grad) = gradient("all"), gradient("all_raw_gradient")
+    assert float(unit) == float(same) == 1.0
+    np.testing.assert_array_equal(none, 0.0)
+    score = np.exp([2.0, 1.0, 0.0, -1.0]) / np.exp([2.0, 1.0, 0.0, -1.0]).sum()
+    np.testing.assert_allclose(raw_grad, score[0] * (np.eye(4)[0] - score), atol=1e-6)
+    np.testing.assert_allclose(gradient("none")[1], raw_grad, atol=1e-7)
+
+
 def test_scaling_factor_scales_both():
     weights, virtual = _weights(_config(scaling_factor=2.5))
     np.testing.assert_allclose(weights, 2.5 * np.array([0.046321, 0.017040, 0.006269, 0]), atol=3e-6)
@@ -87,7 +109,7 @@ def test_the_expert_bias_moves_the_ranking_and_not_the_weights():
 
 
 def test_all_virtual_tokens_have_a_bounded_weight_and_finite_gradients():
-    for normalisation in ("all", "real"):
+    for normalisation in ("all", "real", "all_raw_gradient"):
         config = _config(k_min=1, k_max=1, rho_max=0.9, normalisation=normalisation)
         plan = routed(config, LOGITS, Z)
         assert (int(plan.real_slots_N[0]), int(plan.virtual_slots_N[0])) == (0, 1)
@@ -103,7 +125,7 @@ def _weighted_sum(plan):
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("normalisation", ["all", "real"])
+@pytest.mark.parametrize("normalisation", ["all", "real", "none", "all_raw_gradient"])
 @pytest.mark.parametrize("scale", [1e4, -1e4, 80.0])
 def test_extreme_logits_give_finite_weights_and_gradients(scores, normalisation, scale):
     config = _config(scores=scores, normalisation=normalisation, iar="add", slot_gradient="straight_through")

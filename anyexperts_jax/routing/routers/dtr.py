@@ -1,0 +1,85 @@
+"""The dynamic token-aware router (EvoMoE, arXiv 2505.23830, equations 5 to 8).
+
+A hypernetwork of the token's modality m makes a low-rank network of its own for each token z, which maps it to E, and
+phi, shared by the modalities, scores E: with code c = W1 z + b1 (Z wide, a GELU on it if asked for),
+
+    Theta_down = c W2_down + b2_down  [D, 2Q]    Theta_up = c W2_up + b2_up  [Q, D]
+    a = silu(gate) * up, (gate, up) = z Theta_down    rho = phi(a Theta_up)
+
+No Theta is ever made. Both maps are linear in c, so z meets W2_down before c does: N x Z x 2Q numbers in place of
+N x D x 2Q. And phi is linear, so it meets W2_up before the tokens do: a matmul of Z Q x C in place of Z Q x D. Both are
+exact. The sizes of the paper are unknown; ours are a reading.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.core.tree import register_dataclass
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hypernetworks:
+    """The weights of M hypernetworks H^m, float32."""
+
+    encode_MDZ: Float[Array, "*M D Z"]  # W1
+    encode_bias_MZ: Float[Array, "*M Z"]  # b1
+    down_MZDW: Float[Array, "*M Z D W"]  # W2's part that makes Theta_down; W = 2Q, the gate's columns, then the up's
+    down_bias_MDW: Float[Array, "*M D W"]  # b2's
+    up_MZQD: Float[Array, "*M Z Q D"]  # W2's part that makes Theta_up
+    up_bias_MQD: Float[Array, "*M Q D"]
+
+
+def dtr_logits(
+    x_ND: Float[Array, "N D"],
+    modality_N: Int[Array, "N"],
+    hypernetworks: Hypernetworks,
+    phi_DC: Float[Array, "D C"],
+    *,
+    gelu: bool = False,
+) -> Float[Array, "N C"]:
+    """Router logits rho [N, C], float32; the softmax over them is `route`'s.
+
+    The hypernetworks take turns, each on all tokens; a token keeps its own modality's logits, and the weights of
+    another modality have no gradient from it. What a hypernetwork computes on the way is computed again in the
+    backward pass, so that it is never held for more than one.
+
+    Args:
+      modality_N: ids in [0, M), M the hypernetworks' number.
+      gelu: a GELU on the code, which equation (5) does not have.
+    """
+    x_ND = x_ND.astype(jnp.float32)
+
+    @jax.checkpoint
+    def one(network: Hypernetworks) -> Array:
+        return _logits_of_one(x_ND, network, phi_DC, gelu)
+
+    def add(logits_NC: Array, numbered: tuple[Array, Hypernetworks]) -> tuple[Array, None]:
+        modality, network = numbered
+        return jnp.where((modality_N == modality)[:, None], one(network), logits_NC), None
+
+    modalities = jnp.arange(hypernetworks.encode_MDZ.shape[0])
+    start_NC = jnp.zeros((x_ND.shape[0], phi_DC.shape[1]), jnp.float32)
+    return jax.lax.scan(add, start_NC, (modalities, hypernetworks))[0]
+
+
+def _logits_of_one(x_ND: Array, network: Hypernetworks, phi_DC: Array, gelu: bool) -> Array:
+    def product(equation: str, *operands: Array) -> Array:
+        return jnp.einsum(equation, *operands, precision=_EXACT)
+
+    code_NZ = product("nd,dz->nz", x_ND, network.encode_MDZ) + network.encode_bias_MZ
+    if gelu:
+        code_NZ = jax.nn.gelu(code_NZ)
+    by_code_NZW = product("nd,zdw->nzw", x_ND, network.down_MZDW)
+    low_NW = product("nz,nzw->nw", code_NZ, by_code_NZW) + product("nd,dw->nw", x_ND, network.down_bias_MDW)
+    gate_NQ, up_NQ = jnp.split(low_NW, 2, axis=1)
+    a_NQ = jax.nn.silu(gate_NQ) * up_NQ
+    scored_ZQC = product("zqd,dc->zqc", network.up_MZQD, phi_DC)
+    scored_bias_QC = product("qd,dc->qc", network.up_bias_MQD, phi_DC)
+    both_NZQ = code_NZ[:, :, None] * a_NQ[:, None, :]
+    return product("nzq,zqc->nc", both_NZQ, scored_ZQC) + product("nq,qc->nc", a_NQ, scored_bias_QC)
