@@ -24,6 +24,7 @@ LAYERS = [
     {"models"},
     {"data"},
     {"train"},
+    {"evolution"},
     {"analysis"},
     {"aot"},
     {"cli"},

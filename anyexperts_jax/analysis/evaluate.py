@@ -18,7 +18,7 @@ from anyexperts_jax.analysis.measure import (
 from anyexperts_jax.analysis.results import BudgetResult, BudgetTime, EvaluationResult, save_evaluation
 from anyexperts_jax.analysis.scoring import longest_answer, predict, score_domain
 from anyexperts_jax.analysis.timing import time_budgets
-from anyexperts_jax.analysis.trained import Trained, load_trained, own_window, with_room
+from anyexperts_jax.analysis.trained import Trained, load_trained, own_window, require_experts, with_room
 from anyexperts_jax.analysis.versions import device_text, versions
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig, round_half_up
@@ -99,6 +99,7 @@ def evaluate_trained(
     note: Callable[[str], None] = lambda line: None,
 ) -> EvaluationResult:
     """`evaluate` without files."""
+    require_experts(trained.config, "nothing to evaluate at a budget")
     moe = trained.config.model.moe
     budgets = tuple(dict.fromkeys(budgets)) if budgets else default_budgets(moe)
     names = tuple(domains or trained.config.data.domains)

@@ -9,7 +9,7 @@ from anyexperts_jax.analysis.example_map import ExampleMap, map_examples
 from anyexperts_jax.analysis.importance import Separation
 from anyexperts_jax.analysis.measure import measure_separations, sample_routing, summarise
 from anyexperts_jax.analysis.results import EvaluationResult, RoutingSummary, load_evaluation
-from anyexperts_jax.analysis.trained import Trained, load_trained, own_window
+from anyexperts_jax.analysis.trained import Trained, load_trained, own_window, require_experts
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.models.init import parameter_count
 from anyexperts_jax.train.config import RunConfig, load_config
@@ -64,6 +64,7 @@ def gather(root: pathlib.Path, examples: int) -> ReportSource:
     paths = RunDir(root)
     require(paths.config.exists(), f"no run in {root}: there is no {paths.config}")
     config = load_config(paths.config)
+    require_experts(config, f"no report of {root}")
     evaluation = load_evaluation(root)
     trained, no_checkpoint = _checkpoint(root)
     routing = None if evaluation is None else evaluation.trained

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.train.checkpoint import Checkpoints
 from anyexperts_jax.train.config import RunConfig
@@ -37,6 +37,15 @@ def load_trained(run_dir: str | pathlib.Path, which: str = "best") -> Trained:
     checkpoints.close()
     assert step is not None  # load_run found one
     return Trained(config, params, router_bias_LC, step)
+
+
+def require_experts(config: RunConfig, what: str) -> None:
+    """Refuses `what` of a dense model, which routes nothing.
+
+    Raises:
+      UserError: when the run's model has no MoE layer.
+    """
+    require(config.model.stack.num_moe_layers > 0, f"{what}: the run's model is dense and routes nothing")
 
 
 def own_window(moe: AnyExpertsConfig) -> tuple[float, float]:

@@ -24,19 +24,31 @@ def init_params(config: ModelConfig, key: Array) -> dict[str, Any]:
 
     The model itself is not run.
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(_boxed_shapes(config), is_leaf=_is_box)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    boxes = [box for _, box in leaves]
-    normals = _standard_normals(key, {name: box for name, box in zip(names, boxes, strict=True) if _is_random(box)})
-    values = []
-    for name, box in zip(names, boxes, strict=True):
+    boxed = _boxed_shapes(config)
+    values = init_leaves(config, key, tuple(named_leaves(boxed)))
+    return jax.tree.unflatten(jax.tree.structure(boxed, is_leaf=_is_box), list(values.values()))
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The tree's leaves by name, as "decoder/dense_0/norm/scale", in the tree's order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def init_leaves(config: ModelConfig, key: Array, names: tuple[str, ...]) -> dict[str, Array]:
+    """The initial values of some parameters alone, those that `init_params` gives them."""
+    every = named_leaves(_boxed_shapes(config))
+    boxes = {name: every[name] for name in names}
+    normals = _standard_normals(key, {name: box for name, box in boxes.items() if _is_random(box)})
+    values = {}
+    for name, box in boxes.items():
         shape, dtype = box.value.shape, box.value.dtype
         if _is_random(box):
             std = box.init.std(shape[1:] if _is_stacked(box) else shape)
-            values.append((std * normals[name].reshape(shape)).astype(dtype))
+            values[name] = (std * normals[name].reshape(shape)).astype(dtype)
         else:
-            values.append(box.init(key, shape, dtype))
-    return jax.tree.unflatten(tree, values)
+            values[name] = box.init(key, shape, dtype)
+    return values
 
 
 def _standard_normals(key: Array, boxes: dict[str, NamedAxes]) -> dict[str, Array]:

@@ -97,7 +97,7 @@ class MultimodalModel(nn.Module):
         length = batch.tokens_BT.shape[1]
         positions_BT = jnp.broadcast_to(jnp.arange(length), batch.tokens_BT.shape)
         valid_BT = jnp.asarray(batch.valid_BT)
-        mask_BTS = causal_mask(positions_BT, cache.moe.keys_BSGA.shape[2])
+        mask_BTS = causal_mask(positions_BT, cache.length)
         context = self._context(positions_BT, valid_BT, mask_BTS, jnp.asarray(batch.modality_BT), window)
         x_BTD, _, written = self._decode(self.embed(batch), context, router_bias_LC, cache)
         last_B = jnp.maximum(valid_BT.sum(axis=1) - 1, 0)
@@ -117,7 +117,7 @@ class MultimodalModel(nn.Module):
         positions_BT = positions_B[:, None]
         modality_BT = jnp.full_like(positions_BT, Modality.TEXT)
         x_BTD = self.tokens(tokens_B[:, None]) + self.modality(modality_BT)
-        mask_BTS = causal_mask(positions_BT, cache.moe.keys_BSGA.shape[2])
+        mask_BTS = causal_mask(positions_BT, cache.length)
         context = self._context(positions_BT, live_B[:, None], mask_BTS, modality_BT, window)
         x_BTD, _, written = self._decode(x_BTD, context, router_bias_LC, cache)
         return self._logits(x_BTD[:, 0]), cast(StackCache, written)

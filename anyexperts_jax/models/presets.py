@@ -74,7 +74,18 @@ def _ling_mini_2() -> ModelConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], ModelConfig]] = {"tiny": _tiny, "small": _small, "ling_mini_2": _ling_mini_2}
+def _tiny_dense() -> ModelConfig:
+    """`tiny` with four dense layers and no experts: what EvoMoE's experts evolve from."""
+    tiny = _tiny()
+    return dense_twin(dataclasses.replace(tiny, stack=dataclasses.replace(tiny.stack, num_layers=4)))
+
+
+PRESETS: dict[str, Callable[[], ModelConfig]] = {
+    "tiny": _tiny,
+    "tiny_dense": _tiny_dense,
+    "small": _small,
+    "ling_mini_2": _ling_mini_2,
+}
 
 
 def model_preset(name: str) -> ModelConfig:
@@ -85,6 +96,14 @@ def model_preset(name: str) -> ModelConfig:
     """
     require_one_of("model preset", name, PRESETS)
     return PRESETS[name]()
+
+
+def dense_twin(config: ModelConfig) -> ModelConfig:
+    """The same model with a dense FFN of `d_ff` in every layer, no router and no expert."""
+    stack = dataclasses.replace(
+        config.stack, num_dense_layers=config.stack.num_layers, moe_every=1, num_shared_experts=0, scan_unroll=1
+    )
+    return dataclasses.replace(config, stack=stack, moe=AnyExpertsConfig.static_top_k(1, 1))
 
 
 def static_twin(config: ModelConfig, k: int) -> ModelConfig:

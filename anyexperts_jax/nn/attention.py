@@ -24,9 +24,9 @@ class KVCache:
     values_BSGA: Float[Array, "*L B S G A"]
 
 
-def empty_cache(config: AttentionConfig, batch_size: int, length: int, dtype: Dtype, layers: int) -> KVCache:
+def empty_cache(config: AttentionConfig, batch_size: int, length: int, dtype: Dtype, *layers: int) -> KVCache:
     """A zero cache of `length` positions, stacked over `layers`."""
-    zeros = jnp.zeros((layers, batch_size, length, config.num_kv_heads, config.head_dim), dtype)
+    zeros = jnp.zeros((*layers, batch_size, length, config.num_kv_heads, config.head_dim), dtype)
     return KVCache(zeros, zeros)
 
 

@@ -1,8 +1,11 @@
 """Pre-norm decoder blocks."""
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
@@ -73,8 +76,38 @@ class DenseBlock(nn.Module):
         return x_BTD + mlp(_norm(config, "norm")(x_BTD)), cache
 
 
+def dense_blocks(
+    config: StackConfig, block: type[nn.Module], name: str, count: int
+) -> Callable[[Array, BlockContext, KVCache | None], tuple[Array, KVCache | None]]:
+    """`count` dense blocks one after the other, named `name`_0 and so on, with a cache stacked over them."""
+
+    def run(x_BTD: Array, context: BlockContext, cache: KVCache | None) -> tuple[Array, KVCache | None]:
+        written = []
+        for i in range(count):
+            own = None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache)
+            x_BTD, own = block(config, name=f"{name}_{i}")(x_BTD, context, own)
+            written.append(own)
+        if cache is None or not written:
+            return x_BTD, cache
+        return x_BTD, jax.tree.map(lambda *layers: jnp.stack(layers), *written)
+
+    return run
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoEBlockCache:
+    """The cache of a MoE block, and of the dense blocks before it, stacked; of all MoE blocks, stacked once more."""
+
+    before: KVCache
+    moe: KVCache
+
+
 class MoEBlock(nn.Module):
-    """Attention, then the experts. With `hsm_site="residual"` h' = h + alpha w h replaces the stream first."""
+    """`moe_every` - 1 dense blocks, then attention and the experts.
+
+    With `hsm_site="residual"` h' = h + alpha w h replaces the stream before the experts.
+    """
 
     config: StackConfig
     moe: AnyExpertsConfig
@@ -86,10 +119,13 @@ class MoEBlock(nn.Module):
         x_BTD: Float[Array, "B T D"],
         context: BlockContext,
         bias_C: Float[Array, "C"] | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[RoutingTrace, KVCache | None]]:
+        cache: MoEBlockCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[RoutingTrace, MoEBlockCache | None]]:
         config = self.config
-        x_BTD, cache = SelfAttention(config, name="self_attention")(x_BTD, context, cache)
+        x_BTD, before = dense_blocks(config, DenseBlock, "before", config.moe_every - 1)(
+            x_BTD, context, cache and cache.before
+        )
+        x_BTD, own = SelfAttention(config, name="self_attention")(x_BTD, context, cache and cache.moe)
         importance_logits_BT = None
         if self.moe.hsm_site == "residual":
             mlp = ImportanceMLP(self.moe.importance_mlp, config.norm_eps, name="importance")
@@ -113,4 +149,5 @@ class MoEBlock(nn.Module):
         y_BTD, trace = layer(
             normed_BTD, context.valid_BT, bias_C, context.window, importance_logits_BT, context.modality_BT
         )
-        return x_BTD + y_BTD, (trace, cache)
+        written = None if before is None or own is None else MoEBlockCache(before, own)
+        return x_BTD + y_BTD, (trace, written)

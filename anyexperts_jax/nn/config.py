@@ -47,7 +47,9 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StackConfig:
-    """The decoder's blocks: `num_dense_layers` with a dense FFN, then mixture-of-experts layers.
+    """The decoder's blocks: `num_dense_layers` with a dense FFN, then every `moe_every`-th with a mixture of experts.
+
+    With num_dense_layers = num_layers the model is dense, and the routing policy has no effect.
 
     Raises:
       UserError: naming the value and the rule it breaks.
@@ -56,6 +58,7 @@ class StackConfig:
     d_model: int = 128  # D
     num_layers: int = 4  # dense and MoE together
     num_dense_layers: int = 1
+    moe_every: int = 1  # of the layers after those, each moe_every-th is a mixture of experts, the others are dense
     d_ff: int = 384  # FFN width of the dense layers
     expert_d_ff: int = 32  # F
     num_shared_experts: int = 1  # each F wide, on every token, beside the routed ones
@@ -74,19 +77,24 @@ class StackConfig:
         require_one_of("remat", self.remat, get_args(Remat))
         require_one_of("dtype", self.dtype, get_args(Dtype))
         require_one_of("param_dtype", self.param_dtype, get_args(Dtype))
-        for name in ("d_model", "d_ff", "expert_d_ff", "scan_unroll"):
+        for name in ("d_model", "moe_every", "d_ff", "expert_d_ff", "scan_unroll"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
         require(self.num_shared_experts >= 0, f"num_shared_experts={self.num_shared_experts} must be >= 0")
         require(
-            0 <= self.num_dense_layers < self.num_layers,
-            f"num_dense_layers={self.num_dense_layers} must be in [0, num_layers={self.num_layers})",
+            0 <= self.num_dense_layers <= self.num_layers,
+            f"num_dense_layers={self.num_dense_layers} must be in [0, num_layers={self.num_layers}]",
+        )
+        require(
+            (self.num_layers - self.num_dense_layers) % self.moe_every == 0,
+            f"moe_every={self.moe_every} must divide num_layers - num_dense_layers = "
+            f"{self.num_layers - self.num_dense_layers}; set num_dense_layers to take up the rest",
         )
         require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be > 0")
 
     @property
     def num_moe_layers(self) -> int:
         """L of router arrays."""
-        return self.num_layers - self.num_dense_layers
+        return (self.num_layers - self.num_dense_layers) // self.moe_every
 
     @property
     def residual_scale(self) -> float:

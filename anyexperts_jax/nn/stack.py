@@ -6,33 +6,38 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require_one_of
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.nn.attention import KVCache, empty_cache
-from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock
+from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock, MoEBlockCache, dense_blocks
 from anyexperts_jax.nn.config import Remat, StackConfig
-from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.routing.trace import RoutingTrace, empty_trace
 from anyexperts_jax.sharding.expert_parallel import Placement
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackCache:
-    """Key/value caches of the dense layers and of the MoE layers, each stacked over its layers."""
+    """Key/value caches of the leading dense layers and of the MoE blocks, each stacked over its layers."""
 
     dense: KVCache
-    moe: KVCache
+    blocks: MoEBlockCache
+
+    @property
+    def length(self) -> int:
+        """Positions there is room for."""
+        return self.dense.keys_BSGA.shape[2]
 
 
 def empty_stack_cache(config: StackConfig, batch_size: int, length: int) -> StackCache:
-    def cache(layers: int) -> KVCache:
-        return empty_cache(config.attention, batch_size, length, config.dtype, layers)
+    def cache(*layers: int) -> KVCache:
+        return empty_cache(config.attention, batch_size, length, config.dtype, *layers)
 
-    return StackCache(cache(config.num_dense_layers), cache(config.num_moe_layers))
+    blocks = MoEBlockCache(cache(config.num_moe_layers, config.moe_every - 1), cache(config.num_moe_layers))
+    return StackCache(cache(config.num_dense_layers), blocks)
 
 
 def remat_policy(name: Remat) -> Callable[..., Any]:
@@ -59,7 +64,7 @@ def remat_policy(name: Remat) -> Callable[..., Any]:
 
 
 class Stack(nn.Module):
-    """Dense blocks one after the other, then the MoE blocks by `scan` over stacked parameters."""
+    """Leading dense blocks one after the other, then the MoE blocks by `scan` over stacked parameters."""
 
     config: StackConfig
     moe: AnyExpertsConfig
@@ -75,11 +80,11 @@ class Stack(nn.Module):
     ) -> tuple[Float[Array, "B T D"], RoutingTrace, StackCache | None]:
         """Returns the last block's output, the routing traces stacked over MoE layers, and the cache written."""
         dense_block, moe_block = self._blocks()
-        dense_caches = []
-        for i in range(self.config.num_dense_layers):
-            layer_cache = None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache.dense)
-            x_BTD, layer_cache = dense_block(self.config, name=f"dense_{i}")(x_BTD, context, layer_cache)
-            dense_caches.append(layer_cache)
+        leading = dense_blocks(self.config, dense_block, "dense", self.config.num_dense_layers)
+        x_BTD, dense_cache = leading(x_BTD, context, cache and cache.dense)
+        if not self.config.num_moe_layers:
+            written = None if cache is None or dense_cache is None else StackCache(dense_cache, cache.blocks)
+            return x_BTD, empty_trace(self.moe, *x_BTD.shape[:2]), written
         scanned = nn.scan(
             moe_block,
             variable_axes={"params": 0},
@@ -90,11 +95,8 @@ class Stack(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = scanned(self.config, self.moe, self.placement, name="moe_layers")
-        x_BTD, (trace, moe_cache) = layers(x_BTD, context, router_bias_LC, None if cache is None else cache.moe)
-        if cache is None:
-            return x_BTD, trace, None
-        dense_cache = jax.tree.map(lambda *layers: jnp.stack(layers), *dense_caches) if dense_caches else cache.dense
-        return x_BTD, trace, StackCache(dense_cache, moe_cache)
+        x_BTD, (trace, blocks) = layers(x_BTD, context, router_bias_LC, cache and cache.blocks)
+        return x_BTD, trace, None if dense_cache is None else StackCache(dense_cache, blocks)
 
     def _blocks(self) -> tuple[type[nn.Module], type[nn.Module]]:
         if self.config.remat == "none":

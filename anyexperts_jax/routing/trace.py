@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.routing.plan import RoutingPlan
+from anyexperts_jax.routing.route import route
 
 
 @register_dataclass
@@ -37,3 +40,21 @@ class RoutingTrace:
             losses=plan.losses,
             metrics={**plan.metrics, "dropped": jnp.asarray(dropped, jnp.float32)},
         )
+
+
+def empty_trace(config: AnyExpertsConfig, num_sequences: int, length: int) -> RoutingTrace:
+    """The trace of a stack without MoE layers: every array as stacked over L = 0 of them."""
+
+    def one_layer() -> RoutingTrace:
+        tokens = num_sequences * length
+        bias_C = jnp.zeros(config.num_columns) if config.expert_bias else None
+        config_here = dataclasses.replace(config, slot_rounding="round")
+        plan = route(config_here, jnp.zeros((tokens, config.num_columns)), jnp.zeros(tokens), None, bias_C)
+        return RoutingTrace.from_plan(plan, num_sequences)
+
+    return jax.tree.map(lambda layer: jnp.zeros((0, *layer.shape), layer.dtype), jax.eval_shape(one_layer))
+
+
+def layer_mean(values_L: Float[Array, " L"]) -> Float[Array, ""]:
+    """The mean over MoE layers; 0 for a dense model, which has none."""
+    return values_L.sum() / max(values_L.shape[0], 1)

@@ -24,9 +24,10 @@ from anyexperts_jax.train.config import RunConfig, describe_differences
 from anyexperts_jax.train.metrics import routing_means
 from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.progress import Reporter, status_line
+from anyexperts_jax.train.recipe import EVERYTHING, Recipe
 from anyexperts_jax.train.run_dir import RunDir, open_run_dir
 from anyexperts_jax.train.run_log import RunLog, read_records
-from anyexperts_jax.train.state import TrainState, abstract_state, create_state
+from anyexperts_jax.train.state import TrainState, abstract_state, create_state, state_from
 from anyexperts_jax.train.step import CHECKED_SCALARS, StepReport, jit_train_step, model_apply
 from anyexperts_jax.train.stops import DiskFullError, NonFiniteError, RunInterruptedError, StopRequests, no_room
 from anyexperts_jax.train.validation import Validation
@@ -42,7 +43,9 @@ class TrainResult:
     skipped_steps: int  # steps that were not finite, with train.on_nonfinite="skip"
 
 
-def train(config: RunConfig, run_dir: str | pathlib.Path, *, progress: bool = True) -> TrainResult:
+def train(
+    config: RunConfig, run_dir: str | pathlib.Path, *, progress: bool = True, recipe: Recipe = EVERYTHING
+) -> TrainResult:
     """Trains to the last step, from the last checkpoint in `run_dir` if there is one.
 
     On one mesh a run that was killed and goes on takes the same steps, bit for bit on CPU, as one that never stopped.
@@ -50,6 +53,7 @@ def train(config: RunConfig, run_dir: str | pathlib.Path, *, progress: bool = Tr
 
     Args:
       progress: show a bar, lines and tables on the standard error.
+      recipe: where the run departs from training every parameter from scratch.
 
     Raises:
       UserError: when the configuration does not fit the devices, or the run in `run_dir` is another's or unreadable.
@@ -63,7 +67,7 @@ def train(config: RunConfig, run_dir: str | pathlib.Path, *, progress: bool = Tr
         reporter.note(f"going on with {describe_differences(changed)}")
     try:
         with StopRequests() as requests, quiet_orbax():
-            return _Run(config, paths, reporter, requests).to_the_end()
+            return _Run(config, paths, reporter, requests, recipe).to_the_end()
     except (OSError, ValueError, RuntimeError) as error:
         said = no_room(error)
         if said is None:
@@ -76,12 +80,15 @@ def train(config: RunConfig, run_dir: str | pathlib.Path, *, progress: bool = Tr
 class _Run:
     """One process's part of a run: everything the loop touches, opened together and closed together."""
 
-    def __init__(self, config: RunConfig, paths: RunDir, reporter: Reporter, requests: StopRequests) -> None:
+    def __init__(
+        self, config: RunConfig, paths: RunDir, reporter: Reporter, requests: StopRequests, recipe: Recipe
+    ) -> None:
         self.config, self.paths, self.reporter, self.requests = config, paths, reporter, requests
+        self.recipe = recipe
         self.mesh = make_mesh(config.mesh)
         _check_batch_fits(config, self.mesh)
-        self.apply = model_apply(config.model, Placement(self.mesh))
-        self.optimizer = make_optimizer(config.optim, logical_axes(config.model))
+        self.apply = (recipe.apply or model_apply)(config.model, Placement(self.mesh))
+        self.optimizer = recipe.optimizer or make_optimizer(config.optim, logical_axes(config.model))
         self.iterator = train_iterator(config.data, config.train.batch_size)
         self.validation = Validation(config, self.apply, self.mesh)
         self.checkpoints = Checkpoints(paths.checkpoints, config.train.keep_last)
@@ -111,6 +118,8 @@ class _Run:
     def _start(self) -> TrainState:
         """The last checkpoint's state, with the data iterator moved to it; or a new one."""
         model, step = self.config.model, self.checkpoints.latest
+        if step is None and self.recipe.start is not None:
+            return state_from(model, self.optimizer, self.mesh, self.recipe.start(self.mesh))
         if step is None:
             return create_state(model, self.optimizer, self.mesh, jax.random.key(self.config.seed))
         require(
@@ -154,7 +163,7 @@ class _Run:
 
     def _compile(self, state: TrainState, batch: Any) -> Any:
         start = time.perf_counter()
-        step_fn = jit_train_step(self.config, self.optimizer, self.apply, self.mesh)
+        step_fn = jit_train_step(self.config, self.optimizer, self.apply, self.mesh, self.recipe.trainable)
         compiled = step_fn.lower(state, batch).compile()
         self.reporter.note(f"step compiled in {time.perf_counter() - start:.1f} s")
         self.since = time.perf_counter()
@@ -194,6 +203,8 @@ class _Run:
         loss = math.inf
         if evaluates:
             record = self.validation(state)
+            if self.recipe.measure is not None:
+                record |= self.recipe.measure(state, self.validation)
             loss = record["loss"] if np.isfinite(record["loss"]) else math.inf
             self.log.write("validation", step, record)
             self.reporter.evaluation(step, record)

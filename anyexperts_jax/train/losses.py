@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.routing.trace import layer_mean
 
 
 @jax.tree_util.register_dataclass
@@ -50,4 +51,4 @@ def auxiliary_loss(config: AnyExpertsConfig, losses: dict[str, Float[Array, " L"
     reading).
     """
     weights = {"balance": config.balance_weight, "importance": config.importance_weight, "z": config.z_weight}
-    return jnp.asarray(sum(weight * losses[name].mean() for name, weight in weights.items()), jnp.float32)
+    return jnp.asarray(sum(weight * layer_mean(losses[name]) for name, weight in weights.items()), jnp.float32)

@@ -69,6 +69,7 @@ def routing_means(config: AnyExpertsConfig, sums: RoutingSums) -> dict[str, Any]
     """The record's routing part from sums on the host: NumPy arrays, NaN where there is no token of a modality."""
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
     tokens = max(float(sums.tokens_M.sum()), 1.0)
+    layers = max(len(sums.real_slots_LM), 1)  # a dense model has no MoE layer, and its means are 0
     per_token_M = 1 / np.where(sums.tokens_M > 0, sums.tokens_M, np.nan)
     slots_LM = sums.real_slots_LM + sums.virtual_slots_LM
     real_load_LE = sums.load_LC[:, : config.num_experts]
@@ -82,11 +83,11 @@ def routing_means(config: AnyExpertsConfig, sums: RoutingSums) -> dict[str, Any]
         "load_max_over_mean": peak_L,
         "router_entropy": sums.entropy_L / tokens,
         "dropped": sums.dropped_L,
-        "mean_real_slots": float(sums.real_slots_LM.sum(1).mean()) / tokens,
-        "nominal_real_slots": float(config.expected_real_slots),
+        "mean_real_slots": float(sums.real_slots_LM.sum()) / layers / tokens,
+        "nominal_real_slots": float(config.expected_real_slots) if len(peak_L) else 0.0,
         "mean_virtual_share": float(sums.virtual_slots_LM.sum()) / max(float(slots_LM.sum()), 1.0),
-        "mean_importance": float(sums.importance_LM.sum(1).mean()) / tokens,
-        "worst_load_max_over_mean": float(peak_L.max()),
+        "mean_importance": float(sums.importance_LM.sum()) / layers / tokens,
+        "worst_load_max_over_mean": float(peak_L.max(initial=0.0)),
         "total_dropped": float(sums.dropped_L.sum()),
     }
 

@@ -59,14 +59,21 @@ def decays(logical_axes: tuple[str, ...]) -> bool:
     return len([axis for axis in logical_axes if axis not in ("layers", "modality")]) >= 2
 
 
-def make_optimizer(config: OptimConfig, logical_axes: Any) -> optax.GradientTransformation:
-    """AdamW without the learning rate, which the step multiplies in: it follows the step, skipped ones included.
+def make_optimizer(config: OptimConfig, logical_axes: Any) -> optax.GradientTransformationExtraArgs:
+    """AdamW. Its `update` takes `learning_rate`: the rate follows the step, skipped ones included.
 
-    Moments are float32 whatever the gradients' dtype.
+    Moments are float32 whatever the gradients' dtype. Parameters that are None (see `train.frozen`) have none.
     """
     mask = jax.tree.map(decays, logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
-    return optax.chain(
+    direction = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.float32),
         optax.add_decayed_weights(config.weight_decay, mask=mask),
     )
+
+    def update(grads: Any, state: Any, params: Any = None, *, learning_rate: Array, **extra: Any) -> tuple[Any, Any]:
+        del extra
+        updates, state = direction.update(grads, state, params)
+        return jax.tree.map(lambda u: -learning_rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(direction.init, update)

@@ -54,7 +54,8 @@ class Reporter:
     def tables(self, record: dict[str, Any]) -> None:
         """The last evaluation: scores by domain, routing by layer and modality."""
         self._console.print(domain_table(record))
-        self._console.print(routing_table(record))
+        if len(record["real_slots"]):  # a dense model routes nothing
+            self._console.print(routing_table(record))
 
 
 def status_line(scalars: dict[str, float], mean_real_slots: float, tokens_per_second: float) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.tree import register_dataclass
@@ -36,18 +36,45 @@ def init_state(model: ModelConfig, optimizer: optax.GradientTransformation, para
 def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The sharding of every array of the state: moments where their parameters are, the rest on every device.
 
+    A moment is known by the parameter's name, at the end of its path in the state.
+
     Raises:
       UserError: when a parameter does not split over the mesh.
     """
     params = abstract_params(model)
-    init = functools.partial(init_state, model, optimizer)
-    return optax.tree_utils.tree_map_params(
-        init,
-        lambda _, sharding: sharding,
-        jax.eval_shape(init, params),
-        param_shardings(mesh, logical_axes(model), params),
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    shardings = param_shardings(mesh, logical_axes(model), params)
+    places = {
+        _keys(path): (param.shape, sharding)
+        for (path, param), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def place(path: Any, array: Any) -> NamedSharding:
+        """That of the parameter whose name the path ends in, along the axes that are as long as the parameter's."""
+        keys = _keys(path)
+        found = next((places[keys[i:]] for i in range(len(keys)) if keys[i:] in places), None)
+        if found is None or len(found[0]) != len(array.shape):
+            return replicated(mesh)
+        shape, sharding = found
+        axes = (
+            axis if ours == theirs else None
+            for axis, ours, theirs in zip(sharding.spec, array.shape, shape, strict=True)
+        )
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    shapes = jax.eval_shape(functools.partial(init_state, model, optimizer), params)
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def _keys(path: Any) -> tuple[str, ...]:
+    """The dictionary keys a path ends in."""
+    keys: list[str] = []
+    for entry in reversed(path):
+        if not isinstance(entry, jax.tree_util.DictKey):
+            break
+        keys.append(entry.key)
+    return tuple(reversed(keys))
 
 
 def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -58,6 +85,16 @@ def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, 
         shapes,
         state_shardings(model, optimizer, mesh),
     )
+
+
+def state_from(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, params: Any) -> TrainState:
+    """The state before the first step of a run that starts from `params`, which it takes over."""
+    init = jax.jit(
+        functools.partial(init_state, model, optimizer),
+        donate_argnums=0,
+        out_shardings=state_shardings(model, optimizer, mesh),
+    )
+    return init(params)
 
 
 def create_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, key: Array) -> TrainState:

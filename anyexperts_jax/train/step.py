@@ -16,9 +16,10 @@ from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
 from anyexperts_jax.routing.bias import update_expert_bias
-from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.routing.trace import RoutingTrace, layer_mean
 from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.train.config import RunConfig
+from anyexperts_jax.train.frozen import overlay, select
 from anyexperts_jax.train.losses import answer_scores, auxiliary_loss
 from anyexperts_jax.train.metrics import RoutingSums, routing_sums
 from anyexperts_jax.train.optim import learning_rate
@@ -96,7 +97,7 @@ def make_eval_step(apply: Apply) -> Callable[..., BatchSums]:
 
 
 def make_train_step(
-    config: RunConfig, optimizer: optax.GradientTransformation, apply: Apply
+    config: RunConfig, optimizer: optax.GradientTransformationExtraArgs, apply: Apply, trainable: Any = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
     """The step as a pure function of state and batch.
 
@@ -104,12 +105,17 @@ def make_train_step(
     `auxiliary_loss`; micro-batches count in the latter by their valid tokens, which is exact for the importance and
     z losses, while the balance loss is that of each micro-batch. What is random depends on the seed, the step and the
     micro-batch alone. Where a loss or the gradient's norm is not finite, nothing but the step count changes.
+
+    Args:
+      optimizer: its `update` takes `learning_rate`, as that of `make_optimizer`.
+      trainable: a tree of bools; parameters at False stay as they are, bit for bit, and have no gradient. The
+        optimizer is then `frozen.only(optimizer, trainable)`. None: all are trained.
     """
     moe, train = config.model.moe, config.train
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads, sums, losses = accumulate(apply, moe, train.accumulation, state, batch, key)
+        grads, sums, losses = accumulate(apply, moe, train.accumulation, state, batch, key, trainable)
         scalars = {
             **losses,
             "grad_norm": optax.global_norm(grads).astype(jnp.float32),
@@ -118,8 +124,9 @@ def make_train_step(
             "exact_match": sums.exact_answers / jnp.maximum(sums.answers, 1),
         }
         finite = jnp.all(jnp.isfinite(jnp.stack([scalars[name] for name in CHECKED_SCALARS])))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: -scalars["learning_rate"] * u, updates))
+        learning = {"learning_rate": scalars["learning_rate"]}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **learning)
+        params = overlay(optax.apply_updates(select(state.params, trainable), updates), state.params)
         bias_LC = state.router_bias_LC
         if moe.expert_bias:
             bias_LC = update_expert_bias(bias_LC, sums.routing.load_LC, moe.expert_bias_rate)
@@ -130,33 +137,46 @@ def make_train_step(
     return train_step
 
 
-def jit_train_step(config: RunConfig, optimizer: optax.GradientTransformation, apply: Apply, mesh: Mesh) -> Any:
+def jit_train_step(
+    config: RunConfig,
+    optimizer: optax.GradientTransformationExtraArgs,
+    apply: Apply,
+    mesh: Mesh,
+    trainable: Any = None,
+) -> Any:
     """`make_train_step` jitted as a run runs it: the state is replaced in place and stays where it is on `mesh`."""
     return jax.jit(
-        make_train_step(config, optimizer, apply),
+        make_train_step(config, optimizer, apply, trainable),
         donate_argnums=0,
         out_shardings=(state_shardings(config.model, optimizer, mesh), None),
     )
 
 
 def accumulate(
-    apply: Apply, moe: AnyExpertsConfig, parts: int, state: TrainState, batch: Batch, key: Array
+    apply: Apply,
+    moe: AnyExpertsConfig,
+    parts: int,
+    state: TrainState,
+    batch: Batch,
+    key: Array,
+    trainable: Any = None,
 ) -> tuple[Any, BatchSums, dict[str, Array]]:
-    """Gradient in float32, sums and losses of a batch that is computed in `parts` micro-batches."""
+    """Gradient in float32 of what is trainable, sums and losses of a batch computed in `parts` micro-batches."""
+    live = select(state.params, trainable)
     answer_tokens = jnp.maximum(jnp.sum(jnp.asarray(batch.loss_mask_BT)), 1)
     valid_tokens = jnp.maximum(jnp.sum(jnp.asarray(batch.valid_BT)), 1)
 
-    def micro_loss(params: Any, micro: Batch, key: Array) -> tuple[Array, tuple[BatchSums, dict[str, Array]]]:
-        logits_BTY, trace = apply(params, micro, state.router_bias_LC, key, None)
+    def micro_loss(live: Any, micro: Batch, key: Array) -> tuple[Array, tuple[BatchSums, dict[str, Array]]]:
+        logits_BTY, trace = apply(overlay(live, state.params), micro, state.router_bias_LC, key, None)
         sums = batch_sums(logits_BTY, trace, micro)
         share = jnp.sum(jnp.asarray(micro.valid_BT)) / valid_tokens
         answer_loss = sums.answer_loss / answer_tokens
         loss = answer_loss + share * auxiliary_loss(moe, trace.losses)
-        router_losses = {f"{name}_loss": share * value.mean() for name, value in trace.losses.items()}
+        router_losses = {f"{name}_loss": share * layer_mean(value) for name, value in trace.losses.items()}
         return loss, (sums, {"loss": loss, "answer_loss": answer_loss, **router_losses})
 
     def part(micro: Batch, index: Array | int) -> tuple[Any, BatchSums, dict[str, Array]]:
-        grads, (sums, losses) = jax.grad(micro_loss, has_aux=True)(state.params, micro, jax.random.fold_in(key, index))
+        grads, (sums, losses) = jax.grad(micro_loss, has_aux=True)(live, micro, jax.random.fold_in(key, index))
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums, losses
 
     if parts == 1:

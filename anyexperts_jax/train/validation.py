@@ -25,6 +25,12 @@ class Validation:
         self._step = jax.jit(make_eval_step(apply))
         self._batches: dict[str, list[Batch]] = {}
 
+    def of(self, apply: Apply) -> "Validation":
+        """The same examples for another model."""
+        other = Validation(self._config, apply, self._mesh)
+        other._batches = self._batches
+        return other
+
     def __call__(self, state: TrainState) -> dict[str, Any]:
         """The record of an evaluation: "loss" (mean over domains of nats per answer token), "domains" with each
         domain's loss, token_accuracy and exact_match, and the routing of all domains together."""

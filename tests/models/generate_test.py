@@ -52,6 +52,22 @@ def test_the_cache_gives_what_full_recomputation_gives_until_eos():
     np.testing.assert_array_equal(tokens_BJ[2], SMALL.pad_id)  # an empty prompt
 
 
+@pytest.mark.parametrize(
+    "stack", [{"num_dense_layers": 3}, {"num_layers": 4, "num_dense_layers": 0, "moe_every": 2}], ids=["dense", "every"]
+)
+def test_a_dense_model_and_one_with_experts_in_every_second_layer(stack):
+    config = small(stack=stack)
+    params = random_params(config)
+    params["tokens"]["table"] = jnp.asarray(10 * np.asarray(params["tokens"]["table"]))
+    layers = config.stack.num_moe_layers
+    trace = forward(config)(params, random_batch(lengths=LENGTHS)).trace
+    assert trace.real_slots_BT.shape == (layers, 3, 22)
+    assert trace.losses["balance"].shape == (layers,)
+    expected = recomputed(config, params, random_batch(lengths=LENGTHS), LENGTHS)
+    prompts = random_batch(lengths=LENGTHS, total=16)
+    np.testing.assert_array_equal(generate(config, params, prompts, max_new_tokens=J), expected)
+
+
 def test_the_window_applies_to_every_token():
     params, window = lively_params(), jnp.array([1.0, 3.0])
     expected = recomputed(SMALL, params, random_batch(lengths=LENGTHS), LENGTHS, window)

@@ -3,7 +3,9 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.models.init import abstract_params
-from anyexperts_jax.models.presets import PRESETS, model_preset, static_twin
+from anyexperts_jax.models.presets import PRESETS, dense_twin, model_preset, static_twin
+
+WITH_EXPERTS = [name for name in PRESETS if name != "tiny_dense"]
 
 
 def paths(config):
@@ -12,11 +14,11 @@ def paths(config):
 
 
 def test_unknown_presets_are_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"'tinny' is unknown; valid: tiny, small, ling_mini_2"):
+    with pytest.raises(UserError, match=r"'tinny' is unknown; valid: tiny, tiny_dense, small, ling_mini_2"):
         model_preset("tinny")
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_every_preset_has_the_papers_window_and_budget(name):
     moe = model_preset(name).moe
     assert (moe.k_min, moe.k_max, moe.rho_max) == (8, 12, 0.2)
@@ -37,7 +39,7 @@ def test_ling_mini_2_routes_as_its_base():
     assert moe.experts_in_reach == 128
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", WITH_EXPERTS)
 def test_a_static_twin_differs_by_router_columns_and_importance_alone(name):
     config = model_preset(name)
     twin = static_twin(config, 8)
@@ -51,3 +53,11 @@ def test_a_static_twin_differs_by_router_columns_and_importance_alone(name):
     assert {p for p in theirs if theirs[p] != ours[p]} == {"decoder/moe_layers/moe/router/kernel"}
     with pytest.raises(UserError, match=r"real experts|exceeds num_experts"):
         static_twin(config, config.moe.experts_in_reach + 1)
+
+
+def test_a_dense_twin_has_no_experts_and_no_router():
+    dense = dense_twin(model_preset("tiny"))
+    assert {p for p in paths(dense) if "moe" in p or "router" in p} == set()
+    assert {p for p in paths(model_preset("tiny")) if "moe" not in p} <= set(paths(dense))
+    assert paths(dense)["decoder/dense_2/mlp/up/kernel"] == (64, 192)
+    assert model_preset("tiny_dense").stack.num_moe_layers == 0

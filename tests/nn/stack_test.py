@@ -142,7 +142,9 @@ def test_layers_have_their_own_parameters_and_biases():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_dense_layers": 4}, r"num_dense_layers=4 must be in \[0, num_layers=4\)"),
+        ({"num_dense_layers": 5}, r"num_dense_layers=5 must be in \[0, num_layers=4\]"),
+        ({"moe_every": 2}, "moe_every=2 must divide num_layers - num_dense_layers = 3; set num_dense_layers"),
+        ({"moe_every": 0}, "moe_every=0 must be >= 1"),
         ({"d_model": 0}, "d_model=0 must be >= 1"),
         ({"dtype": "float16"}, "dtype='float16' is unknown; valid: float32, bfloat16"),
         ({"num_shared_experts": -1}, "num_shared_experts=-1 must be >= 0"),

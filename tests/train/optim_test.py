@@ -20,8 +20,10 @@ def test_weight_decay_spares_norms_and_biases():
     axes = {"norm": ("layers", "norm"), "bias": ("router",), "up": ("layers", "embed", "mlp")}
     params = {"norm": jnp.ones((2, 3)), "bias": jnp.ones(4), "up": jnp.ones((2, 3, 5))}
     optimizer = make_optimizer(OptimConfig(weight_decay=0.5), axes)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    assert {name: float(update.max()) for name, update in updates.items()} == {"norm": 0.0, "bias": 0.0, "up": 0.5}
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, learning_rate=2.0
+    )
+    assert {name: float(update.min()) for name, update in updates.items()} == {"norm": 0.0, "bias": 0.0, "up": -1.0}
 
 
 def test_gradient_is_clipped_as_a_whole():
@@ -29,9 +31,10 @@ def test_gradient_is_clipped_as_a_whole():
         OptimConfig(clip_norm=1.0, b1=0.0, eps=1.0, weight_decay=0.0), {"a": ("norm",), "b": ("norm",)}
     )
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
-    updates, _ = optimizer.update({"a": jnp.asarray([30.0]), "b": jnp.asarray([40.0])}, optimizer.init(params), params)
+    grads = {"a": jnp.asarray([30.0]), "b": jnp.asarray([40.0])}
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, learning_rate=1.0)
     # clipped to (0.6, 0.8); Adam's first step then gives g / (|g| + eps)
-    np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [0.6 / 1.6, 0.8 / 1.8], rtol=1e-6)
+    np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.6 / 1.6, -0.8 / 1.8], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

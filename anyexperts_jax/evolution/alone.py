@@ -1,0 +1,109 @@
+"""One expert in place of all: the model a token sees that always goes to it, and how far experts are apart."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.init import logical_axes
+from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.train.state import TrainState
+from anyexperts_jax.train.step import Apply, model_apply
+from anyexperts_jax.train.validation import Validation
+
+
+def expert_axes(model: ModelConfig) -> Any:
+    """A tree of bools: which parameters are experts' weights, [L, E, ...]."""
+    return jax.tree.map(lambda axes: "expert" in axes, logical_axes(model), is_leaf=lambda x: isinstance(x, tuple))
+
+
+def router_leaves(model: ModelConfig) -> Any:
+    """A tree of bools: which parameters are the routers'."""
+    axes = logical_axes(model)
+    is_router = lambda path, _: any(getattr(key, "key", None) == "router" for key in path)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(is_router, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def apply_alone(model: ModelConfig, placement: Placement | None = None, expert: int = 0) -> Apply:
+    """The model with every token at one expert, by default the first, as a function of all its parameters.
+
+    No other expert and no router has a gradient.
+    """
+    inner = model_apply(_alone(model), placement)
+
+    def apply(params: Any, batch: Any, router_bias_LC: Array, key: Array | None, window: Array | None) -> Any:
+        return inner(expert_alone(model, params, expert), batch, router_bias_LC, key, None)
+
+    return apply
+
+
+def expert_alone(model: ModelConfig, params: Any, expert: Array | int) -> Any:
+    """Parameters of the model whose only expert is `expert`, 0 for the first."""
+    chosen = jax.tree.map(
+        lambda is_expert, w: jax.lax.dynamic_slice_in_dim(w, expert, 1, axis=1) if is_expert else w,
+        expert_axes(model),
+        params,
+    )
+    decoder = dict(chosen["decoder"])
+    blocks = {name: part for name, part in decoder["moe_layers"].items() if name != "importance"}
+    moe = {name: part for name, part in blocks["moe"].items() if name != "importance"}
+    moe["router"] = {"kernel": jnp.zeros((model.stack.num_moe_layers, model.stack.d_model, 1), jnp.float32)}
+    return {**chosen, "decoder": {**decoder, "moe_layers": {**blocks, "moe": moe}}}
+
+
+def _alone(model: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(model, moe=AnyExpertsConfig.static_top_k(1, 1))
+
+
+@jax.jit
+def expert_products(experts: list[Float[Array, "L E X Y"]]) -> tuple[Float[Array, "E E"], Float[Array, "E E"]]:
+    """Over all weights of the experts in float32: inner products, and squared distances (from differences)."""
+    count = experts[0].shape[1]
+    products_EE, distances_EE = jnp.zeros((count, count)), jnp.zeros((count, count))
+    for leaf in experts:
+        wide = leaf.astype(jnp.float32)
+        products_EE += jnp.einsum("lexy,lfxy->ef", wide, wide, precision=jax.lax.Precision.HIGHEST)
+        rows = jax.lax.map(lambda e, w=wide: ((w - w[:, e][:, None]) ** 2).sum((0, 2, 3)), jnp.arange(count))
+        distances_EE += rows
+    return products_EE, distances_EE
+
+
+def expert_similarity(model: ModelConfig, params: Any) -> tuple[Float[np.ndarray, "E E"], Float[np.ndarray, "E E"]]:
+    """(distance, cosine) between experts over all layers' weights; distance relative to expert 1's norm."""
+    flags, leaves = jax.tree.leaves(expert_axes(model)), jax.tree.leaves(params)
+    products, squares = expert_products([leaf for flag, leaf in zip(flags, leaves, strict=True) if flag])
+    products_EE, squares_EE = np.asarray(products, np.float64), np.asarray(squares, np.float64)
+    norm_E = np.sqrt(np.diag(products_EE))
+    return np.sqrt(squares_EE) / norm_E[0], products_EE / np.outer(norm_E, norm_E)
+
+
+def expert_losses(model: ModelConfig, state: TrainState, validation: Validation, placement: Placement) -> list[float]:
+    """The validation loss of each expert alone. One compilation for all of them."""
+    inner = model_apply(_alone(model), placement)
+
+    def apply(both: Any, batch: Any, router_bias_LC: Array, key: Array | None, window: Array | None) -> Any:
+        return inner(expert_alone(model, both["params"], both["expert"]), batch, router_bias_LC, key, window)
+
+    each = validation.of(apply)
+    losses = []
+    for expert in range(model.moe.num_experts):
+        both = {"params": state.params, "expert": jnp.int32(expert)}
+        losses.append(float(each(dataclasses.replace(state, params=both))["loss"]))
+    return losses
+
+
+def measure_experts(model: ModelConfig, state: TrainState, validation: Validation, placement: Placement) -> dict:
+    """For a validation record: by expert its loss alone, and its distance from and cosine to expert 1."""
+    distance_EE, cosine_EE = expert_similarity(model, state.params)
+    losses = expert_losses(model, state, validation, placement)
+    return {
+        "experts": {
+            f"expert_{n + 1}": {"loss": loss, "distance": float(distance_EE[0, n]), "cosine": float(cosine_EE[0, n])}
+            for n, loss in enumerate(losses)
+        }
+    }

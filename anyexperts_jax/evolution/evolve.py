@@ -1,0 +1,111 @@
+"""Expert evolution (EvoMoE, stage II): expert 1 trains, the others are made from it at every step.
+
+Equation (1) as printed, theta_n <- beta theta_1 + (1 - beta) grad(theta_1), cannot be what was run: a row of the paper
+with beta = 0 equals expert 1 to the digit, where this gives raw gradients, and the text speaks of an exponential moving
+average. So "ema" is the default (our reading):
+
+    ema      theta_n <- beta theta_n + (1 - beta) theta_1'          theta_1' is expert 1 after the optimiser's step
+    lag      theta_n <- beta theta_1 + (1 - beta) theta_1'
+    literal  theta_n <- beta theta_1 + (1 - beta) grad(theta_1)
+
+An average with beta <= 0.99 remembers at most some hundred steps. With a learning rate that falls to zero expert 1
+stops and the others catch up with it: they end alike (experiments/results/evolution_equation_one.md). What keeps them
+apart is a rate that does not fall so far (the stage's `final_lr_fraction`) or `snapshots`: an expert stops following
+while the rate is still high.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, UInt32
+
+from anyexperts_jax.evolution.config import EvolutionConfig, EvolutionMode
+
+
+class EvolutionState(NamedTuple):
+    """State of `expert_evolution`: nothing of experts 2 to N but their parameters, which are elsewhere."""
+
+    key: UInt32[Array, "2"]  # of the draws of beta
+    step: Int[Array, ""]
+    inner: Any  # the optimiser's, of expert 1 alone
+
+
+def draw_betas(
+    config: EvolutionConfig, num_experts: int, key: UInt32[Array, "2"], step: Int[Array, ""]
+) -> Float[Array, "J"]:
+    """Step `step`'s beta of each evolved expert, J = num_experts - 1 of them, uniform in its own range."""
+    if config.fixed_beta is not None:
+        return jnp.full(num_experts - 1, config.fixed_beta, jnp.float32)
+    low_J, high_J = jnp.asarray(config.beta_low, jnp.float32), jnp.asarray(config.beta_high, jnp.float32)
+    own = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+    return low_J + (high_J - low_J) * jax.random.uniform(own, low_J.shape)
+
+
+def follow(mode: EvolutionMode, beta: Array, follower: Array, before: Array, after: Array, gradient: Array) -> Array:
+    """The evolved expert's next weights, in float32. All but `mode` broadcast against each other.
+
+    Args:
+      follower: its weights.
+      before, after: expert 1's, before and after the optimiser's step.
+      gradient: of the loss with respect to `before`.
+    """
+    first = {"ema": follower, "lag": before, "literal": before}[mode]
+    second = gradient if mode == "literal" else after
+    return beta * first.astype(jnp.float32) + (1 - beta) * second.astype(jnp.float32)
+
+
+def expert_evolution(
+    inner: optax.GradientTransformation,
+    config: EvolutionConfig,
+    *,
+    num_experts: int,
+    steps: int,
+    key: UInt32[Array, "2"],
+    axis: int = 1,
+) -> optax.GradientTransformationExtraArgs:
+    """An optax transformation that trains expert 1 by `inner` and lets experts 2 to N follow.
+
+    Every parameter it sees holds N experts along `axis` (1 for layers stacked by scan); of the gradients only expert
+    1's part counts. `inner` sees and has state for expert 1 alone; its updates must be final, learning rate included.
+    Extra arguments go to it.
+
+    Args:
+      steps: of the whole stage, which `config.snapshots` are shares of.
+      key: raw key data, as `jax.random.key_data` gives it; it lives in the state.
+
+    Raises:
+      UserError: when the ranges of beta do not fit the number of experts.
+    """
+    config.check(num_experts)
+    inner_extra = optax.with_extra_args_support(inner)
+    never = tuple(1.0 for _ in range(num_experts - 1))
+    last_J = jnp.asarray([round(share * steps) for share in config.snapshots or never], jnp.int32)
+    stops = bool(config.snapshots)
+
+    def first(tree: Any) -> Any:
+        return jax.tree.map(lambda w: jax.lax.slice_in_dim(w, 0, 1, axis=axis), tree)
+
+    def init(params: Any) -> EvolutionState:
+        return EvolutionState(key, jnp.zeros((), jnp.int32), inner_extra.init(first(params)))
+
+    def update(grads: Any, state: EvolutionState, params: Any = None, **extra: Any) -> tuple[Any, EvolutionState]:
+        gradient, before = first(grads), first(params)
+        updates, inner_state = inner_extra.update(gradient, state.inner, before, **extra)
+        after = optax.apply_updates(before, updates)
+        beta_J = draw_betas(config, num_experts, state.key, state.step)
+
+        def with_followers(update: Array, gradient: Array, before: Array, after: Array, param: Array) -> Array:
+            along = [1] * param.ndim
+            along[axis] = num_experts - 1
+            followers = jax.lax.slice_in_dim(param, 1, num_experts, axis=axis)
+            moved = follow(config.mode, beta_J.reshape(along), followers, before, after, gradient) - followers
+            if stops:
+                moved = jnp.where(state.step < last_J.reshape(along), moved, 0)
+            return jnp.concatenate([update.astype(param.dtype), moved.astype(param.dtype)], axis=axis)
+
+        updates = jax.tree.map(with_followers, updates, gradient, before, after, params)
+        return updates, EvolutionState(state.key, state.step + 1, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,155 @@
+"""A mixture of experts from a dense model: every expert starts as the layer's dense FFN (sparse upcycling).
+
+Leaf by leaf: what a leaf of the new model was made from is freed before the next is made.
+"""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.evolution.config import UpcycleConfig
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.init import abstract_params, init_leaves, logical_axes, named_leaves
+from anyexperts_jax.sharding.specs import param_shardings
+
+_EXPERT_WEIGHT = re.compile(r"decoder/moe_layers/moe/experts/w_(gate|up|down)_E[DF][DF]")
+_BEFORE = re.compile(r"decoder/moe_layers/before_(\d+)/(.*)")
+_ROUTED = re.compile(r"decoder/moe_layers/(self_attention/.*|norm/.*)")
+
+
+def upcycled_model(dense: ModelConfig, upcycle: UpcycleConfig, moe: AnyExpertsConfig) -> ModelConfig:
+    """The dense model's configuration with experts as wide as its FFN in the layers `upcycle` names.
+
+    Raises:
+      UserError: when the model has experts already, its layers do not fit `moe_every`, or `moe` has another number of
+        experts.
+    """
+    require(
+        dense.stack.num_moe_layers == 0,
+        f"upcycling starts from a dense model; this one has {dense.stack.num_moe_layers} layers with experts",
+    )
+    require(
+        moe.num_experts == upcycle.num_experts,
+        f"moe.num_experts={moe.num_experts} is not upcycle.num_experts={upcycle.num_experts}",
+    )
+    require(
+        upcycle.num_dense_layers < dense.stack.num_layers,
+        f"upcycle.num_dense_layers={upcycle.num_dense_layers} leaves none of {dense.stack.num_layers} layers",
+    )
+    stack = dataclasses.replace(
+        dense.stack,
+        num_dense_layers=upcycle.num_dense_layers,
+        moe_every=upcycle.moe_every,
+        expert_d_ff=dense.stack.d_ff,
+        num_shared_experts=0,
+    )
+    return dataclasses.replace(dense, stack=stack, moe=moe)
+
+
+def upcycle_params(
+    dense_params: Any, model: ModelConfig, upcycle: UpcycleConfig, key: Array, mesh: Mesh, *, consume: bool = False
+) -> Any:
+    """Parameters of `model` (see `upcycled_model`) from the dense model's, on `mesh`.
+
+    Args:
+      key: of the router's initial values and of what makes experts differ.
+      consume: free the dense parameters on the way; they are of no use afterwards.
+
+    Raises:
+      UserError: when the dense parameters are of another model.
+    """
+    leaves = dict(upcycled_leaves(named_leaves(dense_params), model, upcycle, key, mesh, consume=consume))
+    tree = jax.tree.structure(abstract_params(model))
+    return jax.tree.unflatten(tree, [leaves[name] for name in named_leaves(abstract_params(model))])
+
+
+def upcycled_leaves(
+    dense: dict[str, Array], model: ModelConfig, upcycle: UpcycleConfig, key: Array, mesh: Mesh, *, consume: bool
+) -> Iterator[tuple[str, Array]]:
+    """Name and value of one parameter after the other; with `consume`, its sources are freed before it comes."""
+    wanted = named_leaves(abstract_params(model))
+    shardings = named_leaves(param_shardings(mesh, logical_axes(model), abstract_params(model)))
+    for name, shape in wanted.items():
+        sources = _sources(model, name)
+        missing = [source for source in sources if source not in dense]
+        require(not missing, f"the dense parameters have no {', '.join(missing[:3])}: they are of another model")
+        taken = [dense.pop(source) if consume else dense[source] for source in sources]
+        if sources == [name]:
+            leaf = jax.device_put(taken[0], shardings[name], donate=consume)
+        else:
+            make = jax.jit(_maker(model, upcycle, name), out_shardings=shardings[name])
+            leaf = jax.block_until_ready(make(key, taken))
+            for source in taken if consume else []:
+                source.delete()
+        require(leaf.shape == shape.shape, f"parameter {name} comes out as {leaf.shape}, the model has {shape.shape}")
+        del taken
+        yield name, leaf
+
+
+def _sources(model: ModelConfig, name: str) -> list[str]:
+    """The dense parameters that parameter `name` is made from; none: it is new."""
+    stack = model.stack
+    layers = [stack.num_dense_layers + group * stack.moe_every for group in range(stack.num_moe_layers)]
+    last = stack.moe_every - 1
+    if weight := _EXPERT_WEIGHT.fullmatch(name):
+        return [f"decoder/dense_{layer + last}/mlp/{weight[1]}/kernel" for layer in layers]
+    if before := _BEFORE.fullmatch(name):
+        return [f"decoder/dense_{layer + int(before[1])}/{before[2]}" for layer in layers]
+    if routed := _ROUTED.fullmatch(name):
+        return [f"decoder/dense_{layer + last}/{routed[1]}" for layer in layers]
+    return [] if name.startswith("decoder/moe_layers/") else [name]
+
+
+def _maker(model: ModelConfig, upcycle: UpcycleConfig, name: str) -> Any:
+    """(key, sources) -> the parameter."""
+    weight = _EXPERT_WEIGHT.fullmatch(name)
+    if weight is not None:
+        return lambda key, sources: initial_experts(upcycle, key, weight[1], jnp.stack(sources))
+    if _sources(model, name):
+        return lambda key, sources: jnp.stack(sources)
+    return lambda key, sources: init_leaves(model, key, (name,))[name]
+
+
+def initial_experts(
+    upcycle: UpcycleConfig, key: Array, weight: str, dense_LXY: Float[Array, "L X Y"]
+) -> Float[Array, "L E X Y"]:
+    """Every layer's E experts from its dense FFN's "gate", "up" or "down" matrix.
+
+    A layer's expert draws the same units anew in all three matrices.
+    """
+    layers, experts = dense_LXY.shape[0], upcycle.num_experts
+
+    def one(layer: Array, expert: Array, dense_XY: Array) -> Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, layer), expert)
+        made = _perturbed(upcycle, own, weight, dense_XY).astype(dense_XY.dtype)
+        return jnp.where(expert == 0, dense_XY, made)
+
+    if upcycle.init == "copy":
+        return jnp.broadcast_to(dense_LXY[:, None], (layers, experts, *dense_LXY.shape[1:]))
+    every_expert = jax.vmap(one, (None, 0, None))
+    return jax.vmap(every_expert, (0, None, 0))(jnp.arange(layers), jnp.arange(experts), dense_LXY)
+
+
+def _perturbed(upcycle: UpcycleConfig, key: Array, weight: str, dense_XY: Array) -> Array:
+    own = jax.random.fold_in(key, zlib.crc32(weight.encode()))
+    wide_XY = dense_XY.astype(jnp.float32)
+    if upcycle.init == "noise":
+        scale = upcycle.noise * jnp.sqrt(jnp.mean(wide_XY**2))
+        return wide_XY + scale * jax.random.normal(own, wide_XY.shape)
+    if upcycle.init == "dropout":
+        kept_XY = jax.random.bernoulli(own, 1 - upcycle.dropped, wide_XY.shape)
+        return jnp.where(kept_XY, wide_XY / (1 - upcycle.dropped), 0)
+    units_axis = 0 if weight == "down" else 1
+    units = wide_XY.shape[units_axis]
+    redrawn_F = jax.random.permutation(jax.random.fold_in(key, 0), units) < round(upcycle.redrawn * units)
+    fresh_XY = wide_XY.mean() + wide_XY.std() * jax.random.normal(own, wide_XY.shape)
+    return jnp.where(redrawn_F[:, None] if units_axis == 0 else redrawn_F[None], fresh_XY, wide_XY)
