@@ -1,4 +1,4 @@
-"""The command line: `anyexperts train | evaluate | report | generate | data | bench | compile`.
+"""The command line: `anyexperts train | evolve | evaluate | report | generate | data | bench | compile`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input, 3 a loss that is
 not finite, 4 a full disk, 130 and 143 interrupted with a checkpoint written.
@@ -46,6 +46,16 @@ def _train(options: argparse.Namespace) -> None:
     run_dir = options.run or pathlib.Path("runs") / pathlib.Path(options.config).stem
     result = train(config, run_dir)
     print(f"run: {result.run_dir}")
+
+
+def _evolve(options: argparse.Namespace) -> None:
+    from anyexperts_jax.evolution.config import STAGES, load_evolve_config
+    from anyexperts_jax.evolution.stages import evolve
+
+    run = load_evolve_config(options.config, options.set)
+    root = options.run or pathlib.Path("runs") / pathlib.Path(options.config).stem
+    for name, result in evolve(run, root, tuple(options.stage or STAGES)).items():
+        print(f"{name}: {result.run_dir}, step {result.step}, validation loss {result.validation['loss']:.3f}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -160,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"anyexperts-jax {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_evolve(commands)
     _add_evaluate(commands)
     _add_report(commands)
     _add_generate(commands)
@@ -181,6 +192,17 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     _add_config(parser)
     parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
     parser.set_defaults(command=_train)
+
+
+def _add_evolve(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("evolve", help="EvoMoE: a dense model, experts evolved from it, a router for them")
+    parser.add_argument("config", help="a preset (evolve_tiny, evolve_smoke), a TOML file, or a run's evolve.json")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as in evolve.trains=all; repeatable"
+    )
+    parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
+    parser.add_argument("--stage", nargs="+", help="of warm_up evolving routing (default: all, in order)")
+    parser.set_defaults(command=_evolve)
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:

@@ -61,7 +61,7 @@ def sample_routing(trained: Trained, model: ModelConfig, batches: Batches, windo
         for batch in of_domain:
             output = forward(model, trained.params, trained.router_bias_LC, batch, window_array(window))
             trace = jax.device_get(output.trace)
-            load_LME = load_LME + _load(trace.expert_ids_BTK, np.asarray(batch.modality_BT), E)
+            load_LME = load_LME + load_by_modality(trace.expert_ids_BTK, np.asarray(batch.modality_BT), E)
             dropped += float(trace.metrics["dropped"].sum())
             parts.append((trace.importance_BT, trace.real_slots_BT, trace.virtual_slots_BT))
             domain_B += [domain] * len(batch.tokens_BT)
@@ -79,7 +79,7 @@ def sample_routing(trained: Trained, model: ModelConfig, batches: Batches, windo
     )
 
 
-def _load(expert_ids_LBTK: ndarray, modality_BT: ndarray, num_experts: int) -> Int[ndarray, "L M E"]:
+def load_by_modality(expert_ids_LBTK: ndarray, modality_BT: ndarray, num_experts: int) -> Int[ndarray, "L M E"]:
     """Slots each real expert got from each modality. Slots without a real expert hold id E, so padding adds nothing."""
     L = len(expert_ids_LBTK)
     cell_LBTK = modality_BT[None, :, :, None] * (num_experts + 1) + expert_ids_LBTK

@@ -9,7 +9,8 @@ from anyexperts_jax.analysis.budget_curves import draw_budget_curves
 from anyexperts_jax.analysis.charts import draw_load, draw_real_experts, draw_separations, draw_training
 from anyexperts_jax.analysis.example_map import ExampleMap
 from anyexperts_jax.analysis.importance_maps import draw_importance_maps
-from anyexperts_jax.analysis.report_source import ReportSource
+from anyexperts_jax.analysis.report_source import ROUTING_EXAMPLES, ReportSource
+from anyexperts_jax.analysis.router_charts import diagnostics_table, draw_densities, draw_shares, draw_similarity
 from anyexperts_jax.analysis.tables import TextTable
 from anyexperts_jax.analysis.verdicts import CHANCE_MARGIN, Verdict, verdicts
 from anyexperts_jax.analysis.versions import device_text, versions
@@ -63,6 +64,7 @@ def sections(source: ReportSource, folder: pathlib.Path) -> list[Section]:
         _separation,
         _real_experts,
         _load,
+        _router,
         _training,
         _set_up,
     )
@@ -178,6 +180,36 @@ def _load(source: ReportSource, folder: pathlib.Path) -> Section:
     )
     picture = Picture("Load of the real experts", caption, draw_load(source.routing, folder / "load.png"))
     return dataclasses.replace(section, pictures=(picture,))
+
+
+def _router(source: ReportSource, folder: pathlib.Path) -> Section:
+    section = Section("router", "Experts and router")
+    if source.router is None:
+        why = source.no_checkpoint or "only asked of models with static slots or a router that tells modalities apart"
+        return dataclasses.replace(section, missing=(f"Not measured: {why}.",))
+    text = (
+        f"EvoMoE's diagnostics on {ROUTING_EXAMPLES} test examples of each domain. Experts that are alike lose nothing "
+        "when a token's logits are dealt to others; a router whose logits are distributed alike for two modalities "
+        "does not tell them apart."
+    )
+    pictures = (
+        Picture(
+            "Router logits by modality",
+            "Do the lines of two modalities lie apart?",
+            draw_densities(source.router, folder / "router_logits.png"),
+        ),
+        Picture(
+            "Distance between experts",
+            "Dark cells off the diagonal are experts that are alike.",
+            draw_similarity(source.router, folder / "expert_distance.png"),
+        ),
+        Picture(
+            "Experts by modality",
+            "Do modalities go to experts of their own?",
+            draw_shares(source.router, folder / "expert_shares.png"),
+        ),
+    )
+    return dataclasses.replace(section, text=text, pictures=pictures, tables=(diagnostics_table(source.router),))
 
 
 def _training(source: ReportSource, folder: pathlib.Path) -> Section:

@@ -9,6 +9,7 @@ from anyexperts_jax.analysis.example_map import ExampleMap, map_examples
 from anyexperts_jax.analysis.importance import Separation
 from anyexperts_jax.analysis.measure import measure_separations, sample_routing, summarise
 from anyexperts_jax.analysis.results import EvaluationResult, RoutingSummary, load_evaluation
+from anyexperts_jax.analysis.router_diagnostics import RouterDiagnostics, diagnose
 from anyexperts_jax.analysis.trained import Trained, load_trained, own_window, require_experts
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.models.init import parameter_count
@@ -16,7 +17,7 @@ from anyexperts_jax.train.config import RunConfig, load_config
 from anyexperts_jax.train.run_dir import RunDir
 from anyexperts_jax.train.run_log import read_records
 
-_ROUTING_EXAMPLES = 16  # of each domain, where no evaluation has measured more
+ROUTING_EXAMPLES = 16  # of each domain, where no evaluation has measured more
 _ANSWER_TOKENS = 24  # an answer under a map is cut there
 
 
@@ -34,6 +35,7 @@ class ReportSource:
     separations: tuple[Separation, ...]
     routing_examples: int  # of each domain, that `routing` was measured on
     maps: dict[str, list[ExampleMap]]  # by domain
+    router: RouterDiagnostics | None  # of a run whose question is whether experts differ and the router tells them
 
     @property
     def title(self) -> str:
@@ -72,7 +74,7 @@ def gather(root: pathlib.Path, examples: int) -> ReportSource:
     measured = 0 if evaluation is None else evaluation.examples_per_domain
     if routing is None and trained is not None:
         routing, separations = _measure(trained)
-        measured = _ROUTING_EXAMPLES
+        measured = ROUTING_EXAMPLES
     return ReportSource(
         root=root,
         config=config,
@@ -84,6 +86,7 @@ def gather(root: pathlib.Path, examples: int) -> ReportSource:
         separations=separations,
         routing_examples=measured,
         maps={} if trained is None else _maps(trained, examples),
+        router=None if trained is None else _diagnose(trained),
     )
 
 
@@ -98,14 +101,22 @@ def _checkpoint(root: pathlib.Path) -> tuple[Trained | None, str]:
 def _measure(trained: Trained) -> tuple[RoutingSummary, tuple[Separation, ...]]:
     config = trained.config
     window = own_window(config.model.moe)
-    batches = load_batches(trained, config.data.domains, "test", _ROUTING_EXAMPLES, _ROUTING_EXAMPLES)
+    batches = load_batches(trained, config.data.domains, "test", ROUTING_EXAMPLES, ROUTING_EXAMPLES)
     sample = sample_routing(trained, config.model, batches, window)
     return summarise(sample, config.model.moe, window), measure_separations(sample, batches, config.model.moe)
+
+
+def _diagnose(trained: Trained) -> RouterDiagnostics | None:
+    """EvoMoE's diagnostics; none of a plain AnyExperts model, whose questions are others."""
+    moe = trained.config.model.moe
+    if moe.uses_importance and moe.router == "linear":
+        return None
+    return diagnose(trained, load_batches(trained, trained.config.data.domains, "test", *[ROUTING_EXAMPLES] * 2))
 
 
 def _maps(trained: Trained, examples: int) -> dict[str, list[ExampleMap]]:
     """Importance maps of each domain; none with static top-k, which has no importance."""
     if not trained.config.model.moe.uses_importance:
         return {}
-    rows = max(examples, _ROUTING_EXAMPLES)
+    rows = max(examples, ROUTING_EXAMPLES)
     return {name: map_examples(trained, name, examples, rows, _ANSWER_TOKENS) for name in trained.config.data.domains}

@@ -1,6 +1,7 @@
 """One expert in place of all: the model a token sees that always goes to it, and how far experts are apart."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import logical_axes
+from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.train.state import TrainState
 from anyexperts_jax.train.step import Apply, model_apply
 from anyexperts_jax.train.validation import Validation
 
 
-def expert_axes(model: ModelConfig) -> Any:
+def expert_leaves(model: ModelConfig) -> Any:
     """A tree of bools: which parameters are experts' weights, [L, E, ...]."""
     return jax.tree.map(lambda axes: "expert" in axes, logical_axes(model), is_leaf=lambda x: isinstance(x, tuple))
 
@@ -36,7 +39,9 @@ def apply_alone(model: ModelConfig, placement: Placement | None = None, expert: 
     """
     inner = model_apply(_alone(model), placement)
 
-    def apply(params: Any, batch: Any, router_bias_LC: Array, key: Array | None, window: Array | None) -> Any:
+    def apply(
+        params: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None
+    ) -> tuple[Array, RoutingTrace]:
         return inner(expert_alone(model, params, expert), batch, router_bias_LC, key, None)
 
     return apply
@@ -46,7 +51,7 @@ def expert_alone(model: ModelConfig, params: Any, expert: Array | int) -> Any:
     """Parameters of the model whose only expert is `expert`, 0 for the first."""
     chosen = jax.tree.map(
         lambda is_expert, w: jax.lax.dynamic_slice_in_dim(w, expert, 1, axis=1) if is_expert else w,
-        expert_axes(model),
+        expert_leaves(model),
         params,
     )
     decoder = dict(chosen["decoder"])
@@ -75,35 +80,43 @@ def expert_products(experts: list[Float[Array, "L E X Y"]]) -> tuple[Float[Array
 
 def expert_similarity(model: ModelConfig, params: Any) -> tuple[Float[np.ndarray, "E E"], Float[np.ndarray, "E E"]]:
     """(distance, cosine) between experts over all layers' weights; distance relative to expert 1's norm."""
-    flags, leaves = jax.tree.leaves(expert_axes(model)), jax.tree.leaves(params)
+    flags, leaves = jax.tree.leaves(expert_leaves(model)), jax.tree.leaves(params)
     products, squares = expert_products([leaf for flag, leaf in zip(flags, leaves, strict=True) if flag])
     products_EE, squares_EE = np.asarray(products, np.float64), np.asarray(squares, np.float64)
     norm_E = np.sqrt(np.diag(products_EE))
     return np.sqrt(squares_EE) / norm_E[0], products_EE / np.outer(norm_E, norm_E)
 
 
-def expert_losses(model: ModelConfig, state: TrainState, validation: Validation, placement: Placement) -> list[float]:
-    """The validation loss of each expert alone. One compilation for all of them."""
+def expert_measure(model: ModelConfig) -> Callable[[TrainState, Validation], dict[str, Any]]:
+    """What a validation record tells of experts: each one's loss alone, its distance from expert 1 and cosine to it.
+
+    One compilation for all experts, kept from one record to the next.
+    """
+    kept: list[Validation] = []
+
+    def measure(state: TrainState, validation: Validation) -> dict[str, Any]:
+        if not kept:
+            kept.append(validation.of(_apply_chosen(model, Placement(validation.mesh))))
+        distance_EE, cosine_EE = expert_similarity(model, state.params)
+        experts = {}
+        for n in range(model.moe.num_experts):
+            chosen = dataclasses.replace(state, params={"params": state.params, "expert": jnp.int32(n)})
+            loss = kept[0](chosen)["loss"]
+            apart = {"distance": float(distance_EE[0, n]), "cosine": float(cosine_EE[0, n])}
+            experts[f"expert_{n + 1}"] = {"loss": loss, **apart}
+        return {"experts": experts}
+
+    return measure
+
+
+def _apply_chosen(model: ModelConfig, placement: Placement) -> Apply:
+    """`apply_alone` for parameters that come with the expert's number."""
     inner = model_apply(_alone(model), placement)
 
-    def apply(both: Any, batch: Any, router_bias_LC: Array, key: Array | None, window: Array | None) -> Any:
-        return inner(expert_alone(model, both["params"], both["expert"]), batch, router_bias_LC, key, window)
+    def apply(
+        chosen: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None
+    ) -> tuple[Array, RoutingTrace]:
+        params = expert_alone(model, chosen["params"], chosen["expert"])
+        return inner(params, batch, router_bias_LC, key, None)
 
-    each = validation.of(apply)
-    losses = []
-    for expert in range(model.moe.num_experts):
-        both = {"params": state.params, "expert": jnp.int32(expert)}
-        losses.append(float(each(dataclasses.replace(state, params=both))["loss"]))
-    return losses
-
-
-def measure_experts(model: ModelConfig, state: TrainState, validation: Validation, placement: Placement) -> dict:
-    """For a validation record: by expert its loss alone, and its distance from and cosine to expert 1."""
-    distance_EE, cosine_EE = expert_similarity(model, state.params)
-    losses = expert_losses(model, state, validation, placement)
-    return {
-        "experts": {
-            f"expert_{n + 1}": {"loss": loss, "distance": float(distance_EE[0, n]), "cosine": float(cosine_EE[0, n])}
-            for n, loss in enumerate(losses)
-        }
-    }
+    return apply

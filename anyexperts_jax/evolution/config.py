@@ -1,12 +1,21 @@
 """What an EvoMoE run is made of: how experts begin, how they evolve, and the three stages."""
 
 import dataclasses
-from typing import Literal, get_args
+import importlib.resources
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
-from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.train.config import RunConfig, parse_json, parse_override, parse_toml, read_text, run_config
+from anyexperts_jax.train.strict import build, closest, merge
 
 ExpertInit = Literal["copy", "noise", "dropout", "random_subset"]
 EvolutionMode = Literal["ema", "lag", "literal"]
+Trains = Literal["router", "moe", "all"]
+STAGES = ("warm_up", "evolving", "routing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,3 +90,175 @@ class EvolutionConfig:
             len(self.snapshots) in (0, followers),
             f"evolution has {len(self.snapshots)} snapshots for {followers} evolved experts",
         )
+
+
+def upcycled_model(dense: ModelConfig, upcycle: UpcycleConfig, moe: AnyExpertsConfig) -> ModelConfig:
+    """The dense model's configuration with experts as wide as its FFN in the layers `upcycle` names.
+
+    Raises:
+      UserError: when the model has experts already, its layers do not fit `moe_every`, or `moe` has another number of
+        experts.
+    """
+    require(
+        dense.stack.num_moe_layers == 0,
+        f"upcycling starts from a dense model; this one has {dense.stack.num_moe_layers} layers with experts",
+    )
+    require(
+        moe.num_experts == upcycle.num_experts,
+        f"moe.num_experts={moe.num_experts} is not upcycle.num_experts={upcycle.num_experts}",
+    )
+    require(
+        upcycle.num_dense_layers < dense.stack.num_layers,
+        f"upcycle.num_dense_layers={upcycle.num_dense_layers} leaves none of {dense.stack.num_layers} layers",
+    )
+    stack = dataclasses.replace(
+        dense.stack,
+        num_dense_layers=upcycle.num_dense_layers,
+        moe_every=upcycle.moe_every,
+        expert_d_ff=dense.stack.d_ff,
+        num_shared_experts=0,
+    )
+    return dataclasses.replace(dense, stack=stack, moe=moe)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage's training; what it does not name is the run's.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    steps: int = 1000
+    lr: float = 1e-3
+    batch_size: int = 32
+    warmup_steps: int = 0
+    final_lr_fraction: float = 0.0  # of lr, at the end of the cosine; a floor keeps evolved experts apart
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, f"a stage's steps={self.steps} must be >= 0")
+
+
+def _top_1() -> AnyExpertsConfig:
+    """Stage III's routing: top-1 by DTR, balance loss 0.001 (EvoMoE, equation 9).
+
+    The weight's value is 1 and its gradient the score's (our reading): the evolved experts keep their scale, and the
+    router learns from the answer.
+    """
+    return AnyExpertsConfig.static_top_k(
+        4, 1, router="dtr", normalisation="all_raw_gradient", balance_weight=0.001, capacity_factor=2.0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvolveConfig:
+    """The table `evolve`: the experts, and the three stages.
+
+    Raises:
+      UserError: when its parts do not fit each other.
+    """
+
+    upcycle: UpcycleConfig = dataclasses.field(default_factory=UpcycleConfig)
+    evolution: EvolutionConfig = dataclasses.field(default_factory=EvolutionConfig)
+    moe: AnyExpertsConfig = dataclasses.field(default_factory=_top_1)  # variable slots too, for an AnyExperts model
+    trains: Trains = "router"  # in stage III: the routers alone (paper), they and the experts, or everything
+    warm_up: StageConfig = dataclasses.field(default_factory=StageConfig)  # I: the dense model
+    evolving: StageConfig = dataclasses.field(default_factory=StageConfig)  # II; no steps: stage III starts from copies
+    routing: StageConfig = dataclasses.field(default_factory=StageConfig)  # III
+
+    def __post_init__(self) -> None:
+        require_one_of("evolve.trains", self.trains, get_args(Trains))
+        require(
+            self.moe.num_experts == self.upcycle.num_experts,
+            f"evolve.moe.num_experts={self.moe.num_experts} is not "
+            f"evolve.upcycle.num_experts={self.upcycle.num_experts}; make them agree",
+        )
+        require(
+            not self.moe.expert_bias, "evolve.moe.expert_bias=True: stage II has no router to balance; set it False"
+        )
+        for name in ("warm_up", "routing"):
+            require(getattr(self, name).steps >= 1, f"evolve.{name}.steps must be >= 1")
+        if self.evolving.steps:
+            self.evolution.check(self.upcycle.num_experts)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvolveRun:
+    """A whole EvoMoE run: the dense model's run, from which every stage's is made, and the table `evolve`.
+
+    Raises:
+      UserError: when its parts do not fit each other, as every stage's run must.
+    """
+
+    base: RunConfig
+    evolve: EvolveConfig
+
+    def __post_init__(self) -> None:
+        for name in STAGES:
+            self.stage(name)
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model with experts, of stages II and III."""
+        return upcycled_model(self.base.model, self.evolve.upcycle, self.evolve.moe)
+
+    def stage(self, name: str) -> RunConfig:
+        """The run of one stage; a stage of no steps has one of one, that is never begun."""
+        require_one_of("stage", name, STAGES)
+        own: StageConfig = getattr(self.evolve, name)
+        rates = {key: getattr(own, key) for key in ("lr", "warmup_steps", "final_lr_fraction")}
+        amounts: dict[str, Any] = {"steps": max(own.steps, own.warmup_steps + 1), "batch_size": own.batch_size}
+        model = self.base.model if name == "warm_up" else self.model
+        try:
+            return dataclasses.replace(
+                self.base,
+                model=model,
+                optim=dataclasses.replace(self.base.optim, **rates),
+                train=dataclasses.replace(self.base.train, **amounts),
+            )
+        except UserError as error:
+            raise UserError(f"stage {name}: {error}") from error
+
+
+def evolve_preset_names() -> list[str]:
+    """The EvoMoE runs that come with the package."""
+    return sorted(path.name.removesuffix(".toml") for path in _presets().iterdir() if path.name.endswith(".toml"))
+
+
+def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()) -> EvolveRun:
+    """The EvoMoE run of a preset's name, a TOML file or a run's evolve.json.
+
+    The file is as for `train.config.load_config`, with one more table, `evolve`. Overrides too: "evolve.trains=all".
+
+    Raises:
+      UserError: one line with file, key and valid keys or values.
+    """
+    path = pathlib.Path(source)
+    if path.suffix == ".json":
+        name, values = str(path), parse_json(read_text(path))
+        values = {**values.get("base", {}), "evolve": values.get("evolve", {})}
+    elif path.suffix == ".toml":
+        name, values = str(path), parse_toml(str(path), read_text(path))
+    else:
+        known = evolve_preset_names()
+        if str(source) not in known:
+            raise UserError(
+                f"no evolve config {str(source)!r}; {closest(str(source), known)}, or a path to a .toml file"
+            )
+        name, values = f"config {source}", parse_toml(f"config {source}", (_presets() / f"{source}.toml").read_text())
+    for override in overrides:
+        values = merge(values, parse_override(override))
+    require(
+        isinstance(values.get("evolve"), dict), f"{name}: no table [evolve]; `anyexperts train` takes files without"
+    )
+    table = values.pop("evolve")
+    table["moe"] = merge(dataclasses.asdict(_top_1()), table.get("moe", {}))
+    base = run_config(name, values)
+    try:
+        return EvolveRun(base, build(EvolveConfig, table))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _presets() -> Any:
+    return importlib.resources.files("anyexperts_jax.evolution") / "configs"

@@ -3,7 +3,6 @@
 Leaf by leaf: what a leaf of the new model was made from is freed before the next is made.
 """
 
-import dataclasses
 import re
 import zlib
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.evolution.config import UpcycleConfig
 from anyexperts_jax.models.config import ModelConfig
@@ -26,39 +24,10 @@ _BEFORE = re.compile(r"decoder/moe_layers/before_(\d+)/(.*)")
 _ROUTED = re.compile(r"decoder/moe_layers/(self_attention/.*|norm/.*)")
 
 
-def upcycled_model(dense: ModelConfig, upcycle: UpcycleConfig, moe: AnyExpertsConfig) -> ModelConfig:
-    """The dense model's configuration with experts as wide as its FFN in the layers `upcycle` names.
-
-    Raises:
-      UserError: when the model has experts already, its layers do not fit `moe_every`, or `moe` has another number of
-        experts.
-    """
-    require(
-        dense.stack.num_moe_layers == 0,
-        f"upcycling starts from a dense model; this one has {dense.stack.num_moe_layers} layers with experts",
-    )
-    require(
-        moe.num_experts == upcycle.num_experts,
-        f"moe.num_experts={moe.num_experts} is not upcycle.num_experts={upcycle.num_experts}",
-    )
-    require(
-        upcycle.num_dense_layers < dense.stack.num_layers,
-        f"upcycle.num_dense_layers={upcycle.num_dense_layers} leaves none of {dense.stack.num_layers} layers",
-    )
-    stack = dataclasses.replace(
-        dense.stack,
-        num_dense_layers=upcycle.num_dense_layers,
-        moe_every=upcycle.moe_every,
-        expert_d_ff=dense.stack.d_ff,
-        num_shared_experts=0,
-    )
-    return dataclasses.replace(dense, stack=stack, moe=moe)
-
-
 def upcycle_params(
     dense_params: Any, model: ModelConfig, upcycle: UpcycleConfig, key: Array, mesh: Mesh, *, consume: bool = False
 ) -> Any:
-    """Parameters of `model` (see `upcycled_model`) from the dense model's, on `mesh`.
+    """Parameters of `model` (see `config.upcycled_model`) from the dense model's, on `mesh`.
 
     Args:
       key: of the router's initial values and of what makes experts differ.

@@ -72,6 +72,11 @@ class ModelConfig:
             f"moe.router={router!r} with moe.router_modalities={modalities}: a multimodal model has {NUM_MODALITIES}",
         )
 
+    @property
+    def router_bias_shape(self) -> tuple[int, int]:
+        """[L, C] of the expert biases. A dense model has one row, for a checkpoint cannot hold an empty array."""
+        return max(self.stack.num_moe_layers, 1), self.moe.num_columns
+
 
 def _require_sizes(part: str, config: VisionConfig | AudioConfig, names: tuple[str, ...]) -> None:
     for name in names:

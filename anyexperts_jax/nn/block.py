@@ -123,9 +123,9 @@ class MoEBlock(nn.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[RoutingTrace, MoEBlockCache | None]]:
         config = self.config
         x_BTD, before = dense_blocks(config, DenseBlock, "before", config.moe_every - 1)(
-            x_BTD, context, cache and cache.before
+            x_BTD, context, None if cache is None else cache.before
         )
-        x_BTD, own = SelfAttention(config, name="self_attention")(x_BTD, context, cache and cache.moe)
+        x_BTD, own = SelfAttention(config, name="self_attention")(x_BTD, context, None if cache is None else cache.moe)
         importance_logits_BT = None
         if self.moe.hsm_site == "residual":
             mlp = ImportanceMLP(self.moe.importance_mlp, config.norm_eps, name="importance")

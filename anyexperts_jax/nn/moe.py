@@ -17,6 +17,7 @@ from anyexperts_jax.nn.params import FanIn, named
 from anyexperts_jax.nn.router import Router
 from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.route import route
+from anyexperts_jax.routing.routers.shuffle import shuffled_logits
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.expert_parallel import Placement, moe_exchange_stats
 
@@ -48,7 +49,9 @@ class MoE(nn.Module):
     """One AnyExperts layer: each token gets as many experts as its importance asks for (AnyExperts section 2).
 
     Usable on its own: `MoE(config, d_ff=512).init(key, x_BTD)`. `apply` takes the rng "routing" when
-    `slot_rounding="stochastic"` in training; without it the slots are rounded half up.
+    `slot_rounding="stochastic"` in training; without it the slots are rounded half up. For diagnostics alone: with the
+    rng "shuffle" every token's logits are dealt anew to the real experts, and a mutable collection "probe" gets them
+    as they were.
     """
 
     config: AnyExpertsConfig
@@ -100,6 +103,10 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(batch * length, d_model)
         modality_N = None if modality_BT is None else modality_BT.reshape(-1)
         logits_NC = checkpoint_name(Router(config, name="router")(x_ND, modality_N), "router_logits")
+        if self.is_mutable_collection("probe") and not self.is_initializing():
+            self.sow("probe", "logits_BTC", logits_NC.reshape(batch, length, -1), reduce_fn=lambda _, new: new)
+        if self.has_rng("shuffle"):
+            logits_NC = shuffled_logits(self.make_rng("shuffle"), logits_NC, config.num_experts)
         if bias_C is None and config.expert_bias and self.is_initializing():
             bias_C = jnp.zeros(config.num_columns, jnp.float32)
         key = self.make_rng("routing") if self._rounds_stochastically() else None

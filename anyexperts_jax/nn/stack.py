@@ -81,21 +81,21 @@ class Stack(nn.Module):
         """Returns the last block's output, the routing traces stacked over MoE layers, and the cache written."""
         dense_block, moe_block = self._blocks()
         leading = dense_blocks(self.config, dense_block, "dense", self.config.num_dense_layers)
-        x_BTD, dense_cache = leading(x_BTD, context, cache and cache.dense)
+        x_BTD, dense_cache = leading(x_BTD, context, None if cache is None else cache.dense)
         if not self.config.num_moe_layers:
             written = None if cache is None or dense_cache is None else StackCache(dense_cache, cache.blocks)
             return x_BTD, empty_trace(self.moe, *x_BTD.shape[:2]), written
         scanned = nn.scan(
             moe_block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "routing": True},
+            variable_axes={"params": 0, "probe": 0},
+            split_rngs={"params": True, "routing": True, "shuffle": True},
             in_axes=(nn.broadcast, 0, 0),
             length=self.config.num_moe_layers,
             unroll=self.config.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = scanned(self.config, self.moe, self.placement, name="moe_layers")
-        x_BTD, (trace, blocks) = layers(x_BTD, context, router_bias_LC, cache and cache.blocks)
+        x_BTD, (trace, blocks) = layers(x_BTD, context, router_bias_LC, None if cache is None else cache.blocks)
         return x_BTD, trace, None if dense_cache is None else StackCache(dense_cache, blocks)
 
     def _blocks(self) -> tuple[type[nn.Module], type[nn.Module]]:

@@ -110,7 +110,17 @@ def load_config(source: str | pathlib.Path, overrides: Sequence[str] = ()) -> Ru
     """
     name, values = _read(source)
     for override in overrides:
-        values = merge(values, _parse_override(override))
+        values = merge(values, parse_override(override))
+    return run_config(name, values)
+
+
+def run_config(name: str, values: dict[str, Any]) -> RunConfig:
+    """The run configuration of a file's tables, read; `name` is for messages.
+
+    Raises:
+      UserError: one line with name, key and valid keys or values.
+    """
+    values = dict(values)
     preset = values.pop("preset", None)
     try:
         if preset is not None:
@@ -131,7 +141,7 @@ def from_json(text: str, name: str = "config.json") -> RunConfig:
       UserError: when the text is no JSON object, or no configuration of this version.
     """
     try:
-        return build(RunConfig, _parse_json(text))
+        return build(RunConfig, parse_json(text))
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
@@ -144,23 +154,23 @@ def _read(source: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
     """Name for messages and raw values of a preset or file."""
     path = pathlib.Path(source)
     if path.suffix == ".json":
-        return str(path), dataclasses.asdict(from_json(_text(path), str(path)))
+        return str(path), dataclasses.asdict(from_json(read_text(path), str(path)))
     if path.suffix == ".toml":
-        return str(path), _parse_toml(str(path), _text(path))
+        return str(path), parse_toml(str(path), read_text(path))
     names = preset_names()
     if str(source) not in names:
         raise UserError(f"no config {str(source)!r}; {closest(str(source), names)}, or a path to a .toml file")
-    return f"config {source}", _parse_toml(f"config {source}", (_presets() / f"{source}.toml").read_text())
+    return f"config {source}", parse_toml(f"config {source}", (_presets() / f"{source}.toml").read_text())
 
 
-def _text(path: pathlib.Path) -> str:
+def read_text(path: pathlib.Path) -> str:
     try:
         return path.read_text()
     except OSError as error:
         raise UserError(f"cannot read config {path}: {error.strerror}") from error
 
 
-def _parse_json(text: str) -> dict[str, Any]:
+def parse_json(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
@@ -169,14 +179,14 @@ def _parse_json(text: str) -> dict[str, Any]:
     return values
 
 
-def _parse_toml(name: str, text: str) -> dict[str, Any]:
+def parse_toml(name: str, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{name}: not valid TOML: {error}") from error
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     require(bool(equals) and all(parts), f"override {override!r} is not key=value, as in optim.lr=1e-3")

@@ -110,5 +110,5 @@ def _abstract_model(config: RunConfig, mesh: Mesh | None) -> tuple[Any, jax.Shap
         everywhere = replicated(mesh)
         shardings = param_shardings(mesh, logical_axes(model), params)
     place = lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)  # noqa: E731
-    bias_LC = jax.ShapeDtypeStruct((model.stack.num_moe_layers, model.moe.num_columns), jnp.float32)
+    bias_LC = jax.ShapeDtypeStruct(model.router_bias_shape, jnp.float32)
     return jax.tree.map(place, params, shardings), place(bias_LC, everywhere)

@@ -29,7 +29,7 @@ class TrainState:
 
 def init_state(model: ModelConfig, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     """The state before the first step."""
-    bias_LC = jnp.zeros((model.stack.num_moe_layers, model.moe.num_columns), jnp.float32)
+    bias_LC = jnp.zeros(model.router_bias_shape, jnp.float32)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_LC)
 
 

@@ -21,13 +21,13 @@ class Validation:
 
     def __init__(self, config: RunConfig, apply: Apply, mesh: Mesh) -> None:
         self._config = config
-        self._mesh = mesh
+        self.mesh = mesh
         self._step = jax.jit(make_eval_step(apply))
         self._batches: dict[str, list[Batch]] = {}
 
     def of(self, apply: Apply) -> "Validation":
         """The same examples for another model."""
-        other = Validation(self._config, apply, self._mesh)
+        other = Validation(self._config, apply, self.mesh)
         other._batches = self._batches
         return other
 
@@ -50,7 +50,7 @@ class Validation:
                 eval_batches(self._config.data, name, "validation", train.batch_size, train.eval_examples)
             )
         parts = [
-            self._step(state.params, state.router_bias_LC, shard_batch(self._mesh, batch))
+            self._step(state.params, state.router_bias_LC, shard_batch(self.mesh, batch))
             for batch in self._batches[name]
         ]
         return jax.device_get(jax.tree.map(lambda *leaves: jnp.stack(leaves).sum(axis=0), *parts))

@@ -128,7 +128,7 @@ def check_self_contained(path) -> Page:
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Batches as large as in the evaluation's tests, whose programs then serve here too; answers are tested there."""
-    monkeypatch.setattr(report_source, "_ROUTING_EXAMPLES", 6)
+    monkeypatch.setattr(report_source, "ROUTING_EXAMPLES", 6)
     monkeypatch.setattr(example_map, "predict", lambda one, model, batch, *_: ["7"] * len(batch.tokens_BT))
 
 

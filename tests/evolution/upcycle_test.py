@@ -8,12 +8,11 @@ from models.small import FAST_COMPILE, forward, random_batch, random_params, sma
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.evolution.config import UpcycleConfig
+from anyexperts_jax.evolution.config import UpcycleConfig, upcycled_model
 from anyexperts_jax.evolution.upcycle import (
     initial_experts,
     upcycle_params,
     upcycled_leaves,
-    upcycled_model,
 )
 from anyexperts_jax.models.init import abstract_params, init_params, logical_axes, named_leaves
 from anyexperts_jax.models.presets import dense_twin

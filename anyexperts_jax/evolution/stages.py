@@ -1,0 +1,147 @@
+"""EvoMoE's three stages, each a run of its own in the run's directory, from the end of the one before.
+
+I warm-up: the dense model. II evolution: expert 1 trains and the others follow. III routing: the routers train.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.evolution.alone import apply_alone, expert_leaves, expert_measure, router_leaves
+from anyexperts_jax.evolution.config import STAGES, EvolveRun, load_evolve_config
+from anyexperts_jax.evolution.evolve import expert_evolution
+from anyexperts_jax.evolution.upcycle import upcycle_params
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.init import logical_axes
+from anyexperts_jax.train.config import FREE_KEYS, describe_differences
+from anyexperts_jax.train.frozen import only
+from anyexperts_jax.train.loop import TrainResult, train
+from anyexperts_jax.train.optim import make_optimizer
+from anyexperts_jax.train.recipe import EVERYTHING, Recipe
+from anyexperts_jax.train.run_dir import RunDir, load_run, write_whole
+from anyexperts_jax.train.strict import differing_keys
+
+CONFIG_NAME = "evolve.json"
+
+
+def evolve(
+    run: EvolveRun, root: str | pathlib.Path, stages: tuple[str, ...] = STAGES, *, progress: bool = True
+) -> dict[str, TrainResult]:
+    """Runs the stages in order, each into ROOT/STAGE; what is done is not done again, what was stopped goes on.
+
+    Returns how each stage that has steps ended.
+
+    Raises:
+      UserError: when ROOT holds a run of another configuration, or a stage's predecessor has not reached its end.
+      RunStoppedError: as for `train.loop.train`.
+    """
+    root = pathlib.Path(root)
+    for name in stages:
+        require_one_of("stage", name, STAGES)
+    _open(run, root)
+    results = {}
+    for name in [name for name in STAGES if name in stages and getattr(run.evolve, name).steps]:
+        begun = RunDir(root / name).checkpoint_steps()
+        if not begun:
+            _check_predecessor(run, root, name)
+        results[name] = train(run.stage(name), root / name, progress=progress, recipe=stage_recipe(run, root, name))
+    return results
+
+
+def stage_recipe(run: EvolveRun, root: pathlib.Path, name: str) -> Recipe:
+    """How a stage departs from plain training: where it starts, what trains, by which rule, and what is measured."""
+    if name == "warm_up":
+        return EVERYTHING
+    model, config = run.model, run.stage(name)
+    experts, routers = expert_leaves(model), router_leaves(model)
+    start = _starting_parameters(run, root, name)
+    axes = logical_axes(model)
+    if name == "evolving":
+        evolution = expert_evolution(
+            make_optimizer(config.optim, _selected_axes(axes, experts)),
+            run.evolve.evolution,
+            num_experts=model.moe.num_experts,
+            steps=config.train.steps,
+            key=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1)),
+        )
+        return Recipe(start, experts, only(evolution, experts), apply_alone, expert_measure(model))
+    if run.evolve.trains == "all":
+        return Recipe(start, measure=expert_measure(model))
+    trained = routers
+    if run.evolve.trains == "moe":
+        trained = jax.tree.map(lambda expert, router: expert or router, experts, routers)
+    optimizer = only(make_optimizer(config.optim, _selected_axes(axes, trained)), trained)
+    return Recipe(start, trained, optimizer, measure=expert_measure(model))
+
+
+def _selected_axes(axes: Any, trained: Any) -> Any:
+    """Logical axes of what is trained, None elsewhere: the optimiser's weight decay must not look for the rest."""
+    return jax.tree.map(lambda kept, names: names if kept else None, trained, axes)
+
+
+def _starting_parameters(run: EvolveRun, root: pathlib.Path, name: str) -> Callable[[Mesh], Any]:
+    predecessor = _predecessor(run, name)
+    key = jax.random.key(run.base.seed)
+
+    def start(mesh: Mesh) -> Any:
+        config, params, _ = load_run(root / predecessor, "last", mesh)
+        _check_model(config.model, run.stage(predecessor).model, root / predecessor)
+        if predecessor != "warm_up":
+            return params
+        return upcycle_params(params, run.model, run.evolve.upcycle, key, mesh, consume=True)
+
+    return start
+
+
+def _predecessor(run: EvolveRun, name: str) -> str:
+    return "evolving" if name == "routing" and run.evolve.evolving.steps else "warm_up"
+
+
+def _check_predecessor(run: EvolveRun, root: pathlib.Path, name: str) -> None:
+    if name == "warm_up":
+        return
+    before = _predecessor(run, name)
+    steps, wanted = RunDir(root / before).checkpoint_steps(), getattr(run.evolve, before).steps
+    reached = f"it stopped at step {steps[-1]}" if steps else "it has no checkpoint"
+    require(
+        bool(steps) and steps[-1] == wanted,
+        f"stage {name} starts from the end of stage {before}, step {wanted} in {root / before}, but {reached}; "
+        "run that stage first",
+    )
+
+
+def _check_model(found: ModelConfig, wanted: ModelConfig, where: pathlib.Path) -> None:
+    differences = differing_keys(wanted, found)
+    require(not differences, f"the model in {where} is another one: {describe_differences(differences)}")
+
+
+def _open(run: EvolveRun, root: pathlib.Path) -> None:
+    """Writes evolve.json, once it is sure that no stage begun is of another configuration.
+
+    Raises:
+      UserError: naming the keys that differ, with both values.
+    """
+    path = root / CONFIG_NAME
+    begun = [name for name in STAGES if RunDir(root / name).checkpoint_steps()]
+    if path.exists() and begun:
+        free = [f"base.{key}" for key in FREE_KEYS]
+        free += [f"evolve.{name}." for name in STAGES if name not in begun]
+        if begun == ["warm_up"]:
+            free += ["evolve.upcycle.", "evolve.evolution.", "evolve.moe."]
+        if "routing" not in begun:
+            free.append("evolve.trains")
+        differences = differing_keys(run, load_evolve_config(path))
+        fixed = {key: values for key, values in differences.items() if not key.startswith(tuple(free))}
+        require(
+            not fixed,
+            f"the run in {root} has begun {', '.join(begun)} with another configuration: "
+            f"{describe_differences(fixed)}; take another --run",
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(dataclasses.asdict(run), indent=2) + "\n")

@@ -1,0 +1,195 @@
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from train.stand_in import MODEL, random_batch, run_config
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.evolution import stages
+from anyexperts_jax.evolution.alone import apply_alone, expert_leaves, router_leaves
+from anyexperts_jax.evolution.config import (
+    EvolutionConfig,
+    EvolveConfig,
+    EvolveRun,
+    StageConfig,
+    evolve_preset_names,
+    load_evolve_config,
+)
+from anyexperts_jax.evolution.stages import evolve
+from anyexperts_jax.models.init import abstract_params, named_leaves
+from anyexperts_jax.models.presets import dense_twin
+from anyexperts_jax.sharding.mesh import MeshConfig
+from anyexperts_jax.train.run_dir import load_run
+from anyexperts_jax.train.run_log import read_records
+
+DENSE = dense_twin(dataclasses.replace(MODEL, stack=dataclasses.replace(MODEL.stack, num_layers=2)))
+STAGE = StageConfig(steps=4, lr=1e-2, batch_size=8, final_lr_fraction=0.5)
+TOP_1 = AnyExpertsConfig.static_top_k(
+    4, 1, router="dtr", router_hidden=4, router_rank=2, normalisation="all_raw_gradient", capacity_factor=4.0
+)
+MESH = MeshConfig(data=2, fsdp=2, expert=2)
+
+
+def a_run(mesh=MESH, moe=TOP_1, routing=STAGE, **fields) -> EvolveRun:
+    base = run_config(model=DENSE, checkpoint_every=2, eval_every=4, steps=4, mesh=mesh)
+    return EvolveRun(base, EvolveConfig(moe=moe, warm_up=STAGE, evolving=STAGE, routing=routing, **fields))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """The runs here compile the same few programs."""
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """All three stages on a mesh of eight devices, once."""
+    root = tmp_path_factory.mktemp("evolve") / "run"
+    return root, evolve(a_run(), root, progress=False)
+
+
+def trained(root, stage):
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(load_run(root / stage, "last")[1]).items()}
+
+
+def chosen(flags):
+    return {name for name, flag in named_leaves(flags).items() if flag}
+
+
+def test_what_a_stage_does_not_train_is_bit_for_bit_the_stage_befores(done):
+    root, results = done
+    assert set(results) == {"warm_up", "evolving", "routing"}
+    model = a_run().model
+    experts, routers = chosen(expert_leaves(model)), chosen(router_leaves(model))
+    assert len(experts) == 3
+    assert len(routers) == 7
+    dense, evolved, routed = (trained(root, stage) for stage in ("warm_up", "evolving", "routing"))
+    for name, leaf in routed.items():
+        same = np.array_equal(leaf.view(np.uint8), evolved[name].view(np.uint8))
+        assert same == (name not in routers), name
+    for name in set(dense) & set(evolved):
+        np.testing.assert_array_equal(dense[name], evolved[name])
+    block = "decoder/moe_layers/before_0/mlp/up/kernel"
+    np.testing.assert_array_equal(evolved[block][0], dense["decoder/dense_0/mlp/up/kernel"])
+    for name in experts:
+        every = [dense["decoder/dense_1/mlp/{}/kernel".format(name.split("_")[-2])]]
+        every += list(evolved[name][0])
+        for i in range(5):
+            assert all(not np.array_equal(every[i], every[j]) for j in range(i)), name
+
+
+def test_the_optimiser_has_state_for_what_trains_alone(done):
+    root, _ = done
+    run = a_run()
+    for stage, wanted in (("evolving", expert_leaves(run.model)), ("routing", router_leaves(run.model))):
+        recipe = stages.stage_recipe(run, root, stage)
+        params = abstract_params(run.model)
+        state = jax.eval_shape(recipe.optimizer.init, params)
+        sizes = {name: leaf.size for name, leaf in named_leaves(params).items()}
+        count = sum(sizes[name] for name in chosen(wanted)) // (4 if stage == "evolving" else 1)
+        moments = sum(leaf.size for leaf in jax.tree.leaves(state) if np.issubdtype(leaf.dtype, np.floating))
+        assert moments == 2 * count  # Adam's two, of one expert of four in stage II
+
+
+def test_distances_and_each_experts_loss_are_logged(done):
+    root, _ = done
+    record = [r for r in read_records(root / "evolving" / "metrics.jsonl") if r["kind"] == "validation"][-1]
+    experts = record["experts"]
+    assert set(experts) == {f"expert_{n}" for n in (1, 2, 3, 4)}
+    assert experts["expert_1"]["distance"] == 0
+    np.testing.assert_allclose(experts["expert_1"]["loss"], record["loss"], rtol=1e-5)  # stage II runs expert 1
+    for n in (2, 3, 4):
+        assert 0 < experts[f"expert_{n}"]["distance"] < 0.5
+        assert experts[f"expert_{n}"]["loss"] != experts["expert_1"]["loss"]
+    assert "experts" in read_records(root / "routing" / "metrics.jsonl")[-1]
+
+
+def test_a_finished_run_does_nothing_again_and_a_stopped_one_goes_on(done, tmp_path):
+    root, results = done
+    again = evolve(a_run(), root, progress=False)
+    assert again["routing"].validation == results["routing"].validation
+    stopped = tmp_path / "stopped"
+    shutil.copytree(root, stopped)
+    shutil.rmtree(stopped / "routing")
+    shutil.rmtree(stopped / "evolving" / "checkpoints" / "4")  # as if killed after step 2 of stage II
+    resumed = evolve(a_run(), stopped, progress=False)
+    assert resumed["routing"].validation["loss"] == results["routing"].validation["loss"]
+    for name, leaf in trained(root, "routing").items():
+        np.testing.assert_array_equal(leaf, trained(stopped, "routing")[name])
+
+
+def test_a_changed_config_or_a_missing_stage_is_a_clear_error(done, tmp_path):
+    root, _ = done
+    with pytest.raises(
+        UserError, match=r"has begun warm_up, evolving, routing with .*evolve.evolution.mode \('lag', was"
+    ):
+        evolve(a_run(evolution=EvolutionConfig(mode="lag")), root, progress=False)
+    with pytest.raises(UserError, match=r"evolve.routing.lr \(1.0, was 0.01\); take another --run"):
+        evolve(a_run(routing=dataclasses.replace(STAGE, lr=1.0)), root, progress=False)
+    with pytest.raises(UserError, match=r"stage routing starts from the end of stage evolving, step 4 .*no checkpoint"):
+        evolve(a_run(), tmp_path / "new", ("routing",), progress=False)
+    with pytest.raises(UserError, match="stage='third' is unknown; valid: warm_up, evolving, routing"):
+        evolve(a_run(), tmp_path / "new", ("third",), progress=False)
+    half = tmp_path / "half"
+    shutil.copytree(root, half)
+    shutil.rmtree(half / "routing")
+    shutil.rmtree(half / "evolving")
+    shutil.rmtree(half / "warm_up" / "checkpoints" / "4")
+    with pytest.raises(UserError, match=r"stage evolving starts from .* it stopped at step 2; run that stage"):
+        evolve(a_run(), half, ("evolving",), progress=False)
+
+
+def test_stage_two_has_the_dense_models_loss_before_its_first_step(done):
+    """The model with expert 1 alone is the dense one, and no other expert or router has a gradient."""
+    root, _ = done
+    _, params, bias = load_run(root / "evolving", "last")
+    model = a_run().model
+    apply = apply_alone(model)
+    batch = random_batch(rows=2)
+    batch = dataclasses.replace(
+        batch,
+        patches_BPX=batch.patches_BPX[:, :0, :0],
+        frames_BSX=batch.frames_BSX[:, :0, :0],
+        modality_BT=batch.time_BT,
+    )
+    grads = jax.jit(jax.grad(lambda p: apply(p, batch, bias, None, None)[0].sum()))(params)
+    blocks = grads["decoder"]["moe_layers"]["moe"]
+    for name, grad in blocks["experts"].items():
+        assert float(np.abs(grad[:, 0]).max()) > 0, name
+        np.testing.assert_array_equal(grad[:, 1:], 0.0)
+    assert all(float(np.abs(grad).max()) == 0 for grad in jax.tree.leaves(blocks["router"]))
+
+
+def test_presets_and_their_files_are_strict(tmp_path):
+    assert evolve_preset_names() == ["evolve_smoke", "evolve_tiny"]
+    for name in evolve_preset_names():
+        run = load_evolve_config(name)
+        assert run.model.moe.router == "dtr"
+        assert run.stage("routing").model.stack.moe_every == 2
+        path = tmp_path / "evolve.json"
+        path.write_text(json.dumps(dataclasses.asdict(run)))
+        assert load_evolve_config(path) == run
+    assert load_evolve_config("evolve_smoke", ["evolve.trains=all"]).evolve.trains == "all"
+    for override, message in (
+        ("evolve.evolution.beta=1", "unknown key evolution.beta"),
+        ("evolve.trains=both", "trains"),
+        ("evolve.upcycle.num_experts=3", "evolve.moe.num_experts=4 is not evolve.upcycle.num_experts=3"),
+        ("evolve.warm_up.warmup_steps=-1", "stage warm_up: optim.warmup_steps=-1"),
+        ("model.stack.num_dense_layers=1", "starts from a dense model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_evolve_config("evolve_smoke", [override])
+    with pytest.raises(UserError, match="no evolve config 'evolve_tinny'; did you mean evolve_tiny"):
+        load_evolve_config("evolve_tinny")
+    (tmp_path / "plain.toml").write_text('preset = "tiny"\n')
+    with pytest.raises(UserError, match=r"no table \[evolve\]"):
+        load_evolve_config(tmp_path / "plain.toml")
