@@ -54,8 +54,10 @@ def _evolve(options: argparse.Namespace) -> None:
 
     run = load_evolve_config(options.config, options.set)
     root = options.run or pathlib.Path("runs") / pathlib.Path(options.config).stem
-    for name, result in evolve(run, root, tuple(options.stage or STAGES)).items():
+    for name, result in evolve(run, root, tuple(options.stage or STAGES), note=_say).items():
         print(f"{name}: {result.run_dir}, step {result.step}, validation loss {result.validation['loss']:.3f}")
+        for expert, found in result.validation.get("experts", {}).items():
+            print(f"  {expert} alone: loss {found['loss']:.3f}, {found['distance']:.1e} of expert_1's norm from it")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -43,12 +43,13 @@ def draw_similarity(found: RouterDiagnostics, path: Path) -> Path:
         axes = drawn.subplots()
         picture = axes.imshow(found.distance_EE, cmap="viridis", vmin=0, interpolation="nearest")
         if experts <= 8:
+            labels = [str(expert + 1) for expert in range(experts)]
             for i in range(experts):
                 for j in range(experts):
                     ink = "white" if found.distance_EE[i, j] < found.distance_EE.max() / 2 else "black"
                     axes.text(j, i, f"{found.distance_EE[i, j]:.2g}", ha="center", va="center", color=ink, fontsize=7)
-            axes.set_xticks(range(experts), range(1, experts + 1))
-            axes.set_yticks(range(experts), range(1, experts + 1))
+            axes.set_xticks(range(experts), labels)
+            axes.set_yticks(range(experts), labels)
         axes.set_xlabel("expert")
         axes.set_ylabel("expert")
         drawn.colorbar(picture, ax=axes).set_label("distance over expert 1's norm")

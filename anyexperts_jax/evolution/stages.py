@@ -31,11 +31,16 @@ CONFIG_NAME = "evolve.json"
 
 
 def evolve(
-    run: EvolveRun, root: str | pathlib.Path, stages: tuple[str, ...] = STAGES, *, progress: bool = True
+    run: EvolveRun,
+    root: str | pathlib.Path,
+    stages: tuple[str, ...] = STAGES,
+    *,
+    progress: bool = True,
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, TrainResult]:
     """Runs the stages in order, each into ROOT/STAGE; what is done is not done again, what was stopped goes on.
 
-    Returns how each stage that has steps ended.
+    Returns how each stage that has steps ended. `note` is called with a line as each begins.
 
     Raises:
       UserError: when ROOT holds a run of another configuration, or a stage's predecessor has not reached its end.
@@ -50,6 +55,7 @@ def evolve(
         begun = RunDir(root / name).checkpoint_steps()
         if not begun:
             _check_predecessor(run, root, name)
+        note(f"stage {name}: {getattr(run.evolve, name).steps} steps in {root / name}")
         results[name] = train(run.stage(name), root / name, progress=progress, recipe=stage_recipe(run, root, name))
     return results
 

@@ -71,7 +71,9 @@ def make_optimizer(config: OptimConfig, logical_axes: Any) -> optax.GradientTran
         optax.add_decayed_weights(config.weight_decay, mask=mask),
     )
 
-    def update(grads: Any, state: Any, params: Any = None, *, learning_rate: Array, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        grads: Any, state: Any, params: Any = None, *, learning_rate: Array | float, **extra: Any
+    ) -> tuple[Any, Any]:
         del extra
         updates, state = direction.update(grads, state, params)
         return jax.tree.map(lambda u: -learning_rate * u, updates), state

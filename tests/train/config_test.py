@@ -60,7 +60,7 @@ def test_a_runs_json_loads_as_a_config(tmp_path):
         (["train.batch_size=6", "train.accumulation=4"], r"train\.accumulation=4 must divide train\.batch_size=6"),
         (["train.eval_every=70", "train.checkpoint_every=50"], "eval_every=70 must be a multiple of"),
         (["optim.warmup_steps=90", "train.steps=90"], r"warmup_steps=90 must be below train\.steps=90"),
-        (["preset=tinny"], "model preset='tinny' is unknown; valid: tiny, small, ling_mini_2"),
+        (["preset=tinny"], "model preset='tinny' is unknown; valid: tiny, tiny_dense, small, ling_mini_2"),
         (["model.max_length=64"], r"max_length=\d+ is longer than the model's max_length=64"),
         (["mesh.data=0"], r"mesh\.data=0 must be >= 1"),
         (["seed=-1"], "seed=-1 must be >= 0"),
