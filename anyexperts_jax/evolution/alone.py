@@ -66,7 +66,7 @@ def _alone(model: ModelConfig) -> ModelConfig:
 
 
 @jax.jit
-def expert_products(experts: list[Float[Array, "L E X Y"]]) -> tuple[Float[Array, "E E"], Float[Array, "E E"]]:
+def expert_products(experts: list[Float[Array, "L E _ _"]]) -> tuple[Float[Array, "E E"], Float[Array, "E E"]]:
     """Over all weights of the experts in float32: inner products, and squared distances (from differences)."""
     count = experts[0].shape[1]
     products_EE, distances_EE = jnp.zeros((count, count)), jnp.zeros((count, count))

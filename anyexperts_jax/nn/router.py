@@ -63,7 +63,11 @@ class Router(nn.Module):
         return per_modality_logits(x_ND, modality_N, self.param("kernel_MDC", kernel_init, shape, jnp.float32))
 
     def _dtr(self, x_ND: Array, modality_N: Array, columns: int) -> Array:
-        """Codes, low-rank activations, E and logits start near unit scale, the codes' biases at zero (our reading)."""
+        """Codes, low-rank activations and E start at unit scale, the codes' biases at zero (our reading).
+
+        E is a product of four random maps, with tails to match: phi starts at a quarter of the usual scale, so that the
+        softmax of no token begins saturated.
+        """
         config, D = self.config, x_ND.shape[-1]
         Z, Q = config.router_hidden, config.router_rank
         sizes = {"router_hidden": Z, "embed": D, "router_rank": Q, "gate_and_up": 2 * Q}
@@ -82,5 +86,5 @@ class Router(nn.Module):
             up_MZQD=weights("up_MZQD", "router_hidden", "router_rank", "embed", num_in=2),
             up_bias_MQD=weights("up_bias_MQD", "router_rank", "embed", num_in=1),
         )
-        phi_DC = self.param("phi", named(FanIn(), ("embed", "router")), (D, columns), jnp.float32)
+        phi_DC = self.param("phi", named(FanIn(scale=0.25), ("embed", "router")), (D, columns), jnp.float32)
         return dtr_logits(x_ND, modality_N, hypernetworks, phi_DC, gelu=config.router_gelu)

@@ -128,7 +128,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **learning)
         params = overlay(optax.apply_updates(select(state.params, trainable), updates), state.params)
         bias_LC = state.router_bias_LC
-        if moe.expert_bias:
+        if moe.expert_bias and config.model.stack.num_moe_layers:
             bias_LC = update_expert_bias(bias_LC, sums.routing.load_LC, moe.expert_bias_rate)
         updated = TrainState(state.step, params, opt_state, bias_LC)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)

@@ -56,12 +56,12 @@ def test_shares_and_densities_are_of_each_modality(found):
 
 def test_overlap_by_hand():
     """One layer, two experts. Text tokens at +-1, image tokens at +-1 and +-3: half of the image's overlap."""
-    batch = random_batch(lengths=(8,))
+    batch = random_batch(lengths=(8, 8))
     modality_BT = np.zeros_like(batch.modality_BT)
     modality_BT[:, 4:] = 1
     batch = dataclasses.replace(batch, modality_BT=modality_BT)
     logits_BT = np.full(modality_BT.shape, 50.0)  # padding does not count
-    logits_BT[0, :8] = [-1, -1, -1, -1, -1, -1, -3, -3]
+    logits_BT[:, :8] = [-1, -1, -1, -1, -1, -1, -3, -3]
     logits_LBTE = np.stack([logits_BT, -logits_BT], axis=-1)[None] + 7.0  # nor what a token's logits have in common
     edges_X, density_LMEX = logit_densities([logits_LBTE], [batch])
     assert edges_X[-1] == pytest.approx(3.0)

@@ -36,7 +36,9 @@ MESH = MeshConfig(data=2, fsdp=2, expert=2)
 
 def a_run(mesh=MESH, moe=TOP_1, routing=STAGE, **fields) -> EvolveRun:
     base = run_config(model=DENSE, checkpoint_every=2, eval_every=4, steps=4, mesh=mesh)
-    return EvolveRun(base, EvolveConfig(moe=moe, warm_up=STAGE, evolving=STAGE, routing=routing, **fields))
+    return EvolveRun(
+        base, EvolveConfig(**{"moe": moe, "warm_up": STAGE, "evolving": STAGE, "routing": routing, **fields})
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,6 +100,20 @@ def test_the_optimiser_has_state_for_what_trains_alone(done):
         count = sum(sizes[name] for name in chosen(wanted)) // (4 if stage == "evolving" else 1)
         moments = sum(leaf.size for leaf in jax.tree.leaves(state) if np.issubdtype(leaf.dtype, np.floating))
         assert moments == 2 * count  # Adam's two, of one expert of four in stage II
+
+
+def test_stage_three_trains_the_routers_they_and_the_experts_or_everything(tmp_path):
+    model = a_run().model
+    experts, routers = chosen(expert_leaves(model)), chosen(router_leaves(model))
+    for trains, wanted in (("router", routers), ("moe", routers | experts)):
+        recipe = stages.stage_recipe(a_run(trains=trains), tmp_path, "routing")
+        assert chosen(recipe.trainable) == wanted
+    everything = stages.stage_recipe(a_run(trains="all"), tmp_path, "routing")
+    assert everything.trainable is None
+    assert everything.optimizer is None
+    copies = a_run(evolving=dataclasses.replace(STAGE, steps=0))
+    with pytest.raises(UserError, match="stage routing starts from the end of stage warm_up"):
+        evolve(copies, tmp_path, ("routing",), progress=False)
 
 
 def test_distances_and_each_experts_loss_are_logged(done):

@@ -56,7 +56,7 @@ def test_the_cache_gives_what_full_recomputation_gives_until_eos():
     "stack", [{"num_dense_layers": 3}, {"num_layers": 4, "num_dense_layers": 0, "moe_every": 2}], ids=["dense", "every"]
 )
 def test_a_dense_model_and_one_with_experts_in_every_second_layer(stack):
-    config = small(stack=stack)
+    config = small(stack=stack, moe={"router": "per_modality"})
     params = random_params(config)
     params["tokens"]["table"] = jnp.asarray(10 * np.asarray(params["tokens"]["table"]))
     layers = config.stack.num_moe_layers

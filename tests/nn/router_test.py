@@ -56,13 +56,13 @@ def test_dtr_at_the_papers_width_adds_what_h_times_r_of_2048_gives():
         assert abs(count / (4 * 3 * 2048 * 2048) - 1) < 0.06
 
 
-def test_logits_start_at_unit_scale():
+def test_logits_start_small_enough_for_a_softmax():
     x_ND = jnp.asarray(np.random.default_rng(1).normal(size=(256, 64)), jnp.float32)
     modality_N = jnp.arange(256) % M
     for name in ROUTERS:
         router = module(name, router_hidden=32, virtual_bias_init=0.0)
         logits_NC = router.apply({"params": initial_params(router, x_ND, modality_N)}, x_ND, modality_N)
-        assert 0.3 < float(logits_NC.std()) < 2.5, name
+        assert 0.2 < float(logits_NC.std()) < 1.5, name
 
 
 def test_the_modality_selects_the_hypernetwork_and_gelu_is_a_switch():
@@ -88,10 +88,9 @@ def test_a_router_of_modalities_needs_them():
         ModelConfig(moe=dataclasses.replace(BASE, router="dtr"))
 
 
-@pytest.mark.parametrize("router", ["per_modality_shared", "dtr_shared"])
-def test_an_anyexperts_model_with_variable_slots_learns_through_every_router_weight(router):
+def test_an_anyexperts_model_with_variable_slots_learns_through_every_router_weight():
     """Variable slots, virtual columns and a router that tells modalities apart: values, gradients, decoding's path."""
-    config = small(moe={"router": router, "router_hidden": 6, "router_rank": 2})
+    config = small(moe={"router": "dtr_shared", "router_hidden": 6, "router_rank": 2})
     params, batch = random_params(config), random_batch()
     (_, output), grads = loss_and_grad(config)(params, batch, weights())
     assert len(np.unique(output.trace.slots_BT[:, batch.valid_BT])) > 1
