@@ -62,7 +62,9 @@ def expert_alone(model: ModelConfig, params: Any, expert: Array | int) -> Any:
 
 
 def _alone(model: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(model, moe=AnyExpertsConfig.static_top_k(1, 1))
+    """The model with one expert. There is nobody to dispatch to: every token stays where it is, on any mesh."""
+    stack = dataclasses.replace(model.stack, dispatch="dense", expert_mlp=None)
+    return dataclasses.replace(model, stack=stack, moe=AnyExpertsConfig.static_top_k(1, 1))
 
 
 @jax.jit

@@ -36,7 +36,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def init_leaves(config: ModelConfig, key: Array, names: tuple[str, ...]) -> dict[str, Array]:
-    """The initial values of some parameters alone, those that `init_params` gives them."""
+    """The initial values of some parameters alone, those that `init_params` gives them up to rounding."""
     every = named_leaves(_boxed_shapes(config))
     boxes = {name: every[name] for name in names}
     normals = _standard_normals(key, {name: box for name, box in boxes.items() if _is_random(box)})

@@ -26,7 +26,9 @@ from anyexperts_jax.sharding.mesh import MeshConfig
 from anyexperts_jax.train.run_dir import load_run
 from anyexperts_jax.train.run_log import read_records
 
-DENSE = dense_twin(dataclasses.replace(MODEL, stack=dataclasses.replace(MODEL.stack, num_layers=2)))
+DENSE = dense_twin(
+    dataclasses.replace(MODEL, stack=dataclasses.replace(MODEL.stack, num_layers=2, dispatch="exchange"))
+)
 STAGE = StageConfig(steps=4, lr=1e-2, batch_size=8, final_lr_fraction=0.5)
 TOP_1 = AnyExpertsConfig.static_top_k(
     4, 1, router="dtr", router_hidden=4, router_rank=2, normalisation="all_raw_gradient", capacity_factor=4.0

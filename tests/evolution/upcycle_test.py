@@ -71,8 +71,8 @@ def test_every_layers_weights_come_to_their_place():
         np.testing.assert_array_equal(blocks["norm"]["scale"][group], routed["norm"]["scale"])
         np.testing.assert_array_equal(blocks["before_0"]["mlp"]["up"]["kernel"][group], before["mlp"]["up"]["kernel"])
     fresh = init_params(upcycled_model(DENSE, UpcycleConfig(), AnyExpertsConfig.static_top_k(4, 1)), KEY)
-    np.testing.assert_array_equal(
-        blocks["moe"]["router"]["kernel"], fresh["decoder"]["moe_layers"]["moe"]["router"]["kernel"]
+    np.testing.assert_allclose(  # two programs, so up to rounding
+        blocks["moe"]["router"]["kernel"], fresh["decoder"]["moe_layers"]["moe"]["router"]["kernel"], rtol=1e-6
     )
 
 
