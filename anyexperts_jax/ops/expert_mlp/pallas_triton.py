@@ -298,7 +298,8 @@ def _tokens(ref: Any, at: Any, row: Array, height: int, rows: Array) -> Array | 
     if not isinstance(ref, TokenRows):
         return None
     inside = row + jnp.arange(height) < jnp.minimum(rows, ref.shape[1])
-    return plgpu.load(ref.tokens.at[at, pl.ds(row, height)], mask=inside, other=0)
+    tokens_ref: Any = ref.tokens
+    return plgpu.load(tokens_ref.at[at, pl.ds(row, height)], mask=inside, other=0)
 
 
 def _load(
@@ -319,7 +320,7 @@ def _load(
     else:
         ref, place = ref.x_ND, (tokens[:, None], column + jnp.arange(width)[None, :])
         place = tuple(jnp.broadcast_to(one, (height, width)) for one in place)  # the interpreter takes no less
-    tile_ref: Any = ref.at[place]
+    tile_ref = ref.at[place]
     return plgpu.load(tile_ref) if mask is None else plgpu.load(tile_ref, mask=mask, other=0)
 
 
