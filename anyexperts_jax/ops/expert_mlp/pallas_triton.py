@@ -51,7 +51,7 @@ HOPPER_16_BIT = Tiles(
     down=Tile(m=128, n=256, k=64, warps=8, stages=3),
     d_gate_up=Tile(m=128, n=64, k=64, warps=8, stages=4),
     d_x=Tile(m=128, n=128, k=64, warps=8, stages=3),
-    d_w_gate_up=Tile(m=128, n=128, k=64, warps=8, stages=5),
+    d_w_gate_up=Tile(m=128, n=128, k=64, warps=8, stages=4),
     d_w_down=Tile(m=128, n=128, k=64, warps=8, stages=5),
 )
 HOPPER_32_BIT = Tiles(
