@@ -7,13 +7,26 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from anyexperts_jax.core.batch import Batch
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import comma_list, require
 from anyexperts_jax.sharding.rules import ShardingRules
 
 DEFAULT_RULES = ShardingRules()
+
+
+def require_automatic(mesh: Mesh) -> None:
+    """Refuses a mesh with explicit axes: the model names layouts at its seams and leaves those between to the compiler.
+
+    Raises:
+      UserError: naming the axes.
+    """
+    others = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]
+    require(
+        not others,
+        f"mesh axes {comma_list(others)} are not automatic; make the mesh with AxisType.Auto, as make_mesh does",
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -22,6 +35,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_shardings(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> dict[str, NamedSharding]:
     """The sharding of every array of a `Batch` by its field: sequences split, and positions where there are any."""
+    require_automatic(mesh)
     fields = [field.name for field in dataclasses.fields(Batch)]
     axes = {name: ("batch", "length") if name.endswith("_BT") else ("batch",) for name in fields}
     return {name: NamedSharding(mesh, rules.spec(logical)) for name, logical in axes.items()}
@@ -76,8 +90,9 @@ def param_shardings(mesh: Mesh, logical_axes: Any, abstract_params: Any, rules: 
       abstract_params: the same tree of arrays or ShapeDtypeStructs.
 
     Raises:
-      UserError: naming the parameter whose axes are unknown, too few, or not divisible by the mesh.
+      UserError: naming the parameter whose axes are unknown, too few, or not divisible by the mesh; explicit axes.
     """
+    require_automatic(mesh)
 
     def sharding(path: Any, array: Any, axes: tuple[str, ...]) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
