@@ -70,7 +70,8 @@ def in_cluster(environment: Mapping[str, str] = os.environ) -> bool:
     """
     slurm = all(name in environment for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"))
     several_tasks = slurm and environment.get("SLURM_NTASKS", "1") != "1"
-    return several_tasks or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    several_slices = environment.get("MEGASCALE_NUM_SLICES", "1") != "1"
+    return several_tasks or several_slices or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def _checked(count: str, index: str, coordinator: str) -> Peers:

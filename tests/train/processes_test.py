@@ -41,6 +41,7 @@ GIVEN = {"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRE
         ((None, None, None), {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None),  # in a job's shell, not its step
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "a,b"}, Peers()),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ((None, None, None), {"TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, Peers()),
         (("auto", None, None), {}, Peers()),
     ],
 )
