@@ -5,12 +5,16 @@ not finite, 4 a full disk, 5 another process of the run gone, 130 and 143 interr
 """
 
 import argparse
+import os
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 
 from anyexperts_jax import __version__
 from anyexperts_jax.core.errors import UserError
+
+SECONDS_FOR_THE_SAME_ERROR = 2.0  # that other processes have to say it as well
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except UserError as error:
-        return _fail(str(error), 2)
+        code = _fail(str(error), 2)
+        _leave_the_others(code, SECONDS_FOR_THE_SAME_ERROR)
+        return code
     except RunStoppedError as error:
         code = _fail(str(error), error.exit_code)
         if error.alone:
@@ -37,13 +43,11 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _leave_the_others(code: int) -> None:
-    """Ends one process of several at once: at a regular exit JAX waits for the others, who do not know."""
-    import os
-
-    import jax
-
-    if jax.distributed.is_initialized():
+def _leave_the_others(code: int, after: float = 0.0) -> None:
+    """Ends one process of several, `after` seconds: at a regular exit JAX waits for the others, who may not know."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        time.sleep(after)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

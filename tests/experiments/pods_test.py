@@ -3,7 +3,6 @@
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -42,7 +41,8 @@ def run(tmp_path):
     def run(*command, expected=0, **more):
         calls = tmp_path / "calls"
         calls.write_text("")
-        environment = {**os.environ, **ENVIRONMENT, **more, "CALLS": str(calls), "PATH": f"{folder}:/usr/bin:/bin"}
+        own = {"CALLS": str(calls), "PATH": f"{folder}:/usr/bin:/bin", "TMPDIR": str(tmp_path)}
+        environment = {**os.environ, **ENVIRONMENT, **more, **own}
         done = subprocess.run(["bash", *command], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == expected, done.stderr
         return [call.split("\037")[:-1] for call in calls.read_text().split("\036")[:-1]]
@@ -108,7 +108,6 @@ def test_a_gke_workload_trains_in_its_image(run):
     assert storage[:3] == ["xpk", "storage", "attach"]
     (source,) = [word.removeprefix("--script-dir=") for word in workload if word.startswith("--script-dir=")]
     assert (pathlib.Path(source) / "pyproject.toml").exists()
-    shutil.rmtree(source)
     options, _ = trained(run("-c", commands(calls)[0]))
     assert (options.processes, str(options.run)) == ("auto", "/runs/ling_mini_2")
 
