@@ -1,16 +1,20 @@
 """The command line: `anyexperts train | evaluate | report | generate | data | bench | compile`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input, 3 a loss that is
-not finite, 4 a full disk, 130 and 143 interrupted with a checkpoint written.
+not finite, 4 a full disk, 5 another process of the run gone, 130 and 143 interrupted with a checkpoint written.
 """
 
 import argparse
+import os
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 
 from anyexperts_jax import __version__
 from anyexperts_jax.core.errors import UserError
+
+SECONDS_FOR_THE_SAME_ERROR = 2.0  # that other processes have to say it as well
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,9 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except UserError as error:
-        return _fail(str(error), 2)
+        code = _fail(str(error), 2)
+        _leave_the_others(code, SECONDS_FOR_THE_SAME_ERROR)
+        return code
     except RunStoppedError as error:
-        return _fail(str(error), error.exit_code)
+        code = _fail(str(error), error.exit_code)
+        if error.alone:
+            _leave_the_others(code)
+        return code
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0
@@ -34,18 +43,33 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _leave_the_others(code: int, after: float = 0.0) -> None:
+    """Ends one process of several, `after` seconds: at a regular exit JAX waits for the others, who may not know."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        time.sleep(after)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def _train(options: argparse.Namespace) -> None:
+    from anyexperts_jax.train import processes
     from anyexperts_jax.train.config import load_config
     from anyexperts_jax.train.loop import train
 
     config = load_config(options.config, options.set)
     run_dir = options.run or pathlib.Path("runs") / pathlib.Path(options.config).stem
+    peers = processes.find_peers(options.processes, options.process_index, options.coordinator)
+    if peers is not None:
+        processes.connect(peers, config.runtime.peer_timeout)
     result = train(config, run_dir)
-    print(f"run: {result.run_dir}")
+    if processes.is_first():
+        print(f"run: {result.run_dir}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -180,6 +204,12 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("train", help="train a model, or go on with a run that stopped")
     _add_config(parser)
     parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
+    many = parser.add_argument_group(
+        "several processes", "each runs this command; a Slurm step and GKE's TPU pods are found without these options"
+    )
+    many.add_argument("--processes", metavar="N|auto", help="how many; auto: ask the cluster (Cloud TPU VMs); 1: alone")
+    many.add_argument("--process-index", type=int, metavar="I", help="which one this is, from 0")
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     parser.set_defaults(command=_train)
 
 
