@@ -52,7 +52,7 @@ def read_collectives(program: str, mesh: Mapping[str, int]) -> list[Collective]:
       mesh: the sizes of the mesh axes, slowest first; devices are numbered in that order.
 
     Raises:
-      UserError: a loop whose trip count the text does not tell.
+      UserError: a collective in a loop whose trip count the text does not tell.
     """
     bodies = _computations(program)
     runs = _runs(bodies)
@@ -75,8 +75,11 @@ def read_collectives(program: str, mesh: Mapping[str, int]) -> list[Collective]:
             kind = (found[2], groups_to_axes.get(frozenset(groups), ()))
             if all(len(group) < 2 for group in groups):
                 continue
-            counts[kind] += runs[name]
-            sizes[kind] += runs[name] * _bytes(found[1], found[2], bool(found[3]), len(groups[0]))
+            times = runs[name]
+            require(times is not None, f"cannot tell how often a loop runs that sends: {line[:120]!r}")
+            assert times is not None
+            counts[kind] += times
+            sizes[kind] += times * _bytes(found[1], found[2], bool(found[3]), len(groups[0]))
     rows = [Collective(kind, axes, counts[kind, axes], sizes[kind, axes]) for kind, axes in counts]
     return sorted(rows, key=lambda row: (-row.bytes, row.kind, row.axes))
 
@@ -88,9 +91,9 @@ def _computations(program: str) -> dict[str, str]:
     return {header[1]: program[header.start() : end] for header, end in zip(headers, ends, strict=True)}
 
 
-def _runs(bodies: dict[str, str]) -> dict[str, int]:
-    """How often a step runs each computation."""
-    callers: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
+def _runs(bodies: dict[str, str]) -> dict[str, int | None]:
+    """How often a step runs each computation; None: the data decide."""
+    callers: dict[str, list[tuple[str, int | None]]] = {name: [] for name in bodies}
     for name, body in bodies.items():
         for line in _INSTRUCTION.findall(body):
             condition = _CONDITION.search(line)
@@ -100,24 +103,25 @@ def _runs(bodies: dict[str, str]) -> dict[str, int]:
                     if target in callers:
                         callers[target].append((name, trips))
     entry = next(name for name, body in bodies.items() if body.startswith("ENTRY"))
-    runs: dict[str, int] = {entry: 1}
+    runs: dict[str, int | None] = {entry: 1}
 
-    def run(name: str) -> int:
+    def run(name: str) -> int | None:
         if name not in runs:
-            runs[name] = sum(trips * run(caller) for caller, trips in callers[name])
+            pairs = [(run(caller), trips) for caller, trips in callers[name]]
+            known = [times * trips for times, trips in pairs if times is not None and trips is not None]
+            runs[name] = sum(known) if len(known) == len(pairs) else None
         return runs[name]
 
     return {name: run(name) for name in bodies}
 
 
-def _trip_count(line: str, condition: str, bodies: dict[str, str]) -> int:
+def _trip_count(line: str, condition: str, bodies: dict[str, str]) -> int | None:
     known = _TRIP_COUNT.search(line)
     if known:
         return int(known[1])
     called = [bodies[name] for name in re.findall(r"calls=%?([\w.\-]+)", condition) if name in bodies]
     bounds = {int(bound) for text in (condition, *called) for bound in _CONSTANT.findall(text)}
-    require(len(bounds) == 1, f"cannot tell how often a loop runs: {line[:120]!r}; its condition compares {bounds}")
-    return bounds.pop()
+    return bounds.pop() if len(bounds) == 1 else None
 
 
 def _bytes(result: str, kind: str, started: bool, group: int) -> int:
