@@ -81,7 +81,9 @@ class Stack(nn.Module):
         dense_caches = []
         for i in range(self.config.num_dense_layers):
             layer_cache = None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache.dense)
-            x_BTD, layer_cache = dense_block(self.config, self.placement, name=f"dense_{i}")(x_BTD, context, layer_cache)
+            x_BTD, layer_cache = dense_block(self.config, self.placement, name=f"dense_{i}")(
+                x_BTD, context, layer_cache
+            )
             dense_caches.append(layer_cache)
         scanned = nn.scan(
             moe_block,

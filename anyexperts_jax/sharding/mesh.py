@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from anyexperts_jax.core.errors import comma_list, require
@@ -75,15 +76,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = config.sizes(len(devices))
     axis_types = (AxisType.Auto,) * len(sizes)
     if config.slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+        return Mesh(_near_together(tuple(sizes.values()), devices), tuple(sizes), axis_types=axis_types)
     across = (config.dcn_data, config.dcn_fsdp)
     inside = (sizes["data"] // across[0], sizes["fsdp"] // across[1], *(sizes[name] for name in MESH_AXES[2:]))
-    blocks = [
-        jax.make_mesh(inside, tuple(sizes), axis_types=axis_types, devices=part).devices
-        for part in split_into_slices(devices, config.slices)
-    ]
+    blocks = [_near_together(inside, part) for part in split_into_slices(devices, config.slices)]
     grid = np.stack(blocks).reshape(*across, *inside).transpose(0, 2, 1, 3, 4, 5, 6)
     return Mesh(grid.reshape(tuple(sizes.values())), tuple(sizes), axis_types=axis_types)
+
+
+def _near_together(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of one slice, those of an axis along a dimension of the torus, or along a part of one."""
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def split_into_slices(devices: Sequence[jax.Device], count: int) -> list[tuple[jax.Device, ...]]:

@@ -18,7 +18,10 @@ def _xla(queries_BTHA: Array, keys_BSGA: Array, values_BSGA: Array, mask_BTS: Ar
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"xla": _xla, "by_example": vjp.attention_by_example}
-CAUSAL_IMPLEMENTATIONS = {**IMPLEMENTATIONS, "splash": splash.splash_attention}  # for a CausalMask alone
+CAUSAL_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {  # for a CausalMask alone
+    **IMPLEMENTATIONS,
+    "splash": splash.splash_attention,
+}
 
 
 def default_implementation(queries: int, width: int, causal: bool) -> str:
@@ -56,5 +59,5 @@ def attention(
     default = default_implementation(queries_BTHA.shape[1], queries_BTHA.shape[3], causal)
     run = select_implementation(implementation, CAUSAL_IMPLEMENTATIONS if causal else IMPLEMENTATIONS, default)
     if isinstance(mask, CausalMask) and run is not splash.splash_attention:
-        mask = mask.dense()
+        return run(queries_BTHA, keys_BSGA, values_BSGA, mask.dense())
     return run(queries_BTHA, keys_BSGA, values_BSGA, mask)

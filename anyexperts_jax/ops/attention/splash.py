@@ -3,6 +3,8 @@
 The backward pass has the queries, keys, values, the result and each row's log-sum of exponentials.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -39,7 +41,9 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as library  # Pallas is imported where it is used
 
     found = platform()
-    require(interpret or found == "tpu", f"implementation='splash' needs a TPU, not {found!r}; use implementation='xla'")
+    require(
+        interpret or found == "tpu", f"implementation='splash' needs a TPU, not {found!r}; use implementation='xla'"
+    )
     _, length, heads, width = queries_BTHA.shape
     require(
         takes(length, width) and keys_BTGA.shape[1] == length,
@@ -48,9 +52,10 @@ def splash_attention(
     )
     block = next(size for size in _BLOCKS if length % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": block for name in names}
     kernel = library.make_splash_mha_single_device(
         mask=library.MultiHeadMask([library.CausalMask((length, length))] * heads),
-        block_sizes=library.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=library.BlockSizes(**sizes),
         interpret=interpret,
     )
 
@@ -59,5 +64,5 @@ def splash_attention(
         return kernel(queries_HTA, keys_GTA, values_GTA, library.SegmentIds(segments_T, segments_T))
 
     scaled = (queries_BTHA * width**-0.5).astype(queries_BTHA.dtype)
-    operands = (a.swapaxes(1, 2) for a in (scaled, keys_BTGA, values_BTGA))
-    return jax.vmap(run)(*operands, mask.valid_BT).swapaxes(1, 2)
+    queries_BHTA, keys_BGTA, values_BGTA = (a.swapaxes(1, 2) for a in (scaled, keys_BTGA, values_BTGA))
+    return jax.vmap(run)(queries_BHTA, keys_BGTA, values_BGTA, mask.valid_BT).swapaxes(1, 2)
