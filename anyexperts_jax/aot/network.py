@@ -31,7 +31,7 @@ def cuts_of(devices: Sequence[Any], chip: ChipPeaks) -> Cuts:
 
 def _torus_cuts(devices: Sequence[Any], chip: ChipPeaks) -> Cuts:
     coords = np.array([device.coords for device in devices])
-    shape = coords.max(0) - coords.min(0) + 1
+    shape = [int(length) for length in coords.max(0) - coords.min(0) + 1]
     coords = coords - coords.min(0)
     inside, capacity = [], []
     for axis, length in enumerate(shape):

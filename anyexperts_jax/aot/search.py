@@ -6,14 +6,12 @@ configuration alone, is the smallest.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-from jax.sharding import Mesh
 
 from anyexperts_jax.analysis.tables import TextTable
 from anyexperts_jax.aot.bounds import find_bounds
-from anyexperts_jax.aot.chips import chip_peaks
+from anyexperts_jax.aot.chips import ChipPeaks, chip_peaks
 from anyexperts_jax.aot.collectives import Collective
 from anyexperts_jax.aot.fit import kept_bytes
 from anyexperts_jax.aot.step import CompiledStep, check_batch, compile_step, state_bytes
@@ -78,7 +76,7 @@ def candidates(config: RunConfig, topology: str, slices: int) -> list[tuple[floa
             except UserError:  # a size that the mesh does not divide
                 continue
             if state + kept_bytes(candidate, dict(mesh.shape), remat) < chip.hbm:
-                found.append((estimated_bound(candidate, topology, mesh, state), candidate))
+                found.append((estimated_bound(candidate, chip, list(mesh.devices.flat), state), candidate))
     return sorted(found, key=lambda pair: pair[0])
 
 
@@ -94,17 +92,18 @@ def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
                 yield dataclasses.replace(given, data=rest // fsdp, fsdp=fsdp, expert=expert, tensor=tensor)
 
 
-def estimated_bound(config: RunConfig, topology: str, mesh: Mesh, state: int) -> float:
-    """Seconds: the bound that the collectives which must be there give."""
-    sizes, across = dict(mesh.shape), config.mesh
-    inner = sizes | {"data": sizes["data"] // across.dcn_data, "fsdp": sizes["fsdp"] // across.dcn_fsdp}
-    devices = list(mesh.devices.flat)
+def estimated_bound(config: RunConfig, chip: ChipPeaks, devices: Sequence[Any], state: int) -> float:
+    """Seconds: the bound that the collectives which must be there give.
+
+    Args:
+      devices: in the mesh's order.
+      state: bytes of the train state on one of them.
+    """
+    sizes = config.mesh.sizes(len(devices))
+    inner = config.mesh.sizes_inside(len(devices))
     first = [device for device in devices if slice_of(device) == slice_of(devices[0])]
     work = count_work(config, sizes, devices[0].device_kind)
-    bounds = find_bounds(
-        work, state, _expected(config, sizes), first, len(devices), inner, chip_peaks(topology.partition(":")[0])
-    )
-    return bounds.step
+    return find_bounds(work, state, _expected(config, sizes), first, len(devices), inner, chip).step
 
 
 def _expected(config: RunConfig, mesh: dict[str, int]) -> list[Collective]:

@@ -62,8 +62,8 @@ def compile_step(config: RunConfig, topology: str, slices: int = 1) -> CompiledS
         f"there are {slices} slices, but mesh.dcn_data x mesh.dcn_fsdp = {config.mesh.slices}; "
         f"set mesh.dcn_data={slices}",
     )
-    chip = chip_peaks(topology.partition(":")[0])
     devices = slice_devices(topology, slices)
+    chip = chip_peaks(topology.partition(":")[0])
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
     start = time.perf_counter()
@@ -95,16 +95,15 @@ def describe_step(
       memory: see `CompiledStep`.
       program: the optimised program's text.
     """
-    chip, across = chip_peaks(topology.partition(":")[0]), config.mesh
-    sizes = dict(mesh.shape)
-    inner = sizes | {"data": sizes["data"] // across.dcn_data, "fsdp": sizes["fsdp"] // across.dcn_fsdp}
+    chip, sizes = chip_peaks(topology.partition(":")[0]), dict(mesh.shape)
+    inner = config.mesh.sizes_inside(mesh.size)
     devices = list(mesh.devices.flat)
     first = [device for device in devices if slice_of(device) == slice_of(devices[0])]
     collectives = tuple(read_collectives(program, inner))
     work = count_work(config, sizes, devices[0].device_kind)
     return CompiledStep(
         topology=topology,
-        slices=across.slices,
+        slices=config.mesh.slices,
         devices=len(devices),
         mesh=sizes,
         parameters=sum(math.prod(p.shape) for p in jax.tree.leaves(abstract_params(config.model))),

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,6 +54,14 @@ class MeshConfig:
           UserError: when the sizes do not multiply to `num_devices`.
         """
         across = {"data": self.dcn_data, "fsdp": self.dcn_fsdp}
+        return {name: size * across.get(name, 1) for name, size in self.sizes_inside(num_devices).items()}
+
+    def sizes_inside(self, num_devices: int) -> dict[str, int]:
+        """The size of every axis inside one slice, of `num_devices` devices in all slices.
+
+        Raises:
+          UserError: when the sizes do not multiply to `num_devices`.
+        """
         sizes = {name: getattr(self, name) for name in MESH_AXES}
         every = {**sizes, "dcn_data": self.dcn_data, "dcn_fsdp": self.dcn_fsdp}
         asked = " x ".join(f"{name}={size}" for name, size in every.items() if size != 1) or "all axes 1"
@@ -63,7 +72,7 @@ class MeshConfig:
                 sizes[name] = num_devices // fixed
         total = math.prod(sizes.values()) * self.slices
         require(total == num_devices, f"mesh {asked} needs {total} devices, there are {num_devices}")
-        return {name: size * across.get(name, 1) for name, size in sizes.items()}
+        return sizes
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -77,8 +86,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     axis_types = (AxisType.Auto,) * len(sizes)
     if config.slices == 1:
         return Mesh(_near_together(tuple(sizes.values()), devices), tuple(sizes), axis_types=axis_types)
-    across = (config.dcn_data, config.dcn_fsdp)
-    inside = (sizes["data"] // across[0], sizes["fsdp"] // across[1], *(sizes[name] for name in MESH_AXES[2:]))
+    across, inside = (config.dcn_data, config.dcn_fsdp), tuple(config.sizes_inside(len(devices)).values())
     blocks = [_near_together(inside, part) for part in split_into_slices(devices, config.slices)]
     grid = np.stack(blocks).reshape(*across, *inside).transpose(0, 2, 1, 3, 4, 5, 6)
     return Mesh(grid.reshape(tuple(sizes.values())), tuple(sizes), axis_types=axis_types)
@@ -89,7 +97,7 @@ def _near_together(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
-def split_into_slices(devices: Sequence[jax.Device], count: int) -> list[tuple[jax.Device, ...]]:
+def split_into_slices(devices: Sequence[Any], count: int) -> list[tuple[Any, ...]]:
     """The devices of each of `count` slices. CPU devices know of no slices and are cut into runs of one length.
 
     Raises:
@@ -98,7 +106,7 @@ def split_into_slices(devices: Sequence[jax.Device], count: int) -> list[tuple[j
     if devices[0].platform == "cpu":
         size = len(devices) // count
         return [tuple(devices[i * size : (i + 1) * size]) for i in range(count)]
-    found: dict[int, list[jax.Device]] = {}
+    found: dict[int, list[Any]] = {}
     for device in devices:
         found.setdefault(slice_of(device), []).append(device)
     parts = [tuple(found[index]) for index in sorted(found)]
@@ -111,6 +119,6 @@ def split_into_slices(devices: Sequence[jax.Device], count: int) -> list[tuple[j
     return parts
 
 
-def slice_of(device: jax.Device) -> int:
+def slice_of(device: Any) -> int:
     """The number of the slice that a device is in."""
     return getattr(device, "slice_index", None) or 0
