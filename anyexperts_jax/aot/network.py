@@ -1,8 +1,8 @@
 """The least time that collectives take on a chip's network, whatever the algorithm.
 
 Any part of the slice must get, through the links that lead into it, what its devices need from outside. For a TPU
-the parts are the blocks between two planes across a dimension of the torus; for GPUs a device, and a node. A step
-cannot be faster than the part that takes longest to get what all collectives together owe it.
+the parts are a chip, and the blocks between two planes across a dimension of the torus; for GPUs a device, and a node.
+A step cannot be faster than the part that takes longest to get what all collectives together owe it.
 """
 
 import dataclasses
@@ -33,10 +33,15 @@ def _torus_cuts(devices: Sequence[Any], chip: ChipPeaks) -> Cuts:
     coords = np.array([device.coords for device in devices])
     shape = [int(length) for length in coords.max(0) - coords.min(0) + 1]
     coords = coords - coords.min(0)
+    rings = [length > 2 and length % chip.wraps_at == 0 for length in shape]
     inside, capacity = [], []
-    for axis, length in enumerate(shape):
+    for place in np.unique(coords, axis=0):
+        where = zip(place.tolist(), shape, rings, strict=True)
+        links = sum(2 if ring else (at > 0) + (at < length - 1) for at, length, ring in where)
+        inside.append((coords == place).all(1))
+        capacity.append(links * chip.link_gbs * 1e9)
+    for axis, (length, ring) in enumerate(zip(shape, rings, strict=True)):
         across = math.prod(shape) // length  # links between two neighbouring planes
-        ring = length > 2 and length % chip.wraps_at == 0
         for first in range(length):
             for last in range(first + 1, first + length if ring else length + 1):
                 planes = np.arange(first, last) % length
@@ -45,7 +50,7 @@ def _torus_cuts(devices: Sequence[Any], chip: ChipPeaks) -> Cuts:
                 borders = 2 if ring else (first > 0) + (last < length)
                 inside.append(np.isin(coords[:, axis], planes))
                 capacity.append(borders * across * chip.link_gbs * 1e9)
-    return Cuts(np.array(inside).reshape(-1, len(devices)), np.array(capacity))
+    return Cuts(np.array(inside), np.maximum(np.array(capacity), 1.0))  # one chip alone has no links, and owes nothing
 
 
 def _node_cuts(devices: Sequence[Any], chip: ChipPeaks) -> Cuts:

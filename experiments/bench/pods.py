@@ -1,6 +1,6 @@
 """The 16B AnyExperts model on pods: compiles what `experiments/results/pods` lacks, then writes `pods.md` anew.
 
-    python -m experiments.bench.pods [--only NAME ...]    with libtpu and, for h100, the GPU compilers; hours on two cores
+    python -m experiments.bench.pods [--only NAME ...]    with libtpu, for h100 the GPU compilers; hours on two cores
 
 Nothing is run. One program is compiled for each pod; what follows exactly from it for other budgets and sizes is
 derived, and the tables say which is which.
@@ -173,15 +173,15 @@ def scaling_table(rows: list[Row]) -> TextTable:
 
 
 NOTES = """\
-`python -m experiments.bench.pods`, with {versions}. Static: every figure is read from a compiler or counted; nothing was
-run and no time was measured. The model is [ling_mini_2](../pods/ling_mini_2.toml) with {parameters:.2f}B parameters,
+`python -m experiments.bench.pods`, with {versions}. Static: every figure is read from a compiler or counted; nothing
+was run, no time was measured. The model is [ling_mini_2](../pods/ling_mini_2.toml) with {parameters:.2f}B parameters,
 float32 state, bfloat16 matmuls, `remat="full"`, one sequence of 4096 positions a device, experts over 8 devices,
 everything else fully sharded.
 
-- *Compiled*: the program of this very case was compiled. *Derived*: the collectives are those of the program compiled for
-  the same chip at the default budget (v5p:8x8x8 for scaling), the bytes exchanged between experts in proportion to the
-  rows of the exchange buffers, which the budget sizes. Temporaries are given for compiled programs alone; the state,
-  which follows from the shardings, for all.
+- *Compiled*: the program of this very case was compiled. *Derived*: the collectives are those of the program compiled
+  for the same chip at the default budget (v5p:8x8x8 for scaling), the bytes exchanged between experts in proportion to
+  the rows of the exchange buffers, which the budget sizes. Temporaries are given for compiled programs alone; the
+  state, which follows from the shardings, for all.
 - A bound is the least time that the arithmetic, the memory traffic that cannot be avoided, or the links of the slice
   leave, at the peaks in `anyexperts_jax/aot/chips.toml`. MFU at most: real FLOPs over peak in the largest of them, with
   perfect overlap and every kernel at its peak. It rises as the budget falls where the network binds: fewer rows travel.

@@ -57,6 +57,12 @@ def test_collectives_on_links_of_their_own_do_not_add_up():
     assert together == pytest.approx(2 * SIZE / 2 / W)  # the two of fsdp, one after the other
 
 
+def test_a_gather_over_the_whole_torus_goes_over_all_links_of_a_chip():
+    devices = [SimpleNamespace(coords=[x, y, 0], process_index=0) for x in range(2) for y in range(2)]
+    (alone,), _, _ = seconds("all-gather", ("fsdp", "expert"), devices, {"fsdp": 2, "expert": 2})
+    assert alone == pytest.approx(3 / 4 * SIZE / (2 * W))
+
+
 def test_two_devices_of_a_chip_share_its_links():
     devices = [SimpleNamespace(coords=[x, 0, 0], process_index=0) for x in (0, 0, 1, 1)]
     (alone,), _, _ = seconds("all-to-all", ("expert",), devices, {"fsdp": 1, "expert": 4})

@@ -77,7 +77,7 @@ def exchanged_bytes(config):
 def test_what_slices_send_each_other_goes_over_dcn():
     """Parameters on every slice: each gradient is summed once between them."""
     settings = ["mesh.data=1", "mesh.fsdp=2", "mesh.expert=2", "mesh.dcn_data=2", "model.stack.dispatch=exchange"]
-    settings += ["model.stack.expert_mlp=xla", "model.vision=none", "model.audio=none"]
+    settings += ["model.stack.expert_mlp=xla", "model.stack.num_layers=2"]
     config = load_config("smoke", settings)
     step = compile_step(config, "v5e:2x2", slices=2)
     assert step.devices == 8
