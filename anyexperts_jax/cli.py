@@ -165,16 +165,26 @@ def _compile(options: argparse.Namespace) -> None:
     import json
 
     from anyexperts_jax.analysis.bench_output import print_tables
-    from anyexperts_jax.aot.step import compile_step
-    from anyexperts_jax.aot.step_tables import step_tables, to_json
+    from anyexperts_jax.aot import search, step, step_tables
+    from anyexperts_jax.aot.fit import require_fits
     from anyexperts_jax.train.config import load_config
 
-    _say(f"compiling the train step of {options.config} for {options.topology}; nothing is run")
-    compiled = compile_step(load_config(options.config, options.set), options.topology)
-    print_tables(step_tables(compiled))
+    config = load_config(options.config, options.set)
+    if options.search:
+        _say(f"compiling train steps of {options.config} for {options.topology}; nothing is run")
+        tried = search.search(config, options.topology, options.slices, options.limit, note=_say)
+        print_tables([search.search_table(tried, options.topology)])
+        figures: object = search.search_json(tried)
+    else:
+        _say(f"compiling the train step of {options.config} for {options.topology}; nothing is run")
+        compiled = step.compile_step(config, options.topology, options.slices)
+        print_tables(step_tables.step_tables(compiled))
+        figures = step_tables.to_json(compiled)
     if options.json:
-        options.json.write_text(json.dumps(to_json(compiled), indent=1) + "\n")
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
         print(f"wrote {options.json}")
+    if not options.search:
+        require_fits(config, options.topology, compiled.mesh, compiled.memory, compiled.hbm)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -299,9 +309,12 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_compile(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("compile", help="compile the train step for a TPU slice that is not here")
+    parser = commands.add_parser("compile", help="compile the train step for TPUs or GPUs that are not here")
     _add_config(parser)
-    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="as v5e:4x4 or v5p:8x8x8")
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="as v5e:4x4, v5p:8x8x8 or h100:2x8")
+    parser.add_argument("--slices", type=int, default=1, help="so many of them (default: 1); see mesh.dcn_data")
+    parser.add_argument("--search", action="store_true", help="try meshes and remat policies, and rank those that fit")
+    parser.add_argument("--limit", type=int, default=4, help="how many --search compiles (default: 4)")
     parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file")
     parser.set_defaults(command=_compile)
 

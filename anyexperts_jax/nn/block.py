@@ -13,6 +13,7 @@ from anyexperts_jax.nn.importance import ImportanceMLP
 from anyexperts_jax.nn.mlp import SwiGLU
 from anyexperts_jax.nn.moe import MoE
 from anyexperts_jax.nn.norms import RMSNorm
+from anyexperts_jax.ops.attention import CausalMask
 from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.expert_parallel import Placement
@@ -25,7 +26,7 @@ class BlockContext:
 
     positions_BT: Int[Array, "B T"]  # where a cache is written
     valid_BT: Bool[Array, "B T"]
-    mask_BTS: Bool[Array, "B T S"]  # position t attends to s
+    mask: Bool[Array, "B T S"] | CausalMask  # position t attends to s
     rotation: Rotations | None = None
     window: Float[Array, "2"] | None = None
 
@@ -38,6 +39,7 @@ class SelfAttention(nn.Module):
     """x + Attention(Norm(x))."""
 
     config: StackConfig
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(
@@ -50,10 +52,11 @@ class SelfAttention(nn.Module):
             config.norm_eps,
             config.dtype,
             config.param_dtype,
+            self.placement,
             name="attention",
         )
         normed_BTD = _norm(config, "norm")(x_BTD)
-        y_BTD, cache = attention(normed_BTD, context.mask_BTS, context.rotation, cache, context.positions_BT)
+        y_BTD, cache = attention(normed_BTD, context.mask, context.rotation, cache, context.positions_BT)
         return x_BTD + y_BTD, cache
 
 
@@ -61,13 +64,14 @@ class DenseBlock(nn.Module):
     """Attention, then a dense SwiGLU."""
 
     config: StackConfig
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: BlockContext, cache: KVCache | None = None
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         config = self.config
-        x_BTD, cache = SelfAttention(config, name="self_attention")(x_BTD, context, cache)
+        x_BTD, cache = SelfAttention(config, self.placement, name="self_attention")(x_BTD, context, cache)
         mlp = SwiGLU(config.d_ff, config.residual_scale, config.dtype, config.param_dtype, name="mlp")
         return x_BTD + mlp(_norm(config, "norm")(x_BTD)), cache
 
@@ -88,7 +92,7 @@ class MoEBlock(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[RoutingTrace, KVCache | None]]:
         config = self.config
-        x_BTD, cache = SelfAttention(config, name="self_attention")(x_BTD, context, cache)
+        x_BTD, cache = SelfAttention(config, self.placement, name="self_attention")(x_BTD, context, cache)
         importance_logits_BT = None
         if self.moe.hsm_site == "residual":
             mlp = ImportanceMLP(self.moe.importance_mlp, config.norm_eps, name="importance")

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require_one_of
 from anyexperts_jax.core.tree import register_dataclass
+from anyexperts_jax.dispatch.exchange import EXCHANGED
 from anyexperts_jax.nn.attention import KVCache, empty_cache
 from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock
 from anyexperts_jax.nn.config import Remat, StackConfig
@@ -40,7 +41,8 @@ def remat_policy(name: Remat) -> Callable[..., Any]:
 
     full: the block's input and the selected experts' indices; the rest is computed again.
     routing: the router's logits too.
-    dots: those and every matmul's result.
+    exchanged: those and the rows that came from other devices, so that no row travels again.
+    dots: the router's logits and every matmul's result.
     Selected indices are always kept: computed again under another fusion, near-ties would choose other experts.
 
     Raises:
@@ -50,6 +52,7 @@ def remat_policy(name: Remat) -> Callable[..., Any]:
     kept = {
         "full": policies.save_only_these_names("routing"),
         "routing": policies.save_only_these_names("routing", "router_logits"),
+        "exchanged": policies.save_only_these_names("routing", "router_logits", EXCHANGED),
         "dots": policies.save_from_both_policies(
             policies.save_only_these_names("routing", "router_logits"), policies.dots_with_no_batch_dims_saveable
         ),
@@ -78,7 +81,9 @@ class Stack(nn.Module):
         dense_caches = []
         for i in range(self.config.num_dense_layers):
             layer_cache = None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache.dense)
-            x_BTD, layer_cache = dense_block(self.config, name=f"dense_{i}")(x_BTD, context, layer_cache)
+            x_BTD, layer_cache = dense_block(self.config, self.placement, name=f"dense_{i}")(
+                x_BTD, context, layer_cache
+            )
             dense_caches.append(layer_cache)
         scanned = nn.scan(
             moe_block,
