@@ -1,16 +1,20 @@
 """The command line: `anyexperts train | evolve | evaluate | report | generate | data | bench | compile`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input, 3 a loss that is
-not finite, 4 a full disk, 130 and 143 interrupted with a checkpoint written.
+not finite, 4 a full disk, 5 another process of the run gone, 130 and 143 interrupted with a checkpoint written.
 """
 
 import argparse
+import os
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 
 from anyexperts_jax import __version__
 from anyexperts_jax.core.errors import UserError
+
+SECONDS_FOR_THE_SAME_ERROR = 2.0  # that other processes have to say it as well
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,9 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
     except UserError as error:
-        return _fail(str(error), 2)
+        code = _fail(str(error), 2)
+        _leave_the_others(code, SECONDS_FOR_THE_SAME_ERROR)
+        return code
     except RunStoppedError as error:
-        return _fail(str(error), error.exit_code)
+        code = _fail(str(error), error.exit_code)
+        if error.alone:
+            _leave_the_others(code)
+        return code
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0
@@ -34,18 +43,33 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _leave_the_others(code: int, after: float = 0.0) -> None:
+    """Ends one process of several, `after` seconds: at a regular exit JAX waits for the others, who may not know."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        time.sleep(after)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def _train(options: argparse.Namespace) -> None:
+    from anyexperts_jax.train import processes
     from anyexperts_jax.train.config import load_config
     from anyexperts_jax.train.loop import train
 
     config = load_config(options.config, options.set)
     run_dir = options.run or pathlib.Path("runs") / pathlib.Path(options.config).stem
+    peers = processes.find_peers(options.processes, options.process_index, options.coordinator)
+    if peers is not None:
+        processes.connect(peers, config.runtime.peer_timeout)
     result = train(config, run_dir)
-    print(f"run: {result.run_dir}")
+    if processes.is_first():
+        print(f"run: {result.run_dir}")
 
 
 def _evolve(options: argparse.Namespace) -> None:
@@ -153,16 +177,26 @@ def _compile(options: argparse.Namespace) -> None:
     import json
 
     from anyexperts_jax.analysis.bench_output import print_tables
-    from anyexperts_jax.aot.step import compile_step
-    from anyexperts_jax.aot.step_tables import step_tables, to_json
+    from anyexperts_jax.aot import search, step, step_tables
+    from anyexperts_jax.aot.fit import require_fits
     from anyexperts_jax.train.config import load_config
 
-    _say(f"compiling the train step of {options.config} for {options.topology}; nothing is run")
-    compiled = compile_step(load_config(options.config, options.set), options.topology)
-    print_tables(step_tables(compiled))
+    config = load_config(options.config, options.set)
+    if options.search:
+        _say(f"compiling train steps of {options.config} for {options.topology}; nothing is run")
+        tried = search.search(config, options.topology, options.slices, options.limit, note=_say)
+        print_tables([search.search_table(tried, options.topology)])
+        figures: object = search.search_json(tried)
+    else:
+        _say(f"compiling the train step of {options.config} for {options.topology}; nothing is run")
+        compiled = step.compile_step(config, options.topology, options.slices)
+        print_tables(step_tables.step_tables(compiled))
+        figures = step_tables.to_json(compiled)
     if options.json:
-        options.json.write_text(json.dumps(to_json(compiled), indent=1) + "\n")
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
         print(f"wrote {options.json}")
+    if not options.search:
+        require_fits(config, options.topology, compiled.mesh, compiled.memory, compiled.hbm)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -193,6 +227,12 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("train", help="train a model, or go on with a run that stopped")
     _add_config(parser)
     parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
+    many = parser.add_argument_group(
+        "several processes", "each runs this command; a Slurm step and GKE's TPU pods are found without these options"
+    )
+    many.add_argument("--processes", metavar="N|auto", help="how many; auto: ask the cluster (Cloud TPU VMs); 1: alone")
+    many.add_argument("--process-index", type=int, metavar="I", help="which one this is, from 0")
+    many.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     parser.set_defaults(command=_train)
 
 
@@ -293,9 +333,12 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_compile(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("compile", help="compile the train step for a TPU slice that is not here")
+    parser = commands.add_parser("compile", help="compile the train step for TPUs or GPUs that are not here")
     _add_config(parser)
-    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="as v5e:4x4 or v5p:8x8x8")
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="as v5e:4x4, v5p:8x8x8 or h100:2x8")
+    parser.add_argument("--slices", type=int, default=1, help="so many of them (default: 1); see mesh.dcn_data")
+    parser.add_argument("--search", action="store_true", help="try meshes and remat policies, and rank those that fit")
+    parser.add_argument("--limit", type=int, default=4, help="how many --search compiles (default: 4)")
     parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file")
     parser.set_defaults(command=_compile)
 

@@ -9,13 +9,15 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import UserError
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+DCN = "dcn"  # the axis between slices, over the data-centre network
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$", re.M)
 _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?[\w.\-]+ = (.*)$", re.M)
@@ -28,6 +30,7 @@ _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _TRIP_COUNT = re.compile(r"known_trip_count\W+n\W+(\d+)")
 _CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c\d+)\[([\d,]*)\]")
+_SEND = re.compile(r"^(.*?) send\(.*_xla_megascale_transfer_type=\"(\w+)\"")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _EXPLICIT = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}")
@@ -48,11 +51,13 @@ class Collective:
 def read_collectives(program: str, mesh: Mapping[str, int]) -> list[Collective]:
     """The collectives of an optimised program's text, by kind and axes, the most bytes first.
 
+    A program of several slices names the devices of one; what it sends to other slices is over the axis `DCN`.
+
     Args:
-      mesh: the sizes of the mesh axes, slowest first; devices are numbered in that order.
+      mesh: the sizes of the mesh axes inside a slice, slowest first; devices are numbered in that order.
 
     Raises:
-      UserError: a loop whose trip count the text does not tell.
+      UserError: a collective in a loop whose trip count the text does not tell.
     """
     bodies = _computations(program)
     runs = _runs(bodies)
@@ -61,24 +66,40 @@ def read_collectives(program: str, mesh: Mapping[str, int]) -> list[Collective]:
     sizes: Counter[tuple[str, tuple[str, ...]]] = Counter()
     seen: set[tuple[str, str]] = set()
     for name, body in bodies.items():
-        for line in _INSTRUCTION.findall(body):
-            found = _COLLECTIVE.match(line)
-            if not found or not runs[name]:
-                continue
+        for line in _INSTRUCTION.findall(body) if runs[name] != 0 else ():
+            row = _collective(line, name, groups_to_axes)
             chain = _CHAIN.search(line)
-            if chain:  # the same collective, written out in each of the steps it overlaps with
-                key = (chain[1], str(_CHANNEL.findall(line)))
-                if key in seen:
-                    continue
-                seen.add(key)
-            groups = _groups(line)
-            kind = (found[2], groups_to_axes.get(frozenset(groups), ()))
-            if all(len(group) < 2 for group in groups):
+            if row is None or (chain and (chain[1], str(_CHANNEL.findall(line))) in seen):
                 continue
-            counts[kind] += runs[name]
-            sizes[kind] += runs[name] * _bytes(found[1], found[2], bool(found[3]), len(groups[0]))
+            if chain:  # the same collective, written out in each of the steps it overlaps with
+                seen.add((chain[1], str(_CHANNEL.findall(line))))
+            times = runs[name]
+            if times is None:
+                raise UserError(f"cannot tell how often a loop runs that sends: {line[:120]!r}")
+            counts[row.kind, row.axes] += times
+            sizes[row.kind, row.axes] += times * row.bytes
     rows = [Collective(kind, axes, counts[kind, axes], sizes[kind, axes]) for kind, axes in counts]
     return sorted(rows, key=lambda row: (-row.bytes, row.kind, row.axes))
+
+
+def _collective(
+    line: str, computation: str, axes: Mapping[frozenset[tuple[int, ...]], tuple[str, ...]]
+) -> Collective | None:
+    """The collective that an instruction is, run once; None for any other instruction."""
+    sent = _SEND.match(line)
+    if sent:
+        return Collective(sent[2].lower().replace("_", "-"), (DCN,), 1, _bytes(sent[1], "send", True, 1))
+    found = _COLLECTIVE.match(line)
+    if not found:
+        return None
+    groups = _groups(line)
+    if all(len(group) < 2 for group in groups):
+        return None
+    # So named by XLA for TPUs: of the sum each device keeps its share alone.
+    scattered = found[2] == "all-reduce" and computation.startswith("all-reduce-scatter")
+    kind = "reduce-scatter" if scattered else found[2]
+    size = _bytes(found[1], found[2], bool(found[3]), len(groups[0]))
+    return Collective(kind, axes.get(frozenset(groups), ()), 1, size)
 
 
 def _computations(program: str) -> dict[str, str]:
@@ -88,9 +109,9 @@ def _computations(program: str) -> dict[str, str]:
     return {header[1]: program[header.start() : end] for header, end in zip(headers, ends, strict=True)}
 
 
-def _runs(bodies: dict[str, str]) -> dict[str, int]:
-    """How often a step runs each computation."""
-    callers: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
+def _runs(bodies: dict[str, str]) -> dict[str, int | None]:
+    """How often a step runs each computation; None: the data decide."""
+    callers: dict[str, list[tuple[str, int | None]]] = {name: [] for name in bodies}
     for name, body in bodies.items():
         for line in _INSTRUCTION.findall(body):
             condition = _CONDITION.search(line)
@@ -100,24 +121,25 @@ def _runs(bodies: dict[str, str]) -> dict[str, int]:
                     if target in callers:
                         callers[target].append((name, trips))
     entry = next(name for name, body in bodies.items() if body.startswith("ENTRY"))
-    runs: dict[str, int] = {entry: 1}
+    runs: dict[str, int | None] = {entry: 1}
 
-    def run(name: str) -> int:
+    def run(name: str) -> int | None:
         if name not in runs:
-            runs[name] = sum(trips * run(caller) for caller, trips in callers[name])
+            pairs = [(run(caller), trips) for caller, trips in callers[name]]
+            known = [times * trips for times, trips in pairs if times is not None and trips is not None]
+            runs[name] = sum(known) if len(known) == len(pairs) else None
         return runs[name]
 
     return {name: run(name) for name in bodies}
 
 
-def _trip_count(line: str, condition: str, bodies: dict[str, str]) -> int:
+def _trip_count(line: str, condition: str, bodies: dict[str, str]) -> int | None:
     known = _TRIP_COUNT.search(line)
     if known:
         return int(known[1])
     called = [bodies[name] for name in re.findall(r"calls=%?([\w.\-]+)", condition) if name in bodies]
     bounds = {int(bound) for text in (condition, *called) for bound in _CONSTANT.findall(text)}
-    require(len(bounds) == 1, f"cannot tell how often a loop runs: {line[:120]!r}; its condition compares {bounds}")
-    return bounds.pop()
+    return bounds.pop() if len(bounds) == 1 else None
 
 
 def _bytes(result: str, kind: str, started: bool, group: int) -> int:
@@ -137,7 +159,7 @@ def _groups(line: str) -> tuple[tuple[int, ...], ...]:
     """The device numbers of each group that a collective runs in."""
     if named := _NAMED.search(line):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", named[1])}
-        return _groups_of(sizes, re.findall(r"'([^']*)'", named[2]))
+        return groups_of(sizes, re.findall(r"'([^']*)'", named[2]))
     if iota := _IOTA.search(line):
         shape, dims = ([int(n) for n in text.split(",")] for text in iota.groups()[:2])
         ids = np.arange(math.prod(dims)).reshape(dims)
@@ -148,7 +170,7 @@ def _groups(line: str) -> tuple[tuple[int, ...], ...]:
     return ((),)
 
 
-def _groups_of(sizes: Mapping[str, int], axes: list[str]) -> tuple[tuple[int, ...], ...]:
+def groups_of(sizes: Mapping[str, int], axes: Sequence[str]) -> tuple[tuple[int, ...], ...]:
     """The groups of devices that differ along `axes` alone."""
     ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
     names = list(sizes)
@@ -163,7 +185,7 @@ def _axes_by_groups(mesh: Mapping[str, int]) -> dict[frozenset[tuple[int, ...]],
         for count in range(1, len(axes) + 1):
             yield from itertools.combinations(axes, count)
 
-    return {frozenset(_groups_of(mesh, list(subset))): subset for subset in subsets()}
+    return {frozenset(groups_of(mesh, subset)): subset for subset in subsets()}
 
 
 def _sorted(groups: object) -> tuple[tuple[int, ...], ...]:

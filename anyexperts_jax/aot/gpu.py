@@ -142,10 +142,21 @@ def _lower(fn: Callable[..., Any], args: tuple[Any, ...], target: Target) -> Any
         return jax.jit(fn).lower(*placed)
 
 
+def gpu_devices(slices: int, nodes: int, per_node: int, target: Target = H100) -> list[Any]:
+    """`slices` times `nodes` nodes of GPUs, to compile for.
+
+    Raises:
+      UserError: packages are missing.
+    """
+    missing = missing_packages()
+    require(not missing, f"compiling for {target.device_kind} needs {', '.join(missing)}: pip install '.[aot-gpu]'")
+    return list(_topology(target, f"{slices}x{nodes}x{per_node}").devices)
+
+
 @functools.cache
-def _topology(target: Target) -> Any:
+def _topology(target: Target, shape: str = "1x1x1") -> Any:
     config = (_TARGETS / target.file).read_text()
-    return topologies.get_topology_desc(topology_name="gpu", platform="cuda", target_config=config, topology="1x1x1")
+    return topologies.get_topology_desc(topology_name="gpu", platform="cuda", target_config=config, topology=shape)
 
 
 def _read(ptx: pathlib.Path, target: Target) -> KernelReport:

@@ -11,7 +11,7 @@ from anyexperts_jax.aot.gpu import A100, H100, KernelReport, Target, compile_ker
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.ops.aligned_rows import num_aligned_rows
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
-from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows
+from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows, TokenRows
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
 
 
@@ -54,9 +54,12 @@ def _module_cases(k: Any, tiles: Tiles, shape: Shape, dtype: str) -> dict[str, C
     e, c, d, f, blocks = shape
     b, ends = (e, (e, c)) if blocks is None else (blocks, (1, blocks * c))  # ends: as a sum over rows sees them
     sizes = ((b, c, d), (b, c, f), (*ends, d), (*ends, f), (e, d, f), (e, f, d))
-    x_BCD, hidden_BCF, x_ERD, hidden_ERF, w_in_EDF, w_down_EFD = (jax.ShapeDtypeStruct(s, dtype) for s in sizes)
-    vectors: Any = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (b, b, e, e))
-    rows = GpuRows(*vectors)
+    operands: tuple[Any, ...] = tuple(jax.ShapeDtypeStruct(s, dtype) for s in sizes)
+    x_BCD, hidden_BCF, x_ERD, hidden_ERF, w_in_EDF, w_down_EFD = operands
+    tokens: Any = jax.ShapeDtypeStruct((b * c, d), dtype)
+    if blocks is not None and k is pallas_triton:  # reads tokens where they are; as many of them as there are rows
+        x_BCD, x_ERD = (TokenRows(tokens, _integers(*x.shape[:2])) for x in (x_BCD, x_ERD))
+    rows = GpuRows(*(_integers(n) for n in (b, b, e, e)))
 
     def with_tile(kernel: Callable[..., Any], tile: Any, **more: Any) -> Callable[..., Any]:
         return lambda *operands: kernel(*operands, tile=tile, interpret=False, **more)
@@ -71,6 +74,10 @@ def _module_cases(k: Any, tiles: Tiles, shape: Shape, dtype: str) -> dict[str, C
         "d_w_gate_up": (with_tile(k.d_weights, tiles.d_w_gate_up), (x_ERD, rows, hidden_ERF, hidden_ERF)),
         "d_w_down": (with_tile(k.d_weights, tiles.d_w_down), (hidden_ERF, rows, x_ERD)),
     }
+
+
+def _integers(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def cases() -> Iterator[tuple[str, Case, Target]]:

@@ -1,4 +1,4 @@
-"""The train step of a configuration, compiled for a slice of TPUs that is not here."""
+"""The train step of a configuration, compiled for TPUs or GPUs that are not here."""
 
 import dataclasses
 import math
@@ -9,59 +9,72 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from anyexperts_jax.aot.bounds import Bounds, find_bounds
+from anyexperts_jax.aot.chips import chip_peaks
 from anyexperts_jax.aot.collectives import Collective, read_collectives
+from anyexperts_jax.aot.fit import does_not_fit, temporaries_refused
 from anyexperts_jax.aot.topology import slice_devices
+from anyexperts_jax.aot.work import Work, count_work
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.encode import EncodingSpec, encode
 from anyexperts_jax.data.example import Example
 from anyexperts_jax.models.init import abstract_params, logical_axes
 from anyexperts_jax.sharding.expert_parallel import Placement
-from anyexperts_jax.sharding.mesh import make_mesh
+from anyexperts_jax.sharding.mesh import make_mesh, slice_of
 from anyexperts_jax.sharding.specs import batch_shardings, batch_shards
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.state import abstract_state
 from anyexperts_jax.train.step import jit_train_step, model_apply
 
-# Per device as JAX counts them, in GiB: a v5p's two cores are one device, a tpu7x's are two.
-HBM_GIB = {"v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
-
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler says of one train step. Static: nothing was run."""
+    """What the compiler says of one train step, and the bounds that follow. Static: nothing was run."""
 
     topology: str
+    slices: int
     devices: int
     mesh: dict[str, int]
     parameters: int
     memory: dict[str, int]  # bytes a device: "state and batch", "temporaries", "results not in place", "program"
     hbm: int  # bytes a device has
     collectives: tuple[Collective, ...]
+    work: Work
+    bounds: Bounds
     seconds: float  # to trace and compile
 
     @property
     def free(self) -> float:
-        """The share of a device's memory that is left."""
+        """The share of a device's memory that is left; negative where the step does not fit."""
         return 1 - sum(self.memory.values()) / self.hbm
 
 
-def compile_step(config: RunConfig, topology: str) -> CompiledStep:
-    """Compiles the step that `train` would run on a slice such as "v5e:4x4".
+def compile_step(config: RunConfig, topology: str, slices: int = 1) -> CompiledStep:
+    """Compiles the step that `train` would run on a slice such as "v5e:4x4", on several, or on nodes of GPUs.
 
     Raises:
-      UserError: no libtpu, no such slice, or a configuration that does not fit its devices.
+      UserError: no compiler, no such slice, a configuration that does not fit its devices, or out of memory.
     """
-    devices = slice_devices(topology)
-    mesh = make_mesh(config.mesh, devices)
-    shards = batch_shards(mesh)
     require(
-        config.train.batch_size % (shards * config.train.accumulation) == 0,
-        f"train.batch_size={config.train.batch_size} does not split over {shards} batch shards",
+        config.mesh.slices == slices,
+        f"there are {slices} slices, but mesh.dcn_data x mesh.dcn_fsdp = {config.mesh.slices}; "
+        f"set mesh.dcn_data={slices}",
     )
+    devices = slice_devices(topology, slices)
+    chip = chip_peaks(topology.partition(":")[0])
+    mesh = make_mesh(config.mesh, devices)
+    check_batch(config, mesh)
     start = time.perf_counter()
-    compiled = lower_step(config, mesh).compile()
+    lowered, state = lower_step(config, mesh), state_bytes(config, mesh)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = temporaries_refused(str(error))
+        if wanted is None:
+            raise
+        raise does_not_fit(config, dict(mesh.shape), topology, chip.hbm, state, wanted) from error
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
     memory = {
@@ -70,17 +83,54 @@ def compile_step(config: RunConfig, topology: str) -> CompiledStep:
         "results not in place": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "program": stats.generated_code_size_in_bytes,
     }
-    sizes = dict(mesh.shape)
+    return describe_step(config, topology, mesh, memory, compiled.as_text(), seconds)
+
+
+def describe_step(
+    config: RunConfig, topology: str, mesh: Mesh, memory: dict[str, int], program: str, seconds: float
+) -> CompiledStep:
+    """The figures of a step from what its compiler gave.
+
+    Args:
+      memory: see `CompiledStep`.
+      program: the optimised program's text.
+    """
+    chip, sizes = chip_peaks(topology.partition(":")[0]), dict(mesh.shape)
+    inner = config.mesh.sizes_inside(mesh.size)
+    devices = list(mesh.devices.flat)
+    first = [device for device in devices if slice_of(device) == slice_of(devices[0])]
+    collectives = tuple(read_collectives(program, inner))
+    work = count_work(config, sizes, devices[0].device_kind)
     return CompiledStep(
         topology=topology,
+        slices=config.mesh.slices,
         devices=len(devices),
         mesh=sizes,
         parameters=sum(math.prod(p.shape) for p in jax.tree.leaves(abstract_params(config.model))),
         memory=memory,
-        hbm=HBM_GIB[topology.partition(":")[0]] << 30,
-        collectives=tuple(read_collectives(compiled.as_text(), sizes)),
+        hbm=chip.hbm,
+        collectives=collectives,
+        work=work,
+        bounds=find_bounds(work, memory["state and batch"], collectives, first, len(devices), inner, chip),
         seconds=seconds,
     )
+
+
+def check_batch(config: RunConfig, mesh: Mesh) -> None:
+    """Raises `UserError` unless every device gets as many sequences as any other."""
+    shards = batch_shards(mesh)
+    require(
+        config.train.batch_size % (shards * config.train.accumulation) == 0,
+        f"train.batch_size={config.train.batch_size} does not split over {shards} batch shards"
+        + (f" and train.accumulation={config.train.accumulation}" if config.train.accumulation > 1 else ""),
+    )
+
+
+def state_bytes(config: RunConfig, mesh: Mesh) -> int:
+    """Bytes of the train state that one device holds."""
+    optimizer = make_optimizer(config.optim, logical_axes(config.model))
+    arrays = jax.tree.leaves(abstract_state(config.model, optimizer, mesh))
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
 
 
 def lower_step(config: RunConfig, mesh: Mesh) -> Any:

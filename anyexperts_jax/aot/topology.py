@@ -13,7 +13,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.aot.chips import GPUS
+from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
 
 TOPOLOGIES = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}
 
@@ -59,21 +60,28 @@ def devices(chip: str) -> list[Any]:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices)
 
 
-def slice_devices(topology: str) -> list[Any]:
-    """The devices of a slice such as "v5p:8x8x8", to compile for.
+def slice_devices(topology: str, slices: int = 1) -> list[Any]:
+    """The devices of a slice such as "v5p:8x8x8", or of several alike, to compile for. "h100:2x8" are two nodes.
 
     Raises:
-      UserError: libtpu is not installed, or knows no such slice.
+      UserError: an unknown chip or shape, or the chip's compiler is not installed.
     """
+    require(slices >= 1, f"slices={slices} must be >= 1")
     chip, _, shape = topology.partition(":")
-    one_chip = TOPOLOGIES.get(chip, "").partition(":")[2]
-    valid = re.fullmatch(r"\d+(x\d+)*", shape) is not None and shape.count("x") == one_chip.count("x") > 0
-    form = f"CHIP:SHAPE with CHIP of {', '.join(TOPOLOGIES)}, as v5e:4x4 or v5p:8x8x8"
-    require(valid, f"topology {topology!r} is not of the form {form}")
+    lengths = [int(length) for length in shape.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else []
+    dimensions = 2 if chip in GPUS else TOPOLOGIES.get(chip, "").partition(":")[2].count("x") + 1
+    known = f"{comma_list(TOPOLOGIES)}, {comma_list(GPUS)}"
+    form = f"CHIP:SHAPE with CHIP of {known}, as v5e:4x4, v5p:8x8x8 or h100:2x8 (nodes x GPUs of a node)"
+    require(len(lengths) == dimensions > 1, f"topology {topology!r} is not of the form {form}")
+    if chip in GPUS:
+        from anyexperts_jax.aot.gpu import gpu_devices
+
+        return gpu_devices(slices, lengths[0], lengths[1])
     require(has_compiler(), "libtpu is not installed; pip install 'anyexperts-jax[aot]' (Linux only)")
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"libtpu describes no slice {topology!r}: {str(error).splitlines()[0]}") from error
 

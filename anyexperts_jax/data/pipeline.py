@@ -1,11 +1,12 @@
 """The Grain pipeline: sources, shards, shuffle, mixture, encoding, batches.
 
-Every batch is a pure function of the config, the batch size, the process and the batch's number, so an iterator's
-state is a number and a run that goes on reads exactly what an unbroken one would.
+Every batch is a pure function of the config, the batch size and the batch's number, so an iterator's state is a number
+and a run that goes on reads exactly what an unbroken one would. A process of several makes some rows of every batch:
+whatever their number, the batches are the same, and so are the states.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -13,7 +14,7 @@ from absl import flags
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.data.batches import pad_rows, stack
+from anyexperts_jax.data.batches import empty_batch, pad_rows, stack
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
 from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.example import Example
@@ -45,31 +46,48 @@ class _Sequences:
         )
 
 
-def train_dataset(
-    config: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> grain.IterDataset:
-    """The endless training batches of one process, `batch_size` rows each.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rows:
+    """Of every `batch_size` examples those at `rows`; what Grain reads."""
 
-    Each domain is dealt out to the processes before it is shuffled and mixed, so that every process sees every domain
-    in the same shares and no example twice in a pass. After a pass over a domain its examples come again, in another
-    order.
+    examples: grain.MapDataset
+    batch_size: int
+    rows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        batches, rest = divmod(len(self.examples), self.batch_size)
+        return batches * len(self.rows) + sum(row < rest for row in self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        batch, place = divmod(index, len(self.rows))
+        return self.examples[batch * self.batch_size + self.rows[place]]
+
+
+def _held(examples: grain.MapDataset, batch_size: int, rows: Sequence[int] | None) -> tuple[grain.MapDataset, int]:
+    """The examples of the rows that one process makes of every batch, and how many rows that is."""
+    require(batch_size >= 1, f"batch_size={batch_size} must be >= 1")
+    if rows is None or tuple(rows) == tuple(range(batch_size)):
+        return examples, batch_size
+    in_order = len(rows) > 0 and list(rows) == sorted(set(rows)) and rows[0] >= 0 and rows[-1] < batch_size
+    require(in_order, f"rows={list(rows)} must be in order and in [0, batch_size={batch_size})")
+    return grain.MapDataset.source(_Rows(examples, batch_size, tuple(rows))), len(rows)
+
+
+def train_dataset(config: DataConfig, batch_size: int, rows: Sequence[int] | None = None) -> grain.IterDataset:
+    """The endless training batches: all `batch_size` rows of each, or of each the `rows` that one process makes.
+
+    After a pass over a domain its examples come again, in another order; before that none comes twice, in whatever
+    process.
 
     Raises:
-      UserError: when a number is out of range, or a folder is missing, empty, or too small to deal out.
+      UserError: when a number is out of range, or a folder is missing or empty.
     """
-    require(batch_size >= 1, f"batch_size={batch_size} must be >= 1")
-    inside = 0 <= process_index < process_count
-    require(inside, f"process_index={process_index} must be in [0, process_count={process_count})")
     parts = []
     for index, name in enumerate(config.domains):
-        source = open_source(config, name, "train")
-        enough = len(source) >= process_count
-        require(enough, f"domain {name} has {len(source)} training examples for {process_count} processes")
-        sequences = _Sequences(source, config.encoding, index)
-        shard = grain.MapDataset.source(sequences)[process_index::process_count]
-        parts.append(shard.shuffle(seed=config.seed).repeat())
-    mixed = grain.MapDataset.mix(parts, config.shares())
-    batches = mixed.batch(batch_size, drop_remainder=True, batch_fn=stack)
+        sequences = _Sequences(open_source(config, name, "train"), config.encoding, index)
+        parts.append(grain.MapDataset.source(sequences).shuffle(seed=config.seed).repeat())
+    mixed, count = _held(grain.MapDataset.mix(parts, config.shares()), batch_size, rows)
+    batches = mixed.batch(count, drop_remainder=True, batch_fn=stack)
     threads = 0 if config.workers else config.threads
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch if threads else 0)
     dataset = batches.to_iter_dataset(ahead)
@@ -83,26 +101,30 @@ def train_dataset(
     return dataset.mp_prefetch(options)
 
 
-def train_iterator(
-    config: DataConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator:
-    """An iterator over `train_dataset`: `next`, `get_state` (JSON) and `set_state`."""
-    return iter(train_dataset(config, batch_size, process_index=process_index, process_count=process_count))
+def train_iterator(config: DataConfig, batch_size: int, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
+    """An iterator over `train_dataset`: `next`, `get_state` (JSON, the same for all rows) and `set_state`."""
+    return iter(train_dataset(config, batch_size, rows))
 
 
-def eval_batches(config: DataConfig, domain: str, split: str, batch_size: int, num_examples: int) -> Iterator[Batch]:
+def eval_batches(
+    config: DataConfig, domain: str, split: str, batch_size: int, num_examples: int, rows: Sequence[int] | None = None
+) -> Iterator[Batch]:
     """Examples 0 to `num_examples` - 1 of a domain's split, in order. The last batch is filled up with invalid rows.
+
+    Of each batch all `batch_size` rows, or the `rows` that one process makes.
 
     Raises:
       UserError: when a number is out of range, or a folder holds fewer examples.
     """
-    require(batch_size >= 1, f"batch_size={batch_size} must be >= 1")
     require(num_examples >= 1, f"num_examples={num_examples} must be >= 1")
     source = open_source(config, domain, split, num_examples)
     sequences = grain.MapDataset.source(_Sequences(source, config.encoding, config.domain_index(domain)))
     ahead = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch if config.threads else 0)
-    for batch in sequences[:num_examples].batch(batch_size, batch_fn=stack).to_iter_dataset(ahead):
-        yield pad_rows(batch, batch_size)
+    examples, count = _held(sequences[:num_examples], batch_size, rows)
+    for batch in examples.batch(count, batch_fn=stack).to_iter_dataset(ahead):
+        yield pad_rows(batch, count)
+    for _ in range(-(-len(examples) // count), -(-num_examples // batch_size)):  # whose last rows others hold
+        yield empty_batch(config.encoding, count)
 
 
 def _question_index(source: Source, example: Example) -> int:

@@ -10,12 +10,15 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.dispatch.base import DispatchStats, buffer_row_map, sort_slots
 from anyexperts_jax.ops.routed_mlp import routed_mlp
 from anyexperts_jax.ops.row_map import combine_rows, take_rows
 from anyexperts_jax.routing.plan import PlanSpec
+
+EXCHANGED = "exchanged"  # the name of what came from other shards, for checkpoint policies
 
 Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 
@@ -56,9 +59,11 @@ def apply_exchange(
     def exchange(first: Int[Array, ""] | int) -> Float[Array, "N D"]:
         row_map = buffer_row_map(order, shard_NK, rows, first)
         ids_R = jnp.where(row_map.live_R, expert_ids_NK.reshape(-1)[row_map.slots_R], spec.num_experts)
-        received_RD = _swap(take_rows(x_ND, row_map), axis)
-        y_RD = _own_experts(received_RD, _swap(ids_R, axis) - first_expert, experts, implementation, residuals)
-        return combine_rows(_swap(y_RD.astype(x_ND.dtype), axis), weights_NK, row_map)
+        received_RD = checkpoint_name(_swap(take_rows(x_ND, row_map), axis), EXCHANGED)
+        received_ids_R = checkpoint_name(_swap(ids_R, axis), EXCHANGED)
+        y_RD = _own_experts(received_RD, received_ids_R - first_expert, experts, implementation, residuals)
+        returned_RD = checkpoint_name(_swap(y_RD.astype(x_ND.dtype), axis), EXCHANGED)
+        return combine_rows(returned_RD, weights_NK, row_map)
 
     y_ND, dropped = exchange(0), jnp.maximum(order.counts_E - rows, 0).sum()
     most_slots = x_ND.shape[0] * min(shard_NK.shape[1], own_experts)

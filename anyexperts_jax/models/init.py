@@ -1,5 +1,6 @@
 """Parameters of a model as plain nested dicts: their values, shapes, logical axes and number."""
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -122,6 +123,8 @@ def smallest_batch(config: ModelConfig) -> Batch:
 
 @functools.lru_cache(maxsize=32)
 def _boxed_shapes(config: ModelConfig) -> dict[str, Any]:
+    # Parameters are those of any implementation; the one asked for may be of another device than traces are for here.
+    config = dataclasses.replace(config, stack=dataclasses.replace(config.stack, expert_mlp=None))
     init = lambda key: MultimodalModel(config).init(key, smallest_batch(config))["params"]  # noqa: E731
     return jax.eval_shape(init, jax.random.key(0))
 

@@ -34,9 +34,8 @@ def place_rows(
 
     A row is read by one position at most, so the gradient is a gather too, where a scatter-add would be slow.
     """
-    sequences_B1 = jnp.arange(media_BT.shape[0])[:, None]
     rows_BT = jnp.where(media_BT, media_rows(media_BT), 0)
-    gathered_BTD = encoded_BRD.at[sequences_B1, rows_BT].get(mode="fill", fill_value=jnp.nan)
+    gathered_BTD = _take_rows(encoded_BRD, rows_BT, jnp.nan)
     return jnp.where(media_BT[:, :, None], gathered_BTD, x_BTD)
 
 
@@ -52,9 +51,13 @@ def _place_forward(x_BTD: Array, media_BT: Array, encoded_BRD: Array) -> tuple[A
 
 def _place_backward(residuals: tuple[Array, Array], d_BTD: Array) -> tuple[Array, Any, Array]:
     media_BT, positions_BR = residuals
-    sequences_B1 = jnp.arange(media_BT.shape[0])[:, None]
-    d_encoded_BRD = d_BTD.at[sequences_B1, positions_BR].get(mode="fill", fill_value=0)
+    d_encoded_BRD = _take_rows(d_BTD, positions_BR, 0)
     return jnp.where(media_BT[:, :, None], 0, d_BTD), np.zeros(media_BT.shape, jax.dtypes.float0), d_encoded_BRD
+
+
+def _take_rows(rows_BRD: Array, places_BT: Array, fill: float) -> Array:
+    """Each sequence's own rows; sequence by sequence, so that a batch split over devices stays split."""
+    return jax.vmap(lambda rows, places: rows.at[places].get(mode="fill", fill_value=fill))(rows_BRD, places_BT)
 
 
 place_rows.defvjp(_place_forward, _place_backward)

@@ -21,7 +21,10 @@ from anyexperts_jax.nn.embeddings import Embedding
 from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.norms import RMSNorm
 from anyexperts_jax.nn.stack import Stack, StackCache
+from anyexperts_jax.ops.attention import CausalMask
 from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.sharding.activations import split_tokens
+from anyexperts_jax.sharding.attention import whole_mask
 from anyexperts_jax.sharding.expert_parallel import Placement
 
 
@@ -38,7 +41,7 @@ class MultimodalModel(nn.Module):
     """Text embeddings with encoded patches and frames at media positions, the stack, a norm and the output head."""
 
     config: ModelConfig
-    placement: Placement | None = None  # of the arrays, for dispatch="exchange"; None: on one device
+    placement: Placement | None = None  # of the arrays; None: on one device
 
     def setup(self) -> None:
         config, stack = self.config, self.config.stack
@@ -46,10 +49,11 @@ class MultimodalModel(nn.Module):
         # The residual stream starts at unit scale, so that a virtual expert's pass-through does not drown it; a tied
         # table also is the head, whose logits are to start at unit scale.
         std = stack.d_model**-0.5 if config.tie_embeddings else 1.0
-        self.tokens = Embedding(config.vocab_size, stack.d_model, "vocab", std, **types)
-        self.modality = Embedding(NUM_MODALITIES, stack.d_model, std=0.5 * std, **types)
+        where: dict[str, Any] = {"placement": self.placement}
+        self.tokens = Embedding(config.vocab_size, stack.d_model, "vocab", std, **types, **where)
+        self.modality = Embedding(NUM_MODALITIES, stack.d_model, std=0.5 * std, **types, **where)
         if config.vision is not None:
-            self.vision = VisionEncoder(config.vision, stack)
+            self.vision = VisionEncoder(config.vision, stack, **where)
         if config.audio is not None:
             self.audio = AudioEncoder(config.audio, stack)
         self.decoder = Stack(stack, config.moe, self.placement)
@@ -78,9 +82,8 @@ class MultimodalModel(nn.Module):
         length = batch.tokens_BT.shape[1]
         positions_BT = jnp.broadcast_to(jnp.arange(length), batch.tokens_BT.shape)
         valid_BT = jnp.asarray(batch.valid_BT)
-        mask_BTS = causal_mask(positions_BT, length) & valid_BT[:, None, :]
-        modality_BT = jnp.asarray(batch.modality_BT)
-        context = self._context(positions_BT, valid_BT, mask_BTS, modality_BT, window)
+        mask = whole_mask(CausalMask(valid_BT), self.config.stack.attention.head_dim, self.placement)
+        context = self._context(positions_BT, valid_BT, mask, jnp.asarray(batch.modality_BT), window)
         x_BTD, trace, _ = self._decode(self.embed(batch), context, router_bias_LC)
         return ModelOutput(self._logits(x_BTD), trace)
 
@@ -140,18 +143,18 @@ class MultimodalModel(nn.Module):
             audio_BT = modality_BT == Modality.AUDIO
             encoded_BSD = self.audio(jnp.asarray(batch.frames_BSX), used_rows(audio_BT, batch.frames_BSX.shape[1]))
             x_BTD = place_rows(x_BTD, audio_BT, encoded_BSD)
-        return x_BTD + self.modality(modality_BT)
+        return split_tokens(x_BTD + self.modality(modality_BT), self.placement, ("batch", "length"))
 
     def _context(
         self,
         positions_BT: Int[Array, "B T"],
         valid_BT: Bool[Array, "B T"],
-        mask_BTS: Bool[Array, "B T S"],
+        mask: Bool[Array, "B T S"] | CausalMask,
         modality_BT: Int[Array, "B T"],
         window: Float[Array, "2"] | None,
     ) -> BlockContext:
         rotation = rotations(self.config.stack.attention, positions_BT)
-        return BlockContext(positions_BT, valid_BT, mask_BTS, rotation, window, modality_BT)
+        return BlockContext(positions_BT, valid_BT, mask, rotation, window, modality_BT)
 
     def _decode(
         self,

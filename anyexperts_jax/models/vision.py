@@ -11,6 +11,7 @@ from anyexperts_jax.models.encoder import EncoderTail, FeatureEmbedding
 from anyexperts_jax.nn.block import BlockContext
 from anyexperts_jax.nn.config import StackConfig
 from anyexperts_jax.nn.embeddings import Embedding
+from anyexperts_jax.sharding.expert_parallel import Placement
 
 
 class VisionEncoder(nn.Module):
@@ -22,6 +23,7 @@ class VisionEncoder(nn.Module):
 
     config: VisionConfig
     stack: StackConfig
+    placement: Placement | None = None  # of the arrays; None: on one device
 
     @nn.compact
     def __call__(
@@ -33,6 +35,7 @@ class VisionEncoder(nn.Module):
     ) -> Float[Array, "B P D"]:
         config, stack = self.config, self.stack
         types: dict[str, Any] = {"std": 0.5, "dtype": stack.dtype, "param_dtype": stack.param_dtype}
+        types |= {"placement": self.placement, "id_axes": ("batch",)}
         x_BPD = FeatureEmbedding(stack, name="patch")(patches_BPX)
         x_BPD = x_BPD + Embedding(config.max_places, stack.d_model, name="place", **types)(place_BP)
         x_BPD = x_BPD + Embedding(config.max_frames, stack.d_model, name="time", **types)(time_BP)

@@ -10,7 +10,9 @@ from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.nn.config import AttentionConfig, Dtype
 from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.norms import RMSNorm
-from anyexperts_jax.ops.attention import attention
+from anyexperts_jax.ops.attention import CausalMask
+from anyexperts_jax.sharding.attention import split_attention
+from anyexperts_jax.sharding.expert_parallel import Placement
 
 Rotations = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
@@ -55,17 +57,18 @@ class Attention(nn.Module):
     norm_eps: float = 1e-6
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
+    placement: Placement | None = None  # of the arrays; None: on one device
 
     @nn.compact
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        mask_BTS: Bool[Array, "B T S"],
+        mask: Bool[Array, "B T S"] | CausalMask,
         rotation: Rotations | None = None,
         cache: KVCache | None = None,
         positions_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Attends from each position t to the positions s with `mask_BTS[b, t, s]`.
+        """Attends from each position t to the positions s with `mask[b, t, s]`.
 
         With a cache, keys and values are written at `positions_BT` first and S is the cache's length; without one
         S is T. Returns the output and the cache written.
@@ -82,7 +85,7 @@ class Attention(nn.Module):
         if cache is not None and positions_BT is not None:
             cache = _write(cache, keys, values, positions_BT)
             keys, values = cache.keys_BSGA, cache.values_BSGA
-        out_BTHA = attention(queries, keys, values, mask_BTS)
+        out_BTHA = split_attention(queries, keys, values, mask, self.placement)
         project = Linear(
             x_BTD.shape[-1:],
             ("heads", "head_dim", "embed"),

@@ -16,6 +16,7 @@ from anyexperts_jax.nn.importance import ImportanceMLP
 from anyexperts_jax.nn.mlp import SwiGLU
 from anyexperts_jax.nn.moe import MoE
 from anyexperts_jax.nn.norms import RMSNorm
+from anyexperts_jax.ops.attention import CausalMask
 from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.expert_parallel import Placement
@@ -28,7 +29,7 @@ class BlockContext:
 
     positions_BT: Int[Array, "B T"]  # where a cache is written
     valid_BT: Bool[Array, "B T"]
-    mask_BTS: Bool[Array, "B T S"]  # position t attends to s
+    mask: Bool[Array, "B T S"] | CausalMask  # position t attends to s
     rotation: Rotations | None = None
     window: Float[Array, "2"] | None = None
     modality_BT: Int[Array, "B T"] | None = None  # for routers that tell modalities apart
@@ -42,6 +43,7 @@ class SelfAttention(nn.Module):
     """x + Attention(Norm(x))."""
 
     config: StackConfig
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(
@@ -54,10 +56,11 @@ class SelfAttention(nn.Module):
             config.norm_eps,
             config.dtype,
             config.param_dtype,
+            self.placement,
             name="attention",
         )
         normed_BTD = _norm(config, "norm")(x_BTD)
-        y_BTD, cache = attention(normed_BTD, context.mask_BTS, context.rotation, cache, context.positions_BT)
+        y_BTD, cache = attention(normed_BTD, context.mask, context.rotation, cache, context.positions_BT)
         return x_BTD + y_BTD, cache
 
 
@@ -65,19 +68,20 @@ class DenseBlock(nn.Module):
     """Attention, then a dense SwiGLU."""
 
     config: StackConfig
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: BlockContext, cache: KVCache | None = None
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         config = self.config
-        x_BTD, cache = SelfAttention(config, name="self_attention")(x_BTD, context, cache)
+        x_BTD, cache = SelfAttention(config, self.placement, name="self_attention")(x_BTD, context, cache)
         mlp = SwiGLU(config.d_ff, config.residual_scale, config.dtype, config.param_dtype, name="mlp")
         return x_BTD + mlp(_norm(config, "norm")(x_BTD)), cache
 
 
 def dense_blocks(
-    config: StackConfig, block: type[nn.Module], name: str, count: int
+    config: StackConfig, placement: Placement | None, block: type[nn.Module], name: str, count: int
 ) -> Callable[[Array, BlockContext, KVCache | None], tuple[Array, KVCache | None]]:
     """`count` dense blocks one after the other, named `name`_0 and so on, with a cache stacked over them."""
 
@@ -85,7 +89,7 @@ def dense_blocks(
         written = []
         for i in range(count):
             own = None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache)
-            x_BTD, own = block(config, name=f"{name}_{i}")(x_BTD, context, own)
+            x_BTD, own = block(config, placement, name=f"{name}_{i}")(x_BTD, context, own)
             written.append(own)
         if cache is None or not written:
             return x_BTD, cache
@@ -122,10 +126,11 @@ class MoEBlock(nn.Module):
         cache: MoEBlockCache | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[RoutingTrace, MoEBlockCache | None]]:
         config = self.config
-        x_BTD, before = dense_blocks(config, DenseBlock, "before", config.moe_every - 1)(
+        x_BTD, before = dense_blocks(config, self.placement, DenseBlock, "before", config.moe_every - 1)(
             x_BTD, context, None if cache is None else cache.before
         )
-        x_BTD, own = SelfAttention(config, name="self_attention")(x_BTD, context, None if cache is None else cache.moe)
+        attention = SelfAttention(config, self.placement, name="self_attention")
+        x_BTD, own = attention(x_BTD, context, None if cache is None else cache.moe)
         importance_logits_BT = None
         if self.moe.hsm_site == "residual":
             mlp = ImportanceMLP(self.moe.importance_mlp, config.norm_eps, name="importance")

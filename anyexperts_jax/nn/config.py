@@ -7,7 +7,7 @@ from anyexperts_jax.core.errors import require, require_one_of
 
 Dtype = Literal["float32", "bfloat16"]
 Residuals = Literal["saved", "recomputed"]
-Remat = Literal["none", "full", "routing", "dots"]
+Remat = Literal["none", "full", "routing", "exchanged", "dots"]
 
 
 @dataclasses.dataclass(frozen=True)

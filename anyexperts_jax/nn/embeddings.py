@@ -6,6 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.nn.config import Dtype
 from anyexperts_jax.nn.params import Normal, named
+from anyexperts_jax.sharding.activations import take_embeddings
+from anyexperts_jax.sharding.expert_parallel import Placement
 
 
 class Embedding(nn.Module):
@@ -17,13 +19,15 @@ class Embedding(nn.Module):
     std: float = 1.0
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
+    placement: Placement | None = None  # of the arrays; None: on one device
+    id_axes: tuple[str, ...] = ("batch", "length")  # logical axes of the ids, for the placement
 
     def setup(self) -> None:
         init = named(Normal(self.std), (self.axis, "embed"))
         self.table = self.param("table", init, (self.num_rows, self.features), jnp.dtype(self.param_dtype))
 
     def __call__(self, ids: Int[Array, "*rest"]) -> Float[Array, "*rest D"]:
-        return self.table.at[ids].get(mode="fill", fill_value=jnp.nan).astype(self.dtype)
+        return take_embeddings(self.table, ids, self.placement, self.id_axes).astype(self.dtype)
 
     def logits(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest Y"]:
         """Inner products with every row (a tied output head), accumulated in float32."""

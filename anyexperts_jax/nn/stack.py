@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require_one_of
 from anyexperts_jax.core.tree import register_dataclass
+from anyexperts_jax.dispatch.exchange import EXCHANGED
 from anyexperts_jax.nn.attention import KVCache, empty_cache
 from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock, MoEBlockCache, dense_blocks
 from anyexperts_jax.nn.config import Remat, StackConfig
@@ -45,7 +46,8 @@ def remat_policy(name: Remat) -> Callable[..., Any]:
 
     full: the block's input and the selected experts' indices; the rest is computed again.
     routing: the router's logits too.
-    dots: those and every matmul's result.
+    exchanged: those and the rows that came from other devices, so that no row travels again.
+    dots: the router's logits and every matmul's result.
     Selected indices are always kept: computed again under another fusion, near-ties would choose other experts.
 
     Raises:
@@ -55,6 +57,7 @@ def remat_policy(name: Remat) -> Callable[..., Any]:
     kept = {
         "full": policies.save_only_these_names("routing"),
         "routing": policies.save_only_these_names("routing", "router_logits"),
+        "exchanged": policies.save_only_these_names("routing", "router_logits", EXCHANGED),
         "dots": policies.save_from_both_policies(
             policies.save_only_these_names("routing", "router_logits"), policies.dots_with_no_batch_dims_saveable
         ),
@@ -80,7 +83,7 @@ class Stack(nn.Module):
     ) -> tuple[Float[Array, "B T D"], RoutingTrace, StackCache | None]:
         """Returns the last block's output, the routing traces stacked over MoE layers, and the cache written."""
         dense_block, moe_block = self._blocks()
-        leading = dense_blocks(self.config, dense_block, "dense", self.config.num_dense_layers)
+        leading = dense_blocks(self.config, self.placement, dense_block, "dense", self.config.num_dense_layers)
         x_BTD, dense_cache = leading(x_BTD, context, None if cache is None else cache.dense)
         if not self.config.num_moe_layers:
             written = None if cache is None or dense_cache is None else StackCache(dense_cache, cache.blocks)

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from anyexperts_jax.core.errors import require_one_of
 
@@ -35,6 +36,25 @@ def device_kind() -> str:
     return jax.devices()[0].device_kind if device is None else device.device_kind
 
 
+def is_nvidia(kind: str | None) -> bool:
+    """True for the names NVIDIA gives its GPUs."""
+    return kind is not None and kind.startswith(("NVIDIA", "Tesla", "Quadro"))
+
+
+def on_one_device() -> bool:
+    """Whether a trace made now is of one device's part: in a `shard_map` over the whole mesh in use, on a mesh of one
+    device, or where there is no mesh and one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
+
+
 def default_implementation(dtype: jnp.dtype) -> str:
-    """The kernels on a TPU where they take the dtype, else XLA."""
-    return "pallas_tpu" if platform() == "tpu" and dtype in (jnp.bfloat16, jnp.float32) else "xla"
+    """The kernels on a TPU or an NVIDIA GPU where they take the dtype, else XLA, which alone cuts an op into parts for
+    several devices."""
+    if dtype not in (jnp.bfloat16, jnp.float32) or not on_one_device():
+        return "xla"
+    if platform() == "tpu":
+        return "pallas_tpu"
+    return "pallas_triton" if platform() == "gpu" and is_nvidia(device_kind()) else "xla"

@@ -12,15 +12,22 @@ from anyexperts_jax.dispatch.base import DispatchStats, add_virtual_output
 from anyexperts_jax.dispatch.exchange import apply_exchange
 from anyexperts_jax.routing.plan import RoutingPlan
 from anyexperts_jax.sharding.rules import ShardingRules
-from anyexperts_jax.sharding.specs import DEFAULT_RULES, parts
+from anyexperts_jax.sharding.specs import DEFAULT_RULES, parts, require_automatic
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where arrays live: what a layer must know that speaks to other devices itself."""
+    """Where arrays live: what a layer must know that speaks to other devices itself.
+
+    Raises:
+      UserError: for a mesh with explicit axes.
+    """
 
     mesh: Mesh
     rules: ShardingRules = DEFAULT_RULES
+
+    def __post_init__(self) -> None:
+        require_automatic(self.mesh)
 
 
 def moe_exchange_stats(

@@ -45,7 +45,7 @@ class ShardingRules:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            for axis in _as_tuple(getattr(self, field.name)):
+            for axis in as_tuple(getattr(self, field.name)):
                 require_one_of(f"mesh axis of rule {field.name!r}", axis, MESH_AXES)
 
     def spec(self, logical_axes: Sequence[str]) -> PartitionSpec:
@@ -58,12 +58,12 @@ class ShardingRules:
         for axis in logical_axes:
             require_one_of("logical axis", axis, names)
         per_dimension = [getattr(self, axis) for axis in logical_axes]
-        used = [mesh_axis for axes in per_dimension for mesh_axis in _as_tuple(axes)]
+        used = [mesh_axis for axes in per_dimension for mesh_axis in as_tuple(axes)]
         for mesh_axis in used:
             twice = f"mesh axis {mesh_axis!r} is used twice by an array of logical axes {tuple(logical_axes)}"
             require(used.count(mesh_axis) == 1, twice)
         return PartitionSpec(*per_dimension)
 
 
-def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+def as_tuple(axes: MeshAxes) -> tuple[str, ...]:
     return () if axes is None else (axes,) if isinstance(axes, str) else axes

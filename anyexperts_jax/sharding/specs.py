@@ -2,16 +2,31 @@
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from anyexperts_jax.core.batch import Batch
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import comma_list, require
 from anyexperts_jax.sharding.rules import ShardingRules
 
 DEFAULT_RULES = ShardingRules()
+
+
+def require_automatic(mesh: Mesh) -> None:
+    """Refuses a mesh with explicit axes: the model names layouts at its seams and leaves those between to the compiler.
+
+    Raises:
+      UserError: naming the axes.
+    """
+    others = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]
+    require(
+        not others,
+        f"mesh axes {comma_list(others)} are not automatic; make the mesh with AxisType.Auto, as make_mesh does",
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -20,6 +35,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_shardings(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> dict[str, NamedSharding]:
     """The sharding of every array of a `Batch` by its field: sequences split, and positions where there are any."""
+    require_automatic(mesh)
     fields = [field.name for field in dataclasses.fields(Batch)]
     axes = {name: ("batch", "length") if name.endswith("_BT") else ("batch",) for name in fields}
     return {name: NamedSharding(mesh, rules.spec(logical)) for name, logical in axes.items()}
@@ -30,10 +46,40 @@ def batch_shards(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> int:
     return parts(mesh, rules.spec(("batch",))[0])
 
 
-def shard_batch(mesh: Mesh, batch: Batch, rules: ShardingRules = DEFAULT_RULES) -> Batch:
-    """Puts a batch of this host onto the mesh."""
+def batch_rows(
+    mesh: Mesh, batch_size: int, devices: Collection[Any] | None = None, rules: ShardingRules = DEFAULT_RULES
+) -> tuple[int, ...]:
+    """The rows of a batch that are on `devices`, by default those of this process, in order.
+
+    Processes that split a sequence or a weight between them hold the same rows.
+    """
+    held = mesh.local_devices if devices is None else devices
+    indices = NamedSharding(mesh, rules.spec(("batch",))).devices_indices_map((batch_size,))
+    return tuple(sorted({row for device in held for row in range(batch_size)[indices[device][0]]}))
+
+
+def shard_batch(mesh: Mesh, batch: Batch, batch_size: int | None = None, rules: ShardingRules = DEFAULT_RULES) -> Batch:
+    """Puts a batch onto the mesh.
+
+    Args:
+      batch_size: of the whole batch, of which `batch` holds `batch_rows`; None: `batch` is the whole.
+    """
     shardings = batch_shardings(mesh, rules)
-    return Batch(**{name: jax.device_put(getattr(batch, name), sharding) for name, sharding in shardings.items()})
+    if batch_size is None or len(mesh.local_devices) == mesh.size:
+        return Batch(**{name: jax.device_put(getattr(batch, name), sharding) for name, sharding in shardings.items()})
+    first_row = {row: place for place, row in enumerate(batch_rows(mesh, batch_size, rules=rules))}
+
+    def put(held: Any, sharding: NamedSharding) -> jax.Array:
+        held = np.asarray(held)
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size)
+            place = first_row[start]
+            return held[(slice(place, place + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *held.shape[1:]), sharding, part)
+
+    return Batch(**{name: put(getattr(batch, name), sharding) for name, sharding in shardings.items()})
 
 
 def param_shardings(mesh: Mesh, logical_axes: Any, abstract_params: Any, rules: ShardingRules = DEFAULT_RULES) -> Any:
@@ -44,8 +90,9 @@ def param_shardings(mesh: Mesh, logical_axes: Any, abstract_params: Any, rules: 
       abstract_params: the same tree of arrays or ShapeDtypeStructs.
 
     Raises:
-      UserError: naming the parameter whose axes are unknown, too few, or not divisible by the mesh.
+      UserError: naming the parameter whose axes are unknown, too few, or not divisible by the mesh; explicit axes.
     """
+    require_automatic(mesh)
 
     def sharding(path: Any, array: Any, axes: tuple[str, ...]) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -15,6 +15,7 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.presets import model_preset
 from anyexperts_jax.sharding.mesh import MeshConfig
 from anyexperts_jax.train.optim import OptimConfig
+from anyexperts_jax.train.runtime import RuntimeConfig
 from anyexperts_jax.train.strict import build, closest, merge
 
 OnNonfinite = Literal["stop", "skip"]
@@ -66,6 +67,7 @@ class RunConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
     seed: int = 0  # of the parameters and of what is random in a step; the data have their own
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ FREE_KEYS = (
     "train.eval_examples",
     "train.keep_last",
     "train.on_nonfinite",
+    "runtime.",
 )
 
 

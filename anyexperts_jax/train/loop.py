@@ -1,11 +1,13 @@
 """The training loop: starts or goes on, steps, logs, evaluates, writes checkpoints, and stops cleanly."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
 import signal
 import sys
 import time
+import zlib
 from typing import Any
 
 import jax
@@ -13,23 +15,35 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.pipeline import train_iterator
 from anyexperts_jax.models.init import logical_axes
 from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import make_mesh
-from anyexperts_jax.sharding.specs import batch_shards, shard_batch
+from anyexperts_jax.sharding.specs import batch_rows, batch_shards, shard_batch
+from anyexperts_jax.train import processes
 from anyexperts_jax.train.checkpoint import Checkpoints, quiet_orbax
-from anyexperts_jax.train.config import RunConfig, describe_differences
+from anyexperts_jax.train.config import RunConfig, describe_differences, to_json
+from anyexperts_jax.train.goodput import Clock
 from anyexperts_jax.train.metrics import routing_means
 from anyexperts_jax.train.optim import make_optimizer
+from anyexperts_jax.train.profile import Profiler
 from anyexperts_jax.train.progress import Reporter, status_line
 from anyexperts_jax.train.recipe import EVERYTHING, Recipe
 from anyexperts_jax.train.run_dir import RunDir, open_run_dir
-from anyexperts_jax.train.run_log import RunLog, read_records
+from anyexperts_jax.train.run_log import NoLog, RunLog, read_records
+from anyexperts_jax.train.runtime import compile_cache
 from anyexperts_jax.train.state import TrainState, abstract_state, create_state, state_from
 from anyexperts_jax.train.step import CHECKED_SCALARS, StepReport, jit_train_step, model_apply
-from anyexperts_jax.train.stops import DiskFullError, NonFiniteError, RunInterruptedError, StopRequests, no_room
+from anyexperts_jax.train.stops import (
+    DiskFullError,
+    NonFiniteError,
+    PeerLostError,
+    RunInterruptedError,
+    StopRequests,
+    no_room,
+)
 from anyexperts_jax.train.validation import Validation
 
 
@@ -51,6 +65,10 @@ def train(
     On one mesh a run that was killed and goes on takes the same steps, bit for bit on CPU, as one that never stopped.
     SIGINT and SIGTERM end it after the step under way with a checkpoint.
 
+    After `train.processes.connect` every process calls it alike, with a directory that all of them see. The batches,
+    and but for the order of sums the losses, are those of one process; a run may go on with another number of them.
+    A signal to any of them ends all after the same step. The first process alone writes logs and shows progress.
+
     Args:
       progress: show a bar, lines and tables on the standard error.
       recipe: where the run departs from training every parameter from scratch.
@@ -60,21 +78,27 @@ def train(
       NonFiniteError: a loss or the gradient is not finite, with train.on_nonfinite="stop".
       RunInterruptedError: after a signal, once a checkpoint is written.
       DiskFullError: no room for logs or a checkpoint; the checkpoints before are whole.
+      PeerLostError: another process is gone. One that is waited for in vain ends the process, see `processes.Watch`.
     """
-    reporter = Reporter(Console(file=sys.stderr) if progress else None)
-    paths, changed = open_run_dir(run_dir, config)
+    reporter = Reporter(Console(file=sys.stderr) if progress and processes.is_first() else None)
+    paths, changed = open_run_dir(run_dir, config, writes=processes.is_first())
     if changed:
         reporter.note(f"going on with {describe_differences(changed)}")
     try:
-        with StopRequests() as requests, quiet_orbax():
+        with StopRequests() as requests, quiet_orbax(), compile_cache(config.runtime.compile_cache):
             return _Run(config, paths, reporter, requests, recipe).to_the_end()
     except (OSError, ValueError, RuntimeError) as error:
-        said = no_room(error)
-        if said is None:
-            raise
-        raise DiskFullError(
-            f"cannot write to {paths.root}: {said}; {_last_good(paths)}; free some room and run it again"
-        ) from error
+        said, lost = no_room(error), processes.peer_lost(error)
+        if said is not None:
+            raise DiskFullError(
+                f"cannot write to {paths.root}: {said}; {_last_good(paths)}; free some room and run it again"
+            ) from error
+        if lost is not None:
+            raise PeerLostError(f"another process is gone ({lost}); {_last_good(paths)}; {_AGAIN}") from error
+        raise
+
+
+_AGAIN = "run the same command to go on"
 
 
 class _Run:
@@ -85,35 +109,68 @@ class _Run:
     ) -> None:
         self.config, self.paths, self.reporter, self.requests = config, paths, reporter, requests
         self.recipe = recipe
+        self.clock = Clock()
         self.mesh = make_mesh(config.mesh)
         _check_batch_fits(config, self.mesh)
         self.apply = (recipe.apply or model_apply)(config.model, Placement(self.mesh))
         self.optimizer = recipe.optimizer or make_optimizer(config.optim, logical_axes(config.model))
-        self.iterator = train_iterator(config.data, config.train.batch_size)
-        self.validation = Validation(config, self.apply, self.mesh)
+        size = config.train.batch_size
+        self.iterator = train_iterator(config.data, size, batch_rows(self.mesh, size))
+        self.validation = Validation(config, self.apply, self.mesh, self._waiting)
         self.checkpoints = Checkpoints(paths.checkpoints, config.train.keep_last)
+        self.agreement = processes.Agreement()
+        self.profiler = Profiler(config.runtime, paths, watches=processes.is_first())
+        self.watch = processes.Watch(
+            config.runtime.peer_timeout,
+            lambda what: (
+                f"waited {config.runtime.peer_timeout:g} s for {what}: another process is gone or hangs; "
+                f"{_last_good(paths)}; {_AGAIN}"
+            ),
+        )
         self.tokens, self.since = 0.0, time.perf_counter()
 
     def to_the_end(self) -> TrainResult:
         try:
+            self._require_same_run()
             state = self._start()
             first = int(state.step)
-            self.log = RunLog(self.paths, first)
+            self.log: RunLog | NoLog = RunLog(self.paths, first) if processes.is_first() else NoLog()
             try:
                 self._steps(state, first)
             finally:
+                self.profiler.close()
                 self.reporter.stop()
                 self.log.close()
         finally:
-            self.checkpoints.close()
+            error = sys.exception()
+            if error is None or processes.peer_lost(error) is None:  # a save under way waits for the one that is gone
+                with self._waiting("the last checkpoint"):
+                    self.checkpoints.close()
+        with self._waiting("the end of the logs"):
+            processes.wait_for_all("logs closed")
         records = read_records(self.paths.metrics)
         validations = [record for record in records if record["kind"] == "validation"]
         require(len(validations) > 0, f"the run is done, but {self.paths.metrics} has lost its validation records")
+        self.reporter.times(self.clock.report())
         self.reporter.tables(validations[-1])
         skipped = sum(record["kind"] == "nonfinite" for record in records)
         if skipped:
             self.reporter.note(f"{skipped} steps were not finite and skipped")
         return TrainResult(self.paths.root, self.config.train.steps, validations[-1], skipped)
+
+    def _require_same_run(self) -> None:
+        numbers = {"the latest checkpoint": self.checkpoints.latest or 0, "the checksum of config.json": 0}
+        numbers["the checksum of config.json"] = zlib.crc32(to_json(self.config).encode()) >> 1
+        with self._waiting("the other processes"):
+            processes.require_agreement(
+                f"the processes of {self.paths.root} differ",
+                numbers,
+                "give all the same command, and a run directory that all of them share",
+            )
+
+    def _waiting(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Around whatever waits for the other processes, where there are any."""
+        return self.watch.waiting(what) if processes.several() else contextlib.nullcontext()
 
     def _start(self) -> TrainState:
         """The last checkpoint's state, with the data iterator moved to it; or a new one."""
@@ -139,39 +196,66 @@ class _Run:
             self.reporter.note(f"all {train.steps} steps are done")
             return
         self.reporter.start(first, train.steps)
+        self.clock.begin_steps()
         step_fn, pending = None, None
         for done in range(first + 1, train.steps + 1):
-            batch = shard_batch(self.mesh, next(self.iterator))
+            batch = self._next_batch(pending)
             if step_fn is None:
                 step_fn = self._compile(state, batch)
+            self.profiler.before(done)
+            asked = self.agreement.ask(self.requests.signal_number or 0, self.profiler.asked())
             state, report = step_fn(state, batch)
             if pending is not None:
                 self._read(*pending)
             pending = (done, report)
+            with self._waiting(f"step {done}"):
+                signal_number, profile = self.agreement.read(asked)
+            if profile:
+                self.profiler.request()
             evaluates = done % train.eval_every == 0 or done == train.steps
-            interrupted = self.requests.signal_number is not None and done < train.steps
-            if evaluates or interrupted or done % train.checkpoint_every == 0:
+            interrupted = signal_number > 0 and done < train.steps
+            saves = evaluates or interrupted or done % train.checkpoint_every == 0
+            if saves or self.profiler.ends_with(done):
                 self._read(*pending)
                 pending = None
+            if self.profiler.ends_with(done):
+                self.profiler.close()
+            if saves:
                 self._save(done, state, evaluates)
             if interrupted:
-                self.checkpoints.wait()
-                name = signal.Signals(self.requests.signal_number or 0).name
-                message = f"stopped by {name} after step {done} of {train.steps}; {_last_good(self.paths)}"
-                raise RunInterruptedError(f"{message}; run the same command to go on", self.requests.signal_number or 0)
-        self.checkpoints.wait()
+                self._interrupt(done, signal_number)
+        with self.clock.spending("checkpoint"):
+            self.checkpoints.wait()
 
-    def _compile(self, state: TrainState, batch: Any) -> Any:
+    def _next_batch(self, pending: tuple[int, StepReport] | None) -> Batch:
+        """The wait counts as lost where the device had no step to work at meanwhile."""
         start = time.perf_counter()
-        step_fn = jit_train_step(self.config, self.optimizer, self.apply, self.mesh, self.recipe.trainable)
-        compiled = step_fn.lower(state, batch).compile()
+        batch = shard_batch(self.mesh, next(self.iterator), self.config.train.batch_size)
+        finite: Any = None if pending is None else pending[1].finite
+        if finite is None or finite.is_ready():
+            self.clock.add("data", time.perf_counter() - start)
+        return batch
+
+    def _interrupt(self, step: int, signal_number: int) -> None:
+        self.checkpoints.wait()
+        name = signal.Signals(signal_number).name
+        message = f"stopped by {name} after step {step} of {self.config.train.steps}; {_last_good(self.paths)}"
+        raise RunInterruptedError(f"{message}; {_AGAIN}", signal_number)
+
+    def _compile(self, state: TrainState, batch: Batch) -> Any:
+        start = time.perf_counter()
+        with self.clock.spending("compile"):
+            step_fn = jit_train_step(self.config, self.optimizer, self.apply, self.mesh, self.recipe.trainable)
+            compiled = step_fn.lower(state, batch).compile()
         self.reporter.note(f"step compiled in {time.perf_counter() - start:.1f} s")
         self.since = time.perf_counter()
         return compiled
 
     def _read(self, step: int, report: StepReport) -> None:
         """Checks, logs and shows one step's report."""
-        report = jax.device_get(report)
+        with self._waiting(f"step {step}"):
+            report = jax.device_get(report)
+        self.clock.step_done()
         if not report.finite:
             self._not_finite(step, report)
         self.tokens += float(report.routing.tokens_M.sum())
@@ -181,7 +265,11 @@ class _Run:
         rate = self.tokens / (time.perf_counter() - self.since)
         means = routing_means(self.config.model.moe, report.routing)
         scalars = {name: float(value) for name, value in report.scalars.items()}
-        self.log.write("train", step, {**scalars, **means, "tokens_per_second": rate})
+        times = {"tokens_per_second": rate, **self.clock.report().record()}
+        window = self.clock.window()
+        if window is not None:
+            times["step_seconds"] = dataclasses.asdict(window)
+        self.log.write("train", step, {**scalars, **means, **times})
         self.reporter.step(step, train.steps, status_line(scalars, means["mean_real_slots"], rate))
         self.tokens, self.since = 0.0, time.perf_counter()
 
@@ -202,13 +290,15 @@ class _Run:
         start = time.perf_counter()
         loss = math.inf
         if evaluates:
-            record = self.validation(state)
-            if self.recipe.measure is not None:
-                record |= self.recipe.measure(state, self.validation)
+            with self.clock.spending("validation"):
+                record = self.validation(state)
+                if self.recipe.measure is not None:
+                    record |= self.recipe.measure(state, self.validation)
             loss = record["loss"] if np.isfinite(record["loss"]) else math.inf
             self.log.write("validation", step, record)
             self.reporter.evaluation(step, record)
-        self.checkpoints.save(state, self.iterator.get_state(), self.config, loss)
+        with self.clock.spending("checkpoint"):
+            self.checkpoints.save(state, self.iterator.get_state(), self.config, loss)
         self.since += time.perf_counter() - start
 
 

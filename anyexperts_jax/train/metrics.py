@@ -3,7 +3,8 @@
 A record of metrics.jsonl holds a step's scalars and its routing, means over the step's valid tokens:
 
     loss, answer_loss, balance_loss, importance_loss, z_loss, grad_norm, learning_rate, token_accuracy, exact_match,
-    tokens_per_second
+    tokens_per_second, goodput, time_shares            the latter by part, see train.goodput, since the process began
+    step_seconds                                       median, p95 and slowest since the record before
     real_slots, virtual_share, importance              [layer][modality], null where the batch has no such token
     importance_histogram                               [layer][modality][bin], shares, over (0, 1) in equal bins
     load_max_over_mean, router_entropy, dropped        [layer]

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from anyexperts_jax.core.modality import MODALITY_NAMES
+from anyexperts_jax.train.goodput import TimeReport
 
 PLAIN_LINE_SECONDS = 15.0  # between lines where there is no terminal
 
@@ -51,6 +52,11 @@ class Reporter:
     def stop(self) -> None:
         self._bar.stop()
 
+    def times(self, report: TimeReport) -> None:
+        """Where the time went, if any step was taken."""
+        if report.steps:
+            self._console.print(time_table(report))
+
     def tables(self, record: dict[str, Any]) -> None:
         """The last evaluation: scores by domain, routing by layer and modality."""
         self._console.print(domain_table(record))
@@ -63,6 +69,20 @@ def status_line(scalars: dict[str, float], mean_real_slots: float, tokens_per_se
         f"loss {scalars['answer_loss']:.3f}  answer tokens right {scalars['token_accuracy']:.0%}  "
         f"real experts {mean_real_slots:.2f}  {tokens_per_second:,.0f} tokens/s"
     )
+
+
+def time_table(report: TimeReport) -> Table:
+    """Seconds and share of each part of the wall time, goodput and the times of a step."""
+    wall, times = sum(report.seconds.values()), report.step_times
+    table = Table(title=f"Goodput {report.goodput:.1%} of {wall:,.1f} s, {report.steps} steps")
+    table.add_column("part")
+    table.add_column("seconds", justify="right")
+    table.add_column("share", justify="right")
+    for name, seconds in report.seconds.items():
+        table.add_row(name, f"{seconds:,.1f}", f"{seconds / wall:.1%}")
+    if times is not None:
+        table.caption = f"seconds a step: median {times.median:.3g}, 95% {times.p95:.3g}, slowest {times.slowest:.3g}"
+    return table
 
 
 def domain_table(record: dict[str, Any]) -> Table:

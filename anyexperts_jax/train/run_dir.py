@@ -1,4 +1,4 @@
-"""A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/ and what the analysis adds."""
+"""A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/, profile/ and what the analysis adds."""
 
 import contextlib
 import dataclasses
@@ -40,16 +40,31 @@ class RunDir:
     def checkpoints(self) -> pathlib.Path:
         return self.root / "checkpoints"
 
+    @property
+    def profile(self) -> pathlib.Path:
+        """Traces, of some steps each."""
+        return self.root / "profile"
+
+    @property
+    def profile_request(self) -> pathlib.Path:
+        """A file that asks a run under way for a trace, and goes when it begins."""
+        return self.root / "profile.request"
+
     def checkpoint_steps(self) -> list[int]:
         """The steps of the checkpoints that are whole, in order."""
         return sorted(int(path.name) for path in self.checkpoints.glob("*") if path.name.isdigit())
 
 
-def open_run_dir(root: str | pathlib.Path, config: RunConfig) -> tuple[RunDir, dict[str, tuple[Any, Any]]]:
+def open_run_dir(
+    root: str | pathlib.Path, config: RunConfig, *, writes: bool = True
+) -> tuple[RunDir, dict[str, tuple[Any, Any]]]:
     """Makes the directory of a run, or checks that the one there is of the same run; writes config.json.
 
     A run without a checkpoint has nothing to go on from: its configuration may be replaced by any other. Returns the
     paths, and what differs from the configuration there and may.
+
+    Args:
+      writes: False: only checks, in a process beside the one that writes.
 
     Raises:
       UserError: when it cannot be made, or holds a run of another configuration (naming the keys).
@@ -64,7 +79,8 @@ def open_run_dir(root: str | pathlib.Path, config: RunConfig) -> tuple[RunDir, d
         paths.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the run directory {paths.root}: {error.strerror}") from error
-    write_whole(paths.config, to_json(config))
+    if writes:
+        write_whole(paths.config, to_json(config))
     return paths, changed
 
 

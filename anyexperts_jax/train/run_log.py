@@ -16,6 +16,16 @@ from anyexperts_jax.train.metrics import plain
 from anyexperts_jax.train.run_dir import RunDir, write_whole
 
 
+class NoLog:
+    """In the place of a `RunLog` in the processes that write none."""
+
+    def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class RunLog:
     """Records of a run, one JSON object a line, and the same numbers for TensorBoard.
 

@@ -18,6 +18,7 @@ from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
 from anyexperts_jax.routing.bias import update_expert_bias
 from anyexperts_jax.routing.trace import RoutingTrace, layer_mean
 from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.specs import replicated
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.frozen import overlay, select
 from anyexperts_jax.train.losses import answer_scores, auxiliary_loss
@@ -148,7 +149,7 @@ def jit_train_step(
     return jax.jit(
         make_train_step(config, optimizer, apply, trainable),
         donate_argnums=0,
-        out_shardings=(state_shardings(config.model, optimizer, mesh), None),
+        out_shardings=(state_shardings(config.model, optimizer, mesh), replicated(mesh)),
     )
 
 

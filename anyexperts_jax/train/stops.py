@@ -12,6 +12,7 @@ class RunStoppedError(Exception):
     """A run that ended early. The command line prints the message and exits with `exit_code`."""
 
     exit_code = 1
+    alone = False  # whether the other processes of the run do not know that this one ends
 
 
 class NonFiniteError(RunStoppedError):
@@ -24,6 +25,14 @@ class DiskFullError(RunStoppedError):
     """Logs or a checkpoint could not be written for want of room."""
 
     exit_code = 4
+    alone = True
+
+
+class PeerLostError(RunStoppedError):
+    """Another process of the run is gone."""
+
+    exit_code = 5
+    alone = True
 
 
 class RunInterruptedError(RunStoppedError):
@@ -61,7 +70,7 @@ class StopRequests:
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: a handler not of Python
         self._previous = {}
 
 

@@ -1,5 +1,7 @@
 """Teacher-forced evaluation of every domain's validation examples during training."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ from jax.sharding import Mesh
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.data.pipeline import eval_batches
-from anyexperts_jax.sharding.specs import shard_batch
+from anyexperts_jax.sharding.specs import batch_rows, replicated, shard_batch
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.metrics import routing_means
 from anyexperts_jax.train.state import TrainState
@@ -19,15 +21,23 @@ from anyexperts_jax.train.step import Apply, BatchSums, make_eval_step
 class Validation:
     """The same `train.eval_examples` validation examples of each domain, every time it is called."""
 
-    def __init__(self, config: RunConfig, apply: Apply, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        apply: Apply,
+        mesh: Mesh,
+        waiting: Callable[[str], AbstractContextManager[None]] = lambda what: nullcontext(),
+    ) -> None:
+        """`waiting`: the context in which this process waits for the others."""
         self._config = config
+        self._waiting = waiting
         self.mesh = mesh
-        self._step = jax.jit(make_eval_step(apply))
+        self._step = jax.jit(make_eval_step(apply), out_shardings=replicated(mesh))
         self._batches: dict[str, list[Batch]] = {}
 
     def of(self, apply: Apply) -> "Validation":
         """The same examples for another model."""
-        other = Validation(self._config, apply, self.mesh)
+        other = Validation(self._config, apply, self.mesh, self._waiting)
         other._batches = self._batches
         return other
 
@@ -45,15 +55,18 @@ class Validation:
 
     def _sums(self, name: str, state: TrainState) -> BatchSums:
         if name not in self._batches:  # made once: rendering and speech synthesis take longer than the model
-            train = self._config.train
+            data, train = self._config.data, self._config.train
+            rows = batch_rows(self.mesh, train.batch_size)
             self._batches[name] = list(
-                eval_batches(self._config.data, name, "validation", train.batch_size, train.eval_examples)
+                eval_batches(data, name, "validation", train.batch_size, train.eval_examples, rows)
             )
+        size = self._config.train.batch_size
         parts = [
-            self._step(state.params, state.router_bias_LC, shard_batch(self.mesh, batch))
+            self._step(state.params, state.router_bias_LC, shard_batch(self.mesh, batch, size))
             for batch in self._batches[name]
         ]
-        return jax.device_get(jax.tree.map(lambda *leaves: jnp.stack(leaves).sum(axis=0), *parts))
+        with self._waiting(f"the validation of {name}"):
+            return jax.device_get(jax.tree.map(lambda *leaves: jnp.stack(leaves).sum(axis=0), *parts))
 
 
 def _scores(sums: BatchSums) -> dict[str, float]:

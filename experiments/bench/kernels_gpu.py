@@ -2,7 +2,7 @@
 
     python experiments/bench/kernels_gpu.py [FOLDER]
 
-Needs no GPU, but the extra `aot-gpu` and JAX 0.12. Takes about two minutes. The figures are static; nothing is run.
+Needs no GPU, but the extra `aot-gpu` and JAX 0.11. Takes about two minutes. The figures are static; nothing is run.
 tests/aot compares what it compiles with the file, so the file is also what a regression is measured against.
 """
 

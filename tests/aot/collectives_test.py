@@ -5,7 +5,7 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from anyexperts_jax.aot.collectives import Collective, read_collectives
+from anyexperts_jax.aot.collectives import DCN, KINDS, Collective, read_collectives
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 
@@ -94,6 +94,26 @@ def test_a_tpu_program_names_axes_and_writes_an_overlapped_collective_in_each_of
     }
 
 
-def test_a_loop_of_unknown_length_is_an_error():
+def test_a_sum_of_which_each_device_keeps_its_share_is_a_reduce_scatter():
+    text = TPU_TEXT.replace("%gather_start", "%all-reduce-scatter.1").replace(
+        "all-gather(%p), channel_id=7", "all-reduce(%p), channel_id=7"
+    )
+    rows = {(row.kind, row.axes): row for row in read_collectives(text, SIZES)}
+    assert rows["reduce-scatter", ("fsdp",)].count == 20 + 20  # and the one that is written so
+
+
+def test_what_goes_to_other_slices_goes_over_dcn():
+    send = (
+        "  %sent = (f32[3,5]{1,0}, u32[], token[]) send(%done, %after), channel_id=3, is_host_transfer=true, "
+        'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+    )
+    rows = read_collectives(TPU_TEXT.replace("  %swap", send + "  %swap"), SIZES)
+    assert Collective("all-reduce", (DCN,), 20, 20 * 3 * 5 * 4) in rows
+
+
+def test_a_loop_of_unknown_length_is_an_error_where_it_sends():
+    silent = TPU_TEXT.replace("constant(20)", "parameter(1)")
+    silent = "\n".join(line for line in silent.splitlines() if not any(f" {kind}(" in line for kind in KINDS))
+    assert read_collectives(silent, SIZES) == []
     with pytest.raises(UserError, match="cannot tell how often a loop runs"):
         read_collectives(TPU_TEXT.replace("constant(20)", "parameter(1)"), SIZES)

@@ -1,10 +1,17 @@
 import json
+import math
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from anyexperts_jax import cli
+from anyexperts_jax.aot import step as step_module
+from anyexperts_jax.aot.gpu import missing_packages
 from anyexperts_jax.aot.step import abstract_batch, compile_step
+from anyexperts_jax.aot.topology import slice_devices
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.models.init import init_params
 from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.train.config import load_config
 
@@ -21,10 +28,17 @@ def test_the_abstract_batch_is_what_the_pipeline_gives():
     assert batch.domain_B.shape == (8,)
 
 
-@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e", "v5e:4", "v5p:4x4", "v5e:axb", "h100:1x8"])
-def test_a_topology_that_is_none_is_refused(name, capsys):
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e", "v5e:4", "v5p:4x4", "v5e:axb", "v5e:0x4", "h100:8", "h100:1x2x4"])
+def test_a_topology_that_is_none_is_refused_with_the_known_chips(name, capsys):
     assert cli.main(["compile", "smoke", "--topology", name]) == 2
-    assert f"topology {name!r} is not of the form CHIP:SHAPE" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"topology {name!r} is not of the form CHIP:SHAPE with CHIP of v5e, v5p, v6e, tpu7x, h100" in message
+
+
+def test_slices_that_the_mesh_does_not_have_are_refused(capsys):
+    assert cli.main(["compile", "smoke", "--topology", "v5e:2x2", "--slices", "2"]) == 2
+    message = "there are 2 slices, but mesh.dcn_data x mesh.dcn_fsdp = 1; set mesh.dcn_data=2"
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.aot
@@ -39,9 +53,83 @@ def test_the_step_compiles_for_a_slice_and_exchanges_rows_over_the_expert_axis(t
     sent = {(row["kind"], *row["axes"]): row for row in step["collectives"]}
     # Two MoE layers; rows and ids there and rows back, and back through rows and rows' gradients.
     assert sent["all-to-all", "expert"]["count"] == 2 * 5
+    assert sent["all-to-all", "expert"]["bytes"] == 2 * exchanged_bytes(load_config("smoke", EXCHANGE))
     assert ("all-reduce", "data", "expert") in sent
     assert 0 < step["free"] < 1
-    assert "all-to-all" in capsys.readouterr().out
+    bounds = step["bounds"]
+    assert step["bound"] == max(bounds["arithmetic"], bounds["hbm"], bounds["network"]) > 0
+    assert len(bounds["collectives"]) == len(step["collectives"])
+    assert 0 < bounds["mfu"] < 1
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("all-to-all", "expert padding", "arithmetic", "MFU"))
+
+
+def exchanged_bytes(config):
+    """Of one layer and device by hand: four times rows of every pair of shards, once their experts."""
+    tokens = config.data.encoding.max_length  # a sequence a device
+    budget = (1 - config.model.moe.rho_max) * (config.model.moe.k_min + config.model.moe.k_max) / 2
+    rows = 4 * math.ceil(config.model.moe.capacity_factor * budget * tokens / 4)
+    return rows * 4 * (4 * config.model.stack.d_model + 1)  # float32, int32
+
+
+@pytest.mark.aot
+@needs_libtpu
+def test_what_slices_send_each_other_goes_over_dcn():
+    """Parameters on every slice: each gradient is summed once between them."""
+    settings = ["mesh.data=1", "mesh.fsdp=2", "mesh.expert=2", "mesh.dcn_data=2", "model.stack.dispatch=exchange"]
+    settings += ["model.stack.expert_mlp=xla", "model.stack.num_layers=2"]
+    config = load_config("smoke", settings)
+    step = compile_step(config, "v5e:2x2", slices=2)
+    assert step.devices == 8
+    assert step.mesh == {"data": 2, "fsdp": 2, "expert": 2, "tensor": 1, "sequence": 1}
+    sent = {(row.kind, row.axes): row for row in step.collectives}
+    split = sum(p.size for p in jax.tree.leaves(jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))))
+    assert 4 * split / 4 <= sent["all-reduce", ("dcn",)].bytes <= 4 * split  # each split over fsdp, experts once more
+    assert step.bounds.between_slices > 0
+    assert not any("data" in axes for _, axes in sent)
+
+
+@pytest.mark.aot
+def test_nodes_of_gpus_are_devices_to_compile_for():
+    if missing_packages():
+        pytest.skip("the GPU compilers are not installed (extra `aot-gpu`)")
+    devices = slice_devices("h100:2x8")
+    assert [device.process_index for device in devices] == [0] * 8 + [1] * 8
+    assert devices[0].device_kind.startswith("NVIDIA H100")
+
+
+def test_out_of_memory_while_compiling_is_one_line(monkeypatch):
+    def refuse():
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the total memory required for HLO temporaries "
+            "(40.17G) exceeds available HBM (15.75G)."
+        )
+
+    monkeypatch.setattr(step_module, "slice_devices", lambda topology, slices: jax.devices())
+    monkeypatch.setattr(step_module, "lower_step", lambda *_: SimpleNamespace(compile=refuse))
+    with pytest.raises(UserError, match=r"does not fit a device of v5e:2x4: 24\.1\d GiB more than its 16 GiB") as error:
+        compile_step(load_config("smoke", []), "v5e:2x4")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["mesh.data=3"], "mesh data=3 needs 3 devices, there are 8"),
+        (["mesh.data=1", "mesh.fsdp=8", "model.stack.d_model=20"], "embed=20 does not split over fsdp of 8 devices"),
+        (
+            ["mesh.data=1", "mesh.expert=8", "model.moe.num_experts=12"],
+            "expert=12 does not split over expert of 8 devices",
+        ),
+        (["train.batch_size=12"], r"train\.batch_size=12 does not split over 8 batch shards"),
+        (["train.batch_size=8", "train.accumulation=2"], "over 8 batch shards and train.accumulation=2"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_refused_in_one_line(settings, message, monkeypatch):
+    monkeypatch.setattr(step_module, "slice_devices", lambda topology, slices: jax.devices())
+    with pytest.raises(UserError, match=message) as error:
+        compile_step(load_config("smoke", settings), "v5e:2x4")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.aot

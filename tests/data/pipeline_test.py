@@ -2,6 +2,7 @@ import dataclasses
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,8 @@ from anyexperts_jax.data.batches import answers, questions
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
 from anyexperts_jax.data.domain import domain
 from anyexperts_jax.data.pipeline import eval_batches, train_iterator
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.specs import batch_rows
 
 CONFIG = DataConfig(domains=("nlp", "general", "video"), weights=(2.0, 1.0, 1.0), threads=0)
 NLP = DataConfig(domains=("nlp",), encoding=EncodingSpec(max_patches=0, max_frames=0), threads=0)
@@ -76,22 +79,59 @@ def test_threads_do_not_change_the_batches():
     assert all(map(identical, batches, threaded))
 
 
-def seen(config, batch_size, batches, **process):
+def seen(config, batch_size, batches, rows=None):
     """(domain, example) of each row."""
-    rows = take(train_iterator(config, batch_size, **process), batches)
-    return [(int(d), int(i)) for batch in rows for d, i in zip(batch.domain_B, batch.example_B, strict=True)]
+    made = take(train_iterator(config, batch_size, rows), batches)
+    return [(int(d), int(i)) for batch in made for d, i in zip(batch.domain_B, batch.example_B, strict=True)]
 
 
-def test_processes_share_no_example_and_together_see_all():
-    config = dataclasses.replace(NLP, train_examples=24)
-    shards = [seen(config, 4, 2, process_index=p, process_count=3) for p in range(3)]
-    assert sorted(itertools.chain.from_iterable(shards)) == [(0, i) for i in range(24)]
+def rows_of_processes(count, mesh_config):
+    """The rows of a batch of 8 that each of `count` processes makes, with the 8 devices dealt out to them."""
+    mesh = make_mesh(mesh_config)
+    groups = np.array_split(np.asarray(jax.devices()), count)
+    return [batch_rows(mesh, 8, list(group)) for group in groups]
 
 
-def test_every_process_sees_every_domain_in_its_share():
-    for p in range(4):  # 4 processes and weights 2:1:1: dealing out the mixture itself would give each one domain
-        domains = [d for d, _ in seen(CONFIG, 8, 2, process_index=p, process_count=4)]
-        assert np.bincount(domains).tolist() == [8, 4, 4]
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_share_no_example_and_together_make_the_batches_of_one(count):
+    config = dataclasses.replace(CONFIG, train_examples=24)
+    shares = rows_of_processes(count, MeshConfig(data=2, fsdp=2, expert=2))
+    assert [len(rows) for rows in shares] == [8 // count] * count
+    parts = [take(train_iterator(config, 8, rows), 6) for rows in shares]
+    together = [jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches) for batches in zip(*parts, strict=True)]
+    assert all(map(identical, together, take(train_iterator(config, 8), 6)))
+    examples = [example for rows in shares for example in seen(config, 8, 6, rows)]
+    assert len(examples) == len(set(examples)) == 48
+    assert sorted(index for domain, index in examples if domain == 0) == list(range(24))
+
+
+def test_processes_that_split_a_sequence_or_weights_make_the_same_rows():
+    assert rows_of_processes(4, MeshConfig(data=2, tensor=4)) == [(0, 1, 2, 3)] * 2 + [(4, 5, 6, 7)] * 2
+    assert rows_of_processes(2, MeshConfig(data=1, fsdp=4, sequence=2)) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+
+
+def test_a_run_goes_on_with_another_number_of_processes():
+    """The iterators' states are those of one process, and so are the batches after it."""
+    alone, halves = train_iterator(NLP, 4), [train_iterator(NLP, 4, rows) for rows in ((0, 1), (2, 3))]
+    for iterator in (alone, *halves):
+        take(iterator, 3)
+    state = alone.get_state()
+    assert all(half.get_state() == state for half in halves)
+    after = next(alone)
+    quarter = train_iterator(NLP, 4, (1,))
+    quarter.set_state(state)
+    assert next(quarter).example_B.tolist() == [after.example_B[1]]
+    assert next(halves[1]).example_B.tolist() == after.example_B[2:].tolist()
+
+
+def test_rows_of_an_evaluation_are_those_of_its_whole_batches():
+    whole = list(eval_batches(NLP, "nlp", "validation", 4, 9))
+    for rows in ((0, 1), (2, 3), (1, 3)):
+        part = list(eval_batches(NLP, "nlp", "validation", 4, 9, rows))
+        assert all(map(identical, part, [jax.tree.map(lambda a: a[list(rows)], batch) for batch in whole]))  # noqa: B023
+        assert len(part) == 3
+    (none,) = eval_batches(NLP, "nlp", "validation", 4, 1, (2, 3))
+    assert not none.valid_BT.any()
 
 
 def test_a_pass_sees_each_example_once_and_the_next_in_another_order():
@@ -131,8 +171,9 @@ def test_worker_processes_do_not_change_the_batches():
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size=0 must be >= 1"),
-        ({"process_index": 2, "process_count": 2}, r"process_index=2 must be in \[0, process_count=2\)"),
-        ({"config": dataclasses.replace(NLP, train_examples=3), "process_count": 4}, "has 3 training examples for 4"),
+        ({"rows": (0, 2)}, r"rows=\[0, 2\] must be in order and in \[0, batch_size=2\)"),
+        ({"rows": (1, 0)}, r"rows=\[1, 0\] must be in order"),
+        ({"rows": ()}, r"rows=\[\] must be in order"),
     ],
 )
 def test_training_refuses_bad_numbers(arguments, message):

@@ -13,6 +13,8 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.nn.block import BlockContext
 from anyexperts_jax.nn.config import AttentionConfig, StackConfig
 from anyexperts_jax.nn.stack import Stack, remat_policy
+from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from nn.layers import FAST_COMPILE, random_params, run
 
 MOE = AnyExpertsConfig(num_experts=4, num_virtual=1, k_min=1, k_max=3, rho_max=0.25, alpha=0.1)
@@ -35,8 +37,8 @@ CONTEXT = BlockContext(
 )
 
 
-def stack(moe=MOE, **fields):
-    return Stack(dataclasses.replace(CONFIG, **fields), moe)
+def stack(moe=MOE, placement=None, **fields):
+    return Stack(dataclasses.replace(CONFIG, **fields), moe, placement)
 
 
 @functools.cache
@@ -65,7 +67,7 @@ def close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
 
 
-@pytest.mark.parametrize("remat", ["full", "routing", "dots"])
+@pytest.mark.parametrize("remat", ["full", "routing", "exchanged", "dots"])
 def test_remat_changes_neither_routing_nor_gradients(remat):
     (kept_loss, kept_trace), kept_grads = loss_and_grad()
     (loss, trace), grads = loss_and_grad(remat=remat)
@@ -92,6 +94,14 @@ def test_remat_never_selects_again_and_keeps_more_by_name():
     assert sorted(set(dots), reverse=True) == dots
 
 
+def test_rows_that_are_kept_do_not_travel_again():
+    """Rows and their experts there, rows back; and back through both exchanges of rows."""
+    placement = Placement(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2]))
+    for remat, exchanges in {"none": 3 + 2, "full": 3 + 3 + 2, "exchanged": 3 + 2}.items():
+        traced = jitted_loss_and_grad(placement=placement, remat=remat, dispatch="exchange").trace(params(), 1.0)
+        assert primitives(traced.jaxpr.jaxpr)["all_to_all"] == exchanges
+
+
 def test_remat_through_the_block_dispatch():
     for residuals in ("saved", "recomputed"):
         close(loss_and_grad(dispatch="blocks", remat="full", expert_residuals=residuals)[1], loss_and_grad()[1])
@@ -114,9 +124,9 @@ def test_bfloat16_has_finite_float32_gradients_near_float32s():
 
 
 def test_unknown_remat_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="remat='ful' is unknown; valid: none, full, routing, dots"):
+    with pytest.raises(UserError, match="remat='ful' is unknown; valid: none, full, routing, exchanged, dots"):
         StackConfig(remat="ful")
-    with pytest.raises(UserError, match="remat='none' is unknown; valid: full, routing, dots"):
+    with pytest.raises(UserError, match="remat='none' is unknown; valid: full, routing, exchanged, dots"):
         remat_policy("none")
 
 

@@ -1,11 +1,14 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.ops.attention import attention
+from anyexperts_jax.ops.attention import CausalMask, api, attention
 from anyexperts_jax.ops.attention.api import IMPLEMENTATIONS, default_implementation
+from anyexperts_jax.ops.attention.splash import splash_attention
 
 B, T, H, G, A = 3, 20, 4, 2, 6
 
@@ -79,10 +82,10 @@ def test_scores_are_not_kept_for_the_backward_pass():
 
 def test_the_default_leaves_sharded_batches_and_decoding_to_xla(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert default_implementation(T) == "by_example"
-    assert default_implementation(1) == "xla"
+    assert default_implementation(T, A, causal=True) == "by_example"
+    assert default_implementation(1, A, causal=False) == "xla"
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert default_implementation(T) == "xla"
+    assert default_implementation(T, A, causal=True) == "xla"
 
 
 def test_heads_that_do_not_divide_and_unknown_implementations_are_refused():
@@ -91,3 +94,50 @@ def test_heads_that_do_not_divide_and_unknown_implementations_are_refused():
         attention(queries[:, :, :3], keys, values, jnp.asarray(causal_mask()))
     with pytest.raises(UserError, match=r"implementation='flash'.*by_example"):
         attention(queries, keys, values, jnp.asarray(causal_mask()), "flash")
+
+
+def long_operands(dtype=jnp.float32):
+    """One block of positions whole, one with padding: what the TPU kernel takes."""
+    rng = np.random.default_rng(0)
+    rows = tuple(jnp.asarray(rng.normal(size=(2, 256, heads, 128)), dtype) for heads in (4, 2, 2))
+    return rows, CausalMask(jnp.asarray(np.arange(256) < np.array([[256], [131]])))
+
+
+def test_splash_matches_xla_in_values_and_gradients_at_valid_positions():
+    rows, mask = long_operands()
+
+    def total(run):
+        out = lambda *rows: jnp.where(mask.valid_BT[..., None, None], run(*rows, mask), 0)  # noqa: E731
+        return jax.value_and_grad(lambda *rows: (jnp.sin(out(*rows)).sum(), out(*rows)), (0, 1, 2), has_aux=True)(*rows)
+
+    (_, found), gradients = total(functools.partial(splash_attention, interpret=True))
+    (_, expected), expected_gradients = total(attention)
+    np.testing.assert_allclose(found, expected, atol=5e-6)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+def test_a_causal_mask_is_the_array_it_stands_for():
+    queries, keys, values = operands()
+    mask = CausalMask(jnp.asarray(np.arange(T) < np.array([[T], [5], [1]])))
+    dense_BTT = np.tri(T, dtype=bool) & np.asarray(mask.valid_BT)[:, None, :]
+    np.testing.assert_array_equal(mask.dense(), dense_BTT)
+    for implementation in IMPLEMENTATIONS:
+        found = attention(queries, keys, values, mask, implementation)
+        np.testing.assert_array_equal(found, attention(queries, keys, values, mask.dense(), implementation))
+
+
+def test_splash_is_a_tpus_default_where_it_runs_and_refused_elsewhere(monkeypatch):
+    rows, mask = long_operands()
+    with pytest.raises(UserError, match="implementation='splash' needs a TPU, not 'cpu'"):
+        attention(*rows, mask, "splash")
+    with pytest.raises(UserError, match=r"implementation='splash' is unknown; valid: xla, by_example"):
+        attention(*rows, mask.dense(), "splash")
+    short = tuple(a[:, :100] for a in rows)
+    with pytest.raises(UserError, match=r"multiples of 128.* there are 100 queries"):
+        splash_attention(*short, CausalMask(mask.valid_BT[:, :100]), interpret=True)
+    monkeypatch.setattr(api, "platform", lambda: "tpu")
+    assert default_implementation(4096, 128, causal=True) == "splash"
+    assert default_implementation(4096, 128, causal=False) == "xla"
+    assert default_implementation(4096, 64, causal=True) == "xla"
+    assert default_implementation(100, 128, causal=True) == "xla"

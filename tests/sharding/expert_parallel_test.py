@@ -22,6 +22,7 @@ MESHES = {
     "fsdp 2, expert 2, tensor 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
     "expert 2, sequence 2, data 2": MeshConfig(data=2, expert=2, sequence=2),
     "data 8": MeshConfig(data=8),
+    "two slices along fsdp, expert 4": MeshConfig(data=1, expert=4, dcn_fsdp=2),
 }
 
 

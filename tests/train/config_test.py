@@ -51,7 +51,10 @@ def test_a_runs_json_loads_as_a_config(tmp_path):
     [
         (["optim.lrr=1"], r"^config tiny: unknown key optim\.lrr; did you mean lr\? valid: lr, warmup_steps"),
         (["model.moe.rho_maxx=1"], r"unknown key model\.moe\.rho_maxx; did you mean rho_max\?"),
-        (["optm.lr=1"], r"unknown key optm; did you mean optim\? valid: model, data, optim, train, mesh, seed"),
+        (
+            ["optm.lr=1"],
+            r"unknown key optm; did you mean optim\? valid: model, data, optim, train, mesh, runtime, seed",
+        ),
         (["train.steps=many"], r"key train\.steps='many' must be int"),
         (["train.steps=0"], r"train\.steps=0 must be >= 1"),
         (["train.on_nonfinite=halt"], r"key train\.on_nonfinite='halt' must be one of stop, skip"),

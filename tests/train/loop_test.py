@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from anyexperts_jax.train.config import to_json
 from anyexperts_jax.train.loop import train
 from anyexperts_jax.train.run_dir import load_run
 from anyexperts_jax.train.run_log import read_records
+from anyexperts_jax.train.runtime import RuntimeConfig
 from anyexperts_jax.train.stops import DiskFullError, NonFiniteError, RunInterruptedError
 from train.stand_in import linear_apply, run_config
 
@@ -78,6 +80,27 @@ def test_a_run_leaves_its_files_and_its_result(tmp_path, linear_model):
         assert len(params["tokens"]["table"].devices()) == 1
     again = train(run_config(), tmp_path / "run", progress=False)
     assert again == result
+
+
+def test_a_run_tells_where_its_time_goes_and_traces_what_it_is_asked_to(tmp_path, linear_model, capsys):
+    cache = tmp_path / "programs"
+    runtime = RuntimeConfig(compile_cache=str(cache), profile=(4, 5), profile_steps=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "profile.request").touch()
+    train(dataclasses.replace(run_config(), runtime=runtime), tmp_path / "run")
+    records = [record for record in read_records(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "train"]
+    for record in records:
+        assert record["time_shares"].keys() == {"step", "start", "compile", "data", "validation", "checkpoint"}
+        assert sum(record["time_shares"].values()) == pytest.approx(1)
+        assert record["goodput"] == record["time_shares"]["step"] >= 0
+    assert [record["step"] for record in records if "step_seconds" in record] == [2, 3, 4, 5, 6]
+    assert records[-1]["step_seconds"].keys() == {"median", "p95", "slowest"}
+    shown = capsys.readouterr().err
+    assert "Goodput" in shown
+    assert "seconds a step: median" in " ".join(shown.split())
+    traces = sorted(path.name for path in (tmp_path / "run" / "profile").iterdir())
+    assert traces == ["step_000002", "step_000004"]
+    assert any(cache.iterdir())
 
 
 def test_a_run_goes_on_where_it_stopped_with_more_steps_and_on_another_mesh(tmp_path, linear_model, capsys):

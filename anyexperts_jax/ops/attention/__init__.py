@@ -1,5 +1,6 @@
 """Softmax attention with grouped key/value heads."""
 
 from anyexperts_jax.ops.attention.api import attention
+from anyexperts_jax.ops.attention.mask import CausalMask
 
-__all__ = ["attention"]
+__all__ = ["CausalMask", "attention"]

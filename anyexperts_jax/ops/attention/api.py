@@ -7,7 +7,8 @@ from jaxtyping import Array, Bool, Float
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.ops._select import platform, select_implementation
-from anyexperts_jax.ops.attention import vjp
+from anyexperts_jax.ops.attention import splash, vjp
+from anyexperts_jax.ops.attention.mask import CausalMask
 
 _FEW_QUERIES = 16  # with fewer, as in decoding, one batched dot is as fast
 
@@ -17,10 +18,17 @@ def _xla(queries_BTHA: Array, keys_BSGA: Array, values_BSGA: Array, mask_BTS: Ar
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"xla": _xla, "by_example": vjp.attention_by_example}
+CAUSAL_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {  # for a CausalMask alone
+    **IMPLEMENTATIONS,
+    "splash": splash.splash_attention,
+}
 
 
-def default_implementation(queries: int) -> str:
-    """Examples in turn on a lone CPU. Among several devices the batch is sharded and must not be walked along."""
+def default_implementation(queries: int, width: int, causal: bool) -> str:
+    """Splash attention on a TPU where it takes the mask and the sizes. Examples in turn on a lone CPU; among several
+    devices the batch is sharded and must not be walked along."""
+    if causal and platform() == "tpu" and splash.takes(queries, width):
+        return "splash"
     alone = platform() == "cpu" and jax.device_count() == 1
     return "by_example" if alone and queries >= _FEW_QUERIES else "xla"
 
@@ -29,22 +37,27 @@ def attention(
     queries_BTHA: Float[Array, "B T H A"],
     keys_BSGA: Float[Array, "B S G A"],
     values_BSGA: Float[Array, "B S G A"],
-    mask_BTS: Bool[Array, "B T S"],
+    mask: Bool[Array, "B T S"] | CausalMask,
     implementation: str | None = None,
 ) -> Float[Array, "B T H A"]:
-    """softmax(q k^T / sqrt(A)) v over the positions with `mask_BTS[b, t, s]`; H / G query heads share a key head.
+    """softmax(q k^T / sqrt(A)) v over the positions with `mask[b, t, s]`; H / G query heads share a key head.
 
     The softmax is taken in float32. A position that may see nothing gets the mean of all values.
 
     Args:
       implementation: "xla" is `jax.nn.dot_product_attention`. "by_example" takes one example after the other, so that
-        its scores stay in a CPU's cache, and keeps no scores for the backward pass. None is "by_example" where JAX
-        has a single CPU device and T is at least 16, and "xla" everywhere else.
+        its scores stay in a CPU's cache, and keeps no scores for the backward pass. "splash" is JAX's own kernel for
+        TPUs, which keeps none either and takes a CausalMask alone, T and A multiples of 128. None is "splash" where it
+        runs, "by_example" where JAX has a single CPU device and T is at least 16, and "xla" everywhere else.
 
     Raises:
       UserError: H is no multiple of G, or an unknown implementation.
     """
     heads, kv_heads = queries_BTHA.shape[2], keys_BSGA.shape[2]
     require(heads % kv_heads == 0, f"{heads} query heads cannot share {kv_heads} key heads; use a multiple")
-    run = select_implementation(implementation, IMPLEMENTATIONS, default_implementation(queries_BTHA.shape[1]))
-    return run(queries_BTHA, keys_BSGA, values_BSGA, mask_BTS)
+    causal = isinstance(mask, CausalMask)
+    default = default_implementation(queries_BTHA.shape[1], queries_BTHA.shape[3], causal)
+    run = select_implementation(implementation, CAUSAL_IMPLEMENTATIONS if causal else IMPLEMENTATIONS, default)
+    if isinstance(mask, CausalMask) and run is not splash.splash_attention:
+        return run(queries_BTHA, keys_BSGA, values_BSGA, mask.dense())
+    return run(queries_BTHA, keys_BSGA, values_BSGA, mask)

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array, Float
 
 from anyexperts_jax.ops._checks import check_residuals
-from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows
+from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows, TokenRows
 
 Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 
@@ -42,7 +42,13 @@ class Kernels(Protocol):
 
 
 def gate_up(
-    kernels: Kernels, x_BCD: Float[Array, "B C D"], rows: GpuRows, experts: Experts, options: GpuOptions, *, keep: bool
+    kernels: Kernels,
+    x_BCD: Float[Array, "B C D"] | TokenRows,
+    rows: GpuRows,
+    experts: Experts,
+    options: GpuOptions,
+    *,
+    keep: bool,
 ) -> tuple[Float[Array, "B C F"], ...]:
     """(hidden,), or (hidden, gate, up) with `keep`."""
     how = {"tile": options.tiles.gate_up, "interpret": options.interpret}
@@ -51,7 +57,7 @@ def gate_up(
 
 def forward(
     kernels: Kernels,
-    x_BCD: Float[Array, "B C D"],
+    x_BCD: Float[Array, "B C D"] | TokenRows,
     rows: GpuRows,
     experts: Experts,
     options: GpuOptions,
@@ -70,7 +76,7 @@ def rows_backward(
     rows: GpuRows,
     kept: tuple[Float[Array, "B C F"], ...],
     experts: Experts,
-    d_y_BCD: Float[Array, "B C D"],
+    d_y_BCD: Float[Array, "B C D"] | TokenRows,
     options: GpuOptions,
     *,
     zeros: bool,
@@ -85,10 +91,10 @@ def rows_backward(
 
 def weights_backward(
     kernels: Kernels,
-    x_ERD: Float[Array, "_ R D"],
+    x_ERD: Float[Array, "_ R D"] | TokenRows,
     rows: GpuRows,
     d_hidden: tuple[Float[Array, "_ R F"], ...],
-    d_y_ERD: Float[Array, "_ R D"],
+    d_y_ERD: Float[Array, "_ R D"] | TokenRows,
     options: GpuOptions,
 ) -> Experts:
     """Gradients of the experts' weights, of what `kernels.clean` and `rows_backward` returned."""

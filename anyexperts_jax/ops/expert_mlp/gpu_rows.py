@@ -14,6 +14,27 @@ from anyexperts_jax.ops.aligned_rows import experts_of_blocks, rows_of_blocks
 from anyexperts_jax.ops.expert_mlp.reference import live_rows
 
 
+class TokenRows(NamedTuple):
+    """Rows that are not written out: each is a token's. Kernels that take them read tokens where they are, so rows
+    nobody holds cost nothing, where gathering into a buffer writes them all."""
+
+    x_ND: Float[Array, "N D"]
+    tokens: Int[Array, "*rows"]  # arbitrary in dead rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the rows, were they written out."""
+        return (*self.tokens.shape, self.x_ND.shape[1])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.x_ND.dtype
+
+    def reshape(self, *shape: int) -> "TokenRows":
+        """Of another `shape`, whose last dimension is D."""
+        return TokenRows(self.x_ND, self.tokens.reshape(shape[:-1]))
+
+
 class GpuRows(NamedTuple):
     """All int32."""
 

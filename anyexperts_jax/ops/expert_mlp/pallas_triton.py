@@ -10,7 +10,8 @@
 A program owns one tile of the result. A tile without a live row runs no step of its loop, so it costs a store of
 zeros, or nothing where nobody reads it: buffers between two kernels hold garbage in dead rows, and every kernel masks
 the rows it loads. Experts are the slowest axis of the grid and rows the fastest, so that programs which run together
-share an expert's weights in L2. `gpu_rows` tells how one kernel runs over buffers of both kinds.
+share an expert's weights in L2. `gpu_rows` tells how one kernel runs over buffers of both kinds. Where x and d_y are
+`TokenRows`, a tile's rows are read from their tokens, wherever these are.
 
 float32 operands are multiplied as TF32, which is also what XLA's own dots do on these GPUs by default.
 """
@@ -27,7 +28,7 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.ops._gpu import is_hopper
 from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
-from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows
+from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows, TokenRows
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
 
 
@@ -42,14 +43,16 @@ class Tile(NamedTuple):
 
 
 # No spills and tensor cores at the shapes of `aot/gpu_kernels.py`, by tests/aot/gpu_test.py (static). Shared memory is
-# what `stages` is limited by: 227 KiB of a Hopper, 99 KiB of the smallest GPU since Ampere.
+# what `stages` is limited by: 227 KiB of a Hopper, 99 KiB of the smallest GPU since Ampere. HOPPER_16_BIT is the
+# fastest of what was tried on an H100 at the paper's layer; sums over tokens' rows have fewer tiles in flight than
+# `stages` says.
 HOPPER_16_BIT = Tiles(
-    gate_up=Tile(m=128, n=128, k=64, warps=8, stages=3),
-    down=Tile(m=128, n=128, k=64, warps=8, stages=4),
+    gate_up=Tile(m=128, n=128, k=64, warps=8, stages=4),
+    down=Tile(m=128, n=256, k=64, warps=8, stages=3),
     d_gate_up=Tile(m=128, n=64, k=64, warps=8, stages=4),
     d_x=Tile(m=128, n=128, k=64, warps=8, stages=3),
-    d_w_gate_up=Tile(m=128, n=128, k=64, warps=8, stages=3),
-    d_w_down=Tile(m=128, n=128, k=64, warps=8, stages=4),
+    d_w_gate_up=Tile(m=128, n=128, k=64, warps=8, stages=4),
+    d_w_down=Tile(m=128, n=128, k=64, warps=8, stages=5),
 )
 HOPPER_32_BIT = Tiles(
     gate_up=Tile(m=128, n=64, k=32, warps=8, stages=4),
@@ -78,7 +81,7 @@ def default_tiles(dtype: jnp.dtype, gpu: str | None) -> Tiles:
 
 
 def gate_up(
-    x_BCD: Float[Array, "B C D"],
+    x_BCD: Float[Array, "B C D"] | TokenRows,
     rows: GpuRows,
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
@@ -109,7 +112,7 @@ def down(
 
 
 def d_gate_up(
-    d_y_BCD: Float[Array, "B C D"],
+    d_y_BCD: Float[Array, "B C D"] | TokenRows,
     rows: GpuRows,
     w_down_EFD: Float[Array, "E F D"],
     gate_BCF: Float[Array, "B C F"],
@@ -143,7 +146,11 @@ def d_x(
 
 
 def d_weights(
-    a_ERI: Float[Array, "_ R I"], rows: GpuRows, *b_ERJ: Float[Array, "_ R J"], tile: Tile, interpret: bool
+    a_ERI: Float[Array, "_ R I"] | TokenRows,
+    rows: GpuRows,
+    *b_ERJ: Float[Array, "_ R J"] | TokenRows,
+    tile: Tile,
+    interpret: bool,
 ) -> tuple[Float[Array, "E I J"], ...]:
     """a^T b over the live rows of each expert, for every b; exactly zero for an expert without rows.
 
@@ -155,7 +162,7 @@ def d_weights(
     return call(rows.starts_E, rows.counts_E, a_ERI, *b_ERJ)
 
 
-def clean(a_BCI: Float[Array, "B C I"], rows: GpuRows) -> Float[Array, "B C I"]:
+def clean(a_BCI: Float[Array, "B C I"] | TokenRows, rows: GpuRows) -> Float[Array, "B C I"] | TokenRows:
     """What `d_weights` asks of rows that no kernel here wrote: nothing, it masks them."""
     del rows
     return a_BCI
@@ -165,7 +172,7 @@ def _blocks(rows: GpuRows) -> tuple[Array, Array]:
     return rows.experts_B, rows.counts_B
 
 
-def _like(rows_BCI: Array, width: int) -> jax.ShapeDtypeStruct:
+def _like(rows_BCI: Array | TokenRows, width: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*rows_BCI.shape[:2], width), rows_BCI.dtype)
 
 
@@ -191,9 +198,10 @@ def _call(kernel: Any, outs: tuple[Any, ...], tile: Tile, interpret: bool) -> An
 def _gate_up_kernel(experts_ref, counts_ref, x_ref, w_gate_ref, w_up_ref, hidden_ref, *kept_refs, tile):  # type: ignore[no-untyped-def]
     b, m, n = _position(tile)
     e, live = experts_ref[b], counts_ref[b]
+    tokens = _tokens(x_ref, b, m, tile.m, live)
 
     def step(k, sums):  # type: ignore[no-untyped-def]
-        x = _load(x_ref, b, m, k, tile.m, tile.k, rows=live)
+        x = _load(x_ref, b, m, k, tile.m, tile.k, rows=live, tokens=tokens)
         w_gate = _load(w_gate_ref, e, k, n, tile.k, tile.n)
         w_up = _load(w_up_ref, e, k, n, tile.k, tile.n)
         return sums[0] + _dot(x, w_gate), sums[1] + _dot(x, w_up)
@@ -222,9 +230,10 @@ def _d_gate_up_kernel(  # type: ignore[no-untyped-def]
 ):
     b, m, n = _position(tile)
     e, live = experts_ref[b], counts_ref[b]
+    tokens = _tokens(d_y_ref, b, m, tile.m, live)
 
     def step(k, sums):  # type: ignore[no-untyped-def]
-        d_y = _load(d_y_ref, b, m, k, tile.m, tile.k, rows=live)
+        d_y = _load(d_y_ref, b, m, k, tile.m, tile.k, rows=live, tokens=tokens)
         return (sums[0] + _dot_nt(d_y, _load(w_down_ref, e, n, k, tile.n, tile.k)),)
 
     (d_hidden,) = _sum_steps(step, _steps_if(m < live, d_y_ref.shape[2], tile), tile, 1)
@@ -258,8 +267,10 @@ def _d_weights_kernel(starts_ref, counts_ref, a_ref, *refs, tile):  # type: igno
 
     def step(k, sums):  # type: ignore[no-untyped-def]
         row, end = start + k, start + live
-        a = _load(a_ref, b, row, m, tile.k, tile.m, rows=end)
-        factors = [_load(ref, b, row, n, tile.k, tile.n, rows=end) for ref in b_refs]
+        a, *factors = (
+            _load(ref, b, row, column, tile.k, width, rows=end, tokens=_tokens(ref, b, row, tile.k, end))
+            for ref, column, width in ((a_ref, m, tile.m), *((ref, n, tile.n) for ref in b_refs))
+        )
         return tuple(total + _dot_tn(a, each) for total, each in zip(sums, factors, strict=True))
 
     for ref, value in zip(out_refs, _sum_steps(step, pl.cdiv(live, tile.k), tile, len(b_refs)), strict=True):
@@ -282,10 +293,34 @@ def _sum_steps(step: Any, steps: Array, tile: Tile, sums: int) -> tuple[Array, .
     return lax.fori_loop(0, steps, lambda i, sums: step(i * tile.k, sums), zeros)
 
 
-def _load(ref: Any, at: Any, row: Array, column: Array, height: int, width: int, *, rows: Array | None = None) -> Array:
+def _tokens(ref: Any, at: Any, row: Array, height: int, rows: Array) -> Array | None:
+    """The tokens of `height` rows of slice `at`, some token at or past `rows`; None where rows are written out."""
+    if not isinstance(ref, TokenRows):
+        return None
+    inside = row + jnp.arange(height) < jnp.minimum(rows, ref.shape[1])
+    tokens_ref: Any = ref.tokens
+    return plgpu.load(tokens_ref.at[at, pl.ds(row, height)], mask=inside, other=0)
+
+
+def _load(
+    ref: Any,
+    at: Any,
+    row: Array,
+    column: Array,
+    height: int,
+    width: int,
+    *,
+    rows: Array | None = None,
+    tokens: Array | None = None,
+) -> Array:
     """The [height, width] tile at (row, column) of slice `at`; zero at or past `rows` and past the array's edges."""
     mask = _inside(ref.shape[1:], row, column, height, width, rows)
-    tile_ref = ref.at[at, pl.ds(row, height), pl.ds(column, width)]
+    if tokens is None:
+        place: Any = (at, pl.ds(row, height), pl.ds(column, width))
+    else:
+        ref, place = ref.x_ND, (tokens[:, None], column + jnp.arange(width)[None, :])
+        place = tuple(jnp.broadcast_to(one, (height, width)) for one in place)  # the interpreter takes no less
+    tile_ref = ref.at[place]
     return plgpu.load(tile_ref) if mask is None else plgpu.load(tile_ref, mask=mask, other=0)
 
 

@@ -59,8 +59,9 @@ def routed_mlp(
     Args:
       order: the slots of `weights_NK` in expert order.
       implementation: "pallas_tpu", "pallas_gpu" (Hopper, bfloat16), "pallas_triton" (NVIDIA GPUs; bfloat16, and
-        float32 multiplied as TF32), "xla" or "reference". None is "pallas_tpu" where the mesh in use, or else JAX's
-        default backend, is a TPU and x is bfloat16 or float32, and "xla" everywhere else.
+        float32 multiplied as TF32), "xla" or "reference". None is, for x in bfloat16 or float32 and on one
+        device or in a `shard_map`, "pallas_tpu" where the mesh in use, or else JAX's default backend, is a TPU and
+        "pallas_triton" where it is an NVIDIA GPU; "xla" everywhere else.
       residuals: "saved" keeps gate and up for the backward pass, 2 * F elements of x's dtype a row; "recomputed" keeps
         nothing but the operands and runs the forward pass again.
 

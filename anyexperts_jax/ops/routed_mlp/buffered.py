@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.ops._dots import wide_dtype
 from anyexperts_jax.ops.aligned_rows import align_rows
@@ -22,6 +22,11 @@ from anyexperts_jax.ops.row_map import sum_rows
 from anyexperts_jax.ops.slot_order import SlotOrder
 
 Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
+
+
+def take_tokens(x_ND: Float[Array, "N D"], tokens_R: Int[Array, "R"]) -> Float[Array, "R D"]:
+    """The tokens' rows, written out."""
+    return x_ND[tokens_R]
 
 
 class AlignedKernels(NamedTuple):
@@ -42,6 +47,8 @@ class AlignedKernels(NamedTuple):
     combine: Callable[..., Array] = sum_rows
     # (as rows_backward, weight_R) -> both results times each row's weight, hidden too, and the weights' gradients, [R]
     weighted_rows_backward: Callable[..., tuple[Array, tuple[Array, ...], Array]] | None = None
+    # (x_ND, tokens_R) -> the rows as the functions above take x_RD and d_y_RD
+    take: Callable[..., Any] = take_tokens
 
 
 def routed_mlp(
@@ -61,7 +68,7 @@ def routed_mlp(
         x_ND: Array, weights_NK: Array, order: SlotOrder, experts: Experts, *, keep: bool
     ) -> tuple[Array, tuple[Array, ...]]:
         row_map, starts_E = align_rows(order, block)
-        y_RD, kept = kernels.forward(x_ND[row_map.tokens_R], starts_E, order.counts_E, experts, keep=keep)
+        y_RD, kept = kernels.forward(kernels.take(x_ND, row_map.tokens_R), starts_E, order.counts_E, experts, keep=keep)
         return kernels.combine(y_RD, weights_NK, row_map), kept
 
     @jax.custom_vjp
@@ -87,7 +94,7 @@ def backward(
     dtype, wide = x_ND.dtype, wide_dtype(x_ND.dtype)
     row_map, starts_E = align_rows(order, block)
     rows = (starts_E, order.counts_E)
-    x_RD, d_y_RD = x_ND[row_map.tokens_R], d_y_ND.astype(dtype)[row_map.tokens_R]
+    x_RD, d_y_RD = (kernels.take(a_ND, row_map.tokens_R) for a_ND in (x_ND, d_y_ND.astype(dtype)))
     weight_R = weights_NK.reshape(-1)[row_map.slots_R].astype(wide)
     operands = (x_RD, *rows, kept, experts, d_y_RD)
     if kernels.weighted_rows_backward is not None:

@@ -8,11 +8,13 @@ from jaxtyping import Array, Float, Int
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops.expert_mlp import gpu_passes, pallas_gpu, pallas_triton
 from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions, Kernels
-from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows, aligned_rows
+from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows, TokenRows, aligned_rows
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
 from anyexperts_jax.ops.expert_mlp.vjp_gpu import mosaic_options, triton_options
 from anyexperts_jax.ops.routed_mlp import buffered
 from anyexperts_jax.ops.slot_order import SlotOrder
+
+Rows = Array | TokenRows
 
 
 def routed_mlp_triton(
@@ -66,14 +68,14 @@ def aligned_kernels(kernels: Kernels, options: GpuOptions) -> buffered.AlignedKe
     """The kernels over a buffer [R, D] of blocks, which those whose results are rows see as [B, C, D]."""
     block = buffer_block(options.tiles)
 
-    def find_rows(x_RD: Array, starts_E: Array, counts_E: Array) -> GpuRows:
+    def find_rows(x_RD: Rows, starts_E: Array, counts_E: Array) -> GpuRows:
         return aligned_rows(starts_E, counts_E, x_RD.shape[0], block)
 
-    def blocks(a_RI: Float[Array, "R I"]) -> Float[Array, "B C I"]:
+    def blocks(a_RI: Any) -> Any:
         return a_RI.reshape(-1, block, a_RI.shape[1])
 
     def forward(
-        x_RD: Float[Array, "R D"],
+        x_RD: Rows,
         starts_E: Int[Array, "E"],
         counts_E: Int[Array, "E"],
         experts: buffered.Experts,
@@ -85,12 +87,12 @@ def aligned_kernels(kernels: Kernels, options: GpuOptions) -> buffered.AlignedKe
         return _rows(y_BCD), tuple(map(_rows, kept))
 
     def rows_backward(
-        x_RD: Float[Array, "R D"],
+        x_RD: Rows,
         starts_E: Int[Array, "E"],
         counts_E: Int[Array, "E"],
         kept: tuple[Float[Array, "R F"], ...],
         experts: buffered.Experts,
-        d_y_RD: Float[Array, "R D"],
+        d_y_RD: Rows,
     ) -> tuple[Array, tuple[Array, ...]]:
         rows, kept = find_rows(x_RD, starts_E, counts_E), tuple(map(blocks, kept))
         d_y_BCD = kernels.clean(blocks(d_y_RD), rows)  # as `weights_backward` needs them: one pass for both
@@ -98,17 +100,18 @@ def aligned_kernels(kernels: Kernels, options: GpuOptions) -> buffered.AlignedKe
         return _rows(d_x_BCD), tuple(map(_rows, d_hidden))
 
     def weights_backward(
-        x_RD: Float[Array, "R D"],
+        x_RD: Rows,
         starts_E: Int[Array, "E"],
         counts_E: Int[Array, "E"],
         d_hidden: tuple[Float[Array, "R F"], ...],
-        d_y_RD: Float[Array, "R D"],
+        d_y_RD: Rows,
     ) -> buffered.Experts:
         rows = find_rows(x_RD, starts_E, counts_E)
-        x_1RD, d_y_1RD = (_rows(kernels.clean(blocks(a), rows))[None] for a in (x_RD, d_y_RD))
+        x_1RD, d_y_1RD = (kernels.clean(blocks(a), rows).reshape(1, *a.shape) for a in (x_RD, d_y_RD))
         return gpu_passes.weights_backward(kernels, x_1RD, rows, tuple(a[None] for a in d_hidden), d_y_1RD, options)
 
-    return buffered.AlignedKernels(forward, rows_backward, weights_backward)
+    take = TokenRows if kernels is pallas_triton else buffered.take_tokens
+    return buffered.AlignedKernels(forward, rows_backward, weights_backward, take=take)
 
 
 def _rows(a_BCI: Float[Array, "B C I"]) -> Float[Array, "R I"]:

@@ -43,9 +43,15 @@ def to_buffer(operands: Operands, block: int) -> Buffer:
     return Buffer(flat(x), jnp.asarray(starts), counts, tuple(experts), flat(d_y))
 
 
-def run_kernels(kernels: AlignedKernels, buffer: Buffer, *, keep: bool = True) -> Results:
-    """y and d_x with rows [R, D]; without `keep` the backward pass is given nothing but the operands."""
+def run_kernels(kernels: AlignedKernels, buffer: Buffer, *, keep: bool = True, take: bool = False) -> Results:
+    """y and d_x with rows [R, D]; without `keep` the backward pass is given nothing but the operands.
+
+    With `take` the rows are tokens in another order, and brought into theirs by `kernels.take`.
+    """
     x, starts, counts, experts, d_y = buffer
+    if take:
+        tokens_R = jnp.asarray(np.random.default_rng(0).permutation(x.shape[0]), jnp.int32)
+        x, d_y = (kernels.take(a[jnp.argsort(tokens_R)], tokens_R) for a in (x, d_y))
     y, kept = kernels.forward(x, starts, counts, experts, keep=keep)
     d_x, d_hidden = kernels.rows_backward(x, starts, counts, kept, experts, d_y)
     return Results(y, d_x, *kernels.weights_backward(x, starts, counts, d_hidden, d_y))

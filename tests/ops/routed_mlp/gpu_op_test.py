@@ -23,9 +23,9 @@ KERNELS = {"triton": (pallas_triton, triton.OPTIONS), "mosaic": (pallas_gpu, mos
 
 
 @functools.cache
-def compiled(module):
+def compiled(module, take=False):
     """One program for all counts that fill the same number of rows."""
-    return jax.jit(functools.partial(run_kernels, gpu.aligned_kernels(*KERNELS[module])))
+    return jax.jit(functools.partial(run_kernels, gpu.aligned_kernels(*KERNELS[module]), take=take))
 
 
 def check_buffer(module, operands, broken=lambda buffer: buffer, program=None):
@@ -37,6 +37,11 @@ def check_buffer(module, operands, broken=lambda buffer: buffer, program=None):
 @pytest.mark.parametrize("counts", triton.COUNTS.values(), ids=triton.COUNTS)
 def test_triton_kernels(counts):
     check_buffer("triton", make_operands(counts, **triton.SIZES))
+
+
+@pytest.mark.parametrize("counts", triton.COUNTS.values(), ids=triton.COUNTS)
+def test_triton_kernels_that_read_tokens(counts):
+    check_buffer("triton", make_operands(counts, **triton.SIZES), program=compiled("triton", take=True))
 
 
 def test_triton_kernels_in_bfloat16():

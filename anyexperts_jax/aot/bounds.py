@@ -1,0 +1,51 @@
+"""The least time that a step can take on a chip, and the share of the chip's peak that is then useful work."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anyexperts_jax.aot.chips import ChipPeaks
+from anyexperts_jax.aot.collectives import Collective
+from anyexperts_jax.aot.network import network_seconds
+from anyexperts_jax.aot.work import Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Seconds that a step needs at least, were nothing else in its way. None is a time: nothing was run."""
+
+    arithmetic: float  # all FLOPs at the chip's peak
+    hbm: float  # the state read and written once, weights read in each pass, logits
+    network: float  # all collectives inside a slice
+    between_slices: float  # those over the data-centre network
+    collectives: tuple[float, ...]  # of each row of collectives on its own
+    mfu: float  # the real FLOPs' share of the peak if the step took its largest bound
+
+    @property
+    def step(self) -> float:
+        """The largest: what the step cannot beat however well it overlaps them."""
+        return max(self.arithmetic, self.hbm, self.network, self.between_slices)
+
+
+def find_bounds(
+    work: Work,
+    state: int,
+    collectives: Sequence[Collective],
+    devices: Sequence[Any],
+    num_devices: int,
+    mesh: Mapping[str, int],
+    chip: ChipPeaks,
+) -> Bounds:
+    """The bounds of a step.
+
+    Args:
+      state: bytes of the train state on one device.
+      devices: of one slice, in the order of `mesh`, the mesh inside it.
+      num_devices: of all slices.
+    """
+    alone, network, between = network_seconds(collectives, devices, mesh, chip)
+    arithmetic = work.flops / num_devices / chip.flops
+    hbm = (2 * state + work.hbm_bytes) / (chip.hbm_gbs * 1e9)
+    longest = max(arithmetic, hbm, network, between)
+    mfu = sum(work.real_flops.values()) / num_devices / chip.flops / longest
+    return Bounds(arithmetic, hbm, network, between, alone, mfu)

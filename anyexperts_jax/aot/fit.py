@@ -1,0 +1,104 @@
+"""Whether a step fits a device's memory, and what would help most where it does not."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from anyexperts_jax.aot.work import token_shards
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.train.config import RunConfig
+
+_OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMG])\)? exceeds available HBM|Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """A change of the configuration, and the bytes of a device's memory it saves, estimated."""
+
+    change: str
+    saves: float
+
+
+def temporaries_refused(message: str) -> float | None:
+    """Bytes of temporaries that the compiler wanted when it gave up; None: it failed for another reason."""
+    found = _OUT_OF_MEMORY.search(message)
+    if found is None:
+        return None
+    return float(found[1] or found[3]) * _UNITS[found[2] or found[4]]
+
+
+def require_fits(config: RunConfig, topology: str, mesh: dict[str, int], memory: Mapping[str, int], hbm: int) -> None:
+    """Raises `UserError` where a compiled step takes more than the memory of a device."""
+    if sum(memory.values()) > hbm:
+        state = memory["state and batch"]
+        raise does_not_fit(config, mesh, topology, hbm, state, sum(memory.values()) - state)
+
+
+def does_not_fit(
+    config: RunConfig, mesh: dict[str, int], topology: str, hbm: float, state: float, temporaries: float
+) -> UserError:
+    """One line: by how much, and the two knobs that help most."""
+    best = [
+        f"{knob.change} (about {knob.saves / 2**30:.1f} GiB less)" for knob in knobs(config, mesh, state, temporaries)
+    ]
+    over = state + temporaries - hbm
+    return UserError(
+        f"the step does not fit a device of {topology}: {over / 2**30:.2f} GiB more than its {hbm / 2**30:.0f} GiB "
+        f"(state {state / 2**30:.2f}, temporaries {temporaries / 2**30:.2f}); what helps most: "
+        f"{' or '.join(best[:2])}"
+    )
+
+
+def knobs(config: RunConfig, mesh: dict[str, int], state: float, temporaries: float) -> list[Knob]:
+    """What saves memory, most first. State goes with the devices it is split over, temporaries with the sequences a
+    device computes at a time and with what is kept for the backward pass."""
+    train, stack, length = config.train, config.model.stack, config.data.encoding.max_length
+    kept = kept_bytes(config, mesh, stack.remat)
+    found = []
+    if mesh["data"] % 2 == 0:
+        sizes = f"mesh.fsdp={2 * mesh['fsdp']} with mesh.data={mesh['data'] // 2}"
+        found.append(Knob(sizes, state / 2))
+    else:
+        found.append(
+            Knob("twice the devices along mesh.fsdp", state / 2 + (temporaries / 2 if _divides(config, mesh) else 0))
+        )
+    if stack.param_dtype == "float32":
+        found.append(Knob('model.stack.param_dtype="bfloat16"', state / 2))
+    if stack.remat != "full":
+        found.append(Knob('model.stack.remat="full"', kept - kept_bytes(config, mesh, "full")))
+    if _divides(config, mesh):
+        found.append(Knob(f"train.accumulation={2 * train.accumulation}", temporaries / 2))
+    else:
+        found.append(Knob(f"data.encoding.max_length={length // 2}", temporaries / 2))
+    return sorted(found, key=lambda knob: -knob.saves)
+
+
+def _divides(config: RunConfig, mesh: dict[str, int]) -> bool:
+    shards = token_shards(mesh) // mesh["sequence"]
+    return config.train.batch_size % (2 * shards * config.train.accumulation) == 0
+
+
+def kept_bytes(config: RunConfig, mesh: dict[str, int], remat: str) -> float:
+    """Bytes that a device keeps of all layers for the backward pass under a remat policy, estimated."""
+    stack, moe, attention = config.model.stack, config.model.moe, config.model.stack.attention
+    itemsize = 2 if stack.dtype == "bfloat16" else 4
+    rows = moe.expected_real_slots * moe.capacity_factor
+    projected = (2 * attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
+    shared = 3 * stack.num_shared_experts * stack.expert_d_ff
+    router = 4 * moe.num_columns
+    per_token = {
+        "full": stack.d_model * itemsize,
+        "routing": stack.d_model * itemsize + router,
+        "exchanged": stack.d_model * itemsize * (1 + 2 * rows) + router,
+        "dots": (2 * stack.d_model + projected + shared) * itemsize + router,
+    }
+    per_token["none"] = (
+        per_token["dots"]
+        + itemsize * rows * (2 * stack.d_model + 2 * stack.expert_d_ff)
+        + (4 * attention.num_heads * config.data.encoding.max_length)
+    )
+    tokens = (
+        config.train.batch_size * config.data.encoding.max_length / (token_shards(mesh) * config.train.accumulation)
+    )
+    return tokens * stack.num_layers * per_token[remat]

@@ -1,0 +1,170 @@
+"""`anyexperts compile --search`: meshes and remat policies tried by compiling, ranked by the bound on a step's time.
+
+More combinations are possible than one wants to compile, so those go first whose bound, estimated from the
+configuration alone, is the smallest.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from anyexperts_jax.analysis.tables import TextTable
+from anyexperts_jax.aot.bounds import find_bounds
+from anyexperts_jax.aot.chips import ChipPeaks, chip_peaks
+from anyexperts_jax.aot.collectives import Collective
+from anyexperts_jax.aot.fit import kept_bytes
+from anyexperts_jax.aot.step import CompiledStep, check_batch, compile_step, state_bytes
+from anyexperts_jax.aot.step_tables import mesh_text, to_json
+from anyexperts_jax.aot.topology import slice_devices
+from anyexperts_jax.aot.work import count_work, gathered_bytes, token_shards
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.nn.config import Remat
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh, slice_of
+from anyexperts_jax.train.config import RunConfig
+
+REMATS: tuple[Remat, ...] = ("full", "exchanged", "dots")
+_MOST_TENSOR = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """One mesh and remat policy."""
+
+    config: RunConfig
+    estimate: float  # seconds of the bound, before compiling
+    step: CompiledStep | None  # None: it does not fit, or the compiler refused it
+    refusal: str = ""
+
+
+def search(
+    config: RunConfig, topology: str, slices: int, limit: int, note: Callable[[str], None] = lambda line: None
+) -> list[Tried]:
+    """The `limit` candidates that look best, compiled; those that fit first, by their bound.
+
+    Raises:
+      UserError: no mesh is possible, or `limit` < 1.
+    """
+    require(limit >= 1, f"limit={limit} must be >= 1")
+    found = candidates(config, topology, slices)
+    require(bool(found), f"no mesh of {topology} divides batch, experts, heads and widths; change train.batch_size")
+    note(f"{len(found)} meshes and remat policies are possible; compiling {min(limit, len(found))}")
+    tried = []
+    for number, (estimate, candidate) in enumerate(found[:limit], 1):
+        note(f"{number}/{min(limit, len(found))}: {describe(candidate)}")
+        try:
+            tried.append(Tried(candidate, estimate, compile_step(candidate, topology, slices)))
+        except UserError as error:
+            tried.append(Tried(candidate, estimate, None, str(error)))
+    return sorted(tried, key=_rank)
+
+
+def candidates(config: RunConfig, topology: str, slices: int) -> list[tuple[float, RunConfig]]:
+    """(estimated bound in seconds, configuration) of every sensible mesh and remat policy, the best first."""
+    devices = slice_devices(topology, slices)
+    chip, found = chip_peaks(topology.partition(":")[0]), []
+    for sizes in meshes(config, len(devices) // slices):
+        remats = REMATS if config.model.stack.dispatch == "exchange" else tuple(r for r in REMATS if r != "exchanged")
+        for remat in remats:
+            stack = dataclasses.replace(config.model.stack, remat=remat)
+            model = dataclasses.replace(config.model, stack=stack)
+            candidate = dataclasses.replace(config, model=model, mesh=sizes)
+            try:
+                mesh = make_mesh(sizes, devices)
+                check_batch(candidate, mesh)
+                state = state_bytes(candidate, mesh)
+            except UserError:  # a size that the mesh does not divide
+                continue
+            if state + kept_bytes(candidate, dict(mesh.shape), remat) < chip.hbm:
+                found.append((estimated_bound(candidate, chip, list(mesh.devices.flat), state), candidate))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
+    """Meshes of one slice whose axes divide experts, heads and width; `sequence` and the slices as configured."""
+    model, given = config.model, config.mesh
+    heads = math.gcd(model.stack.attention.num_kv_heads, model.stack.attention.num_heads)
+    experts = _divisors(model.moe.num_experts) if model.stack.dispatch == "exchange" else [1]
+    for expert in experts:
+        for tensor in (size for size in _divisors(heads) if size <= _MOST_TENSOR):
+            rest, left = divmod(devices, expert * tensor * given.sequence)
+            for fsdp in _divisors(math.gcd(rest, model.stack.d_model)) if rest and not left else []:
+                yield dataclasses.replace(given, data=rest // fsdp, fsdp=fsdp, expert=expert, tensor=tensor)
+
+
+def estimated_bound(config: RunConfig, chip: ChipPeaks, devices: Sequence[Any], state: int) -> float:
+    """Seconds: the bound that the collectives which must be there give.
+
+    Args:
+      devices: in the mesh's order.
+      state: bytes of the train state on one of them.
+    """
+    sizes = config.mesh.sizes(len(devices))
+    inner = config.mesh.sizes_inside(len(devices))
+    first = [device for device in devices if slice_of(device) == slice_of(devices[0])]
+    work = count_work(config, sizes, devices[0].device_kind)
+    return find_bounds(work, state, _expected(config, sizes), first, len(devices), inner, chip).step
+
+
+def _expected(config: RunConfig, mesh: dict[str, int]) -> list[Collective]:
+    """Rows exchanged, weights gathered and their gradients scattered, and what tensor parallelism sums."""
+    stack, train = config.model.stack, config.train
+    itemsize = 2 if stack.dtype == "bfloat16" else 4
+    again = stack.remat != "none"
+    shards = token_shards(mesh)
+    buffers = count_work(config, mesh).rows_buffers / shards * stack.d_model * itemsize
+    tokens = train.batch_size * config.data.encoding.max_length / shards
+    weights = gathered_bytes(config.model, mesh) * train.accumulation
+    sums = 2 * tokens * stack.d_model * itemsize * stack.num_layers
+    trips = 4 + 2 * (again and stack.remat != "exchanged")
+    rows = {
+        ("all-to-all", "expert"): trips * buffers if stack.dispatch == "exchange" else 0,
+        ("all-gather", "fsdp"): (2 + again) * weights,
+        ("reduce-scatter", "fsdp"): weights,
+        ("all-reduce", "data"): weights / mesh["fsdp"],
+        ("all-reduce", "tensor"): (2 + again) * sums,
+    }
+    return [Collective(kind, (axis,), 1, round(size)) for (kind, axis), size in rows.items() if mesh[axis] > 1]
+
+
+def describe(config: RunConfig) -> str:
+    sizes = {field.name: getattr(config.mesh, field.name) for field in dataclasses.fields(config.mesh)}
+    return f"{mesh_text(sizes)}; remat {config.model.stack.remat}"
+
+
+def search_table(tried: list[Tried], topology: str) -> TextTable:
+    rows = []
+    for one in tried:
+        if one.step is None:
+            rows.append((describe(one.config), "-", "-", "-", "does not fit"))
+            continue
+        bounds, free = one.step.bounds, one.step.free
+        limits = {"arithmetic": bounds.arithmetic, "memory": bounds.hbm, "network": bounds.network}
+        limits["slices"] = bounds.between_slices
+        limit = max(limits, key=lambda name: limits[name])
+        fits = limit if free >= 0 else "does not fit"
+        rows.append((describe(one.config), f"{bounds.step * 1e3:.1f}", f"{bounds.mfu:.1%}", f"{free:.1%}", fits))
+    columns = ("mesh and remat", "bound, ms", "MFU at most", "free", "limited by")
+    return TextTable(f"Compiled for {topology}, by the bound on a step's time; nothing was run", columns, tuple(rows))
+
+
+def search_json(tried: list[Tried]) -> list[dict[str, Any]]:
+    return [
+        {
+            "mesh": dataclasses.asdict(one.config.mesh),
+            "remat": one.config.model.stack.remat,
+            "estimated_bound": one.estimate,
+            "refusal": one.refusal,
+            "step": None if one.step is None else to_json(one.step),
+        }
+        for one in tried
+    ]
+
+
+def _rank(one: Tried) -> tuple[bool, float]:
+    fits = one.step is not None and one.step.free >= 0
+    return not fits, one.step.bounds.step if one.step is not None else math.inf
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

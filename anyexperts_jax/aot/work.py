@@ -1,0 +1,149 @@
+"""What a train step has to compute and to move, counted from its configuration. Multiplications and additions of
+matmuls alone; everything else is small beside them.
+"""
+
+import dataclasses
+import math
+
+import jax
+
+from anyexperts_jax.dispatch.capacity import rows_per_expert
+from anyexperts_jax.dispatch.exchange import rows_per_shard
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.init import abstract_params, logical_axes
+from anyexperts_jax.ops.attention import splash
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape, chip_of
+from anyexperts_jax.ops.routed_mlp.tpu import aligned_sizes
+from anyexperts_jax.routing.plan import PlanSpec
+from anyexperts_jax.sharding.rules import as_tuple
+from anyexperts_jax.sharding.specs import DEFAULT_RULES
+from anyexperts_jax.train.config import RunConfig
+
+_FORWARD_AND_BACKWARD = 3  # a matmul has two gradients, each as large as itself
+_SPLASH = (2 + 7, 2 + 4)  # matmuls of scores' size that splash attention computes, and that are needed
+_XLA_TILE = 128  # rows, for lack of a figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one step, all devices together."""
+
+    real_flops: dict[str, float]  # "experts", "attention" (scores and their use), "dense" (every other matmul)
+    extra_flops: dict[str, float]  # "expert padding", "masked attention", "computed again"
+    rows_real: int  # expert rows at the configured budget, all layers
+    rows_computed: int  # with the padding of each expert's last tile
+    rows_buffers: int  # that the buffers hold, and that travel with dispatch="exchange"
+    hbm_bytes: float  # least that a device must read and write, the state left out
+
+    @property
+    def flops(self) -> float:
+        return sum(self.real_flops.values()) + sum(self.extra_flops.values())
+
+
+def count_work(config: RunConfig, mesh: dict[str, int], device_kind: str = "") -> Work:
+    """The work of the step on a mesh of such sizes, at the nominal budget, every position valid.
+
+    Args:
+      device_kind: of a TPU, as JAX names it, whose tiles the expert kernels use; "" takes tiles of 128 rows.
+    """
+    model = config.model
+    stack, moe = model.stack, model.moe
+    tokens = config.train.batch_size * config.data.encoding.max_length
+    layers = stack.num_moe_layers
+    rows = round(moe.expected_real_slots * tokens * layers)
+    row_flops = _FORWARD_AND_BACKWARD * 6 * stack.d_model * stack.expert_d_ff
+    shared, blocks = _dense_flops(config, tokens)
+    pairs = tokens * (config.data.encoding.max_length + 1) / 2  # of a query and a key that it sees
+    scores = _FORWARD_AND_BACKWARD * 4 * pairs * stack.attention.num_heads * stack.attention.head_dim * stack.num_layers
+    fits = splash.takes(config.data.encoding.max_length, stack.attention.head_dim)
+    skips = fits and device_kind.startswith("TPU") and mesh["sequence"] == 1
+    computed, buffers = _rows(config, mesh, device_kind, rows)
+    again = 0.0 if stack.remat == "none" else 1 / _FORWARD_AND_BACKWARD
+    masked = scores * (_SPLASH[0] / _SPLASH[1] - 1) if skips else scores
+    dense_again = 0.0 if stack.remat == "dots" else again * blocks
+    return Work(
+        real_flops={"experts": rows * row_flops, "attention": scores, "dense": shared + blocks},
+        extra_flops={
+            "expert padding": (computed - rows) * row_flops,
+            "masked attention": masked,
+            "computed again": again * (computed * row_flops + scores) + dense_again,
+        },
+        rows_real=rows,
+        rows_computed=computed,
+        rows_buffers=buffers,
+        hbm_bytes=_least_bytes(config, mesh),
+    )
+
+
+def _dense_flops(config: RunConfig, tokens: int) -> tuple[float, float]:
+    """(outside the stack, in it) of the matmuls that are not the routed experts', forward and backward."""
+    encoding, outside, inside = config.data.encoding, 0.0, 0.0
+    batch = config.train.batch_size
+    for path, array in jax.tree_util.tree_leaves_with_path(abstract_params(config.model)):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not name.endswith("/kernel"):
+            continue
+        rows = tokens
+        if name.startswith("vision"):
+            rows = batch * encoding.max_patches
+        elif name.startswith("audio"):
+            rows = batch * encoding.max_frames
+        flops = _FORWARD_AND_BACKWARD * 2.0 * rows * math.prod(array.shape)
+        if name.startswith("decoder"):
+            inside += flops
+        else:
+            outside += flops
+    if config.model.tie_embeddings:
+        outside += _FORWARD_AND_BACKWARD * 2.0 * tokens * config.model.vocab_size * config.model.stack.d_model
+    return outside, inside
+
+
+def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) -> tuple[int, int]:
+    """(expert rows that kernels compute, rows that the buffers hold), all layers and devices."""
+    stack, moe = config.model.stack, config.model.moe
+    shards = token_shards(mesh)
+    tokens = config.train.batch_size * config.data.encoding.max_length // (shards * config.train.accumulation)
+    spec = PlanSpec(moe.num_experts, moe.expected_real_slots, moe.virtual_output, moe.capacity_factor, moe.overflow)
+    parts = mesh["expert"] if stack.dispatch == "exchange" else 1
+    if stack.dispatch == "exchange":
+        held = parts * rows_per_shard(spec, tokens, parts)
+    elif stack.dispatch == "capacity":
+        held = moe.num_experts * rows_per_expert(spec, tokens)
+    else:
+        held = math.ceil(moe.expected_real_slots * tokens)
+    if stack.dispatch == "dense":
+        held = moe.num_experts * tokens
+    times = shards * config.train.accumulation * stack.num_moe_layers
+    experts = moe.num_experts // parts
+    tile = _XLA_TILE
+    if device_kind.startswith("TPU"):
+        shape = Shape(math.ceil(held / experts), stack.d_model, stack.expert_d_ff, 2)
+        tile = aligned_sizes(chip_of(device_kind), shape).forward.step
+    # The last tile of an expert is half empty on average; tiles without a live row are skipped.
+    computed = times * held if stack.dispatch == "dense" else rows + times * experts * tile // 2
+    return computed, times * held
+
+
+def _least_bytes(config: RunConfig, mesh: dict[str, int]) -> float:
+    """Weights read in each pass, as gathered and in the compute dtype; logits and their gradient written and read."""
+    passes = 2 if config.model.stack.remat == "none" else 3
+    weights = gathered_bytes(config.model, mesh)
+    positions = config.train.batch_size * config.data.encoding.max_length / token_shards(mesh)
+    logits = 4 * positions * config.model.vocab_size / mesh["tensor"]
+    return passes * config.train.accumulation * weights + 4 * logits
+
+
+def gathered_bytes(model: ModelConfig, mesh: dict[str, int]) -> float:
+    """Bytes of a device's weights once those split over `fsdp` are gathered, in the compute dtype."""
+    itemsize = 2 if model.stack.dtype == "bfloat16" else 4
+    weights = 0.0
+    axes = jax.tree.leaves(logical_axes(model), is_leaf=lambda node: isinstance(node, tuple))
+    for array, names in zip(jax.tree.leaves(abstract_params(model)), axes, strict=True):
+        kept = [axis for name in names if name != "embed" for axis in as_tuple(getattr(DEFAULT_RULES, name))]
+        weights += math.prod(array.shape) / math.prod(mesh[axis] for axis in kept) * itemsize
+    return weights
+
+
+def token_shards(mesh: dict[str, int]) -> int:
+    """Into how many parts the positions of a batch are split."""
+    return math.prod(mesh[axis] for axis in (*as_tuple(DEFAULT_RULES.batch), *as_tuple(DEFAULT_RULES.length)))

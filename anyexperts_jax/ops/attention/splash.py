@@ -1,0 +1,68 @@
+"""JAX's own splash attention for TPUs: blocks of scores in VMEM, those past the diagonal skipped, none kept.
+
+The backward pass has the queries, keys, values, the result and each row's log-sum of exponentials.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.ops._select import platform
+from anyexperts_jax.ops.attention.mask import CausalMask
+
+LANES = 128  # the head width and the blocks of positions are multiples of it
+_BLOCKS = (512, 256, LANES)  # positions of a block, of queries and of keys
+
+
+def takes(length: int, width: int) -> bool:
+    """Whether the kernels run at T = `length` and A = `width`."""
+    return length % LANES == 0 and width % LANES == 0
+
+
+def splash_attention(
+    queries_BTHA: Float[Array, "B T H A"],
+    keys_BTGA: Float[Array, "B T G A"],
+    values_BTGA: Float[Array, "B T G A"],
+    mask: CausalMask,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T H A"]:
+    """Causal attention by the kernels.
+
+    Args:
+      interpret: run them without a TPU, for tests.
+
+    Raises:
+      UserError: no TPU, or lengths and widths that the kernels do not take.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as library  # Pallas is imported where it is used
+
+    found = platform()
+    require(
+        interpret or found == "tpu", f"implementation='splash' needs a TPU, not {found!r}; use implementation='xla'"
+    )
+    _, length, heads, width = queries_BTHA.shape
+    require(
+        takes(length, width) and keys_BTGA.shape[1] == length,
+        f"implementation='splash' takes positions and head widths that are multiples of {LANES}, keys at the same "
+        f"positions; there are {length} queries, {keys_BTGA.shape[1]} keys of width {width}; use implementation='xla'",
+    )
+    block = next(size for size in _BLOCKS if length % size == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes: dict[str, Any] = {f"block_{name}": block for name in names}
+    kernel = library.make_splash_mha_single_device(
+        mask=library.MultiHeadMask([library.CausalMask((length, length))] * heads),
+        block_sizes=library.BlockSizes(**sizes),
+        interpret=interpret,
+    )
+
+    def run(queries_HTA: Array, keys_GTA: Array, values_GTA: Array, valid_T: Array) -> Array:
+        segments_T = valid_T.astype(jnp.int32)
+        return kernel(queries_HTA, keys_GTA, values_GTA, library.SegmentIds(segments_T, segments_T))
+
+    scaled = (queries_BTHA * width**-0.5).astype(queries_BTHA.dtype)
+    queries_BHTA, keys_BGTA, values_BGTA = (a.swapaxes(1, 2) for a in (scaled, keys_BTGA, values_BTGA))
+    return jax.vmap(run)(queries_BHTA, keys_BGTA, values_BGTA, mask.valid_BT).swapaxes(1, 2)

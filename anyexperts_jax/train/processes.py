@@ -1,0 +1,207 @@
+"""One run in several processes: how they find each other, agree at every step, and end when one of them is gone.
+
+Every process runs the same command. Who they are comes from the command line, from JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID, or from the cluster, which `jax.distributed.initialize` reads by itself.
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.train.stops import PeerLostError
+
+AUTO = "auto"
+HEARTBEAT_MARGIN = 60.0  # seconds JAX's own check is slower than ours: its message is a stack trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """Who takes part: `count` processes, of which this is number `index`; None: the cluster says."""
+
+    count: int | None = None
+    index: int | None = None
+    coordinator: str | None = None  # HOST:PORT, where process 0 listens
+
+
+def find_peers(
+    processes: str | None, index: int | None, coordinator: str | None, environment: Mapping[str, str] = os.environ
+) -> Peers | None:
+    """Who takes part, from the options of the command line, else from the environment; None: this process alone.
+
+    Args:
+      processes: "1": alone whatever the environment says; "auto": ask the cluster; another number with the other two.
+
+    Raises:
+      UserError: for half a description, or numbers that do not fit each other.
+    """
+    if processes == "1" and index in (None, 0):
+        return None
+    if processes == AUTO:
+        require(index is None and coordinator is None, "--processes auto takes no --process-index and no --coordinator")
+        return Peers()
+    given = {
+        "--processes (JAX_NUM_PROCESSES)": processes or environment.get("JAX_NUM_PROCESSES"),
+        "--process-index (JAX_PROCESS_ID)": environment.get("JAX_PROCESS_ID") if index is None else str(index),
+        "--coordinator (JAX_COORDINATOR_ADDRESS)": coordinator or environment.get("JAX_COORDINATOR_ADDRESS"),
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return Peers() if in_cluster(environment) else None
+    require(not missing, f"several processes need {' and '.join(missing)} as well, or --processes auto on a cluster")
+    count, number, address = given.values()
+    return _checked(str(count), str(number), str(address))
+
+
+def in_cluster(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment is of one of several processes that a launcher started: a Slurm step, or GKE's TPU pods.
+
+    A Cloud TPU VM tells its slice only to those who ask over the network: `--processes auto`.
+    """
+    slurm = all(name in environment for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"))
+    several_tasks = slurm and environment.get("SLURM_NTASKS", "1") != "1"
+    several_slices = environment.get("MEGASCALE_NUM_SLICES", "1") != "1"
+    return several_tasks or several_slices or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def _checked(count: str, index: str, coordinator: str) -> Peers:
+    require(count.isdigit() and int(count) >= 1, f"--processes={count} must be a number >= 1, or auto")
+    inside = index.isdigit() and int(index) < int(count)
+    require(inside, f"--process-index={index} must be in [0, --processes={count})")
+    host, colon, port = coordinator.rpartition(":")
+    well_formed = bool(host and colon) and port.isdigit() and 0 < int(port) < 65536
+    require(well_formed, f"--coordinator={coordinator} must read HOST:PORT")
+    return Peers(int(count), int(index), coordinator)
+
+
+def connect(peers: Peers, timeout: float) -> None:
+    """Meets the other processes; nothing of JAX may have run before.
+
+    A process that waits for longer than `timeout` seconds ends with one line and exit code 5.
+
+    Raises:
+      UserError: when JAX finds no cluster.
+    """
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the loop
+    where = f" at {peers.coordinator}" if peers.coordinator else ""
+    who = "this process" if peers.count is None else f"process {peers.index} of {peers.count}"
+    advice = f"start the same command on every host{', let them reach that port,' if where else ''} or wait longer"
+    message = f"{who} waited {timeout:g} s for the others{where}; {advice} (runtime.peer_timeout)"
+    try:
+        with Watch(timeout, lambda _: message).waiting("the others"):
+            jax.distributed.initialize(
+                peers.coordinator,
+                peers.count,
+                peers.index,
+                initialization_timeout=int(timeout + HEARTBEAT_MARGIN),
+                heartbeat_timeout_seconds=int(timeout + HEARTBEAT_MARGIN),
+                shutdown_timeout_seconds=int(timeout + HEARTBEAT_MARGIN),
+            )
+    except ValueError as error:  # so it says that it has found no cluster
+        line = " ".join(str(error).split())
+        raise UserError(
+            f"JAX finds no cluster here ({line}); give --processes, --process-index, --coordinator"
+        ) from error
+
+
+def several() -> bool:
+    return jax.process_count() > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes logs, shows progress and names the run's files."""
+    return jax.process_index() == 0
+
+
+def require_agreement(what: str, values: Mapping[str, int], advice: str) -> None:
+    """Compares numbers over all processes; each must be the same in all.
+
+    Raises:
+      UserError: in every process, naming the first value that differs, and who has what.
+    """
+    if not several():
+        return
+    everywhere = multihost_utils.process_allgather(np.asarray(list(values.values()), np.int32))
+    for name, column in zip(values, everywhere.T, strict=True):
+        other = next((index for index, value in enumerate(column) if value != column[0]), None)
+        if other is not None:
+            raise UserError(f"{what}: {name} is {column[0]} in process 0 and {column[other]} in {other}; {advice}")
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process has come here."""
+    if several():
+        multihost_utils.sync_global_devices(name)
+
+
+class Agreement:
+    """The largest of each of some small numbers over all processes, the same in all of them at the same step.
+
+    Asked before a step is started and read after, so that it costs no time but a small all-reduce; with one process
+    it costs nothing.
+    """
+
+    def __init__(self) -> None:
+        if several():
+            mesh = Mesh(np.asarray(jax.devices()), ("all",))
+            self._split = NamedSharding(mesh, PartitionSpec("all"))
+            whole = NamedSharding(mesh, PartitionSpec())
+            self._largest = jax.jit(lambda numbers: jnp.max(numbers, axis=0), out_shardings=whole)
+
+    def ask(self, *numbers: int) -> Any:
+        """Starts to compare; every process must ask equally often."""
+        ours = np.asarray([numbers], np.int32)
+        if not several():
+            return ours[0]
+        shape = (jax.device_count(), len(numbers))
+        return self._largest(jax.make_array_from_callback(shape, self._split, lambda _: ours))
+
+    def read(self, asked: Any) -> tuple[int, ...]:
+        return tuple(int(number) for number in np.asarray(asked))
+
+
+class Watch:
+    """Ends the process with one line and exit code 5 when it waits too long for others; a thread of its own sees to it.
+
+    A process that waits for a device cannot be interrupted in any other way.
+    """
+
+    def __init__(self, timeout: float, message: Callable[[str], str]) -> None:
+        """Args: timeout in seconds; message: of what was waited for, the line to end with."""
+        self._timeout, self._message = timeout, message
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        timer = threading.Timer(self._timeout, self._end, [what])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end(self, what: str) -> None:
+        print(f"anyexperts: {self._message(what)}", file=sys.stderr, flush=True)
+        os._exit(PeerLostError.exit_code)
+
+
+# What collectives, barriers and the coordination service say when a process is gone.
+_SIGNS = ("Gloo", "Connection closed by peer", "Connection reset by peer", "heartbeat", "Barrier", "barrier", "NCCL")
+
+
+def peer_lost(error: BaseException) -> str | None:
+    """The first line of what was said, if `error` is of a process that is gone; else None."""
+    if not several() or isinstance(error, UserError):
+        return None
+    line = (str(error).splitlines() or [""])[0]
+    return line[:200] if any(sign in line for sign in _SIGNS) else None

@@ -1,0 +1,49 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from anyexperts_jax.ops._select import default_implementation, on_one_device
+
+KINDS = {
+    "tpu": ("TPU v5e", "pallas_tpu"),
+    "gpu": ("NVIDIA H100 80GB HBM3", "pallas_triton"),
+    "rocm": ("AMD Instinct MI300X", "xla"),
+}
+
+
+def mesh_of(platform, devices):
+    kind, _ = KINDS[platform]
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform="gpu" if platform == "rocm" else platform)
+    return AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+
+@pytest.mark.parametrize("platform", KINDS)
+def test_the_kernels_of_the_device_where_they_take_the_dtype(platform):
+    with jax.sharding.use_abstract_mesh(mesh_of(platform, 1)):
+        for dtype in (jnp.bfloat16, jnp.float32):
+            assert default_implementation(jnp.dtype(dtype)) == KINDS[platform][1]
+        assert default_implementation(jnp.dtype(jnp.float64)) == "xla"
+
+
+@pytest.mark.parametrize("platform", KINDS)
+def test_xla_where_the_op_is_to_be_cut_for_several_devices(platform):
+    with jax.sharding.use_abstract_mesh(mesh_of(platform, 8)):
+        assert default_implementation(jnp.dtype(jnp.bfloat16)) == "xla"
+
+
+def test_a_shard_of_a_mesh_is_one_device():
+    found = []
+
+    def shard(x):
+        found.append(on_one_device())
+        return x
+
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data")))(
+        np.ones(8)
+    )
+    assert found
+    assert all(found)
+    assert not on_one_device()  # eight fake devices, no mesh
