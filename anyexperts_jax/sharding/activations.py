@@ -16,8 +16,8 @@ def split_tokens(x: Float[Array, "B *rest"], placement: Placement | None, axes: 
 
 
 def take_embeddings(
-    table_RD: Float[Array, "R D"], ids: Int[Array, "B rows"], placement: Placement | None, axes: tuple[str, ...]
-) -> Float[Array, "B rows D"]:
+    table_RD: Float[Array, "R D"], ids: Int[Array, "*ids"], placement: Placement | None, axes: tuple[str, ...]
+) -> Float[Array, "*ids D"]:
     """Rows of a table whose width is split over mesh axes that split the batch too; NaN for an id past the table.
 
     Each device takes its columns for all sequences of the devices it shares the table with, and one all-to-all makes
