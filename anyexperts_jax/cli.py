@@ -5,6 +5,7 @@ not finite, 4 a full disk, 130 and 143 interrupted with a checkpoint written.
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -153,6 +154,20 @@ def _compile(options: argparse.Namespace) -> None:
         print(f"wrote {options.json}")
 
 
+def _reproduce(options: argparse.Namespace) -> None:
+    from anyexperts_jax.reproduce.reproduce import plans, run_plans
+
+    found = plans(options.table, quick=options.quick, overrides=options.set)
+    outcome = run_plans(found, options.runs, workers=options.workers, deadline=options.deadline, note=_say)
+    _say(f"{len(outcome.done)} runs are done, {len(outcome.failed)} failed, {len(outcome.left)} are left")
+    if outcome.failed:
+        run, last = outcome.failed[0]
+        raise UserError(
+            f"{len(outcome.failed)} runs failed, the first {options.runs / run.id} ({run.name}): {last}; "
+            "see log.txt there; the same command tries again"
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="anyexperts", description="Mixture-of-experts models in which each token gets as many experts as it needs."
@@ -166,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_bench(commands)
     _add_compile(commands)
+    _add_reproduce(commands)
     return parser
 
 
@@ -274,6 +290,19 @@ def _add_compile(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="as v5e:4x4 or v5p:8x8x8")
     parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file")
     parser.set_defaults(command=_compile)
+
+
+def _add_reproduce(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("reproduce", help="make the paper's tables and figures anew, with seeds and verdicts")
+    parser.add_argument("table", nargs="+", help="table1 table2 table3 figure3 figure4 figure5, all, or a TOML file")
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/reproduce"), help="where runs are kept")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs side by side (default: cores)")
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="stop then; the same command goes on")
+    parser.add_argument("--quick", action="store_true", help="few steps and seeds: does it work, not what it says")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override in every run; repeatable"
+    )
+    parser.set_defaults(command=_reproduce)
 
 
 if __name__ == "__main__":
