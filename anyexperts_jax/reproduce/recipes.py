@@ -52,6 +52,7 @@ def train_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult:
         id=run.id,
         name=run.name,
         seed=run.config.seed,
+        trained_budget=run.config.model.moe.expected_real_slots,
         validation=validation,
         train_seconds=train_seconds,
         evaluate_seconds=time.perf_counter() - start,

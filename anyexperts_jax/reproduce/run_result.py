@@ -59,6 +59,7 @@ class RunResult:
     id: str
     name: str
     seed: int
+    trained_budget: float  # nominal
     step: int  # of the checkpoint measured
     validation: dict[str, float]  # teacher-forced answers right by domain, at the last step
     budgets: tuple[BudgetScores, ...]
@@ -79,6 +80,15 @@ class RunResult:
             **fields,
         )
 
+    @property
+    def own(self) -> BudgetScores:
+        """The scores at the budget it was trained with.
+
+        Raises:
+          UserError: when it was not evaluated there.
+        """
+        return self.at(self.trained_budget)
+
     def at(self, budget: float) -> BudgetScores:
         """The scores at the budget that was asked.
 
@@ -94,7 +104,7 @@ class RunResult:
 def save_result(result: RunResult, folder: pathlib.Path) -> pathlib.Path:
     """Writes result.json, whole or not at all."""
     path = folder / RESULT_NAME
-    write_whole(path, json.dumps(plain(_rounded(dataclasses.asdict(result)))) + "\n")
+    write_whole(path, json.dumps(result_to_json(result)) + "\n")
     return path
 
 
@@ -102,12 +112,22 @@ def load_result(path: pathlib.Path) -> RunResult:
     """Raises:
     UserError: when the file is not one this version wrote.
     """
+    return result_from_json(path.read_text(), str(path))
+
+
+def result_to_json(result: RunResult) -> Any:
+    """Plain numbers, rounded to six significant digits, None for NaN."""
+    return plain(_rounded(dataclasses.asdict(result)))
+
+
+def result_from_json(text: str, name: str) -> RunResult:
+    """The inverse of `result_to_json` and `json.dumps`; `name` is for messages."""
     try:
         config = dacite.Config(cast=[tuple], type_hooks={float: read_float}, strict=True)
-        return dacite.from_dict(RunResult, json.loads(path.read_text()), config)
+        return dacite.from_dict(RunResult, json.loads(text), config)
     except (json.JSONDecodeError, dacite.DaciteError, TypeError, AttributeError) as error:
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a run's result of this version ({line}); remove it to run it again") from error
+        raise UserError(f"{name} is not a run's result of this version ({line}); remove it to run it again") from error
 
 
 def _rounded(value: Any) -> Any:
