@@ -155,16 +155,28 @@ def _compile(options: argparse.Namespace) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    from anyexperts_jax.reproduce.reproduce import plans, run_plans
+    from anyexperts_jax.reproduce.readme import update_readme
+    from anyexperts_jax.reproduce.reproduce import plans, run_plans, write_plans
 
+    runs = options.runs or pathlib.Path("runs", "reproduce_quick" if options.quick else "reproduce")
+    out = options.out or (runs / "tables" if options.quick else pathlib.Path("experiments", "results", "reproduce"))
     found = plans(options.table, quick=options.quick, overrides=options.set)
-    outcome = run_plans(found, options.runs, workers=options.workers, deadline=options.deadline, note=_say)
-    _say(f"{len(outcome.done)} runs are done, {len(outcome.failed)} failed, {len(outcome.left)} are left")
-    if outcome.failed:
-        run, last = outcome.failed[0]
+    left = 0
+    failed: Sequence = ()
+    if options.only != "tables":
+        outcome = run_plans(found, runs, workers=options.workers, deadline=options.deadline, note=_say)
+        left, failed = len(outcome.left), outcome.failed
+        _say(f"{len(outcome.done)} runs are done, {len(failed)} failed, {left} are left")
+    if left == 0 and options.only != "runs":
+        command = f"anyexperts reproduce {' '.join(options.table)}" + (" --quick" if options.quick else "")
+        page = write_plans(found, runs, out, command, quick=options.quick, note=_say)
+        if options.readme:
+            update_readme(page, out, options.readme)
+    if failed:
+        run, last = failed[0]
         raise UserError(
-            f"{len(outcome.failed)} runs failed, the first {options.runs / run.id} ({run.name}): {last}; "
-            "see log.txt there; the same command tries again"
+            f"{len(failed)} runs failed, the first {runs / run.id} ({run.name}): {last}; see log.txt there; "
+            "the same command tries again"
         )
 
 
@@ -293,15 +305,22 @@ def _add_compile(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_reproduce(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("reproduce", help="make the paper's tables and figures anew, with seeds and verdicts")
-    parser.add_argument("table", nargs="+", help="table1 table2 table3 figure3 figure4 figure5, all, or a TOML file")
-    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/reproduce"), help="where runs are kept")
+    parser = commands.add_parser("reproduce", help="the paper's tables and figures, over seeds, with verdicts")
+    parser.add_argument(
+        "table",
+        nargs="+",
+        help="table1 table2 table3 figure3 figure4 figure5, all, or TOML files",
+    )
+    parser.add_argument("--runs", type=pathlib.Path, help="where runs are kept (default: runs/reproduce)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs side by side (default: cores)")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="stop then; the same command goes on")
-    parser.add_argument("--quick", action="store_true", help="few steps and seeds: does it work, not what it says")
+    parser.add_argument("--quick", action="store_true", help="few steps and one seed: does it work, not what it says")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override in every run; repeatable"
     )
+    parser.add_argument("--only", choices=("runs", "tables"), help="make the runs alone, or tables of what is done")
+    parser.add_argument("--out", type=pathlib.Path, help="of tables (default: experiments/results/reproduce)")
+    parser.add_argument("--readme", type=pathlib.Path, help="also write the block between its markers")
     parser.set_defaults(command=_reproduce)
 
 
