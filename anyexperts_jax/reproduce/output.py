@@ -18,8 +18,9 @@ PAGE_NAME = "README.md"
 MAIN_FIGURE = "figure3_realised.png"
 QUICK_NOTE = "QUICK RUN: a few steps, to see that everything works. These figures say nothing about the method."
 NOTE = (
-    "The paper trains a 16B model on web-scale data and tests it on public benchmarks; this is a model of 0.2M parameters "
-    "on generated questions about real signals. The paper's figures stand beside ours for their direction, not their size."
+    "The paper trains a 16B model on web-scale data and tests it on public benchmarks; this is a model of 0.2M "
+    "parameters on generated questions about real signals. The paper's figures stand beside ours for their direction, "
+    "not their size."
 )
 _EMPTY = Results({})
 
@@ -119,14 +120,12 @@ def _how(results: Sequence[RunResult]) -> str:
 
 
 def _times_text(times: LayerTimes) -> str:
-    points = {
-        kind: ", ".join(f"{real:.2f}: {ms:.0f} ms" for real, ms in getattr(times, kind))
-        for kind in ("dynamic", "static")
-    }
+    named = {"dynamic": times.dynamic, "static": times.static}
+    points = {kind: ", ".join(f"{real:.2f}: {ms:.0f} ms" for real, ms in found) for kind, found in named.items()}
     return (
         f"Layer times: one MoE layer of size {times.shape} ({times.tokens} tokens), forward, router and importance "
-        f"included, medians of interleaved rounds on {times.device}; by realised real experts, dynamic {points['dynamic']}; "
-        f"static {points['static']}."
+        f"included, medians of interleaved rounds on {times.device}; by realised real experts, dynamic "
+        f"{points['dynamic']}; static {points['static']}."
     )
 
 
