@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from anyexperts_jax.analysis.tables import TextTable
 from anyexperts_jax.reproduce import tables
-from anyexperts_jax.reproduce.claims import Claim, all_claims
+from anyexperts_jax.reproduce.claims import BETTER_MARGIN, EQUAL_MARGIN, MIN_SEEDS, Claim, all_claims
 from anyexperts_jax.reproduce.collect import Results
 from anyexperts_jax.reproduce.curves import DYNAMIC, SALIENCE
 from anyexperts_jax.reproduce.figures import draw_curves, draw_separations
 from anyexperts_jax.reproduce.layer_times import LayerTimes
 from anyexperts_jax.reproduce.run_result import RunResult
+from anyexperts_jax.reproduce.tables import VERDICTS_TITLE
 
 PAGE_NAME = "README.md"
 MAIN_FIGURE = "figure3_realised.png"
@@ -21,6 +22,14 @@ NOTE = (
     "The paper trains a 16B model on web-scale data and tests it on public benchmarks; this is a model of 0.2M "
     "parameters on generated questions about real signals. The paper's figures stand beside ours for their direction, "
     "not their size."
+)
+RULE = (
+    f"The rule was fixed before the runs. A claim of something better is supported where the interval of the "
+    f"difference lies above 0, not supported where it lies below {100 * BETTER_MARGIN:g} point (a gain of a point is "
+    f"excluded), else undecided. A claim of the same score is supported where the interval lies above "
+    f"-{100 * EQUAL_MARGIN:g} points, not supported where it lies below, else undecided. With fewer than {MIN_SEEDS} "
+    "seeds nothing is decided. AUC is told in points above the 50 of chance. There are as many chances to be wrong as "
+    "there are rows, and intervals over five seeds are a little too narrow."
 )
 _EMPTY = Results({})
 
@@ -98,6 +107,7 @@ def page_text(page: Page, made: Sequence[TextTable], pictures: Sequence[str]) ->
         lines += [f"Not run yet, and left out of what follows: {names}.", ""]
     for table in made:
         lines += [f"## {table.title}", "", markdown_table(table), ""]
+        lines += [RULE, ""] if table.title == VERDICTS_TITLE else []
     lines += [line for name in pictures for line in (f"![{name}]({name})", "")]
     if page.times is not None:
         lines += [_times_text(page.times), ""]

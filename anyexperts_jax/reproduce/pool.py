@@ -17,6 +17,7 @@ from anyexperts_jax.train.stops import RunInterruptedError, StopRequests
 GRACE_SECONDS = 20.0  # to write a checkpoint in, before a process is killed
 _POLL_SECONDS = 0.2
 _CACHE_NAME = "compiled"
+WORKER = (sys.executable, "-m", "anyexperts_jax.reproduce.worker")  # FOLDER and CORES follow
 
 Note = Callable[[str], None]
 
@@ -46,6 +47,7 @@ def run_all(
     workers: int,
     deadline: float | None = None,
     note: Note = lambda line: None,
+    worker: Sequence[str] = WORKER,
 ) -> Outcome:
     """Finishes `runs`, in order, `workers` at a time; those that have a result are not run again.
 
@@ -53,6 +55,7 @@ def run_all(
       root: where each run has its folder.
       deadline: seconds from now; then nothing is started and what runs is stopped, with a checkpoint where it trains.
       note: called with a line as each run starts and ends.
+      worker: the command that finishes one run.
 
     Raises:
       UserError: a number out of range, or a result that is not this version's.
@@ -62,7 +65,7 @@ def run_all(
     require(deadline is None or deadline > 0, f"deadline={deadline} must be > 0 seconds")
     todo = [run for run in runs if finished(run, root) is None]
     note(f"{len(runs)} runs, {len(runs) - len(todo)} done before, {len(todo)} to do, {workers} at a time")
-    pool = _Pool(root, core_shares(workers), note)
+    pool = _Pool(root, core_shares(workers), note, worker)
     end = None if deadline is None else time.monotonic() + deadline
     with StopRequests() as requests:
         try:
@@ -95,8 +98,10 @@ def core_shares(workers: int) -> list[tuple[int, ...]]:
 class _Pool:
     """The processes under way. Each leads a session of its own, so that Ctrl-C reaches it once, through `stop`."""
 
-    def __init__(self, root: pathlib.Path, shares: Sequence[tuple[int, ...]], note: Note) -> None:
-        self.root, self.shares, self.note = root, shares, note
+    def __init__(
+        self, root: pathlib.Path, shares: Sequence[tuple[int, ...]], note: Note, worker: Sequence[str]
+    ) -> None:
+        self.root, self.shares, self.note, self.worker = root, shares, note, worker
         self.free = list(range(len(shares)))[::-1]
         self.running: list[_Running] = []
         self.failed: list[tuple[Run, str]] = []
@@ -105,7 +110,7 @@ class _Pool:
         slot = self.free.pop()
         folder = prepare(run, self.root)
         cores = ",".join(map(str, self.shares[slot]))
-        command = [sys.executable, "-m", "anyexperts_jax.reproduce.worker", str(folder), cores]
+        command = [*self.worker, str(folder), cores]
         log = folder / LOG_NAME
         with log.open("a") as file:
             process = subprocess.Popen(

@@ -11,6 +11,7 @@ from anyexperts_jax.reproduce.run_result import RunResult
 from anyexperts_jax.reproduce.statistics import Summary, summarise
 
 SPEECH = "speech"
+VERDICTS_TITLE = "Verdicts"
 _PAPER_NAMES = {  # our variant: the paper's column of Table 3
     DYNAMIC: "ours",
     "without HSM": "wo_hsm",
@@ -29,7 +30,7 @@ def verdict_table(claims: Sequence[Claim]) -> TextTable:
     """A row a claim: verdict, effect with its interval in points, seeds, and the same by domain or modality."""
     rows = [(one.statement, one.verdict, signed(one.effect), str(one.effect.n), one.evidence) for one in claims]
     columns = ("claim", "verdict", "difference in points (95%)", "seeds", "by domain or modality")
-    return TextTable("Verdicts", columns, tuple(rows))
+    return TextTable(VERDICTS_TITLE, columns, tuple(rows))
 
 
 def wer_table(results: Results) -> TextTable:
