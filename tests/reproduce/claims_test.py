@@ -1,12 +1,12 @@
 """The rule of the verdicts, and the claims on results made up to be true, false and neither."""
 
 import pytest
-from reproduce.canned import SEEDS, figure3, table3
 
 from anyexperts_jax.reproduce.claims import all_claims, better, equal
 from anyexperts_jax.reproduce.collect import Results
 from anyexperts_jax.reproduce.curves import DYNAMIC, STATIC, gains, one_checkpoint, retrained
 from anyexperts_jax.reproduce.statistics import Summary
+from reproduce.canned import SEEDS, figure3, table3
 
 EMPTY = Results({})
 
