@@ -70,9 +70,8 @@ def figure3(gain=0.0, loss_at=lambda domain, budget: 0.0, auc=0.5, seeds=SEEDS):
         static = [at_budget(float(k), 0.5 + noise(seed)) for k in (4, 6, 8, 10)]
         found["static 8", seed] = run_result("static 8", seed, static, 8.0)
         for k in (4, 6, 10):
-            found[f"static {k}", seed] = run_result(
-                f"static {k}", seed, [at_budget(float(k), 0.5 + noise(seed))], float(k)
-            )
+            point = at_budget(float(k), 0.5 + noise(seed))
+            found[f"static {k}", seed] = run_result(f"static {k}", seed, [point], float(k))
         for budget in (4.8, 9.6):
             found[f"dynamic {budget}", seed] = run_result(f"dynamic {budget}", seed, [dynamic(seed, budget)], budget)
     return Results(found)
@@ -89,7 +88,6 @@ def table3(hsm=0.0, spread=0.002, seeds=SEEDS):
     for place, seed in enumerate(seeds):
         found["dynamic 8.0", seed] = run_result("dynamic 8.0", seed, [at_budget(8.0, 0.5 + noise(seed))], 8.0, 0.6)
         lost = hsm + spread * (place - 2)
-        found["without HSM", seed] = run_result(
-            "without HSM", seed, [at_budget(8.0, 0.5 + noise(seed) - lost)], 8.0, 0.6
-        )
+        without = at_budget(8.0, 0.5 + noise(seed) - lost)
+        found["without HSM", seed] = run_result("without HSM", seed, [without], 8.0, 0.6)
     return Results(found)

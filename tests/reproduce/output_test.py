@@ -63,12 +63,12 @@ def test_table_2_has_differences_by_question_type():
 def test_table_3_is_paired_by_seed():
     rows = {row[0]: row for row in ablation_table(table3(hsm=0.05, spread=0.002)).rows}
     found = rows["without HSM"]
-    mean, low, high = found[7].replace("(", "").replace(")", "").replace("to ", "").split(" ")
+    mean, low, high = found[8].replace("(", "").replace(")", "").replace("to ", "").split(" ")
     assert float(mean) == -5.0
     assert -5.4 < float(low) < float(high) < -4.6, "the spread between seeds, ten times as wide, cancels"
-    assert found[8] == str(len(SEEDS))
-    assert found[9] == "53.16 / 69.38 / 68.78 / 2.81 / 44.63"
-    assert rows["dynamic 8.0"][7] == "-"
+    assert found[9] == str(len(SEEDS))
+    assert found[10] == "53.16 / 69.38 / 68.78 / 2.81 / 44.63"
+    assert rows["dynamic 8.0"][8] == "-"
 
 
 def test_separations_are_means_over_seeds():
