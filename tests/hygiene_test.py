@@ -26,6 +26,7 @@ LAYERS = [
     {"train"},
     {"analysis"},
     {"aot"},
+    {"reproduce"},
     {"cli"},
 ]
 LEVEL = {layer: level for level, layers in enumerate(LAYERS) for layer in layers}

@@ -96,9 +96,10 @@ def _dynamic_beats_static(results: Results) -> list[Claim]:
 def _cheaper(results: Results) -> list[Claim]:
     cuts = (("40% fewer real experts, image and video", LESS_MEDIA, MEDIA), ("10% fewer, text", LESS_TEXT, TEXT))
     found = []
-    for what, budget, domains in cuts:
+    for what, budget, wanted in cuts:
+        domains = [name for name in domains_of(results) if name in wanted]
         for variant, how in ((DYNAMIC, ""), (SALIENCE, ", by salience (ours)")):
-            if results.has(variant):
+            if domains and results.has(variant):
                 lost = functools.partial(_lost, budget)
                 statement = f"{what}, one checkpoint: the same score{how}"
                 claim = _claim(statement, equal, "score", results, (variant,), lost, domains)
