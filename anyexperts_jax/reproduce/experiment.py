@@ -11,12 +11,13 @@ from typing import Any
 from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.train.config import RunConfig, load_config
-from anyexperts_jax.train.strict import build, closest, merge
+from anyexperts_jax.train.strict import build, closest, flatten, merge
 
 TABLES = ("table1", "table2", "table3", "figure3", "figure4", "figure5")
 CONFIGS = pathlib.Path("experiments") / "configs"  # under the current directory: they come with a checkout
 _ID_LENGTH = 12
 _LABELS = ("name", "keep", "stage")
+_NOTHING = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,8 +96,14 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Runs with one id are the same run: it hashes what decides the result, and not `_LABELS`."""
-        parts = {name: value for name, value in dataclasses.asdict(self).items() if name not in _LABELS}
+        """Runs with one id are the same run: it hashes what decides the result, and none of `_LABELS`.
+
+        What has its default is left out, so that a field a later version adds does not make every run another.
+        """
+        usual = flatten(RunConfig())
+        config = {key: value for key, value in flatten(self.config).items() if value != usual.get(key, _NOTHING)}
+        others = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("config", *_LABELS)}
+        parts = {"config": config, **others}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:_ID_LENGTH]
 
 

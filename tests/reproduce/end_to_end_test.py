@@ -69,6 +69,7 @@ def experiment(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_quick_by_the_command_line(experiment, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # the worker's: one device compiles sooner than eight
     runs, out = tmp_path / "runs", tmp_path / "out"

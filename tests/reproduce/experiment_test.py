@@ -14,6 +14,7 @@ from anyexperts_jax.reproduce.experiment import (
     runs_of,
     shared,
 )
+from anyexperts_jax.train.strict import flatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs"
 MINIMAL = """
@@ -102,8 +103,18 @@ def test_a_run_is_what_decides_its_result(tmp_path):
     assert dataclasses.replace(one, budgets=(4.8, 5.6)).id != one.id
     assert dataclasses.replace(one, recipe="another").id != one.id
     assert dataclasses.replace(one, config=dataclasses.replace(one.config, seed=9)).id != one.id
+    other = dataclasses.replace(one.config, optim=dataclasses.replace(one.config.optim, lr=0.5))
+    assert dataclasses.replace(one, config=other).id != one.id
     assert run_from_json(run_to_json(one)) == one
     assert run_from_json(run_to_json(one)).id == one.id
+
+
+def test_a_new_field_with_its_default_does_not_make_every_run_another(tmp_path, monkeypatch):
+    one = load(tmp_path, MINIMAL)["early", 0]
+    before = one.id
+    fuller = lambda config: {**flatten(config), "train.new_field": 3}  # noqa: E731
+    monkeypatch.setattr("anyexperts_jax.reproduce.experiment.flatten", fuller)
+    assert one.id == before
 
 
 def test_experiments_share_runs(tmp_path):
