@@ -1,6 +1,7 @@
 """`Experiment`: a table or figure as a list of variants of one run, times seeds, from a TOML file, strictly."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -94,7 +95,7 @@ class Run:
     keep: bool = False
     stage: int = 1
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """Runs with one id are the same run: it hashes what decides the result, and none of `_LABELS`.
 
