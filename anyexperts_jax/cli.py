@@ -1,4 +1,4 @@
-"""The command line: `anyexperts train | evaluate | report | generate | data | bench | compile`.
+"""The command line: `anyexperts train | evaluate | report | generate | data | bench | compile | reproduce`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input, 3 a loss that is
 not finite, 4 a full disk, 130 and 143 interrupted with a checkpoint written.
@@ -156,7 +156,7 @@ def _compile(options: argparse.Namespace) -> None:
 
 def _reproduce(options: argparse.Namespace) -> None:
     from anyexperts_jax.reproduce.readme import update_readme
-    from anyexperts_jax.reproduce.reproduce import plans, run_plans, write_plans
+    from anyexperts_jax.reproduce.reproduce import plans, run_plans, whole_page, write_plans
 
     runs = options.runs or pathlib.Path("runs", "reproduce_quick" if options.quick else "reproduce")
     out = options.out or (runs / "tables" if options.quick else pathlib.Path("experiments", "results", "reproduce"))
@@ -169,7 +169,8 @@ def _reproduce(options: argparse.Namespace) -> None:
         _say(f"{len(outcome.done)} runs are done, {len(failed)} failed, {left} are left")
     if left == 0 and options.only != "runs":
         command = f"anyexperts reproduce {' '.join(options.table)}" + (" --quick" if options.quick else "")
-        page = write_plans(found, runs, out, command, quick=options.quick, note=_say)
+        drawn = plans(whole_page(options.table), quick=options.quick, overrides=options.set)
+        page = write_plans(drawn, runs, out, command, quick=options.quick, note=_say)
         if options.readme:
             update_readme(page, out, options.readme)
     if failed:

@@ -101,10 +101,7 @@ def page_text(page: Page, made: Sequence[TextTable], pictures: Sequence[str]) ->
     lines = ["# AnyExperts, reproduced at a scale anyone can rerun", ""]
     lines += [f"**{QUICK_NOTE}**", ""] if page.quick else []
     lines += [f"`{page.command}`", "", NOTE, "", _how(results), ""]
-    missing = {key for one in page.results.values() for key in one.missing}
-    if missing:
-        names = ", ".join(f"{name} (seed {seed})" for name, seed in sorted(missing))
-        lines += [f"Not run yet, and left out of what follows: {names}.", ""]
+    lines += [_missing_text(page.results), ""]
     for table in made:
         lines += [f"## {table.title}", "", markdown_table(table), ""]
         lines += [RULE, ""] if table.title == VERDICTS_TITLE else []
@@ -112,6 +109,17 @@ def page_text(page: Page, made: Sequence[TextTable], pictures: Sequence[str]) ->
     if page.times is not None:
         lines += [_times_text(page.times), ""]
     return "\n".join(lines)
+
+
+def _missing_text(results: Mapping[str, Results]) -> str:
+    """Which runs there are not, by variant with their seeds."""
+    seeds: dict[str, set[int]] = {}
+    for name, seed in (key for one in results.values() for key in one.missing):
+        seeds.setdefault(name, set()).add(seed)
+    if not seeds:
+        return "All runs are done."
+    names = ", ".join(f"{name} (seeds {' '.join(map(str, sorted(found)))})" for name, found in sorted(seeds.items()))
+    return f"Not run yet, and left out of what follows: {names}."
 
 
 def _how(results: Sequence[RunResult]) -> str:

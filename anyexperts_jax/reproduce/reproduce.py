@@ -41,6 +41,11 @@ def plans(
     return found
 
 
+def whole_page(tables: Sequence[str]) -> Sequence[str]:
+    """What to draw where `tables` were asked for: all that share their runs and page, or these if one is a path."""
+    return (ALL,) if set(tables) <= {ALL, *TABLES} else tables
+
+
 def run_plans(
     found: Sequence[Plan],
     root: pathlib.Path,

@@ -106,7 +106,7 @@ def test_missing_runs_are_named(tmp_path):
     whole = table3(hsm=0.05)
     part = Results({k: v for k, v in whole.found.items() if k != ("without HSM", 4)}, (("without HSM", 4),))
     write_page(Page({"table3": part}, "x"), tmp_path)
-    assert "left out of what follows: without HSM (seed 4)." in (tmp_path / "README.md").read_text()
+    assert "left out of what follows: without HSM (seeds 4)." in (tmp_path / "README.md").read_text()
 
 
 def test_results_survive_the_disk(tmp_path):
