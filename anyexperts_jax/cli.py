@@ -1,4 +1,4 @@
-"""The command line: `anyexperts train | evolve | evaluate | report | generate | data | bench | compile`.
+"""The command line: `anyexperts train | evolve | evaluate | report | generate | data | bench | compile | reproduce`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input, 3 a loss that is
 not finite, 4 a full disk, 5 another process of the run gone, 130 and 143 interrupted with a checkpoint written.
@@ -199,6 +199,33 @@ def _compile(options: argparse.Namespace) -> None:
         require_fits(config, options.topology, compiled.mesh, compiled.memory, compiled.hbm)
 
 
+def _reproduce(options: argparse.Namespace) -> None:
+    from anyexperts_jax.reproduce.readme import update_readme
+    from anyexperts_jax.reproduce.reproduce import plans, run_plans, whole_page, write_plans
+
+    runs = options.runs or pathlib.Path("runs", "reproduce_quick" if options.quick else "reproduce")
+    out = options.out or (runs / "tables" if options.quick else pathlib.Path("experiments", "results", "reproduce"))
+    found = plans(options.table, quick=options.quick, overrides=options.set)
+    left = 0
+    failed: Sequence = ()
+    if options.only != "tables":
+        outcome = run_plans(found, runs, workers=options.workers, deadline=options.deadline, note=_say)
+        left, failed = len(outcome.left), outcome.failed
+        _say(f"{len(outcome.done)} runs are done, {len(failed)} failed, {left} are left")
+    if left == 0 and options.only != "runs":
+        command = f"anyexperts reproduce {' '.join(options.table)}" + (" --quick" if options.quick else "")
+        drawn = plans(whole_page(options.table), quick=options.quick, overrides=options.set)
+        page = write_plans(drawn, runs, out, command, quick=options.quick, note=_say)
+        if options.readme:
+            update_readme(page, out, options.readme)
+    if failed:
+        run, last = failed[0]
+        raise UserError(
+            f"{len(failed)} runs failed, the first {runs / run.id} ({run.name}): {last}; see log.txt there; "
+            "the same command tries again"
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="anyexperts", description="Mixture-of-experts models in which each token gets as many experts as it needs."
@@ -213,6 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_bench(commands)
     _add_compile(commands)
+    _add_reproduce(commands)
     return parser
 
 
@@ -341,6 +369,26 @@ def _add_compile(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--limit", type=int, default=4, help="how many --search compiles (default: 4)")
     parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file")
     parser.set_defaults(command=_compile)
+
+
+def _add_reproduce(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("reproduce", help="the paper's tables and figures, over seeds, with verdicts")
+    parser.add_argument(
+        "table",
+        nargs="+",
+        help="table1 table2 table3 figure3 figure4 figure5, all, or TOML files",
+    )
+    parser.add_argument("--runs", type=pathlib.Path, help="where runs are kept (default: runs/reproduce)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs side by side (default: cores)")
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="stop then; the same command goes on")
+    parser.add_argument("--quick", action="store_true", help="few steps and one seed: does it work, not what it says")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override in every run; repeatable"
+    )
+    parser.add_argument("--only", choices=("runs", "tables"), help="make the runs alone, or tables of what is done")
+    parser.add_argument("--out", type=pathlib.Path, help="of tables (default: experiments/results/reproduce)")
+    parser.add_argument("--readme", type=pathlib.Path, help="also write the block between its markers")
+    parser.set_defaults(command=_reproduce)
 
 
 if __name__ == "__main__":

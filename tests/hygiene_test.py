@@ -27,6 +27,7 @@ LAYERS = [
     {"evolution"},
     {"analysis"},
     {"aot"},
+    {"reproduce"},
     {"cli"},
 ]
 LEVEL = {layer: level for level, layers in enumerate(LAYERS) for layer in layers}

@@ -15,6 +15,7 @@ from anyexperts_jax.analysis.measure import (
     sample_routing,
     summarise,
 )
+from anyexperts_jax.analysis.model_scores import model_scores
 from anyexperts_jax.analysis.results import BudgetResult, BudgetTime, EvaluationResult, save_evaluation
 from anyexperts_jax.analysis.scoring import longest_answer, predict, score_domain
 from anyexperts_jax.analysis.timing import time_budgets
@@ -44,6 +45,8 @@ class Options:
     batch_size: int = 64  # at most
     tolerance: float = 0.01  # of the realised budget on the calibration examples, relative
     time_rounds: int = 9
+    calibrated: bool = True  # False: the window of that nominal budget, whatever it realises
+    model_baselines: bool = False  # set importance also beside what router, gradient and embeddings say (slower)
 
     def __post_init__(self) -> None:
         for name in ("num_examples", "calibration_examples", "batch_size", "time_rounds"):
@@ -113,7 +116,7 @@ def evaluate_trained(
     model = with_room(trained.config.model, max(_most_slots(moe, budget) for budget in budgets))
     windows, realised = {}, {}
     for budget in budgets:
-        windows[budget], realised[budget] = calibrate(trained, model, validation, budget, options.tolerance, note)
+        windows[budget], realised[budget] = _window(trained, model, validation, budget, options, note)
         note(f"budget {budget:g}: window {_text(windows[budget])} realises {realised[budget]:.3f} on validation")
     times = time_budgets(trained, model, _mixed_batch(test, options.rows), windows, options.time_rounds)
     found = []
@@ -122,13 +125,15 @@ def evaluate_trained(
         note(f"budget {budget:g}: {_score_line(found[-1])}")
     own = own_window(moe)
     sample = sample_routing(trained, with_room(model, own[1]), test, own)
+    wanted = options.model_baselines and moe.uses_importance
+    more = model_scores(trained, model, sample, test, own) if wanted else {}
     return EvaluationResult(
         step=trained.step,
         examples_per_domain=options.num_examples,
         device=device_text(),
         versions=versions(),
         trained=summarise(sample, moe, own),
-        separations=measure_separations(sample, test, moe),
+        separations=measure_separations(sample, test, moe, more),
         budgets=tuple(found),
     )
 
@@ -136,6 +141,21 @@ def evaluate_trained(
 def load_batches(trained: Trained, domains: Sequence[str], split: str, examples: int, rows: int) -> Batches:
     """The first `examples` of each domain's split, the same ones every time, in batches of `rows`."""
     return {name: tuple(eval_batches(trained.config.data, name, split, rows, examples)) for name in domains}
+
+
+def _window(
+    trained: Trained,
+    model: ModelConfig,
+    batches: Batches,
+    budget: float,
+    options: Options,
+    note: Callable[[str], None],
+) -> tuple[Window, float]:
+    """The window for a budget, and what it realises on `batches`."""
+    if options.calibrated:
+        return calibrate(trained, model, batches, budget, options.tolerance, note)
+    window = own_window(shift_budget(trained.config.model.moe, budget))
+    return window, mean_real_slots(trained, model, batches, window)
 
 
 def calibrate(

@@ -31,6 +31,7 @@ class RoutingSample:
     importance_LBT: Float[ndarray, "L B T"]
     real_LBT: Int[ndarray, "L B T"]
     virtual_LBT: Int[ndarray, "L B T"]
+    entropy_LBT: Float[ndarray, "L B T"]  # nats, of the router's scores
     load_LME: Int[ndarray, "L M E"]
     dropped: int
     modality_BT: Int[ndarray, "B T"]
@@ -63,14 +64,18 @@ def sample_routing(trained: Trained, model: ModelConfig, batches: Batches, windo
             trace = jax.device_get(output.trace)
             load_LME = load_LME + load_by_modality(trace.expert_ids_BTK, np.asarray(batch.modality_BT), E)
             dropped += float(trace.metrics["dropped"].sum())
-            parts.append((trace.importance_BT, trace.real_slots_BT, trace.virtual_slots_BT))
+            entropy_LBT = trace.metrics["router_entropy_N"].reshape(trace.importance_BT.shape)
+            parts.append((trace.importance_BT, trace.real_slots_BT, trace.virtual_slots_BT, entropy_LBT))
             domain_B += [domain] * len(batch.tokens_BT)
-    importance_LBT, real_LBT, virtual_LBT = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+    importance_LBT, real_LBT, virtual_LBT, entropy_LBT = (
+        np.concatenate(part, axis=1) for part in zip(*parts, strict=True)
+    )
     every = [batch for of_domain in batches.values() for batch in of_domain]
     return RoutingSample(
         importance_LBT=importance_LBT,
         real_LBT=real_LBT,
         virtual_LBT=virtual_LBT,
+        entropy_LBT=entropy_LBT,
         load_LME=load_LME,
         dropped=round(dropped),
         modality_BT=np.concatenate([np.asarray(batch.modality_BT) for batch in every]),
@@ -123,18 +128,28 @@ def summarise(sample: RoutingSample, moe: AnyExpertsConfig, window: Window) -> R
     )
 
 
-def measure_separations(sample: RoutingSample, batches: Batches, moe: AnyExpertsConfig) -> tuple[Separation, ...]:
-    """Importance against the evidence of the batches the sample was taken on; none where importance does nothing."""
+def measure_separations(
+    sample: RoutingSample,
+    batches: Batches,
+    moe: AnyExpertsConfig,
+    more: Mapping[str, Float[ndarray, "B T"]] | None = None,
+) -> tuple[Separation, ...]:
+    """Importance against the evidence of the batches the sample was taken on; none where importance does nothing.
+
+    Args:
+      more: further scores to set it beside, by name.
+    """
     if not moe.uses_importance:
         return ()
     every = [batch for of_domain in batches.values() for batch in of_domain]
     baselines = [baseline_scores(batch, seed) for seed, batch in enumerate(every)]
+    scores = {name: np.concatenate([found[name] for found in baselines]) for name in baselines[0]}
     return separations(
         sample.importance_LBT,
         np.concatenate([candidates(batch) for batch in every]),
         np.concatenate([np.asarray(batch.evidence_BT) for batch in every]),
         sample.modality_BT,
-        {name: np.concatenate([scores[name] for scores in baselines]) for name in baselines[0]},
+        {**scores, **(more or {})},
     )
 
 

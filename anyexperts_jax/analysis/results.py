@@ -137,14 +137,14 @@ def load_evaluation(run_dir: pathlib.Path) -> EvaluationResult | None:
         return None
     try:
         values = json.loads(path.read_text())
-        config = dacite.Config(cast=[tuple], type_hooks={float: _read_float}, strict=True)
+        config = dacite.Config(cast=[tuple], type_hooks={float: read_float}, strict=True)
         return dacite.from_dict(EvaluationResult, values, config)
     except (json.JSONDecodeError, dacite.DaciteError, TypeError, AttributeError) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not an evaluation of this version ({line}); run evaluate again") from error
 
 
-def _read_float(value: Any) -> float:
+def read_float(value: Any) -> float:
     """JSON has no NaN: undefined figures are null there."""
     return _NAN if value is None else float(value)
 

@@ -79,12 +79,23 @@ class MultimodalModel(nn.Module):
           UserError: when the batch's shapes do not fit the configuration.
         """
         _check_batch(self.config, batch)
+        return self.decode(self.embed(batch), batch, router_bias_LC=router_bias_LC, window=window)
+
+    def decode(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        batch: Batch,
+        *,
+        router_bias_LC: Float[Array, "L C"] | None = None,
+        window: Float[Array, "2"] | None = None,
+    ) -> ModelOutput:
+        """The call from `embed` on: what follows the embedded sequence, for those who ask what depends on it."""
         length = batch.tokens_BT.shape[1]
         positions_BT = jnp.broadcast_to(jnp.arange(length), batch.tokens_BT.shape)
         valid_BT = jnp.asarray(batch.valid_BT)
         mask = whole_mask(CausalMask(valid_BT), self.config.stack.attention.head_dim, self.placement)
         context = self._context(positions_BT, valid_BT, mask, jnp.asarray(batch.modality_BT), window)
-        x_BTD, trace, _ = self._decode(self.embed(batch), context, router_bias_LC)
+        x_BTD, trace, _ = self._decode(x_BTD, context, router_bias_LC)
         return ModelOutput(self._logits(x_BTD), trace)
 
     def prefill(

@@ -37,8 +37,8 @@ def routing_metrics(
     """float32 metrics over valid tokens; no gradient flows through them. 0 where there is no valid token.
 
     "load_C": selected slots per column. "load_max_over_mean": of the real experts. "router_entropy": nats per token, of
-    the scores before IAR over all columns. "virtual_share": virtual slots over slots. "mean_slots", "mean_real_slots",
-    "mean_importance": per token.
+    the scores before IAR over all columns; "router_entropy_N": each token's. "virtual_share": virtual slots over slots.
+    "mean_slots", "mean_real_slots", "mean_importance": per token.
     """
     probabilities_NC = jax.lax.stop_gradient(probabilities_NC)
     real_E = load_C[: config.num_experts]
@@ -49,6 +49,7 @@ def routing_metrics(
         "load_C": load_C,
         "load_max_over_mean": real_E.max() / jnp.maximum(real_E.mean(), 1 / config.num_experts),
         "router_entropy": masked_mean(entropy_N, valid_N),
+        "router_entropy_N": jnp.where(valid_N, entropy_N, 0),
         "mean_slots": masked_mean(real + virtual, valid_N),
         "mean_real_slots": masked_mean(real, valid_N),
         "virtual_share": virtual.sum() / jnp.maximum((real + virtual).sum(), 1),

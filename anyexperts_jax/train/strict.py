@@ -72,6 +72,8 @@ def _known(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         table = _dataclass_in(hints[key])
         if table is not None and isinstance(value, Mapping):
             value = _known(table, value, f"{prefix}{key}.")
+        elif table is not None and isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+            value = [_known(table, item, f"{prefix}{key}[{i}].") for i, item in enumerate(value)]
         known[key] = None if value == "none" and type(None) in get_args(hints[key]) else value
     return known
 

@@ -85,7 +85,10 @@ def test_more_padding_changes_nothing(params, output):
     for name, value in output.trace.losses.items():
         np.testing.assert_allclose(result.trace.losses[name], value, rtol=1e-5, err_msg=name)
     for name, value in output.trace.metrics.items():
-        np.testing.assert_allclose(result.trace.metrics[name], value, rtol=1e-5, err_msg=name)
+        found = result.trace.metrics[name]
+        if name.endswith("_N"):  # of every token
+            found, value = (a.reshape(len(a), len(valid), -1)[:, :, :22][:, valid] for a in (found, value))
+        np.testing.assert_allclose(found, value, rtol=1e-5, err_msg=name)
 
 
 def test_what_padding_holds_changes_nothing(params, output):

@@ -1,0 +1,1 @@
+"""Tables and figures from declared experiments: which runs, how they are run, and what they say."""

@@ -1,0 +1,218 @@
+"""`Experiment`: a table or figure as a list of variants of one run, times seeds, from a TOML file, strictly."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.routing.budget import shift_budget
+from anyexperts_jax.train.config import RunConfig, load_config
+from anyexperts_jax.train.strict import build, closest, flatten, merge
+
+TABLES = ("table1", "table2", "table3", "figure3", "figure4", "figure5")
+CONFIGS = pathlib.Path("experiments") / "configs"  # under the current directory: they come with a checkout
+_ID_LENGTH = 12
+_LABELS = ("name", "keep", "stage")
+_NOTHING = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Amounts:
+    """How much every run of an experiment is measured."""
+
+    test_examples: int = 256  # of each domain
+    validation_examples: int = 32
+    model_baselines: bool = True  # AUC of what router, gradient and embeddings say of a token
+
+    def __post_init__(self) -> None:
+        for name in ("test_examples", "validation_examples"):
+            require(getattr(self, name) >= 1, f"evaluation.{name}={getattr(self, name)} must be >= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """The base run with `set` laid over it, evaluated at the nominal budgets `budgets`."""
+
+    name: str
+    set: tuple[str, ...] = ()  # as `anyexperts train --set` takes them
+    budgets: tuple[float, ...] = ()  # real experts per token; none: the one it is trained with
+    seeds: tuple[int, ...] | None = None  # None: the experiment's
+    stage: int = 1  # all seeds of a stage run before the next stage
+    keep: tuple[int, ...] = ()  # seeds whose checkpoint is kept, for pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Quick:
+    """What --quick changes: fewer seeds, and overrides of every variant."""
+
+    seeds: tuple[int, ...] = (0,)
+    set: tuple[str, ...] = ()
+    test_examples: int = 16
+
+    def __post_init__(self) -> None:
+        _require_seeds("quick.seeds", self.seeds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One table or figure.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    title: str
+    base: str  # what the variants vary: a .toml beside this file, or a preset of `anyexperts train`
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    recipe: str = "train_and_evaluate"  # how a run is made, see `recipes`
+    evaluation: Amounts = dataclasses.field(default_factory=Amounts)
+    quick: Quick = dataclasses.field(default_factory=Quick)
+
+    def __post_init__(self) -> None:
+        _require_seeds("seeds", self.seeds)
+        require(len(self.variants) > 0, "variants is empty; give at least one [[variants]]")
+        names = [variant.name for variant in self.variants]
+        require(len(set(names)) == len(names), f"two variants have the same name, of {comma_list(names)}")
+        for variant in self.variants:
+            _require_seeds(f"variant {variant.name!r}: seeds", self.seeds if variant.seeds is None else variant.seeds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run with its evaluation, whichever tables want it."""
+
+    name: str
+    config: RunConfig
+    budgets: tuple[float, ...]
+    evaluation: Amounts
+    recipe: str
+    keep: bool = False
+    stage: int = 1
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Runs with one id are the same run: it hashes what decides the result, and none of `_LABELS`.
+
+        What has its default is left out, so that a field a later version adds does not make every run another.
+        """
+        usual = flatten(RunConfig())
+        config = {key: value for key, value in flatten(self.config).items() if value != usual.get(key, _NOTHING)}
+        others = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("config", *_LABELS)}
+        parts = {"config": config, **others}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:_ID_LENGTH]
+
+
+def load_experiment(source: str | pathlib.Path, configs: pathlib.Path = CONFIGS) -> tuple[Experiment, pathlib.Path]:
+    """The experiment of a name in the folder `configs`, or of a path to a .toml file; and that path.
+
+    Raises:
+      UserError: no such file, or one line with file, key and the valid keys or values.
+    """
+    path = pathlib.Path(source)
+    if path.suffix != ".toml":
+        path = configs / f"{source}.toml"
+        require(
+            configs.is_dir(),
+            f"no folder {configs} here, where the experiments lie; run this in a checkout, or give a path to a .toml",
+        )
+        names = [name for name in TABLES if (configs / f"{name}.toml").exists()]
+        require(path.exists(), f"no experiment {str(source)!r}; {closest(str(source), names)}, or a path to a .toml")
+    values = _read(path)
+    try:
+        return build(Experiment, values), path
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def runs_of(
+    experiment: Experiment, path: pathlib.Path, *, quick: bool = False, overrides: Sequence[str] = ()
+) -> dict[tuple[str, int], Run]:
+    """The experiment's runs by variant and seed, in the order in which to run them: by stage, seed and variant.
+
+    Args:
+      path: the experiment's file, for messages and to find the base beside it.
+      quick: fewer seeds and steps, as the experiment says.
+      overrides: laid over every variant.
+
+    Raises:
+      UserError: a variant whose overrides or budgets do not fit the base.
+    """
+    amounts = experiment.evaluation
+    if quick:
+        amounts = dataclasses.replace(amounts, test_examples=min(amounts.test_examples, experiment.quick.test_examples))
+    wanted = []
+    for place, variant in enumerate(experiment.variants):
+        seeds = experiment.seeds if variant.seeds is None else variant.seeds
+        if quick:
+            seeds = tuple(seed for seed in seeds if seed in experiment.quick.seeds) or seeds[:1]
+        wanted += [(variant.stage, order, place, seed) for order, seed in enumerate(seeds)]
+    found = {}
+    for _, _, place, seed in sorted(wanted):
+        variant = experiment.variants[place]
+        quicker = experiment.quick.set if quick else ()
+        laid_over = (*variant.set, *quicker, *overrides, f"seed={seed}", f"data.seed={seed}")
+        try:
+            config = load_config(_base(experiment.base, path), laid_over)
+            budgets = tuple(float(one) for one in variant.budgets) or (config.model.moe.expected_real_slots,)
+            for budget in budgets:
+                shift_budget(config.model.moe, budget)
+        except UserError as error:
+            raise UserError(f"{path}, variant {variant.name!r}: {error}") from error
+        keep = seed in variant.keep
+        found[variant.name, seed] = Run(
+            variant.name, config, budgets, amounts, experiment.recipe, keep=keep, stage=variant.stage
+        )
+    return found
+
+
+def shared(runs: Sequence[Mapping[tuple[str, int], Run]]) -> list[Run]:
+    """The runs of several experiments, each once, by stage and seed; kept where one of them keeps it."""
+    found: dict[str, Run] = {}
+    for run in (run for each in runs for run in each.values()):
+        known = found.get(run.id, run)
+        merged = {"keep": known.keep or run.keep, "stage": min(known.stage, run.stage)}
+        found[run.id] = dataclasses.replace(known, **merged)  # type: ignore[arg-type]
+    return sorted(found.values(), key=lambda run: (run.stage, run.config.seed))
+
+
+def run_to_json(run: Run) -> str:
+    return json.dumps(dataclasses.asdict(run)) + "\n"
+
+
+def run_from_json(text: str) -> Run:
+    """The inverse of `run_to_json`."""
+    values: dict[str, Any] = json.loads(text)
+    return build(Run, values)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """The file's tables, laid over those of the file beside it that its key `like` names."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read experiment {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    like = values.pop("like", None)
+    if like is None:
+        return values
+    other = path.parent / str(like)
+    require(other.name != path.name, f"{path}: like={like!r} names the file itself")
+    return merge(_read(other), values)
+
+
+def _base(name: str, path: pathlib.Path) -> str:
+    beside = path.parent / name
+    return str(beside) if name.endswith(".toml") else name
+
+
+def _require_seeds(name: str, seeds: Sequence[int]) -> None:
+    require(len(seeds) > 0, f"{name} is empty; give at least one seed")
+    require(len(set(seeds)) == len(seeds), f"{name}={list(seeds)} names a seed twice")
+    require(min(seeds) >= 0, f"{name}={list(seeds)} must be >= 0")

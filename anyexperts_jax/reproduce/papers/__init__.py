@@ -1,0 +1,32 @@
+"""The papers' own figures, copied with their source, to set ours beside. Their data and scale are not ours."""
+
+import csv
+import importlib.resources
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    text = (importlib.resources.files(__name__) / f"{name}.csv").read_text()
+    return list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
+
+
+def audio_wer() -> dict[tuple[str, float], float]:
+    """AnyExperts' Table 1: word error rate in percent by kind ("dynamic", "static") and experts per token."""
+    return {(row["kind"], float(row["experts_per_token"])): float(row["wer"]) for row in _rows("anyexperts_table1")}
+
+
+def budget_scores() -> dict[tuple[str, str], dict[float, float]]:
+    """AnyExperts' Table 2: by domain and benchmark, the score at each budget; for speech the word error rate."""
+    return {
+        (row["domain"], row["benchmark"]): {8.0: float(row["avg_k_8.0"]), 7.2: float(row["avg_k_7.2"])}
+        for row in _rows("anyexperts_table2")
+    }
+
+
+def ablation_scores() -> dict[tuple[str, str], dict[str, float]]:
+    """AnyExperts' Table 3: by domain and benchmark, the score of each ablation; for speech the word error rate."""
+    return {
+        (row["domain"], row["benchmark"]): {
+            name: float(value) for name, value in row.items() if name not in ("domain", "benchmark")
+        }
+        for row in _rows("anyexperts_table3")
+    }

@@ -1,0 +1,41 @@
+"""README's main figure and table of verdicts, written from the committed results between two markers."""
+
+import os
+import pathlib
+
+from anyexperts_jax.analysis.tables import TextTable
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.reproduce.output import MAIN_FIGURE, PAGE_NAME, Page, claims_of, markdown_table
+from anyexperts_jax.reproduce.tables import verdict_table
+
+BEGIN = "<!-- anyexperts reproduce: begin -->"
+END = "<!-- anyexperts reproduce: end -->"
+
+
+def update_readme(page: Page, folder: pathlib.Path, readme: pathlib.Path) -> None:
+    """Replaces what stands between the markers in `readme` by the main figure and the verdicts.
+
+    Raises:
+      UserError: no such file, or not exactly one pair of markers in it.
+    """
+    try:
+        text = readme.read_text()
+    except OSError as error:
+        raise UserError(f"cannot read {readme}: {error.strerror}") from error
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UserError(f"{readme} must hold {BEGIN} and then {END}, once each, on lines of their own")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{block(page, folder, readme.parent)}{END}{after}")
+
+
+def block(page: Page, folder: pathlib.Path, base: pathlib.Path) -> str:
+    """The figure and the verdicts without their details, with links relative to `base`."""
+    where = pathlib.Path(os.path.relpath(folder, base)).as_posix()
+    whole = verdict_table(claims_of(page.results))
+    short = TextTable(whole.title, whole.columns[:4], tuple(row[:4] for row in whole.rows))
+    return (
+        f"![Score against realised real experts per token, dynamic and static]({where}/{MAIN_FIGURE})\n\n"
+        f"{markdown_table(short)}\n\n"
+        f"By domain, with tables 1 to 3 and the paper's figures beside ours: [{where}]({where}/{PAGE_NAME}).\n"
+    )

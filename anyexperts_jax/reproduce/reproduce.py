@@ -1,0 +1,108 @@
+"""`reproduce`: the runs of tables and figures, and then the tables and figures."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.reproduce.collect import Results, collect, load_kept, save_kept
+from anyexperts_jax.reproduce.experiment import CONFIGS, TABLES, Run, load_experiment, runs_of, shared
+from anyexperts_jax.reproduce.layer_times import LayerTimes, load_layer_times, measure_layer_times, save_layer_times
+from anyexperts_jax.reproduce.maps import FIGURE4, FIGURE5, draw_maps
+from anyexperts_jax.reproduce.output import Page, write_page
+from anyexperts_jax.reproduce.pool import Outcome, run_all
+
+ALL = "all"
+_MAPS = {"figure4": FIGURE4, "figure5": FIGURE5}
+Note = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One table or figure and its runs by variant and seed."""
+
+    name: str
+    runs: dict[tuple[str, int], Run]
+
+
+def plans(
+    tables: Sequence[str], *, quick: bool = False, overrides: Sequence[str] = (), configs: pathlib.Path = CONFIGS
+) -> list[Plan]:
+    """The plans of tables by name ("all": every one), or of paths to .toml files.
+
+    Raises:
+      UserError: no such experiment, or a wrong one.
+    """
+    names = [name for table in tables for name in (TABLES if table == ALL else (table,))]
+    found = []
+    for name in dict.fromkeys(names):
+        experiment, path = load_experiment(name, configs)
+        found.append(Plan(path.stem, runs_of(experiment, path, quick=quick, overrides=overrides)))
+    return found
+
+
+def whole_page(tables: Sequence[str]) -> Sequence[str]:
+    """What to draw where `tables` were asked for: all that share their runs and page, or these if one is a path."""
+    return (ALL,) if set(tables) <= {ALL, *TABLES} else tables
+
+
+def run_plans(
+    found: Sequence[Plan],
+    root: pathlib.Path,
+    *,
+    workers: int,
+    deadline: float | None = None,
+    note: Note = lambda line: None,
+) -> Outcome:
+    """Makes every run of the plans, each once, under `root`; what is done is kept. See `pool.run_all`."""
+    runs = shared([plan.runs for plan in found])
+    return run_all(runs, root, workers=workers, deadline=deadline, note=note)
+
+
+def write_plans(
+    found: Sequence[Plan],
+    root: pathlib.Path,
+    out: pathlib.Path,
+    command: str,
+    *,
+    quick: bool = False,
+    note: Note = lambda line: None,
+) -> Page:
+    """Writes tables and figures of what is done into `out`, with the results they are made from in runs.jsonl.
+
+    Results come from `root`, or where they are not there from `out`'s runs.jsonl, so that a checkout can draw what was
+    committed. Layer times are measured once and kept in `out`; so are importance maps, drawn where a checkpoint is.
+
+    Raises:
+      UserError: nothing is done yet, or a file is not what this version writes.
+    """
+    kept = load_kept(out)
+    results = {plan.name: collect(plan.runs, root, kept) for plan in found}
+    done = {one.id: one for each in results.values() for one in each.found.values()}
+    require(len(done) > 0, f"no run of {', '.join(plan.name for plan in found)} is done in {root} or {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    save_kept({**kept, **done}, out)
+    page = Page(results, command, quick, _layer_times(results, out, note))
+    for path in [*write_page(page, out), *_maps(found, root, out)]:
+        note(f"wrote {path}")
+    return page
+
+
+def _layer_times(results: dict[str, Results], out: pathlib.Path, note: Note) -> LayerTimes | None:
+    if "figure3" not in results:
+        return None
+    times = load_layer_times(out)
+    if times is None:
+        note("measuring layer times")
+        times = measure_layer_times()
+        save_layer_times(times, out)
+    return times
+
+
+def _maps(found: Sequence[Plan], root: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
+    paths = []
+    for plan in found:
+        kept = [run for run in plan.runs.values() if run.keep]
+        for run in kept if plan.name in _MAPS else ():
+            paths += draw_maps(run, root, _MAPS[plan.name], out, f"{plan.name}_{run.name.replace(' ', '_')}")
+    return paths

@@ -1,0 +1,161 @@
+"""Experiments from TOML: strict, in order, each run once."""
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.reproduce.experiment import (
+    TABLES,
+    load_experiment,
+    run_from_json,
+    run_to_json,
+    runs_of,
+    shared,
+)
+from anyexperts_jax.train.strict import flatten
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs"
+MINIMAL = """
+title = "a table"
+base = "smoke"
+seeds = [0, 1]
+[[variants]]
+name = "late"
+stage = 2
+set = ["optim.lr=1e-3"]
+[[variants]]
+name = "early"
+budgets = [4.8]
+keep = [1]
+"""
+
+
+def write(folder, text, name="one.toml"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def load(folder, text, **options):
+    return runs_of(*load_experiment(write(folder, text)), **options)
+
+
+def test_runs_come_by_stage_and_seed(tmp_path):
+    runs = load(tmp_path, MINIMAL)
+    assert list(runs) == [("early", 0), ("early", 1), ("late", 0), ("late", 1)]
+    run = runs["late", 1]
+    assert (run.config.seed, run.config.data.seed, run.config.optim.lr) == (1, 1, 1e-3)
+    assert run.budgets == (run.config.model.moe.expected_real_slots,)
+    assert [one.keep for one in runs.values()] == [False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "sedes = [1]", "unknown key variants[1].sedes; did you mean seeds"),
+        ("sedes = [1]\n" + MINIMAL, "unknown key sedes; did you mean seeds"),
+        (MINIMAL.replace("[0, 1]", "[0, 0]"), "names a seed twice"),
+        (MINIMAL.replace("[0, 1]", "[]"), "seeds is empty"),
+        (MINIMAL.replace('"late"', '"early"'), "two variants have the same name"),
+        (MINIMAL.replace("optim.lr=1e-3", "optim.rl=1e-3"), "variant 'late': config smoke: unknown key optim.rl"),
+        (MINIMAL.replace("[4.8]", "[99.0]"), "variant 'early': target_real=99 is out of reach"),
+        (MINIMAL.replace("stage = 2", 'stage = "2"'), "stage"),
+        ('title = "x"\nbase = "smoke"', "variants"),
+        ("title = ", "not valid TOML"),
+        ('like = "one.toml"', "names the file itself"),
+        ('like = "nowhere.toml"', "cannot read experiment"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, text, message):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_like_takes_what_is_not_said(tmp_path):
+    write(tmp_path, MINIMAL, "base_of.toml")
+    runs = load(tmp_path, 'title = "another"\nlike = "base_of.toml"\nseeds = [7]')
+    assert list(runs) == [("early", 7), ("late", 7)]
+
+
+def test_an_unknown_name_is_told_the_valid_ones(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="did you mean figure3"):
+        load_experiment("figur3", CONFIGS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="run this in a checkout"):
+        load_experiment("figure3")
+
+
+def test_quick_takes_fewer_seeds_and_other_steps(tmp_path):
+    text = MINIMAL.replace("[[variants]]", '[quick]\nseeds = [1]\nset = ["train.steps=4"]\n[[variants]]', 1)
+    runs = load(tmp_path, text, quick=True)
+    assert list(runs) == [("early", 1), ("late", 1)]
+    assert {run.config.train.steps for run in runs.values()} == {4}
+    assert not {run.id for run in runs.values()} & {run.id for run in load(tmp_path, text).values()}
+
+
+def test_a_run_is_what_decides_its_result(tmp_path):
+    one = load(tmp_path, MINIMAL)["early", 0]
+    assert dataclasses.replace(one, name="another", keep=True, stage=5).id == one.id
+    assert dataclasses.replace(one, budgets=(4.8, 5.6)).id != one.id
+    assert dataclasses.replace(one, recipe="another").id != one.id
+    assert dataclasses.replace(one, config=dataclasses.replace(one.config, seed=9)).id != one.id
+    other = dataclasses.replace(one.config, optim=dataclasses.replace(one.config.optim, lr=0.5))
+    assert dataclasses.replace(one, config=other).id != one.id
+    assert run_from_json(run_to_json(one)) == one
+    assert run_from_json(run_to_json(one)).id == one.id
+
+
+def test_a_new_field_with_its_default_does_not_make_every_run_another(tmp_path, monkeypatch):
+    one = load(tmp_path, MINIMAL)["early", 0]
+    before = one.id
+    fuller = lambda config: {**flatten(config), "train.new_field": 3}  # noqa: E731
+    monkeypatch.setattr("anyexperts_jax.reproduce.experiment.flatten", fuller)
+    assert one.id == before
+
+
+def test_experiments_share_runs(tmp_path):
+    first = load(tmp_path, MINIMAL)
+    same = MINIMAL.replace('"late"', '"other name"').replace("keep = [1]", "keep = [0]").replace("stage = 2", "")
+    second = load(tmp_path, same)
+    runs = shared([first, second])
+    assert len(runs) == 4
+    assert [(run.name, run.config.seed, run.keep) for run in runs] == [
+        ("early", 0, True),
+        ("late", 0, False),
+        ("early", 1, True),
+        ("late", 1, False),
+    ]
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return {name: runs_of(*load_experiment(name, CONFIGS)) for name in TABLES}
+
+
+def test_the_committed_experiments_share_their_runs(committed):
+    assert len(shared(list(committed.values()))) == 130
+    assert committed["table1"].keys() == committed["figure3"].keys()
+    ids = {}
+    for runs in committed.values():
+        for key, run in runs.items():
+            assert ids.setdefault(key, run.id) == run.id, f"{key} is not the same run in every table"
+
+
+def test_the_committed_experiments_compare_like_with_like(committed):
+    """Only the routing policy differs between variants; every seed has its own data, shared by all variants."""
+    seeds = {seed for _, seed in committed["figure3"]}
+    assert len(seeds) >= 5
+    for runs in committed.values():
+        for (_, seed), run in runs.items():
+            default = committed["table3"]["dynamic 8.0", seed].config
+            model = dataclasses.replace(run.config.model, moe=default.model.moe)
+            assert dataclasses.replace(run.config, model=model) == default
+
+
+def test_quick_shares_runs_too():
+    runs = [runs_of(*load_experiment(name, CONFIGS), quick=True) for name in TABLES]
+    assert len(shared(runs)) == 26
