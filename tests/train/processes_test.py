@@ -108,7 +108,7 @@ def launch(tmp_path):
     started = []
 
     def launch(config, run_dir, count, *options, model="linear", only=None):
-        path = tmp_path / "config.json"
+        path = tmp_path / f"config{len(started)}.json"
         path.write_text(to_json(config))
         environment = {
             **os.environ,
@@ -169,7 +169,7 @@ def test_a_run_goes_on_in_two_four_and_one_process_as_in_one(tmp_path, launch, m
     first = launch(config, run, 2)
     wait_for(first, lambda: checkpoint_steps(run) and len(losses(run)) > 12, tmp_path)
     first[1].kill()
-    assert first[0].wait(timeout=60) == PeerLostError.exit_code, output_of(tmp_path, 0)
+    assert first[0].wait(timeout=300) == PeerLostError.exit_code, output_of(tmp_path, 0)
     assert "anyexperts: another process is gone (" in output_of(tmp_path, 0).splitlines()[-1]
     killed_at = max(losses(run))
     assert killed_at < 60
@@ -177,7 +177,7 @@ def test_a_run_goes_on_in_two_four_and_one_process_as_in_one(tmp_path, launch, m
     second = launch(config, run, 4)
     wait_for(second, lambda: max(losses(run), default=0) > killed_at, tmp_path)
     second[2].send_signal(signal.SIGTERM)
-    assert [process.wait(timeout=60) for process in second] == [143] * 4
+    assert [process.wait(timeout=300) for process in second] == [143] * 4
     stopped_at = max(checkpoint_steps(run))
     assert killed_at < stopped_at < 60
     lines = [output_of(tmp_path, number).splitlines()[-1] for number in range(2, 6)]
@@ -202,8 +202,8 @@ def test_experts_on_two_processes_give_the_losses_of_one(tmp_path, launch):
     stack = dataclasses.replace(MODEL.stack, dispatch="exchange")
     config = run_config(model=dataclasses.replace(MODEL, stack=stack), steps=3, mesh=MeshConfig(data=1, expert=-1))
     running = launch(config, tmp_path / "run", 2, model="model")
-    assert [process.wait(timeout=300) for process in running] == [0, 0], output_of(tmp_path, 0)
-    train(run_config(steps=3), tmp_path / "one", progress=False)
+    running += launch(run_config(steps=3), tmp_path / "one", 1, model="model")
+    assert [process.wait(timeout=300) for process in running] == [0, 0, 0], output_of(tmp_path, 0)
     assert list(losses(tmp_path / "run")) == [1, 2, 3]
     ours, theirs = (list(losses(tmp_path / name).values()) for name in ("run", "one"))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
@@ -212,8 +212,8 @@ def test_experts_on_two_processes_give_the_losses_of_one(tmp_path, launch):
 def test_a_missing_peer_is_one_line_after_a_time_out(tmp_path, launch):
     start = time.monotonic()
     (process,) = launch(run_config(), tmp_path / "run", 2, "--set", "runtime.peer_timeout=2", only=0)
-    assert process.wait(timeout=60) == 5
-    assert time.monotonic() - start < 40
+    assert process.wait(timeout=300) == 5
+    assert time.monotonic() - start < 200
     (line,) = output_of(tmp_path, 0).splitlines()
     assert line.startswith("anyexperts: process 0 of 2 waited 2 s for the others at 127.0.0.1:")
     assert "runtime.peer_timeout" in line
