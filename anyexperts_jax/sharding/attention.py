@@ -4,6 +4,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from anyexperts_jax.ops._select import on_one_device
 from anyexperts_jax.ops.attention import CausalMask, attention
 from anyexperts_jax.ops.attention.api import default_implementation
 from anyexperts_jax.sharding.expert_parallel import Placement
@@ -17,9 +18,11 @@ def whole_mask(mask: CausalMask, width: int, placement: Placement | None) -> Cau
       width: of a head.
     """
     runs = default_implementation(mask.valid_BT.shape[1], width, causal=True) == "splash"
-    if placement is not None:  # a kernel sees the positions that its device has
-        runs = runs and parts(placement.mesh, placement.rules.length) == 1
-    return mask if runs else mask.dense()
+    if placement is None:
+        whole = on_one_device()
+    else:  # a kernel sees the positions that its device has
+        whole = parts(placement.mesh, placement.rules.length) == 1
+    return mask if runs and whole else mask.dense()
 
 
 def split_attention(

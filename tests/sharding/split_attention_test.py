@@ -33,6 +33,8 @@ def test_the_mask_stays_whole_where_a_kernel_runs_that_sees_all_positions(monkey
     mask = operands()[1]
     assert isinstance(split.whole_mask(mask, A, None), jax.Array)  # no TPU here
     monkeypatch.setattr(split, "default_implementation", lambda *sizes, causal: "splash")
+    assert not isinstance(split.whole_mask(mask, A, None), CausalMask)  # eight devices, and no word of where arrays are
+    monkeypatch.setattr(split, "on_one_device", lambda: True)
     assert split.whole_mask(mask, A, None) is mask
     assert split.whole_mask(mask, A, Placement(make_mesh(MESHES["heads"]))) is mask
     positions = Placement(make_mesh(MeshConfig(data=4, sequence=2)))
