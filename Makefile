@@ -7,12 +7,13 @@ BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 AOT_BIN := $(AOT_VENV)/bin
 
-.PHONY: help install demo demo-smoke test test-aot lint types format check clean
+.PHONY: help install demo demo-smoke test test-aot test-notebooks lint types format check clean
 
 help:
 	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 12 minutes)"
 	@echo "make demo-smoke  the same in about a minute, too short to learn anything"
 	@echo "make test        install and run the tests"
+	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
 	@echo "make test-aot    compile the kernels for TPUs and GPUs that are not here (Linux; 1.2 GB of compilers)"
 	@echo "make check       lint, format check and types"
 
@@ -47,6 +48,13 @@ $(AOT_BIN)/.installed: pyproject.toml
 	$(AOT_BIN)/python -m pip install --quiet --upgrade pip
 	$(AOT_BIN)/python -m pip install --quiet --editable '.[test,aot,aot-gpu]'
 	touch $@
+
+$(BIN)/.installed-notebooks: $(BIN)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[test,notebooks]'
+	touch $@
+
+test-notebooks: $(BIN)/.installed-notebooks
+	$(BIN)/python -m pytest tests/colab_test.py -n 2
 
 test-aot: $(AOT_BIN)/.installed
 	$(AOT_BIN)/python -m pytest -m aot tests/aot --durations=5
