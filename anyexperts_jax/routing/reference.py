@@ -60,7 +60,8 @@ def route_reference(
     ]
     valid_tokens = [token for sequence in sequences for token in sequence]
     plan["losses"] = _losses(config, sequences, valid_tokens)
-    plan["metrics"] = _metrics(config, valid_tokens)
+    entropy_N = np.array([_entropy(token) if ok else 0.0 for token, ok in zip(tokens, valid_N, strict=True)])
+    plan["metrics"] = {**_metrics(config, valid_tokens), "router_entropy_N": entropy_N}
     return plan
 
 
@@ -179,6 +180,10 @@ def _losses(config: AnyExpertsConfig, sequences: list[list[_Token]], tokens: lis
     return {"balance": float(np.mean(balance)), "importance": regulariser, "z": z}
 
 
+def _entropy(token: _Token) -> float:
+    return float(-sum(p * math.log(p) for p in token.probabilities_C))
+
+
 def _metrics(config: AnyExpertsConfig, tokens: list[_Token]) -> dict[str, Any]:
     load_C = _load(config, tokens)
     names = ("router_entropy", "mean_slots", "mean_real_slots", "virtual_share", "mean_importance")
@@ -186,11 +191,10 @@ def _metrics(config: AnyExpertsConfig, tokens: list[_Token]) -> dict[str, Any]:
         return {"load_C": load_C, "load_max_over_mean": 0.0, **dict.fromkeys(names, 0.0)}
     real_E = load_C[: config.num_experts]
     slots = sum(len(token.chosen) for token in tokens)
-    entropies = [-sum(p * math.log(p) for p in token.probabilities_C) for token in tokens]
     return {
         "load_C": load_C,
         "load_max_over_mean": real_E.max() / real_E.mean() if real_E.any() else 0.0,
-        "router_entropy": float(np.mean(entropies)),
+        "router_entropy": float(np.mean([_entropy(token) for token in tokens])),
         "mean_slots": slots / len(tokens),
         "mean_real_slots": sum(len(token.real) for token in tokens) / len(tokens),
         "virtual_share": sum(len(token.virtual) for token in tokens) / slots,
