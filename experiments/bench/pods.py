@@ -44,10 +44,7 @@ class Case:
     def config(self) -> RunConfig:
         """One sequence of 4096 positions a device."""
         devices = len(slice_devices(self.topology))
-        settings = [f"train.batch_size={devices}"]
-        if self.topology.startswith("h100"):
-            settings.append("model.stack.expert_mlp=pallas_gpu")
-        config = load_config(CONFIG, settings)
+        config = load_config(CONFIG, [f"train.batch_size={devices}"])
         if self.budget == BUDGETS[0]:
             return dataclasses.replace(config, model=static_twin(config.model, 8))
         moe = shift_budget(config.model.moe, float(self.budget))
