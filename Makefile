@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 AOT_VENV ?= .venv-aot
 RUN ?= runs/demo
+PYTEST_ARGS ?=
 BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 AOT_BIN := $(AOT_VENV)/bin
@@ -40,7 +41,7 @@ demo-smoke: $(BIN)/.installed
 	$(BIN)/anyexperts report $(RUN)
 
 test: $(BIN)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 # An environment of its own: the compilers are large, and nothing else needs them.
 $(AOT_BIN)/.installed: pyproject.toml

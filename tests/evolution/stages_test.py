@@ -69,6 +69,7 @@ def chosen(flags):
     return {name for name, flag in named_leaves(flags).items() if flag}
 
 
+@pytest.mark.slow
 def test_what_a_stage_does_not_train_is_bit_for_bit_the_stage_befores(done):
     root, results = done
     assert set(results) == {"warm_up", "evolving", "routing"}
@@ -91,6 +92,7 @@ def test_what_a_stage_does_not_train_is_bit_for_bit_the_stage_befores(done):
             assert all(not np.array_equal(every[i], every[j]) for j in range(i)), name
 
 
+@pytest.mark.slow
 def test_the_optimiser_has_state_for_what_trains_alone(done):
     root, _ = done
     run = a_run()
@@ -118,6 +120,7 @@ def test_stage_three_trains_the_routers_they_and_the_experts_or_everything(tmp_p
         evolve(copies, tmp_path, ("routing",), progress=False)
 
 
+@pytest.mark.slow
 def test_distances_and_each_experts_loss_are_logged(done):
     root, _ = done
     record = [r for r in read_records(root / "evolving" / "metrics.jsonl") if r["kind"] == "validation"][-1]
@@ -131,6 +134,7 @@ def test_distances_and_each_experts_loss_are_logged(done):
     assert "experts" in read_records(root / "routing" / "metrics.jsonl")[-1]
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_nothing_again_and_a_stopped_one_goes_on(done, tmp_path):
     root, results = done
     again = evolve(a_run(), root, progress=False)
@@ -145,6 +149,7 @@ def test_a_finished_run_does_nothing_again_and_a_stopped_one_goes_on(done, tmp_p
         np.testing.assert_array_equal(leaf, trained(stopped, "routing")[name])
 
 
+@pytest.mark.slow
 def test_a_changed_config_or_a_missing_stage_is_a_clear_error(done, tmp_path):
     root, _ = done
     with pytest.raises(
@@ -166,6 +171,7 @@ def test_a_changed_config_or_a_missing_stage_is_a_clear_error(done, tmp_path):
         evolve(a_run(), half, ("evolving",), progress=False)
 
 
+@pytest.mark.slow
 def test_stage_two_has_the_dense_models_loss_before_its_first_step(done):
     """The model with expert 1 alone is the dense one, and no other expert or router has a gradient."""
     root, _ = done

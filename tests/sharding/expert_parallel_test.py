@@ -74,6 +74,7 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
     assert stats.rows == (CASES[case] < EMPTY).sum()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_dropped_and_counted_over_all_devices():
     plan = plan_of("one shard's experts alone")
     placement, rows = place(MESHES["expert 8"]), rows_per_shard(plan.spec, LENGTH, 8)
@@ -84,6 +85,7 @@ def test_what_does_not_fit_is_dropped_and_counted_over_all_devices():
     np.testing.assert_array_equal((y_ND != 0).any(1).reshape(SEQUENCES, LENGTH).sum(0), [SEQUENCES, 0, 0, 0, 0, 0])
 
 
+@pytest.mark.slow
 def test_drops_do_not_depend_on_later_tokens():
     placement = place(MESHES["data 2, expert 4"])
     operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
