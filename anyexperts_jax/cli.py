@@ -246,9 +246,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a preset (tiny, small, smoke), a TOML file, or a run's config.json")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as in optim.lr=1e-3; repeatable"
-    )
+    _add_set(parser, "override, as in optim.lr=1e-3; repeatable")
+
+
+def _add_set(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -267,9 +269,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 def _add_evolve(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("evolve", help="EvoMoE: a dense model, experts evolved from it, a router for them")
     parser.add_argument("config", help="a preset (evolve_tiny, evolve_smoke), a TOML file, or a run's evolve.json")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, as in evolve.trains=all; repeatable"
-    )
+    _add_set(parser, "override, as in evolve.trains=all; repeatable")
     parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
     parser.add_argument("--stage", nargs="+", help="of warm_up evolving routing (default: all, in order)")
     parser.set_defaults(command=_evolve)
@@ -382,9 +382,7 @@ def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs side by side (default: cores)")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="stop then; the same command goes on")
     parser.add_argument("--quick", action="store_true", help="few steps and one seed: does it work, not what it says")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override in every run; repeatable"
-    )
+    _add_set(parser, "override in every run; repeatable")
     parser.add_argument("--only", choices=("runs", "tables"), help="make the runs alone, or tables of what is done")
     parser.add_argument("--out", type=pathlib.Path, help="of tables (default: experiments/results/reproduce)")
     parser.add_argument("--readme", type=pathlib.Path, help="also write the block between its markers")

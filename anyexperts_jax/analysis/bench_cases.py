@@ -137,12 +137,12 @@ def layer(
         def of(x_ND: Array, weights_NK: Array, weights: Weights) -> Array:
             return forward(x_ND, dataclasses.replace(plan, weights_NK=weights_NK), weights)
 
-        return _with_backward(of)(x_ND, plan.weights_NK, weights)
+        return with_backward(of)(x_ND, plan.weights_NK, weights)
 
     return compiled(forward_and_backward if backward else forward, x_ND, plan, weights)
 
 
-def _with_backward(function: Callable[..., Array]) -> Callable[..., Any]:
+def with_backward(function: Callable[..., Array]) -> Callable[..., Any]:
     """(the result, the gradients of its sum with respect to every operand)."""
 
     def run(*operands: Any) -> Any:
@@ -165,7 +165,7 @@ def ragged_layer(plan: RoutingPlan, x_ND: Array, weights: Weights, *, backward: 
         y_NKD = y_RD[order.places_NK]
         return jnp.einsum("nkd,nk->nd", y_NKD, weights_NK.astype(x_ND.dtype), preferred_element_type=jnp.float32)
 
-    return compiled(_with_backward(forward) if backward else forward, x_ND, plan.weights_NK, weights)
+    return compiled(with_backward(forward) if backward else forward, x_ND, plan.weights_NK, weights)
 
 
 def ragged_bytes(shape: LayerShape) -> int:
@@ -190,7 +190,7 @@ def one_expert(
         return expert_mlp(x_1RD, jnp.full(1, rows, jnp.int32), *weights, implementation)
 
     one = (weights[0][:1], weights[1][:1], weights[2][:1])
-    return compiled(_with_backward(forward) if backward else forward, x_1RD, one)
+    return compiled(with_backward(forward) if backward else forward, x_1RD, one)
 
 
 def layer_parts(

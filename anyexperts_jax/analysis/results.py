@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, TypeVar
 
 import dacite
 
@@ -16,6 +16,8 @@ from anyexperts_jax.train.run_dir import write_whole
 JSON_NAME = "evaluation.json"
 CSV_NAME = "evaluation.csv"
 _NAN = float("nan")
+
+Saved = TypeVar("Saved")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,16 +137,24 @@ def load_evaluation(run_dir: pathlib.Path) -> EvaluationResult | None:
     path = run_dir / JSON_NAME
     if not path.exists():
         return None
+    return read_saved(EvaluationResult, path.read_text(), f"{path} is not an evaluation", "run evaluate again")
+
+
+def read_saved(cls: type[Saved], text: str, complaint: str, advice: str) -> Saved:
+    """A dataclass written as JSON, strictly.
+
+    Raises:
+      UserError: when the text is not what this version writes: `complaint`, the reason, `advice`.
+    """
     try:
-        values = json.loads(path.read_text())
-        config = dacite.Config(cast=[tuple], type_hooks={float: read_float}, strict=True)
-        return dacite.from_dict(EvaluationResult, values, config)
+        config = dacite.Config(cast=[tuple], type_hooks={float: _read_float}, strict=True)
+        return dacite.from_dict(cls, json.loads(text), config)
     except (json.JSONDecodeError, dacite.DaciteError, TypeError, AttributeError) as error:
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not an evaluation of this version ({line}); run evaluate again") from error
+        raise UserError(f"{complaint} of this version ({line}); {advice}") from error
 
 
-def read_float(value: Any) -> float:
+def _read_float(value: Any) -> float:
     """JSON has no NaN: undefined figures are null there."""
     return _NAN if value is None else float(value)
 

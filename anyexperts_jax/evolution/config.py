@@ -4,13 +4,22 @@ import dataclasses
 import importlib.resources
 import pathlib
 from collections.abc import Sequence
+from importlib.resources.abc import Traversable
 from typing import Any, Literal, get_args
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, require, require_one_of
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.train.config import RunConfig, parse_json, parse_override, parse_toml, read_text, run_config
-from anyexperts_jax.train.strict import build, closest, merge
+from anyexperts_jax.train.config import (
+    RunConfig,
+    names_in,
+    parse_json,
+    parse_override,
+    read_text,
+    read_toml,
+    run_config,
+)
+from anyexperts_jax.train.strict import build, merge
 
 ExpertInit = Literal["copy", "noise", "dropout", "random_subset"]
 EvolutionMode = Literal["ema", "lag", "literal"]
@@ -222,7 +231,7 @@ class EvolveRun:
 
 def evolve_preset_names() -> list[str]:
     """The EvoMoE runs that come with the package."""
-    return sorted(path.name.removesuffix(".toml") for path in _presets().iterdir() if path.name.endswith(".toml"))
+    return names_in(_presets())
 
 
 def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()) -> EvolveRun:
@@ -237,15 +246,8 @@ def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()
     if path.suffix == ".json":
         name, values = str(path), parse_json(read_text(path))
         values = {**values.get("base", {}), "evolve": values.get("evolve", {})}
-    elif path.suffix == ".toml":
-        name, values = str(path), parse_toml(str(path), read_text(path))
     else:
-        known = evolve_preset_names()
-        if str(source) not in known:
-            raise UserError(
-                f"no evolve config {str(source)!r}; {closest(str(source), known)}, or a path to a .toml file"
-            )
-        name, values = f"config {source}", parse_toml(f"config {source}", (_presets() / f"{source}.toml").read_text())
+        name, values = read_toml(source, "evolve config", _presets())
     for override in overrides:
         values = merge(values, parse_override(override))
     require(
@@ -260,5 +262,5 @@ def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()
         raise UserError(f"{name}: {error}") from error
 
 
-def _presets() -> Any:
+def _presets() -> Traversable:
     return importlib.resources.files("anyexperts_jax.evolution") / "configs"

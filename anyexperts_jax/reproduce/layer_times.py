@@ -6,16 +6,15 @@ import json
 import pathlib
 from typing import Any
 
-import dacite
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from anyexperts_jax.analysis.bench_cases import SHAPES
+from anyexperts_jax.analysis.results import read_saved
 from anyexperts_jax.analysis.stopwatch import interleaved_rounds
 from anyexperts_jax.analysis.versions import device_text, versions
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.nn.moe import MoE
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.train.run_dir import write_whole
@@ -85,7 +84,6 @@ def load_layer_times(folder: pathlib.Path) -> LayerTimes | None:
     path = folder / NAME
     if not path.exists():
         return None
-    try:
-        return dacite.from_dict(LayerTimes, json.loads(path.read_text()), dacite.Config(cast=[tuple], strict=True))
-    except (json.JSONDecodeError, dacite.DaciteError, TypeError) as error:
-        raise UserError(f"{path} is not what this version writes; remove it to measure again") from error
+    return read_saved(
+        LayerTimes, path.read_text(), f"{path} is not a file of layer times", "remove it to measure again"
+    )

@@ -5,10 +5,8 @@ import json
 import pathlib
 from typing import Any
 
-import dacite
-
 from anyexperts_jax.analysis.importance import Separation
-from anyexperts_jax.analysis.results import BudgetResult, DomainScore, EvaluationResult, read_float
+from anyexperts_jax.analysis.results import BudgetResult, DomainScore, EvaluationResult, read_saved
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.train.metrics import plain
 from anyexperts_jax.train.run_dir import write_whole
@@ -122,12 +120,7 @@ def result_to_json(result: RunResult) -> Any:
 
 def result_from_json(text: str, name: str) -> RunResult:
     """The inverse of `result_to_json` and `json.dumps`; `name` is for messages."""
-    try:
-        config = dacite.Config(cast=[tuple], type_hooks={float: read_float}, strict=True)
-        return dacite.from_dict(RunResult, json.loads(text), config)
-    except (json.JSONDecodeError, dacite.DaciteError, TypeError, AttributeError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} is not a run's result of this version ({line}); remove it to run it again") from error
+    return read_saved(RunResult, text, f"{name} is not a run's result", "remove it to run it again")
 
 
 def _rounded(value: Any) -> Any:

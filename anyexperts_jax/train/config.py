@@ -6,6 +6,7 @@ import json
 import pathlib
 import tomllib
 from collections.abc import Sequence
+from importlib.resources.abc import Traversable
 from typing import Any, Literal, get_args
 
 from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
@@ -98,7 +99,7 @@ FREE_KEYS = (
 
 def preset_names() -> list[str]:
     """The run configurations that come with the package."""
-    return sorted(path.name.removesuffix(".toml") for path in _presets().iterdir() if path.name.endswith(".toml"))
+    return names_in(_presets())
 
 
 def load_config(source: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -149,7 +150,7 @@ def from_json(text: str, name: str = "config.json") -> RunConfig:
         raise UserError(f"{name}: {error}") from error
 
 
-def _presets() -> Any:
+def _presets() -> Traversable:
     return importlib.resources.files("anyexperts_jax.train") / "configs"
 
 
@@ -158,12 +159,23 @@ def _read(source: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
     path = pathlib.Path(source)
     if path.suffix == ".json":
         return str(path), dataclasses.asdict(from_json(read_text(path), str(path)))
+    return read_toml(source, "config", _presets())
+
+
+def read_toml(source: str | pathlib.Path, kind: str, presets: Traversable) -> tuple[str, dict[str, Any]]:
+    """Name for messages and raw values of a TOML file, or of one of the folder `presets` by its name."""
+    path = pathlib.Path(source)
     if path.suffix == ".toml":
         return str(path), parse_toml(str(path), read_text(path))
-    names = preset_names()
-    if str(source) not in names:
-        raise UserError(f"no config {str(source)!r}; {closest(str(source), names)}, or a path to a .toml file")
-    return f"config {source}", parse_toml(f"config {source}", (_presets() / f"{source}.toml").read_text())
+    known = names_in(presets)
+    if str(source) not in known:
+        raise UserError(f"no {kind} {str(source)!r}; {closest(str(source), known)}, or a path to a .toml file")
+    return f"config {source}", parse_toml(f"config {source}", (presets / f"{source}.toml").read_text())
+
+
+def names_in(presets: Traversable) -> list[str]:
+    """Of the TOML files in a folder of the package."""
+    return sorted(path.name.removesuffix(".toml") for path in presets.iterdir() if path.name.endswith(".toml"))
 
 
 def read_text(path: pathlib.Path) -> str:

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from anyexperts_jax.analysis.bench_cases import SHAPES, budget_plan, compiled, operands
+from anyexperts_jax.analysis.bench_cases import SHAPES, budget_plan, compiled, operands, with_backward
 from anyexperts_jax.analysis.bench_layer import compile_together
 from anyexperts_jax.analysis.bench_output import print_tables
 from anyexperts_jax.analysis.stopwatch import interleaved_rounds
@@ -62,8 +61,7 @@ def programs(name: str, tiles: Tiles) -> dict[str, Callable[..., Any]]:
         return buffered.routed_mlp(x_ND, weights_NK, order, *experts, **how)
 
     def backward(x_ND, weights_NK, order, experts):  # type: ignore[no-untyped-def]
-        y_ND, pull = jax.vjp(lambda x, w, e: forward(x, w, order, e), x_ND, weights_NK, experts)
-        return y_ND, pull(jnp.ones_like(y_ND))
+        return with_backward(lambda x, w, e: forward(x, w, order, e))(x_ND, weights_NK, experts)
 
     return {"forward": forward, "forward+backward": backward}
 
