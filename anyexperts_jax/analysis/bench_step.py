@@ -31,8 +31,10 @@ from anyexperts_jax.models.init import init_params, logical_axes
 from anyexperts_jax.nn.config import AttentionConfig, Dtype, StackConfig
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.optim import make_optimizer
-from anyexperts_jax.train.state import init_state
+from anyexperts_jax.train.state import TrainState, init_state
 from anyexperts_jax.train.step import make_train_step, model_apply
+
+States = dict[str, TrainState]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,9 +155,10 @@ def bench_step(
     if has_transformers():
         note(PEER)
         calls[PEER], parameters[PEER] = transformers_step(size, tokens_BT)
+    states: States = {}
     for form, config in step_forms(size).items():
         note(form)
-        calls[form], parameters[form], temporary[form] = own_step(config, tokens_BT)
+        calls[form], parameters[form], temporary[form] = own_step(config, tokens_BT, states)
     gc.collect()
     note("timing")
     found = interleaved_rounds(calls, rounds, patience)
@@ -174,21 +177,31 @@ def bench_step(
     return StepBench(made_with, tuple(steps))
 
 
-def own_step(config: RunConfig, tokens_BT: np.ndarray) -> tuple[Callable[[], Any], int, float]:
-    """(a call that takes one train step, number of parameters, MiB beside state and batch)."""
+def own_step(config: RunConfig, tokens_BT: np.ndarray, states: States) -> tuple[Callable[[], Any], int, float]:
+    """(a call that takes one train step, number of parameters, MiB beside state and batch).
+
+    Args:
+      states: the train states by their arrays' shapes. Forms that agree in these train one state in turn: a state for each
+        would not fit a GPU at the larger size.
+    """
     optimizer = make_optimizer(config.optim, logical_axes(config.model))
-    params = init_params(config.model, jax.random.key(0))
-    state = init_state(config.model, optimizer, params)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    def start(key: jax.Array) -> TrainState:
+        return init_state(config.model, optimizer, init_params(config.model, key))
+
+    abstract = jax.eval_shape(start, jax.random.key(0))
+    shapes = str(jax.tree.leaves_with_path(abstract))
+    if shapes not in states:
+        states[shapes] = start(jax.random.key(0))
     batch = text_batch(tokens_BT)
     train_step = make_train_step(config, optimizer, model_apply(config.model))
-    program = jax.jit(train_step, donate_argnums=0).lower(state, batch).compile()
+    program = jax.jit(train_step, donate_argnums=0).lower(abstract, batch).compile()
 
     def step() -> Any:
-        nonlocal state
-        state, report = program(state, batch)
+        states[shapes], report = program(states[shapes], batch)
         return report
 
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     return step, count, temporary_mib(program)
 
 

@@ -30,7 +30,7 @@ def test_transformers_has_as_many_parameters_but_the_modality_table():
     tokens_BT = np.zeros((TINY.batch, TINY.length), np.int32)
     step, parameters = transformers_step(TINY, tokens_BT)
     config = next(iter(bench_step.step_forms(TINY).values()))
-    _, own, _ = bench_step.own_step(config, tokens_BT)
+    _, own, _ = bench_step.own_step(config, tokens_BT, {})
     assert own - parameters == 4 * TINY.width
     assert np.isfinite(step().tensor.item())
 
