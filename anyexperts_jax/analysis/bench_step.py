@@ -181,8 +181,8 @@ def own_step(config: RunConfig, tokens_BT: np.ndarray, states: States) -> tuple[
     """(a call that takes one train step, number of parameters, MiB beside state and batch).
 
     Args:
-      states: the train states by their arrays' shapes. Forms that agree in these train one state in turn: a state for each
-        would not fit a GPU at the larger size.
+      states: the train states by their arrays' shapes. Forms that agree in these train one state in turn: a state for
+        each would not fit a GPU at the larger size.
     """
     optimizer = make_optimizer(config.optim, logical_axes(config.model))
 
