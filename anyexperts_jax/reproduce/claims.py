@@ -31,6 +31,8 @@ EQUAL_MARGIN = 0.02
 MIN_SEEDS = 3
 MEDIA, TEXT = ("general", "video"), ("ocr", "nlp")  # image and video, and text, as the paper's domains have them
 FULL, LESS_MEDIA, LESS_TEXT = 8.0, 4.8, 7.2  # nominal budgets: all, 40% and 10% fewer real experts
+# A static top-k cut by at least as much: where it loses nothing either, a verdict is of the tasks, not of the method.
+CONTROLS = {LESS_MEDIA: 4.0, LESS_TEXT: 6.0}
 
 Verdict = Literal["supported", "not supported", "undecided at this scale"]
 
@@ -105,8 +107,17 @@ def _cheaper(results: Results) -> list[Claim]:
                 claim = _claim(statement, equal, "score", results, (variant,), lost, domains)
                 realised = (_mean(results.paired([variant], lambda r, b=b: r.at(b).realised)) for b in (budget, FULL))
                 note = "; realised {:.2f} against {:.2f}".format(*realised)
+                note += _control(results, CONTROLS[budget], domains)
                 found.append(dataclasses.replace(claim, evidence=claim.evidence + note))
     return found
+
+
+def _control(results: Results, top_k: float, domains: Sequence[str]) -> str:
+    """What the same domains lose where a static top-8 is cut to `top_k`."""
+    if not results.has(STATIC):
+        return ""
+    lost = summarise(results.paired([STATIC], functools.partial(_lost, top_k, domains)))
+    return f"; control, static {FULL:g} cut to {top_k:g}: {signed(lost)}"
 
 
 def _lost(budget: float, domains: Sequence[str], result: RunResult) -> float:
@@ -170,7 +181,9 @@ def _parts_text(found: Mapping[str, Summary]) -> str:
 
 
 def signed(one: Summary) -> str:
-    """Mean and interval in hundredths, with their signs."""
+    """Mean and interval in hundredths, with their signs; a dash for nothing."""
+    if one.n == 0:
+        return "-"
     if math.isnan(one.low):
         return f"{100 * one.mean:+.1f}"
     return f"{100 * one.mean:+.1f} ({100 * one.low:+.1f} to {100 * one.high:+.1f})"

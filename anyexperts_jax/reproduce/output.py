@@ -57,7 +57,8 @@ def write_page(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
     for name, table in made.items():
         paths.append(write_csv(table, folder / f"{name}.csv", page.quick))
     pictures = _pictures(page, folder)
-    text = page_text(page, list(made.values()), [path.name for path in pictures])
+    shown = [*pictures, *(path for path in map_pictures(folder) if path not in pictures)]
+    text = page_text(page, list(made.values()), [path.name for path in shown])
     path = folder / PAGE_NAME
     path.write_text(text)
     return [path, *paths, *pictures]
@@ -93,6 +94,11 @@ def _pictures(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
         path = folder / "figure5_auc.png"
         paths.append(draw_separations(page.results["figure5"], (DYNAMIC, SALIENCE), path, page.title))
     return paths
+
+
+def map_pictures(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The importance maps in `folder`, drawn now or before: they take a checkpoint, which not every machine has."""
+    return [*sorted(folder.glob("figure4_*.png")), *sorted(folder.glob("figure5_*.png"))]
 
 
 def page_text(page: Page, made: Sequence[TextTable], pictures: Sequence[str]) -> str:

@@ -83,7 +83,8 @@ def write_plans(
     out.mkdir(parents=True, exist_ok=True)
     save_kept({**kept, **done}, out)
     page = Page(results, command, quick, _layer_times(results, out, note))
-    for path in [*write_page(page, out), *_maps(found, root, out)]:
+    maps = _maps(found, root, out)  # before the page, which shows those it finds
+    for path in [*write_page(page, out), *maps]:
         note(f"wrote {path}")
     return page
 

@@ -67,6 +67,12 @@ def test_a_cut_that_costs_nothing_and_one_that_does():
     assert costly["10% fewer, text, one checkpoint: the same score"] == "not supported"
 
 
+def test_a_cut_is_told_beside_the_same_of_a_static_model():
+    cut = "40% fewer real experts, image and video, one checkpoint: the same score"
+    evidence = {claim.statement: claim.evidence for claim in all_claims(figure3(), EMPTY)}[cut]
+    assert evidence.endswith("control, static 8 cut to 4: +0.0 (+0.0 to +0.0)")
+
+
 def test_ablations():
     assert verdicts_of(EMPTY, table3(hsm=0.05))["Hidden-state modulation helps"] == "supported"
     assert verdicts_of(EMPTY, table3(hsm=0.0))["Hidden-state modulation helps"] == "not supported"

@@ -14,7 +14,7 @@ from anyexperts_jax.reproduce.layer_times import LayerTimes, load_layer_times, s
 from anyexperts_jax.reproduce.output import QUICK_NOTE, Page, write_page
 from anyexperts_jax.reproduce.readme import BEGIN, END, update_readme
 from anyexperts_jax.reproduce.run_result import load_result, save_result
-from anyexperts_jax.reproduce.statistics import Summary
+from anyexperts_jax.reproduce.statistics import Summary, summarise
 from anyexperts_jax.reproduce.tables import ablation_table, budget_table, separation_table, wer_table
 from reproduce.canned import SEEDS, figure3, table3
 
@@ -80,6 +80,15 @@ def test_separations_are_means_over_seeds():
 
 def test_signed_points():
     assert signed(Summary(5, -0.0123, 0.1, -0.02, 0.005)) == "-1.2 (-2.0 to +0.5)"
+    assert signed(summarise([])) == "-"
+
+
+def test_the_page_shows_maps_drawn_before(page, tmp_path):
+    (tmp_path / "figure4_salience_ocr.png").touch()
+    write_page(page, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "![figure4_salience_ocr.png](figure4_salience_ocr.png)" in text
+    assert text.count("![figure5_auc.png]") == 1
 
 
 def test_the_page_holds_tables_and_pictures(written):
