@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import GPUS, Gpu
 
 _TARGETS = pathlib.Path(__file__).parent / "targets"
 _TENSOR_CORES = re.compile(r"\b(wgmma|mma\.sync)\b")  # the instructions that multiply matrices
@@ -36,11 +37,16 @@ class Target(NamedTuple):
     cores: int
     arch: str  # as ptxas calls it, with the instructions of this architecture alone
     tensor_cores: str  # the instruction that its kernels are to multiply with
-    shared_bytes: int  # the most a block can ask for
+    gpu: Gpu
+
+    @property
+    def shared_bytes(self) -> int:
+        """The most a block can ask for."""
+        return self.gpu.shared_bytes
 
 
-H100 = Target("h100.txtpb", "NVIDIA H100 80GB HBM3", 132, "sm_90a", "wgmma", 227 * 1024)
-A100 = Target("a100.txtpb", "NVIDIA A100-SXM4-80GB", 108, "sm_80", "mma.sync", 163 * 1024)
+H100 = Target("h100.txtpb", "NVIDIA H100 80GB HBM3", 132, "sm_90a", "wgmma", GPUS["H100"])
+A100 = Target("a100.txtpb", "NVIDIA A100-SXM4-80GB", 108, "sm_80", "mma.sync", GPUS["A100"])
 
 
 class KernelReport(NamedTuple):

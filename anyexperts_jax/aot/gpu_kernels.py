@@ -12,7 +12,8 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.ops.aligned_rows import num_aligned_rows
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
 from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows, TokenRows
-from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
+from anyexperts_jax.ops.expert_mlp.gpu_tile_table import tiles_for
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import GpuShape, Tiles
 
 
 class Shape(NamedTuple):
@@ -35,22 +36,30 @@ SHAPES = {
 }
 DTYPES = ("bfloat16", "float32")
 TARGETS = {"H100": H100, "A100": A100}
+MODULES = {"pallas_triton": pallas_triton, "pallas_gpu": pallas_gpu}
 
 Case = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def triton_cases(shape: Shape, dtype: str, target: Target = H100) -> dict[str, Case]:
     """Every Triton kernel as (function, abstract operands), with the tiles it would run with on `target`."""
-    tiles = pallas_triton.default_tiles(jnp.dtype(dtype), target.device_kind)
-    return _module_cases(pallas_triton, tiles, shape, dtype)
+    return cases_of("pallas_triton", tiles_of("pallas_triton", shape, dtype, target), shape, dtype)
 
 
 def mosaic_cases(shape: Shape) -> dict[str, Case]:
     """The same of the Mosaic GPU kernels, in bfloat16."""
-    return _module_cases(pallas_gpu, pallas_gpu.TILES, shape, "bfloat16")
+    return cases_of("pallas_gpu", tiles_of("pallas_gpu", shape, "bfloat16", H100), shape, "bfloat16")
 
 
-def _module_cases(k: Any, tiles: Tiles, shape: Shape, dtype: str) -> dict[str, Case]:
+def tiles_of(implementation: str, shape: Shape, dtype: str, target: Target) -> Tiles:
+    """Those that the implementation would run with."""
+    itemsize = jnp.dtype(dtype).itemsize
+    return tiles_for(implementation, target.device_kind, GpuShape(shape.width, shape.hidden, itemsize))
+
+
+def cases_of(implementation: str, tiles: Tiles, shape: Shape, dtype: str) -> dict[str, Case]:
+    """Every kernel of "pallas_triton" or "pallas_gpu" with these tiles, as (function, abstract operands)."""
+    k: Any = MODULES[implementation]
     e, c, d, f, blocks = shape
     b, ends = (e, (e, c)) if blocks is None else (blocks, (1, blocks * c))  # ends: as a sum over rows sees them
     sizes = ((b, c, d), (b, c, f), (*ends, d), (*ends, f), (e, d, f), (e, f, d))

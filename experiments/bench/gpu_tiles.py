@@ -21,8 +21,8 @@ from anyexperts_jax.analysis.tables import TextTable
 from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.expert_mlp import pallas_triton
 from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions
-from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
-from anyexperts_jax.ops.expert_mlp.pallas_triton import HOPPER_16_BIT, Tile
+from anyexperts_jax.ops.expert_mlp.gpu_tile_table import tiles_for
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import GpuShape, Tiles, TritonTile
 from anyexperts_jax.ops.routed_mlp import buffered, gpu
 
 SHAPE = SHAPES["P"]
@@ -31,22 +31,23 @@ SLOTS = 12
 REPEATS = 6  # calls a sample
 WRITTEN_OUT = "written out"
 
-_FIRST = HOPPER_16_BIT._replace(  # what was there before anything ran on a GPU
-    gate_up=Tile(128, 128, 64, 8, 3),
-    down=Tile(128, 128, 64, 8, 4),
-    d_w_gate_up=Tile(128, 128, 64, 8, 3),
-    d_w_down=Tile(128, 128, 64, 8, 4),
+_OURS = tiles_for("pallas_triton", "NVIDIA H100", GpuShape(SHAPE.width, SHAPE.hidden, 2))
+_FIRST = _OURS._replace(  # what was there before anything ran on a GPU
+    gate_up=TritonTile(128, 128, 64, 8, 3),
+    down=TritonTile(128, 128, 64, 8, 4),
+    d_w_gate_up=TritonTile(128, 128, 64, 8, 3),
+    d_w_down=TritonTile(128, 128, 64, 8, 4),
 )
 CANDIDATES: dict[str, Tiles] = {
     WRITTEN_OUT: _FIRST,
     "first tiles": _FIRST,
     "more stages for the weights": _FIRST._replace(
-        d_w_gate_up=Tile(128, 128, 64, 8, 5), d_w_down=Tile(128, 128, 64, 8, 5)
+        d_w_gate_up=TritonTile(128, 128, 64, 8, 5), d_w_down=TritonTile(128, 128, 64, 8, 5)
     ),
-    "d_x 256 wide": HOPPER_16_BIT._replace(d_x=Tile(128, 256, 64, 8, 2)),
-    "gate_up k 32": HOPPER_16_BIT._replace(gate_up=Tile(128, 128, 32, 8, 5)),
-    "down 4 warps": HOPPER_16_BIT._replace(down=Tile(128, 128, 64, 4, 4)),
-    "the library's": HOPPER_16_BIT,
+    "d_x 256 wide": _OURS._replace(d_x=TritonTile(128, 256, 64, 8, 2)),
+    "gate_up k 32": _OURS._replace(gate_up=TritonTile(128, 128, 32, 8, 5)),
+    "down 4 warps": _OURS._replace(down=TritonTile(128, 128, 64, 4, 4)),
+    "the library's": _OURS,
 }
 
 

@@ -36,10 +36,15 @@ from experiments.bench.kernels import NOTE, RESULT, ROOT, Task, compile_all, loa
 
 TABLE = ROOT / "anyexperts_jax" / "ops" / "expert_mlp" / tpu_size_table.FILE
 _TIE = 0.995
+_PACKED_ROWS = 16  # of bfloat16 lie in one register
+_MATRIX_UNIT = 256
+_MOST_ROWS = 512  # of a pass
 
 
 def candidates(chip: str, name: str, kernel: str) -> list[TpuSizes]:
-    """The heuristic's sizes first, then all rows of an expert in one block, and larger slabs for the sums over rows.
+    """The heuristic's sizes first, then all rows of an expert in one block, larger slabs for the sums over rows, for
+    the others all rows of an expert in one of four passes, and for the forward kernel hidden columns that fill no tile
+    of a 256-wide matrix unit summed last.
 
     No steps below 64 rows: more than four passes make a program that instruction memory may not hold, of which the
     figures say nothing."""
@@ -51,6 +56,12 @@ def candidates(chip: str, name: str, kernel: str) -> list[TpuSizes]:
     if whole > own.block:
         slabs = (own.slab, 2 * own.slab) if kernel == "weights" else (own.slab,)
         found += [dataclasses.replace(own, block=b, slab=s) for b in (own.block, whole) for s in slabs if s <= b]
+    quarter = -(-shape.capacity // 4 // _PACKED_ROWS) * _PACKED_ROWS
+    if kernel != "weights" and 4 * quarter <= _MOST_ROWS:
+        found.append(dataclasses.replace(own, block=4 * quarter, slab=4 * quarter, step=quarter))
+    if kernel == "forward" and shape.hidden % _MATRIX_UNIT and shape.hidden > _MATRIX_UNIT:
+        inner = shape.hidden // _MATRIX_UNIT * _MATRIX_UNIT
+        found += [dataclasses.replace(one, inner=inner) for one in found]
     fitting = []
     for sizes in found:
         if sizes not in fitting and kernel_bytes(kernel, shape, sizes) <= block_budget(CHIPS[chip]):
@@ -78,7 +89,8 @@ def place(chip: str, name: str, kernel: str, sizes: KernelSizes) -> str:
 
 
 def label(sizes: KernelSizes) -> str:
-    return f"block {sizes.block}, slab {sizes.slab}, step {sizes.step}"
+    inner = f", inner {sizes.inner}" if sizes.inner else ""
+    return f"block {sizes.block}, slab {sizes.slab}, step {sizes.step}{inner}"
 
 
 def static_ns(chip: str, name: str, kernel: str, sizes: TpuSizes, summary: dict[str, Any]) -> float:

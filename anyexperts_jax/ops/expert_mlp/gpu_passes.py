@@ -15,7 +15,7 @@ Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F 
 class GpuOptions:
     """How the kernels run.
 
-    tiles: `Tiles` of the module's kind; None chooses them by dtype and GPU.
+    tiles: `Tiles` of the module's kind; None looks them up by GPU, widths and dtype.
     residuals: "saved" keeps gate and up for the backward pass, 2 * E * C * F elements of x's dtype; "recomputed" keeps
       nothing but the operands and computes both again, 2 of the backward pass's then 8 matmuls.
     interpret: on the CPU, for tests: True for Triton, `InterpretGPUParams` for Mosaic.

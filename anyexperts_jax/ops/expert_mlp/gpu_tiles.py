@@ -1,10 +1,81 @@
-"""The six GPU kernels' tiles, whichever module the kernels come from."""
+"""Tiles of the six GPU kernels: what they are, what they take of a multiprocessor, and a heuristic that stays well
+below what any GPU has. `gpu_tile_table` has better ones for the shapes it knows."""
 
+import dataclasses
+import re
 from typing import Any, NamedTuple
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.ops._gpu import is_hopper
+
+_KIB = 1024
+
+
+class Gpu(NamedTuple):
+    """What a choice of tiles needs to know of a GPU."""
+
+    name: str
+    compute_capability: str
+    shared_bytes: int  # of shared memory, the most a block of threads can ask for
+    wgmma: bool  # multiplies with Hopper's instructions
+
+
+GPUS = {"H100": Gpu("H100", "9.0", 227 * _KIB, True), "A100": Gpu("A100", "8.0", 163 * _KIB, False)}
+UNKNOWN_GPU = Gpu("", "", 99 * _KIB, False)  # as little as any since Ampere has
+_A100 = re.compile(r"\bA[18]00\b")  # no A1000
+
+
+def gpu_of(kind: str | None) -> Gpu:
+    """The GPU of a device kind as JAX names it, all Hopper GPUs as the H100; of an unknown one, the least any has."""
+    if is_hopper(kind):
+        return GPUS["H100"]
+    return GPUS["A100"] if kind is not None and _A100.search(kind) else UNKNOWN_GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonTile:
+    """How a Triton kernel cuts its matmul [m, k] x [k, n]; powers of two, 16 or more.
+
+    stages: tiles of both operands in flight, each in shared memory.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        good = all(size >= 16 and _is_power(size) for size in (self.m, self.n, self.k))
+        require(good, f"m={self.m}, n={self.n} and k={self.k} must be powers of two, 16 or more")
+        require(self.warps >= 1 and _is_power(self.warps), f"warps={self.warps} must be a power of two")
+        require(self.stages >= 1, f"stages={self.stages} must be >= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicTile:
+    """How a Mosaic kernel cuts its matmul [m, k] x [k, n]: m a multiple of 128, n and k of 64.
+
+    stages: steps in flight, each with its tiles in shared memory.
+    """
+
+    m: int
+    n: int
+    k: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        good = self.m > 0 and self.m % 128 == 0 and all(size > 0 and size % 64 == 0 for size in (self.n, self.k))
+        require(good, f"m={self.m} must be a multiple of 128, n={self.n} and k={self.k} of 64")
+        require(self.stages >= 1, f"stages={self.stages} must be >= 1")
+
+
+Tile = TritonTile | MosaicTile
+TILES: dict[str, type[Tile]] = {"pallas_triton": TritonTile, "pallas_gpu": MosaicTile}
 
 
 class Tiles(NamedTuple):
-    """One tile a kernel: a `pallas_triton.Tile` or a `pallas_gpu.Tile`, as the kernels that will run."""
+    """One tile a kernel, all of one kind."""
 
     gate_up: Any
     down: Any
@@ -12,3 +83,85 @@ class Tiles(NamedTuple):
     d_x: Any
     d_w_gate_up: Any
     d_w_down: Any
+
+
+class GpuShape(NamedTuple):
+    """What tiles are chosen by: D and F, and bytes an element."""
+
+    width: int
+    hidden: int
+    itemsize: int
+
+
+class _Use(NamedTuple):
+    """What a kernel holds, in tiles."""
+
+    left: int  # [m, k], of a step
+    right: int  # [k, n], of a step
+    sums: int  # [m, n] in float32, of a program
+    read_last: int  # [m, n], read when the sums are there
+    columns: str  # what n is a part of
+
+
+_USES = Tiles(
+    gate_up=_Use(1, 2, 2, 0, "hidden"),
+    down=_Use(1, 1, 1, 0, "width"),
+    d_gate_up=_Use(1, 1, 1, 2, "hidden"),
+    d_x=_Use(2, 2, 1, 0, "width"),
+    d_w_gate_up=_Use(1, 2, 2, 0, "hidden"),
+    d_w_down=_Use(1, 1, 1, 0, "width"),
+)
+_M = 128  # everywhere: experts' rows begin at multiples of it
+_WARPS = 8
+_THREAD_VALUES = 64  # of sums, or of what is read last, in a thread's 255 registers
+_MOST_STAGES = {TritonTile: 4, MosaicTile: 5}
+_BARRIER_BYTES = _KIB  # far more than Mosaic's barriers take
+
+
+def choose_tiles(implementation: str, gpu: Gpu, shape: GpuShape) -> Tiles:
+    """Tiles for any shape: few enough sums a thread that widths of any kind spill nothing, and as many stages as fit in
+    the shared memory that even the smallest GPU has, or in Hopper's. No wider than the shape asks for.
+
+    Args:
+      implementation: "pallas_triton" or "pallas_gpu".
+    """
+    choose = _triton_tile if TILES[implementation] is TritonTile else _mosaic_tile
+    return Tiles(*(choose(name, gpu, shape) for name in Tiles._fields))
+
+
+def shared_bytes(kernel: str, tile: Tile, itemsize: int) -> int:
+    """Shared memory of a kernel's blocks, at most."""
+    use: _Use = getattr(_USES, kernel)
+    steps = tile.stages * itemsize * tile.k * (use.left * tile.m + use.right * tile.n)
+    if isinstance(tile, TritonTile):
+        return steps
+    return steps + itemsize * (1 + use.read_last) * tile.m * tile.n + _BARRIER_BYTES
+
+
+def _triton_tile(kernel: str, gpu: Gpu, shape: GpuShape) -> TritonTile:
+    use: _Use = getattr(_USES, kernel)
+    most = _THREAD_VALUES * 32 * _WARPS // (_M * max(use.sums, use.read_last))
+    k = (128 if gpu.wgmma else 64) // shape.itemsize
+    tile = TritonTile(_M, _columns(use, shape, 16, most), k, _WARPS, 1)
+    return _deepest(kernel, tile, gpu.shared_bytes if gpu.wgmma else UNKNOWN_GPU.shared_bytes, shape)
+
+
+def _mosaic_tile(kernel: str, gpu: Gpu, shape: GpuShape) -> MosaicTile:
+    tile = MosaicTile(_M, _columns(getattr(_USES, kernel), shape, 64, 128), 64, 1)
+    return _deepest(kernel, tile, gpu.shared_bytes, shape)
+
+
+def _columns(use: _Use, shape: GpuShape, least: int, most: int) -> int:
+    """The least power of two that holds the result's columns, within bounds."""
+    columns = int(getattr(shape, use.columns))
+    return min(max(1 << (columns - 1).bit_length(), least), most)
+
+
+def _deepest(kernel: str, tile: Any, budget: int, shape: GpuShape) -> Any:
+    """`tile` with as many stages as fit."""
+    tiles = [dataclasses.replace(tile, stages=stages) for stages in range(1, _MOST_STAGES[type(tile)] + 1)]
+    return [each for each in tiles if shared_bytes(kernel, each, shape.itemsize) <= budget][-1]
+
+
+def _is_power(size: int) -> bool:
+    return size > 0 and size & (size - 1) == 0

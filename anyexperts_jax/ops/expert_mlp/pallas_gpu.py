@@ -13,7 +13,7 @@ weights are in one direction alone.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,32 +24,11 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
 from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows, zero_dead_rows
-from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import MosaicTile
 
 ROW_MULTIPLE, WIDTH_MULTIPLE = 8, 64
 _WORKERS = 2  # warpgroups that multiply; one more copies
 _COPY_REGISTERS = 40  # a thread of the copying warpgroup needs few, those that multiply get the rest
-
-
-class Tile(NamedTuple):
-    """How one kernel cuts its matmul [m, k] x [k, n]: m a multiple of 128, n and k of 64."""
-
-    m: int
-    n: int
-    k: int
-    stages: int  # steps in flight, each with its tiles in shared memory
-
-
-# As many stages as fit in the 227 KiB of shared memory beside the tiles of the epilogue. The k of the last two divides
-# the m of the others: no step of a sum over rows then leaves a tile of which the kernels before wrote all rows.
-TILES = Tiles(
-    gate_up=Tile(m=128, n=128, k=64, stages=4),
-    down=Tile(m=128, n=128, k=64, stages=5),
-    d_gate_up=Tile(m=128, n=128, k=64, stages=4),
-    d_x=Tile(m=128, n=128, k=64, stages=3),
-    d_w_gate_up=Tile(m=128, n=128, k=64, stages=4),
-    d_w_down=Tile(m=128, n=128, k=64, stages=5),
-)
 
 
 def gate_up(
@@ -58,7 +37,7 @@ def gate_up(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     *,
-    tile: Tile,
+    tile: MosaicTile,
     keep: bool,
     interpret: Any,
 ) -> tuple[Float[Array, "B C F"], ...]:
@@ -72,7 +51,7 @@ def down(
     rows: GpuRows,
     w_down_EFD: Float[Array, "E F D"],
     *,
-    tile: Tile,
+    tile: MosaicTile,
     zeros: bool,
     interpret: Any,
 ) -> Float[Array, "B C D"]:
@@ -90,7 +69,7 @@ def d_gate_up(
     gate_BCF: Float[Array, "B C F"],
     up_BCF: Float[Array, "B C F"],
     *,
-    tile: Tile,
+    tile: MosaicTile,
     interpret: Any,
 ) -> tuple[Float[Array, "B C F"], Float[Array, "B C F"], Float[Array, "B C F"]]:
     """(hidden, gradient of gate, gradient of up); dead rows as `gate_up` leaves them."""
@@ -106,7 +85,7 @@ def d_x(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     *,
-    tile: Tile,
+    tile: MosaicTile,
     zeros: bool,
     interpret: Any,
 ) -> Float[Array, "B C D"]:
@@ -117,7 +96,7 @@ def d_x(
 
 
 def d_weights(
-    a_ERI: Float[Array, "_ R I"], rows: GpuRows, *b_ERJ: Float[Array, "_ R J"], tile: Tile, interpret: Any
+    a_ERI: Float[Array, "_ R I"], rows: GpuRows, *b_ERJ: Float[Array, "_ R J"], tile: MosaicTile, interpret: Any
 ) -> tuple[Float[Array, "E I J"], ...]:
     """a^T b over the live rows of each expert, for every b; exactly zero for an expert without rows.
 
@@ -142,7 +121,7 @@ def _like(rows_BCI: Array, width: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*rows_BCI.shape[:2], width), rows_BCI.dtype)
 
 
-def _call(kernel: Any, outs: tuple[Any, ...], tile: Tile, interpret: Any, epilogue_tiles: int = 0) -> Any:
+def _call(kernel: Any, outs: tuple[Any, ...], tile: MosaicTile, interpret: Any, epilogue_tiles: int = 0) -> Any:
     """The kernel over the tiles of its results; `epilogue_tiles` more tiles of shared memory, and their barriers."""
     slices, height, width = outs[0].shape
     tile_smem = plgpu.SMEM((tile.m, tile.n), outs[0].dtype, transforms=_transforms(tile.n, outs[0].dtype))
@@ -304,12 +283,12 @@ def _d_weights_kernel(starts_ref, counts_ref, a_ref, *refs, tile):  # type: igno
     _store_zeros_if(live == 0, out_refs, out_smem, e, m, n, tile)
 
 
-def _position(tile: Tile) -> tuple[Array, Array, Array]:
+def _position(tile: MosaicTile) -> tuple[Array, Array, Array]:
     """(slice of the result, first row, first column) of this block of threads."""
     return lax.axis_index("slice"), lax.axis_index("row") * tile.m, lax.axis_index("column") * tile.n
 
 
-def _half(tile: Tile) -> Any:
+def _half(tile: MosaicTile) -> Any:
     """The rows of the tile that this warpgroup multiplies."""
     rows = tile.m // _WORKERS
     return pl.ds(lax.axis_index("warpgroup") * rows, rows)
@@ -320,7 +299,7 @@ def _multiply(
     finish: Callable[..., None],
     operands: list[Any],
     steps: Any,
-    tile: Tile,
+    tile: MosaicTile,
     *,
     sums: int,
     start: Callable[[], None] | None = None,
@@ -366,7 +345,9 @@ def _along_second(k: Array) -> tuple[int, Array]:
     return 0, k
 
 
-def _store(refs: Any, values: Any, out_smem: Any, at: Any, m: Array, n: Array, live: Array | None, tile: Tile) -> None:
+def _store(
+    refs: Any, values: Any, out_smem: Any, at: Any, m: Array, n: Array, live: Array | None, tile: MosaicTile
+) -> None:
     """Writes this warpgroup's rows of the tile into slice `at`, one result after the other through the same shared
     memory; zeros at and past `live`."""
     rows = tile.m // _WORKERS
@@ -381,7 +362,7 @@ def _store(refs: Any, values: Any, out_smem: Any, at: Any, m: Array, n: Array, l
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _store_zeros_if(wanted: Array, refs: Any, out_smem: Any, at: Any, m: Array, n: Array, tile: Tile) -> None:
+def _store_zeros_if(wanted: Array, refs: Any, out_smem: Any, at: Any, m: Array, n: Array, tile: MosaicTile) -> None:
     @pl.when(wanted & (lax.axis_index("warpgroup") < _WORKERS))
     def _() -> None:
         zeros = jnp.zeros((tile.m // _WORKERS, tile.n), jnp.float32)

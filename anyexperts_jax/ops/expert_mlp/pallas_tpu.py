@@ -76,11 +76,15 @@ def _hidden(slab: Slab, x_ref: Ref, weights: Refs, hidden_ref: Ref, kept: Refs) 
             kept[1][slab.rows, columns] = up.astype(kept[1].dtype)
 
 
-def _down(slab: Slab, hidden_ref: Ref, w_down_ref: Ref, y_ref: Ref) -> None:
-    """y = hidden w_down."""
-    hidden = hidden_ref[slab.rows, :]
+def _down(slab: Slab, hidden_ref: Ref, w_down_ref: Ref, y_ref: Ref, inner: int | None) -> None:
+    """y = hidden w_down, `inner` columns of hidden at a time."""
+    parts = list(_chunks(hidden_ref.shape[1], inner or hidden_ref.shape[1]))
+    hidden = [hidden_ref[slab.rows, part] for part in parts]
     for columns in _chunks(y_ref.shape[1], 2 * _CHUNK):
-        y_ref[slab.rows, columns] = slab.mask(_dot(hidden, w_down_ref[:, columns])).astype(y_ref.dtype)
+        y = _dot(hidden[0], w_down_ref[parts[0], columns])
+        for value, part in zip(hidden[1:], parts[1:], strict=True):
+            y += _dot(value, w_down_ref[part, columns])
+        y_ref[slab.rows, columns] = slab.mask(y).astype(y_ref.dtype)
 
 
 def _hidden_backward(slab: Slab, d_y_ref: Ref, given: Refs, weights: Refs, outputs: Refs, slots: Refs = ()) -> None:
@@ -142,7 +146,7 @@ def _forward_kernel(step: Step, inputs: Refs, outputs: Refs, scratch: Refs, *, s
 
     def run(slab: Slab) -> None:
         _hidden(slab, x_ref, w_hidden, hidden_ref, kept)
-        _down(slab, hidden_ref, w_down_ref, y_ref)
+        _down(slab, hidden_ref, w_down_ref, y_ref, sizes.inner)
 
     for_each_slab(step.live, sizes, run)
     zero_dead(y_ref, step.live, sizes)
@@ -154,8 +158,9 @@ def _hidden_kernel(step: Step, inputs: Refs, outputs: Refs, scratch: Refs, *, si
 
 
 def _down_kernel(step: Step, inputs: Refs, outputs: Refs, scratch: Refs, *, sizes: KernelSizes) -> None:
-    for_each_slab(step.live, sizes, lambda slab: _down(slab, *inputs, *outputs))
-    zero_dead(outputs[0], step.live, sizes)
+    (hidden_ref, w_down_ref), (y_ref,) = inputs, outputs
+    for_each_slab(step.live, sizes, lambda slab: _down(slab, hidden_ref, w_down_ref, y_ref, sizes.inner))
+    zero_dead(y_ref, step.live, sizes)
 
 
 def _backward_kernel(

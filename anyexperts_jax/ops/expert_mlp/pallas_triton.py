@@ -17,7 +17,7 @@ float32 operands are multiplied as TF32, which is also what XLA's own dots do on
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,58 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from anyexperts_jax.ops._gpu import is_hopper
 from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
 from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows, TokenRows
-from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
-
-
-class Tile(NamedTuple):
-    """How one kernel cuts its matmul [m, k] x [k, n]; powers of two, 16 or more."""
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int  # tiles of both operands in flight, each in shared memory
-
-
-# No spills and tensor cores at the shapes of `aot/gpu_kernels.py`, by tests/aot/gpu_test.py (static). Shared memory is
-# what `stages` is limited by: 227 KiB of a Hopper, 99 KiB of the smallest GPU since Ampere. HOPPER_16_BIT is the
-# fastest of what was tried on an H100 at the paper's layer; sums over tokens' rows have fewer tiles in flight than
-# `stages` says.
-HOPPER_16_BIT = Tiles(
-    gate_up=Tile(m=128, n=128, k=64, warps=8, stages=4),
-    down=Tile(m=128, n=256, k=64, warps=8, stages=3),
-    d_gate_up=Tile(m=128, n=64, k=64, warps=8, stages=4),
-    d_x=Tile(m=128, n=128, k=64, warps=8, stages=3),
-    d_w_gate_up=Tile(m=128, n=128, k=64, warps=8, stages=4),
-    d_w_down=Tile(m=128, n=128, k=64, warps=8, stages=5),
-)
-HOPPER_32_BIT = Tiles(
-    gate_up=Tile(m=128, n=64, k=32, warps=8, stages=4),
-    down=Tile(m=128, n=128, k=32, warps=8, stages=4),
-    d_gate_up=Tile(m=128, n=64, k=32, warps=8, stages=4),
-    d_x=Tile(m=128, n=128, k=32, warps=8, stages=3),
-    d_w_gate_up=Tile(m=128, n=64, k=32, warps=8, stages=4),
-    d_w_down=Tile(m=128, n=128, k=32, warps=8, stages=4),
-)
-OTHER_16_BIT = Tiles(
-    gate_up=Tile(m=128, n=64, k=32, warps=8, stages=4),
-    down=Tile(m=128, n=128, k=32, warps=8, stages=4),
-    d_gate_up=Tile(m=128, n=64, k=32, warps=8, stages=4),
-    d_x=Tile(m=128, n=128, k=32, warps=8, stages=3),
-    d_w_gate_up=Tile(m=128, n=64, k=32, warps=8, stages=4),
-    d_w_down=Tile(m=128, n=128, k=32, warps=8, stages=4),
-)
-OTHER_32_BIT = Tiles(*(tile._replace(k=16) for tile in OTHER_16_BIT))
-
-
-def default_tiles(dtype: jnp.dtype, gpu: str | None) -> Tiles:
-    """The tiles for operands of `dtype` on a GPU of that device kind."""
-    if is_hopper(gpu):
-        return HOPPER_16_BIT if jnp.dtype(dtype).itemsize == 2 else HOPPER_32_BIT
-    return OTHER_16_BIT if jnp.dtype(dtype).itemsize == 2 else OTHER_32_BIT
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import TritonTile
 
 
 def gate_up(
@@ -86,7 +37,7 @@ def gate_up(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     *,
-    tile: Tile,
+    tile: TritonTile,
     keep: bool,
     interpret: bool,
 ) -> tuple[Float[Array, "B C F"], ...]:
@@ -100,7 +51,7 @@ def down(
     rows: GpuRows,
     w_down_EFD: Float[Array, "E F D"],
     *,
-    tile: Tile,
+    tile: TritonTile,
     zeros: bool,
     interpret: bool,
 ) -> Float[Array, "B C D"]:
@@ -118,7 +69,7 @@ def d_gate_up(
     gate_BCF: Float[Array, "B C F"],
     up_BCF: Float[Array, "B C F"],
     *,
-    tile: Tile,
+    tile: TritonTile,
     interpret: bool,
 ) -> tuple[Float[Array, "B C F"], Float[Array, "B C F"], Float[Array, "B C F"]]:
     """(hidden, gradient of gate, gradient of up); dead rows undefined."""
@@ -133,7 +84,7 @@ def d_x(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     *,
-    tile: Tile,
+    tile: TritonTile,
     zeros: bool,
     interpret: bool,
 ) -> Float[Array, "B C D"]:
@@ -149,7 +100,7 @@ def d_weights(
     a_ERI: Float[Array, "_ R I"] | TokenRows,
     rows: GpuRows,
     *b_ERJ: Float[Array, "_ R J"] | TokenRows,
-    tile: Tile,
+    tile: TritonTile,
     interpret: bool,
 ) -> tuple[Float[Array, "E I J"], ...]:
     """a^T b over the live rows of each expert, for every b; exactly zero for an expert without rows.
@@ -176,7 +127,7 @@ def _like(rows_BCI: Array | TokenRows, width: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((*rows_BCI.shape[:2], width), rows_BCI.dtype)
 
 
-def _call(kernel: Any, outs: tuple[Any, ...], tile: Tile, interpret: bool) -> Any:
+def _call(kernel: Any, outs: tuple[Any, ...], tile: TritonTile, interpret: bool) -> Any:
     """The kernel, as a function of two vectors of integers and of arrays, over the tiles of its results."""
     body = functools.partial(kernel, tile=tile)
     name = getattr(kernel, "func", kernel).__name__.strip("_")
@@ -277,17 +228,17 @@ def _d_weights_kernel(starts_ref, counts_ref, a_ref, *refs, tile):  # type: igno
         _store(ref, e, m, n, value.astype(ref.dtype))
 
 
-def _position(tile: Tile) -> tuple[Array, Array, Array]:
+def _position(tile: TritonTile) -> tuple[Array, Array, Array]:
     """(slice of the result, first row, first column) of this program."""
     return pl.program_id(2), pl.program_id(0) * tile.m, pl.program_id(1) * tile.n
 
 
-def _steps_if(wanted: Array, length: int, tile: Tile) -> Array:
+def _steps_if(wanted: Array, length: int, tile: TritonTile) -> Array:
     """The steps that cover `length`, or none."""
     return wanted.astype(jnp.int32) * pl.cdiv(length, tile.k)
 
 
-def _sum_steps(step: Any, steps: Array, tile: Tile, sums: int) -> tuple[Array, ...]:
+def _sum_steps(step: Any, steps: Array, tile: TritonTile, sums: int) -> tuple[Array, ...]:
     """`step(k, sums)` for k = 0, tile.k, .. `steps` times, from float32 zeros."""
     zeros = (jnp.zeros((tile.m, tile.n), jnp.float32),) * sums
     return lax.fori_loop(0, steps, lambda i, sums: step(i * tile.k, sums), zeros)

@@ -51,12 +51,15 @@ class KernelSizes:
     slab: rows of one pass through the matmuls, at most `block`.
     step: the last pass of a tile takes the fewest multiple of `step` rows that will do.
     columns: columns of F (or D) whose weights are kept at a time; None keeps an expert's weights whole and fuses.
+    inner: of F, how much the second forward matmul sums at a time; None is all of it. Columns that fill no tile
+      of the matrix unit can then come last, and the rest need not wait for the first matmul's end.
     """
 
     block: int
     slab: int
     step: int
     columns: int | None = None
+    inner: int | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -64,7 +67,8 @@ class KernelSizes:
             f"block={self.block} and slab={self.slab} must be multiples of step={self.step}, that one of 8",
         )
         require(self.slab <= self.block, f"slab={self.slab} is more than block={self.block}")
-        require(self.columns is None or self.columns % 128 == 0, f"columns={self.columns} must be a multiple of 128")
+        for name, width in (("columns", self.columns), ("inner", self.inner)):
+            require(width is None or (width > 0 and width % 128 == 0), f"{name}={width} must be a multiple of 128")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,22 +21,24 @@ from anyexperts_jax.ops.expert_mlp.gpu_passes import (
     weights_backward,
 )
 from anyexperts_jax.ops.expert_mlp.gpu_rows import capacity_rows
+from anyexperts_jax.ops.expert_mlp.gpu_tile_table import tiles_for
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import GpuShape
 
 
-def triton_options(dtype: jnp.dtype, options: GpuOptions) -> GpuOptions:
-    """`options` with tiles.
+def triton_options(w_EDF: Float[Array, "E D F"], options: GpuOptions) -> GpuOptions:
+    """`options` with tiles for experts like these.
 
     Raises:
       UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
     """
     if not options.interpret:
         require_nvidia("pallas_triton")
-    check_dtype("pallas_triton", dtype, (jnp.bfloat16, jnp.float32), instead="xla")
-    return dataclasses.replace(options, tiles=options.tiles or pallas_triton.default_tiles(dtype, gpu_kind()))
+    check_dtype("pallas_triton", w_EDF.dtype, (jnp.bfloat16, jnp.float32), instead="xla")
+    return _with_tiles("pallas_triton", w_EDF, options)
 
 
-def mosaic_options(dtype: jnp.dtype, options: GpuOptions) -> GpuOptions:
-    """`options` with tiles.
+def mosaic_options(w_EDF: Float[Array, "E D F"], options: GpuOptions) -> GpuOptions:
+    """`options` with tiles for experts like these.
 
     Raises:
       UserError: a JAX before 0.11, no Hopper GPU to run on, or a dtype the kernels do not take.
@@ -48,8 +50,14 @@ def mosaic_options(dtype: jnp.dtype, options: GpuOptions) -> GpuOptions:
     )
     if not options.interpret:
         require_hopper("pallas_gpu")
-    check_dtype("pallas_gpu", dtype, (jnp.bfloat16,), instead="pallas_triton")
-    return dataclasses.replace(options, tiles=options.tiles or pallas_gpu.TILES)
+    check_dtype("pallas_gpu", w_EDF.dtype, (jnp.bfloat16,), instead="pallas_triton")
+    return _with_tiles("pallas_gpu", w_EDF, options)
+
+
+def _with_tiles(implementation: str, w_EDF: Float[Array, "E D F"], options: GpuOptions) -> GpuOptions:
+    _, width, hidden = w_EDF.shape
+    shape = GpuShape(width, hidden, w_EDF.dtype.itemsize)
+    return dataclasses.replace(options, tiles=options.tiles or tiles_for(implementation, gpu_kind(), shape))
 
 
 def expert_mlp_triton(
@@ -65,7 +73,7 @@ def expert_mlp_triton(
     Raises:
       UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
     """
-    options = triton_options(x_ECD.dtype, options)
+    options = triton_options(w_gate_EDF, options)
     return _triton(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options)
 
 
@@ -82,7 +90,7 @@ def expert_mlp_mosaic(
     Raises:
       UserError: a JAX before 0.11, no Hopper GPU to run on, or a dtype the kernels do not take.
     """
-    options = mosaic_options(x_ECD.dtype, options)
+    options = mosaic_options(w_gate_EDF, options)
     rows, width = pallas_gpu.ROW_MULTIPLE, pallas_gpu.WIDTH_MULTIPLE
     weights = (pad_to_multiples(w, (1, width, width)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
     y_ECD = _mosaic(pad_to_multiples(x_ECD, (1, rows, width)), counts_E, *weights, options)

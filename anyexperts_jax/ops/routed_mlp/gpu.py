@@ -31,7 +31,7 @@ def routed_mlp_triton(
     Raises:
       UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
     """
-    options = triton_options(x_ND.dtype, options)
+    options = triton_options(w_gate_EDF, options)
     how: dict[str, Any] = {"kernels": aligned_kernels(pallas_triton, options), "block": buffer_block(options.tiles)}
     return buffered.routed_mlp(x_ND, weights_NK, order, w_gate_EDF, w_up_EDF, w_down_EFD, **how)
 
@@ -50,7 +50,7 @@ def routed_mlp_mosaic(
     Raises:
       UserError: a JAX before 0.11, no Hopper GPU to run on, or a dtype the kernels do not take.
     """
-    options = mosaic_options(x_ND.dtype, options)
+    options = mosaic_options(w_gate_EDF, options)
     multiple = pallas_gpu.WIDTH_MULTIPLE
     experts = (pad_to_multiples(w, (1, multiple, multiple)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
     how: dict[str, Any] = {"kernels": aligned_kernels(pallas_gpu, options), "block": buffer_block(options.tiles)}

@@ -12,7 +12,7 @@ import pytest
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.ops.expert_mlp import expert_mlp, pallas_gpu
 from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions
-from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import MosaicTile, Tiles
 from anyexperts_jax.ops.expert_mlp.vjp_gpu import expert_mlp_mosaic
 from tests.ops.expert_mlp.cases import expected, make_operands, run
 from tests.ops.expert_mlp.gpu_cases import check, counts_cases
@@ -27,7 +27,7 @@ CAPACITY = BLOCK + 5
 COUNTS = counts_cases(BLOCK, CAPACITY)
 del COUNTS["every other empty"], COUNTS["all full"]  # seconds each; what they would show, the Triton tests do
 SIZES = {"capacity": CAPACITY, "width": 60, "hidden": 50}  # padded to 64 by the wrapper
-SMALL = Tiles(*(pallas_gpu.Tile(m=BLOCK, n=64, k=64, stages=2),) * 6)
+SMALL = Tiles(*(MosaicTile(m=BLOCK, n=64, k=64, stages=2),) * 6)
 OPTIONS = GpuOptions(tiles=SMALL, interpret=PARAMS(detect_races=True))
 
 
@@ -48,7 +48,7 @@ def test_values_and_gradients(counts):
 @pytest.mark.parametrize("residuals", ["saved", "recomputed"])
 def test_widths_that_end_inside_a_tile(residuals):
     operands = make_operands((BLOCK + 2, 5), jnp.bfloat16, capacity=BLOCK + 8, width=192, hidden=192)
-    tiles = Tiles(*(pallas_gpu.Tile(m=BLOCK, n=128, k=64, stages=2),) * 6)
+    tiles = Tiles(*(MosaicTile(m=BLOCK, n=128, k=64, stages=2),) * 6)
     results = compiled(dataclasses.replace(OPTIONS, tiles=tiles, residuals=residuals))(operands)
     check(results, expected(operands), jnp.bfloat16)
 

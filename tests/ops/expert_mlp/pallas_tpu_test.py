@@ -19,8 +19,8 @@ from tests.ops.expert_mlp.cases import BLOCK, COUNTS, check, make_operands, run
 STRICT = {"detect_races": True, "uninitialized_memory": "nan", "out_of_bounds_reads": "uninitialized"}
 
 
-def options(*, columns=None, weight_columns=None, slab=16, block=BLOCK, cores=1, residuals="saved"):
-    rows = KernelSizes(block, slab, 8, columns)
+def options(*, columns=None, weight_columns=None, slab=16, block=BLOCK, cores=1, residuals="saved", inner=None):
+    rows = KernelSizes(block, slab, 8, columns, inner)
     sizes = TpuSizes(rows, rows, KernelSizes(block, slab, 8, weight_columns), cores, 2**20)
     interpret = pltpu.InterpretParams(num_cores_or_threads=cores, **STRICT)
     return TpuOptions(residuals=residuals, sizes=sizes, interpret=interpret)
@@ -53,6 +53,10 @@ def test_kernels_that_keep_a_part_of_the_columns(name):
     """384 columns in threes of 128 or, past the array's end, twos of 256."""
     chosen = options(columns=256, weight_columns=128) if name == "around a block" else PAIR
     check_kernels(make_operands(COUNTS[name], width=256, hidden=384), chosen)
+
+
+def test_hidden_columns_summed_in_parts_of_which_the_last_is_short():
+    check_kernels(make_operands((0, 17, 40), hidden=384), options(inner=256))
 
 
 @pytest.mark.parametrize("residuals", ["saved", "recomputed"])

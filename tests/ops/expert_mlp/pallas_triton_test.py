@@ -11,7 +11,7 @@ import pytest
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.ops.expert_mlp import expert_mlp, pallas_triton, reference
 from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions
-from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles, TritonTile
 from anyexperts_jax.ops.expert_mlp.vjp_gpu import expert_mlp_triton
 from tests.ops.expert_mlp.cases import expected, make_operands, run
 from tests.ops.expert_mlp.gpu_cases import check, counts_cases
@@ -19,7 +19,7 @@ from tests.ops.expert_mlp.gpu_cases import check, counts_cases
 BLOCK, CAPACITY = 16, 33  # the smallest tiles the kernels take
 COUNTS = counts_cases(BLOCK, CAPACITY)
 SIZES = {"capacity": CAPACITY, "width": 20, "hidden": 24}  # none a multiple of the tile
-SMALL = Tiles(*(pallas_triton.Tile(m=BLOCK, n=16, k=16, warps=4, stages=2),) * 6)
+SMALL = Tiles(*(TritonTile(m=BLOCK, n=16, k=16, warps=4, stages=2),) * 6)
 OPTIONS = GpuOptions(tiles=SMALL, interpret=True)
 DTYPES = [np.float32, jnp.bfloat16]
 

@@ -48,3 +48,5 @@ def test_what_cannot_fit_and_what_makes_no_sense_is_refused():
         KernelSizes(128, 256, 128)
     with pytest.raises(UserError, match=r"^block=130 and slab=128 must be multiples of step=128, that one of 8$"):
         KernelSizes(130, 128, 128)
+    with pytest.raises(UserError, match=r"^inner=192 must be a multiple of 128$"):
+        KernelSizes(128, 128, 128, inner=192)

@@ -1,0 +1,108 @@
+"""Tiles that were tried offline, by GPU and class of shape; where there are none, the heuristic's.
+
+experiments/bench/tune_gpu.py writes the table, gpu_tiles.json; nothing is tried at run time.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import json
+from typing import Any
+
+from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.ops.expert_mlp.gpu_tiles import (
+    GPUS,
+    TILES,
+    Gpu,
+    GpuShape,
+    Tiles,
+    choose_tiles,
+    gpu_of,
+    shared_bytes,
+)
+
+FILE = "gpu_tiles.json"
+_REMEDY = "write it anew with `python -m experiments.bench.tune_gpu`"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Tiles for one class of shapes: elements of this size, D and F at least `narrowest` and multiples of `multiple`.
+
+    source: what chose the tiles.
+    """
+
+    implementation: str
+    itemsize: int
+    narrowest: int
+    multiple: int
+    source: str
+    tiles: Tiles
+
+    def holds(self, implementation: str, shape: GpuShape) -> bool:
+        widths = (shape.width, shape.hidden)
+        wide = min(widths) >= self.narrowest and all(width % self.multiple == 0 for width in widths)
+        return wide and (implementation, shape.itemsize) == (self.implementation, self.itemsize)
+
+
+Table = dict[str, tuple[Entry, ...]]
+
+
+def tiles_for(implementation: str, kind: str | None, shape: GpuShape, table: Table | None = None) -> Tiles:
+    """The table's tiles, or those of the heuristic.
+
+    Args:
+      implementation: "pallas_triton" or "pallas_gpu".
+      kind: the GPU as JAX names it.
+      table: None is the package's own.
+
+    Raises:
+      UserError: the package's table is broken.
+    """
+    gpu = gpu_of(kind)
+    for entry in (load_table() if table is None else table).get(gpu.name, ()):
+        if entry.holds(implementation, shape):
+            return entry.tiles
+    return choose_tiles(implementation, gpu, shape)
+
+
+@functools.cache
+def load_table() -> Table:
+    """The package's table."""
+    return parse_table((importlib.resources.files(__package__) / FILE).read_text())
+
+
+def parse_table(text: str) -> Table:
+    """A table from its file.
+
+    Raises:
+      UserError: not JSON, fields that are missing or unknown, a GPU or an implementation that is unknown, tiles that
+        make no sense or do not fit in the GPU's shared memory.
+    """
+    try:
+        gpus = json.loads(text)["gpus"]
+        rows = [(name, fields) for name, entries in gpus.items() for fields in entries]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{FILE} holds no table ({type(error).__name__}: {error}); {_REMEDY}") from error
+    for name in gpus:
+        require(name in GPUS, f"{FILE}: gpu={name!r} is unknown; valid: {comma_list(GPUS)}; {_REMEDY}")
+    table: Table = {}
+    for name, fields in rows:
+        table[name] = (*table.get(name, ()), _entry(GPUS[name], fields))
+    return table
+
+
+def _entry(gpu: Gpu, fields: Any) -> Entry:
+    try:
+        kind = TILES[fields["implementation"]]
+        tiles = Tiles(**{kernel: kind(**tile) for kernel, tile in fields["tiles"].items()})
+        entry = Entry(**(fields | {"tiles": tiles}))
+    except (TypeError, KeyError, AttributeError, UserError) as error:
+        raise UserError(f"{FILE}: an entry of {gpu.name} is broken ({error}): {fields}; {_REMEDY}") from error
+    taken = {kernel: shared_bytes(kernel, tile, entry.itemsize) for kernel, tile in tiles._asdict().items()}
+    too_much = [f"{kernel} takes {count}" for kernel, count in taken.items() if count > gpu.shared_bytes]
+    require(
+        not too_much,
+        f"{FILE}: {', '.join(too_much)} bytes of shared memory on {gpu.name}, more than {gpu.shared_bytes}; {_REMEDY}",
+    )
+    return entry
