@@ -47,8 +47,8 @@ def main() -> None:
     text = (
         f"# {TITLE}\n\n`python experiments/reproduce/same_seed_twice.py`\n\n"
         f"{len(again)} runs were made twice on {again[0].device}, with the same data and the same first parameters. "
-        "Sums on a GPU have no fixed order, and training makes two models of it. Standard deviation of one run's score, "
-        "in points:\n\n"
+        "Sums on a GPU have no fixed order, and training makes two models of it. Standard deviation of one run's "
+        "score, in points:\n\n"
         f"{markdown_table(made)}\n"
     )
     path = FOLDER / "same_seed_twice.md"
