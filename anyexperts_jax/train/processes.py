@@ -107,6 +107,7 @@ def connect(peers: Peers, timeout: float) -> None:
                 heartbeat_timeout_seconds=int(timeout + HEARTBEAT_MARGIN),
                 shutdown_timeout_seconds=int(timeout + HEARTBEAT_MARGIN),
             )
+            jax.devices()  # of all processes: each waits here for the others' once more
     except ValueError as error:  # so it says that it has found no cluster
         line = " ".join(str(error).split())
         raise UserError(
