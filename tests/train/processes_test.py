@@ -17,7 +17,7 @@ from anyexperts_jax.sharding.mesh import MeshConfig
 from anyexperts_jax.train import loop, processes
 from anyexperts_jax.train.config import to_json
 from anyexperts_jax.train.loop import train
-from anyexperts_jax.train.processes import Peers, find_peers
+from anyexperts_jax.train.processes import Peers, find_peers, require_alone
 from anyexperts_jax.train.run_log import read_records
 from anyexperts_jax.train.stops import PeerLostError
 from train.stand_in import MODEL, linear_apply, run_config
@@ -69,6 +69,37 @@ def test_options_go_before_the_environment_and_that_before_the_cluster(options, 
 def test_half_a_description_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         find_peers(*options, {})
+
+
+@pytest.mark.parametrize(
+    ("processes", "environment", "asked"),
+    [
+        ("2", {}, "--processes=2"),
+        ("auto", {}, "--processes=auto"),
+        (None, GIVEN, "JAX_NUM_PROCESSES=4"),
+        (None, SLURM, "the environment of a cluster's job"),
+        (None, {"TPU_WORKER_HOSTNAMES": "a,b"}, "the environment of a cluster's job"),
+    ],
+)
+def test_what_is_for_one_process_is_refused_to_several(processes, environment, asked):
+    with pytest.raises(UserError, match=f"^{asked}: only `train` runs in several .* with --processes 1$"):
+        require_alone(processes, environment)
+    require_alone("1", environment)
+
+
+def test_one_process_is_alone():
+    require_alone(None, {})
+    require_alone(None, {"JAX_NUM_PROCESSES": "1"})
+    require_alone(None, {**SLURM, "SLURM_NTASKS": "1"})
+
+
+@pytest.mark.parametrize("command", ["evolve", "evaluate", "report", "generate"])
+def test_commands_for_one_process_refuse_several(command, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    assert cli.main([command, "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "anyexperts: JAX_NUM_PROCESSES=2: only `train` runs in several processes;"
+    )
 
 
 def test_one_process_agrees_with_itself():
