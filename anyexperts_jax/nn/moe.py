@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: parameters here, policy in `routing`, movement in `dispatch`, compute in `ops`."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.route import route
 from anyexperts_jax.routing.routers.shuffle import shuffled_logits
 from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.sharding.activations import split_buffers
 from anyexperts_jax.sharding.expert_parallel import Placement, moe_exchange_stats
 
 
@@ -127,6 +129,7 @@ class MoE(nn.Module):
         if self.dispatch == "exchange" and self.placement is not None:
             y_ND, stats = moe_exchange_stats(x_ND, plan, *experts(d_model), self.placement, self.expert_mlp, **how)
         else:
+            how["place_buffers"] = functools.partial(split_buffers, placement=self.placement)
             y_ND, stats = moe_apply_stats(x_ND, plan, *experts(d_model), self.dispatch, self.expert_mlp, **how)
         y_BTD = y_ND.reshape(x_BTD.shape)
         if self.num_shared_experts:

@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.apply import moe_apply_stats
 from anyexperts_jax.dispatch.exchange import rows_per_shard
+from anyexperts_jax.sharding.activations import split_buffers
 from anyexperts_jax.sharding.expert_parallel import Placement, moe_exchange_stats
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from tests.dispatch.plans import make_operands, make_plan, random_ids
@@ -47,10 +49,15 @@ def exchange(placement, num_sequences=SEQUENCES):
     return lambda x, plan, *weights: moe_exchange_stats(x, plan, *weights, placement, num_sequences=num_sequences)
 
 
+def capacity(placement):
+    how = {"num_sequences": SEQUENCES, "place_buffers": functools.partial(split_buffers, placement=placement)}
+    return lambda x, plan, *weights: moe_apply_stats(x, plan, *weights, "capacity", **how)
+
+
 @functools.cache
-def value_and_gradients(mesh):
+def value_and_gradients(mesh, form=exchange):
     """A compiled function of plan and operands; None: one device."""
-    run = exchange(place(MESHES[mesh])) if mesh else moe_apply_stats
+    run = form(place(MESHES[mesh]) if mesh else None) if mesh or form is capacity else moe_apply_stats
 
     def total(x, weights_NK, weights, plan):
         y_ND, stats = run(x, dataclasses.replace(plan, weights_NK=weights_NK), *weights)
@@ -72,6 +79,39 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
     assert stats.dropped == 0
     assert stats.rows == (CASES[case] < EMPTY).sum()
+
+
+@pytest.mark.parametrize("case", ["random", "one shard's experts alone", "one sequence has slots"])
+@pytest.mark.parametrize("mesh", ["data 2, expert 4", "fsdp 2, expert 2, tensor 2"])
+def test_capacity_buffers_on_a_mesh_give_and_drop_what_one_device_does(mesh, case):
+    plan, operands = plan_of(case), make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
+    (_, (y_ND, stats)), gradients = value_and_gradients(mesh, capacity)(plan, *split_over(mesh, operands))
+    (_, (expected_ND, dropped)), expected = value_and_gradients(None, capacity)(plan, *operands)
+    np.testing.assert_allclose(y_ND, expected_ND, rtol=2e-5, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    assert stats.dropped == dropped.dropped
+    assert (stats.dropped > 0) == (case != "one sequence has slots")
+
+
+def split_over(mesh, operands):
+    """Tokens over the batch's axes, weights as parameters are."""
+    placement = place(MESHES[mesh])
+    axes = [("batch",), *[("expert", "embed", "expert_mlp")] * 2, ("expert", "expert_mlp", "embed")]
+    shardings = [NamedSharding(placement.mesh, placement.rules.spec(names)) for names in axes]
+    return jax.device_put(operands, tuple(shardings))
+
+
+def test_devices_share_the_rows_of_capacity_buffers():
+    """Twice as much would be computed if each of the two copies of an expert did all of its rows."""
+    tokens, width, hidden = 512, 32, 64
+    plan = make_plan(random_ids(np.random.default_rng(0), tokens, SLOTS, EXPERTS), EXPERTS, expected_real_slots=1.6)
+    operands, mesh = make_operands(tokens, EXPERTS, width=width, hidden=hidden), "data 2, expert 4"
+    x, *weights = split_over(mesh, operands)
+    flops = jax.jit(capacity(place(MESHES[mesh]))).lower(x, plan, *weights).compile().cost_analysis()
+    rows = 64  # ceil(1.25 * 1.6 * 512 / 16)
+    computed = 6 * EXPERTS * rows * width * hidden
+    assert computed / 8 <= flops["flops"] < 1.2 * computed / 8
 
 
 @pytest.mark.slow
