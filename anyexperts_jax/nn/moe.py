@@ -62,6 +62,7 @@ class MoE(nn.Module):
     dispatch: str = "blocks"  # see dispatch.moe_apply
     expert_mlp: str | None = None  # implementation of the expert op
     expert_residuals: Residuals = "saved"  # see dispatch.moe_apply
+    exchange_chunks: int = 1  # see sharding.expert_parallel.moe_exchange_stats
     residual_scale: float = 1.0  # of the down projections' initial values
     norm_eps: float = 1e-6
     dtype: Dtype = "float32"
@@ -127,6 +128,7 @@ class MoE(nn.Module):
         )
         how: dict[str, Any] = {"num_sequences": batch, "residuals": self.expert_residuals}
         if self.dispatch == "exchange" and self.placement is not None:
+            how["chunks"] = self.exchange_chunks
             y_ND, stats = moe_exchange_stats(x_ND, plan, *experts(d_model), self.placement, self.expert_mlp, **how)
         else:
             how["place_buffers"] = functools.partial(split_buffers, placement=self.placement)

@@ -45,8 +45,13 @@ def place(mesh):
     return Placement(make_mesh(mesh))
 
 
-def exchange(placement, num_sequences=SEQUENCES):
-    return lambda x, plan, *weights: moe_exchange_stats(x, plan, *weights, placement, num_sequences=num_sequences)
+def exchange(placement, num_sequences=SEQUENCES, chunks=1):
+    how = {"num_sequences": num_sequences, "chunks": chunks}
+    return lambda x, plan, *weights: moe_exchange_stats(x, plan, *weights, placement, **how)
+
+
+def in_chunks(placement):
+    return exchange(placement, chunks=3)
 
 
 def capacity(placement):
@@ -79,6 +84,29 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
     assert stats.dropped == 0
     assert stats.rows == (CASES[case] < EMPTY).sum()
+
+
+@pytest.mark.parametrize("case", ["random", "all on one expert", "one sequence has slots"])
+@pytest.mark.parametrize("mesh", ["data 2, expert 4", "expert 2, sequence 2, data 2"])
+def test_chunks_give_the_values_and_gradients_of_one_device(mesh, case):
+    plan = plan_of(case, overflow="fallback")
+    operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
+    (_, (y_ND, stats)), gradients = value_and_gradients(mesh, in_chunks)(plan, *operands)
+    (_, (expected_ND, _)), expected = value_and_gradients(None)(plan, *operands)
+    np.testing.assert_allclose(y_ND, expected_ND, rtol=2e-5, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    assert stats.rows == (CASES[case] < EMPTY).sum()
+
+
+def test_what_does_not_fit_a_chunk_is_dropped_and_counted():
+    plan = plan_of("one shard's experts alone")
+    operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
+    y_ND, stats = exchange(place(MESHES["expert 8"]), chunks=2)(operands[0], plan, *operands[1:])
+    assert rows_per_shard(plan.spec, LENGTH // 2, 8) == 1  # ceil(1.25 * 1.5 * 3 / 8)
+    assert stats.dropped == 2 * TOKENS - 8 * 2
+    kept_T = (y_ND != 0).any(1).reshape(SEQUENCES, LENGTH).sum(0)
+    np.testing.assert_array_equal(kept_T, [SEQUENCES, 0, 0, SEQUENCES, 0, 0])
 
 
 @pytest.mark.parametrize("case", ["random", "one shard's experts alone", "one sequence has slots"])
@@ -151,6 +179,8 @@ def test_what_the_mesh_does_not_divide_is_refused():
     plan, operands = plan_of("random"), make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
     with pytest.raises(UserError, match=r"4 sequences do not split over mesh axes .* of 8 devices"):
         exchange(place(MESHES["expert 8"]), num_sequences=4)(operands[0], plan, *operands[1:])
+    with pytest.raises(UserError, match=r"stack.exchange_chunks=4 must divide the 6 positions that a device has"):
+        exchange(place(MESHES["expert 8"]), chunks=4)(operands[0], plan, *operands[1:])
     few = make_plan(np.zeros((TOKENS, 1)), 4)
     with pytest.raises(UserError, match=r"4 experts do not split over mesh axis 'expert' of 8"):
         exchange(place(MESHES["expert 8"]))(operands[0], few, *make_operands(TOKENS, 4)[1:])
