@@ -23,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from anyexperts_jax.train.stops import RunStoppedError
 
     try:
+        if "processes" in options and options.command is not _train:
+            from anyexperts_jax.train.processes import require_alone
+
+            require_alone(options.processes)
         options.command(options)
     except UserError as error:
         code = _fail(str(error), 2)
@@ -72,15 +76,7 @@ def _train(options: argparse.Namespace) -> None:
         print(f"run: {result.run_dir}")
 
 
-def _require_alone(processes: str | None) -> None:
-    """Refuses one of several processes a command that is for one."""
-    from anyexperts_jax.train.processes import require_alone
-
-    require_alone(processes)
-
-
 def _evolve(options: argparse.Namespace) -> None:
-    _require_alone(options.processes)
     from anyexperts_jax.evolution.config import STAGES, load_evolve_config
     from anyexperts_jax.evolution.stages import evolve
 
@@ -93,7 +89,6 @@ def _evolve(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    _require_alone(options.processes)
     from anyexperts_jax.analysis.evaluate import Options, evaluate
     from anyexperts_jax.analysis.tables import print_evaluation
 
@@ -103,14 +98,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    _require_alone(options.processes)
     from anyexperts_jax.analysis.routing_report import report
 
     print(f"report: {report(options.run)}")
 
 
 def _generate(options: argparse.Namespace) -> None:
-    _require_alone(options.processes)
     from anyexperts_jax.analysis.ask import ask, own_example
     from anyexperts_jax.analysis.trained import load_trained
     from anyexperts_jax.data.mixture import open_source
@@ -252,6 +245,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_compile(commands)
     _add_reproduce(commands)
+    for name in ("evolve", "evaluate", "report", "generate"):
+        commands.choices[name].add_argument("--processes", metavar="1", help="1: alone, whatever the environment says")
     return parser
 
 
@@ -277,17 +272,12 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(command=_train)
 
 
-def _add_alone(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--processes", metavar="1", help="1: run alone, whatever the environment says of others")
-
-
 def _add_evolve(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("evolve", help="EvoMoE: a dense model, experts evolved from it, a router for them")
     parser.add_argument("config", help="a preset (evolve_tiny, evolve_smoke), a TOML file, or a run's evolve.json")
     _add_set(parser, "override, as in evolve.trains=all; repeatable")
     parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
     parser.add_argument("--stage", nargs="+", help="of warm_up evolving routing (default: all, in order)")
-    _add_alone(parser)
     parser.set_defaults(command=_evolve)
 
 
@@ -302,14 +292,12 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--calibration-examples", type=int, default=32, help="validation examples of each domain that set the window"
     )
-    _add_alone(parser)
     parser.set_defaults(command=_evaluate)
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("report", help="write one HTML page and pictures about a run")
     parser.add_argument("run", type=pathlib.Path, help="the run's directory")
-    _add_alone(parser)
     parser.set_defaults(command=_report)
 
 
@@ -323,7 +311,6 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--image", type=pathlib.Path, help="a picture that --question is about")
     parser.add_argument("--audio", type=pathlib.Path, help="a WAV file that --question is about")
     parser.add_argument("--budget", type=float, metavar="K", help="real experts per token (default: as trained)")
-    _add_alone(parser)
     parser.set_defaults(command=_generate)
 
 

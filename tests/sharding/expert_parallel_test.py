@@ -87,7 +87,7 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
 
 
 @pytest.mark.parametrize("case", ["random", "all on one expert", "one sequence has slots"])
-@pytest.mark.parametrize("mesh", ["data 2, expert 4", "expert 2, sequence 2, data 2"])
+@pytest.mark.parametrize("mesh", ["expert 2, sequence 2, data 2"])
 def test_chunks_give_the_values_and_gradients_of_one_device(mesh, case):
     plan = plan_of(case, overflow="fallback")
     operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
@@ -102,7 +102,8 @@ def test_chunks_give_the_values_and_gradients_of_one_device(mesh, case):
 def test_what_does_not_fit_a_chunk_is_dropped_and_counted():
     plan = plan_of("one shard's experts alone")
     operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
-    y_ND, stats = exchange(place(MESHES["expert 8"]), chunks=2)(operands[0], plan, *operands[1:])
+    run = jax.jit(exchange(place(MESHES["expert 8"]), chunks=2))
+    y_ND, stats = run(operands[0], plan, *operands[1:])
     assert rows_per_shard(plan.spec, LENGTH // 2, 8) == 1  # ceil(1.25 * 1.5 * 3 / 8)
     assert stats.dropped == 2 * TOKENS - 8 * 2
     kept_T = (y_ND != 0).any(1).reshape(SEQUENCES, LENGTH).sum(0)
