@@ -84,8 +84,9 @@ def moe_exchange_stats(
         return y_ND.reshape(x_BTD.shape), stats
 
     def run(x_BTD: Array, ids_BTK: Array, weights_BTK: Array, *experts: Array) -> tuple[Array, DispatchStats]:
-        parts = zip(*(jnp.split(a, chunks, axis=1) for a in (x_BTD, ids_BTK, weights_BTK)), strict=True)
-        done = [exchange(*part, (experts[0], experts[1], experts[2])) for part in parts]
+        pieces = zip(*(jnp.split(a, chunks, axis=1) for a in (x_BTD, ids_BTK, weights_BTK)), strict=True)
+        own = (experts[0], experts[1], experts[2])
+        done = [exchange(x_BtD, ids_BtK, weights_BtK, own) for x_BtD, ids_BtK, weights_BtK in pieces]
         y_BTD = jnp.concatenate([y_BtD for y_BtD, _ in done], axis=1)
         if width_axis is not None:
             y_BTD = lax.psum(y_BTD, width_axis)
