@@ -133,7 +133,8 @@ NOTES = """\
 `{command}`, with {versions}. Static: read from compilers or counted; nothing was run.
 
 - One layer of the 16B model, forward and backward, one sequence of 4096 positions a device, experts over 8 devices.
-  Without chunks nothing can run beside an all-to-all, for the kernels need all of its rows. With
+  Without chunks the gradients of the experts' weights alone can run beside an all-to-all, that of the rows' gradients;
+  the other kernels need all of its rows, or make them. With
   `model.stack.exchange_chunks=2` one half of the positions can travel while the other is computed, but the compiler
   lets all-to-alls run beside other work only where libtpu is told so:
   `LIBTPU_INIT_ARGS=--{option}=true`.
