@@ -23,6 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from anyexperts_jax.train.stops import RunStoppedError
 
     try:
+        if "processes" in options and options.command is not _train:
+            from anyexperts_jax.train.processes import require_alone
+
+            require_alone(options.processes)
         options.command(options)
     except UserError as error:
         code = _fail(str(error), 2)
@@ -241,6 +245,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_compile(commands)
     _add_reproduce(commands)
+    for name in ("evolve", "evaluate", "report", "generate"):
+        commands.choices[name].add_argument("--processes", metavar="1", help="1: alone, whatever the environment says")
     return parser
 
 

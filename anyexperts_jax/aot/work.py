@@ -105,7 +105,9 @@ def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) 
     tokens = config.train.batch_size * config.data.encoding.max_length // (shards * config.train.accumulation)
     spec = PlanSpec(moe.num_experts, moe.expected_real_slots, moe.virtual_output, moe.capacity_factor, moe.overflow)
     parts = mesh["expert"] if stack.dispatch == "exchange" else 1
+    times = shards * config.train.accumulation * stack.num_moe_layers
     if stack.dispatch == "exchange":
+        tokens, times = tokens // stack.exchange_chunks, times * stack.exchange_chunks
         held = parts * rows_per_shard(spec, tokens, parts)
     elif stack.dispatch == "capacity":
         held = moe.num_experts * rows_per_expert(spec, tokens)
@@ -113,7 +115,6 @@ def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) 
         held = math.ceil(moe.expected_real_slots * tokens)
     if stack.dispatch == "dense":
         held = moe.num_experts * tokens
-    times = shards * config.train.accumulation * stack.num_moe_layers
     experts = moe.num_experts // parts
     tile = _XLA_TILE
     if device_kind.startswith("TPU"):

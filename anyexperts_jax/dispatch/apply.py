@@ -1,5 +1,6 @@
 """`moe_apply`: the plan carried out on the tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,6 +57,7 @@ def moe_apply_stats(
     capacity: int | None = None,
     num_sequences: int = 1,
     residuals: str = "saved",
+    place_buffers: Callable[[Array], Array] = lambda x_ECD: x_ECD,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
     """(sum over each token's slots of weight * expert(x) or, for virtual slots, weight * x; stats).
 
@@ -70,6 +72,7 @@ def moe_apply_stats(
       capacity: rows of an expert's buffer in place of the budget's, for "capacity" alone.
       num_sequences: N = num_sequences * T, sequence after sequence; overflow takes the latest positions of all.
       residuals: "saved" keeps gate and up of the rows for the backward pass, "recomputed" computes them again.
+      place_buffers: `place` of `capacity.apply_capacity`; on a mesh, `sharding.activations.split_buffers`.
 
     Raises:
       UserError: an unknown dispatch, implementation or residuals, or shapes, dtypes or sizes that do not fit.
@@ -84,7 +87,8 @@ def moe_apply_stats(
         y_ND, stats = apply_blocks(x_ND, plan, *weights, **how)
     else:
         rows = rows_per_expert(plan.spec, x_ND.shape[0]) if capacity is None else min(capacity, x_ND.shape[0])
-        y_ND, stats = apply_capacity(x_ND, plan, *weights, capacity=rows, num_sequences=num_sequences, **how)
+        size: dict[str, Any] = {"capacity": rows, "num_sequences": num_sequences}
+        y_ND, stats = apply_capacity(x_ND, plan, *weights, **size, **how, place=place_buffers)
         if plan.spec.overflow == "fallback":
             y_ND, stats = _exact_where_dropped(y_ND, stats, x_ND, plan, weights, how)
     return add_virtual_output(y_ND, x_ND, plan), stats

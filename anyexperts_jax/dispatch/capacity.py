@@ -1,6 +1,7 @@
 """Buffers of C rows an expert, [E, C, D]: static shapes, which shard. Overflow is dropped and counted."""
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -28,14 +29,19 @@ def apply_capacity(
     num_sequences: int,
     implementation: str | None,
     residuals: str,
+    place: Callable[[Float[Array, "E C D"]], Float[Array, "E C D"]] = lambda x_ECD: x_ECD,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
-    """(weighted sum of each token's experts in float32, stats); an expert's slots past `capacity` add nothing."""
+    """(weighted sum of each token's experts in float32, stats); an expert's slots past `capacity` add nothing.
+
+    Args:
+      place: puts the experts' inputs and outputs where they are to live.
+    """
     num_experts = plan.spec.num_experts
     order = sort_slots(plan.expert_ids_NK, num_experts, num_sequences)
     row_map = buffer_row_map(order, plan.expert_ids_NK, capacity)
-    x_ECD = take_rows(x_ND, row_map).reshape(num_experts, capacity, x_ND.shape[1])
+    x_ECD = place(take_rows(x_ND, row_map).reshape(num_experts, capacity, x_ND.shape[1]))
     kept_E = jnp.minimum(order.counts_E, capacity)
-    y_ECD = expert_mlp(x_ECD, kept_E, w_gate_EDF, w_up_EDF, w_down_EFD, implementation, residuals=residuals)
+    y_ECD = place(expert_mlp(x_ECD, kept_E, w_gate_EDF, w_up_EDF, w_down_EFD, implementation, residuals=residuals))
     y_ND = combine_rows(y_ECD.reshape(-1, x_ND.shape[1]), plan.weights_NK, row_map)
     rows = jnp.asarray(num_experts * capacity, jnp.int32)
     return y_ND, DispatchStats(dropped=(order.counts_E - kept_E).sum(), rows=rows)

@@ -143,6 +143,7 @@ class MoEBlock(nn.Module):
             config.dispatch,
             config.expert_mlp,
             config.expert_residuals,
+            config.exchange_chunks,
             config.residual_scale,
             config.norm_eps,
             config.dtype,

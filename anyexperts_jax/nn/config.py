@@ -67,6 +67,7 @@ class StackConfig:
     dispatch: str = "blocks"  # see dispatch.moe_apply
     expert_mlp: str | None = None  # implementation of the expert op; None: the platform's fastest
     expert_residuals: Residuals = "saved"  # what the expert op keeps for its backward pass; see dispatch.moe_apply
+    exchange_chunks: int = 1  # of each sequence's positions, that dispatch="exchange" sends one after the other
     remat: Remat = "none"  # see nn.stack.remat_policy
     scan_unroll: int = 1  # MoE layers per iteration of the scan
     dtype: Dtype = "float32"  # of activations and matmuls; router, norms, softmax and losses are always float32
@@ -77,7 +78,7 @@ class StackConfig:
         require_one_of("remat", self.remat, get_args(Remat))
         require_one_of("dtype", self.dtype, get_args(Dtype))
         require_one_of("param_dtype", self.param_dtype, get_args(Dtype))
-        for name in ("d_model", "moe_every", "d_ff", "expert_d_ff", "scan_unroll"):
+        for name in ("d_model", "moe_every", "d_ff", "expert_d_ff", "exchange_chunks", "scan_unroll"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
         require(self.num_shared_experts >= 0, f"num_shared_experts={self.num_shared_experts} must be >= 0")
         require(

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: parameters here, policy in `routing`, movement in `dispatch`, compute in `ops`."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.route import route
 from anyexperts_jax.routing.routers.shuffle import shuffled_logits
 from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.sharding.activations import split_buffers
 from anyexperts_jax.sharding.expert_parallel import Placement, moe_exchange_stats
 
 
@@ -60,6 +62,7 @@ class MoE(nn.Module):
     dispatch: str = "blocks"  # see dispatch.moe_apply
     expert_mlp: str | None = None  # implementation of the expert op
     expert_residuals: Residuals = "saved"  # see dispatch.moe_apply
+    exchange_chunks: int = 1  # see sharding.expert_parallel.moe_exchange_stats
     residual_scale: float = 1.0  # of the down projections' initial values
     norm_eps: float = 1e-6
     dtype: Dtype = "float32"
@@ -125,8 +128,10 @@ class MoE(nn.Module):
         )
         how: dict[str, Any] = {"num_sequences": batch, "residuals": self.expert_residuals}
         if self.dispatch == "exchange" and self.placement is not None:
+            how["chunks"] = self.exchange_chunks
             y_ND, stats = moe_exchange_stats(x_ND, plan, *experts(d_model), self.placement, self.expert_mlp, **how)
         else:
+            how["place_buffers"] = functools.partial(split_buffers, placement=self.placement)
             y_ND, stats = moe_apply_stats(x_ND, plan, *experts(d_model), self.dispatch, self.expert_mlp, **how)
         y_BTD = y_ND.reshape(x_BTD.shape)
         if self.num_shared_experts:

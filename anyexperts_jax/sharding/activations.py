@@ -45,5 +45,21 @@ def take_embeddings(
     return _constrain(rows, placement, spec)
 
 
+def split_buffers(x_ECD: Float[Array, "E C D"], placement: Placement | None) -> Float[Array, "E C D"]:
+    """The buffers of `dispatch="capacity"`: experts with their weights, rows over the batch's other mesh axes.
+
+    Left to itself, XLA repeats an expert's rows on all devices that have a copy of it. A mesh axis that does not divide
+    the rows does not split them.
+    """
+    if placement is None or placement.mesh.size == 1:
+        return x_ECD
+    expert, rows, left = as_tuple(placement.rules.expert), [], x_ECD.shape[1]
+    for axis in as_tuple(placement.rules.batch):
+        if axis not in expert and left % placement.mesh.shape[axis] == 0:
+            rows.append(axis)
+            left //= placement.mesh.shape[axis]
+    return _constrain(x_ECD, placement, PartitionSpec(expert, tuple(rows), None))
+
+
 def _constrain(x: Array, placement: Placement, spec: PartitionSpec) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(placement.mesh, spec))

@@ -3,13 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.dispatch.base import DispatchStats, add_virtual_output
-from anyexperts_jax.dispatch.exchange import apply_exchange
+from anyexperts_jax.dispatch.exchange import Experts, apply_exchange
 from anyexperts_jax.routing.plan import RoutingPlan
 from anyexperts_jax.sharding.rules import ShardingRules
 from anyexperts_jax.sharding.specs import DEFAULT_RULES, parts, require_automatic
@@ -41,6 +42,7 @@ def moe_exchange_stats(
     *,
     num_sequences: int,
     residuals: str = "saved",
+    chunks: int = 1,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
     """What `dispatch.moe_apply_stats` gives, computed where the experts are; stats of all devices in sum.
 
@@ -48,8 +50,12 @@ def moe_exchange_stats(
     kernels, and back. FFN widths split over devices give partial sums that are added once per token. Every device
     holds whole rows of x; weights split over `fsdp` are gathered first.
 
+    Args:
+      chunks: into which a device cuts the positions of its sequences. Each has buffers of its own, and one can travel
+        while another is computed, where the compiler lets all-to-alls run beside other work.
+
     Raises:
-      UserError: experts, widths, sequences or positions that the mesh does not divide.
+      UserError: experts, widths, sequences or positions that the mesh or `chunks` does not divide.
     """
     mesh, rules = placement.mesh, placement.rules
     tokens_spec = PartitionSpec(*rules.spec(("batch", "length")))
@@ -58,26 +64,33 @@ def moe_exchange_stats(
     x_BTD, ids_BTK, weights_BTK = (
         a.reshape(num_sequences, -1, a.shape[1]) for a in (x_ND, plan.expert_ids_NK, plan.weights_NK)
     )
-    _check(mesh, tokens_spec, x_BTD, plan.spec.num_experts, str(expert_axis))
+    _check(mesh, tokens_spec, x_BTD, plan.spec.num_experts, str(expert_axis), chunks)
 
     token_axes = jax.tree.leaves(tuple(tokens_spec))
 
-    def run(x_BTD: Array, ids_BTK: Array, weights_BTK: Array, *experts: Array) -> tuple[Array, DispatchStats]:
+    def exchange(x_BTD: Array, ids_BTK: Array, weights_BTK: Array, experts: Experts) -> tuple[Array, DispatchStats]:
         x_ND, ids_NK, weights_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTK, weights_BTK))
         y_ND, stats = apply_exchange(
             x_ND,
             ids_NK,
             weights_NK,
             plan.spec,
-            (experts[0], experts[1], experts[2]),
+            experts,
             axis=str(expert_axis),
             num_sequences=x_BTD.shape[0],
             implementation=implementation,
             residuals=residuals,
         )
+        return y_ND.reshape(x_BTD.shape), stats
+
+    def run(x_BTD: Array, ids_BTK: Array, weights_BTK: Array, *experts: Array) -> tuple[Array, DispatchStats]:
+        pieces = zip(*(jnp.split(a, chunks, axis=1) for a in (x_BTD, ids_BTK, weights_BTK)), strict=True)
+        own = (experts[0], experts[1], experts[2])
+        done = [exchange(x_BtD, ids_BtK, weights_BtK, own) for x_BtD, ids_BtK, weights_BtK in pieces]
+        y_BTD = jnp.concatenate([y_BtD for y_BtD, _ in done], axis=1)
         if width_axis is not None:
-            y_ND = lax.psum(y_ND, width_axis)
-        return y_ND.reshape(x_BTD.shape), jax.tree.map(lambda a: lax.psum(a, token_axes), stats)
+            y_BTD = lax.psum(y_BTD, width_axis)
+        return y_BTD, jax.tree.map(lambda *counts: lax.psum(sum(counts), token_axes), *(stats for _, stats in done))
 
     wide, narrow = PartitionSpec(expert_axis, None, width_axis), PartitionSpec(expert_axis, width_axis, None)
     sharded = jax.shard_map(
@@ -91,9 +104,13 @@ def moe_exchange_stats(
     return add_virtual_output(y_BTD.reshape(x_ND.shape), x_ND, plan), stats
 
 
-def _check(mesh: Mesh, tokens_spec: PartitionSpec, x_BTD: Array, num_experts: int, expert_axis: str) -> None:
+def _check(
+    mesh: Mesh, tokens_spec: PartitionSpec, x_BTD: Array, num_experts: int, expert_axis: str, chunks: int
+) -> None:
     shards = mesh.shape[expert_axis]
     require(num_experts % shards == 0, f"{num_experts} experts do not split over mesh axis {expert_axis!r} of {shards}")
     for what, size, axes in zip(("sequences", "positions"), x_BTD.shape, tokens_spec, strict=False):
         count = parts(mesh, axes)
         require(size % count == 0, f"{size} {what} do not split over mesh axes {axes} of {count} devices")
+    own = x_BTD.shape[1] // parts(mesh, tokens_spec[1])
+    require(own % chunks == 0, f"stack.exchange_chunks={chunks} must divide the {own} positions that a device has")

@@ -110,6 +110,13 @@ class _Run:
         self.config, self.paths, self.reporter, self.requests = config, paths, reporter, requests
         self.recipe = recipe
         self.clock = Clock()
+        self.watch = processes.Watch(
+            config.runtime.peer_timeout,
+            lambda what: (
+                f"waited {config.runtime.peer_timeout:g} s (runtime.peer_timeout) for {what}: another process is gone "
+                f"or hangs; {_last_good(paths)}; {_AGAIN}"
+            ),
+        )
         self.mesh = make_mesh(config.mesh)
         _check_batch_fits(config, self.mesh)
         self.apply = (recipe.apply or model_apply)(config.model, Placement(self.mesh))
@@ -117,16 +124,10 @@ class _Run:
         size = config.train.batch_size
         self.iterator = train_iterator(config.data, size, batch_rows(self.mesh, size))
         self.validation = Validation(config, self.apply, self.mesh, self._waiting)
-        self.checkpoints = Checkpoints(paths.checkpoints, config.train.keep_last)
+        with self._waiting("the other processes to open the checkpoints"):
+            self.checkpoints = Checkpoints(paths.checkpoints, config.train.keep_last)
         self.agreement = processes.Agreement()
         self.profiler = Profiler(config.runtime, paths, watches=processes.is_first())
-        self.watch = processes.Watch(
-            config.runtime.peer_timeout,
-            lambda what: (
-                f"waited {config.runtime.peer_timeout:g} s for {what}: another process is gone or hangs; "
-                f"{_last_good(paths)}; {_AGAIN}"
-            ),
-        )
         self.tokens, self.since = 0.0, time.perf_counter()
 
     def to_the_end(self) -> TrainResult:
@@ -184,7 +185,8 @@ class _Run:
             f"the run in {self.paths.root} is at step {step}, past train.steps={self.config.train.steps}",
         )
         abstract = abstract_state(model, self.optimizer, self.mesh)
-        state, data_state = self.checkpoints.restore(step, abstract, self.config)
+        with self._waiting(f"the checkpoint of step {step}"):
+            state, data_state = self.checkpoints.restore(step, abstract, self.config)
         self.iterator.set_state(data_state)
         self.reporter.note(f"going on from the checkpoint of step {step}")
         return state
@@ -203,8 +205,9 @@ class _Run:
             if step_fn is None:
                 step_fn = self._compile(state, batch)
             self.profiler.before(done)
-            asked = self.agreement.ask(self.requests.signal_number or 0, self.profiler.asked())
-            state, report = step_fn(state, batch)
+            with self._waiting(f"step {done}"):
+                asked = self.agreement.ask(self.requests.signal_number or 0, self.profiler.asked())
+                state, report = step_fn(state, batch)
             if pending is not None:
                 self._read(*pending)
             pending = (done, report)
@@ -225,7 +228,7 @@ class _Run:
             if interrupted:
                 self._interrupt(done, signal_number)
         with self.clock.spending("checkpoint"):
-            self.checkpoints.wait()
+            self._finish_checkpoint()
 
     def _next_batch(self, pending: tuple[int, StepReport] | None) -> Batch:
         """The wait counts as lost where the device had no step to work at meanwhile."""
@@ -236,8 +239,12 @@ class _Run:
             self.clock.add("data", time.perf_counter() - start)
         return batch
 
+    def _finish_checkpoint(self) -> None:
+        with self._waiting("the last checkpoint"):
+            self.checkpoints.wait()
+
     def _interrupt(self, step: int, signal_number: int) -> None:
-        self.checkpoints.wait()
+        self._finish_checkpoint()
         name = signal.Signals(signal_number).name
         message = f"stopped by {name} after step {step} of {self.config.train.steps}; {_last_good(self.paths)}"
         raise RunInterruptedError(f"{message}; {_AGAIN}", signal_number)
@@ -278,7 +285,7 @@ class _Run:
         value = float(report.scalars[name])
         self.log.write("nonfinite", step, {"metric": name, "value": str(value)})
         if self.config.train.on_nonfinite == "stop":
-            self.checkpoints.wait()
+            self._finish_checkpoint()
             raise NonFiniteError(
                 f"step {step}: {name} is {value}; {_last_good(self.paths)}; "
                 "lower optim.lr, or set train.on_nonfinite=skip to pass over such steps"
@@ -297,7 +304,7 @@ class _Run:
             loss = record["loss"] if np.isfinite(record["loss"]) else math.inf
             self.log.write("validation", step, record)
             self.reporter.evaluation(step, record)
-        with self.clock.spending("checkpoint"):
+        with self.clock.spending("checkpoint"), self._waiting(f"the checkpoint of step {step}"):
             self.checkpoints.save(state, self.iterator.get_state(), self.config, loss)
         self.since += time.perf_counter() - start
 

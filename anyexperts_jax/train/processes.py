@@ -74,6 +74,23 @@ def in_cluster(environment: Mapping[str, str] = os.environ) -> bool:
     return several_tasks or several_slices or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
+def require_alone(processes: str | None, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuses a process that is one of several, for what each of them would do in full, into the same files.
+
+    Raises:
+      UserError: unless `processes` is "1", or neither it nor the environment speaks of others.
+    """
+    if processes == "1":
+        return
+    given = {"--processes": processes, "JAX_NUM_PROCESSES": environment.get("JAX_NUM_PROCESSES")}
+    asked = next((f"{name}={value}" for name, value in given.items() if value not in (None, "1")), None)
+    if asked is None and in_cluster(environment):
+        asked = "the environment of a cluster's job"
+    require(
+        asked is None, f"{asked}: only `train` runs in several processes; start this once, or alone with --processes 1"
+    )
+
+
 def _checked(count: str, index: str, coordinator: str) -> Peers:
     require(count.isdigit() and int(count) >= 1, f"--processes={count} must be a number >= 1, or auto")
     inside = index.isdigit() and int(index) < int(count)
@@ -107,6 +124,7 @@ def connect(peers: Peers, timeout: float) -> None:
                 heartbeat_timeout_seconds=int(timeout + HEARTBEAT_MARGIN),
                 shutdown_timeout_seconds=int(timeout + HEARTBEAT_MARGIN),
             )
+            jax.devices()  # of all processes: each waits here for the others' once more
     except ValueError as error:  # so it says that it has found no cluster
         line = " ".join(str(error).split())
         raise UserError(

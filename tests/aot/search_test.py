@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from anyexperts_jax import cli
 from anyexperts_jax.aot import search as module
 from anyexperts_jax.aot.bounds import Bounds
 from anyexperts_jax.aot.search import candidates, meshes, search, search_json, search_table
@@ -93,3 +94,28 @@ def test_a_batch_that_nothing_divides_leaves_no_mesh(eight_chips, monkeypatch):
     monkeypatch.setattr(module, "check_batch", refuse)
     with pytest.raises(UserError, match="no mesh of v5e:2x4 divides batch"):
         search(dataclasses.replace(config()), "v5e:2x4", 1, 2)
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("schedules")
+def test_a_search_compiles_what_it_ranks(tmp_path, capsys):
+    settings = ["train.batch_size=8", 'data.domains=["nlp"]', "model.vision=none", "model.audio=none"]
+    settings += ["data.encoding.max_patches=0", "data.encoding.max_frames=0", "model.stack.dispatch=exchange"]
+    settings += ["model.stack.num_layers=1", "model.stack.num_dense_layers=0", "model.stack.expert_mlp=xla"]
+    changes = [argument for setting in settings for argument in ("--set", setting)]
+    path = tmp_path / "search.json"
+    command = ["compile", "smoke", "--topology", "v5e:2x2", "--search", "--limit", "2", *changes]
+    assert cli.main([*command, "--json", str(path)]) == 0
+    tried = json.loads(path.read_text())
+    bounds = [one["step"]["bound"] for one in tried]
+    assert bounds == sorted(bounds)
+    assert len({(one["remat"], *one["mesh"].values()) for one in tried}) == 2
+    for one in tried:
+        sizes = {axis: one["mesh"][axis] for axis in MESH_AXES}
+        assert one["step"]["mesh"] == sizes
+        assert math.prod(sizes.values()) == one["step"]["devices"] == 4
+        assert 0 < one["step"]["free"] < 1
+        assert one["estimated_bound"] == pytest.approx(one["step"]["bound"], rel=0.5)
+    said = capsys.readouterr()
+    assert said.err.count("remat") == 3  # how many are possible, and each that is compiled
+    assert "Compiled for v5e:2x2, by the bound on a step's time; nothing was run" in " ".join(said.out.split())

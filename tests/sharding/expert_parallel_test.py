@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.apply import moe_apply_stats
 from anyexperts_jax.dispatch.exchange import rows_per_shard
+from anyexperts_jax.sharding.activations import split_buffers
 from anyexperts_jax.sharding.expert_parallel import Placement, moe_exchange_stats
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from tests.dispatch.plans import make_operands, make_plan, random_ids
@@ -43,14 +45,24 @@ def place(mesh):
     return Placement(make_mesh(mesh))
 
 
-def exchange(placement, num_sequences=SEQUENCES):
-    return lambda x, plan, *weights: moe_exchange_stats(x, plan, *weights, placement, num_sequences=num_sequences)
+def exchange(placement, num_sequences=SEQUENCES, chunks=1):
+    how = {"num_sequences": num_sequences, "chunks": chunks}
+    return lambda x, plan, *weights: moe_exchange_stats(x, plan, *weights, placement, **how)
+
+
+def in_chunks(placement):
+    return exchange(placement, chunks=3)
+
+
+def capacity(placement):
+    how = {"num_sequences": SEQUENCES, "place_buffers": functools.partial(split_buffers, placement=placement)}
+    return lambda x, plan, *weights: moe_apply_stats(x, plan, *weights, "capacity", **how)
 
 
 @functools.cache
-def value_and_gradients(mesh):
+def value_and_gradients(mesh, form=exchange):
     """A compiled function of plan and operands; None: one device."""
-    run = exchange(place(MESHES[mesh])) if mesh else moe_apply_stats
+    run = form(place(MESHES[mesh]) if mesh else None) if mesh or form is capacity else moe_apply_stats
 
     def total(x, weights_NK, weights, plan):
         y_ND, stats = run(x, dataclasses.replace(plan, weights_NK=weights_NK), *weights)
@@ -72,6 +84,63 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
     assert stats.dropped == 0
     assert stats.rows == (CASES[case] < EMPTY).sum()
+
+
+@pytest.mark.parametrize("case", ["random", "all on one expert", "one sequence has slots"])
+@pytest.mark.parametrize("mesh", ["expert 2, sequence 2, data 2"])
+def test_chunks_give_the_values_and_gradients_of_one_device(mesh, case):
+    plan = plan_of(case, overflow="fallback")
+    operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
+    (_, (y_ND, stats)), gradients = value_and_gradients(mesh, in_chunks)(plan, *operands)
+    (_, (expected_ND, _)), expected = value_and_gradients(None)(plan, *operands)
+    np.testing.assert_allclose(y_ND, expected_ND, rtol=2e-5, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    assert stats.rows == (CASES[case] < EMPTY).sum()
+
+
+def test_what_does_not_fit_a_chunk_is_dropped_and_counted():
+    plan = plan_of("one shard's experts alone")
+    operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
+    run = jax.jit(exchange(place(MESHES["expert 8"]), chunks=2))
+    y_ND, stats = run(operands[0], plan, *operands[1:])
+    assert rows_per_shard(plan.spec, LENGTH // 2, 8) == 1  # ceil(1.25 * 1.5 * 3 / 8)
+    assert stats.dropped == 2 * TOKENS - 8 * 2
+    kept_T = (y_ND != 0).any(1).reshape(SEQUENCES, LENGTH).sum(0)
+    np.testing.assert_array_equal(kept_T, [SEQUENCES, 0, 0, SEQUENCES, 0, 0])
+
+
+@pytest.mark.parametrize("case", ["random", "one shard's experts alone", "one sequence has slots"])
+@pytest.mark.parametrize("mesh", ["data 2, expert 4", "fsdp 2, expert 2, tensor 2"])
+def test_capacity_buffers_on_a_mesh_give_and_drop_what_one_device_does(mesh, case):
+    plan, operands = plan_of(case), make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
+    (_, (y_ND, stats)), gradients = value_and_gradients(mesh, capacity)(plan, *split_over(mesh, operands))
+    (_, (expected_ND, dropped)), expected = value_and_gradients(None, capacity)(plan, *operands)
+    np.testing.assert_allclose(y_ND, expected_ND, rtol=2e-5, atol=2e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    assert stats.dropped == dropped.dropped
+    assert (stats.dropped > 0) == (case != "one sequence has slots")
+
+
+def split_over(mesh, operands):
+    """Tokens over the batch's axes, weights as parameters are."""
+    placement = place(MESHES[mesh])
+    axes = [("batch",), *[("expert", "embed", "expert_mlp")] * 2, ("expert", "expert_mlp", "embed")]
+    shardings = [NamedSharding(placement.mesh, placement.rules.spec(names)) for names in axes]
+    return jax.device_put(operands, tuple(shardings))
+
+
+def test_devices_share_the_rows_of_capacity_buffers():
+    """Twice as much would be computed if each of the two copies of an expert did all of its rows."""
+    tokens, width, hidden = 512, 32, 64
+    plan = make_plan(random_ids(np.random.default_rng(0), tokens, SLOTS, EXPERTS), EXPERTS, expected_real_slots=1.6)
+    operands, mesh = make_operands(tokens, EXPERTS, width=width, hidden=hidden), "data 2, expert 4"
+    x, *weights = split_over(mesh, operands)
+    flops = jax.jit(capacity(place(MESHES[mesh]))).lower(x, plan, *weights).compile().cost_analysis()
+    rows = 64  # ceil(1.25 * 1.6 * 512 / 16)
+    computed = 6 * EXPERTS * rows * width * hidden
+    assert computed / 8 <= flops["flops"] < 1.2 * computed / 8
 
 
 @pytest.mark.slow
@@ -111,6 +180,8 @@ def test_what_the_mesh_does_not_divide_is_refused():
     plan, operands = plan_of("random"), make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
     with pytest.raises(UserError, match=r"4 sequences do not split over mesh axes .* of 8 devices"):
         exchange(place(MESHES["expert 8"]), num_sequences=4)(operands[0], plan, *operands[1:])
+    with pytest.raises(UserError, match=r"stack.exchange_chunks=4 must divide the 6 positions that a device has"):
+        exchange(place(MESHES["expert 8"]), chunks=4)(operands[0], plan, *operands[1:])
     few = make_plan(np.zeros((TOKENS, 1)), 4)
     with pytest.raises(UserError, match=r"4 experts do not split over mesh axis 'expert' of 8"):
         exchange(place(MESHES["expert 8"]))(operands[0], few, *make_operands(TOKENS, 4)[1:])

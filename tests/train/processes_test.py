@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from anyexperts_jax.sharding.mesh import MeshConfig
 from anyexperts_jax.train import loop, processes
 from anyexperts_jax.train.config import to_json
 from anyexperts_jax.train.loop import train
-from anyexperts_jax.train.processes import Peers, find_peers
+from anyexperts_jax.train.processes import Peers, find_peers, require_alone
 from anyexperts_jax.train.run_log import read_records
 from anyexperts_jax.train.stops import PeerLostError
 from train.stand_in import MODEL, linear_apply, run_config
@@ -70,6 +71,37 @@ def test_half_a_description_is_refused(options, message):
         find_peers(*options, {})
 
 
+@pytest.mark.parametrize(
+    ("processes", "environment", "asked"),
+    [
+        ("2", {}, "--processes=2"),
+        ("auto", {}, "--processes=auto"),
+        (None, GIVEN, "JAX_NUM_PROCESSES=4"),
+        (None, SLURM, "the environment of a cluster's job"),
+        (None, {"TPU_WORKER_HOSTNAMES": "a,b"}, "the environment of a cluster's job"),
+    ],
+)
+def test_what_is_for_one_process_is_refused_to_several(processes, environment, asked):
+    with pytest.raises(UserError, match=f"^{asked}: only `train` runs in several .* with --processes 1$"):
+        require_alone(processes, environment)
+    require_alone("1", environment)
+
+
+def test_one_process_is_alone():
+    require_alone(None, {})
+    require_alone(None, {"JAX_NUM_PROCESSES": "1"})
+    require_alone(None, {**SLURM, "SLURM_NTASKS": "1"})
+
+
+@pytest.mark.parametrize("command", ["evolve", "evaluate", "report", "generate"])
+def test_commands_for_one_process_refuse_several(command, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    assert cli.main([command, "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "anyexperts: JAX_NUM_PROCESSES=2: only `train` runs in several processes;"
+    )
+
+
 def test_one_process_agrees_with_itself():
     agreement = processes.Agreement()
     assert agreement.read(agreement.ask(15, True)) == (15, 1)
@@ -104,10 +136,13 @@ def free_port():
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(config, run_dir, count) -> the processes of a run, one CPU device each."""
+    """launch(config, run_dir, count) -> the processes of a run, one CPU device each.
+
+    hang: (process, CLASS.METHOD), where one of them stops, as by SIGSTOP.
+    """
     started = []
 
-    def launch(config, run_dir, count, *options, model="linear", only=None):
+    def launch(config, run_dir, count, *options, model="linear", only=None, hang=(None, "")):
         path = tmp_path / f"config{len(started)}.json"
         path.write_text(to_json(config))
         environment = {
@@ -129,7 +164,8 @@ def launch(tmp_path):
         for index in range(count) if only is None else [only]:
             who = ["--processes", str(count), "--process-index", str(index), "--coordinator", address]
             output = open(tmp_path / f"stderr{len(started)}", "w+")  # noqa: SIM115 - closed below
-            process = subprocess.Popen([*run, *who, *options], env=environment, stdout=output, stderr=output)
+            hangs = {"HANG_IN": hang[1]} if index == hang[0] else {}
+            process = subprocess.Popen([*run, *who, *options], env=environment | hangs, stdout=output, stderr=output)
             started.append((process, output))
             found.append(process)
         return found
@@ -217,6 +253,42 @@ def test_a_missing_peer_is_one_line_after_a_time_out(tmp_path, launch):
     (line,) = output_of(tmp_path, 0).splitlines()
     assert line.startswith("anyexperts: process 0 of 2 waited 2 s for the others at 127.0.0.1:")
     assert "runtime.peer_timeout" in line
+
+
+PATIENCE = 8
+
+
+def require_one_line(process, what, tmp_path, number):
+    """`process` ends while another one is stopped; the last line says what it waited for."""
+    assert process.wait(timeout=300) == PeerLostError.exit_code, output_of(tmp_path, number)
+    said = output_of(tmp_path, number).splitlines()[-1]
+    waited = f"anyexperts: waited {PATIENCE} s (runtime.peer_timeout) for {what}: another process is gone or hangs; "
+    assert re.match(re.escape(waited).replace("NUMBER", r"\d+"), said), said
+    assert said.endswith("; run the same command to go on")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_ends_the_others_in_one_line(tmp_path, launch):
+    """In a step, and where a run that goes on reads its checkpoint; woken up, it ends itself."""
+    config, run = run_config(steps=1000, checkpoint_every=10, eval_every=1000), tmp_path / "run"
+    patience = ("--set", f"runtime.peer_timeout={PATIENCE}")
+    first = launch(config, run, 2, *patience)
+    wait_for(first, lambda: checkpoint_steps(run), tmp_path)
+    first[1].send_signal(signal.SIGSTOP)
+    require_one_line(first[0], "step NUMBER", tmp_path, 0)
+    assert f"the last good checkpoint is {run / 'checkpoints'}" in output_of(tmp_path, 0)
+    first[1].send_signal(signal.SIGCONT)
+    assert first[1].wait(timeout=300) != 0
+
+    second = launch(config, run, 2, *patience, hang=(0, "Checkpoints.restore"))
+    require_one_line(second[1], "the checkpoint of step NUMBER", tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_before_a_checkpoint_ends_the_others_in_one_line(tmp_path, launch):
+    patience = ("--set", f"runtime.peer_timeout={PATIENCE}")
+    running = launch(run_config(), tmp_path / "run", 2, *patience, hang=(0, "Checkpoints.save"))
+    require_one_line(running[1], "the checkpoint of step 3", tmp_path, 1)
 
 
 def test_a_process_that_hangs_is_ended():

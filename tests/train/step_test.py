@@ -3,9 +3,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from models.small import random_batch as media_batch
+from models.small import random_params, small
 
 from anyexperts_jax.models.init import abstract_params, logical_axes
+from anyexperts_jax.nn.config import AttentionConfig
 from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.sharding.specs import param_shardings, shard_batch
@@ -13,7 +17,7 @@ from anyexperts_jax.train.losses import answer_scores
 from anyexperts_jax.train.optim import OptimConfig, make_optimizer
 from anyexperts_jax.train.state import TrainState, init_state
 from anyexperts_jax.train.step import accumulate, make_eval_step, make_train_step, model_apply, split_batch
-from train.stand_in import MODEL, linear_apply, linear_params, random_batch, run_config
+from train.stand_in import LENGTH, MODEL, linear_apply, linear_params, random_batch, run_config
 
 AXES = {"table": ("vocab", "embed")}
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
@@ -152,21 +156,33 @@ def test_evaluation_counts_rows_with_an_answer():
     assert sums.answer_tokens == batch.loss_mask_BT.sum()
 
 
-def real_step_on(mesh, dispatch="blocks"):
-    """What one step of the real model reports on a mesh, and the parameters after it."""
-    moe = dataclasses.replace(MODEL.moe, num_experts=8, overflow="fallback")
-    attention = dataclasses.replace(MODEL.stack.attention, num_heads=2, num_kv_heads=2)
-    stack = dataclasses.replace(MODEL.stack, dispatch=dispatch, attention=attention)
-    config = run_config(dataclasses.replace(MODEL, moe=moe, stack=stack))
-    axes, shapes = logical_axes(config.model), abstract_params(config.model)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(p.dtype) * 0.3, shapes)
-    params = jax.device_put(params, param_shardings(mesh, axes, shapes))
+# Every part that a mesh splits: both encoders, a dense and a MoE layer, sizes that all meshes below divide.
+PARTS = small(
+    {"num_experts": 8, "overflow": "fallback"},
+    {"num_layers": 2, "attention": AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8)},
+    vocab_size=260,
+    max_length=LENGTH,
+)
+
+
+def skewed_batch():
+    """Four sequences, each twice on end, so that micro-batches are alike. The last has no token at all."""
+    batch = media_batch(PARTS, lengths=(20, 14, 7, 0), total=24)
+    return jax.tree.map(lambda x: np.repeat(x, 2, axis=0), batch)
+
+
+def real_step_on(mesh, dispatch="blocks", accumulation=1):
+    """What one step of the real model reports on a mesh, the parameters after it, and their first moments."""
+    model = dataclasses.replace(PARTS, stack=dataclasses.replace(PARTS.stack, dispatch=dispatch))
+    config = run_config(model, accumulation=accumulation)
+    axes, shapes = logical_axes(model), abstract_params(model)
+    params = jax.device_put(random_params(model), param_shardings(mesh, axes, shapes))
     optimizer = make_optimizer(config.optim, axes)
     state = compiled(lambda params: init_state(config.model, optimizer, params))(params)
     step = compiled(make_train_step(config, optimizer, model_apply(config.model, Placement(mesh))))
-    after, report = step(state, shard_batch(mesh, random_batch(rows=8, length=16)))
-    return jax.device_get((report, after.params))
+    after, report = step(state, shard_batch(mesh, skewed_batch()))
+    moments = optax.tree_utils.tree_get(after.opt_state, "mu")
+    return jax.device_get((report, after.params, moments))
 
 
 @pytest.fixture(scope="module")
@@ -174,24 +190,28 @@ def step_on_one_device():
     return real_step_on(make_mesh(MeshConfig(), jax.devices()[:1]))
 
 
-STEP_MESHES = [
-    (MeshConfig(data=2, fsdp=2, expert=2), "blocks"),
-    (MeshConfig(data=2, fsdp=2, expert=2), "capacity"),
-    (MeshConfig(data=2, fsdp=2, expert=2), "exchange"),
-    (MeshConfig(data=1, expert=8), "exchange"),
-    (MeshConfig(data=1, fsdp=8), "exchange"),
-    (MeshConfig(data=1, expert=4, sequence=2), "exchange"),
-    (MeshConfig(data=2, expert=2, tensor=2), "exchange"),
+STEP_MESHES = [  # data x fsdp x expert x tensor x sequence, dispatch, micro-batches
+    ((2, 2, 2, 1, 1), "blocks", 1),
+    ((2, 2, 2, 1, 1), "exchange", 1),
+    ((1, 1, 8, 1, 1), "exchange", 1),
+    ((1, 8, 1, 1, 1), "exchange", 1),
+    ((1, 2, 1, 2, 2), "capacity", 1),
+    ((2, 1, 2, 1, 2), "exchange", 2),
+    ((2, 1, 2, 2, 1), "exchange", 1),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "dispatch"), STEP_MESHES, ids=str)
-def test_losses_and_router_statistics_are_those_of_the_whole_batch_on_a_mesh(mesh, dispatch, step_on_one_device):
-    one, params_one = step_on_one_device
-    many, params_many = real_step_on(make_mesh(mesh), dispatch)
+@pytest.mark.parametrize(("sizes", "dispatch", "accumulation"), STEP_MESHES, ids=str)
+def test_a_step_on_a_mesh_is_that_of_one_device(sizes, dispatch, accumulation, step_on_one_device):
+    """Losses, router statistics and gradients are those of the whole batch, though devices differ in their tokens."""
+    one, params_one, moments_one = step_on_one_device
+    mesh = make_mesh(MeshConfig(*sizes))
+    many, params_many, moments_many = real_step_on(mesh, dispatch, accumulation)
     for name, value in one.scalars.items():
         np.testing.assert_allclose(many.scalars[name], value, rtol=2e-5, err_msg=name)
     np.testing.assert_array_equal(many.routing.load_LC, one.routing.load_LC)
     np.testing.assert_array_equal(many.routing.real_slots_LM, one.routing.real_slots_LM)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params_many, params_one)
+    # After one step the first moment is the gradient but for its clipping.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), moments_many, moments_one)
