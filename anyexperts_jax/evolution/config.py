@@ -173,7 +173,7 @@ class EvolveConfig:
     trains: Trains = "router"  # in stage III: the routers alone (paper), they and the experts, or everything
     warm_up: StageConfig = dataclasses.field(default_factory=StageConfig)  # I: the dense model
     evolving: StageConfig = dataclasses.field(default_factory=StageConfig)  # II; no steps: stage III starts from copies
-    routing: StageConfig = dataclasses.field(default_factory=StageConfig)  # III
+    routing: StageConfig = dataclasses.field(default_factory=StageConfig)  # III; no steps: the run ends before it
 
     def __post_init__(self) -> None:
         require_one_of("evolve.trains", self.trains, get_args(Trains))
@@ -185,8 +185,7 @@ class EvolveConfig:
         require(
             not self.moe.expert_bias, "evolve.moe.expert_bias=True: stage II has no router to balance; set it False"
         )
-        for name in ("warm_up", "routing"):
-            require(getattr(self, name).steps >= 1, f"evolve.{name}.steps must be >= 1")
+        require(self.warm_up.steps >= 1, "evolve.warm_up.steps must be >= 1")
         if self.evolving.steps:
             self.evolution.check(self.upcycle.num_experts)
 
@@ -205,6 +204,11 @@ class EvolveRun:
     def __post_init__(self) -> None:
         for name in STAGES:
             self.stage(name)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that have steps, in order."""
+        return tuple(name for name in STAGES if getattr(self.evolve, name).steps)
 
     @property
     def model(self) -> ModelConfig:

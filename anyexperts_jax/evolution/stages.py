@@ -16,7 +16,7 @@ from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.evolution.alone import apply_alone, expert_leaves, expert_measure, router_leaves
 from anyexperts_jax.evolution.config import STAGES, EvolveRun, load_evolve_config
 from anyexperts_jax.evolution.evolve import expert_evolution
-from anyexperts_jax.evolution.upcycle import upcycle_params
+from anyexperts_jax.evolution.upcycle import rerouted_params, upcycle_params
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import logical_axes
 from anyexperts_jax.train.config import FREE_KEYS, describe_differences
@@ -51,9 +51,8 @@ def evolve(
         require_one_of("stage", name, STAGES)
     _open(run, root)
     results = {}
-    for name in [name for name in STAGES if name in stages and getattr(run.evolve, name).steps]:
-        begun = RunDir(root / name).checkpoint_steps()
-        if not begun:
+    for name in [name for name in run.stages if name in stages]:
+        if not RunDir(root / name).checkpoint_steps():
             _check_predecessor(run, root, name)
         note(f"stage {name}: {getattr(run.evolve, name).steps} steps in {root / name}")
         results[name] = train(run.stage(name), root / name, progress=progress, recipe=stage_recipe(run, root, name))
@@ -97,12 +96,22 @@ def _starting_parameters(run: EvolveRun, root: pathlib.Path, name: str) -> Calla
 
     def start(mesh: Mesh) -> Any:
         config, params, _ = load_run(root / predecessor, "last", mesh)
-        _check_model(config.model, run.stage(predecessor).model, root / predecessor)
-        if predecessor != "warm_up":
-            return params
+        wanted = run.stage(predecessor).model
+        if predecessor == "evolving":  # stage II runs expert 1 alone: which routing policy it had is nothing to it
+            same_number = config.model.moe.num_experts == wanted.moe.num_experts
+            found = dataclasses.replace(config.model, moe=wanted.moe) if same_number else config.model
+            _check_model(found, wanted, root / predecessor)
+            return params if config.model == wanted else rerouted_params(params, run.model, key, mesh)
+        _check_model(config.model, wanted, root / predecessor)
         return upcycle_params(params, run.model, run.evolve.upcycle, key, mesh, consume=True)
 
     return start
+
+
+def stage_done(run: EvolveRun, root: pathlib.Path, name: str) -> bool:
+    """Whether ROOT/STAGE has the checkpoint of the stage's last step."""
+    steps = RunDir(root / name).checkpoint_steps()
+    return bool(steps) and steps[-1] == getattr(run.evolve, name).steps
 
 
 def _predecessor(run: EvolveRun, name: str) -> str:
@@ -116,7 +125,7 @@ def _check_predecessor(run: EvolveRun, root: pathlib.Path, name: str) -> None:
     steps, wanted = RunDir(root / before).checkpoint_steps(), getattr(run.evolve, before).steps
     reached = f"it stopped at step {steps[-1]}" if steps else "it has no checkpoint"
     require(
-        bool(steps) and steps[-1] == wanted,
+        stage_done(run, root, before),
         f"stage {name} starts from the end of stage {before}, step {wanted} in {root / before}, but {reached}; "
         "run that stage first",
     )
