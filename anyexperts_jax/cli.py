@@ -376,8 +376,8 @@ def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "table",
         nargs="+",
-        help="table1 table2 table3 figure3 figure4 figure5 or all; evomoe-components -routers -diversity -beta -experts "
-        "-slots or evomoe; or TOML files",
+        help="table1 table2 table3 figure3 figure4 figure5 or all; evomoe-components -routers -diversity -beta "
+        "-experts -slots or evomoe; or TOML files",
     )
     parser.add_argument("--runs", type=pathlib.Path, help="where runs are kept (default: runs/reproduce)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs side by side (default: cores)")

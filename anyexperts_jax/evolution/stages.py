@@ -4,6 +4,7 @@ I warm-up: the dense model. II evolution: expert 1 trains and the others follow.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from jax.sharding import Mesh
 from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.evolution.alone import apply_alone, expert_leaves, expert_measure, router_leaves
 from anyexperts_jax.evolution.config import STAGES, EvolveRun, load_evolve_config
+from anyexperts_jax.evolution.diversity import diversity_apply
 from anyexperts_jax.evolution.evolve import expert_evolution
 from anyexperts_jax.evolution.upcycle import rerouted_params, upcycle_params
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.models.init import logical_axes
+from anyexperts_jax.models.init import init_params, logical_axes
 from anyexperts_jax.train.config import FREE_KEYS, describe_differences
-from anyexperts_jax.train.frozen import only
+from anyexperts_jax.train.frozen import only, side_by_side
 from anyexperts_jax.train.loop import TrainResult, train
 from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.recipe import EVERYTHING, Recipe
@@ -61,13 +63,17 @@ def evolve(
 
 def stage_recipe(run: EvolveRun, root: pathlib.Path, name: str) -> Recipe:
     """How a stage departs from plain training: where it starts, what trains, by which rule, and what is measured."""
-    if name == "warm_up":
-        return EVERYTHING
     model, config = run.model, run.stage(name)
+    if name == "warm_up" and not run.evolve.evolve_in_warm_up:
+        return EVERYTHING
     experts, routers = expert_leaves(model), router_leaves(model)
     start = _starting_parameters(run, root, name)
     axes = logical_axes(model)
-    if name == "evolving":
+
+    def adamw(trained: Any) -> Any:
+        return only(make_optimizer(config.optim, _selected_axes(axes, trained)), trained)
+
+    if name != "routing":
         evolution = expert_evolution(
             make_optimizer(config.optim, _selected_axes(axes, experts)),
             run.evolve.evolution,
@@ -75,14 +81,21 @@ def stage_recipe(run: EvolveRun, root: pathlib.Path, name: str) -> Recipe:
             steps=config.train.steps,
             key=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1)),
         )
-        return Recipe(start, experts, only(evolution, experts), apply_alone, expert_measure(model))
+        trained, optimizer = experts, only(evolution, experts)
+        if name == "warm_up":
+            others = jax.tree.map(lambda expert, router: not (expert or router), experts, routers)
+            trained = jax.tree.map(lambda router: not router, routers)
+            optimizer = side_by_side(optimizer, experts, adamw(others), others)
+        return Recipe(start, trained, optimizer, apply_alone, expert_measure(model))
+    apply = None
+    if run.evolve.diversity != "none":
+        apply = functools.partial(diversity_apply, run.evolve.diversity, run.evolve.diversity_weight)
     if run.evolve.trains == "all":
-        return Recipe(start, measure=expert_measure(model))
+        return Recipe(start, apply=apply, measure=expert_measure(model))
     trained = routers
     if run.evolve.trains == "moe":
         trained = jax.tree.map(lambda expert, router: expert or router, experts, routers)
-    optimizer = only(make_optimizer(config.optim, _selected_axes(axes, trained)), trained)
-    return Recipe(start, trained, optimizer, measure=expert_measure(model))
+    return Recipe(start, trained, adamw(trained), apply, expert_measure(model))
 
 
 def _selected_axes(axes: Any, trained: Any) -> Any:
@@ -91,19 +104,22 @@ def _selected_axes(axes: Any, trained: Any) -> Any:
 
 
 def _starting_parameters(run: EvolveRun, root: pathlib.Path, name: str) -> Callable[[Mesh], Any]:
-    predecessor = _predecessor(run, name)
-    key = jax.random.key(run.base.seed)
+    key, upcycle, early = jax.random.key(run.base.seed), run.evolve.upcycle, run.evolve.evolve_in_warm_up
 
     def start(mesh: Mesh) -> Any:
+        if name == "warm_up":  # experts that evolve from the first step on
+            dense = init_params(run.base.model, key)
+            return upcycle_params(dense, run.model, upcycle, key, mesh, consume=True)
+        predecessor = _predecessor(run, name)
         config, params, _ = load_run(root / predecessor, "last", mesh)
         wanted = run.stage(predecessor).model
-        if predecessor == "evolving":  # stage II runs expert 1 alone: which routing policy it had is nothing to it
+        if predecessor == "evolving" or early:  # expert 1 ran alone: which routing policy it had is nothing to it
             same_number = config.model.moe.num_experts == wanted.moe.num_experts
             found = dataclasses.replace(config.model, moe=wanted.moe) if same_number else config.model
             _check_model(found, wanted, root / predecessor)
             return params if config.model == wanted else rerouted_params(params, run.model, key, mesh)
         _check_model(config.model, wanted, root / predecessor)
-        return upcycle_params(params, run.model, run.evolve.upcycle, key, mesh, consume=True)
+        return upcycle_params(params, run.model, upcycle, key, mesh, consume=True)
 
     return start
 

@@ -32,7 +32,8 @@ def last_model(run: EvolveRun, folder: pathlib.Path) -> Trained:
     The first two as a mixture of one expert, which computes what they compute.
     """
     last = run.stages[-1]
-    trained = _dense_as_mixture(run, folder) if last == "warm_up" else load_trained(folder / last, "last")
+    dense = last == "warm_up" and not run.evolve.evolve_in_warm_up
+    trained = _dense_as_mixture(run, folder) if dense else load_trained(folder / last, "last")
     if last == "routing":
         return trained
     model = trained.config.model
@@ -50,13 +51,15 @@ def expert_figures(run: EvolveRun, folder: pathlib.Path, trained: Trained, examp
     rows = min(examples, _LARGEST_BATCH)
     batches = load_batches(trained, trained.config.data.domains, "validation", examples, rows)
     found = diagnose(trained, batches)
-    dense = _dense_as_mixture(run, folder)
+    early = run.evolve.evolve_in_warm_up  # then there is no dense model to have gone from
+    dense = None if early else _dense_as_mixture(run, folder)
     distance, drift = {}, {}
-    for name in [name for name in run.stages if name != "warm_up"]:
-        here = trained if name == run.stages[-1] else load_trained(folder / name, "last")
+    for name in [name for name in run.stages if name != "warm_up" or early]:
         experts = validation_record(folder / name)["experts"]
         distance[name] = tuple(experts[key]["distance"] for key in experts if key != "expert_1")
-        drift[name] = _drift(dense, here)
+        if dense is not None:
+            here = trained if name == run.stages[-1] else load_trained(folder / name, "last")
+            drift[name] = _drift(dense, here)
     return ExpertFigures(
         loss=found.loss,
         shuffled_loss=found.loss + found.shuffle_cost,
@@ -79,9 +82,7 @@ def _dense_as_mixture(run: EvolveRun, folder: pathlib.Path) -> Trained:
 
 def _with_model(trained: Trained, model: ModelConfig, params: Any) -> Trained:
     config = dataclasses.replace(trained.config, model=model)
-    return dataclasses.replace(
-        trained, config=config, params=params, router_bias_LC=jnp.zeros(model.router_bias_shape)
-    )
+    return dataclasses.replace(trained, config=config, params=params, router_bias_LC=jnp.zeros(model.router_bias_shape))
 
 
 def _drift(dense: Trained, trained: Trained) -> float:

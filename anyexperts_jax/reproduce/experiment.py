@@ -220,9 +220,7 @@ def _run_of(
     else:
         config = load_config(base, overrides)
     keep = seed in variant.keep
-    run = Run(
-        variant.name, config, (), amounts, experiment.recipe, keep=keep, stage=variant.stage, evolve=evolve
-    )
+    run = Run(variant.name, config, (), amounts, experiment.recipe, keep=keep, stage=variant.stage, evolve=evolve)
     budgets = tuple(float(one) for one in variant.budgets) or (run.moe.expected_real_slots,)
     for budget in budgets:
         shift_budget(run.moe, budget)

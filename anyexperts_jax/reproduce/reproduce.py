@@ -41,7 +41,7 @@ def plans(
 
 
 def whole_page(tables: Sequence[str]) -> Sequence[str]:
-    """What to draw where `tables` were asked for: the whole of a paper's, which share a page, or these if not of one."""
+    """What to draw where `tables` were asked for: the whole page of a paper's, or these if not of one."""
     for group, names in GROUPS.items():
         if set(tables) <= {group, *names}:
             return (group,)

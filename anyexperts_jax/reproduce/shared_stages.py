@@ -5,11 +5,11 @@ stopped goes on with whoever needs it next.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
@@ -19,6 +19,7 @@ from anyexperts_jax.reproduce.experiment import Run, evolve_digest
 
 STORE_NAME = "stages"  # beside the runs' folders
 SHARED = ("warm_up", "evolving")
+_OF_EVOLUTION = ("upcycle", "evolution", "evolving", "evolve_in_warm_up")
 _NO_STEPS = StageConfig(steps=0)
 
 Note = Callable[[str], None]
@@ -26,12 +27,11 @@ Note = Callable[[str], None]
 
 def up_to(run: EvolveRun, name: str) -> EvolveRun:
     """The run that ends with stage `name`, without what does not matter to it: runs that share the stage have one."""
-    stage_one = EvolveConfig(warm_up=run.evolve.warm_up, evolving=_NO_STEPS, routing=_NO_STEPS)
-    if name == "warm_up":
-        return EvolveRun(run.base, stage_one)
-    plain = AnyExpertsConfig.static_top_k(run.evolve.upcycle.num_experts, 1)
-    parts = {part: getattr(run.evolve, part) for part in ("upcycle", "evolution", "evolving")}
-    return EvolveRun(run.base, dataclasses.replace(stage_one, moe=plain, **parts))
+    needed: dict[str, Any] = {"warm_up": run.evolve.warm_up, "evolving": _NO_STEPS, "routing": _NO_STEPS}
+    if name == "evolving" or run.evolve.evolve_in_warm_up:
+        needed |= {part: getattr(run.evolve, part) for part in _OF_EVOLUTION}
+        needed["moe"] = AnyExpertsConfig.static_top_k(run.evolve.upcycle.num_experts, 1)
+    return EvolveRun(run.base, EvolveConfig(**needed))
 
 
 def missing_stages(run: Run, root: pathlib.Path) -> frozenset[str]:
