@@ -201,10 +201,10 @@ def _compile(options: argparse.Namespace) -> None:
 
 def _reproduce(options: argparse.Namespace) -> None:
     from anyexperts_jax.reproduce.readme import update_readme
-    from anyexperts_jax.reproduce.reproduce import plans, run_plans, whole_page, write_plans
+    from anyexperts_jax.reproduce.reproduce import default_out, plans, run_plans, whole_page, write_plans
 
     runs = options.runs or pathlib.Path("runs", "reproduce_quick" if options.quick else "reproduce")
-    out = options.out or (runs / "tables" if options.quick else pathlib.Path("experiments", "results", "reproduce"))
+    out = options.out or (runs / "tables" if options.quick else default_out(options.table))
     found = plans(options.table, quick=options.quick, overrides=options.set)
     left = 0
     failed: Sequence = ()
@@ -385,7 +385,7 @@ def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--quick", action="store_true", help="few steps and one seed: does it work, not what it says")
     _add_set(parser, "override in every run; repeatable")
     parser.add_argument("--only", choices=("runs", "tables"), help="make the runs alone, or tables of what is done")
-    parser.add_argument("--out", type=pathlib.Path, help="of tables (default: experiments/results/reproduce)")
+    parser.add_argument("--out", type=pathlib.Path, help="of tables (default: in experiments/results/reproduce)")
     parser.add_argument("--readme", type=pathlib.Path, help="also write the block between its markers")
     parser.set_defaults(command=_reproduce)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.reproduce.collect import Results, collect, load_kept, save_kept
+from anyexperts_jax.reproduce.evomoe_output import is_evomoe, write_evomoe_page
 from anyexperts_jax.reproduce.experiment import CONFIGS, GROUPS, Run, load_experiment, runs_of, shared
 from anyexperts_jax.reproduce.layer_times import LayerTimes, load_layer_times, measure_layer_times, save_layer_times
 from anyexperts_jax.reproduce.maps import FIGURE4, FIGURE5, draw_maps
@@ -48,6 +49,12 @@ def whole_page(tables: Sequence[str]) -> Sequence[str]:
     return tables
 
 
+def default_out(tables: Sequence[str]) -> pathlib.Path:
+    """Where the page of `tables` is kept in a checkout."""
+    folder = pathlib.Path("experiments", "results", "reproduce")
+    return folder / "evomoe" if whole_page(tables) == ("evomoe",) else folder
+
+
 def run_plans(
     found: Sequence[Plan],
     root: pathlib.Path,
@@ -85,8 +92,9 @@ def write_plans(
     out.mkdir(parents=True, exist_ok=True)
     save_kept({**kept, **done}, out)
     page = Page(results, command, quick, _layer_times(results, out, note))
+    write = write_evomoe_page if is_evomoe(page.results) else write_page
     maps = _maps(found, root, out)  # before the page, which shows those it finds
-    for path in [*write_page(page, out), *maps]:
+    for path in [*write(page, out), *maps]:
         note(f"wrote {path}")
     return page
 
