@@ -217,7 +217,7 @@ def test_stage_three_may_have_another_routing_policy_than_stage_two(done, tmp_pa
     assert any("importance" in name for name in named_leaves(slots))
     more = dataclasses.replace(TOP_1, num_experts=5)
     other = a_run(moe=more, upcycle=UpcycleConfig(num_experts=5), evolution=EvolutionConfig(fixed_beta=0.5))
-    with pytest.raises(UserError, match=r"is another one: moe.num_experts \(4, was 5\)|moe.num_experts"):
+    with pytest.raises(UserError, match="is another one: "):
         stages.stage_recipe(other, tmp_path, "routing").start(mesh)
 
 
@@ -237,7 +237,7 @@ def test_experts_can_evolve_in_stage_one_where_all_else_trains(tmp_path):
         assert not np.array_equal(after[name][:, 0], after[name][:, 3])
     (record,) = [r for r in read_records(tmp_path / "warm_up" / "metrics.jsonl") if r["kind"] == "validation"]
     assert 0 < record["experts"]["expert_2"]["distance"] < 0.5
-    with pytest.raises(UserError, match="evolve_in_warm_up=True leaves nothing for evolve.evolving.steps=4"):
+    with pytest.raises(UserError, match="evolve_in_warm_up=True leaves nothing"):
         a_run(evolve_in_warm_up=True)
 
 
