@@ -36,8 +36,14 @@ class Finding:
 
 def evomoe_findings(results: Results) -> list[Finding]:
     """Those whose runs are there, of the results of all EvoMoE's experiments together."""
-    found = [*_components(results), *_routers(results), *_diversity(results), *_beta(results), *_numbers(results)]
-    found += [*_uniformity(results), *_rigidity(results), *_apart(results)]
+    main = main_findings(results)
+    rest = [*_routers(results), *_diversity(results), *_beta(results), *_numbers(results)]
+    return [*main, *(one for one in rest if one is not None)]
+
+
+def main_findings(results: Results) -> list[Finding]:
+    """Those on the method's parts and on what experts and routers become: a table short enough for README."""
+    found = [*_components(results), *_uniformity(results), *_rigidity(results), *_apart(results)]
     return [one for one in found if one is not None]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from anyexperts_jax.analysis.tables import TextTable
 from anyexperts_jax.reproduce.claims import BETTER_MARGIN, EQUAL_MARGIN, MIN_SEEDS
 from anyexperts_jax.reproduce.collect import Results
-from anyexperts_jax.reproduce.evomoe_claims import APART, evomoe_findings
+from anyexperts_jax.reproduce.evomoe_claims import APART, evomoe_findings, main_findings
 from anyexperts_jax.reproduce.evomoe_figures import draw_experts, draw_scores
 from anyexperts_jax.reproduce.evomoe_tables import expert_table, finding_table, variant_table
 from anyexperts_jax.reproduce.experiment import EVOMOE_TABLES
@@ -75,10 +75,11 @@ def write_evomoe_page(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def evomoe_block(page: Page, where: str) -> str:
-    """README's block: the verdicts without their details, with links to the page in `where`."""
-    whole = finding_table(evomoe_findings(together(page.results)))
+    """README's block: the main verdicts without their details, with links to the page in `where`."""
+    whole = finding_table(main_findings(together(page.results)))
     short = TextTable(whole.title, whole.columns[:5], tuple(row[:5] for row in whole.rows))
     return (
+        f"![What shuffled routing costs against how far experts end apart]({where}/{EXPERTS_FIGURE})\n\n"
         f"{markdown_table(short)}\n\n"
-        f"Scores by domain, distances between experts and overlaps of routers: [{where}]({where}/{PAGE_NAME}).\n"
+        f"Routers, diversity, beta, numbers of experts, and scores by domain: [{where}]({where}/{PAGE_NAME}).\n"
     )

@@ -77,9 +77,6 @@ name = "expert 1 alone"
 stages = ["warm_up", "evolving"]
 [[variants]]
 name = "evolution + DTR"
-[[variants]]
-name = "beta 0"
-set = ["evolve.evolution.fixed_beta=0.0"]
 """
 
 
@@ -129,11 +126,6 @@ def test_stages_are_trained_once_and_go_on_after_sigterm(runs, tmp_path, monkeyp
     assert taken == [], "both stages were there"
     assert dense.experts is alone.experts is None
     assert (set(dense.validation), alone.trained_budget) == ({"nlp"}, 1.0)
-    zero = finish(runs["beta 0"], prepare(runs["beta 0"], root), say)
-    assert taken == ["evolving"] * 4 + ["routing"] * 4
-    assert max(zero.experts.distance["routing"]) < 1e-6
-    assert zero.experts.shuffled_loss == pytest.approx(zero.experts.loss, rel=1e-5), "experts alike: nothing to shuffle"
-    assert zero.own.score("nlp").score == alone.own.score("nlp").score
     assert len(list((root / STORE_NAME).glob("warm_up_*.lock"))) == 1
 
 
