@@ -118,7 +118,7 @@ def _uniformity(results: Results) -> list[Finding | None]:
     found = [
         _finding(
             results,
-            f"Expert uniformity: shuffling costs copied experts nothing, {how}",
+            f"Expert uniformity: shuffling costs nothing after MoE-tuning from copies, {how}",
             equal,
             "nats",
             (name,),

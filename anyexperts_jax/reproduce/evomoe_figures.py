@@ -1,5 +1,6 @@
 """EvoMoE's pictures: scores of all variants, and what shuffling costs against how far experts end apart."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from anyexperts_jax.reproduce.collect import Results, mean_score
 from anyexperts_jax.reproduce.evomoe_claims import apart, overlap, shuffle_cost
 from anyexperts_jax.reproduce.statistics import summarise
 
+_KIND_NAMES = ("evolution", "snapshots (ours)", "others")
+_OTHER = 2
 _LEAST_DISTANCE = 1e-8  # where experts that are alike stand on the logarithmic axis
 
 
@@ -37,31 +40,39 @@ def draw_scores(tables: Mapping[str, Results], path: Path, title: str) -> Path:
 
 def draw_experts(results: Results, path: Path, title: str) -> Path:
     """What shuffling costs against the distance of evolved experts, and the overlap of logits by modality."""
-    with style.figure(11.0, 4.6, path) as drawn:
+    variants = list(dict.fromkeys(name for (name, _), one in results.found.items() if one.experts))
+    with style.figure(11.0, max(4.4, 0.9 + 0.15 * len(variants)), path) as drawn:
         left, right = drawn.subplots(1, 2)
-        variants = list(dict.fromkeys(name for name, _ in results.found))
-        with_experts = [
-            name for name in variants if any(v == name and r.experts for (v, _), r in results.found.items())
-        ]
-        for index, variant in enumerate(with_experts):
-            ones = [one for (name, _), one in results.found.items() if name == variant]
-            colour, marker = style.series(index)
-            xs = [max(apart(one), _LEAST_DISTANCE) for one in ones]
-            if np.isfinite(xs).any():
-                left.plot(xs, [shuffle_cost(one) for one in ones], marker, color=colour, label=variant, markersize=5)
-            shared = [overlap(one) for one in ones]
-            right.plot(shared, np.full(len(ones), index), marker, color=colour, markersize=5)
+        for index, variant in enumerate(variants):
+            ones = [one for (name, _), one in results.found.items() if name == variant and one.experts]
+            colour, marker = style.series(_kind(variant))
+            distances = [max(apart(one), _LEAST_DISTANCE) for one in ones if not math.isnan(apart(one))]
+            costs = [shuffle_cost(one) for one in ones if not math.isnan(apart(one))]
+            if distances:
+                left.plot(distances, costs, marker, color=colour, markersize=4)
+            if distances and _kind(variant) == _OTHER:
+                middle = (float(np.exp(np.mean(np.log(distances)))), float(np.mean(costs)))
+                left.annotate(variant, middle, xytext=(4, 4), textcoords="offset points", fontsize=6.5)
+            right.plot([overlap(one) for one in ones], np.full(len(ones), index), marker, color=colour, markersize=4)
+        for kind, name in enumerate(_KIND_NAMES):
+            colour, marker = style.series(kind)
+            left.plot([], [], marker, color=colour, markersize=5, label=name)
         left.set_xscale("log")
         left.axhline(0.0, color=style.FAINT, linewidth=1)
         left.set_xlabel("distance of experts 2 to N from expert 1 over expert 1's drift")
         left.set_ylabel("nats per answer token that shuffled logits cost")
-        right.set_yticks(range(len(with_experts)), with_experts)
-        right.set_ylim(len(with_experts) - 0.5, -0.5)
-        right.tick_params(axis="y", labelsize=6)
+        right.set_yticks(range(len(variants)), variants)
+        right.set_ylim(len(variants) - 0.5, -0.5)
+        right.tick_params(axis="y", labelsize=6.5)
         right.set_xlabel("overlap of router logits of text and image; 1 is alike")
         for axes in (left, right):
             axes.grid(True)
-        if left.get_legend_handles_labels()[0]:
-            drawn.legend(loc="outside lower center", ncols=4, fontsize=6.5)
-        drawn.suptitle(title, x=0.01, ha="left")
+        drawn.legend(
+            loc="outside upper left", ncols=len(_KIND_NAMES), title=f"{title}; a mark a seed", alignment="left"
+        )
     return path
+
+
+def _kind(variant: str) -> int:
+    """The place in `_KIND_NAMES`."""
+    return next((i for i, start in enumerate(("evolution", "snapshots")) if variant.startswith(start)), _OTHER)

@@ -51,7 +51,7 @@ def evolve_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult
             evolve(stages, train_folder, (last,), note=note)
     trained, record = last_model(stages, train_folder), validation_record(train_folder / last)
     result = _measured(run, trained, record, seconds(), note)
-    if last in SHARED:
+    if last in SHARED or run.moe.num_experts == 1:
         return result
     amount = run.evaluation.validation_examples
     return dataclasses.replace(result, experts=expert_figures(stages, train_folder, trained, amount))

@@ -92,7 +92,7 @@ def test_beta_zero_is_expert_one_or_is_not():
 def test_uniformity(cost, uniform, shuffled):
     figures = dict.fromkeys(("MoE-tuning", BOTH), experts(cost=cost))
     found = verdicts_of(results({"MoE-tuning": 0.0, BOTH: 0.0}, figures))
-    assert found["Expert uniformity: shuffling costs copied experts nothing, linear router"] == uniform
+    assert found["Expert uniformity: shuffling costs nothing after MoE-tuning from copies, linear router"] == uniform
     assert found[SHUFFLED] == shuffled
 
 
