@@ -205,10 +205,10 @@ def _compile(options: argparse.Namespace) -> None:
 
 def _reproduce(options: argparse.Namespace) -> None:
     from anyexperts_jax.reproduce.readme import update_readme
-    from anyexperts_jax.reproduce.reproduce import plans, run_plans, whole_page, write_plans
+    from anyexperts_jax.reproduce.reproduce import default_out, plans, run_plans, whole_page, write_plans
 
     runs = options.runs or pathlib.Path("runs", "reproduce_quick" if options.quick else "reproduce")
-    out = options.out or (runs / "tables" if options.quick else pathlib.Path("experiments", "results", "reproduce"))
+    out = options.out or (runs / "tables" if options.quick else default_out(options.table))
     found = plans(options.table, quick=options.quick, overrides=options.set)
     left = 0
     failed: Sequence = ()
@@ -382,7 +382,8 @@ def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "table",
         nargs="+",
-        help="table1 table2 table3 figure3 figure4 figure5, all, or TOML files",
+        help="table1 table2 table3 figure3 figure4 figure5 or all; evomoe-components -routers -diversity -beta "
+        "-experts -slots or evomoe; or TOML files",
     )
     parser.add_argument("--runs", type=pathlib.Path, help="where runs are kept (default: runs/reproduce)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs side by side (default: cores)")
@@ -390,7 +391,7 @@ def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--quick", action="store_true", help="few steps and one seed: does it work, not what it says")
     _add_set(parser, "override in every run; repeatable")
     parser.add_argument("--only", choices=("runs", "tables"), help="make the runs alone, or tables of what is done")
-    parser.add_argument("--out", type=pathlib.Path, help="of tables (default: experiments/results/reproduce)")
+    parser.add_argument("--out", type=pathlib.Path, help="of tables (default: in experiments/results/reproduce)")
     parser.add_argument("--readme", type=pathlib.Path, help="also write the block between its markers")
     parser.set_defaults(command=_reproduce)
 

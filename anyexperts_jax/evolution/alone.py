@@ -37,7 +37,7 @@ def apply_alone(model: ModelConfig, placement: Placement | None = None, expert: 
 
     No other expert and no router has a gradient.
     """
-    inner = model_apply(_alone(model), placement)
+    inner = model_apply(alone_model(model), placement)
 
     def apply(
         params: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None
@@ -61,7 +61,7 @@ def expert_alone(model: ModelConfig, params: Any, expert: Array | int) -> Any:
     return {**chosen, "decoder": {**decoder, "moe_layers": {**blocks, "moe": moe}}}
 
 
-def _alone(model: ModelConfig) -> ModelConfig:
+def alone_model(model: ModelConfig) -> ModelConfig:
     """The model with one expert. There is nobody to dispatch to: every token stays where it is, on any mesh."""
     stack = dataclasses.replace(model.stack, dispatch="dense", expert_mlp=None)
     return dataclasses.replace(model, stack=stack, moe=AnyExpertsConfig.static_top_k(1, 1))
@@ -113,7 +113,7 @@ def expert_measure(model: ModelConfig) -> Callable[[TrainState, Validation], dic
 
 def _apply_chosen(model: ModelConfig, placement: Placement) -> Apply:
     """`apply_alone` for parameters that come with the expert's number."""
-    inner = model_apply(_alone(model), placement)
+    inner = model_apply(alone_model(model), placement)
 
     def apply(
         chosen: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None

@@ -24,6 +24,7 @@ from anyexperts_jax.train.strict import build, merge
 ExpertInit = Literal["copy", "noise", "dropout", "random_subset"]
 EvolutionMode = Literal["ema", "lag", "literal"]
 Trains = Literal["router", "moe", "all"]
+Diversity = Literal["none", "contrastive", "local_entropy"]
 STAGES = ("warm_up", "evolving", "routing")
 
 
@@ -171,12 +172,17 @@ class EvolveConfig:
     evolution: EvolutionConfig = dataclasses.field(default_factory=EvolutionConfig)
     moe: AnyExpertsConfig = dataclasses.field(default_factory=_top_1)  # variable slots too, for an AnyExperts model
     trains: Trains = "router"  # in stage III: the routers alone (paper), they and the experts, or everything
+    diversity: Diversity = "none"  # a loss of stage III: see evolution.diversity
+    diversity_weight: float = 0.01
+    evolve_in_warm_up: bool = False  # experts evolve in stage I, where all else trains too; stage II has no steps
     warm_up: StageConfig = dataclasses.field(default_factory=StageConfig)  # I: the dense model
     evolving: StageConfig = dataclasses.field(default_factory=StageConfig)  # II; no steps: stage III starts from copies
-    routing: StageConfig = dataclasses.field(default_factory=StageConfig)  # III
+    routing: StageConfig = dataclasses.field(default_factory=StageConfig)  # III; no steps: the run ends before it
 
     def __post_init__(self) -> None:
         require_one_of("evolve.trains", self.trains, get_args(Trains))
+        require_one_of("evolve.diversity", self.diversity, get_args(Diversity))
+        require(self.diversity_weight >= 0, f"evolve.diversity_weight={self.diversity_weight} must be >= 0")
         require(
             self.moe.num_experts == self.upcycle.num_experts,
             f"evolve.moe.num_experts={self.moe.num_experts} is not "
@@ -185,9 +191,12 @@ class EvolveConfig:
         require(
             not self.moe.expert_bias, "evolve.moe.expert_bias=True: stage II has no router to balance; set it False"
         )
-        for name in ("warm_up", "routing"):
-            require(getattr(self, name).steps >= 1, f"evolve.{name}.steps must be >= 1")
-        if self.evolving.steps:
+        require(self.warm_up.steps >= 1, "evolve.warm_up.steps must be >= 1")
+        require(
+            not (self.evolve_in_warm_up and self.evolving.steps),
+            f"evolve.evolve_in_warm_up=True leaves nothing for evolve.evolving.steps={self.evolving.steps}; set it 0",
+        )
+        if self.evolving.steps or self.evolve_in_warm_up:
             self.evolution.check(self.upcycle.num_experts)
 
 
@@ -207,6 +216,11 @@ class EvolveRun:
             self.stage(name)
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that have steps, in order."""
+        return tuple(name for name in STAGES if getattr(self.evolve, name).steps)
+
+    @property
     def model(self) -> ModelConfig:
         """The model with experts, of stages II and III."""
         return upcycled_model(self.base.model, self.evolve.upcycle, self.evolve.moe)
@@ -217,7 +231,8 @@ class EvolveRun:
         own: StageConfig = getattr(self.evolve, name)
         rates = {key: getattr(own, key) for key in ("lr", "warmup_steps", "final_lr_fraction")}
         amounts: dict[str, Any] = {"steps": max(own.steps, own.warmup_steps + 1), "batch_size": own.batch_size}
-        model = self.base.model if name == "warm_up" else self.model
+        dense = name == "warm_up" and not self.evolve.evolve_in_warm_up
+        model = self.base.model if dense else self.model
         try:
             return dataclasses.replace(
                 self.base,

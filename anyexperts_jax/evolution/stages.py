@@ -4,6 +4,7 @@ I warm-up: the dense model. II evolution: expert 1 trains and the others follow.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from jax.sharding import Mesh
 from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.evolution.alone import apply_alone, expert_leaves, expert_measure, router_leaves
 from anyexperts_jax.evolution.config import STAGES, EvolveRun, load_evolve_config
+from anyexperts_jax.evolution.diversity import diversity_apply
 from anyexperts_jax.evolution.evolve import expert_evolution
-from anyexperts_jax.evolution.upcycle import upcycle_params
+from anyexperts_jax.evolution.upcycle import rerouted_params, upcycle_params
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.models.init import logical_axes
+from anyexperts_jax.models.init import init_params, logical_axes
 from anyexperts_jax.train.config import FREE_KEYS, describe_differences
-from anyexperts_jax.train.frozen import only
+from anyexperts_jax.train.frozen import only, side_by_side
 from anyexperts_jax.train.loop import TrainResult, train
 from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.recipe import EVERYTHING, Recipe
@@ -51,9 +53,8 @@ def evolve(
         require_one_of("stage", name, STAGES)
     _open(run, root)
     results = {}
-    for name in [name for name in STAGES if name in stages and getattr(run.evolve, name).steps]:
-        begun = RunDir(root / name).checkpoint_steps()
-        if not begun:
+    for name in [name for name in run.stages if name in stages]:
+        if not RunDir(root / name).checkpoint_steps():
             _check_predecessor(run, root, name)
         note(f"stage {name}: {getattr(run.evolve, name).steps} steps in {root / name}")
         results[name] = train(run.stage(name), root / name, progress=progress, recipe=stage_recipe(run, root, name))
@@ -62,13 +63,17 @@ def evolve(
 
 def stage_recipe(run: EvolveRun, root: pathlib.Path, name: str) -> Recipe:
     """How a stage departs from plain training: where it starts, what trains, by which rule, and what is measured."""
-    if name == "warm_up":
-        return EVERYTHING
     model, config = run.model, run.stage(name)
+    if name == "warm_up" and not run.evolve.evolve_in_warm_up:
+        return EVERYTHING
     experts, routers = expert_leaves(model), router_leaves(model)
     start = _starting_parameters(run, root, name)
     axes = logical_axes(model)
-    if name == "evolving":
+
+    def adamw(trained: Any) -> Any:
+        return only(make_optimizer(config.optim, _selected_axes(axes, trained)), trained)
+
+    if name != "routing":
         evolution = expert_evolution(
             make_optimizer(config.optim, _selected_axes(axes, experts)),
             run.evolve.evolution,
@@ -76,14 +81,21 @@ def stage_recipe(run: EvolveRun, root: pathlib.Path, name: str) -> Recipe:
             steps=config.train.steps,
             key=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1)),
         )
-        return Recipe(start, experts, only(evolution, experts), apply_alone, expert_measure(model))
+        trained, optimizer = experts, only(evolution, experts)
+        if name == "warm_up":
+            others = jax.tree.map(lambda expert, router: not (expert or router), experts, routers)
+            trained = jax.tree.map(lambda router: not router, routers)
+            optimizer = side_by_side(optimizer, experts, adamw(others), others)
+        return Recipe(start, trained, optimizer, apply_alone, expert_measure(model))
+    apply = None
+    if run.evolve.diversity != "none":
+        apply = functools.partial(diversity_apply, run.evolve.diversity, run.evolve.diversity_weight)
     if run.evolve.trains == "all":
-        return Recipe(start, measure=expert_measure(model))
+        return Recipe(start, apply=apply, measure=expert_measure(model))
     trained = routers
     if run.evolve.trains == "moe":
         trained = jax.tree.map(lambda expert, router: expert or router, experts, routers)
-    optimizer = only(make_optimizer(config.optim, _selected_axes(axes, trained)), trained)
-    return Recipe(start, trained, optimizer, measure=expert_measure(model))
+    return Recipe(start, trained, adamw(trained), apply, expert_measure(model))
 
 
 def _selected_axes(axes: Any, trained: Any) -> Any:
@@ -92,17 +104,30 @@ def _selected_axes(axes: Any, trained: Any) -> Any:
 
 
 def _starting_parameters(run: EvolveRun, root: pathlib.Path, name: str) -> Callable[[Mesh], Any]:
-    predecessor = _predecessor(run, name)
-    key = jax.random.key(run.base.seed)
+    key, upcycle, early = jax.random.key(run.base.seed), run.evolve.upcycle, run.evolve.evolve_in_warm_up
 
     def start(mesh: Mesh) -> Any:
+        if name == "warm_up":  # experts that evolve from the first step on
+            dense = init_params(run.base.model, key)
+            return upcycle_params(dense, run.model, upcycle, key, mesh, consume=True)
+        predecessor = _predecessor(run, name)
         config, params, _ = load_run(root / predecessor, "last", mesh)
-        _check_model(config.model, run.stage(predecessor).model, root / predecessor)
-        if predecessor != "warm_up":
-            return params
-        return upcycle_params(params, run.model, run.evolve.upcycle, key, mesh, consume=True)
+        wanted = run.stage(predecessor).model
+        if predecessor == "evolving" or early:  # expert 1 ran alone: which routing policy it had is nothing to it
+            same_number = config.model.moe.num_experts == wanted.moe.num_experts
+            found = dataclasses.replace(config.model, moe=wanted.moe) if same_number else config.model
+            _check_model(found, wanted, root / predecessor)
+            return params if config.model == wanted else rerouted_params(params, run.model, key, mesh)
+        _check_model(config.model, wanted, root / predecessor)
+        return upcycle_params(params, run.model, upcycle, key, mesh, consume=True)
 
     return start
+
+
+def stage_done(run: EvolveRun, root: pathlib.Path, name: str) -> bool:
+    """Whether ROOT/STAGE has the checkpoint of the stage's last step."""
+    steps = RunDir(root / name).checkpoint_steps()
+    return bool(steps) and steps[-1] == getattr(run.evolve, name).steps
 
 
 def _predecessor(run: EvolveRun, name: str) -> str:
@@ -116,7 +141,7 @@ def _check_predecessor(run: EvolveRun, root: pathlib.Path, name: str) -> None:
     steps, wanted = RunDir(root / before).checkpoint_steps(), getattr(run.evolve, before).steps
     reached = f"it stopped at step {steps[-1]}" if steps else "it has no checkpoint"
     require(
-        bool(steps) and steps[-1] == wanted,
+        stage_done(run, root, before),
         f"stage {name} starts from the end of stage {before}, step {wanted} in {root / before}, but {reached}; "
         "run that stage first",
     )

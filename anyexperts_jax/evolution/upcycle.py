@@ -21,6 +21,7 @@ from anyexperts_jax.sharding.specs import param_shardings
 
 _EXPERT_WEIGHT = re.compile(r"decoder/moe_layers/moe/experts/w_(gate|up|down)_E[DF][DF]")
 _BEFORE = re.compile(r"decoder/moe_layers/before_(\d+)/(.*)")
+_ROUTING = re.compile(r"decoder/moe_layers/(.*/)?(router|importance)/")
 _ROUTED = re.compile(r"decoder/moe_layers/(self_attention/.*|norm/.*)")
 
 
@@ -62,6 +63,19 @@ def upcycled_leaves(
         require(leaf.shape == shape.shape, f"parameter {name} comes out as {leaf.shape}, the model has {shape.shape}")
         del taken
         yield name, leaf
+
+
+def rerouted_params(params: Any, model: ModelConfig, key: Array, mesh: Mesh) -> Any:
+    """`params`, of a model with these experts and another routing policy, with the policy's own parameters new.
+
+    They are those that `upcycle_params` gives the model from the same key.
+    """
+    known, wanted = named_leaves(params), named_leaves(abstract_params(model))
+    new = tuple(name for name in wanted if _ROUTING.search(name))
+    shardings = named_leaves(param_shardings(mesh, logical_axes(model), abstract_params(model)))
+    make = jax.jit(lambda key: init_leaves(model, key, new), out_shardings={name: shardings[name] for name in new})
+    leaves = {**known, **make(key)}
+    return jax.tree.unflatten(jax.tree.structure(abstract_params(model)), [leaves[name] for name in wanted])
 
 
 def _sources(model: ModelConfig, name: str) -> list[str]:

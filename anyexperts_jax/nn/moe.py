@@ -53,7 +53,7 @@ class MoE(nn.Module):
     Usable on its own: `MoE(config, d_ff=512).init(key, x_BTD)`. `apply` takes the rng "routing" when
     `slot_rounding="stochastic"` in training; without it the slots are rounded half up. For diagnostics alone: with the
     rng "shuffle" every token's logits are dealt anew to the real experts, and a mutable collection "probe" gets them
-    as they were.
+    as they were, and what the routed experts put out.
     """
 
     config: AnyExpertsConfig
@@ -134,6 +134,8 @@ class MoE(nn.Module):
             how["place_buffers"] = functools.partial(split_buffers, placement=self.placement)
             y_ND, stats = moe_apply_stats(x_ND, plan, *experts(d_model), self.dispatch, self.expert_mlp, **how)
         y_BTD = y_ND.reshape(x_BTD.shape)
+        if self.is_mutable_collection("probe") and not self.is_initializing():
+            self.sow("probe", "output_BTD", y_BTD, reduce_fn=lambda _, new: new)
         if self.num_shared_experts:
             width = self.num_shared_experts * self.d_ff
             y_BTD = y_BTD + SwiGLU(width, self.residual_scale, self.dtype, self.param_dtype, name="shared")(x_BTD)

@@ -36,7 +36,7 @@ CONTROLS = {LESS_MEDIA: 4.0, LESS_TEXT: 6.0}
 
 Verdict = Literal["supported", "not supported", "undecided at this scale"]
 
-Unit = Literal["score", "AUC"]
+Unit = Literal["score", "AUC", "nats", "overlap", "drift"]
 
 
 @dataclasses.dataclass(frozen=True)

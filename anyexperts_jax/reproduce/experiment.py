@@ -9,12 +9,24 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.evolution.config import STAGES, EvolveConfig, EvolveRun, load_evolve_config
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.train.config import RunConfig, load_config
 from anyexperts_jax.train.strict import build, closest, flatten, merge
 
 TABLES = ("table1", "table2", "table3", "figure3", "figure4", "figure5")
+EVOMOE_TABLES = (
+    "evomoe-components",
+    "evomoe-routers",
+    "evomoe-diversity",
+    "evomoe-beta",
+    "evomoe-experts",
+    "evomoe-slots",
+)
+GROUPS = {"all": TABLES, "evomoe": EVOMOE_TABLES}  # a paper each: tables that share their runs and a page
+EVOLVES = "evolve_and_evaluate"  # the recipe whose base has a table `evolve`
 CONFIGS = pathlib.Path("experiments") / "configs"  # under the current directory: they come with a checkout
 _ID_LENGTH = 12
 _LABELS = ("name", "keep", "stage")
@@ -44,6 +56,11 @@ class Variant:
     seeds: tuple[int, ...] | None = None  # None: the experiment's
     stage: int = 1  # all seeds of a stage run before the next stage
     keep: tuple[int, ...] = ()  # seeds whose checkpoint is kept, for pictures
+    stages: tuple[str, ...] = STAGES  # of EvoMoE's, those it goes through: it is measured at the end of the last
+
+    def __post_init__(self) -> None:
+        for name in self.stages:
+            require_one_of(f"variant {self.name!r}: stage", name, STAGES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +111,7 @@ class Run:
     recipe: str
     keep: bool = False
     stage: int = 1
+    evolve: EvolveConfig | None = None  # what recipe EVOLVES lays over `config`
 
     @functools.cached_property
     def id(self) -> str:
@@ -101,11 +119,37 @@ class Run:
 
         What has its default is left out, so that a field a later version adds does not make every run another.
         """
-        usual = flatten(RunConfig())
-        config = {key: value for key, value in flatten(self.config).items() if value != usual.get(key, _NOTHING)}
-        others = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("config", *_LABELS)}
-        parts = {"config": config, **others}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:_ID_LENGTH]
+        apart = ("config", "evolve", *_LABELS)
+        others = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
+        parts = {"config": _unusual(self.config, RunConfig()), **others}
+        if self.evolve is not None:
+            parts["evolve"] = _unusual(self.evolve, EvolveConfig())
+        return _digest(parts)
+
+    @property
+    def moe(self) -> AnyExpertsConfig:
+        """The routing policy it is measured with."""
+        return self.config.model.moe if self.evolve is None else self.evolve.moe
+
+    @property
+    def evolve_run(self) -> EvolveRun:
+        """The stages of a run that evolves its experts."""
+        assert self.evolve is not None
+        return EvolveRun(self.config, self.evolve)
+
+
+def evolve_digest(run: EvolveRun) -> str:
+    """Stages with one digest are the same stages."""
+    return _digest({"config": _unusual(run.base, RunConfig()), "evolve": _unusual(run.evolve, EvolveConfig())})
+
+
+def _unusual(config: Any, usual: Any) -> dict[str, Any]:
+    known = flatten(usual)
+    return {key: value for key, value in flatten(config).items() if value != known.get(key, _NOTHING)}
+
+
+def _digest(parts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:_ID_LENGTH]
 
 
 def load_experiment(source: str | pathlib.Path, configs: pathlib.Path = CONFIGS) -> tuple[Experiment, pathlib.Path]:
@@ -121,7 +165,8 @@ def load_experiment(source: str | pathlib.Path, configs: pathlib.Path = CONFIGS)
             configs.is_dir(),
             f"no folder {configs} here, where the experiments lie; run this in a checkout, or give a path to a .toml",
         )
-        names = [name for name in TABLES if (configs / f"{name}.toml").exists()]
+        every = [name for tables in GROUPS.values() for name in tables]
+        names = [name for name in every if (configs / f"{name}.toml").exists()]
         require(path.exists(), f"no experiment {str(source)!r}; {closest(str(source), names)}, or a path to a .toml")
     values = _read(path)
     try:
@@ -158,17 +203,28 @@ def runs_of(
         quicker = experiment.quick.set if quick else ()
         laid_over = (*variant.set, *quicker, *overrides, f"seed={seed}", f"data.seed={seed}")
         try:
-            config = load_config(_base(experiment.base, path), laid_over)
-            budgets = tuple(float(one) for one in variant.budgets) or (config.model.moe.expected_real_slots,)
-            for budget in budgets:
-                shift_budget(config.model.moe, budget)
+            found[variant.name, seed] = _run_of(experiment, path, variant, laid_over, seed, amounts)
         except UserError as error:
             raise UserError(f"{path}, variant {variant.name!r}: {error}") from error
-        keep = seed in variant.keep
-        found[variant.name, seed] = Run(
-            variant.name, config, budgets, amounts, experiment.recipe, keep=keep, stage=variant.stage
-        )
     return found
+
+
+def _run_of(
+    experiment: Experiment, path: pathlib.Path, variant: Variant, overrides: Sequence[str], seed: int, amounts: Amounts
+) -> Run:
+    evolve, base = None, _base(experiment.base, path)
+    if experiment.recipe == EVOLVES:
+        left_out = [f"evolve.{name}.steps=0" for name in STAGES if name not in variant.stages]
+        loaded = load_evolve_config(base, (*overrides, *left_out))
+        config, evolve = loaded.base, loaded.evolve
+    else:
+        config = load_config(base, overrides)
+    keep = seed in variant.keep
+    run = Run(variant.name, config, (), amounts, experiment.recipe, keep=keep, stage=variant.stage, evolve=evolve)
+    budgets = tuple(float(one) for one in variant.budgets) or (run.moe.expected_real_slots,)
+    for budget in budgets:
+        shift_budget(run.moe, budget)
+    return dataclasses.replace(run, budgets=budgets)
 
 
 def shared(runs: Sequence[Mapping[tuple[str, int], Run]]) -> list[Run]:

@@ -106,8 +106,8 @@ def page_text(page: Page, made: Sequence[TextTable], pictures: Sequence[str]) ->
     results = [result for one in page.results.values() for result in one.found.values()]
     lines = ["# AnyExperts, reproduced at a scale anyone can rerun", ""]
     lines += [f"**{QUICK_NOTE}**", ""] if page.quick else []
-    lines += [f"`{page.command}`", "", NOTE, "", _how(results), ""]
-    lines += [_missing_text(page.results), ""]
+    lines += [f"`{page.command}`", "", NOTE, "", how_text(results), ""]
+    lines += [missing_text(page.results), ""]
     for table in made:
         lines += [f"## {table.title}", "", markdown_table(table), ""]
         lines += [RULE, ""] if table.title == VERDICTS_TITLE else []
@@ -117,7 +117,7 @@ def page_text(page: Page, made: Sequence[TextTable], pictures: Sequence[str]) ->
     return "\n".join(lines)
 
 
-def _missing_text(results: Mapping[str, Results]) -> str:
+def missing_text(results: Mapping[str, Results]) -> str:
     """Which runs there are not, by variant with their seeds."""
     seeds: dict[str, set[int]] = {}
     for name, seed in (key for one in results.values() for key in one.missing):
@@ -128,7 +128,7 @@ def _missing_text(results: Mapping[str, Results]) -> str:
     return f"Not run yet, and left out of what follows: {names}."
 
 
-def _how(results: Sequence[RunResult]) -> str:
+def how_text(results: Sequence[RunResult]) -> str:
     """How the runs were made, in a sentence or two."""
     once = {result.id: result for result in results}.values()
     devices = sorted({result.device for result in once})

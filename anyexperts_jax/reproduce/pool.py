@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.reproduce.experiment import Run
 from anyexperts_jax.reproduce.run_folder import LOG_NAME, finished, prepare
+from anyexperts_jax.reproduce.shared_stages import missing_stages
 from anyexperts_jax.train.stops import RunInterruptedError, StopRequests
 
 GRACE_SECONDS = 20.0  # to write a checkpoint in, before a process is killed
@@ -51,6 +52,8 @@ def run_all(
 ) -> Outcome:
     """Finishes `runs`, in order, `workers` at a time; those that have a result are not run again.
 
+    One that needs a stage which another one is training waits, and the next goes before it.
+
     Args:
       root: where each run has its folder.
       deadline: seconds from now; then nothing is started and what runs is stopped, with a checkpoint where it trains.
@@ -72,8 +75,9 @@ def run_all(
             while (todo or pool.running) and not (end is not None and time.monotonic() >= end):
                 if requests.signal_number is not None:
                     raise RunInterruptedError("stopped; run the same command to go on", requests.signal_number)
-                while todo and pool.free:
-                    pool.start(todo.pop(0))
+                while pool.free and (ready := pool.first_ready(todo)) is not None:
+                    todo.remove(ready)
+                    pool.start(ready)
                 time.sleep(_POLL_SECONDS)
                 pool.collect()
         finally:
@@ -105,6 +109,13 @@ class _Pool:
         self.free = list(range(len(shares)))[::-1]
         self.running: list[_Running] = []
         self.failed: list[tuple[Run, str]] = []
+
+    def first_ready(self, todo: Sequence[Run]) -> Run | None:
+        """The first that need not wait for a stage another one is training; None where all must."""
+        if not todo:
+            return None
+        busy = frozenset[str]().union(*(missing_stages(one.run, self.root) for one in self.running))
+        return next((run for run in todo if not busy & missing_stages(run, self.root)), None)
 
     def start(self, run: Run) -> None:
         slot = self.free.pop()

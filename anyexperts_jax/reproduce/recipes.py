@@ -1,16 +1,22 @@
 """How a run is made, by name: an experiment's `recipe`."""
 
+import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from anyexperts_jax.analysis.evaluate import Options, evaluate_trained
-from anyexperts_jax.analysis.trained import load_trained
+from anyexperts_jax.analysis.trained import Trained, load_trained
 from anyexperts_jax.core.errors import require_one_of
-from anyexperts_jax.reproduce.experiment import Run
+from anyexperts_jax.evolution.stages import evolve
+from anyexperts_jax.reproduce.evolved import expert_figures, last_model, validation_record
+from anyexperts_jax.reproduce.experiment import EVOLVES, Run
 from anyexperts_jax.reproduce.run_result import RunResult
+from anyexperts_jax.reproduce.shared_stages import SHARED, link_stages
 from anyexperts_jax.train.loop import train
 from anyexperts_jax.train.run_dir import write_whole
 
@@ -27,15 +33,33 @@ def train_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult:
     The last state and not the best: which step validates best would be one more choice that differs between variants.
     """
     train_folder = folder / TRAIN_FOLDER
-    start = time.perf_counter()
-    before = _seconds(folder)
-    try:
-        trained = train(run.config, train_folder)
-    finally:
-        train_seconds = before + time.perf_counter() - start
-        write_whole(folder / _SECONDS_NAME, json.dumps({"train": train_seconds}) + "\n")
-    domains = trained.validation["domains"]
-    validation = {name: scores["exact_match"] for name, scores in domains.items()}
+    with _timed(folder) as seconds:
+        record = train(run.config, train_folder).validation
+    return _measured(run, load_trained(train_folder, "last"), record, seconds(), note)
+
+
+def evolve_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult:
+    """EvoMoE's stages in `folder`/train, I and II shared with other runs, and what the last one ends with, evaluated.
+
+    After stage I that is the dense model, after II expert 1 in place of all, after III the mixture.
+    """
+    stages, train_folder = run.evolve_run, folder / TRAIN_FOLDER
+    last = stages.stages[-1]
+    with _timed(folder) as seconds:
+        link_stages(stages, train_folder, folder.parent, note)
+        if last not in SHARED:
+            evolve(stages, train_folder, (last,), note=note)
+    trained, record = last_model(stages, train_folder), validation_record(train_folder / last)
+    result = _measured(run, trained, record, seconds(), note)
+    if last in SHARED or run.moe.num_experts == 1:
+        return result
+    amount = run.evaluation.validation_examples
+    return dataclasses.replace(result, experts=expert_figures(stages, train_folder, trained, amount))
+
+
+def _measured(run: Run, trained: Trained, record: dict[str, Any], train_seconds: float, note: Note) -> RunResult:
+    """The result of `trained` at every budget of the run; `record` is its validation's."""
+    validation = {name: scores["exact_match"] for name, scores in record["domains"].items()}
     note(f"trained in {train_seconds:.0f} s: " + "  ".join(f"{name} {right:.0%}" for name, right in validation.items()))
     start = time.perf_counter()
     amounts = run.evaluation
@@ -46,20 +70,40 @@ def train_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult:
         calibrated=False,
         model_baselines=amounts.model_baselines,
     )
-    evaluation = evaluate_trained(load_trained(train_folder, "last"), run.budgets, options=options, note=note)
+    moe = trained.config.model.moe
+    own = moe.expected_real_slots
+    budgets = run.budgets if moe == run.moe else (own,)  # stages I and II end with a dense model, which has one
     return RunResult.of(
-        evaluation,
+        evaluate_trained(trained, budgets, options=options, note=note),
         id=run.id,
         name=run.name,
         seed=run.config.seed,
-        trained_budget=run.config.model.moe.expected_real_slots,
+        trained_budget=own,
         validation=validation,
         train_seconds=train_seconds,
         evaluate_seconds=time.perf_counter() - start,
     )
 
 
-RECIPES: Mapping[str, Recipe] = {"train_and_evaluate": train_and_evaluate}
+@contextlib.contextmanager
+def _timed(folder: pathlib.Path) -> Iterator[Callable[[], float]]:
+    """Counts the seconds inside, and those of earlier attempts, whether or not it ends well."""
+    path = folder / _SECONDS_NAME
+    before = float(json.loads(path.read_text())["train"]) if path.exists() else 0.0
+    start = time.perf_counter()
+    seconds = before
+
+    def so_far() -> float:
+        return seconds
+
+    try:
+        yield so_far
+    finally:
+        seconds = before + time.perf_counter() - start
+        write_whole(path, json.dumps({"train": seconds}) + "\n")
+
+
+RECIPES: Mapping[str, Recipe] = {"train_and_evaluate": train_and_evaluate, EVOLVES: evolve_and_evaluate}
 
 
 def recipe(name: str) -> Recipe:
@@ -79,8 +123,3 @@ def drop_checkpoint(folder: pathlib.Path) -> None:
     """Removes what was only needed to go on, or to measure."""
     shutil.rmtree(folder / TRAIN_FOLDER, ignore_errors=True)
     (folder / _SECONDS_NAME).unlink(missing_ok=True)
-
-
-def _seconds(folder: pathlib.Path) -> float:
-    path = folder / _SECONDS_NAME
-    return float(json.loads(path.read_text())["train"]) if path.exists() else 0.0

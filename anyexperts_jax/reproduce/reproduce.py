@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.reproduce.collect import Results, collect, load_kept, save_kept
-from anyexperts_jax.reproduce.experiment import CONFIGS, TABLES, Run, load_experiment, runs_of, shared
+from anyexperts_jax.reproduce.evomoe_output import is_evomoe, write_evomoe_page
+from anyexperts_jax.reproduce.experiment import CONFIGS, GROUPS, Run, load_experiment, runs_of, shared
 from anyexperts_jax.reproduce.layer_times import LayerTimes, load_layer_times, measure_layer_times, save_layer_times
 from anyexperts_jax.reproduce.maps import FIGURE4, FIGURE5, draw_maps
 from anyexperts_jax.reproduce.output import Page, write_page
 from anyexperts_jax.reproduce.pool import Outcome, run_all
 
-ALL = "all"
 _MAPS = {"figure4": FIGURE4, "figure5": FIGURE5}
 Note = Callable[[str], None]
 
@@ -28,12 +28,12 @@ class Plan:
 def plans(
     tables: Sequence[str], *, quick: bool = False, overrides: Sequence[str] = (), configs: pathlib.Path = CONFIGS
 ) -> list[Plan]:
-    """The plans of tables by name ("all": every one), or of paths to .toml files.
+    """The plans of tables by name ("all": every one of AnyExperts', "evomoe": of EvoMoE's), or of paths to .toml files.
 
     Raises:
       UserError: no such experiment, or a wrong one.
     """
-    names = [name for table in tables for name in (TABLES if table == ALL else (table,))]
+    names = [name for table in tables for name in GROUPS.get(table, (table,))]
     found = []
     for name in dict.fromkeys(names):
         experiment, path = load_experiment(name, configs)
@@ -42,8 +42,17 @@ def plans(
 
 
 def whole_page(tables: Sequence[str]) -> Sequence[str]:
-    """What to draw where `tables` were asked for: all that share their runs and page, or these if one is a path."""
-    return (ALL,) if set(tables) <= {ALL, *TABLES} else tables
+    """What to draw where `tables` were asked for: the whole page of a paper's, or these if not of one."""
+    for group, names in GROUPS.items():
+        if set(tables) <= {group, *names}:
+            return (group,)
+    return tables
+
+
+def default_out(tables: Sequence[str]) -> pathlib.Path:
+    """Where the page of `tables` is kept in a checkout."""
+    folder = pathlib.Path("experiments", "results", "reproduce")
+    return folder / "evomoe" if whole_page(tables) == ("evomoe",) else folder
 
 
 def run_plans(
@@ -83,8 +92,9 @@ def write_plans(
     out.mkdir(parents=True, exist_ok=True)
     save_kept({**kept, **done}, out)
     page = Page(results, command, quick, _layer_times(results, out, note))
+    write = write_evomoe_page if is_evomoe(page.results) else write_page
     maps = _maps(found, root, out)  # before the page, which shows those it finds
-    for path in [*write_page(page, out), *maps]:
+    for path in [*write(page, out), *maps]:
         note(f"wrote {path}")
     return page
 

@@ -51,6 +51,22 @@ class BudgetScores:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertFigures:
+    """EvoMoE's diagnostics of a mixture, on validation examples; losses in nats per answer token, E experts.
+
+    Distances are between weights of all layers, over the norm of expert 1's.
+    """
+
+    loss: float
+    shuffled_loss: float  # each token's router logits dealt to other experts, mean of the shuffles
+    alone: tuple[float, ...]  # of each expert in place of all
+    distance: dict[str, tuple[float, ...]]  # by stage, at its end: experts 2 to E from expert 1
+    drift: dict[str, float]  # by stage, at its end: expert 1 from the dense FFN it was made from
+    overlap: dict[str, float]  # by pair of modalities, "text-image": of their router logits' densities; 1 is alike
+    share: dict[str, tuple[float, ...]]  # by modality: of its real slots that went to each expert, mean of layers
+
+
+@dataclasses.dataclass(frozen=True)
 class RunResult:
     """What a finished run found."""
 
@@ -66,6 +82,7 @@ class RunResult:
     evaluate_seconds: float
     device: str
     versions: dict[str, str]
+    experts: ExpertFigures | None = None  # of runs that evolve or upcycle experts
 
     @classmethod
     def of(cls, evaluation: EvaluationResult, **fields: Any) -> "RunResult":

@@ -32,3 +32,22 @@ def only(optimizer: optax.GradientTransformation, trainable: Any) -> optax.Gradi
         return inner.update(grads, state, None if params is None else select(params, trainable), **extra)
 
     return optax.GradientTransformationExtraArgs(lambda params: inner.init(select(params, trainable)), update)
+
+
+def side_by_side(
+    one: optax.GradientTransformationExtraArgs,
+    one_trains: Any,
+    other: optax.GradientTransformationExtraArgs,
+    other_trains: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Two optimisers made by `only`, each for its own parameters; each clips its own gradient."""
+
+    def init(params: Any) -> tuple[Any, Any]:
+        return one.init(params), other.init(params)
+
+    def update(grads: Any, state: tuple[Any, Any], params: Any = None, **extra: Any) -> tuple[Any, tuple[Any, Any]]:
+        updates, state_one = one.update(select(grads, one_trains), state[0], params, **extra)
+        rest, state_other = other.update(select(grads, other_trains), state[1], params, **extra)
+        return overlay(updates, rest), (state_one, state_other)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -47,8 +47,10 @@ def answer_scores(
 def auxiliary_loss(config: AnyExpertsConfig, losses: dict[str, Float[Array, " L"]]) -> Float[Array, ""]:
     """The weighted sum of the router's losses "balance", "importance" and "z", each a mean over the L MoE layers.
 
+    A loss of another name has its weight in it.
+
     A mean, so that the weights (AnyExperts: 0.01 and 0.001) mean the same at any depth; the paper does not say (our
     reading).
     """
     weights = {"balance": config.balance_weight, "importance": config.importance_weight, "z": config.z_weight}
-    return jnp.asarray(sum(weight * layer_mean(losses[name]) for name, weight in weights.items()), jnp.float32)
+    return jnp.asarray(sum(weights.get(name, 1.0) * layer_mean(loss) for name, loss in losses.items()), jnp.float32)

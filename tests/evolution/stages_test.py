@@ -16,13 +16,14 @@ from anyexperts_jax.evolution.config import (
     EvolveConfig,
     EvolveRun,
     StageConfig,
+    UpcycleConfig,
     evolve_preset_names,
     load_evolve_config,
 )
 from anyexperts_jax.evolution.stages import evolve
 from anyexperts_jax.models.init import abstract_params, named_leaves
 from anyexperts_jax.models.presets import dense_twin
-from anyexperts_jax.sharding.mesh import MeshConfig
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.train.run_dir import load_run
 from anyexperts_jax.train.run_log import read_records
 
@@ -193,6 +194,53 @@ def test_stage_two_has_the_dense_models_loss_before_its_first_step(done):
     assert all(float(np.abs(grad).max()) == 0 for grad in jax.tree.leaves(blocks["router"]))
 
 
+@pytest.mark.slow
+def test_stage_three_may_have_another_routing_policy_than_stage_two(done, tmp_path):
+    """Stage II runs expert 1 alone: the routers begin as they would have, and nothing else moves."""
+    root, _ = done
+    linear = dataclasses.replace(TOP_1, router="linear")
+    (tmp_path / "warm_up").symlink_to(root / "warm_up")
+    (tmp_path / "evolving").symlink_to(root / "evolving")
+    mesh = make_mesh(MESH)
+    start = stages.stage_recipe(a_run(moe=linear), tmp_path, "routing").start(mesh)
+    evolved = trained(root, "evolving")
+    fresh = stages.upcycle_params(
+        load_run(root / "warm_up", "last", mesh)[1], a_run(moe=linear).model, UpcycleConfig(), jax.random.key(0), mesh
+    )
+    routers = chosen(router_leaves(a_run(moe=linear).model))
+    assert routers == {"decoder/moe_layers/moe/router/kernel"}
+    for name, leaf in named_leaves(start).items():
+        wanted = named_leaves(fresh)[name] if name in routers else evolved[name]
+        np.testing.assert_array_equal(leaf, wanted, err_msg=name)
+    variable = AnyExpertsConfig(num_experts=4, num_virtual=1, k_min=1, k_max=3)
+    slots = stages.stage_recipe(a_run(moe=variable), tmp_path, "routing").start(mesh)
+    assert any("importance" in name for name in named_leaves(slots))
+    more = dataclasses.replace(TOP_1, num_experts=5)
+    other = a_run(moe=more, upcycle=UpcycleConfig(num_experts=5), evolution=EvolutionConfig(fixed_beta=0.5))
+    with pytest.raises(UserError, match="is another one: "):
+        stages.stage_recipe(other, tmp_path, "routing").start(mesh)
+
+
+@pytest.mark.slow
+def test_experts_can_evolve_in_stage_one_where_all_else_trains(tmp_path):
+    none = dataclasses.replace(STAGE, steps=0)
+    run = a_run(mesh=MeshConfig(data=8), evolve_in_warm_up=True, evolving=none, routing=none)
+    assert run.stages == ("warm_up",)
+    evolve(run, tmp_path, progress=False)
+    after = trained(tmp_path, "warm_up")
+    begun = stages.stage_recipe(run, tmp_path, "warm_up").start(make_mesh(MeshConfig(data=8)))
+    experts, routers = chosen(expert_leaves(run.model)), chosen(router_leaves(run.model))
+    for name, leaf in named_leaves(begun).items():
+        assert np.array_equal(after[name], leaf) == (name in routers), name
+    for name in experts:
+        assert np.array_equal(named_leaves(begun)[name][:, 0], named_leaves(begun)[name][:, 3])
+        assert not np.array_equal(after[name][:, 0], after[name][:, 3])
+    (record,) = [r for r in read_records(tmp_path / "warm_up" / "metrics.jsonl") if r["kind"] == "validation"]
+    assert 0 < record["experts"]["expert_2"]["distance"] < 0.5
+    with pytest.raises(UserError, match="evolve_in_warm_up=True leaves nothing"):
+        a_run(evolve_in_warm_up=True)
+
+
 def test_presets_and_their_files_are_strict(tmp_path):
     assert evolve_preset_names() == ["evolve_smoke", "evolve_tiny"]
     for name in evolve_preset_names():
@@ -206,6 +254,7 @@ def test_presets_and_their_files_are_strict(tmp_path):
     for override, message in (
         ("evolve.evolution.beta=1", "unknown key evolution.beta"),
         ("evolve.trains=both", "trains"),
+        ("evolve.diversity=noise", "evolve.diversity='noise' is unknown; valid: none, contrastive, local_entropy"),
         ("evolve.upcycle.num_experts=3", "evolve.moe.num_experts=4 is not evolve.upcycle.num_experts=3"),
         ("evolve.warm_up.warmup_steps=-1", "stage warm_up: optim.warmup_steps=-1"),
         ("model.stack.num_dense_layers=1", "starts from a dense model"),

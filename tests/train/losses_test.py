@@ -43,3 +43,4 @@ def test_auxiliary_loss_is_the_weighted_mean_over_layers():
     config = AnyExpertsConfig(balance_weight=0.5, importance_weight=0.25, z_weight=2.0)
     losses = {"balance": jnp.asarray([1.0, 3.0]), "importance": jnp.asarray([4.0, 0.0]), "z": jnp.asarray([0.5, 1.5])}
     assert auxiliary_loss(config, losses) == 0.5 * 2 + 0.25 * 2 + 2 * 1
+    assert auxiliary_loss(config, {**losses, "diversity": jnp.asarray([3.0, 5.0])}) == 3.5 + 4, "weighted already"

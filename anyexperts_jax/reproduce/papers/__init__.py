@@ -30,3 +30,16 @@ def ablation_scores() -> dict[tuple[str, str], dict[str, float]]:
         }
         for row in _rows("anyexperts_table3")
     }
+
+
+def evomoe_scores() -> dict[str, float]:
+    """EvoMoE's tables of components, routers and diversity on Qwen-1.8B: by row, the mean of its benchmarks.
+
+    Components are the average the paper prints over its own, larger set of benchmarks.
+    """
+    found = {row["row"]: float(row["average"]) for row in _rows("evomoe_components")}
+    for name in ("evomoe_routers", "evomoe_diversity"):
+        for row in _rows(name):
+            scores = [float(value) for key, value in row.items() if key != "row"]
+            found[row["row"]] = sum(scores) / len(scores)
+    return found

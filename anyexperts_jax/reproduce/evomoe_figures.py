@@ -1,0 +1,78 @@
+"""EvoMoE's pictures: scores of all variants, and what shuffling costs against how far experts end apart."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from anyexperts_jax.analysis import style
+from anyexperts_jax.reproduce.collect import Results, mean_score
+from anyexperts_jax.reproduce.evomoe_claims import apart, overlap, shuffle_cost
+from anyexperts_jax.reproduce.statistics import summarise
+
+_KIND_NAMES = ("evolution", "snapshots (ours)", "others")
+_OTHER = 2
+_LEAST_DISTANCE = 1e-8  # where experts that are alike stand on the logarithmic axis
+
+
+def draw_scores(tables: Mapping[str, Results], path: Path, title: str) -> Path:
+    """A panel a table, a row a variant: the mean over domains and seeds with its interval, and every seed."""
+    sizes = [max(len({name for name, _ in one.found}), 1) for one in tables.values()]
+    with style.figure(9.0, 0.6 + 0.26 * sum(sizes) + 0.3 * len(sizes), path) as drawn:
+        grid = drawn.subplots(len(sizes), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": sizes})[:, 0]
+        for axes, (name, results) in zip(grid, tables.items(), strict=True):
+            variants = list(dict.fromkeys(variant for variant, _ in results.found))
+            for row, variant in enumerate(variants):
+                scores = [100 * mean_score(one) for (found, _), one in results.found.items() if found == variant]
+                mean = summarise(scores)
+                reach = np.nan_to_num([[mean.mean - mean.low], [mean.high - mean.mean]])
+                axes.plot(scores, np.full(len(scores), row), ".", color=style.FAINT)
+                axes.errorbar(mean.mean, row, xerr=reach, fmt="o", color=style.SERIES[0], capsize=3, markersize=5)
+            axes.set_yticks(range(len(variants)), variants)
+            axes.set_ylim(len(variants) - 0.5, -0.5)
+            axes.set_title(name)
+            axes.grid(True, axis="x")
+        grid[-1].set_xlabel("score in percent, mean of domains; dots are seeds, bars 95% intervals of their mean")
+        drawn.suptitle(title, x=0.01, ha="left")
+    return path
+
+
+def draw_experts(results: Results, path: Path, title: str) -> Path:
+    """What shuffling costs against the distance of evolved experts, and the overlap of logits by modality."""
+    variants = list(dict.fromkeys(name for (name, _), one in results.found.items() if one.experts))
+    with style.figure(11.0, max(4.4, 0.9 + 0.15 * len(variants)), path) as drawn:
+        left, right = drawn.subplots(1, 2)
+        for index, variant in enumerate(variants):
+            ones = [one for (name, _), one in results.found.items() if name == variant and one.experts]
+            colour, marker = style.series(_kind(variant))
+            distances = [max(apart(one), _LEAST_DISTANCE) for one in ones if not math.isnan(apart(one))]
+            costs = [shuffle_cost(one) for one in ones if not math.isnan(apart(one))]
+            if distances:
+                left.plot(distances, costs, marker, color=colour, markersize=4)
+            if distances and _kind(variant) == _OTHER:
+                middle = (float(np.exp(np.mean(np.log(distances)))), float(np.mean(costs)))
+                left.annotate(variant, middle, xytext=(4, 4), textcoords="offset points", fontsize=6.5)
+            right.plot([overlap(one) for one in ones], np.full(len(ones), index), marker, color=colour, markersize=4)
+        for kind, name in enumerate(_KIND_NAMES):
+            colour, marker = style.series(kind)
+            left.plot([], [], marker, color=colour, markersize=5, label=name)
+        left.set_xscale("log")
+        left.axhline(0.0, color=style.FAINT, linewidth=1)
+        left.set_xlabel("distance of experts 2 to N from expert 1 over expert 1's drift")
+        left.set_ylabel("nats per answer token that shuffled logits cost")
+        right.set_yticks(range(len(variants)), variants)
+        right.set_ylim(len(variants) - 0.5, -0.5)
+        right.tick_params(axis="y", labelsize=6.5)
+        right.set_xlabel("overlap of router logits of text and image; 1 is alike")
+        for axes in (left, right):
+            axes.grid(True)
+        drawn.legend(
+            loc="outside upper left", ncols=len(_KIND_NAMES), title=f"{title}; a mark a seed", alignment="left"
+        )
+    return path
+
+
+def _kind(variant: str) -> int:
+    """The place in `_KIND_NAMES`."""
+    return next((i for i, start in enumerate(("evolution", "snapshots")) if variant.startswith(start)), _OTHER)
