@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from train.stand_in import random_batch
+from train.stand_in import text_batch
 
 from anyexperts_jax.evolution.config import UpcycleConfig, upcycled_model
 from anyexperts_jax.evolution.diversity import TEMPERATURE, contrast, diversity_apply, local_entropy
@@ -60,13 +60,7 @@ def test_the_loss_stands_beside_the_traces_and_moves_nothing_else(kind):
     dense = dataclasses.replace(DENSE, stack=dataclasses.replace(DENSE.stack, dispatch="dense"))
     model = upcycled_model(dense, UpcycleConfig(init="noise"), TOP_1)
     params = init_params(model, jax.random.key(0))
-    batch = random_batch(rows=2)
-    batch = dataclasses.replace(
-        batch,
-        patches_BPX=batch.patches_BPX[:, :0, :0],
-        frames_BSX=batch.frames_BSX[:, :0, :0],
-        modality_BT=batch.time_BT,
-    )
+    batch = text_batch()
     bias = jnp.zeros(model.router_bias_shape)
 
     def run(params, weight):

@@ -1,5 +1,7 @@
 """The smallest runs: a model of one layer on text alone, and a linear stand-in for it that compiles at once."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,4 +93,15 @@ def random_batch(rows=8, length=12, seed=0) -> Batch:
         question_B=np.zeros(rows, np.int32),
         level_B=np.ones(rows, np.int32),
         example_B=np.arange(rows, dtype=np.int32),
+    )
+
+
+def text_batch(rows=2) -> Batch:
+    """The same, for a model without encoders."""
+    batch = random_batch(rows=rows)
+    return dataclasses.replace(
+        batch,
+        patches_BPX=batch.patches_BPX[:, :0, :0],
+        frames_BSX=batch.frames_BSX[:, :0, :0],
+        modality_BT=batch.time_BT,
     )

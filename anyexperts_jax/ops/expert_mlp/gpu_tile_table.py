@@ -6,10 +6,9 @@ experiments/bench/tune_gpu.py writes the table, gpu_tiles.json; nothing is tried
 import dataclasses
 import functools
 import importlib.resources
-import json
 from typing import Any
 
-from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import (
     GPUS,
     TILES,
@@ -20,6 +19,7 @@ from anyexperts_jax.ops.expert_mlp.gpu_tiles import (
     gpu_of,
     shared_bytes,
 )
+from anyexperts_jax.ops.expert_mlp.size_table import parse_entries
 
 FILE = "gpu_tiles.json"
 _REMEDY = "write it anew with `python -m experiments.bench.tune_gpu`"
@@ -79,17 +79,7 @@ def parse_table(text: str) -> Table:
       UserError: not JSON, fields that are missing or unknown, a GPU or an implementation that is unknown, tiles that
         make no sense or do not fit in the GPU's shared memory.
     """
-    try:
-        gpus = json.loads(text)["gpus"]
-        rows = [(name, fields) for name, entries in gpus.items() for fields in entries]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{FILE} holds no table ({type(error).__name__}: {error}); {_REMEDY}") from error
-    for name in gpus:
-        require(name in GPUS, f"{FILE}: gpu={name!r} is unknown; valid: {comma_list(GPUS)}; {_REMEDY}")
-    table: Table = {}
-    for name, fields in rows:
-        table[name] = (*table.get(name, ()), _entry(GPUS[name], fields))
-    return table
+    return parse_entries(text, FILE, "gpu", GPUS, lambda name, fields: _entry(GPUS[name], fields), _REMEDY)
 
 
 def _entry(gpu: Gpu, fields: Any) -> Entry:

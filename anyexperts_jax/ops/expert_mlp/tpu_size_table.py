@@ -6,11 +6,11 @@ experiments/bench/tune.py writes the table, tpu_sizes.json; nothing is tried at 
 import dataclasses
 import functools
 import importlib.resources
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.ops.expert_mlp.size_table import parse_entries
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import (
     CHIPS,
     KERNELS,
@@ -82,17 +82,7 @@ def parse_table(text: str) -> Table:
       UserError: not JSON, fields that are missing or unknown, a chip that is unknown, sizes that make no sense or do
         not fit in the chip's VMEM.
     """
-    try:
-        chips = json.loads(text)["chips"]
-        rows = [(name, fields) for name, entries in chips.items() for fields in entries]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{FILE} holds no table ({type(error).__name__}: {error}); {_REMEDY}") from error
-    for name in chips:
-        require(name in CHIPS, f"{FILE}: chip={name!r} is unknown; valid: {', '.join(CHIPS)}; {_REMEDY}")
-    table: Table = {}
-    for name, fields in rows:
-        table[name] = (*table.get(name, ()), _entry(name, fields))
-    return table
+    return parse_entries(text, FILE, "chip", CHIPS, _entry, _REMEDY)
 
 
 def _entry(chip: str, fields: Any) -> Entry:

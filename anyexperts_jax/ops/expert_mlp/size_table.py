@@ -1,0 +1,35 @@
+"""The files that hold sizes by device: who has entries, and what is said of a broken file."""
+
+import json
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+from anyexperts_jax.core.errors import UserError, comma_list, require
+
+Entry = TypeVar("Entry")
+
+
+def parse_entries(
+    text: str, file: str, device: str, known: Collection[str], entry: Callable[[str, Any], Entry], remedy: str
+) -> dict[str, tuple[Entry, ...]]:
+    """The entries of each device's name, in the file's order.
+
+    Args:
+      device: what it is called, as "chip"; the file has its entries under that word's plural.
+      entry: (name, fields) as an entry, or a UserError.
+      remedy: what to do about a broken file.
+
+    Raises:
+      UserError: not JSON, no such field, an unknown name.
+    """
+    try:
+        devices = json.loads(text)[f"{device}s"]
+        rows = [(name, fields) for name, entries in devices.items() for fields in entries]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} holds no table ({type(error).__name__}: {error}); {remedy}") from error
+    for name in devices:
+        require(name in known, f"{file}: {device}={name!r} is unknown; valid: {comma_list(known)}; {remedy}")
+    table: dict[str, tuple[Entry, ...]] = {}
+    for name, fields in rows:
+        table[name] = (*table.get(name, ()), entry(name, fields))
+    return table
