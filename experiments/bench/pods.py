@@ -21,6 +21,7 @@ from anyexperts_jax.aot.step import CompiledStep, compile_step, state_bytes
 from anyexperts_jax.aot.step_tables import mesh_text, to_json
 from anyexperts_jax.aot.topology import slice_devices
 from anyexperts_jax.aot.work import Work, count_work
+from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.models.presets import static_twin
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.sharding.mesh import make_mesh
@@ -61,6 +62,7 @@ PODS = (
 CHECKS = (  # of what is derived
     Case("v5e_16x16_4.8", "v5e:16x16", "4.8"),
     Case("v5p_2x2x4", "v5p:2x2x4"),
+    Case("h100_8x8_4.8", "h100:8x8", "4.8"),
 )
 
 
@@ -89,12 +91,14 @@ class Row:
         return sum(row.bytes for row in self.collectives if row.kind == kind)
 
 
-def row_of(case: Case, base: Case) -> Row | None:
+def row_of(case: Case, base: Case, *, derive: bool = False) -> Row | None:
     """The figures of `case`, from its own program or derived from that of `base`; None where neither is there.
+
+    With `derive` they are derived although its own program is there.
 
     Bytes exchanged follow the rows of the buffers; all others depend on neither the budget nor the size of `fsdp`.
     """
-    derived = not path_of(case).exists()
+    derived = derive or not path_of(case).exists()
     source = path_of(base if derived else case)
     if not source.exists():
         return None
@@ -169,6 +173,16 @@ def scaling_table(rows: list[Row]) -> TextTable:
     return TextTable("Scaling at 4096 tokens a chip, default budget", head, tuple(body))
 
 
+def checks_table(pairs: list[tuple[Row, Row]]) -> TextTable:
+    head = ("pod", "budget", "all-to-all, GiB", "derived", "network, ms", "derived")
+    body = []
+    for compiled, derived in pairs:
+        sent = (f"{row.sent('all-to-all') / GIB:.2f}" for row in (compiled, derived))
+        times = (f"{1e3 * row.bounds.network:.1f}" for row in (compiled, derived))
+        body.append((compiled.case.topology, compiled.case.budget, *sent, *times))
+    return TextTable("What is derived, beside programs that were compiled to check it", head, tuple(body))
+
+
 NOTES = """\
 `python -m experiments.bench.pods`, with {versions}. Static: every figure is read from a compiler or counted; nothing
 was run, no time was measured. The model is [ling_mini_2](../pods/ling_mini_2.toml) with {parameters:.2f}B parameters,
@@ -211,14 +225,22 @@ def report() -> str:
     ]
     v5p = next(pod for pod in PODS if pod.topology == f"v5p:{SCALING[4]}")
     scaling = [(Case(f"v5p_{shape}", f"v5p:{shape}"), v5p) for shape in SCALING]
+    checks = [(case, v5p if case.topology.startswith("v5p") else of_pod(case)) for case in CHECKS]
+    pairs = [(row_of(*pair), row_of(*pair, derive=True)) for pair in checks if path_of(pair[0]).exists()]
     pods = rows_of([(pod, pod) for pod in PODS if path_of(pod).exists()])
     tables = [
         pods_table(pods),
         bounds_table(pods, "Bounds on a step at the default budget"),
         budgets_table(rows_of(by_budget)),
         scaling_table(rows_of(scaling)),
+        checks_table([(own, derived) for own, derived in pairs if own is not None and derived is not None]),
     ]
     return markdown(tables, pods[0].step)
+
+
+def of_pod(case: Case) -> Case:
+    """The pod's case at the default budget."""
+    return next(pod for pod in PODS if pod.topology == case.topology)
 
 
 def named(pod: Case, budget: str) -> Case:
@@ -229,13 +251,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", help="compile these alone (default: all that are missing)")
     options = parser.parse_args()
-    for case in (*PODS, *CHECKS):
-        if path_of(case).exists() or (options.only is not None and case.name not in options.only):
-            continue
-        print(f"compiling {case.name}", flush=True)
-        write(case, compile_step(case.config(), case.topology))
-        jax.clear_caches()
-    (RESULTS / "pods.md").write_text(report())
+    try:
+        for case in (*PODS, *CHECKS):
+            if path_of(case).exists() or (options.only is not None and case.name not in options.only):
+                continue
+            print(f"compiling {case.name}", flush=True)
+            write(case, compile_step(case.config(), case.topology))
+            jax.clear_caches()
+        (RESULTS / "pods.md").write_text(report())
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
     print(f"wrote {RESULTS / 'pods.md'}")
 
 
