@@ -212,6 +212,11 @@ class EvolveRun:
     evolve: EvolveConfig
 
     def __post_init__(self) -> None:
+        start = self.base.train.start_from
+        require(
+            start is None or not self.evolve.evolve_in_warm_up,
+            f"train.start_from={start} is for a dense model, and with evolve.evolve_in_warm_up=True there is none",
+        )
         for name in STAGES:
             self.stage(name)
 
@@ -232,6 +237,8 @@ class EvolveRun:
         rates = {key: getattr(own, key) for key in ("lr", "warmup_steps", "final_lr_fraction")}
         amounts: dict[str, Any] = {"steps": max(own.steps, own.warmup_steps + 1), "batch_size": own.batch_size}
         dense = name == "warm_up" and not self.evolve.evolve_in_warm_up
+        if not dense:
+            amounts["start_from"] = None  # it starts from experts made here
         model = self.base.model if dense else self.model
         try:
             return dataclasses.replace(

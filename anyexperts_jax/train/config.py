@@ -39,6 +39,7 @@ class TrainConfig:
     eval_examples: int = 64  # of each domain's validation split
     keep_last: int = 2  # checkpoints; the one with the lowest validation loss is kept besides
     on_nonfinite: OnNonfinite = "stop"  # skip: the step changes nothing and is counted
+    start_from: str | None = None  # a run, whose last parameters the first step starts with; see train.warm_start
 
     def __post_init__(self) -> None:
         sizes = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "eval_every", "eval_examples")

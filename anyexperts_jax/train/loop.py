@@ -45,6 +45,7 @@ from anyexperts_jax.train.stops import (
     no_room,
 )
 from anyexperts_jax.train.validation import Validation
+from anyexperts_jax.train.warm_start import warm_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +176,16 @@ class _Run:
 
     def _start(self) -> TrainState:
         """The last checkpoint's state, with the data iterator moved to it; or a new one."""
-        model, step = self.config.model, self.checkpoints.latest
+        model, step, key = self.config.model, self.checkpoints.latest, jax.random.key(self.config.seed)
         if step is None and self.recipe.start is not None:
             return state_from(model, self.optimizer, self.mesh, self.recipe.start(self.mesh))
+        if step is None and self.config.train.start_from is not None:
+            with self._waiting(f"the checkpoint in {self.config.train.start_from}"):
+                started = warm_start(self.config.train.start_from, model, key, self.mesh)
+            self.reporter.note(started.describe(self.config.train.start_from))
+            return state_from(model, self.optimizer, self.mesh, started.params, started.router_bias_LC)
         if step is None:
-            return create_state(model, self.optimizer, self.mesh, jax.random.key(self.config.seed))
+            return create_state(model, self.optimizer, self.mesh, key)
         require(
             step <= self.config.train.steps,
             f"the run in {self.paths.root} is at step {step}, past train.steps={self.config.train.steps}",

@@ -27,9 +27,14 @@ class TrainState:
     router_bias_LC: Float[Array, "L C"]  # the expert biases of loss-free balancing; stays zero where they are off
 
 
-def init_state(model: ModelConfig, optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    """The state before the first step."""
-    bias_LC = jnp.zeros(model.router_bias_shape, jnp.float32)
+def init_state(
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    router_bias_LC: Float[Array, "L C"] | None = None,
+) -> TrainState:
+    """The state before the first step; the expert biases are 0 unless given."""
+    bias_LC = jnp.zeros(model.router_bias_shape, jnp.float32) if router_bias_LC is None else router_bias_LC
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_LC)
 
 
@@ -87,14 +92,20 @@ def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, 
     )
 
 
-def state_from(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, params: Any) -> TrainState:
+def state_from(
+    model: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    params: Any,
+    router_bias_LC: Float[Array, "L C"] | None = None,
+) -> TrainState:
     """The state before the first step of a run that starts from `params`, which it takes over."""
     init = jax.jit(
         functools.partial(init_state, model, optimizer),
         donate_argnums=0,
         out_shardings=state_shardings(model, optimizer, mesh),
     )
-    return init(params)
+    return init(params, router_bias_LC)
 
 
 def create_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, key: Array) -> TrainState:
