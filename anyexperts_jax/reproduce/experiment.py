@@ -29,6 +29,7 @@ GROUPS = {"all": TABLES, "evomoe": EVOMOE_TABLES}  # a paper each: tables that s
 EVOLVES = "evolve_and_evaluate"  # the recipe whose base has a table `evolve`
 CONFIGS = pathlib.Path("experiments") / "configs"  # under the current directory: they come with a checkout
 _ID_LENGTH = 12
+_START_SEEDS = 1000  # above a variant's seed
 _LABELS = ("name", "keep", "stage")
 _NOTHING = object()
 
@@ -88,11 +89,16 @@ class Experiment:
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     recipe: str = "train_and_evaluate"  # how a run is made, see `recipes`
+    start: str | None = None  # a run as `base`, trained once a seed, from whose end that seed's variants start
     evaluation: Amounts = dataclasses.field(default_factory=Amounts)
     quick: Quick = dataclasses.field(default_factory=Quick)
 
     def __post_init__(self) -> None:
         _require_seeds("seeds", self.seeds)
+        require(
+            self.start is None or self.recipe != EVOLVES,
+            f"start={self.start!r}: recipe {EVOLVES!r} has its stage I to start from; leave start out",
+        )
         require(len(self.variants) > 0, "variants is empty; give at least one [[variants]]")
         names = [variant.name for variant in self.variants]
         require(len(set(names)) == len(names), f"two variants have the same name, of {comma_list(names)}")
@@ -112,6 +118,7 @@ class Run:
     keep: bool = False
     stage: int = 1
     evolve: EvolveConfig | None = None  # what recipe EVOLVES lays over `config`
+    start: RunConfig | None = None  # the run from whose end it starts; None: from scratch
 
     @functools.cached_property
     def id(self) -> str:
@@ -119,11 +126,13 @@ class Run:
 
         What has its default is left out, so that a field a later version adds does not make every run another.
         """
-        apart = ("config", "evolve", *_LABELS)
+        apart = ("config", "evolve", "start", *_LABELS)
         others = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
         parts = {"config": _unusual(self.config, RunConfig()), **others}
         if self.evolve is not None:
             parts["evolve"] = _unusual(self.evolve, EvolveConfig())
+        if self.start is not None:
+            parts["start"] = _unusual(self.start, RunConfig())
         return _digest(parts)
 
     @property
@@ -141,6 +150,11 @@ class Run:
 def evolve_digest(run: EvolveRun) -> str:
     """Stages with one digest are the same stages."""
     return _digest({"config": _unusual(run.base, RunConfig()), "evolve": _unusual(run.evolve, EvolveConfig())})
+
+
+def config_digest(config: RunConfig) -> str:
+    """Training runs with one digest are the same."""
+    return _digest(_unusual(config, RunConfig()))
 
 
 def _unusual(config: Any, usual: Any) -> dict[str, Any]:
@@ -201,9 +215,12 @@ def runs_of(
     for _, _, place, seed in sorted(wanted):
         variant = experiment.variants[place]
         quicker = experiment.quick.set if quick else ()
-        laid_over = (*variant.set, *quicker, *overrides, f"seed={seed}", f"data.seed={seed}")
+        laid_over = (*quicker, *overrides, f"seed={seed}", f"data.seed={seed}")
         try:
-            found[variant.name, seed] = _run_of(experiment, path, variant, laid_over, seed, amounts)
+            run = _run_of(experiment, path, variant, (*variant.set, *laid_over), seed, amounts)
+            given = run.config.train.start_from
+            require(given is None or experiment.start is None, f"train.start_from={given} and start={experiment.start}")
+            found[variant.name, seed] = dataclasses.replace(run, start=_start_of(experiment, path, quicker, seed))
         except UserError as error:
             raise UserError(f"{path}, variant {variant.name!r}: {error}") from error
     return found
@@ -225,6 +242,14 @@ def _run_of(
     for budget in budgets:
         shift_budget(run.moe, budget)
     return dataclasses.replace(run, budgets=budgets)
+
+
+def _start_of(experiment: Experiment, path: pathlib.Path, overrides: Sequence[str], seed: int) -> RunConfig | None:
+    """It sees other training examples than what starts from it: of a seed that no variant has."""
+    if experiment.start is None:
+        return None
+    seeds = (f"seed={seed}", f"data.seed={seed + _START_SEEDS}")
+    return load_config(_base(experiment.start, path), (*overrides, *seeds))
 
 
 def shared(runs: Sequence[Mapping[tuple[str, int], Run]]) -> list[Run]:

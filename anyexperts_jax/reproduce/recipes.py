@@ -16,7 +16,7 @@ from anyexperts_jax.evolution.stages import evolve
 from anyexperts_jax.reproduce.evolved import expert_figures, last_model, validation_record
 from anyexperts_jax.reproduce.experiment import EVOLVES, Run
 from anyexperts_jax.reproduce.run_result import RunResult
-from anyexperts_jax.reproduce.shared_stages import SHARED, link_stages
+from anyexperts_jax.reproduce.shared_stages import SHARED, link_stages, trained_start
 from anyexperts_jax.train.loop import train
 from anyexperts_jax.train.run_dir import write_whole
 
@@ -32,9 +32,12 @@ def train_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult:
 
     The last state and not the best: which step validates best would be one more choice that differs between variants.
     """
-    train_folder = folder / TRAIN_FOLDER
+    train_folder, config = folder / TRAIN_FOLDER, run.config
+    if run.start is not None:
+        start = trained_start(run.start, folder.parent, note)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, start_from=str(start.absolute())))
     with _timed(folder) as seconds:
-        record = train(run.config, train_folder).validation
+        record = train(config, train_folder).validation
     return _measured(run, load_trained(train_folder, "last"), record, seconds(), note)
 
 

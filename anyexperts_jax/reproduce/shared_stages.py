@@ -1,7 +1,7 @@
-"""EvoMoE's stages I and II, which many runs have in common: trained once, in RUNS/stages, under a lock.
+"""What many runs have in common, trained once, in RUNS/stages, under a lock: EvoMoE's stages I and II, or a start.
 
-A run's folder links to them; what is its own, stage III, it trains itself. Who comes first trains; a stage that was
-stopped goes on with whoever needs it next.
+An evolving run's folder links to its stages; what is its own, stage III, it trains itself. Who comes first trains; a
+stage that was stopped goes on with whoever needs it next.
 """
 
 import contextlib
@@ -15,7 +15,10 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.evolution.config import EvolveConfig, EvolveRun, StageConfig
 from anyexperts_jax.evolution.stages import evolve, stage_done
-from anyexperts_jax.reproduce.experiment import Run, evolve_digest
+from anyexperts_jax.reproduce.experiment import Run, config_digest, evolve_digest
+from anyexperts_jax.train.config import RunConfig
+from anyexperts_jax.train.loop import train
+from anyexperts_jax.train.run_dir import RunDir
 
 STORE_NAME = "stages"  # beside the runs' folders
 SHARED = ("warm_up", "evolving")
@@ -36,11 +39,37 @@ def up_to(run: EvolveRun, name: str) -> EvolveRun:
 
 def missing_stages(run: Run, root: pathlib.Path) -> frozenset[str]:
     """The shared stages that `run` would train first, by their folders' names."""
+    missing = set()
+    if run.start is not None and not _is_trained(run.start, place := _start_place(run.start, root)):
+        missing.add(place.name)
     if run.evolve is None:
-        return frozenset()
+        return frozenset(missing)
     stages = run.evolve_run
     needed = [name for name in stages.stages if name in SHARED and not _is_done(stages, name, root)]
-    return frozenset(_place(stages, name, root).name for name in needed)
+    return frozenset(missing | {_place(stages, name, root).name for name in needed})
+
+
+def trained_start(start: RunConfig, root: pathlib.Path, note: Note) -> pathlib.Path:
+    """The folder of the run `start`, which is trained to its end first if it is not there yet.
+
+    Raises:
+      RunStoppedError: as for `train.loop.train`.
+    """
+    place = _start_place(start, root)
+    place.mkdir(parents=True, exist_ok=True)
+    with _locked(place.with_suffix(".lock")):
+        if not _is_trained(start, place):
+            note(f"training the start: {start.train.steps} steps in {place}")
+            train(start, place)
+    return place
+
+
+def _start_place(start: RunConfig, root: pathlib.Path) -> pathlib.Path:
+    return root / STORE_NAME / f"start_{config_digest(start)}"
+
+
+def _is_trained(config: RunConfig, folder: pathlib.Path) -> bool:
+    return RunDir(folder).checkpoint_steps()[-1:] == [config.train.steps]
 
 
 def link_stages(run: EvolveRun, folder: pathlib.Path, root: pathlib.Path, note: Note) -> None:

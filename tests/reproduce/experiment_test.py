@@ -62,6 +62,9 @@ def test_runs_come_by_stage_and_seed(tmp_path):
         (MINIMAL.replace("optim.lr=1e-3", "optim.rl=1e-3"), "variant 'late': config smoke: unknown key optim.rl"),
         (MINIMAL.replace("[4.8]", "[99.0]"), "variant 'early': target_real=99 is out of reach"),
         (MINIMAL.replace("stage = 2", 'stage = "2"'), "stage"),
+        ('start = "smok"\n' + MINIMAL, "no config 'smok'"),
+        ('start = "smoke"\n' + MINIMAL.replace("optim.lr=1e-3", "train.start_from=runs/a"), "train.start_from=runs/a"),
+        ('start = "smoke"\nrecipe = "evolve_and_evaluate"\n' + MINIMAL, "leave start out"),
         ('title = "x"\nbase = "smoke"', "variants"),
         ("title = ", "not valid TOML"),
         ('like = "one.toml"', "names the file itself"),
@@ -105,6 +108,20 @@ def test_a_run_is_what_decides_its_result(tmp_path):
     assert dataclasses.replace(one, config=dataclasses.replace(one.config, seed=9)).id != one.id
     other = dataclasses.replace(one.config, optim=dataclasses.replace(one.config.optim, lr=0.5))
     assert dataclasses.replace(one, config=other).id != one.id
+    assert run_from_json(run_to_json(one)) == one
+    assert run_from_json(run_to_json(one)).id == one.id
+
+
+def test_the_variants_of_a_seed_start_from_one_run_that_saw_other_examples(tmp_path):
+    runs = load(tmp_path, 'start = "smoke"\n' + MINIMAL)
+    starts = {seed: {runs[name, seed].start for name in ("early", "late")} for seed in (0, 1)}
+    assert [len(same) for same in starts.values()] == [1, 1]
+    for seed, (start,) in starts.items():
+        assert (start.seed, start.data.seed) == (seed, 1000 + seed)
+        assert start.optim.lr != 1e-3, "a variant's own settings are not the start's"
+    one, scratch = runs["early", 0], load(tmp_path, MINIMAL)["early", 0]
+    assert one.config == scratch.config
+    assert one.id != scratch.id
     assert run_from_json(run_to_json(one)) == one
     assert run_from_json(run_to_json(one)).id == one.id
 

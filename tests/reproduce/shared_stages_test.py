@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.reproduce import shared_stages
 from anyexperts_jax.reproduce.experiment import (
     EVOMOE_TABLES,
     GROUPS,
@@ -19,7 +20,7 @@ from anyexperts_jax.reproduce.experiment import (
     shared,
 )
 from anyexperts_jax.reproduce.pool import _Pool, _Running
-from anyexperts_jax.reproduce.shared_stages import STORE_NAME, missing_stages, up_to
+from anyexperts_jax.reproduce.shared_stages import STORE_NAME, missing_stages, trained_start, up_to
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs"
 BOTH = "evolution + DTR"
@@ -85,6 +86,28 @@ def test_a_stage_that_is_done_is_not_missing(every, tmp_path):
     (checkpoints / "2000").mkdir()
     assert missing_stages(dense, tmp_path) == frozenset()
     assert len(missing_stages(every[BOTH, 0], tmp_path)) == 1, "stage II is"
+
+
+def test_a_start_is_trained_by_who_comes_first(tmp_path, monkeypatch):
+    path, trained = tmp_path / "one.toml", []
+    path.write_text('title = "x"\nbase = "smoke"\nstart = "smoke"\nseeds = [0, 1]\n[[variants]]\nname = "one"\n')
+    runs = runs_of(*load_experiment(path))
+
+    def train(config, folder):
+        trained.append(config)
+        (folder / "checkpoints" / str(config.train.steps)).mkdir(parents=True)
+
+    monkeypatch.setattr(shared_stages, "train", train)
+    start = runs["one", 0].start
+    (name,) = missing_stages(runs["one", 0], tmp_path)
+    assert {name} != missing_stages(runs["one", 1], tmp_path)
+    half = tmp_path / STORE_NAME / name / "checkpoints" / str(start.train.steps // 2)
+    half.mkdir(parents=True)
+    assert missing_stages(runs["one", 0], tmp_path) == {name}, "it stopped on the way"
+    for _ in range(2):
+        assert trained_start(start, tmp_path, lambda line: None) == tmp_path / STORE_NAME / name
+    assert trained == [start]
+    assert missing_stages(runs["one", 0], tmp_path) == frozenset()
 
 
 def test_what_a_stage_leaves_out_does_not_matter_to_it(every):
