@@ -33,8 +33,13 @@ def one_checkpoint(results: Results, variant: str, name: str) -> Curve:
 
 
 def retrained(results: Results, kind: str, name: str) -> Curve:
-    """Of all variants called "`kind` BUDGET", each at the budget it was trained with, for seeds that have them all."""
+    """Of all variants called "`kind` BUDGET", each at the budget it was trained with, for seeds that have them all.
+
+    No curve of a single budget: that is where one checkpoint is, too.
+    """
     variants = sorted({variant for variant, _ in results.found if variant.split(" ")[0] == kind})
+    if len(variants) < 2:
+        return Curve(name, {})
     points = {seed: [results.found[variant, seed].own for variant in variants] for seed in results.seeds(*variants)}
     return Curve(name, {seed: _ordered(found) for seed, found in points.items()})
 
@@ -44,6 +49,7 @@ def all_curves(results: Results) -> list[Curve]:
     curves = [
         retrained(results, "dynamic", "dynamic, retrained"),
         retrained(results, "static", "static, retrained"),
+        retrained(results, "salience", "dynamic by salience (ours), retrained"),
         one_checkpoint(results, DYNAMIC, "dynamic, one checkpoint"),
         one_checkpoint(results, STATIC, "static, one checkpoint"),
         one_checkpoint(results, SALIENCE, "dynamic by salience (ours), one checkpoint"),

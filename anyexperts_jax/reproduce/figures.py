@@ -31,7 +31,7 @@ def draw_curves(results: Results, path: Path, times: LayerTimes | None, title: s
     if all_axes and times is not None:
         label = f"time of one layer of {times.shape}, 1 = static 8"
         axes_of.append((label, lambda curve, point: _layer_time(times, curve, point)))
-    with style.figure(13.0, 0.9 + 2.35 * len(axes_of), path) as drawn:
+    with style.figure(13.0, 1.1 + 2.35 * len(axes_of), path) as drawn:
         grid = drawn.subplots(len(axes_of), len(domains), squeeze=False, sharey="col")
         for row, (label, place) in zip(grid, axes_of, strict=True):
             for axes, domain in zip(row, domains, strict=True):
@@ -43,7 +43,9 @@ def draw_curves(results: Results, path: Path, times: LayerTimes | None, title: s
         for axes, domain in zip(grid[0], domains, strict=True):
             axes.set_title("mean of domains" if domain is None else domain)
         handles, labels = grid[0][0].get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside upper left", ncols=len(curves), title=title, alignment="left")
+        drawn.legend(
+            handles, labels, loc="outside upper left", ncols=min(len(curves), 3), title=title, alignment="left"
+        )
     return path
 
 

@@ -2,7 +2,7 @@
 
     python experiments/reproduce/same_seed_twice.py
 
-Reads the second runs in results/reproduce/again.jsonl and the first in runs.jsonl beside it; writes same_seed_twice.md.
+Reads the second runs in results/first_attempt/again.jsonl and the first in runs.jsonl beside it; writes same_seed_twice.md.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from anyexperts_jax.reproduce.collect import load_kept, mean_score
 from anyexperts_jax.reproduce.output import markdown_table
 from anyexperts_jax.reproduce.run_result import RunResult, result_from_json
 
-FOLDER = pathlib.Path(__file__).parents[1] / "results" / "reproduce"
+FOLDER = pathlib.Path(__file__).parents[1] / "results" / "first_attempt"
 TITLE = "The same seed twice"
 
 

@@ -101,3 +101,14 @@ def test_retrained_curves_take_only_seeds_that_have_every_budget():
     missing = Results({key: one for key, one in results.found.items() if key != ("static 4", 3)})
     assert retrained(missing, "static", "").seeds == [seed for seed in SEEDS if seed != 3]
     assert retrained(missing, "dynamic", "").seeds == list(SEEDS)
+
+
+def test_salience_retrained_is_a_curve_where_there_is_more_than_its_default_budget():
+    found = figure3(gain=0.04).found
+    statement = "Dynamic beats static at equal real experts: retrained for each budget, by salience (ours)"
+    for seed in SEEDS:
+        found["salience", seed] = found["dynamic 8.0", seed]
+    assert statement not in verdicts_of(Results(found), EMPTY)
+    for seed in SEEDS:
+        found["salience 4.8", seed] = found["dynamic 4.8", seed]
+    assert verdicts_of(Results(found), EMPTY)[statement] == "supported"

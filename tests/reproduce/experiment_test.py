@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.reproduce.collect import load_kept
 from anyexperts_jax.reproduce.experiment import (
     TABLES,
     load_experiment,
@@ -154,7 +155,7 @@ def committed():
 
 
 def test_the_committed_experiments_share_their_runs(committed):
-    assert len(shared(list(committed.values()))) == 130
+    assert len(shared(list(committed.values()))) == 140
     assert committed["table1"].keys() == committed["figure3"].keys()
     ids = {}
     for runs in committed.values():
@@ -169,10 +170,21 @@ def test_the_committed_experiments_compare_like_with_like(committed):
     for runs in committed.values():
         for (_, seed), run in runs.items():
             default = committed["table3"]["dynamic 8.0", seed].config
+            assert run.start == committed["table3"]["dynamic 8.0", seed].start
             model = dataclasses.replace(run.config.model, moe=default.model.moe)
             assert dataclasses.replace(run.config, model=model) == default
 
 
+def test_the_first_attempt_can_be_made_again():
+    """Its runs are those whose results are committed."""
+    runs = shared([runs_of(*load_experiment(CONFIGS / "first_attempt" / f"{name}.toml")) for name in TABLES])
+    assert len(runs) == 130
+    assert {run.start for run in runs} == {None}
+    made = load_kept(CONFIGS.parent / "results" / "first_attempt")
+    assert len(made) >= 60
+    assert set(made) <= {run.id for run in runs}
+
+
 def test_quick_shares_runs_too():
     runs = [runs_of(*load_experiment(name, CONFIGS), quick=True) for name in TABLES]
-    assert len(shared(runs)) == 26
+    assert len(shared(runs)) == 28

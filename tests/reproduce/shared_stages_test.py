@@ -47,8 +47,8 @@ def test_the_committed_experiments_share_their_runs(committed):
             assert ids.setdefault(key, run.id) == run.id, f"{key} is not the same run in every table"
 
 
-def test_their_slots_share_a_run_with_the_other_papers_table(every):
-    table3 = runs_of(*load_experiment("table3", CONFIGS))
+def test_their_slots_share_a_run_with_the_other_papers_first_attempt(every):
+    table3 = runs_of(*load_experiment(CONFIGS / "first_attempt" / "table3.toml"))
     assert every["dynamic 8.0", 0].id == table3["dynamic 8.0", 0].id
 
 
