@@ -2,7 +2,8 @@
 
     python experiments/reproduce/same_seed_twice.py
 
-Reads the second runs in results/first_attempt/again.jsonl and the first in runs.jsonl beside it; writes same_seed_twice.md.
+Of the reproduction's first attempt: reads the second runs in results/first_attempt/again.jsonl and the first in
+runs.jsonl beside it; writes same_seed_twice.md.
 """
 
 import itertools

@@ -1,9 +1,11 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models.small import FAST_COMPILE
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.base import sort_slots
@@ -13,19 +15,25 @@ from anyexperts_jax.ops.routed_mlp.loop import row_sizes
 from tests.dispatch.plans import EXPERTS, PLANS, make_operands, make_plan, oracle
 
 
-def gradients(plan, operands, implementation):
-    def total(x, weights_NK, *weights):
-        y = run(dataclasses.replace(plan, weights_NK=weights_NK), (x, *weights), implementation)
-        return jnp.sin(y).sum()
-
-    x, *weights = operands
-    return jax.grad(total, range(5))(x, plan.weights_NK, *weights)
+compiled = functools.partial(jax.jit, static_argnums=2, compiler_options=FAST_COMPILE)
 
 
-def run(plan, operands, implementation=None):
+def total(plan, operands, implementation):
     x, *weights = operands
     order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
     return routed_mlp(x, plan.weights_NK, order, *weights, implementation)
+
+
+run = compiled(total)
+
+
+@compiled
+def gradients(plan, operands, implementation):
+    def loss(x, weights_NK, *weights):
+        return jnp.sin(total(dataclasses.replace(plan, weights_NK=weights_NK), (x, *weights), implementation)).sum()
+
+    x, *weights = operands
+    return jax.grad(loss, range(5))(x, plan.weights_NK, *weights)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -43,7 +51,8 @@ def test_few_rows_equal_the_loop():
     x, *weights = make_operands(6)
     order = sort_slots(plan.expert_ids_NK, EXPERTS)
     y_RD = few_rows(x, plan.weights_NK, order, tuple(weights))
-    np.testing.assert_allclose(y_RD[order.places_NK].sum(1), run(plan, (x, *weights)), rtol=1e-5, atol=1e-5)
+    expected = run(plan, (x, *weights), "xla")
+    np.testing.assert_allclose(y_RD[order.places_NK].sum(1), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -119,12 +128,8 @@ def test_tokens_without_slots_may_hold_anything(implementation):
     x, *weights = make_operands(4)
     poisoned = x.at[np.array([1, 3])].set(jnp.nan)
 
-    def total(x, *weights):
-        y = run(plan, (x, *weights), implementation)
-        return jnp.sin(y).sum(), y
-
-    (_, y), grads = jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True)(poisoned, *weights)
-    for array in (y, *grads):
+    operands = (poisoned, *weights)
+    for array in (run(plan, operands, implementation), *gradients(plan, operands, implementation)):
         assert np.all(np.isfinite(array))
 
 
