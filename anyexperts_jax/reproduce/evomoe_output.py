@@ -14,14 +14,13 @@ from anyexperts_jax.reproduce.output import (
     PAGE_NAME,
     QUICK_NOTE,
     Page,
-    how_text,
     markdown_table,
-    missing_text,
+    page_text,
     write_csv,
 )
-from anyexperts_jax.reproduce.tables import VERDICTS_TITLE
 
 SCORES_FIGURE, EXPERTS_FIGURE = "scores.png", "experts.png"
+HEADING = "EvoMoE (arXiv 2505.23830), reproduced at a scale anyone can rerun"
 NOTE = (
     "The paper fine-tunes models of 0.5B to 7B parameters and tests them on public benchmarks; this is a model of 0.2M "
     "parameters, 0.4M with its experts, on generated questions about real signals. The paper's figures (Qwen-1.8B) "
@@ -61,16 +60,9 @@ def write_evomoe_page(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
     paths = [write_csv(table, folder / f"{name}.csv", page.quick) for name, table in made.items()]
     title = QUICK_NOTE if page.quick else "EvoMoE at 0.4M parameters"
     pictures = [draw_scores(there, folder / SCORES_FIGURE, title), draw_experts(every, folder / EXPERTS_FIGURE, title)]
-    lines = ["# EvoMoE (arXiv 2505.23830), reproduced at a scale anyone can rerun", ""]
-    lines += [f"**{QUICK_NOTE}**", ""] if page.quick else []
-    lines += [f"`{page.command}`", "", NOTE, "", how_text(list(every.found.values())), ""]
-    lines += [missing_text(page.results), ""]
-    for table in made.values():
-        lines += [f"## {table.title}", "", markdown_table(table), ""]
-        lines += [RULE, ""] if table.title == VERDICTS_TITLE else []
-    lines += [line for path in pictures for line in (f"![{path.stem}]({path.name})", "")]
+    names = [path.name for path in pictures]
     text = folder / PAGE_NAME
-    text.write_text("\n".join(lines))
+    text.write_text(page_text(page, HEADING, NOTE, RULE, list(made.values()), names))
     return [text, *paths, *pictures]
 
 

@@ -18,6 +18,7 @@ from anyexperts_jax.reproduce.tables import VERDICTS_TITLE
 PAGE_NAME = "README.md"
 MAIN_FIGURE = "figure3_realised.png"
 QUICK_NOTE = "QUICK RUN: a few steps, to see that everything works. These figures say nothing about the method."
+HEADING = "AnyExperts, reproduced at a scale anyone can rerun"
 NOTE = (
     "The paper trains a 16B model on web-scale data and tests it on public benchmarks; this is a model of 0.2M "
     "parameters on generated questions about real signals. The paper's figures stand beside ours for their direction, "
@@ -31,6 +32,10 @@ RULE = (
     "seeds nothing is decided. AUC is told in points above the 50 of chance. There are as many chances to be wrong as "
     "there are rows, and intervals over five seeds are a little too narrow."
 )
+_START_NOTE = (
+    "Every variant of a seed goes on from one run of a static top-8, of {} steps, as the paper's go on from a "
+    "pretrained mixture."
+)
 _EMPTY = Results({})
 
 
@@ -42,6 +47,7 @@ class Page:
     command: str
     quick: bool = False
     times: LayerTimes | None = None
+    start_steps: int | None = None  # of the run that all of a seed go on from; None: they are trained from scratch
 
     @property
     def title(self) -> str:
@@ -58,7 +64,9 @@ def write_page(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
         paths.append(write_csv(table, folder / f"{name}.csv", page.quick))
     pictures = _pictures(page, folder)
     shown = [*pictures, *(path for path in map_pictures(folder) if path not in pictures)]
-    text = page_text(page, list(made.values()), [path.name for path in shown])
+    note = f"{NOTE} {_START_NOTE.format(page.start_steps)}" if page.start_steps else NOTE
+    text = page_text(page, HEADING, note, RULE, list(made.values()), [path.name for path in shown])
+    text += f"{_times_text(page.times)}\n" if page.times is not None else ""
     path = folder / PAGE_NAME
     path.write_text(text)
     return [path, *paths, *pictures]
@@ -101,19 +109,19 @@ def map_pictures(folder: pathlib.Path) -> list[pathlib.Path]:
     return [*sorted(folder.glob("figure4_*.png")), *sorted(folder.glob("figure5_*.png"))]
 
 
-def page_text(page: Page, made: Sequence[TextTable], pictures: Sequence[str]) -> str:
-    """The Markdown page."""
+def page_text(
+    page: Page, heading: str, note: str, rule: str, made: Sequence[TextTable], pictures: Sequence[str]
+) -> str:
+    """A Markdown page: how the runs were made, the tables, with `rule` below the verdicts, and the pictures."""
     results = [result for one in page.results.values() for result in one.found.values()]
-    lines = ["# AnyExperts, reproduced at a scale anyone can rerun", ""]
+    lines = [f"# {heading}", ""]
     lines += [f"**{QUICK_NOTE}**", ""] if page.quick else []
-    lines += [f"`{page.command}`", "", NOTE, "", how_text(results), ""]
+    lines += [f"`{page.command}`", "", note, "", how_text(results), ""]
     lines += [missing_text(page.results), ""]
     for table in made:
         lines += [f"## {table.title}", "", markdown_table(table), ""]
-        lines += [RULE, ""] if table.title == VERDICTS_TITLE else []
+        lines += [rule, ""] if table.title == VERDICTS_TITLE else []
     lines += [line for name in pictures for line in (f"![{name}]({name})", "")]
-    if page.times is not None:
-        lines += [_times_text(page.times), ""]
     return "\n".join(lines)
 
 

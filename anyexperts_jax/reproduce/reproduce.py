@@ -91,12 +91,17 @@ def write_plans(
     require(len(done) > 0, f"no run of {', '.join(plan.name for plan in found)} is done in {root} or {out}")
     out.mkdir(parents=True, exist_ok=True)
     save_kept({**kept, **done}, out)
-    page = Page(results, command, quick, _layer_times(results, out, note))
+    page = Page(results, command, quick, _layer_times(results, out, note), _start_steps(found))
     write = write_evomoe_page if is_evomoe(page.results) else write_page
     maps = _maps(found, root, out)  # before the page, which shows those it finds
     for path in [*write(page, out), *maps]:
         note(f"wrote {path}")
     return page
+
+
+def _start_steps(found: Sequence[Plan]) -> int | None:
+    steps = {None if run.start is None else run.start.train.steps for plan in found for run in plan.runs.values()}
+    return steps.pop() if len(steps) == 1 else None
 
 
 def _layer_times(results: dict[str, Results], out: pathlib.Path, note: Note) -> LayerTimes | None:

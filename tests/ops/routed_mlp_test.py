@@ -14,7 +14,6 @@ from anyexperts_jax.ops.routed_mlp.few_rows import few_rows
 from anyexperts_jax.ops.routed_mlp.loop import row_sizes
 from tests.dispatch.plans import EXPERTS, PLANS, make_operands, make_plan, oracle
 
-
 compiled = functools.partial(jax.jit, static_argnums=2, compiler_options=FAST_COMPILE)
 
 
