@@ -42,9 +42,20 @@ checkpoint_every = 2
 eval_every = 4
 eval_examples = 8
 """
+STATIC = """
+[model.moe]
+k_min = 8
+k_max = 8
+num_virtual = 0
+rho_max = 0.0
+hsm_site = "off"
+iar = "off"
+importance_weight = 0.0
+"""
 FIGURE = """
 title = "The smallest"
 base = "model.toml"
+start = "start.toml"
 seeds = [0, 1]
 [evaluation]
 test_examples = 8
@@ -64,6 +75,7 @@ TIMES = LayerTimes("S1", 4096, "cpu", {}, None, ((4.0, 20.0), (10.0, 44.0)), ((4
 @pytest.fixture
 def experiment(tmp_path):
     (tmp_path / "model.toml").write_text(MODEL)
+    (tmp_path / "start.toml").write_text(MODEL + STATIC)
     path = tmp_path / "figure3.toml"
     path.write_text(FIGURE)
     return path
@@ -84,7 +96,11 @@ def test_quick_by_the_command_line(experiment, tmp_path, capsys, monkeypatch):
     assert [budget["budget"] for budget in result["budgets"]] == [4.8, 7.2, 8.0]
     assert result["step"] == 4
     assert result["separations"][0]["modality"] == "text"
-    assert QUICK_NOTE in (out / "README.md").read_text()
+    page = (out / "README.md").read_text()
+    assert QUICK_NOTE in page
+    assert "goes on from one run of a static top-8, of 4 steps" in page
+    (start,) = (runs / "stages").glob("start_*/checkpoints/4")
+    assert f"starting from {start.parents[1]}" in (folder / "log.txt").read_text().replace("\n", "")
     assert (out / "figure3.png").exists()
 
     assert has_checkpoint(folder), "keep = [1]"
