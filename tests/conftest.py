@@ -4,7 +4,9 @@ Unless a device is asked for: `pytest -m gpu` and `pytest -m tpu` run the tests 
 skip them where it finds something else.
 """
 
+import itertools
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of LLVM: most programs run once; in processes below too
@@ -17,7 +19,9 @@ from jaxtyping import install_import_hook
 
 _hook = install_import_hook("anyexperts_jax", "typecheck.check")
 _fast = jax.config.read("jax_disable_most_optimizations")
+_tests = itertools.count()
 DEVICES = ("gpu", "tpu")
+MAPPED_REGIONS = 30_000  # of 65530 that Linux lets a process have: every compiled program takes some, and JAX keeps all
 
 
 def pytest_configure(config):
@@ -26,8 +30,16 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup(item):
+    if next(_tests) % 20 == 0:
+        _forget_programs_before_there_are_too_many()
     as_shipped = any(item.get_closest_marker(name) for name in ("aot", *DEVICES))
     jax.config.update("jax_disable_most_optimizations", not as_shipped and _fast)
     for device in DEVICES:
         if item.get_closest_marker(device) and jax.default_backend() != device:
             pytest.skip(f"needs a {device.upper()} and `pytest -m {device}`; this runs on {jax.default_backend()}")
+
+
+def _forget_programs_before_there_are_too_many():
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MAPPED_REGIONS:
+        jax.clear_caches()

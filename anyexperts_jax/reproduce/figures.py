@@ -1,6 +1,6 @@
 """Figure 3's curves and Figure 5's areas under the curve."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from anyexperts_jax.analysis import style
 from anyexperts_jax.reproduce.collect import Results
-from anyexperts_jax.reproduce.curves import Curve, all_curves, domains_of
+from anyexperts_jax.reproduce.curves import Curve, all_curves, domain_score, domains_of
 from anyexperts_jax.reproduce.layer_times import LayerTimes
 from anyexperts_jax.reproduce.run_result import BudgetScores
 from anyexperts_jax.reproduce.statistics import interpolate, summarise
@@ -22,9 +22,12 @@ Place = Callable[[Curve, BudgetScores], float]
 def draw_curves(results: Results, path: Path, times: LayerTimes | None, title: str, *, all_axes: bool = True) -> Path:
     """Score against the budget, a column a domain; a row for each of three x axes, or the realised budget's alone.
 
-    Bars are 95% intervals of the mean over seeds. Layer times are those of another, stated, size (`LayerTimes`).
+    Bars are 95% intervals of the mean over seeds once each seed's level, its mean over all points, is taken out: seeds
+    lie further apart than variants, and the comparison is within them. Layer times are those of another, stated, size
+    (`LayerTimes`).
     """
     curves, domains = all_curves(results), [*domains_of(results), None]
+    levels = {domain: seed_levels(curves, domain) for domain in domains}
     axes_of: list[tuple[str, Place]] = [("realised real experts per token", lambda curve, point: point.realised)]
     if all_axes:
         axes_of.insert(0, ("nominal real experts per token", lambda curve, point: point.nominal))
@@ -36,23 +39,35 @@ def draw_curves(results: Results, path: Path, times: LayerTimes | None, title: s
         for row, (label, place) in zip(grid, axes_of, strict=True):
             for axes, domain in zip(row, domains, strict=True):
                 for index, curve in enumerate(curves):
-                    _draw_curve(axes, index, curve, domain, place)
+                    _draw_curve(axes, index, curve, domain, levels[domain], place)
                 axes.grid(True)
                 axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
             row[len(domains) // 2].set_xlabel(label)
         for axes, domain in zip(grid[0], domains, strict=True):
             axes.set_title("mean of domains" if domain is None else domain)
         handles, labels = grid[0][0].get_legend_handles_labels()
-        drawn.legend(
-            handles, labels, loc="outside upper left", ncols=min(len(curves), 3), title=title, alignment="left"
-        )
+        whole, columns = f"{title}; bars are 95% over seeds, within a seed", min(len(curves), 3)
+        drawn.legend(handles, labels, loc="outside upper left", ncols=columns, title=whole, alignment="left")
     return path
 
 
-def _draw_curve(axes: "Axes", index: int, curve: Curve, domain: str | None, place: Place) -> None:
+def seed_levels(curves: Sequence[Curve], domain: str | None) -> dict[int, float]:
+    """By how much each seed's mean over all points of all curves is above that of all seeds."""
+    scores: dict[int, list[float]] = {}
+    for curve in curves:
+        for seed, points in curve.points.items():
+            scores.setdefault(seed, []).extend(domain_score(point, domain) for point in points)
+    means = {seed: float(np.mean(found)) for seed, found in scores.items()}
+    return {seed: mean - float(np.mean(list(means.values()))) for seed, mean in means.items()}
+
+
+def _draw_curve(
+    axes: "Axes", index: int, curve: Curve, domain: str | None, levels: Mapping[int, float], place: Place
+) -> None:
     colour, marker = style.series(index)
     count = len(curve.points[curve.seeds[0]])
-    found = [summarise(curve.figures(i, domain)) for i in range(count)]
+    own = [levels[seed] for seed in curve.seeds]
+    found = [summarise([a - b for a, b in zip(curve.figures(i, domain), own, strict=True)]) for i in range(count)]
     xs = [float(np.mean([place(curve, curve.points[seed][i]) for seed in curve.seeds])) for i in range(count)]
     means = np.array([one.mean for one in found])
     reach = [np.nan_to_num(means - [one.low for one in found]), np.nan_to_num([one.high for one in found] - means)]

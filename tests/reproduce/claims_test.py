@@ -5,8 +5,9 @@ import pytest
 from anyexperts_jax.reproduce.claims import all_claims, better, equal
 from anyexperts_jax.reproduce.collect import Results
 from anyexperts_jax.reproduce.curves import DYNAMIC, STATIC, gains, one_checkpoint, retrained
+from anyexperts_jax.reproduce.figures import seed_levels
 from anyexperts_jax.reproduce.statistics import Summary
-from reproduce.canned import SEEDS, figure3, table3
+from reproduce.canned import SEEDS, figure3, noise, table3
 
 EMPTY = Results({})
 
@@ -112,3 +113,12 @@ def test_salience_retrained_is_a_curve_where_there_is_more_than_its_default_budg
     for seed in SEEDS:
         found["salience 4.8", seed] = found["dynamic 4.8", seed]
     assert verdicts_of(Results(found), EMPTY)[statement] == "supported"
+
+
+def test_the_levels_of_seeds_sum_to_nothing_and_are_what_seeds_share():
+    curves = [one_checkpoint(figure3(gain=0.04), variant, "") for variant in (DYNAMIC, STATIC)]
+    levels = seed_levels(curves, None)
+    assert sum(levels.values()) == pytest.approx(0, abs=1e-9)
+    shared = {seed: noise(seed) for seed in SEEDS}
+    mean = sum(shared.values()) / len(shared)
+    assert levels == pytest.approx({seed: value - mean for seed, value in shared.items()}, abs=0.003)
