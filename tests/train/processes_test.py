@@ -270,7 +270,8 @@ def require_one_line(process, what, tmp_path, number):
 @pytest.mark.slow
 def test_a_process_that_is_stopped_ends_the_others_in_one_line(tmp_path, launch):
     """In a step, and where a run that goes on reads its checkpoint; woken up, it ends itself."""
-    config, run = run_config(steps=1000, checkpoint_every=10, eval_every=1000), tmp_path / "run"
+    # far between checkpoints, so that it is stopped in a step
+    config, run = run_config(steps=20_000, checkpoint_every=200, eval_every=20_000), tmp_path / "run"
     patience = ("--set", f"runtime.peer_timeout={PATIENCE}")
     first = launch(config, run, 2, *patience)
     wait_for(first, lambda: checkpoint_steps(run), tmp_path)
