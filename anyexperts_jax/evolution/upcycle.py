@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.evolution.config import UpcycleConfig
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.models.init import abstract_params, init_leaves, logical_axes, named_leaves
+from anyexperts_jax.models.init import abstract_params, init_leaves, logical_axes, named_leaves, params_of_leaves
 from anyexperts_jax.sharding.specs import param_shardings
 
 _EXPERT_WEIGHT = re.compile(r"decoder/moe_layers/moe/experts/w_(gate|up|down)_E[DF][DF]")
@@ -37,9 +37,8 @@ def upcycle_params(
     Raises:
       UserError: when the dense parameters are of another model.
     """
-    leaves = dict(upcycled_leaves(named_leaves(dense_params), model, upcycle, key, mesh, consume=consume))
-    tree = jax.tree.structure(abstract_params(model))
-    return jax.tree.unflatten(tree, [leaves[name] for name in named_leaves(abstract_params(model))])
+    leaves = upcycled_leaves(named_leaves(dense_params), model, upcycle, key, mesh, consume=consume)
+    return params_of_leaves(model, dict(leaves))
 
 
 def upcycled_leaves(
@@ -74,8 +73,7 @@ def rerouted_params(params: Any, model: ModelConfig, key: Array, mesh: Mesh) -> 
     new = tuple(name for name in wanted if _ROUTING.search(name))
     shardings = named_leaves(param_shardings(mesh, logical_axes(model), abstract_params(model)))
     make = jax.jit(lambda key: init_leaves(model, key, new), out_shardings={name: shardings[name] for name in new})
-    leaves = {**known, **make(key)}
-    return jax.tree.unflatten(jax.tree.structure(abstract_params(model)), [leaves[name] for name in wanted])
+    return params_of_leaves(model, {**known, **make(key)})
 
 
 def _sources(model: ModelConfig, name: str) -> list[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,6 +35,12 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     """The tree's leaves by name, as "decoder/dense_0/norm/scale", in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def params_of_leaves(config: ModelConfig, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `named_leaves` for the parameters of a model; leaves of other names are left out."""
+    shapes = abstract_params(config)
+    return jax.tree.unflatten(jax.tree.structure(shapes), [leaves[name] for name in named_leaves(shapes)])
 
 
 def init_leaves(config: ModelConfig, key: Array, names: tuple[str, ...]) -> dict[str, Array]:

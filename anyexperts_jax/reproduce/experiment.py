@@ -219,7 +219,9 @@ def runs_of(
         try:
             run = _run_of(experiment, path, variant, (*variant.set, *laid_over), seed, amounts)
             given = run.config.train.start_from
-            require(given is None or experiment.start is None, f"train.start_from={given} and start={experiment.start}")
+            require(
+                given is None or experiment.start is None, f"train.start_from={given} beside start: give one of them"
+            )
             found[variant.name, seed] = dataclasses.replace(run, start=_start_of(experiment, path, quicker, seed))
         except UserError as error:
             raise UserError(f"{path}, variant {variant.name!r}: {error}") from error

@@ -7,7 +7,7 @@ everything else is as it was learned.
 import dataclasses
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.models.init import abstract_params, init_leaves, logical_axes, named_leaves
+from anyexperts_jax.models.init import abstract_params, init_leaves, logical_axes, named_leaves, params_of_leaves
 from anyexperts_jax.sharding.specs import param_shardings, replicated
 from anyexperts_jax.train.config import describe_differences
 from anyexperts_jax.train.run_dir import load_run
@@ -68,6 +68,7 @@ def carried_over(
     """`params` of a model `found` as those of `model`, which routes differently.
 
     Routers keep the columns that both have, real ones first; a column more is drawn anew, an expert bias more is 0.
+    What else of the routing has another shape is drawn anew as a whole.
 
     Raises:
       UserError: when the two differ in more than that.
@@ -95,16 +96,26 @@ def carried_over(
 
     shardings = named_leaves(param_shardings(mesh, logical_axes(model), abstract_params(model)))
     places = {name: shardings[name] for name in new}, replicated(mesh)
-    taken = {name: known[name] for name in new if name in known}
+    taken = {name: known[name] for name in _with_other_columns(model, known)}
     made, bias_LC = jax.jit(fresh, out_shardings=places)(key, taken, router_bias_LC)
-    leaves = {name: made[name] if name in made else known[name] for name in wanted}
-    params = jax.tree.unflatten(jax.tree.structure(abstract_params(model)), list(leaves.values()))
-    return WarmStart(params, bias_LC, new, tuple(name for name in known if name not in wanted))
+    left = tuple(name for name in known if name not in wanted)
+    return WarmStart(params_of_leaves(model, {**known, **made}), bias_LC, new, left)
 
 
 def _without_stack(names: Sequence[str]) -> list[str]:
     """The names as users say them: "moe/router/kernel"."""
     return [name.removeprefix("decoder/moe_layers/") for name in names]
+
+
+def _with_other_columns(model: ModelConfig, known: Mapping[str, Array]) -> list[str]:
+    """The parameters of `model` that differ from `known` in the number of the router's columns and in nothing else."""
+    axes = jax.tree.leaves(logical_axes(model), is_leaf=lambda names: isinstance(names, tuple))
+    return [
+        name
+        for (name, leaf), names in zip(named_leaves(abstract_params(model)).items(), axes, strict=True)
+        if names[-1:] == ("router",) and name in known
+        if known[name].shape[:-1] == leaf.shape[:-1] and known[name].shape != leaf.shape
+    ]
 
 
 def _with_columns(ours: Float[Array, "*rows C"], theirs: Float[Array, "*rows X"]) -> Float[Array, "*rows C"]:

@@ -173,13 +173,13 @@ def scaling_table(rows: list[Row]) -> TextTable:
     return TextTable("Scaling at 4096 tokens a chip, default budget", head, tuple(body))
 
 
-def checks_table(pairs: list[tuple[Row, Row]]) -> TextTable:
+def checks_table(compiled: list[Row], derived: list[Row]) -> TextTable:
     head = ("pod", "budget", "all-to-all, GiB", "derived", "network, ms", "derived")
     body = []
-    for compiled, derived in pairs:
-        sent = (f"{row.sent('all-to-all') / GIB:.2f}" for row in (compiled, derived))
-        times = (f"{1e3 * row.bounds.network:.1f}" for row in (compiled, derived))
-        body.append((compiled.case.topology, compiled.case.budget, *sent, *times))
+    for pair in zip(compiled, derived, strict=True):
+        sent = (f"{row.sent('all-to-all') / GIB:.2f}" for row in pair)
+        times = (f"{1e3 * row.bounds.network:.1f}" for row in pair)
+        body.append((pair[0].case.topology, pair[0].case.budget, *sent, *times))
     return TextTable("What is derived, beside programs that were compiled to check it", head, tuple(body))
 
 
@@ -212,8 +212,8 @@ def markdown(tables: list[TextTable], first: dict) -> str:
     return "\n".join(text).rstrip() + "\n"
 
 
-def rows_of(cases: list[tuple[Case, Case]]) -> list[Row]:
-    return [row for row in (row_of(case, base) for case, base in cases) if row is not None]
+def rows_of(cases: list[tuple[Case, Case]], *, derive: bool = False) -> list[Row]:
+    return [row for row in (row_of(case, base, derive=derive) for case, base in cases) if row is not None]
 
 
 def report() -> str:
@@ -225,22 +225,21 @@ def report() -> str:
     ]
     v5p = next(pod for pod in PODS if pod.topology == f"v5p:{SCALING[4]}")
     scaling = [(Case(f"v5p_{shape}", f"v5p:{shape}"), v5p) for shape in SCALING]
-    checks = [(case, v5p if case.topology.startswith("v5p") else of_pod(case)) for case in CHECKS]
-    pairs = [(row_of(*pair), row_of(*pair, derive=True)) for pair in checks if path_of(pair[0]).exists()]
+    checks = [(case, of_chip(case)) for case in CHECKS if path_of(case).exists() and path_of(of_chip(case)).exists()]
     pods = rows_of([(pod, pod) for pod in PODS if path_of(pod).exists()])
     tables = [
         pods_table(pods),
         bounds_table(pods, "Bounds on a step at the default budget"),
         budgets_table(rows_of(by_budget)),
         scaling_table(rows_of(scaling)),
-        checks_table([(own, derived) for own, derived in pairs if own is not None and derived is not None]),
+        checks_table(rows_of(checks), rows_of(checks, derive=True)),
     ]
     return markdown(tables, pods[0].step)
 
 
-def of_pod(case: Case) -> Case:
-    """The pod's case at the default budget."""
-    return next(pod for pod in PODS if pod.topology == case.topology)
+def of_chip(case: Case) -> Case:
+    """The pod of the case's chip, at the default budget."""
+    return next(pod for pod in PODS if pod.topology.partition(":")[0] == case.topology.partition(":")[0])
 
 
 def named(pod: Case, budget: str) -> Case:

@@ -70,7 +70,6 @@ def test_another_top_k_changes_nothing_but_the_number_of_slots(mesh):
     [
         ({"num_virtual": 3, "rho_max": 0.4}, {KERNEL, BIAS}, set()),
         ({"virtual_logits": "tied"}, {KERNEL, BIAS}, set()),
-        ({"importance_mlp": "wide"}, {"gate", "importance"}, set()),
         ({"num_virtual": 0, "rho_max": 0.0, "iar": "off"}, {KERNEL}, {BIAS}),
     ],
 )
@@ -78,14 +77,30 @@ def test_columns_that_both_have_go_on(mesh, moe, new, left):
     before, started = carried(DYNAMIC, small(moe=moe), mesh)
     after = named_leaves(started.params)
     assert left <= set(started.left)
-    if KERNEL in new:
-        assert new == set(started.new)
-        columns = min(after[KERNEL].shape[-1], before[KERNEL].shape[-1])
-        assert columns >= 6
-        np.testing.assert_array_equal(after[KERNEL][..., :columns], before[KERNEL][..., :columns])
-    else:
-        assert started.new
-        assert all("importance" in name for name in started.new)
+    assert new == set(started.new)
+    columns = min(after[KERNEL].shape[-1], before[KERNEL].shape[-1])
+    assert columns >= 6
+    np.testing.assert_array_equal(after[KERNEL][..., :columns], before[KERNEL][..., :columns])
+
+
+@pytest.mark.parametrize(
+    ("found", "moe", "part"),
+    [
+        ({}, {"importance_mlp": "wide"}, "importance"),
+        (
+            {"router": "dtr", "router_hidden": 4, "router_rank": 2},
+            {"router": "dtr", "router_hidden": 8, "router_rank": 3},
+            "router",
+        ),
+    ],
+)
+def test_what_has_another_shape_is_new_as_a_whole(mesh, found, moe, part):
+    _, started = carried(small(moe=found), small(moe=moe), mesh)
+    after, fresh = named_leaves(started.params), named_leaves(init_params(small(moe=moe), KEY))
+    assert started.new
+    for name in started.new:
+        assert part in name
+        np.testing.assert_allclose(after[name], fresh[name], rtol=1e-6)
 
 
 def test_it_lies_on_the_mesh_as_the_model_does():
