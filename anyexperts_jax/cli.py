@@ -5,6 +5,7 @@ not finite, 4 a full disk, 5 another process of the run gone, 130 and 143 interr
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import sys
@@ -204,30 +205,10 @@ def _compile(options: argparse.Namespace) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    from anyexperts_jax.reproduce.readme import update_readme
-    from anyexperts_jax.reproduce.reproduce import default_out, plans, run_plans, whole_page, write_plans
+    from anyexperts_jax.reproduce.command import Request, reproduce
 
-    runs = options.runs or pathlib.Path("runs", "reproduce_quick" if options.quick else "reproduce")
-    out = options.out or (runs / "tables" if options.quick else default_out(options.table))
-    found = plans(options.table, quick=options.quick, overrides=options.set)
-    left = 0
-    failed: Sequence = ()
-    if options.only != "tables":
-        outcome = run_plans(found, runs, workers=options.workers, deadline=options.deadline, note=_say)
-        left, failed = len(outcome.left), outcome.failed
-        _say(f"{len(outcome.done)} runs are done, {len(failed)} failed, {left} are left")
-    if left == 0 and options.only != "runs":
-        command = f"anyexperts reproduce {' '.join(options.table)}" + (" --quick" if options.quick else "")
-        drawn = plans(whole_page(options.table), quick=options.quick, overrides=options.set)
-        page = write_plans(drawn, runs, out, command, quick=options.quick, note=_say)
-        if options.readme:
-            update_readme(page, out, options.readme)
-    if failed:
-        run, last = failed[0]
-        raise UserError(
-            f"{len(failed)} runs failed, the first {runs / run.id} ({run.name}): {last}; see log.txt there; "
-            "the same command tries again"
-        )
+    fields = (field.name for field in dataclasses.fields(Request))
+    reproduce(Request(**{name: getattr(options, name) for name in fields}), note=_say)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -380,15 +361,20 @@ def _add_compile(commands: argparse._SubParsersAction) -> None:
 def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("reproduce", help="the paper's tables and figures, over seeds, with verdicts")
     parser.add_argument(
-        "table",
+        "tables",
         nargs="+",
+        metavar="table",
         help="table1 table2 table3 figure3 figure4 figure5 or all; evomoe-components -routers -diversity -beta "
         "-experts -slots or evomoe; or TOML files",
     )
+    parser.add_argument("--scale", default="tiny", help="tiny: two cores, the default; small: one accelerator")
     parser.add_argument("--runs", type=pathlib.Path, help="where runs are kept (default: runs/reproduce)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs side by side (default: cores)")
+    parser.add_argument("--workers", type=int, help="runs side by side (default: cores; at --scale small 1)")
     parser.add_argument("--deadline", type=float, metavar="SECONDS", help="stop then; the same command goes on")
     parser.add_argument("--quick", action="store_true", help="few steps and one seed: does it work, not what it says")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="make the runs of these alone: a share for each of several hosts"
+    )
     _add_set(parser, "override in every run; repeatable")
     parser.add_argument("--only", choices=("runs", "tables"), help="make the runs alone, or tables of what is done")
     parser.add_argument("--out", type=pathlib.Path, help="of tables (default: in experiments/results/reproduce)")

@@ -22,8 +22,8 @@ from anyexperts_jax.reproduce.output import (
 SCORES_FIGURE, EXPERTS_FIGURE = "scores.png", "experts.png"
 HEADING = "EvoMoE (arXiv 2505.23830), reproduced at a scale anyone can rerun"
 NOTE = (
-    "The paper fine-tunes models of 0.5B to 7B parameters and tests them on public benchmarks; this is a model of 0.2M "
-    "parameters, 0.4M with its experts, on generated questions about real signals. The paper's figures (Qwen-1.8B) "
+    "The paper fine-tunes models of 0.5B to 7B parameters and tests them on public benchmarks; this is a model of {} "
+    "parameters, with its experts, on generated questions about real signals. The paper's figures (Qwen-1.8B) "
     "stand beside ours for their direction, not their size. Runs from copied experts train experts and router in stage "
     "III, for as many steps as stages II and III of the others together. What the paper names without a formula, "
     "contrastive and local entropy, is our reading (evolution/diversity.py)."
@@ -58,11 +58,11 @@ def write_evomoe_page(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
     made |= {name: variant_table(name, one) for name, one in there.items()}
     made["experts"] = expert_table(every)
     paths = [write_csv(table, folder / f"{name}.csv", page.quick) for name, table in made.items()]
-    title = QUICK_NOTE if page.quick else "EvoMoE at 0.4M parameters"
+    title = QUICK_NOTE if page.quick else f"EvoMoE at {page.size} parameters"
     pictures = [draw_scores(there, folder / SCORES_FIGURE, title), draw_experts(every, folder / EXPERTS_FIGURE, title)]
     names = [path.name for path in pictures]
     text = folder / PAGE_NAME
-    text.write_text(page_text(page, HEADING, NOTE, RULE, list(made.values()), names))
+    text.write_text(page_text(page, HEADING, NOTE.format(page.size), RULE, list(made.values()), names))
     return [text, *paths, *pictures]
 
 

@@ -28,6 +28,7 @@ EVOMOE_TABLES = (
 GROUPS = {"all": TABLES, "evomoe": EVOMOE_TABLES}  # a paper each: tables that share their runs and a page
 EVOLVES = "evolve_and_evaluate"  # the recipe whose base has a table `evolve`
 CONFIGS = pathlib.Path("experiments") / "configs"  # under the current directory: they come with a checkout
+SCALES = {"tiny": CONFIGS, "small": CONFIGS / "small"}  # the same tables of a model for two cores, for one accelerator
 _ID_LENGTH = 12
 _START_SEEDS = 1000  # above a variant's seed
 _LABELS = ("name", "keep", "stage")
@@ -286,7 +287,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     if like is None:
         return values
     other = path.parent / str(like)
-    require(other.name != path.name, f"{path}: like={like!r} names the file itself")
+    require(other.resolve() != path.resolve(), f"{path}: like={like!r} names the file itself")
     return merge(_read(other), values)
 
 

@@ -20,7 +20,7 @@ MAIN_FIGURE = "figure3_realised.png"
 QUICK_NOTE = "QUICK RUN: a few steps, to see that everything works. These figures say nothing about the method."
 HEADING = "AnyExperts, reproduced at a scale anyone can rerun"
 NOTE = (
-    "The paper trains a 16B model on web-scale data and tests it on public benchmarks; this is a model of 0.2M "
+    "The paper trains a 16B model on web-scale data and tests it on public benchmarks; this is a model of {} "
     "parameters on generated questions about real signals. The paper's figures stand beside ours for their direction, "
     "not their size."
 )
@@ -45,6 +45,7 @@ class Page:
 
     results: Mapping[str, Results]
     command: str
+    parameters: int  # of the model
     quick: bool = False
     times: LayerTimes | None = None
     start_steps: int | None = None  # of the run that all of a seed go on from; None: they are trained from scratch
@@ -52,7 +53,12 @@ class Page:
     @property
     def title(self) -> str:
         """Over every picture."""
-        return QUICK_NOTE if self.quick else "AnyExperts at 0.2M parameters"
+        return QUICK_NOTE if self.quick else f"AnyExperts at {self.size} parameters"
+
+    @property
+    def size(self) -> str:
+        """The number of parameters, in millions."""
+        return f"{self.parameters / 1e6:.{1 if self.parameters < 1e7 else 0}f}M"
 
 
 def write_page(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
@@ -64,7 +70,8 @@ def write_page(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
         paths.append(write_csv(table, folder / f"{name}.csv", page.quick))
     pictures = _pictures(page, folder)
     shown = [*pictures, *(path for path in map_pictures(folder) if path not in pictures)]
-    note = f"{NOTE} {_START_NOTE.format(page.start_steps)}" if page.start_steps else NOTE
+    note = NOTE.format(page.size)
+    note += f" {_START_NOTE.format(page.start_steps)}" if page.start_steps else ""
     text = page_text(page, HEADING, note, RULE, list(made.values()), [path.name for path in shown])
     text += f"{_times_text(page.times)}\n" if page.times is not None else ""
     path = folder / PAGE_NAME

@@ -1,10 +1,12 @@
-"""`reproduce`: the runs of tables and figures, and then the tables and figures."""
+"""The plans of tables and figures, their runs, and their pages."""
 
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import comma_list, require
+from anyexperts_jax.evolution.config import upcycled_model
+from anyexperts_jax.models.init import parameter_count
 from anyexperts_jax.reproduce.collect import Results, collect, load_kept, save_kept
 from anyexperts_jax.reproduce.evomoe_output import is_evomoe, write_evomoe_page
 from anyexperts_jax.reproduce.experiment import CONFIGS, GROUPS, Run, load_experiment, runs_of, shared
@@ -49,10 +51,24 @@ def whole_page(tables: Sequence[str]) -> Sequence[str]:
     return tables
 
 
-def default_out(tables: Sequence[str]) -> pathlib.Path:
+def of_seeds(found: Sequence[Plan], seeds: Sequence[int]) -> list[Plan]:
+    """The plans with the runs of some seeds alone.
+
+    Raises:
+      UserError: a seed that no run has.
+    """
+    known = sorted({seed for plan in found for _, seed in plan.runs})
+    for seed in seeds:
+        require(seed in known, f"no run has seed {seed}; the seeds are {comma_list(known)}")
+    return [Plan(plan.name, {key: run for key, run in plan.runs.items() if key[1] in seeds}) for plan in found]
+
+
+def default_out(tables: Sequence[str], scale: str = "tiny") -> pathlib.Path:
     """Where the page of `tables` is kept in a checkout."""
     folder = pathlib.Path("experiments", "results", "reproduce")
-    return folder / "evomoe" if whole_page(tables) == ("evomoe",) else folder
+    if whole_page(tables) == ("evomoe",):
+        return folder / "evomoe"
+    return folder if scale == "tiny" else folder / scale
 
 
 def run_plans(
@@ -91,12 +107,20 @@ def write_plans(
     require(len(done) > 0, f"no run of {', '.join(plan.name for plan in found)} is done in {root} or {out}")
     out.mkdir(parents=True, exist_ok=True)
     save_kept({**kept, **done}, out)
-    page = Page(results, command, quick, _layer_times(results, out, note), _start_steps(found))
+    times = _layer_times(results, out, note)
+    page = Page(results, command, parameters_of(found), quick, times, _start_steps(found))
     write = write_evomoe_page if is_evomoe(page.results) else write_page
     maps = _maps(found, root, out)  # before the page, which shows those it finds
     for path in [*write(page, out), *maps]:
         note(f"wrote {path}")
     return page
+
+
+def parameters_of(found: Sequence[Plan]) -> int:
+    """Of the model that the first run ends with, which the others vary a little."""
+    run = next(run for plan in found for run in plan.runs.values())
+    model = run.config.model
+    return parameter_count(model if run.evolve is None else upcycled_model(model, run.evolve.upcycle, run.evolve.moe))
 
 
 def _start_steps(found: Sequence[Plan]) -> int | None:

@@ -153,10 +153,18 @@ def test_the_page_and_the_readme_block(tmp_path):
         "evomoe-components": results({"dense": 0.0, "MoE-tuning": 0.0, BOTH: 0.04}),
         "evomoe-beta": Results({}, (("literal", 0),)),
     }
-    page = Page(shown, "anyexperts reproduce evomoe")
+    page = Page(shown, "anyexperts reproduce evomoe", 400_000)
     write_evomoe_page(page, tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
-    for part in ("## Verdicts", "Components", "scores.png", "experts.png", "literal (seeds 0)", "their direction"):
+    for part in (
+        "## Verdicts",
+        "Components",
+        "scores.png",
+        "experts.png",
+        "literal (seeds 0)",
+        "their direction",
+        "of 0.4M",
+    ):
         assert part in text
     rows = list(csv.DictReader((tmp_path / "out" / "verdicts.csv").read_text().splitlines()))
     assert {row["claim"]: row["paper, %"] for row in rows}["Evolution and DTR beat the dense model"] == "66.5 / 65.4"
@@ -176,6 +184,7 @@ def test_each_paper_has_its_page():
     assert whole_page(["mine.toml"]) == ["mine.toml"]
     assert default_out(["evomoe"]).name == "evomoe"
     assert default_out(["all"]) == default_out(["mine.toml"]) == default_out(["evomoe"]).parent
+    assert default_out(["all"], "small") == default_out(["all"]) / "small"
 
 
 def test_experts_figures_survive_the_disk():

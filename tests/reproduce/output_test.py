@@ -25,7 +25,9 @@ TIMES = LayerTimes("S1", 4096, "cpu", {}, 0.0, ((4.0, 20.0), (10.0, 44.0)), ((4.
 def page():
     budgets = figure3(gain=0.04, auc=0.7)
     names = ("figure3", "table1", "table2", "figure5")
-    return Page({**dict.fromkeys(names, budgets), "table3": table3(hsm=0.05)}, "anyexperts reproduce all", times=TIMES)
+    return Page(
+        {**dict.fromkeys(names, budgets), "table3": table3(hsm=0.05)}, "anyexperts reproduce all", 282_491, times=TIMES
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,16 @@ def test_the_page_shows_maps_drawn_before(page, tmp_path):
 
 def test_the_page_holds_tables_and_pictures(written):
     text = (written / "README.md").read_text()
-    for part in ("## Verdicts", "Table 1", "Table 2", "Table 3", "figure3.png", "supported", "their direction"):
+    for part in (
+        "## Verdicts",
+        "Table 1",
+        "Table 2",
+        "Table 3",
+        "figure3.png",
+        "supported",
+        "their direction",
+        "of 0.3M parameters",
+    ):
         assert part in text
     assert QUICK_NOTE not in text
     rows = list(csv.DictReader((written / "verdicts.csv").read_text().splitlines()))
@@ -105,7 +116,7 @@ def test_the_page_holds_tables_and_pictures(written):
 
 
 def test_a_quick_page_says_so_everywhere(page, tmp_path):
-    write_page(Page({"table3": page.results["table3"]}, "--quick", quick=True), tmp_path)
+    write_page(Page({"table3": page.results["table3"]}, "--quick", 282_491, quick=True), tmp_path)
     assert QUICK_NOTE in (tmp_path / "README.md").read_text()
     for path in tmp_path.glob("*.csv"):
         assert path.read_text().startswith(f"# {QUICK_NOTE}")
@@ -114,8 +125,10 @@ def test_a_quick_page_says_so_everywhere(page, tmp_path):
 def test_missing_runs_are_named(tmp_path):
     whole = table3(hsm=0.05)
     part = Results({k: v for k, v in whole.found.items() if k != ("without HSM", 4)}, (("without HSM", 4),))
-    write_page(Page({"table3": part}, "x"), tmp_path)
-    assert "left out of what follows: without HSM (seeds 4)." in (tmp_path / "README.md").read_text()
+    write_page(Page({"table3": part}, "x", 140_000_000), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "left out of what follows: without HSM (seeds 4)." in text
+    assert "of 140M parameters" in text
 
 
 def test_results_survive_the_disk(tmp_path):

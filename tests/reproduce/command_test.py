@@ -1,0 +1,96 @@
+"""What the options of `anyexperts reproduce` ask for; that it makes it, end_to_end_test shows."""
+
+import dataclasses
+import os
+import pathlib
+
+import pytest
+
+from anyexperts_jax.cli import main
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.reproduce.command import Request
+from anyexperts_jax.reproduce.reproduce import of_seeds, parameters_of
+from anyexperts_jax.train.strict import flatten
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def in_a_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def by_variant(scale):
+    request = Request(("all",), scale=scale)
+    return {(plan.name, *key): run for plan in request.plans(request.tables) for key, run in plan.runs.items()}
+
+
+def test_small_has_the_same_tables_of_a_larger_model():
+    tiny, small = by_variant("tiny"), by_variant("small")
+    assert list(tiny) == list(small)
+    for key, run in small.items():
+        assert run.moe == tiny[key].moe, "the same routing"
+        assert (run.budgets, run.keep, run.stage) == (tiny[key].budgets, tiny[key].keep, tiny[key].stage)
+        assert run.config.model.stack.d_model == 768
+    run = small["figure3", "dynamic 8.0", 0]
+    moved = {k for k, v in flatten(run.start.model).items() if v != flatten(run.config.model)[k]}
+    assert {key.split(".")[0] for key in moved} == {"moe"}, "a start and what goes on from it differ in routing alone"
+    assert not {run.id for run in small.values()} & {run.id for run in tiny.values()}
+
+
+def test_small_has_an_accelerator_to_itself_and_a_page_of_its_own():
+    assert Request(("all",), scale="small").side_by_side == 1
+    assert Request(("all",)).side_by_side == os.cpu_count()
+    assert Request(("all",), workers=3, scale="small").side_by_side == 3
+    assert (
+        Request(("table1",), scale="small", quick=True).command == "anyexperts reproduce table1 --scale small --quick"
+    )
+
+
+def test_every_option_of_the_command_line_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr("anyexperts_jax.reproduce.command.reproduce", lambda request, note: asked.append(request))
+    assert main(["reproduce", "table1", "--scale", "small", "--seeds", "3", "4", "--workers", "2", "--set", "a=1"]) == 0
+    assert asked == [Request(["table1"], scale="small", seeds=[3, 4], workers=2, set=["a=1"])]
+    assert main(["reproduce", "table1"]) == 0
+    defaults = {
+        field.name: field.default for field in dataclasses.fields(Request) if field.name not in ("tables", "set")
+    }
+    assert {name: getattr(asked[1], name) for name in defaults} == defaults
+
+
+def test_seeds_are_a_share_of_the_runs():
+    request = Request(("table2", "table3"))
+    found = request.plans(request.tables)
+    shares = [of_seeds(found, seeds) for seeds in ((0, 3), (1,), (2, 4))]
+    for place, plan in enumerate(found):
+        parts = [share[place].runs for share in shares]
+        assert {seed for _, seed in parts[0]} == {0, 3}
+        assert {key: run for part in parts for key, run in part.items()} == plan.runs
+    with pytest.raises(UserError, match="no run has seed 9; the seeds are 0, 1, 2, 3, 4"):
+        of_seeds(found, (0, 9))
+
+
+def test_the_number_of_parameters_is_counted():
+    def millions(*tables, scale="tiny"):
+        return round(parameters_of(Request(tables, scale=scale).plans(tables)) / 1e6, 1)
+
+    assert (millions("table1"), millions("table1", scale="small")) == (0.3, 140.3)
+    dense, mixture = Request(("evomoe",)).plans(("evomoe",))[0].runs["dense", 0].config.model, millions("evomoe")
+    assert mixture > 0.05 + dense.vocab_size * dense.stack.d_model / 1e6, "with its experts"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table1", "--scale", "smal"], "scale='smal' is unknown; valid: tiny, small"),
+        (["mine.toml", "--scale", "small"], "mine.toml has a base of its own, leave --scale out"),
+        (["evomoe", "--scale", "small"], "no experiment 'evomoe-components'; valid: table1"),
+        (["table1", "--seeds", "7"], "no run has seed 7"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(arguments, message, capsys):
+    assert main(["reproduce", *arguments, "--quick", "--only", "runs"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
