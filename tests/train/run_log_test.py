@@ -82,22 +82,25 @@ def test_a_broken_line_is_named(tmp_path):
         read_records(path)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def no_room():
-    """Lets files of this process grow to 1000 bytes at most, on call and until the end of the test."""
+    """Lets files of this process grow to 1000 bytes at most; inside a test, for pytest may write to a longer file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize(
     "record", [{"text": "x" * 2000}, {f"number_{i}": 1.0 for i in range(40)}], ids=["json", "events"]
 )
-def test_a_full_disk_shows_at_the_write(tmp_path, no_room, record):
+def test_a_full_disk_shows_at_the_write(tmp_path, record):
     """The second record fits into metrics.jsonl and not into the event file."""
     log = RunLog(RunDir(tmp_path), 0)
-    no_room()
-    with pytest.raises(OSError, match="File too large"):
-        log.write("train", 1, record)
-    with contextlib.suppress(OSError):
-        log.close()
+    with no_room():
+        with pytest.raises(OSError, match="File too large"):
+            log.write("train", 1, record)
+        with contextlib.suppress(OSError):
+            log.close()
