@@ -4,6 +4,7 @@ VENV ?= .venv
 AOT_VENV ?= .venv-aot
 RUN ?= runs/demo
 PYTEST_ARGS ?=
+AOT_TESTS ?= aot
 BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 AOT_BIN := $(AOT_VENV)/bin
@@ -58,7 +59,7 @@ test-notebooks: $(BIN)/.installed-notebooks
 	$(BIN)/python -m pytest tests/colab_test.py -n 2
 
 test-aot: $(AOT_BIN)/.installed
-	$(AOT_BIN)/python -m pytest -m aot tests/aot -n 2 --dist worksteal --durations=5
+	$(AOT_BIN)/python -m pytest -m '$(AOT_TESTS)' tests/aot -n 2 --dist worksteal --durations=5
 
 lint: $(BIN)/.installed-test
 	$(BIN)/ruff check .

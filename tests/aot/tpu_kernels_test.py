@@ -13,7 +13,6 @@ NAMES = {"expert_mlp_forward", "expert_mlp_backward", "expert_mlp_backward_weigh
 
 
 @pytest.mark.aot
-@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5e", "v5p"])
 def test_the_papers_layer_fits_in_vmem(chip, schedules):
     reports = report.compile_report(chip, kernels.forward_backward, kernels.arguments(kernels.SHAPES["P"]), schedules)
@@ -24,7 +23,6 @@ def test_the_papers_layer_fits_in_vmem(chip, schedules):
 
 
 @pytest.mark.aot
-@pytest.mark.slow
 @pytest.mark.parametrize("residuals", ["saved", "recomputed"])
 @pytest.mark.parametrize("columns", [None, 128])
 @pytest.mark.parametrize(("chip", "dtype"), [("v5e", "float32"), ("v5p", "bfloat16"), ("v6e", "float32")])
