@@ -46,7 +46,7 @@ def draw_curves(results: Results, path: Path, times: LayerTimes | None, title: s
         for axes, domain in zip(grid[0], domains, strict=True):
             axes.set_title("mean of domains" if domain is None else domain)
         handles, labels = grid[0][0].get_legend_handles_labels()
-        whole, columns = f"{title}; bars are 95% over seeds, within a seed", min(len(curves), 3)
+        whole, columns = f"{title.removesuffix('.')}; bars are 95% over seeds, within a seed", min(len(curves), 3)
         drawn.legend(handles, labels, loc="outside upper left", ncols=columns, title=whole, alignment="left")
     return path
 
@@ -82,7 +82,7 @@ def _draw_curve(
         linewidth=1.5,
         linestyle="--" if moved else "-",
         elinewidth=0.8,
-        label=f"{curve.name} ({len(curve.seeds)} seeds)",
+        label=f"{curve.name} ({_seeds(len(curve.seeds))})",
     )
 
 
@@ -101,7 +101,7 @@ def draw_separations(results: Results, variants: Sequence[str], path: Path, titl
         for axes, variant in zip(grid, present, strict=True):
             found = [r.separations for (v, _), r in results.found.items() if v == variant]
             _draw_areas(axes, found)
-            axes.set_title(f"{variant} ({len(found)} seeds)")
+            axes.set_title(f"{variant} ({_seeds(len(found))})")
         grid[-1].set_xlabel("ROC AUC against the tokens that carry the answer; 0.5 is chance; bars are 95% over seeds")
         handles, labels = grid[0].get_legend_handles_labels()
         drawn.legend(handles, labels, loc="outside upper left", ncols=5, title=title, alignment="left")
@@ -129,3 +129,7 @@ def _draw_areas(axes: "Axes", found: Sequence[Sequence[object]]) -> None:
     axes.set_ylim(len(by_modality) - 0.5, -0.5)
     axes.set_xlim(0, 1)
     axes.grid(True, axis="x")
+
+
+def _seeds(number: int) -> str:
+    return "1 seed" if number == 1 else f"{number} seeds"
