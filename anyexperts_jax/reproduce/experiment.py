@@ -275,7 +275,7 @@ def run_from_json(text: str) -> Run:
     return build(Run, values)
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...] = ()) -> dict[str, Any]:
     """The file's tables, laid over those of the file beside it that its key `like` names."""
     try:
         values = tomllib.loads(path.read_text())
@@ -286,9 +286,9 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     like = values.pop("like", None)
     if like is None:
         return values
-    other = path.parent / str(like)
-    require(other.resolve() != path.resolve(), f"{path}: like={like!r} names the file itself")
-    return merge(_read(other), values)
+    other, above = path.parent / str(like), (*above, path.resolve())
+    require(other.resolve() not in above, f"{path}: like={like!r} names the file itself, or one that is like it")
+    return merge(_read(other, above), values)
 
 
 def _base(name: str, path: pathlib.Path) -> str:

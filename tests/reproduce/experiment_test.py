@@ -85,6 +85,20 @@ def test_like_takes_what_is_not_said(tmp_path):
     assert list(runs) == [("early", 7), ("late", 7)]
 
 
+def test_two_files_cannot_be_like_each_other(tmp_path):
+    write(tmp_path, 'like = "one.toml"', "other.toml")
+    with pytest.raises(UserError, match="or one that is like it"):
+        load(tmp_path, 'like = "other.toml"')
+
+
+def test_a_like_may_lie_elsewhere_and_have_the_same_name(tmp_path):
+    write(tmp_path, MINIMAL)
+    (tmp_path / "small").mkdir()
+    path = write(tmp_path / "small", 'like = "../one.toml"\ntitle = "small"')
+    experiment, found = load_experiment(path)
+    assert (experiment.title, experiment.base, found) == ("small", "smoke", path)
+
+
 def test_an_unknown_name_is_told_the_valid_ones(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean figure3"):
         load_experiment("figur3", CONFIGS)
