@@ -236,6 +236,12 @@ def apart(result: RunResult) -> float:
     return mean_distance(experts, "evolving") / experts.drift["evolving"]
 
 
+def end_distance(result: RunResult) -> float:
+    """The mean distance of experts 2 to N from expert 1 over its norm, at the end of the last stage."""
+    experts = result.experts
+    return mean_distance(experts, list(experts.distance)[-1]) if experts and experts.distance else math.nan
+
+
 def mean_distance(experts: ExpertFigures, stage: str) -> float:
     """Of experts 2 to N from expert 1, over its norm; NaN for a single expert."""
     distances = experts.distance[stage]

@@ -3,13 +3,18 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from anyexperts_jax.analysis import style
 from anyexperts_jax.reproduce.collect import Results, mean_score
-from anyexperts_jax.reproduce.evomoe_claims import apart, overlap, shuffle_cost
+from anyexperts_jax.reproduce.evomoe_claims import end_distance, overlap, shuffle_cost
+from anyexperts_jax.reproduce.evomoe_tables import TITLES, against, reference_of
 from anyexperts_jax.reproduce.statistics import summarise
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _KIND_NAMES = ("evolution", "snapshots (ours)", "others")
 _OTHER = 2
@@ -17,25 +22,42 @@ _LEAST_DISTANCE = 1e-8  # where experts that are alike stand on the logarithmic 
 
 
 def draw_scores(tables: Mapping[str, Results], path: Path, title: str) -> Path:
-    """A panel a table, a row a variant: the mean over domains and seeds with its interval, and every seed."""
+    """A panel a table, a row a variant: by how much it scores above the table's reference, every seed and the mean.
+
+    Seeds lie further apart than variants, so each is set against its own.
+    """
     sizes = [max(len({name for name, _ in one.found}), 1) for one in tables.values()]
     with style.figure(9.0, 0.6 + 0.26 * sum(sizes) + 0.3 * len(sizes), path) as drawn:
         grid = drawn.subplots(len(sizes), 1, squeeze=False, sharex=True, gridspec_kw={"height_ratios": sizes})[:, 0]
         for axes, (name, results) in zip(grid, tables.items(), strict=True):
             variants = list(dict.fromkeys(variant for variant, _ in results.found))
+            labels = []
             for row, variant in enumerate(variants):
                 scores = [100 * mean_score(one) for (found, _), one in results.found.items() if found == variant]
-                mean = summarise(scores)
-                reach = np.nan_to_num([[mean.mean - mean.low], [mean.high - mean.mean]])
-                axes.plot(scores, np.full(len(scores), row), ".", color=style.FAINT)
-                axes.errorbar(mean.mean, row, xerr=reach, fmt="o", color=style.SERIES[0], capsize=3, markersize=5)
-            axes.set_yticks(range(len(variants)), variants)
+                labels.append(f"{variant}  {sum(scores) / len(scores):.1f}%")
+                _draw_gain(axes, row, results, variant, reference_of(name, variant))
+            axes.axvline(0.0, color=style.FAINT, linewidth=1)
+            axes.set_yticks(range(len(variants)), labels)
             axes.set_ylim(len(variants) - 0.5, -0.5)
-            axes.set_title(name)
+            axes.set_title(f"{TITLES[name]}: against {against(name)}")
             axes.grid(True, axis="x")
-        grid[-1].set_xlabel("score in percent, mean of domains; dots are seeds, bars 95% intervals of their mean")
-        drawn.suptitle(title, x=0.01, ha="left")
+        grid[-1].set_xlabel(
+            "points above the reference of the same seed, mean of domains; dots are seeds, bars 95% intervals"
+        )
+        drawn.suptitle(f"{title.removesuffix('.')}; beside the names mean scores", x=0.01, ha="left")
     return path
+
+
+def _draw_gain(axes: "Axes", row: int, results: Results, variant: str, reference: str) -> None:
+    if variant == reference:
+        axes.plot(0.0, row, "o", color=style.SERIES[0], markerfacecolor="white", markersize=5)
+        return
+    gains = results.paired([variant, reference], lambda a, b: 100 * (mean_score(a) - mean_score(b)))
+    if gains:
+        mean = summarise(gains)
+        reach = np.nan_to_num([[mean.mean - mean.low], [mean.high - mean.mean]])
+        axes.plot(gains, np.full(len(gains), row), ".", color=style.FAINT)
+        axes.errorbar(mean.mean, row, xerr=reach, fmt="o", color=style.SERIES[0], capsize=3, markersize=5)
 
 
 def draw_experts(results: Results, path: Path, title: str) -> Path:
@@ -46,8 +68,9 @@ def draw_experts(results: Results, path: Path, title: str) -> Path:
         for index, variant in enumerate(variants):
             ones = [one for (name, _), one in results.found.items() if name == variant and one.experts]
             colour, marker = style.series(_kind(variant))
-            distances = [max(apart(one), _LEAST_DISTANCE) for one in ones if not math.isnan(apart(one))]
-            costs = [shuffle_cost(one) for one in ones if not math.isnan(apart(one))]
+            placed = [one for one in ones if not math.isnan(end_distance(one))]
+            distances = [max(end_distance(one), _LEAST_DISTANCE) for one in placed]
+            costs = [shuffle_cost(one) for one in placed]
             if distances:
                 left.plot(distances, costs, marker, color=colour, markersize=4)
             if distances and _kind(variant) == _OTHER:
@@ -59,7 +82,8 @@ def draw_experts(results: Results, path: Path, title: str) -> Path:
             left.plot([], [], marker, color=colour, markersize=5, label=name)
         left.set_xscale("log")
         left.axhline(0.0, color=style.FAINT, linewidth=1)
-        left.set_xlabel("distance of experts 2 to N from expert 1 over expert 1's drift")
+        left.xaxis.set_minor_formatter("")  # decades alone have labels
+        left.set_xlabel("distance of experts 2 to N from expert 1 over its norm")
         left.set_ylabel("nats per answer token that shuffled logits cost")
         right.set_yticks(range(len(variants)), variants)
         right.set_ylim(len(variants) - 0.5, -0.5)

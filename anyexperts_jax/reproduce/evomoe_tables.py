@@ -15,7 +15,7 @@ from anyexperts_jax.reproduce.evomoe_claims import (
     PAPER_ROWS,
     Finding,
     apart,
-    mean_distance,
+    end_distance,
     overlap,
     shuffle_cost,
 )
@@ -32,7 +32,7 @@ _REFERENCES = {  # what a table's differences are to; routers: the linear one of
     "evomoe-experts": BOTH,
     "evomoe-slots": LINEAR_SLOTS,
 }
-_TITLES = {
+TITLES = {
     "evomoe-components": "Components",
     "evomoe-routers": "Routers",
     "evomoe-diversity": "Diversity of experts",
@@ -71,16 +71,21 @@ def variant_table(name: str, results: Results) -> TextTable:
     for variant in _variants(results):
         ones = [result for (found, _), result in results.found.items() if found == variant]
         scores = [_percent(ones, lambda r, d=domain: mean_score(r, None, (d,))) for domain in domains]
-        reference = _reference(name, variant)
+        reference = reference_of(name, variant)
         change = results.paired([variant, reference], lambda a, b: mean_score(a) - mean_score(b))
         difference = "-" if variant == reference or not change else signed(summarise(change))
         rows.append((variant, *scores, _percent(ones, mean_score), difference, str(len(ones)), _paper(name, variant)))
-    against = _REFERENCES.get(name, "the linear router")
-    columns = ("", *domains, "mean", f"against {against} (95%)", "seeds", "paper, %")
-    return TextTable(f"{_TITLES[name]}. Score in percent", columns, tuple(rows))
+    columns = ("", *domains, "mean", f"against {against(name)} (95%)", "seeds", "paper, %")
+    return TextTable(f"{TITLES[name]}. Score in percent", columns, tuple(rows))
 
 
-def _reference(name: str, variant: str) -> str:
+def against(name: str) -> str:
+    """What the variants of the table `name` are set against, in words."""
+    return _REFERENCES.get(name, "the linear router")
+
+
+def reference_of(name: str, variant: str) -> str:
+    """The variant that `variant` is set against in the table `name`."""
     if name in _REFERENCES:
         return _REFERENCES[name]
     return next(f"{kind} + linear" for kind in KINDS if variant.startswith(kind))
@@ -105,7 +110,7 @@ def expert_table(results: Results) -> TextTable:
             "loss": (lambda r: r.experts.loss if r.experts else math.nan, ".3f"),
             "shuffled": (shuffle_cost, "+.4f"),
             "alone": (_spread_alone, ".4f"),
-            "norm": (_end_distance, ".1e"),
+            "norm": (end_distance, ".1e"),
             "drift": (apart, ".1e"),
             **{pair: (lambda r, p=pair: overlap(r, p), ".2f") for pair in PAIRS},
         }
@@ -122,11 +127,6 @@ def expert_table(results: Results) -> TextTable:
 def _spread_alone(result: RunResult) -> float:
     alone = result.experts.alone if result.experts else ()
     return max(alone) - min(alone) if alone else math.nan
-
-
-def _end_distance(result: RunResult) -> float:
-    experts = result.experts
-    return mean_distance(experts, list(experts.distance)[-1]) if experts and experts.distance else math.nan
 
 
 def _mean_and_range(ones: Sequence[RunResult], figure: Callable[[RunResult], float], form: str) -> str:
