@@ -50,6 +50,7 @@ def test_equal_embeddings_have_equal_norms(measured):
     assert len(set(np.round(list(by_token.values()), 3))) > 5
 
 
+@pytest.mark.slow
 def test_evaluation_at_nominal_windows_with_model_baselines():
     one = trained()
     options = Options(num_examples=4, calibration_examples=4, time_rounds=1, calibrated=False, model_baselines=True)

@@ -70,8 +70,9 @@ def test_bfloat16_is_within_two_percent_in_norm(dispatch):
         assert np.linalg.norm(np.asarray(actual, np.float64) - expected) < 0.02 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
-@hypothesis.given(seed=st.integers(0, 2**16), tokens=st.sampled_from([1, 5, 16]), slots=st.sampled_from([1, 3, 7]))
+@hypothesis.given(seed=st.integers(0, 2**16), tokens=st.sampled_from([1, 5, 16]), slots=st.sampled_from([1, 7]))
 def test_forms_agree_on_random_plans(seed, tokens, slots):
     plan = make_plan(random_ids(np.random.default_rng(seed), tokens, slots), seed=seed)
     operands = make_operands(tokens, seed=seed)
@@ -93,9 +94,10 @@ def test_fully_padded_batch_gives_zeros_and_zero_gradients(dispatch):
 def test_stats_count_rows():
     plan = PLANS["random"]
     x, *weights = make_operands(12)
-    rows = {d: int(moe_apply_stats(x, plan, *weights, d)[1].rows) for d in ("blocks", "dense")}
+    count = jax.jit(moe_apply_stats, static_argnames=("dispatch", "capacity"))
+    rows = {d: int(count(x, plan, *weights, dispatch=d)[1].rows) for d in ("blocks", "dense")}
     assert rows == {"blocks": (plan.expert_ids_NK < EXPERTS).sum(), "dense": 12 * EXPERTS}
-    _, stats = moe_apply_stats(x, plan, *weights, "capacity", capacity=4)
+    _, stats = count(x, plan, *weights, dispatch="capacity", capacity=4)
     assert int(stats.rows) == 4 * EXPERTS
 
 

@@ -88,6 +88,7 @@ def test_a_router_of_modalities_needs_them():
         ModelConfig(moe=dataclasses.replace(BASE, router="dtr"))
 
 
+@pytest.mark.slow
 def test_an_anyexperts_model_with_variable_slots_learns_through_every_router_weight():
     """Variable slots, virtual columns and a router that tells modalities apart: values, gradients, decoding's path."""
     config = small(moe={"router": "dtr_shared", "router_hidden": 6, "router_rank": 2})

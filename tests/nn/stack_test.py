@@ -102,6 +102,7 @@ def test_rows_that_are_kept_do_not_travel_again():
         assert primitives(traced.jaxpr.jaxpr)["all_to_all"] == exchanges
 
 
+@pytest.mark.slow
 def test_remat_through_the_block_dispatch():
     for residuals in ("saved", "recomputed"):
         close(loss_and_grad(dispatch="blocks", remat="full", expert_residuals=residuals)[1], loss_and_grad()[1])

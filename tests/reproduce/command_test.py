@@ -21,7 +21,7 @@ def in_a_checkout(monkeypatch):
 
 
 def by_variant(scale):
-    request = Request(("all",), scale=scale)
+    request = Request(("figure3", "figure4"), scale=scale)
     return {(plan.name, *key): run for plan in request.plans(request.tables) for key, run in plan.runs.items()}
 
 
@@ -60,7 +60,7 @@ def test_every_option_of_the_command_line_is_asked_for(monkeypatch):
 
 
 def test_seeds_are_a_share_of_the_runs():
-    request = Request(("table2", "table3"))
+    request = Request(("table2", "figure4"))
     found = request.plans(request.tables)
     shares = [of_seeds(found, seeds) for seeds in ((0, 3), (1,), (2, 4))]
     for place, plan in enumerate(found):
@@ -75,8 +75,9 @@ def test_the_number_of_parameters_is_counted():
     def millions(*tables, scale="tiny"):
         return round(parameters_of(Request(tables, scale=scale).plans(tables)) / 1e6, 1)
 
-    assert (millions("table1"), millions("table1", scale="small")) == (0.3, 140.3)
-    dense, mixture = Request(("evomoe",)).plans(("evomoe",))[0].runs["dense", 0].config.model, millions("evomoe")
+    assert (millions("figure4"), millions("figure4", scale="small")) == (0.3, 140.3)
+    (plan,) = Request(("evomoe-experts",)).plans(("evomoe-experts",))
+    dense, mixture = plan.runs["MoE-tuning", 0].config.model, millions("evomoe-experts")
     assert mixture > 0.05 + dense.vocab_size * dense.stack.d_model / 1e6, "with its experts"
 
 
