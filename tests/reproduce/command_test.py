@@ -9,6 +9,7 @@ import pytest
 from anyexperts_jax.cli import main
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.reproduce.command import Request
+from anyexperts_jax.reproduce.experiment import SCALES
 from anyexperts_jax.reproduce.reproduce import of_seeds, parameters_of
 from anyexperts_jax.train.strict import flatten
 
@@ -42,6 +43,10 @@ def test_small_has_an_accelerator_to_itself_and_a_page_of_its_own():
     assert Request(("all",), scale="small").side_by_side == 1
     assert Request(("all",)).side_by_side == os.cpu_count()
     assert Request(("all",), workers=3, scale="small").side_by_side == 3
+    runs = pathlib.Path("runs")
+    assert Request(("all",), scale="small").default_out(runs).name == "small"
+    outs = {Request(("all",), scale=scale, quick=True).default_out(runs) for scale in SCALES}
+    assert outs == {runs / "tables", runs / "tables_small"}
     assert (
         Request(("table1",), scale="small", quick=True).command == "anyexperts reproduce table1 --scale small --quick"
     )
