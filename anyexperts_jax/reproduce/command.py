@@ -61,8 +61,8 @@ class Request:
             return self.workers
         return os.cpu_count() or 1 if self.scale == "tiny" else 1
 
-    def default_out(self, runs: pathlib.Path) -> pathlib.Path:
-        """A quick run's page stays beside its runs."""
+    def page_folder(self, runs: pathlib.Path) -> pathlib.Path:
+        """Where tables go unless told otherwise; a quick page stays beside its runs."""
         if self.quick:
             return runs / ("tables" if self.scale == "tiny" else f"tables_{self.scale}")
         return default_out(self.tables, self.scale)
@@ -79,7 +79,7 @@ def reproduce(request: Request, note: Note = lambda line: None) -> None:
       RunInterruptedError: after SIGINT or SIGTERM.
     """
     runs = request.runs or pathlib.Path("runs", "reproduce_quick" if request.quick else "reproduce")
-    out = request.out or request.default_out(runs)
+    out = request.out or request.page_folder(runs)
     found = request.plans(request.tables)
     if request.seeds is not None:
         found = of_seeds(found, request.seeds)

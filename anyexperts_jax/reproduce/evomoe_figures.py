@@ -61,7 +61,7 @@ def _draw_gain(axes: "Axes", row: int, results: Results, variant: str, reference
 
 
 def draw_experts(results: Results, path: Path, title: str) -> Path:
-    """What shuffling costs against the distance of evolved experts, and the overlap of logits by modality."""
+    """What shuffling costs against the distance between experts, and the overlap of logits by modality."""
     variants = list(dict.fromkeys(name for (name, _), one in results.found.items() if one.experts))
     with style.figure(11.0, max(4.4, 0.9 + 0.15 * len(variants)), path) as drawn:
         left, right = drawn.subplots(1, 2)

@@ -44,8 +44,8 @@ def test_small_has_an_accelerator_to_itself_and_a_page_of_its_own():
     assert Request(("all",)).side_by_side == os.cpu_count()
     assert Request(("all",), workers=3, scale="small").side_by_side == 3
     runs = pathlib.Path("runs")
-    assert Request(("all",), scale="small").default_out(runs).name == "small"
-    outs = {Request(("all",), scale=scale, quick=True).default_out(runs) for scale in SCALES}
+    assert Request(("all",), scale="small").page_folder(runs).name == "small"
+    outs = {Request(("all",), scale=scale, quick=True).page_folder(runs) for scale in SCALES}
     assert outs == {runs / "tables", runs / "tables_small"}
     assert (
         Request(("table1",), scale="small", quick=True).command == "anyexperts reproduce table1 --scale small --quick"
