@@ -63,6 +63,8 @@ def _draw_gain(axes: "Axes", row: int, results: Results, variant: str, reference
 def draw_experts(results: Results, path: Path, title: str) -> Path:
     """What shuffling costs against the distance between experts, and the overlap of logits by modality."""
     variants = list(dict.fromkeys(name for (name, _), one in results.found.items() if one.experts))
+    every = [abs(shuffle_cost(one)) for one in results.found.values() if one.experts]
+    named_from = 0.1 * max(every, default=0.0)  # names of those on the zero line would lie on one another
     with style.figure(11.0, max(4.4, 0.9 + 0.15 * len(variants)), path) as drawn:
         left, right = drawn.subplots(1, 2)
         for index, variant in enumerate(variants):
@@ -73,7 +75,7 @@ def draw_experts(results: Results, path: Path, title: str) -> Path:
             costs = [shuffle_cost(one) for one in placed]
             if distances:
                 left.plot(distances, costs, marker, color=colour, markersize=4)
-            if distances and _kind(variant) == _OTHER:
+            if distances and _kind(variant) == _OTHER and abs(np.mean(costs)) > named_from:
                 middle = (float(np.exp(np.mean(np.log(distances)))), float(np.mean(costs)))
                 left.annotate(variant, middle, xytext=(4, 4), textcoords="offset points", fontsize=6.5)
             right.plot([overlap(one) for one in ones], np.full(len(ones), index), marker, color=colour, markersize=4)
