@@ -1,6 +1,7 @@
 """The comparisons' losses against plain NumPy, and what they pull at."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -63,16 +64,15 @@ def test_the_loss_stands_beside_the_traces_and_moves_nothing_else(kind):
     batch = text_batch()
     bias = jnp.zeros(model.router_bias_shape)
 
+    @functools.partial(jax.jit, static_argnums=1)
     def run(params, weight):
         return diversity_apply(kind, weight, model)(params, batch, bias, None, None)
 
     plain_logits, plain = jax.jit(lambda params: model_apply(model)(params, batch, bias, None, None))(params)
-    logits, trace = jax.jit(run, static_argnums=1)(params, 0.5)
+    logits, trace = run(params, 0.5)
     np.testing.assert_array_equal(logits, plain_logits)
     assert set(trace.losses) == {*plain.losses, "diversity"}
-    np.testing.assert_allclose(
-        jax.jit(run, static_argnums=1)(params, 1.0)[1].losses["diversity"], 2 * trace.losses["diversity"], rtol=1e-6
-    )
+    np.testing.assert_allclose(run(params, 1.0)[1].losses["diversity"], 2 * trace.losses["diversity"], rtol=1e-6)
     of_params = jax.jit(jax.grad(lambda params: run(params, 1.0)[1].losses["diversity"].sum()))
     slope = of_params(params)["decoder"]["moe_layers"]["moe"]
     pulls = {part: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(slope[part])) for part in slope}
