@@ -329,7 +329,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     actions = bench.add_subparsers(title="actions", required=True, metavar="ACTION")
     layer = actions.add_parser("layer", help="the MoE layer alone, its parts, and its time against the budget")
     shapes = ["S1", "S2", "S3", "S4"]
-    layer.add_argument("--shape", nargs="+", default=shapes, help="S1 S2 S3 S4 (the default), for accelerators A B P")
+    layer.add_argument("--shape", nargs="+", default=shapes, help="S1 S2 S3 S4 (default), for accelerators A B P P4")
     layer.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="float32, bfloat16 (default: both)")
     layer.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are shown (default: 7)")
     layer.add_argument("--repeats", type=int, default=1, help="calls on end a sample, as 10 on a GPU (default: 1)")

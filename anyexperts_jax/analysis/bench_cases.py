@@ -41,10 +41,11 @@ SHAPES = {
     "S2": LayerShape(2048, 1024, 704, 64, 6),
     "S3": LayerShape(1024, 2048, 768, 128, 8),
     "S4": LayerShape(16, 2048, 768, 128, 8),  # decoding
-    # what an accelerator is for; P is the paper's layer
+    # what an accelerator is for; P is the paper's layer, P4 the same for four times the tokens, 1024 an expert
     "A": LayerShape(6144, 2048, 1408, 64, 8),
     "B": LayerShape(4096, 2048, 768, 128, 8),
     "P": LayerShape(8192, 2048, 512, 256, 8),
+    "P4": LayerShape(32768, 2048, 512, 256, 8),
 }
 
 

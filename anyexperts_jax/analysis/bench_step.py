@@ -63,10 +63,10 @@ SIZES = {
         experts=64,
         heads=16,
         vocabulary=8192,
-        batch=16,
+        batch=8,
         length=1024,
         dtype="bfloat16",
-        scan_unroll=1,
+        scan_unroll=8,
     ),
 }
 

@@ -93,7 +93,8 @@ class MultimodalModel(nn.Module):
         length = batch.tokens_BT.shape[1]
         positions_BT = jnp.broadcast_to(jnp.arange(length), batch.tokens_BT.shape)
         valid_BT = jnp.asarray(batch.valid_BT)
-        mask = whole_mask(CausalMask(valid_BT), self.config.stack.attention.head_dim, self.placement)
+        stack = self.config.stack
+        mask = whole_mask(CausalMask(valid_BT), stack.attention.head_dim, jnp.dtype(stack.dtype), self.placement)
         context = self._context(positions_BT, valid_BT, mask, jnp.asarray(batch.modality_BT), window)
         x_BTD, trace, _ = self._decode(x_BTD, context, router_bias_LC)
         return ModelOutput(self._logits(x_BTD), trace)

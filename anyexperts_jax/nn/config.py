@@ -69,7 +69,7 @@ class StackConfig:
     expert_residuals: Residuals = "saved"  # what the expert op keeps for its backward pass; see dispatch.moe_apply
     exchange_chunks: int = 1  # of each sequence's positions, that dispatch="exchange" sends one after the other
     remat: Remat = "none"  # see nn.stack.remat_policy
-    scan_unroll: int = 1  # MoE layers per iteration of the scan
+    scan_unroll: int = 1  # MoE layers per iteration of the scan; all of them where memory allows: no layer is copied
     dtype: Dtype = "float32"  # of activations and matmuls; router, norms, softmax and losses are always float32
     param_dtype: Dtype = "float32"
 

@@ -1,23 +1,27 @@
 """Attention among devices: kernels each device runs on its own sequences and heads, everything else left to XLA."""
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from anyexperts_jax.ops._select import on_one_device
 from anyexperts_jax.ops.attention import CausalMask, attention
-from anyexperts_jax.ops.attention.api import default_implementation
+from anyexperts_jax.ops.attention.api import KERNELS, default_implementation
 from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.specs import parts
 
 
-def whole_mask(mask: CausalMask, width: int, placement: Placement | None) -> CausalMask | Bool[Array, "B T T"]:
+def whole_mask(
+    mask: CausalMask, width: int, dtype: jnp.dtype, placement: Placement | None
+) -> CausalMask | Bool[Array, "B T T"]:
     """`mask` as it is where a kernel takes it, else as the array that all layers then share.
 
     Args:
       width: of a head.
+      dtype: of queries, keys and values.
     """
-    runs = default_implementation(mask.valid_BT.shape[1], width, causal=True) == "splash"
+    runs = default_implementation(mask.valid_BT.shape[1], width, dtype, causal=True) in KERNELS
     if placement is None:
         whole = on_one_device()
     else:  # a kernel sees the positions that its device has

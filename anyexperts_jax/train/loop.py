@@ -144,6 +144,7 @@ class _Run:
                 self.reporter.stop()
                 self.log.close()
         finally:
+            self.iterator.close()  # its workers too, which else outlive the run by seconds
             error = sys.exception()
             if error is None or processes.peer_lost(error) is None:  # a save under way waits for the one that is gone
                 with self._waiting("the last checkpoint"):

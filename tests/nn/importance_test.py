@@ -1,9 +1,10 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from anyexperts_jax.nn.importance import ImportanceMLP
-from nn.layers import initial_params, random_params, run, shapes
+from nn.layers import equations, initial_params, random_params, run, shapes
 
 X_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 16)), jnp.float32)
 
@@ -42,3 +43,15 @@ def test_is_float32_on_bfloat16_input():
     z_BT = run(ImportanceMLP())(params, x_BTD)
     assert z_BT.dtype == jnp.float32
     np.testing.assert_allclose(z_BT, run(ImportanceMLP())(params, x_BTD.astype(jnp.float32)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(jnp.float32, "HIGHEST"), (jnp.bfloat16, "HIGH")])
+def test_matmuls_are_as_exact_as_the_token_and_take_float32_operands(dtype, precision):
+    params = random_params(ImportanceMLP(), X_BTD)
+    total = lambda params, x_BTD: ImportanceMLP().apply({"params": params}, x_BTD).sum()  # noqa: E731
+    program = jax.make_jaxpr(jax.grad(total, (0, 1)))(params, X_BTD.astype(dtype))
+    dots = [eqn for eqn in equations(program.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert len(dots) == 6  # two maps, each once forward and twice backward
+    for dot in dots:
+        assert {one.name for one in dot.params["precision"]} == {precision}
+        assert {operand.aval.dtype for operand in dot.invars} == {jnp.dtype(jnp.float32)}

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
@@ -37,3 +38,11 @@ def initial_params(module, *args, seed=0, **kwargs):
     """The module's own initial parameters."""
     init = jax.jit(lambda key: module.init(key, *args, **kwargs)["params"], compiler_options=FAST_COMPILE)
     return jax.tree.map(lambda box: box.value, init(jax.random.key(seed)), is_leaf=lambda n: hasattr(n, "names"))
+
+
+def equations(jaxpr):
+    """All of a jaxpr's, of those inside it too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(getattr(inner, "jaxpr", inner))

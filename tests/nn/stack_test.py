@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
@@ -15,7 +14,7 @@ from anyexperts_jax.nn.config import AttentionConfig, StackConfig
 from anyexperts_jax.nn.stack import Stack, remat_policy
 from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
-from nn.layers import FAST_COMPILE, random_params, run
+from nn.layers import FAST_COMPILE, equations, random_params, run
 
 MOE = AnyExpertsConfig(num_experts=4, num_virtual=1, k_min=1, k_max=3, rho_max=0.25, alpha=0.1)
 CONFIG = StackConfig(
@@ -78,11 +77,7 @@ def test_remat_changes_neither_routing_nor_gradients(remat):
 
 def primitives(jaxpr):
     """How often each primitive stands in a jaxpr and those inside it."""
-    count = collections.Counter(equation.primitive.name for equation in jaxpr.eqns)
-    for equation in jaxpr.eqns:
-        for inner in jaxprs_in_params(equation.params):
-            count += primitives(getattr(inner, "jaxpr", inner))
-    return count
+    return collections.Counter(equation.primitive.name for equation in equations(jaxpr))
 
 
 def test_remat_never_selects_again_and_keeps_more_by_name():

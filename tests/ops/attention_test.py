@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.ops.attention import CausalMask, api, attention
+from anyexperts_jax.ops.attention import CausalMask, api, attention, cudnn
 from anyexperts_jax.ops.attention.api import IMPLEMENTATIONS, default_implementation
 from anyexperts_jax.ops.attention.splash import splash_attention
 
 B, T, H, G, A = 3, 20, 4, 2, 6
+F32 = jnp.dtype(jnp.float32)
 
 
 def operands(kv_length=T, dtype=jnp.float32):
@@ -82,10 +83,10 @@ def test_scores_are_not_kept_for_the_backward_pass():
 
 def test_the_default_leaves_sharded_batches_and_decoding_to_xla(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert default_implementation(T, A, causal=True) == "by_example"
-    assert default_implementation(1, A, causal=False) == "xla"
+    assert default_implementation(T, A, F32, causal=True) == "by_example"
+    assert default_implementation(1, A, F32, causal=False) == "xla"
     monkeypatch.setattr(jax, "device_count", lambda: 8)
-    assert default_implementation(T, A, causal=True) == "xla"
+    assert default_implementation(T, A, F32, causal=True) == "xla"
 
 
 def test_heads_that_do_not_divide_and_unknown_implementations_are_refused():
@@ -137,7 +138,55 @@ def test_splash_is_a_tpus_default_where_it_runs_and_refused_elsewhere(monkeypatc
     with pytest.raises(UserError, match=r"multiples of 128.* there are 100 queries"):
         splash_attention(*short, CausalMask(mask.valid_BT[:, :100]), interpret=True)
     monkeypatch.setattr(api, "platform", lambda: "tpu")
-    assert default_implementation(4096, 128, causal=True) == "splash"
-    assert default_implementation(4096, 128, causal=False) == "xla"
-    assert default_implementation(4096, 64, causal=True) == "xla"
-    assert default_implementation(100, 128, causal=True) == "xla"
+    assert default_implementation(4096, 128, F32, causal=True) == "splash"
+    assert default_implementation(4096, 128, F32, causal=False) == "xla"
+    assert default_implementation(4096, 64, F32, causal=True) == "xla"
+    assert default_implementation(100, 128, F32, causal=True) == "xla"
+
+
+def test_cudnn_is_an_attached_gpus_default_in_16_bits_and_refused_elsewhere(monkeypatch):
+    rows, mask = long_operands(jnp.bfloat16)
+    with pytest.raises(UserError, match=r"implementation='cudnn' needs an NVIDIA GPU .* not 'cpu'"):
+        attention(*rows, mask, "cudnn")
+    with pytest.raises(UserError, match=r"implementation='cudnn' is unknown; valid: xla, by_example"):
+        attention(*rows, mask.dense(), "cudnn")
+    bf16 = jnp.dtype(jnp.bfloat16)
+    assert default_implementation(4096, 64, bf16, causal=True) != "cudnn"
+    monkeypatch.setattr(cudnn, "is_there", lambda: True)
+    assert default_implementation(4096, 64, bf16, causal=True) == "cudnn"
+    for length, width, dtype, causal in [
+        (4096, 64, bf16, False),
+        (4096, 64, F32, True),
+        (4095, 64, bf16, True),
+        (4096, 60, bf16, True),
+        (4096, 256, bf16, True),
+    ]:
+        assert default_implementation(length, width, dtype, causal=causal) != "cudnn"
+    with pytest.raises(UserError, match="there are 256 queries and 256 keys of width 128 in float32"):
+        attention(*long_operands()[0], mask, "cudnn")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_cudnn_matches_float32_in_values_and_gradients_at_valid_positions(kv_heads):
+    (queries, keys, values), _ = long_operands(jnp.bfloat16)
+    rows = (queries, *(jnp.tile(a[:, :, :1], (1, 1, kv_heads, 1)) for a in (keys, values)))
+    valid_BT = np.arange(256) < np.array([[256], [131]])
+    valid_BT[0, 7] = False  # a hole too, which lengths could not say
+    mask = CausalMask(jnp.asarray(valid_BT))
+
+    def total(implementation, *rows):
+        out_BTHA = attention(*rows, mask, implementation).astype(jnp.float32)
+        out_BTHA = jnp.where(mask.valid_BT[..., None, None], out_BTHA, 0)
+        return jnp.sin(out_BTHA).sum(), out_BTHA
+
+    def run(implementation, rows):
+        f = jax.jit(jax.value_and_grad(functools.partial(total, implementation), (0, 1, 2), has_aux=True))
+        (_, out_BTHA), gradients = f(*rows)
+        return out_BTHA, *gradients
+
+    with jax.default_matmul_precision("highest"):
+        expected = run("xla", tuple(a.astype(jnp.float32) for a in rows))
+    for a, b in zip(run("cudnn", rows), expected, strict=True):
+        scale = np.abs(b).max()
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=0, atol=2e-2 * scale)

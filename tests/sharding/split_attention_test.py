@@ -9,6 +9,7 @@ from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 
 B, T, H, G, A = 4, 16, 4, 2, 8
+F32 = jnp.dtype(jnp.float32)
 MESHES = {"batch": MeshConfig(data=2, fsdp=2, tensor=2), "heads": MeshConfig(data=4, tensor=2)}
 
 
@@ -31,11 +32,12 @@ def test_devices_attend_for_their_own_sequences_and_heads(name):
 
 def test_the_mask_stays_whole_where_a_kernel_runs_that_sees_all_positions(monkeypatch):
     mask = operands()[1]
-    assert isinstance(split.whole_mask(mask, A, None), jax.Array)  # no TPU here
+    assert isinstance(split.whole_mask(mask, A, F32, None), jax.Array)  # no TPU here
     monkeypatch.setattr(split, "default_implementation", lambda *sizes, causal: "splash")
-    assert not isinstance(split.whole_mask(mask, A, None), CausalMask)  # eight devices, and no word of where arrays are
+    on_eight = split.whole_mask(mask, A, F32, None)  # and no word of where arrays are
+    assert not isinstance(on_eight, CausalMask)
     monkeypatch.setattr(split, "on_one_device", lambda: True)
-    assert split.whole_mask(mask, A, None) is mask
-    assert split.whole_mask(mask, A, Placement(make_mesh(MESHES["heads"]))) is mask
+    assert split.whole_mask(mask, A, F32, None) is mask
+    assert split.whole_mask(mask, A, F32, Placement(make_mesh(MESHES["heads"]))) is mask
     positions = Placement(make_mesh(MeshConfig(data=4, sequence=2)))
-    np.testing.assert_array_equal(split.whole_mask(mask, A, positions), mask.dense())
+    np.testing.assert_array_equal(split.whole_mask(mask, A, F32, positions), mask.dense())

@@ -153,13 +153,18 @@ def example_of_step(step):
 
 
 def test_a_step_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "model_apply", lambda config, placement: nan_in_step(example_of_step(5)))
+    poisoned = nan_in_step(example_of_step(5))
+    monkeypatch.setattr(loop, "model_apply", lambda config, placement: poisoned)
+    iterator, closed = loop.train_iterator(run_config().data, 8), []
+    monkeypatch.setattr(iterator, "close", lambda: closed.append(True))
+    monkeypatch.setattr(loop, "train_iterator", lambda *how: iterator)
     message = r"^step 5: answer_loss is nan; the last good checkpoint is .*checkpoints/3; lower optim\.lr"
     with pytest.raises(NonFiniteError, match=message) as error:
         train(run_config(), tmp_path, progress=False)
     assert error.value.exit_code == 3
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4]
     assert losses(tmp_path, "nonfinite").keys() == {5}
+    assert closed  # with it go its workers, which would keep the process for seconds
 
 
 def test_a_step_that_is_not_finite_is_skipped_where_asked(tmp_path, monkeypatch, capsys):
