@@ -7,6 +7,8 @@ skip them where it finds something else.
 import itertools
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of LLVM: most programs run once; in processes below too
@@ -27,6 +29,14 @@ MAPPED_REGIONS = 30_000  # of 65530 that Linux lets a process have: every compil
 def pytest_configure(config):
     if config.option.markexpr in DEVICES and jax.config.jax_platforms == "cpu":
         jax.config.update("jax_platforms", None)  # JAX looks for itself
+    # Many tests compile the same program. A folder for this process alone: two that write one file would read halves.
+    config.programs = tempfile.mkdtemp(prefix="anyexperts_tests_")
+    jax.config.update("jax_compilation_cache_dir", config.programs)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.programs, ignore_errors=True)
 
 
 def pytest_runtest_setup(item):

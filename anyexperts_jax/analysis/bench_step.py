@@ -3,7 +3,8 @@
     anyexperts bench step --out experiments/results
 
 The model is text alone, with what Qwen3MoE has and in its sizes. A step is forward, backward, clipping and AdamW on the
-same tokens, every position predicted, with float32 parameters and matmuls in the size's dtype.
+same tokens, every position predicted, matmuls in the size's dtype; our parameters are float32, transformers' in that
+dtype too.
 """
 
 import dataclasses

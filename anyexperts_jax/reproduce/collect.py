@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from anyexperts_jax.reproduce.experiment import Run
 from anyexperts_jax.reproduce.run_result import RESULT_NAME, RunResult, load_result, result_from_json, result_to_json
@@ -24,13 +24,29 @@ class Results:
         return all(any(name == variant for name, _ in self.found) for variant in variants)
 
     def seeds(self, *variants: str) -> list[int]:
-        """The seeds that all of `variants` have."""
+        """The seeds that all of `variants` have, and in which they went on from the same weights, if from shared ones.
+
+        A start that was trained twice, as on two machines, is two starts: their runs differ by chance as two seeds do.
+        """
         sets = [{seed for name, seed in self.found if name == variant} for variant in variants]
-        return sorted(set.intersection(*sets)) if sets else []
+        common = sorted(set.intersection(*sets)) if sets else []
+        return [seed for seed in common if _one_origin(self.found[variant, seed] for variant in variants)]
+
+    @property
+    def apart(self) -> list[int]:
+        """The seeds whose runs went on from several trainings of one start: only those of the same one are paired."""
+        seeds = sorted({seed for _, seed in self.found})
+        return [s for s in seeds if not _one_origin(one for (_, seed), one in self.found.items() if seed == s)]
 
     def paired(self, variants: Sequence[str], figure: Callable[..., float]) -> list[float]:
         """`figure` of the variants' results of one seed, for each seed that all have."""
         return [figure(*(self.found[name, seed] for name in variants)) for seed in self.seeds(*variants)]
+
+
+def _one_origin(results: Iterable[RunResult]) -> bool:
+    """Whether those that went on from a start of one name went on from the same training of it."""
+    known = {one.origin for one in results if one.origin is not None}
+    return len(known) == len({origin.partition(":")[0] for origin in known})
 
 
 def collect(runs: Mapping[tuple[str, int], Run], root: pathlib.Path, kept: Mapping[str, RunResult]) -> Results:

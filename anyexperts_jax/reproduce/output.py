@@ -133,14 +133,19 @@ def page_text(
 
 
 def missing_text(results: Mapping[str, Results]) -> str:
-    """Which runs there are not, by variant with their seeds."""
+    """Which runs there are not, by variant with their seeds, and in which seeds not all are paired."""
     seeds: dict[str, set[int]] = {}
     for name, seed in (key for one in results.values() for key in one.missing):
         seeds.setdefault(name, set()).add(seed)
-    if not seeds:
-        return "All runs are done."
     names = ", ".join(f"{name} (seeds {' '.join(map(str, sorted(found)))})" for name, found in sorted(seeds.items()))
-    return f"Not run yet, and left out of what follows: {names}."
+    said = f"Not run yet, and left out of what follows: {names}." if seeds else "All runs are done."
+    apart = sorted({seed for one in results.values() for seed in one.apart})
+    if apart:
+        said += (
+            f" Runs of seeds {' '.join(map(str, apart))} went on from starts that were trained more than once, as on "
+            "two machines; only those from the same one are paired."
+        )
+    return said
 
 
 def how_text(results: Sequence[RunResult]) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
@@ -32,13 +33,15 @@ def train_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult:
 
     The last state and not the best: which step validates best would be one more choice that differs between variants.
     """
-    train_folder, config = folder / TRAIN_FOLDER, run.config
+    train_folder, config, origin = folder / TRAIN_FOLDER, run.config, None
     if run.start is not None:
         start = trained_start(run.start, folder.parent, note)
+        origin = _origin(start.name, start)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, start_from=str(start.absolute())))
     with _timed(folder) as seconds:
         record = train(config, train_folder).validation
-    return _measured(run, load_trained(train_folder, "last"), record, seconds(), note)
+    result = _measured(run, load_trained(train_folder, "last"), record, seconds(), note)
+    return dataclasses.replace(result, origin=origin)
 
 
 def evolve_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult:
@@ -53,11 +56,20 @@ def evolve_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult
         if last not in SHARED:
             evolve(stages, train_folder, (last,), note=note)
     trained, record = last_model(stages, train_folder), validation_record(train_folder / last)
+    first = (train_folder / stages.stages[0]).resolve()
     result = _measured(run, trained, record, seconds(), note)
+    result = dataclasses.replace(result, origin=_origin(first.parent.name, first))
     if last in SHARED or run.moe.num_experts == 1:
         return result
     amount = run.evaluation.validation_examples
     return dataclasses.replace(result, experts=expert_figures(stages, train_folder, trained, amount))
+
+
+def _origin(name: str, folder: pathlib.Path) -> str:
+    """A shared training's name and a digest of what it scored, to the last bit, as no second training of it does."""
+    record = validation_record(folder)
+    scored = json.dumps([record["loss"], record["domains"]], sort_keys=True)
+    return f"{name}:{hashlib.sha256(scored.encode()).hexdigest()[:12]}"
 
 
 def _measured(run: Run, trained: Trained, record: dict[str, Any], train_seconds: float, note: Note) -> RunResult:

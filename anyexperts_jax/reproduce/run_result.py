@@ -83,6 +83,7 @@ class RunResult:
     device: str
     versions: dict[str, str]
     experts: ExpertFigures | None = None  # of runs that evolve or upcycle experts
+    origin: str | None = None  # the shared training it went on from, "NAME:DIGEST"; None: from none, or not recorded
 
     @classmethod
     def of(cls, evaluation: EvaluationResult, **fields: Any) -> "RunResult":

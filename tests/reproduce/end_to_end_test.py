@@ -96,6 +96,7 @@ def test_quick_by_the_command_line(experiment, tmp_path, capsys, monkeypatch):
     assert [budget["budget"] for budget in result["budgets"]] == [4.8, 7.2, 8.0]
     assert result["step"] == 4
     assert result["separations"][0]["modality"] == "text"
+    assert result["origin"].startswith("start_")
     page = (out / "README.md").read_text()
     assert QUICK_NOTE in page
     assert "goes on from one run of a static top-8, of 4 steps" in page

@@ -126,6 +126,8 @@ def test_stages_are_trained_once_and_go_on_after_sigterm(runs, tmp_path, monkeyp
     assert taken == [], "both stages were there"
     assert dense.experts is alone.experts is None
     assert (set(dense.validation), alone.trained_budget) == ({"nlp"}, 1.0)
+    assert dense.origin == alone.origin == result.origin
+    assert dense.origin.startswith("warm_up_")
     assert len(list((root / STORE_NAME).glob("warm_up_*.lock"))) == 1
 
 

@@ -1,6 +1,7 @@
 """Tables, pages and pictures from canned results."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -129,6 +130,23 @@ def test_missing_runs_are_named(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "left out of what follows: without HSM (seeds 4)." in text
     assert "of 140M parameters" in text
+
+
+def test_runs_of_one_start_alone_are_paired(tmp_path):
+    """Two trainings of it differ by chance as two seeds do; a start of another name is another by intent."""
+    origins = {("without HSM", 2): "start_1:b", ("dynamic 8.0", 3): None, ("without HSM", 4): "start_2:b"}
+    found = table3(hsm=0.05).found
+    results = Results(
+        {key: dataclasses.replace(one, origin=origins.get(key, "start_1:a")) for key, one in found.items()}
+    )
+    assert results.seeds("dynamic 8.0", "without HSM") == [0, 1, 3, 4]
+    assert results.seeds("without HSM") == [0, 1, 2, 3, 4]
+    assert len(results.paired(["dynamic 8.0", "without HSM"], lambda a, b: 0.0)) == 4
+    assert results.apart == [2]
+    write_page(Page({"table3": results}, "x", 140_000_000), tmp_path)
+    assert (
+        "Runs of seeds 2 went on from starts that were trained more than once" in (tmp_path / "README.md").read_text()
+    )
 
 
 def test_results_survive_the_disk(tmp_path):
