@@ -48,6 +48,7 @@ class Claim:
     effect: Summary  # what the verdict is about
     unit: Unit
     evidence: str
+    limit: float = 0.0  # what the effect is counted from, where the figure itself is told
 
 
 def better(effect: Summary) -> Verdict:
@@ -181,13 +182,28 @@ def _parts_text(found: Mapping[str, Summary]) -> str:
     return ", ".join(f"{name} {signed(one)}" for name, one in found.items())
 
 
+def told(claim: Claim) -> str:
+    """The claim's figure with its interval: a score's difference in points, anything else with its unit behind it."""
+    if claim.unit == "nats":
+        return f"{_interval(claim.effect, '+.3f')} nats"
+    if claim.unit == "overlap":
+        return f"{_interval(claim.effect, '+.3f')} of overlap"
+    if claim.unit == "drift":
+        return f"{_interval(claim.effect, '.1%', claim.limit)} of expert 1's drift (above {claim.limit:.0%} is apart)"
+    return signed(claim.effect) + (" of AUC above 50" if claim.unit == "AUC" else "")
+
+
 def signed(one: Summary) -> str:
     """Mean and interval in hundredths, with their signs; a dash for nothing."""
+    hundredths = dataclasses.replace(one, mean=100 * one.mean, low=100 * one.low, high=100 * one.high)
+    return _interval(hundredths, "+.1f")
+
+
+def _interval(one: Summary, form: str, limit: float = 0.0) -> str:
     if one.n == 0:
         return "-"
-    if math.isnan(one.low):
-        return f"{100 * one.mean:+.1f}"
-    return f"{100 * one.mean:+.1f} ({100 * one.low:+.1f} to {100 * one.high:+.1f})"
+    mean, low, high = (format(value + limit, form) for value in (one.mean, one.low, one.high))
+    return mean if math.isnan(one.low) else f"{mean} ({low} to {high})"
 
 
 def _mean(values: Sequence[float]) -> float:

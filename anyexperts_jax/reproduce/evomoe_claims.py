@@ -173,7 +173,8 @@ def _finding(
     effect = summarise([one for one in results.paired(variants, figure) if not math.isnan(one)])
     if effect.n == 0:
         return None
-    claim = Claim(statement, judge(effect), effect, unit, _evidence(results, unit, variants))
+    limit = APART if unit == "drift" else 0.0
+    claim = Claim(statement, judge(effect), effect, unit, _evidence(results, unit, variants), limit)
     return Finding(claim, _paper(variants) if unit == "score" else "")
 
 

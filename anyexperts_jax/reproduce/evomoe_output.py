@@ -32,9 +32,10 @@ RULE = (
     f"The rule was fixed before the runs. A claim of something better is supported where the interval of the "
     f"difference, paired by seed, lies above 0, not supported where it lies below {100 * BETTER_MARGIN:g} point, else "
     f"undecided; a claim that nothing changes is supported where it lies above -{100 * EQUAL_MARGIN:g} points, not "
-    f"supported where it lies below, else undecided. Scores, nats per answer token and overlaps are all told in "
-    f"hundredths, and judged alike. Experts end apart where their mean distance from expert 1 is above {APART:g} of "
-    f"what expert 1 has moved; told is the difference to that. Fewer than {MIN_SEEDS} seeds decide nothing. There are "
+    f"supported where it lies below, else undecided, and below 0 is what is lost. Nats per answer token and overlaps, "
+    f"a share of 1, are judged by the same margins, {BETTER_MARGIN:g} and {EQUAL_MARGIN:g}. Experts end apart where "
+    f"their mean distance from expert 1 is above {APART:.0%} of its drift, what it has moved from the dense FFN, and "
+    f"do not where it is below {APART + BETTER_MARGIN:.0%}. Fewer than {MIN_SEEDS} seeds decide nothing. There are "
     "as many chances to be wrong as there are rows, and intervals over five seeds are a little too narrow."
 )
 

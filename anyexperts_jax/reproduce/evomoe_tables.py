@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from anyexperts_jax.analysis.tables import TextTable, figure_text
-from anyexperts_jax.reproduce.claims import signed
+from anyexperts_jax.reproduce.claims import signed, told
 from anyexperts_jax.reproduce.collect import Results, mean_score
 from anyexperts_jax.reproduce.curves import domains_of
 from anyexperts_jax.reproduce.evomoe_claims import (
@@ -44,25 +44,20 @@ _FOUR_BENCHMARKS = ("evomoe-routers", "evomoe-diversity")
 
 
 def finding_table(findings: Sequence[Finding]) -> TextTable:
-    """A row a claim: verdict, effect with its interval in hundredths, seeds, the paper's figures, and by domain."""
+    """A row a claim: verdict, effect with its interval in its unit, seeds, the paper's figures, and by domain."""
     rows = [
         (
             one.claim.statement,
             one.claim.verdict,
-            _effect(one),
+            told(one.claim),
             str(one.claim.effect.n),
             one.paper or "-",
             one.claim.evidence or "-",
         )
         for one in findings
     ]
-    columns = ("claim", "verdict", "difference in points (95%)", "seeds", "paper, %", "by domain")
+    columns = ("claim", "verdict", "difference in points, or as told (95%)", "seeds", "paper, %", "by domain")
     return TextTable(VERDICTS_TITLE, columns, tuple(rows))
-
-
-def _effect(finding: Finding) -> str:
-    unit = finding.claim.unit
-    return signed(finding.claim.effect) + ("" if unit == "score" else f" {unit}")
 
 
 def variant_table(name: str, results: Results) -> TextTable:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from anyexperts_jax.analysis.tables import TextTable, figure_text
-from anyexperts_jax.reproduce.claims import FULL, LESS_TEXT, Claim, signed
+from anyexperts_jax.reproduce.claims import FULL, LESS_TEXT, Claim, signed, told
 from anyexperts_jax.reproduce.collect import Results, mean_score
 from anyexperts_jax.reproduce.curves import DYNAMIC, SALIENCE, Curve, all_curves, domains_of
 from anyexperts_jax.reproduce.papers import ablation_scores, audio_wer, budget_scores
@@ -28,7 +28,7 @@ _PAPER_NAMES = {  # our variant: the paper's column of Table 3
 
 def verdict_table(claims: Sequence[Claim]) -> TextTable:
     """A row a claim: verdict, effect with its interval in points, seeds, and the same by domain or modality."""
-    rows = [(one.statement, one.verdict, signed(one.effect), str(one.effect.n), one.evidence) for one in claims]
+    rows = [(one.statement, one.verdict, told(one), str(one.effect.n), one.evidence) for one in claims]
     columns = ("claim", "verdict", "difference in points (95%)", "seeds", "by domain or modality")
     return TextTable(VERDICTS_TITLE, columns, tuple(rows))
 

@@ -12,7 +12,7 @@ from anyexperts_jax.reproduce import papers
 from anyexperts_jax.reproduce.collect import Results
 from anyexperts_jax.reproduce.evomoe_claims import BOTH, apart, evomoe_findings, overlap, shuffle_cost
 from anyexperts_jax.reproduce.evomoe_output import write_evomoe_page
-from anyexperts_jax.reproduce.evomoe_tables import expert_table, variant_table
+from anyexperts_jax.reproduce.evomoe_tables import expert_table, finding_table, variant_table
 from anyexperts_jax.reproduce.output import Page
 from anyexperts_jax.reproduce.readme import EVOMOE_BEGIN, EVOMOE_END, update_readme
 from anyexperts_jax.reproduce.reproduce import default_out, whole_page
@@ -107,6 +107,27 @@ def test_rigidity(linear, verdict):
 def test_evolved_experts_end_apart_or_alike(distance, verdict):
     found = verdicts_of(results({"cosine to zero": 0.0}, {"cosine to zero": experts(distance=distance)}))
     assert found["Evolved experts end apart: a cosine to zero, the paper's"] == verdict
+
+
+def test_a_verdict_is_told_in_the_unit_of_its_figure():
+    """A cost of 0.05 nats is no 5 points, and experts that part by half of the drift do not by 40%."""
+    figures = {
+        "MoE-tuning": experts(cost=0.05),
+        "snapshots + linear": experts(overlap=0.62),
+        "snapshots + DTR": experts(overlap=0.5, distance=0.05),
+        "cosine to zero": experts(distance=1e-4),
+    }
+    table = finding_table(evomoe_findings(results(dict.fromkeys(figures, 0.0), figures)))
+    assert table.columns[2] == "difference in points, or as told (95%)"
+    cells = {row[0]: row[2] for row in table.rows}
+    uniform = "Expert uniformity: shuffling costs nothing after MoE-tuning from copies, linear router"
+    assert cells[uniform] == "-0.050 (-0.050 to -0.050) nats"
+    rigid = f"{RIGID} with a linear router (snapshots, ours)"
+    assert cells[rigid] == "+0.120 (+0.120 to +0.120) of overlap"
+    assert cells["Evolved experts end apart: snapshots (ours)"] == (
+        "50.0% (50.0% to 50.0%) of expert 1's drift (above 10% is apart)"
+    )
+    assert cells["Evolved experts end apart: a cosine to zero, the paper's"].startswith("0.1% (0.1% to 0.1%) of")
 
 
 def test_what_a_run_did_not_measure_is_undefined():

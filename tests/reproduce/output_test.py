@@ -9,14 +9,14 @@ from PIL import Image
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.reproduce import papers
-from anyexperts_jax.reproduce.claims import signed
+from anyexperts_jax.reproduce.claims import all_claims, signed
 from anyexperts_jax.reproduce.collect import Results, load_kept, save_kept
 from anyexperts_jax.reproduce.layer_times import LayerTimes, load_layer_times, save_layer_times
 from anyexperts_jax.reproduce.output import QUICK_NOTE, Page, write_page
 from anyexperts_jax.reproduce.readme import BEGIN, END, update_readme
 from anyexperts_jax.reproduce.run_result import load_result, save_result
 from anyexperts_jax.reproduce.statistics import Summary, summarise
-from anyexperts_jax.reproduce.tables import ablation_table, budget_table, separation_table, wer_table
+from anyexperts_jax.reproduce.tables import ablation_table, budget_table, separation_table, verdict_table, wer_table
 from reproduce.canned import SEEDS, figure3, table3
 
 TIMES = LayerTimes("S1", 4096, "cpu", {}, 0.0, ((4.0, 20.0), (10.0, 44.0)), ((4.0, 20.0), (8.0, 40.0), (10.0, 50.0)))
@@ -84,6 +84,12 @@ def test_separations_are_means_over_seeds():
 def test_signed_points():
     assert signed(Summary(5, -0.0123, 0.1, -0.02, 0.005)) == "-1.2 (-2.0 to +0.5)"
     assert signed(summarise([])) == "-"
+
+
+def test_a_verdict_on_auc_says_that_it_is_one():
+    cells = {row[0]: row[2] for row in verdict_table(all_claims(figure3(auc=0.7), Results({}))).rows}
+    assert cells.pop("Importance follows meaning: the paper's terms") == "+20.1 (+20.0 to +20.1) of AUC above 50"
+    assert not [cell for cell in cells.values() if "AUC" in cell]
 
 
 def test_the_page_shows_maps_drawn_before(page, tmp_path):
