@@ -25,7 +25,7 @@ from anyexperts_jax.analysis.tables import TextTable
 from anyexperts_jax.core.errors import require, require_one_of
 
 DTYPES = ("float32", "bfloat16")
-BUDGETS = (8.0, 7.2, 6.4, 4.8)
+BUDGETS = (8.0, 7.2, 6.4, 5.6, 4.8, 4.0)
 BUDGET_SLOTS = 12  # the paper's k_max: the static width of slot arrays in the budget sweep
 BUDGET_SHAPES = ("S1", "A", "P", "P4")
 HOST_SHAPES = ("S1", "S2", "S3", "S4")  # the others are for accelerators

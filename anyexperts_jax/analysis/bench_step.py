@@ -244,7 +244,7 @@ def step_table(bench: StepBench) -> TextTable:
         )
         for one in bench.steps
     ]
-    columns = ("form", "parameters", "ms", "tokens/s", "over transformers", "temporaries MiB", "others' load")
+    columns = ("form", "parameters", "ms", "tokens/s", "tokens/s over transformers", "temporaries MiB", "others' load")
     return TextTable(bench.environment["size"]["dtype"], columns, tuple(rows))
 
 

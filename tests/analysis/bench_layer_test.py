@@ -39,6 +39,11 @@ def test_every_form_part_and_budget_has_a_row(bench):
     assert bench.budgets[0].ratio == 1
 
 
+def test_the_sweep_goes_from_eight_real_experts_to_half_of_them():
+    """In steps of a tenth, the first what the others are set against."""
+    assert bench_layer.BUDGETS == (8.0, 7.2, 6.4, 5.6, 4.8, 4.0)
+
+
 def test_the_implementation_asked_for_runs_in_every_table(monkeypatch):
     taken = set()
     monkeypatch.setattr(bench_layer, "BUDGETS", (2.0,))

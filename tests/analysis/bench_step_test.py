@@ -19,7 +19,7 @@ def test_forms_have_rows_and_files_are_written(monkeypatch, tmp_path):
     assert all(one.tokens_per_second > 0 and one.ratio is None for one in bench.steps)
     paths = bench_step.write_bench(bench, tmp_path, "anyexperts bench step")
     assert json.loads(paths[0].read_text())["environment"]["size"]["width"] == 16
-    assert "tokens/s" in paths[2].read_text()
+    assert "| tokens/s | tokens/s over transformers |" in paths[2].read_text(), "not of time, as a layer's"
 
 
 @pytest.mark.parity
