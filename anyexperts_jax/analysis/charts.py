@@ -18,22 +18,36 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 Records = Sequence[dict[str, Any]]  # of metrics.jsonl, see train.metrics
+ROUTER_LOSSES = {"balance_loss": "Balance loss", "importance_loss": "Importance loss", "z_loss": "z loss"}
 
 
 def draw_training(records: Records, path: Path) -> Path:
-    """Loss, validation accuracy, and real experts by modality, over the steps."""
+    """Loss, validation accuracy, real experts by modality and load over the steps; the router's losses in small."""
     train, validation = (_of_kind(records, kind) for kind in ("train", "validation"))
-    with style.figure(8.0, 6.2, path) as drawn:
-        loss, exact, real, share = drawn.subplots(2, 2, sharex=True).ravel()
+    logged = router_losses(train)
+    with style.figure(8.0, 6.2 + 1.9 * bool(logged), path) as drawn:
+        grid = drawn.add_gridspec(2 + bool(logged), 6, height_ratios=[1, 1, 0.6][: 2 + bool(logged)])
+        loss, exact, real, share = (drawn.add_subplot(grid[i // 2, 3 * (i % 2) : 3 * (i % 2) + 3]) for i in range(4))
         _draw_losses(loss, train, validation)
         _draw_domains(exact, validation)
         _draw_real_over_steps(real, train)
         _draw_balance_over_steps(share, train)
-        for axes in (loss, exact, real, share):
+        wide = 6 // max(len(logged), 1)
+        small = [drawn.add_subplot(grid[2, wide * i : wide * (i + 1)]) for i in range(len(logged))]
+        for axes, (name, values) in zip(small, logged.items(), strict=True):
+            _draw_router_loss(axes, ROUTER_LOSSES[name], [record["step"] for record in train], values)
+        for axes in (loss, exact, real, share, *small):
             axes.set_xlabel("step", labelpad=1)
-            axes.tick_params(labelbottom=True)
             axes.grid(True)
+            if axes is not loss:
+                axes.sharex(loss)
     return path
+
+
+def router_losses(train: Records) -> dict[str, list[float]]:
+    """Each of the router's losses over the records, before its weight; without those that are not there or always 0."""
+    found = {name: [_number(record.get(name)) for record in train] for name in ROUTER_LOSSES}
+    return {name: values for name, values in found.items() if np.nan_to_num(values).any()}
 
 
 def _of_kind(records: Records, kind: str) -> list[dict[str, Any]]:
@@ -54,6 +68,12 @@ def _draw_losses(axes: "Axes", train: Records, validation: Records) -> None:
     axes.set_title("Nats per answer token")
     axes.set_ylim(0, None)
     _legend_below(axes)
+
+
+def _draw_router_loss(axes: "Axes", title: str, steps: Sequence[int], values: Sequence[float]) -> None:
+    axes.plot(steps, values, color="#a9c8de", linewidth=1)
+    axes.plot(steps, _smooth(values), color=style.SERIES[0])
+    axes.set_title(title)
 
 
 def _smooth(values: Sequence[float]) -> Float[ndarray, " steps"]:
@@ -85,7 +105,7 @@ def _draw_domains(axes: "Axes", validation: Records) -> None:
 def _draw_real_over_steps(axes: "Axes", train: Records) -> None:
     steps = [record["step"] for record in train]
     for index, name in enumerate(MODALITY_NAMES):
-        means = [float(np.mean([_number(row[index]) for row in r["real_slots"]])) for r in train]
+        means = [_nan_mean(np.array([_number(row[index]) for row in r["real_slots"]])) for r in train]
         if not np.isnan(means).all():
             axes.plot(steps, _smooth(means), color=style.series(index)[0], label=name)
     if train:

@@ -218,7 +218,8 @@ def _training(source: ReportSource, folder: pathlib.Path) -> Section:
         return dataclasses.replace(section, missing=("No records: metrics.jsonl has no training step.",))
     caption = (
         "Losses should fall together; a gap that widens is overfitting. Real experts that part by modality show that "
-        "allocation is learned. Load should stay under the dashed line."
+        "allocation is learned. Load should stay under the dashed line. The router's losses, below, are told before "
+        "their weights: balance is 1 where load or scores are even, and salience's rises as tokens' importances part."
     )
     return dataclasses.replace(
         section, pictures=(Picture("Training", caption, draw_training(source.records, folder / "training.png")),)

@@ -210,6 +210,32 @@ def test_training_charts_bear_modalities_that_come_and_go(tmp_path):
     assert size_of(path)[0] == round(8 * style.DPI)
 
 
+def test_the_routers_losses_are_drawn_where_the_run_has_them(tmp_path):
+    open_run_dir(tmp_path, config_of(MODEL))
+    write_records(RunDir(tmp_path), steps=9)
+    records = read_records(RunDir(tmp_path).metrics)
+    train = [record for record in records if record["kind"] == "train"]
+    assert charts.router_losses(train) == {
+        "balance_loss": pytest.approx([1 + 0.2 / step for step in range(1, 10)]),
+        "z_loss": pytest.approx([9 + step % 3 for step in range(1, 10)]),
+    }, "an importance loss that is 0 throughout has no panel"
+    plain = [{key: value for key, value in one.items() if key not in charts.ROUTER_LOSSES} for one in records]
+    assert charts.router_losses(plain) == {}
+    small, whole = (
+        charts.draw_training(which, tmp_path / "training.png") and size_of(tmp_path / "training.png")
+        for which in (plain, records)
+    )
+    assert small[0] == whole[0]
+    assert small[1] < whole[1]
+
+
+def test_a_dense_run_has_a_chart_without_experts(tmp_path):
+    open_run_dir(tmp_path, config_of(MODEL))
+    write_records(RunDir(tmp_path), steps=9)
+    records = [one | {"real_slots": []} for one in read_records(RunDir(tmp_path).metrics)]
+    assert charts.draw_training(records, tmp_path / "training.png").stat().st_size > 5000
+
+
 def test_smoothing_is_a_centred_mean_that_skips_gaps():
     values = [0.0] * 40 + [NAN] + [4.0] * 39  # 80 records: two to either side
     smooth = charts._smooth(values)
