@@ -26,6 +26,7 @@ _BARRIERS = re.compile(r"num_barriers=(\d+)[^)]*\): (\d+)")  # so many arrays of
 _BARRIER_BYTES = 8
 _REGISTERS = 65536  # of a multiprocessor
 _DUMP_VARIABLE = "MOSAIC_GPU_DUMP_TO"
+_INSTALL = "in a checkout, pip install -e '.[aot-gpu]'"
 _PACKAGES = ("jax_cuda13_plugin", "nvidia.cu13")  # what the extra `aot-gpu` installs
 
 
@@ -91,7 +92,7 @@ def compile_kernel(fn: Callable[..., Any], args: tuple[Any, ...], target: Target
       UserError: packages are missing, `fn` calls no kernel or several, or the compiler refuses the kernel.
     """
     missing = missing_packages()
-    require(not missing, f"compiling for {target.device_kind} needs {', '.join(missing)}: pip install '.[aot-gpu]'")
+    require(not missing, f"compiling for {target.device_kind} needs {', '.join(missing)}: {_INSTALL}")
     with tempfile.TemporaryDirectory() as folder, _mosaic_dump(folder):
         lowered = _lower(fn, args, target)
         lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
@@ -155,7 +156,7 @@ def gpu_devices(slices: int, nodes: int, per_node: int, target: Target = H100) -
       UserError: packages are missing.
     """
     missing = missing_packages()
-    require(not missing, f"compiling for {target.device_kind} needs {', '.join(missing)}: pip install '.[aot-gpu]'")
+    require(not missing, f"compiling for {target.device_kind} needs {', '.join(missing)}: {_INSTALL}")
     return list(_topology(target, f"{slices}x{nodes}x{per_node}").devices)
 
 
@@ -194,7 +195,7 @@ def _tool(name: str) -> str:
     for path in (*(str(pathlib.Path(folder) / "bin" / name) for folder in folders), shutil.which(name)):
         if path and pathlib.Path(path).exists():
             return path
-    raise UserError(f"no {name} found: pip install '.[aot-gpu]'")
+    raise UserError(f"no {name} found: {_INSTALL}")
 
 
 def _first(pattern: str, text: str) -> str:

@@ -16,6 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from anyexperts_jax.aot.chips import GPUS
 from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
 
+NO_LIBTPU = "libtpu is not installed; in a checkout, pip install -e '.[aot]' (Linux only)"
 TOPOLOGIES = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}
 
 _DUMP_FLAG = "--xla_jf_dump_to="
@@ -42,7 +43,7 @@ def open_compiler(directory: pathlib.Path) -> None:
     Raises:
       UserError: libtpu is not installed, or the process has already told it another directory.
     """
-    require(has_compiler(), "libtpu is not installed; pip install 'anyexperts-jax[aot]' (Linux only)")
+    require(has_compiler(), NO_LIBTPU)
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     flag = f"{_DUMP_FLAG}{directory}"
     require(
@@ -77,7 +78,7 @@ def slice_devices(topology: str, slices: int = 1) -> list[Any]:
         from anyexperts_jax.aot.gpu import gpu_devices
 
         return gpu_devices(slices, lengths[0], lengths[1])
-    require(has_compiler(), "libtpu is not installed; pip install 'anyexperts-jax[aot]' (Linux only)")
+    require(has_compiler(), NO_LIBTPU)
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     try:

@@ -51,7 +51,8 @@ def test_an_unknown_chip_is_refused():
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(topology, "has_compiler", lambda: False)
-    with pytest.raises(
-        UserError, match=r"^libtpu is not installed; pip install 'anyexperts-jax\[aot\]' \(Linux only\)$"
-    ):
+    said = r"^libtpu is not installed; in a checkout, pip install -e '\.\[aot\]' \(Linux only\)$"
+    with pytest.raises(UserError, match=said):
         topology.open_compiler(tmp_path)
+    with pytest.raises(UserError, match=said):
+        topology.slice_devices("v5e:2x4")
