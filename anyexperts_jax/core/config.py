@@ -144,7 +144,11 @@ class AnyExpertsConfig:
 
     @property
     def uses_importance(self) -> bool:
-        """Whether the importance network has any effect on the output."""
+        """Whether the policy reads importance. Where not, importance has no effect on the output.
+
+        Where it does, the effect may still be none: a tilt that all columns share cancels in the softmax, as with
+        iar="add" and no virtual experts, and with alpha=0 nothing is modulated.
+        """
         return self.k_min != self.k_max or self.iar != "off" or self.hsm_site != "off"
 
     @property

@@ -1,4 +1,4 @@
-"""The handwritten digits of scikit-learn (1797 scans of 8 x 8 pixels, UCI optdigits), split by writer."""
+"""The handwritten digits of scikit-learn (1797 scans of 8 x 8 pixels, UCI optdigits), split by their place in it."""
 
 import functools
 
@@ -9,7 +9,8 @@ from numpy import ndarray
 from anyexperts_jax.core.errors import require_one_of
 
 GLYPH = 16  # height and width of a glyph in pixels: the scans at twice their size
-# The file lists the scans writer by writer, so contiguous ranges share (nearly) no handwriting. Ends, exclusive.
+# Indices, the ends exclusive. The file lists the scans writer by writer and names no writer: ranges share no scan, and
+# no handwriting but of a writer whom a cut goes through.
 _SPLIT_RANGES = {"train": (0, 1437), "validation": (1437, 1617), "test": (1617, 1797)}
 
 
