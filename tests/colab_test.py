@@ -3,8 +3,11 @@
 Needs the extra `notebooks`. Marked `notebook`, and run by `make test-notebooks`.
 """
 
+import json
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -32,6 +35,61 @@ def test_as_committed(path):
     assert code[0].source == read(NOTEBOOKS[0]).cells[1].source
     assert re.search(r"jax \d+\.\d+", code[0].outputs[0].text), "the first cell states versions"
     assert any(cell.outputs for cell in code[1:])
+
+
+def run_cell(code, folder, prelude=""):
+    """As a notebook runs it where nothing is installed but Python: what it said and how it ended."""
+    command = [sys.executable, "-I", "-S", "-c", f"{prelude}\n{code}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def source_of(path, number):
+    code = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    return "".join(code[number]["source"])
+
+
+PRETEND = """import glob, shutil, subprocess
+subprocess.run = lambda command, check: print(*command[3:])
+glob.glob = lambda pattern: [pattern] if pattern in {files} else []
+shutil.which = lambda name: name if name in {programs} else None
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "programs", "extra"),
+    [
+        ([], [], ""),
+        (["/dev/accel*"], [], "[tpu]"),
+        (["/dev/vfio/[0-9]*"], [], "[tpu]"),
+        ([], ["nvidia-smi"], "[cuda13]"),
+    ],
+)
+@pytest.mark.parametrize("source", ["git+https://host/of/it", "wheels/one.whl"])
+def test_the_first_cell_installs_from_a_source_with_what_the_runtime_has(source, files, programs, extra, tmp_path):
+    (tmp_path / "anyexperts_jax").mkdir()  # a clone's folder beside the notebook is not the package
+    cell = source_of(NOTEBOOKS[0], 0).replace('SOURCE = ""', f"SOURCE = {source!r}")
+    ended = run_cell(cell, tmp_path, PRETEND.format(files=files, programs=programs))
+    where = source if "://" in source else (tmp_path / source).as_uri()
+    said = ended.stdout.splitlines()
+    assert said[-1] == f"install --quiet anyexperts-jax{extra} @ {where}"
+    assert [line.split()[0] for line in said[:-1]] == ["uninstall"] * (extra == "[cuda13]")
+    assert ended.stderr == "Installed. Restart the runtime (Runtime > Restart session), then run this cell again.\n"
+
+
+def test_the_first_cell_installs_what_a_checkout_needs_from_the_checkout(tmp_path):
+    for folder in ("anyexperts_jax", "colab"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "anyexperts_jax" / "__init__.py").touch()
+    ended = run_cell(source_of(NOTEBOOKS[0], 0), tmp_path / "colab", PRETEND.format(files=[], programs=[]))
+    assert ended.stdout == f"install --quiet anyexperts-jax @ {tmp_path.as_uri()}\n"
+
+
+def test_without_a_source_and_without_a_checkout_one_line_says_what_to_do(tmp_path):
+    ended = run_cell(source_of(NOTEBOOKS[0], 0), tmp_path)
+    assert re.fullmatch(r"anyexperts_jax is not here: set SOURCE above to .*\n", ended.stderr)
+    (path,) = (one for one in NOTEBOOKS if "reproduce" in one.stem)
+    ended = run_cell(source_of(path, 1), tmp_path, 'import pathlib, sys\nSOURCE = ""')
+    assert re.fullmatch(r"experiments/configs is not here: clone the repository .*\n", ended.stderr)
 
 
 @pytest.mark.notebook
