@@ -111,6 +111,22 @@ def test_no_file_names_a_package_registry():
         assert not re.search(hosts, path.read_text(errors="ignore")), path
 
 
+CONFIGS = sorted(
+    path
+    for folder in ("anyexperts_jax/train/configs", "anyexperts_jax/evolution/configs", "experiments")
+    for path in (ROOT / folder).rglob("*.toml")
+)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=in_package)
+def test_a_configs_header_says_how_to_run_it_and_what_to_expect(path):
+    header = path.read_text().partition("\n\n")[0]
+    if "Not an experiment of its own" in header:
+        return
+    assert "#   anyexperts " in header
+    assert any(said in header for said in ("Expected: ", "No score was measured", "not run yet")), "what is expected?"
+
+
 def test_the_public_names_resolve():
     package = importlib.import_module("anyexperts_jax")
     for name in package.__all__:

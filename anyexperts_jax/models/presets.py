@@ -26,7 +26,7 @@ def _tiny() -> ModelConfig:
 
 
 def _small() -> ModelConfig:
-    """About 360M parameters: hours on one accelerator."""
+    """About 400M parameters: hours on one accelerator."""
     return ModelConfig(
         max_length=512,
         stack=StackConfig(
