@@ -69,7 +69,7 @@ def expert_evolution(
 
     Every parameter it sees holds N experts along `axis` (1 for layers stacked by scan); of the gradients only expert
     1's part counts. `inner` sees and has state for expert 1 alone; its updates must be final, learning rate included.
-    Extra arguments go to it.
+    Extra arguments go to it; where `finite` is among them and False, the state stays as it is.
 
     Args:
       steps: of the whole stage, which `config.snapshots` are shares of.
@@ -106,6 +106,7 @@ def expert_evolution(
             return jnp.concatenate([update.astype(param.dtype), moved.astype(param.dtype)], axis=axis)
 
         updates = jax.tree.map(with_followers, updates, gradient, before, after, params)
-        return updates, EvolutionState(state.key, state.step + 1, inner_state)
+        taken = jnp.asarray(extra.get("finite", True), jnp.int32)
+        return updates, EvolutionState(state.key, state.step + taken, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -59,23 +59,46 @@ def decays(logical_axes: tuple[str, ...]) -> bool:
     return len([axis for axis in logical_axes if axis not in ("layers", "modality")]) >= 2
 
 
+def clip(grads: Any, norm: float) -> Any:
+    """The gradient, no longer than `norm` as a whole. One factor for all, where optax divides and multiplies: XLA keeps
+    quotients in memory, products it takes again where they are needed."""
+    factor = jnp.minimum(1.0, norm / optax.global_norm(grads))
+    return jax.tree.map(lambda g: factor.astype(g.dtype) * g, grads)
+
+
 def make_optimizer(config: OptimConfig, logical_axes: Any) -> optax.GradientTransformationExtraArgs:
-    """AdamW. Its `update` takes `learning_rate`: the rate follows the step, skipped ones included.
+    """AdamW. Its `update` takes `learning_rate`, since the rate follows the step, skipped ones included, and `finite`:
+    where that is False, the state stays as it is and the updates mean nothing.
 
     Moments are float32 whatever the gradients' dtype. Parameters that are None (see `train.frozen`) have none.
     """
     mask = jax.tree.map(decays, logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     direction = optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=jnp.float32),
+        optax.stateless(lambda grads, _: clip(grads, config.clip_norm)),
+        _adam(config),
         optax.add_decayed_weights(config.weight_decay, mask=mask),
     )
 
     def update(
-        grads: Any, state: Any, params: Any = None, *, learning_rate: Array | float, **extra: Any
+        grads: Any, state: Any, params: Any = None, *, learning_rate: Array | float, finite: Array | bool = True
     ) -> tuple[Any, Any]:
-        del extra
-        updates, state = direction.update(grads, state, params)
+        updates, state = direction.update(grads, state, params, finite=finite)
         return jax.tree.map(lambda u: -learning_rate * u, updates), state
 
     return optax.GradientTransformationExtraArgs(direction.init, update)
+
+
+def _adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
+    """optax's Adam, whose direction is taken from the moments it leaves behind. XLA would otherwise compute them twice,
+    and first copy the old ones, which are replaced in place."""
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32)
+
+    def update(grads: Any, state: Any, params: Any = None, *, finite: Array | bool) -> tuple[Any, Any]:
+        _, updated = adam.update(grads, state, params)
+        updated = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        updated = jax.lax.optimization_barrier(updated)
+        mean = optax.tree.bias_correction(updated.mu, config.b1, updated.count)
+        square = optax.tree.bias_correction(updated.nu, config.b2, updated.count)
+        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.eps), mean, square), updated
+
+    return optax.GradientTransformationExtraArgs(adam.init, update)

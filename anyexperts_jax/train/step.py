@@ -108,7 +108,8 @@ def make_train_step(
     micro-batch alone. Where a loss or the gradient's norm is not finite, nothing but the step count changes.
 
     Args:
-      optimizer: its `update` takes `learning_rate`, as that of `make_optimizer`.
+      optimizer: its `update` takes `learning_rate`, and `finite`: where that is False the optimizer's state stays
+        as it is, as that of `make_optimizer` does.
       trainable: a tree of bools; parameters at False stay as they are, bit for bit, and have no gradient. The
         optimizer is then `frozen.only(optimizer, trainable)`. None: all are trained.
     """
@@ -125,15 +126,16 @@ def make_train_step(
             "exact_match": sums.exact_answers / jnp.maximum(sums.answers, 1),
         }
         finite = jnp.all(jnp.isfinite(jnp.stack([scalars[name] for name in CHECKED_SCALARS])))
-        learning = {"learning_rate": scalars["learning_rate"]}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **learning)
+        steering = {"learning_rate": scalars["learning_rate"], "finite": finite}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **steering)
         params = overlay(optax.apply_updates(select(state.params, trainable), updates), state.params)
         bias_LC = state.router_bias_LC
         if moe.expert_bias and config.model.stack.num_moe_layers:
             bias_LC = update_expert_bias(bias_LC, sums.routing.load_LC, moe.expert_bias_rate)
-        updated = TrainState(state.step, params, opt_state, bias_LC)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-        return dataclasses.replace(kept, step=state.step + 1), StepReport(scalars, sums.routing, finite)
+        params, bias_LC = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, bias_LC), (state.params, state.router_bias_LC)
+        )
+        return TrainState(state.step + 1, params, opt_state, bias_LC), StepReport(scalars, sums.routing, finite)
 
     return train_step
 

@@ -91,6 +91,15 @@ def test_a_snapshot_stays_as_it_was():
         assert changed == [t < stop for t in range(10)]
 
 
+def test_a_step_that_is_not_finite_is_not_counted():
+    optimizer = evolution()
+    start = params()
+    state = optimizer.init(start)
+    for finite, step in ((False, 0), (True, 1)):
+        _, after = optimizer.update(start, state, start, learning_rate=0.1, finite=jnp.asarray(finite))
+        assert after.step == step
+
+
 def test_chains_with_other_transformations_and_takes_extra_arguments():
     def scaled(updates, state, params=None, *, learning_rate, **extra):
         return jax.tree.map(lambda u: -learning_rate * u, updates), state

@@ -1,6 +1,8 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from anyexperts_jax.core.errors import UserError
@@ -35,6 +37,26 @@ def test_gradient_is_clipped_as_a_whole():
     updates, _ = optimizer.update(grads, optimizer.init(params), params, learning_rate=1.0)
     # clipped to (0.6, 0.8); Adam's first step then gives g / (|g| + eps)
     np.testing.assert_allclose([updates["a"][0], updates["b"][0]], [-0.6 / 1.6, -0.8 / 1.8], rtol=1e-6)
+
+
+def test_what_is_not_finite_leaves_the_state_as_it_is():
+    optimizer, params = make_optimizer(OptimConfig(), {"up": ("embed", "mlp")}), {"up": jnp.ones((2, 3))}
+    _, state = optimizer.update(params, optimizer.init(params), params, learning_rate=0.1)
+    poisoned = jax.tree.map(lambda p: p * jnp.nan, params)
+    _, after = optimizer.update(poisoned, state, params, learning_rate=0.1, finite=jnp.asarray(False))
+    chex.assert_trees_all_equal(after, state)
+
+
+def test_moments_are_replaced_in_place_without_a_copy():
+    """Of the old ones, or of the clipped gradient: AdamW's time is what it reads and writes."""
+    optimizer, params = make_optimizer(OptimConfig(), {"up": ("embed", "mlp")}), {"up": jnp.ones((512, 512))}
+
+    def step(params, state, grads, finite):
+        updates, state = optimizer.update(grads, state, params, learning_rate=0.1, finite=finite)
+        return optax.apply_updates(params, updates), state
+
+    program = jax.jit(step, donate_argnums=(0, 1)).lower(params, optimizer.init(params), params, jnp.asarray(True))
+    assert program.compile().memory_analysis().temp_size_in_bytes < params["up"].nbytes / 4
 
 
 @pytest.mark.parametrize(
