@@ -4,6 +4,7 @@ Unless a device is asked for: `pytest -m gpu` and `pytest -m tpu` run the tests 
 skip them where it finds something else.
 """
 
+import collections
 import itertools
 import os
 import pathlib
@@ -24,6 +25,30 @@ _fast = jax.config.read("jax_disable_most_optimizations")
 _tests = itertools.count()
 DEVICES = ("gpu", "tpu")
 MAPPED_REGIONS = 30_000  # of 65530 that Linux lets a process have: every compiled program takes some, and JAX keeps all
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, help="of every parametrised test run this many cases, spread evenly")
+
+
+def pytest_collection_modifyitems(config, items):
+    most = config.getoption("cases")
+    if most is None:
+        return
+    if most < 1:
+        raise pytest.UsageError(f"--cases {most}: must be at least 1")
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.split("[")[0]].append(item)
+    kept = {item for own in cases.values() for item in _spread(own, most)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def _spread(cases, most):
+    if len(cases) <= most:
+        return cases
+    return [cases[round(i * (len(cases) - 1) / max(most - 1, 1))] for i in range(most)]
 
 
 def pytest_configure(config):
