@@ -82,10 +82,11 @@ def train(
       PeerLostError: another process is gone. One that is waited for in vain ends the process, see `processes.Watch`.
     """
     reporter = Reporter(Console(file=sys.stderr) if progress and processes.is_first() else None)
-    paths, changed = open_run_dir(run_dir, config, writes=processes.is_first())
-    if changed:
-        reporter.note(f"going on with {describe_differences(changed)}")
+    paths = RunDir(pathlib.Path(run_dir))
     try:
+        changed = open_run_dir(run_dir, config, writes=processes.is_first())[1]
+        if changed:
+            reporter.note(f"going on with {describe_differences(changed)}")
         with StopRequests() as requests, quiet_orbax(), compile_cache(config.runtime.compile_cache):
             return _Run(config, paths, reporter, requests, recipe).to_the_end()
     except (OSError, ValueError, RuntimeError) as error:

@@ -67,7 +67,7 @@ def open_run_dir(
       writes: False: only checks, in a process beside the one that writes.
 
     Raises:
-      UserError: when it cannot be made, or holds a run of another configuration (naming the keys).
+      UserError: when it cannot be made or written to, or holds a run of another configuration (naming the keys).
     """
     from anyexperts_jax.train.checkpoint import require_same_run
 
@@ -80,7 +80,10 @@ def open_run_dir(
     except OSError as error:
         raise UserError(f"cannot make the run directory {paths.root}: {error.strerror}") from error
     if writes:
-        write_whole(paths.config, to_json(config))
+        try:
+            write_whole(paths.config, to_json(config))
+        except OSError as error:
+            raise UserError(f"cannot write to the run directory {paths.root}: {error.strerror}") from error
     return paths, changed
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from anyexperts_jax import cli
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.sharding.mesh import MeshConfig
 from anyexperts_jax.train import loop
@@ -191,6 +192,23 @@ def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path, linear_model, monke
     monkeypatch.undo()
     monkeypatch.setattr(loop, "model_apply", lambda config, placement: linear_apply)
     assert train(run_config(), tmp_path, progress=False).step == 6
+
+
+def test_a_disk_that_is_full_from_the_start_is_the_same_line(tmp_path, linear_model, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.new").symlink_to("/dev/full")  # what config.json is written to first
+    (tmp_path / "run.json").write_text(to_json(run_config()))
+    assert cli.main(["train", str(tmp_path / "run.json"), "--run", str(tmp_path / "run")]) == 4
+    assert capsys.readouterr().err == (
+        f"anyexperts: cannot write to {tmp_path}/run: No space left on device; there is no checkpoint yet; "
+        "free some room and run it again\n"
+    )
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path, linear_model):
+    (tmp_path / "config.json.new").mkdir()
+    with pytest.raises(UserError, match=f"^cannot write to the run directory {tmp_path}: Is a directory$"):
+        train(run_config(), tmp_path, progress=False)
 
 
 def test_load_run_says_what_is_missing(tmp_path):
