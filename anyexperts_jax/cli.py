@@ -1,7 +1,8 @@
 """The command line: `anyexperts train | evolve | evaluate | report | generate | data | bench | compile | reproduce`.
 
-Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input, 3 a loss that is
-not finite, 4 a full disk, 5 another process of the run gone, 130 and 143 interrupted with a checkpoint written.
+Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input or a file that cannot
+be used, 3 a loss that is not finite, 4 a full disk, 5 another process of the run gone, 130 and 143 interrupted with a
+checkpoint written.
 """
 
 import argparse
@@ -16,12 +17,13 @@ from anyexperts_jax import __version__
 from anyexperts_jax.core.errors import UserError
 
 SECONDS_FOR_THE_SAME_ERROR = 2.0  # that other processes have to say it as well
+OUTPUTS = ("folder", "out", "json", "run", "runs")  # options that say where a command writes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     options = _parser().parse_args(arguments)
-    from anyexperts_jax.train.stops import RunStoppedError
+    from anyexperts_jax.train.stops import RunStoppedError, file_failure
 
     try:
         if "processes" in options and options.command is not _train:
@@ -37,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _fail(str(error), error.exit_code)
         if error.alone:
             _leave_the_others(code)
+        return code
+    except (OSError, RuntimeError) as error:
+        failure = file_failure(error, next(filter(None, (getattr(options, name, None) for name in OUTPUTS)), None))
+        if failure is None:
+            raise
+        code = _fail(*failure)
+        _leave_the_others(code, SECONDS_FOR_THE_SAME_ERROR)
         return code
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -94,8 +103,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from anyexperts_jax.analysis.tables import print_evaluation
 
     amounts = Options(num_examples=options.examples, calibration_examples=options.calibration_examples)
-    result = evaluate(options.run, options.budget, options.domain, which=options.checkpoint, options=amounts, note=_say)
-    print_evaluation(result)
+    asked = (options.run, options.budget, options.domain)
+    evaluate(*asked, which=options.checkpoint, options=amounts, note=_say, show=print_evaluation)
 
 
 def _report(options: argparse.Namespace) -> None:

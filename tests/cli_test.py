@@ -72,6 +72,30 @@ def test_data_export_writes_a_folder_that_can_be_trained_on(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_path_that_cannot_be_written_is_one_line_and_exit_code_2(capsys):
+    assert cli.main(["data", "export", "nlp", "/proc/nope"]) == 2
+    line = "anyexperts: cannot read or write /proc/nope: No such file or directory; give a path where that is possible"
+    assert one_line(capsys) == line
+
+
+@pytest.mark.parametrize("file", ["train-00000-of-00001.part", "dataset.json.part"])
+def test_a_full_disk_is_one_line_and_exit_code_4_in_every_command(file, tmp_path, capsys):
+    """Found by the writer of records, which is not Python's, and by Python, which then does not name the file."""
+    (tmp_path / file).symlink_to("/dev/full")
+    assert cli.main(["data", "export", "nlp", str(tmp_path), "--count", "2"]) == 4
+    line = f"anyexperts: cannot write to {tmp_path}: No space left on device; free some room and run it again"
+    assert one_line(capsys) == line
+
+
+def test_an_error_of_ours_is_not_taken_for_a_file(monkeypatch):
+    def fail(options):
+        raise RuntimeError("a fault in the program")
+
+    monkeypatch.setattr(cli, "_report", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.main(["report", "nowhere"])
+
+
 def test_unknown_commands_exit_with_2(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["fly"])

@@ -67,6 +67,7 @@ def evaluate(
     which: str = "best",
     options: Options = Options(),
     note: Callable[[str], None] = lambda line: None,
+    show: Callable[[EvaluationResult], None] = lambda result: None,
 ) -> EvaluationResult:
     """Evaluates a run's checkpoint at each budget and writes evaluation.json and evaluation.csv into its directory.
 
@@ -74,12 +75,15 @@ def evaluate(
       budgets: real experts per token, on average; None: `default_budgets`.
       domains: of the run's mixture; None: all.
       note: called with a line as each part is done.
+      show: called with the result before it is written, so that it is not lost where it cannot be.
 
     Raises:
       UserError: no such run or checkpoint, an unknown domain, or a budget out of reach.
+      OSError: the run's directory cannot be written to.
     """
     trained = load_trained(run_dir, which)
     result = evaluate_trained(trained, budgets, domains, options=options, note=note)
+    show(result)
     save_evaluation(result, pathlib.Path(run_dir))
     return result
 

@@ -91,3 +91,23 @@ def no_room(error: BaseException) -> str | None:
                 return os.strerror(number)
         cause = cause.__cause__ or cause.__context__
     return None
+
+
+def file_failure(error: OSError | RuntimeError, output: Any = None) -> tuple[str, int] | None:
+    """The line and the exit code to end with where a file could not be used; None for an error of another kind.
+
+    Writers in C++ raise RuntimeError, which is of a file only where it found no room.
+
+    Args:
+      output: where the command writes, which is named if the error does not name its file.
+    """
+    said = no_room(error)
+    if said is not None:
+        where = getattr(error, "filename", None) or output or "its output"
+        return f"cannot write to {where}: {said}; free some room and run it again", DiskFullError.exit_code
+    if isinstance(error, BrokenPipeError):
+        return f"cannot write to the standard output: {error.strerror}", 2
+    if isinstance(error, OSError):
+        where, said = error.filename or output or "a file", error.strerror or str(error)
+        return f"cannot read or write {where}: {said}; give a path where that is possible", 2
+    return None

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from anyexperts_jax import cli
+from anyexperts_jax.analysis import evaluate as evaluation
 from anyexperts_jax.analysis import timing
 from anyexperts_jax.analysis.evaluate import Options, calibrate, default_budgets, evaluate_trained, load_batches
 from anyexperts_jax.analysis.measure import forward, mean_real_slots, window_array
@@ -212,6 +214,17 @@ def test_tables_print_every_budget_and_domain(result, capsys):
     for text in ("budget 3", "general", "nlp", "chance", "realised", "MoE layer 1", "AUC"):
         assert text in printed
     assert max(len(line) for line in printed.splitlines()) <= 80
+
+
+def test_an_evaluation_that_cannot_be_saved_is_printed_all_the_same(one, result, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "load_trained", lambda *which: one)
+    monkeypatch.setattr(evaluation, "evaluate_trained", lambda *what, **how: result)
+    (tmp_path / f"{JSON_NAME}.new").symlink_to("/dev/full")
+    assert cli.main(["evaluate", str(tmp_path)]) == 4
+    shown = capsys.readouterr()
+    assert "Score in percent on 6 test examples a domain" in shown.out
+    said = f"anyexperts: cannot write to {tmp_path}: No space left on device; free some room and run it again\n"
+    assert shown.err == said
 
 
 def test_static_top_k_has_whole_budgets_and_no_importance():
