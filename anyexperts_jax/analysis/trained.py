@@ -29,7 +29,7 @@ def load_trained(run_dir: str | pathlib.Path, which: str = "best") -> Trained:
     """The run's best or last checkpoint, on the first device.
 
     Raises:
-      UserError: when there is no run, no checkpoint, or it is unreadable.
+      UserError: when there is no run or no checkpoint, or it or the validation loss of any is unreadable.
     """
     config, params, router_bias_LC = load_run(run_dir, which)
     checkpoints = Checkpoints(RunDir(pathlib.Path(run_dir)).checkpoints, read_only=True)

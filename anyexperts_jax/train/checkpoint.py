@@ -22,7 +22,7 @@ from anyexperts_jax.train.state import TrainState
 from anyexperts_jax.train.strict import differing_keys
 
 # What Orbax and TensorStore raise on files that are missing, cut short or not theirs.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 SMALL_FILES_BYTES = 1 << 20  # metadata, configuration and data state of a checkpoint, amply
 
@@ -47,8 +47,13 @@ class Checkpoints:
     """
 
     def __init__(self, directory: pathlib.Path, keep_last: int = 1, *, read_only: bool = False) -> None:
-        """Opens the directory; to write, it is made, and what a killed run left half written there goes."""
+        """Opens the directory; to write, it is made, and what a killed run left half written there goes.
+
+        Raises:
+          UserError: when the validation loss of a checkpoint in it is unreadable.
+        """
         self.directory = directory
+        _require_readable_metrics(directory)
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
                 checkpoint_managers.LatestN(keep_last),
@@ -166,14 +171,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except _UNREADABLE as error:
-            others = [other for other in self.steps if other != step]
-            rest = (
-                f"move {self.directory / str(step)} away to go on from step {others[-1]}"
-                if others
-                else "there is no other"
-            )
-            line = " ".join(str(error).split())[:200]
-            raise UserError(f"checkpoint {step} in {self.directory} is unreadable ({line}); {rest}") from error
+            raise _unreadable(self.directory, step, self.steps, error) from error
 
 
 def require_same_run(config: RunConfig, saved: RunConfig, where: str) -> dict[str, tuple[Any, Any]]:
@@ -189,6 +187,25 @@ def require_same_run(config: RunConfig, saved: RunConfig, where: str) -> dict[st
     more = f" and {len(fixed) - len(shown)} more" if len(fixed) > len(shown) else ""
     require(not fixed, f"{where} is of another configuration: {describe_differences(shown)}{more}")
     return free
+
+
+def _require_readable_metrics(directory: pathlib.Path) -> None:
+    """Reads every checkpoint's validation loss before Orbax does, which does not say whose it could not read."""
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    for step in steps:
+        try:
+            float(_validation_loss(json.loads((directory / str(step) / "metrics" / "metrics").read_text())))
+        except FileNotFoundError:
+            continue  # Orbax takes it for one that was not evaluated
+        except _UNREADABLE as error:
+            raise _unreadable(directory, step, steps, error) from error
+
+
+def _unreadable(directory: pathlib.Path, step: int, steps: list[int], error: Exception) -> UserError:
+    others = [other for other in steps if other != step]
+    rest = f"move {directory / str(step)} away to go on from step {others[-1]}" if others else "there is no other"
+    line = " ".join(str(error).split())[:200]
+    return UserError(f"checkpoint {step} in {directory} is unreadable ({line}); {rest}")
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:

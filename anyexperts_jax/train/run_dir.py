@@ -102,7 +102,7 @@ def load_run(
     They are put on `mesh`, or else on the first device, whatever they were trained on.
 
     Raises:
-      UserError: when there is no run, no checkpoint, or it is unreadable.
+      UserError: when there is no run or no checkpoint, or it or the validation loss of any is unreadable.
     """
     from anyexperts_jax.train.checkpoint import Checkpoints
 

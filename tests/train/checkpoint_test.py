@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import shutil
 
@@ -115,16 +116,39 @@ def cut_arrays_short(step_dir):
         lambda step_dir: (step_dir / "config" / "metadata").write_text("{"),
         lambda step_dir: (step_dir / "params" / "manifest.ocdbt").unlink(),
         lambda step_dir: (step_dir / "data" / "metadata").unlink(),
+        lambda step_dir: (step_dir / "router_bias" / "_METADATA").write_text("[]"),
+        lambda step_dir: (step_dir / "metrics" / "metrics").write_text('{"validation_loss": 1'),
+        lambda step_dir: (step_dir / "metrics" / "metrics").write_bytes(b""),
+        lambda step_dir: (step_dir / "metrics" / "metrics").write_text("{}"),
     ],
-    ids=["arrays cut short", "no optimizer", "config cut short", "no manifest", "no data state"],
+    ids=[
+        "arrays cut short",
+        "no optimizer",
+        "config cut short",
+        "no manifest",
+        "no data state",
+        "another's metadata",
+        "validation loss cut short",
+        "validation loss empty",
+        "no validation loss",
+    ],
 )
 def test_a_damaged_checkpoint_is_one_line_that_says_how_to_go_on(saved, damage):
-    damage(saved.directory / "3")
+    directory = saved.directory
+    damage(directory / "3")
     message = r"checkpoint 3 in .*checkpoints is unreadable .* move .*/3 away to go on from step 2"
-    with pytest.raises(UserError, match=message) as error:
-        saved.restore(3, abstract(state_at(0)), CONFIG)
+    with pytest.raises(UserError, match=message) as error, opened(directory) as checkpoints:
+        checkpoints.restore(3, abstract(state_at(0)), CONFIG)
     assert "\n" not in str(error.value)
-    assert_same(saved.restore(2, abstract(state_at(0)), CONFIG)[0], state_at(2))
+    (directory / "3").rename(directory.parent / "away")
+    with opened(directory) as checkpoints:
+        assert checkpoints.latest == 2
+        assert_same(checkpoints.restore(2, abstract(state_at(0)), CONFIG)[0], state_at(2))
+
+
+def opened(directory):
+    """As the next process opens it."""
+    return contextlib.closing(Checkpoints(directory, keep_last=2))
 
 
 def test_a_missing_checkpoint_is_named(saved):
