@@ -1,10 +1,14 @@
 """The command line from outside: exit codes, and one clear line for whatever is wrong."""
 
+import dataclasses
 import re
 
 import pytest
+from train.stand_in import DATA, run_config
 
 from anyexperts_jax import cli
+from anyexperts_jax.train.config import to_json
+from anyexperts_jax.train.optim import OptimConfig
 
 
 def one_line(capsys) -> str:
@@ -62,14 +66,35 @@ def test_data_show_writes_pictures(tmp_path, capsys):
     assert "question" in capsys.readouterr().out
 
 
-def test_data_export_writes_a_folder_that_can_be_trained_on(tmp_path, capsys):
-    assert cli.main(["data", "export", "nlp", str(tmp_path / "nlp"), "--count", "5"]) == 0
-    from anyexperts_jax.data.config import DataConfig
-    from anyexperts_jax.data.mixture import open_source
+def on_own_folder(tmp_path):
+    """`train` with the questions in the folder, for two steps of the smallest model."""
+    data = dataclasses.replace(DATA, domains=("own",), folders=(f"own={tmp_path / 'own'}",))
+    (tmp_path / "own.json").write_text(to_json(run_config(data=data, steps=2, optim=OptimConfig(warmup_steps=1))))
+    return ["train", str(tmp_path / "own.json"), "--run", str(tmp_path / "run")]
 
-    source = open_source(DataConfig(domains=("nlp",), folders=(f"nlp={tmp_path / 'nlp'}",)), "nlp", "train")
-    assert len(source) == 5
-    capsys.readouterr()
+
+def test_data_export_writes_a_folder_that_can_be_trained_on(tmp_path, capsys):
+    for split, count in (("train", "5"), ("validation", "8")):
+        command = ["data", "export", "nlp", str(tmp_path / "own"), "--split", split, "--count", count]
+        assert cli.main(command) == 0
+    assert cli.main(on_own_folder(tmp_path)) == 0
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    assert capsys.readouterr().out.endswith(f"run: {tmp_path / 'run'}\n")
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(0, "has no split 'validation'; it has train"), (7, "holds 7 examples of split 'validation', fewer than the 8 a")],
+)
+def test_a_folder_without_enough_to_validate_on_is_refused_before_the_first_step(count, message, tmp_path, capsys):
+    export = ["data", "export", "nlp", str(tmp_path / "own"), "--count"]
+    assert cli.main([*export, "5"]) == 0
+    assert count == 0 or cli.main([*export, str(count), "--split", "validation"]) == 0
+    assert cli.main(on_own_folder(tmp_path)) == 2
+    said = one_line(capsys)
+    assert message in said
+    assert said.endswith("; a run needs 8 validation examples of own (train.eval_examples)")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_path_that_cannot_be_written_is_one_line_and_exit_code_2(capsys):

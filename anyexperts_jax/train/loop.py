@@ -44,7 +44,7 @@ from anyexperts_jax.train.stops import (
     StopRequests,
     no_room,
 )
-from anyexperts_jax.train.validation import Validation
+from anyexperts_jax.train.validation import Validation, require_validation_examples
 from anyexperts_jax.train.warm_start import warm_start
 
 
@@ -121,6 +121,7 @@ class _Run:
         )
         self.mesh = make_mesh(config.mesh)
         _check_batch_fits(config, self.mesh)
+        require_validation_examples(config)
         self.apply = (recipe.apply or model_apply)(config.model, Placement(self.mesh))
         self.optimizer = recipe.optimizer or make_optimizer(config.optim, logical_axes(config.model))
         size = config.train.batch_size

@@ -10,12 +10,29 @@ import numpy as np
 from jax.sharding import Mesh
 
 from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.data.pipeline import eval_batches
 from anyexperts_jax.sharding.specs import batch_rows, replicated, shard_batch
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.metrics import routing_means
 from anyexperts_jax.train.state import TrainState
 from anyexperts_jax.train.step import Apply, BatchSums, make_eval_step
+
+
+def require_validation_examples(config: RunConfig) -> None:
+    """Opens the validation split of every domain, so that a run without one ends before its first step.
+
+    Raises:
+      UserError: when a folder has no such split, or fewer examples than `train.eval_examples`.
+    """
+    examples = config.train.eval_examples
+    for name in config.data.domains:
+        try:
+            open_source(config.data, name, "validation", examples)
+        except UserError as error:
+            needed = f"a run needs {examples} validation examples of {name} (train.eval_examples)"
+            raise UserError(f"{error}; {needed}") from error
 
 
 class Validation:
