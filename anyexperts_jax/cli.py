@@ -275,7 +275,11 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("evaluate", help="score one checkpoint at several budgets")
     _add_run(parser)
     parser.add_argument(
-        "--budget", type=float, nargs="+", metavar="K", help="real experts per token (default: four around the run's)"
+        "--budget",
+        type=float,
+        nargs="+",
+        metavar="K",
+        help="real experts per token (default: up to four near the run's)",
     )
     parser.add_argument("--domain", nargs="+", help="domains to evaluate (default: all of the run)")
     parser.add_argument("--examples", type=int, default=64, help="test examples of each domain (default: 64)")

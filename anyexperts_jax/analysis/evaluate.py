@@ -22,12 +22,12 @@ from anyexperts_jax.analysis.timing import time_budgets
 from anyexperts_jax.analysis.trained import Trained, load_trained, own_window, require_experts, with_room
 from anyexperts_jax.analysis.versions import device_text, versions
 from anyexperts_jax.core.batch import Batch
-from anyexperts_jax.core.config import AnyExpertsConfig, round_half_up
+from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, require, require_one_of
 from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.data.pipeline import eval_batches
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.routing.budget import calibrate_budget, shift_budget
+from anyexperts_jax.routing.budget import calibrate_budget, nearest_budget, shift_budget
 
 BUDGET_RATIOS = (0.6, 0.8, 1.0, 1.2)  # of the nominal budget a run was trained with: 4.8 6.4 8.0 9.6 for 8..12
 
@@ -89,12 +89,22 @@ def evaluate(
 
 
 def default_budgets(moe: AnyExpertsConfig) -> tuple[float, ...]:
-    """0.6, 0.8, 1 and 1.2 times the nominal budget, as the paper's 4.8 to 9.6 are; whole numbers for static top-k."""
-    found = [round(ratio * moe.expected_real_slots, 6) for ratio in BUDGET_RATIOS]
-    if moe.k_min == moe.k_max:
-        most = moe.experts_in_reach
-        found = [float(min(round_half_up(budget), most)) for budget in found]
+    """0.6, 0.8, 1 and 1.2 times the nominal budget, as the paper's 4.8 to 9.6 are.
+
+    Each is moved to the nearest budget that a window of the run's width has: whole numbers for static top-k, and no
+    fewer than k_min = 1 slots. Those that fall together are one.
+    """
+    found = (nearest_budget(moe, round(ratio * moe.expected_real_slots, 6)) for ratio in BUDGET_RATIOS)
     return tuple(dict.fromkeys(found))
+
+
+def _say_what_moved(moe: AnyExpertsConfig, budgets: Sequence[float], note: Callable[[str], None]) -> None:
+    wanted = [round(ratio * moe.expected_real_slots, 6) for ratio in BUDGET_RATIOS]
+    if list(budgets) != wanted:
+        asked, taken = (", ".join(f"{budget:g}" for budget in each) for each in (wanted, budgets))
+        k_min, k_max = own_window(moe)
+        width = f"windows as wide as the run's, {k_min:g} to {k_max:g}, do not have all of {asked}"
+        note(f"budgets {taken}: {width}; these are the nearest they have")
 
 
 def evaluate_trained(
@@ -108,7 +118,11 @@ def evaluate_trained(
     """`evaluate` without files."""
     require_experts(trained.config, "nothing to evaluate at a budget")
     moe = trained.config.model.moe
-    budgets = tuple(dict.fromkeys(budgets)) if budgets else default_budgets(moe)
+    if budgets:
+        budgets = tuple(dict.fromkeys(budgets))
+    else:
+        budgets = default_budgets(moe)
+        _say_what_moved(moe, budgets, note)
     names = tuple(domains or trained.config.data.domains)
     for name in names:
         require_one_of("domain", name, trained.config.data.domains)

@@ -22,7 +22,7 @@ def shift_budget(config: AnyExpertsConfig, target_real: float) -> AnyExpertsConf
       UserError: no window of this width has that nominal budget; says which budgets have one.
     """
     _check_target(target_real)
-    shift = _exact(target_real) / _real_share(config) - _middle(config)
+    shift = _shift_to(config, target_real)
     step = _step(config)
     if step == 1 and shift.denominator != 1:
         below = (_middle(config) + math.floor(shift)) * _real_share(config)
@@ -39,6 +39,31 @@ def shift_budget(config: AnyExpertsConfig, target_real: float) -> AnyExpertsConf
             f"target_real={target_real:g} is out of reach: windows {float(_width(config)):g} wide give nominal budgets "
             f"from {low:g} to {high:g} ({error})"
         ) from error
+
+
+def nearest_budget(config: AnyExpertsConfig, target_real: float) -> float:
+    """The budget nearest to `target_real`, in real experts per token, that `shift_budget` has a window for.
+
+    Raises:
+      UserError: when `target_real` is not a number > 0.
+    """
+    _check_target(target_real)
+    step, share, middle = _step(config), _real_share(config), _middle(config)
+    shift = _shift_to(config, target_real)
+    if step == 1:
+        shift = Fraction(math.floor(shift + Fraction(1, 2)))
+    if not _is_valid(config, shift):
+        low, high = _shift_range(config)
+        if step == 1:
+            low, high = Fraction(math.ceil(low)), Fraction(math.floor(high))
+        shift = min(max(shift, low), high)
+    budget = float((middle + shift) * share)
+    while shift != 0 and not _is_valid(
+        config, _shift_to(config, budget)
+    ):  # another rule than the ends', or a last digit
+        shift -= min(step, abs(shift)) * (1 if shift > 0 else -1)
+        budget = float((middle + shift) * share)
+    return budget
 
 
 def calibrate_budget(
@@ -133,6 +158,11 @@ class _Search:
             f"target_real={self.target:g} is out of reach: the {side} window, {end[2]}, realises {end[1]:.4g} real "
             "experts per token"
         )
+
+
+def _shift_to(config: AnyExpertsConfig, budget: float) -> Fraction:
+    """Slots from the config's window to that of a nominal budget; rounded, as a budget of 2/3 k is a rounded number."""
+    return round(_exact(budget) / _real_share(config) - _middle(config), 12)
 
 
 def _window(config: AnyExpertsConfig) -> str:

@@ -26,6 +26,7 @@ from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.data.tokenizer import decode
 from anyexperts_jax.models.generate import generate
 from anyexperts_jax.models.presets import static_twin
+from anyexperts_jax.routing.budget import shift_budget
 from tests.analysis.stand_in import DATA, MODEL, trained
 
 ROWS = 6
@@ -241,6 +242,36 @@ def test_static_top_k_has_whole_budgets_and_no_importance():
 
 def test_default_budgets_are_the_papers():
     assert default_budgets(AnyExpertsConfig()) == (4.8, 6.4, 8.0, 9.6)
+
+
+@pytest.mark.parametrize(
+    ("k_min", "k_max", "budgets"),
+    [
+        (1, 3, (1.6, 1.92)),
+        (2, 6, (2.4, 2.56, 3.2, 3.84)),
+        (8, 8, (4.0, 4.8, 6.4, 8.0)),
+        (314, 318, (151.68, 202.24, 252.8, 254.4)),
+    ],
+)
+def test_default_budgets_are_within_the_reach_of_every_window(k_min, k_max, budgets):
+    moe = AnyExpertsConfig(k_min=k_min, k_max=k_max)
+    found = default_budgets(moe)
+    assert found == budgets
+    for budget in found:
+        shift_budget(moe, budget)
+
+
+def test_a_low_window_is_evaluated_and_says_at_which_budgets():
+    moe = dataclasses.replace(MODEL.moe, k_min=1, k_max=3)
+    low = trained(dataclasses.replace(MODEL, moe=moe))
+    notes: list[str] = []
+    options = dataclasses.replace(OPTIONS, num_examples=2, calibration_examples=2, calibrated=False)
+    found = evaluate_trained(low, None, ("nlp",), options=options, note=notes.append)
+    assert [one.budget for one in found.budgets] == [1.6, 1.92]
+    assert notes[0] == (
+        "budgets 1.6, 1.92: windows as wide as the run's, 1 to 3, do not have all of 0.96, 1.28, 1.6, 1.92; "
+        "these are the nearest they have"
+    )
 
 
 def test_equal_importance_ends_at_the_nearest_window_with_a_note(one, test_batches):

@@ -2,7 +2,7 @@ import pytest
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.routing.budget import calibrate_budget, shift_budget
+from anyexperts_jax.routing.budget import calibrate_budget, nearest_budget, shift_budget
 
 PAPER = AnyExpertsConfig()  # 256 + 64 columns, window [8, 12], rho_max 0.2
 
@@ -139,3 +139,24 @@ def test_a_non_finite_measurement_and_a_zero_tolerance_are_refused():
         calibrate_budget(PAPER, lambda config: float("nan"), 8.0)
     with pytest.raises(UserError, match="tolerance=0"):
         calibrate_budget(PAPER, lambda config: 8.0, 8.0, tolerance=0)
+
+
+@pytest.mark.parametrize("rho_max", [0.0, 0.2, 1 / 3])
+@pytest.mark.parametrize("window", [(1, 3), (1.5, 5.5), (4, 4), (2.25, 2.25)])
+@pytest.mark.parametrize("slot_rounding", ["round", "stochastic"])
+def test_the_nearest_budget_has_a_window_and_a_budget_that_has_one_is_its_own(rho_max, window, slot_rounding):
+    virtual = 4 if rho_max else 0
+    config = AnyExpertsConfig(16, virtual, *window, rho_max=rho_max, slot_rounding=slot_rounding)
+    for target in (0.01, 1.0, 2.7, 4.1, 15.9, 100.0):
+        nearest = nearest_budget(config, target)
+        found = shift_budget(config, nearest)
+        assert found.expected_real_slots == pytest.approx(nearest)
+        try:
+            shift_budget(config, target)
+        except UserError:
+            assert nearest != target
+        else:
+            assert nearest == pytest.approx(target, abs=1e-9)
+    assert nearest_budget(config, config.expected_real_slots) == pytest.approx(config.expected_real_slots)
+    with pytest.raises(UserError, match="> 0"):
+        nearest_budget(config, -1.0)
