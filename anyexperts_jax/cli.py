@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 
 from anyexperts_jax import __version__
-from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.errors import UserError, require
 
 SECONDS_FOR_THE_SAME_ERROR = 2.0  # that other processes have to say it as well
 OUTPUTS = ("folder", "out", "json", "run", "runs")  # options that say where a command writes
@@ -123,8 +123,8 @@ def _generate(options: argparse.Namespace) -> None:
     if options.question is not None:
         example = own_example(options.question, data.encoding, image=options.image, audio=options.audio)
     else:
-        if options.image or options.audio:
-            raise UserError("--image and --audio go with --question")
+        require(not (options.image or options.audio), "--image and --audio go with --question")
+        require(options.index >= 0, f"--index={options.index} must be >= 0")
         source = open_source(data, options.domain or data.domains[0], options.split, options.index + 1)
         example = source[options.index]
     reply = ask(trained, example, options.budget)
@@ -275,11 +275,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("evaluate", help="score one checkpoint at several budgets")
     _add_run(parser)
     parser.add_argument(
-        "--budget",
-        type=float,
-        nargs="+",
-        metavar="K",
-        help="real experts per token (default: up to four near the run's)",
+        "--budget", type=float, nargs="+", metavar="K", help="real experts per token (default: four near the run's)"
     )
     parser.add_argument("--domain", nargs="+", help="domains to evaluate (default: all of the run)")
     parser.add_argument("--examples", type=int, default=64, help="test examples of each domain (default: 64)")
@@ -300,7 +296,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     _add_run(parser)
     parser.add_argument("--domain", help="take the question from this domain (default: the run's first)")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    parser.add_argument("--index", type=int, default=0, help="number of the example in the split")
+    parser.add_argument("--index", type=int, default=0, help="number of the example in the split, from 0")
     parser.add_argument("--question", help="ask this instead")
     parser.add_argument("--image", type=pathlib.Path, help="a picture that --question is about")
     parser.add_argument("--audio", type=pathlib.Path, help="a WAV file that --question is about")

@@ -96,7 +96,10 @@ def _read_audio(path: pathlib.Path) -> np.ndarray:
         rate, samples = wavfile.read(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the sound {path}: {error}; it must be a WAV file") from error
-    full_scale = np.iinfo(samples.dtype).max if np.issubdtype(samples.dtype, np.integer) else 1
+    require(len(samples) > 0, f"the sound {path} is empty; give a WAV file with samples in it")
+    full_scale = np.iinfo(samples.dtype).max if np.issubdtype(samples.dtype, np.signedinteger) else 1
+    if samples.dtype == np.uint8:  # the one kind of WAV without a sign: 128 is silence
+        samples, full_scale = samples - np.float64(128), 128
     mono = samples.reshape(len(samples), -1).mean(axis=1) / full_scale
     common = np.gcd(rate, SAMPLE_RATE)
     return resample_poly(mono, SAMPLE_RATE // common, rate // common).clip(-1, 1).astype(np.float32)

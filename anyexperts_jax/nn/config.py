@@ -78,7 +78,7 @@ class StackConfig:
         require_one_of("remat", self.remat, get_args(Remat))
         require_one_of("dtype", self.dtype, get_args(Dtype))
         require_one_of("param_dtype", self.param_dtype, get_args(Dtype))
-        for name in ("d_model", "moe_every", "d_ff", "expert_d_ff", "exchange_chunks", "scan_unroll"):
+        for name in ("d_model", "num_layers", "moe_every", "d_ff", "expert_d_ff", "exchange_chunks", "scan_unroll"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
         require(self.num_shared_experts >= 0, f"num_shared_experts={self.num_shared_experts} must be >= 0")
         require(

@@ -54,13 +54,26 @@ def test_the_users_own_sound_is_brought_to_our_rate(tmp_path):
     assert example.audio[100] == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "silence", "half"),
+    [(np.uint8, 128, 192), (np.int16, 0, 2**14), (np.int32, 0, 2**30), (np.float32, 0, 0.5)],
+)
+def test_every_kind_of_wav_is_read_at_its_own_scale(tmp_path, dtype, silence, half):
+    samples = np.repeat(np.array([silence, half], dtype), 200)
+    wavfile.write(tmp_path / "a.wav", SAMPLE_RATE, samples)
+    audio = own_example("what is said?", EncodingSpec(), audio=tmp_path / "a.wav").audio
+    np.testing.assert_allclose(audio, np.repeat([0, 0.5], 200), atol=1e-4)
+
+
 def test_what_cannot_be_read_is_refused(tmp_path):
+    wavfile.write(tmp_path / "empty.wav", SAMPLE_RATE, np.zeros(0, np.int16))
     (tmp_path / "no.png").write_text("not a picture")
     (tmp_path / "no.wav").write_text("not a sound")
     for kwargs, message in (
         ({"image": tmp_path / "no.png"}, "cannot read the picture .*no.png"),
         ({"image": tmp_path / "none.png"}, "cannot read the picture .*none.png"),
         ({"audio": tmp_path / "no.wav"}, "cannot read the sound .*no.wav: .*; it must be a WAV file"),
+        ({"audio": tmp_path / "empty.wav"}, "the sound .*empty.wav is empty; give a WAV file with samples in it"),
         ({"audio": tmp_path / "no.wav", "image": tmp_path / "no.png"}, "give --image or --audio, not both"),
     ):
         with pytest.raises(UserError, match=message):
@@ -79,3 +92,5 @@ def test_the_command(one, tmp_path, capsys):
     assert lines[0].endswith(open_source(DATA, "nlp", "test", 4)[3].question)
     assert main(["generate", run, "--question", "1 + 1?", "--budget", "99"]) != 0
     assert "99" in capsys.readouterr().err
+    assert main(["generate", run, "--index", "-1"]) == 2
+    assert capsys.readouterr().err == "anyexperts: --index=-1 must be >= 0\n"
