@@ -22,6 +22,7 @@ from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.train.stops import PeerLostError
 
 AUTO = "auto"
+CLOUD_TPU_PORT = 8482  # where JAX's coordinator listens on TPUs; under Slurm the port follows from the job's number
 HEARTBEAT_MARGIN = 60.0  # seconds JAX's own check is slower than ours: its message is a stack trace
 
 
@@ -102,7 +103,7 @@ def _checked(count: str, index: str, coordinator: str) -> Peers:
 
 
 def connect(peers: Peers, timeout: float) -> None:
-    """Meets the other processes; nothing of JAX may have run before.
+    """Meets the other processes; nothing of JAX may have run before. Says first what it waits for, in one line.
 
     A process that waits for longer than `timeout` seconds ends with one line and exit code 5.
 
@@ -110,10 +111,14 @@ def connect(peers: Peers, timeout: float) -> None:
       UserError: when JAX finds no cluster.
     """
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the loop
-    where = f" at {peers.coordinator}" if peers.coordinator else ""
-    who = "this process" if peers.count is None else f"process {peers.index} of {peers.count}"
-    advice = f"start the same command on every host{', let them reach that port,' if where else ''} or wait longer"
+    if peers.count is None:
+        who, where, port = "this process", " that the cluster names", _port_by_default(os.environ)
+    else:
+        who, where, port = f"process {peers.index} of {peers.count}", f" at {peers.coordinator}", "that port"
+    advice = f"start the same command on every host, let them reach {port}, or wait longer"
     message = f"{who} waited {timeout:g} s for the others{where}; {advice} (runtime.peer_timeout)"
+    start = f"{who} waits for the others{where}, {timeout:g} s at most (runtime.peer_timeout)"
+    print(f"anyexperts: {start}", file=sys.stderr, flush=True)
     try:
         with Watch(timeout, lambda _: message).waiting("the others"):
             jax.distributed.initialize(
@@ -130,6 +135,13 @@ def connect(peers: Peers, timeout: float) -> None:
         raise UserError(
             f"JAX finds no cluster here ({line}); give --processes, --process-index, --coordinator"
         ) from error
+
+
+def _port_by_default(environment: Mapping[str, str]) -> str:
+    """The port of process 0 where nobody gave its address."""
+    given = environment.get("JAX_COORDINATOR_PORT")
+    default = f"port {CLOUD_TPU_PORT} on TPUs, one from 61440 to 65535 under Slurm; JAX_COORDINATOR_PORT sets another"
+    return f"port {given} of process 0" if given else f"JAX's port of process 0 ({default})"
 
 
 def several() -> bool:

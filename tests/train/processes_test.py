@@ -221,7 +221,9 @@ def test_a_run_goes_on_in_two_four_and_one_process_as_in_one(tmp_path, launch, m
     assert lines[0].startswith(
         f"anyexperts: stopped by SIGTERM after step {stopped_at} of 60; the last good checkpoint"
     )
-    assert [line for line in output_of(tmp_path, 3).splitlines() if "Gloo" not in line] == lines[:1]  # nothing else
+    shown = [line for line in output_of(tmp_path, 3).splitlines() if "Gloo" not in line]
+    assert shown[0].startswith("anyexperts: process 1 of 4 waits for the others at 127.0.0.1:")
+    assert shown[1:] == lines[:1]  # nothing else
 
     monkeypatch.setattr(loop, "model_apply", lambda config, placement: linear_apply)
     train(config, run, progress=False)
@@ -250,9 +252,55 @@ def test_a_missing_peer_is_one_line_after_a_time_out(tmp_path, launch):
     (process,) = launch(run_config(), tmp_path / "run", 2, "--set", "runtime.peer_timeout=2", only=0)
     assert process.wait(timeout=300) == 5
     assert time.monotonic() - start < 200
-    (line,) = output_of(tmp_path, 0).splitlines()
-    assert line.startswith("anyexperts: process 0 of 2 waited 2 s for the others at 127.0.0.1:")
-    assert "runtime.peer_timeout" in line
+    waits, waited = output_of(tmp_path, 0).splitlines()
+    address = r"127\.0\.0\.1:\d+"
+    who = "anyexperts: process 0 of 2"
+    assert re.fullmatch(rf"{who} waits for the others at {address}, 2 s at most \(runtime\.peer_timeout\)", waits)
+    assert re.match(rf"{who} waited 2 s for the others at {address}; .* let them reach that port, or wait", waited)
+    assert waited.endswith("(runtime.peer_timeout)")
+
+
+@pytest.mark.parametrize(
+    ("environment", "port"),
+    [
+        ({}, "JAX's port of process 0 (port 8482 on TPUs, one from 61440 to 65535 under Slurm; JAX_COORDINATOR_PORT"),
+        ({"JAX_COORDINATOR_PORT": "1234"}, "port 1234 of process 0,"),
+    ],
+)
+def test_a_cluster_that_does_not_come_together_says_what_it_waits_for_and_which_port_to_open(environment, port):
+    code = """if True:
+        import time
+        import jax
+        jax.distributed.initialize = lambda *who, **how: time.sleep(60)
+        from anyexperts_jax.train.processes import Peers, connect
+        connect(Peers(), 0.5)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), **environment}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 5
+    waits, waited = ended.stderr.splitlines()
+    who, others = "anyexperts: this process", "the others that the cluster names"
+    assert waits == f"{who} waits for {others}, 0.5 s at most (runtime.peer_timeout)"
+    assert waited.startswith(
+        f"{who} waited 0.5 s for {others}; start the same command on every host, let them reach {port}"
+    )
+
+
+def test_the_port_named_for_tpus_is_jaxs():
+    from jax._src.clusters.cloud_tpu_cluster import coordinator_port
+
+    assert str(processes.CLOUD_TPU_PORT) == coordinator_port
+
+
+def test_the_line_is_printed_before_the_wait(monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(
+        processes.jax.distributed, "initialize", lambda *who, **how: said.append(capsys.readouterr().err)
+    )
+    monkeypatch.setattr(processes.jax.config, "update", lambda *setting: None)
+    processes.connect(Peers(4, 2, "host:1234"), 300.0)
+    line = "anyexperts: process 2 of 4 waits for the others at host:1234, 300 s at most (runtime.peer_timeout)\n"
+    assert said == [line]
 
 
 PATIENCE = 8
