@@ -209,6 +209,24 @@ def test_verdicts_follow_the_figures(result):
     assert not next(v for v in again if v.question.startswith("realised")).met
 
 
+@pytest.mark.parametrize(
+    ("loads", "measured", "met"),
+    [
+        (((1.2, 1.3), (1.5, 2.43)), "2.43 at budget 4.5", False),  # not at 3, the nearest to the one trained with
+        (((1.2, 1.73), (1.5, 1.3)), "1.73 at budget 3", True),
+        (((2.0, 1.3), (1.5, 1.73)), "2.00 at budget 3", False),
+    ],
+)
+def test_the_verdict_on_load_is_of_the_worst_layer_and_budget(result, loads, measured, met):
+    budgets = tuple(
+        dataclasses.replace(one, routing=dataclasses.replace(one.routing, load_max_over_mean=load))
+        for one, load in zip(result.budgets, loads, strict=True)
+    )
+    found = verdicts(dataclasses.replace(result, budgets=budgets), MODEL.moe)
+    (load,) = (one for one in found if one.question == "busiest expert over the mean, worst layer and budget")
+    assert (load.measured, load.wanted, load.met) == (measured, "< 2", met)
+
+
 def test_tables_print_every_budget_and_domain(result, capsys):
     print_evaluation(result)
     printed = capsys.readouterr().out
