@@ -286,7 +286,7 @@ class _Run:
         if window is not None:
             times["step_seconds"] = dataclasses.asdict(window)
         self.log.write("train", step, {**scalars, **means, **times})
-        self.reporter.step(step, train.steps, status_line(scalars, means["mean_real_slots"], rate))
+        self.reporter.step(step, train.steps, status_line(scalars, means, rate))
         self.tokens, self.since = 0.0, time.perf_counter()
 
     def _not_finite(self, step: int, report: StepReport) -> None:

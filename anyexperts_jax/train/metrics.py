@@ -10,6 +10,7 @@ A record of metrics.jsonl holds a step's scalars and its routing, means over the
     load_max_over_mean, router_entropy, dropped        [layer]
     tokens                                             [modality]
     mean_real_slots, nominal_real_slots, mean_virtual_share, mean_importance, worst_load_max_over_mean, total_dropped
+    dropped_share                                      real slots that found no room, of all real slots
 """
 
 import dataclasses
@@ -90,6 +91,7 @@ def routing_means(config: AnyExpertsConfig, sums: RoutingSums) -> dict[str, Any]
         "mean_importance": float(sums.importance_LM.sum()) / layers / tokens,
         "worst_load_max_over_mean": float(peak_L.max(initial=0.0)),
         "total_dropped": float(sums.dropped_L.sum()),
+        "dropped_share": float(sums.dropped_L.sum()) / max(float(sums.real_slots_LM.sum()), 1.0),
     }
 
 

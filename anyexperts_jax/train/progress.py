@@ -64,10 +64,13 @@ class Reporter:
             self._console.print(routing_table(record))
 
 
-def status_line(scalars: dict[str, float], mean_real_slots: float, tokens_per_second: float) -> str:
+def status_line(scalars: dict[str, float], routing: dict[str, Any], tokens_per_second: float) -> str:
+    """A step in a line; what was dropped is in it where anything was. `routing`: of `metrics.routing_means`."""
+    share = routing["dropped_share"]
+    dropped = f"  dropped {100 * share:.3g}% of slots" if share else ""
     return (
         f"loss {scalars['answer_loss']:.3f}  answer tokens right {scalars['token_accuracy']:.0%}  "
-        f"real experts {mean_real_slots:.2f}  {tokens_per_second:,.0f} tokens/s"
+        f"real experts {routing['mean_real_slots']:.2f}{dropped}  {tokens_per_second:,.0f} tokens/s"
     )
 
 

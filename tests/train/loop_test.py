@@ -19,7 +19,7 @@ import pytest
 from anyexperts_jax import cli
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.sharding.mesh import MeshConfig
-from anyexperts_jax.train import loop
+from anyexperts_jax.train import loop, progress
 from anyexperts_jax.train.config import to_json
 from anyexperts_jax.train.loop import train
 from anyexperts_jax.train.run_dir import load_run
@@ -71,6 +71,7 @@ def test_a_run_leaves_its_files_and_its_result(tmp_path, linear_model):
     assert (result.step, result.skipped_steps) == (6, 0)
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
     assert sorted(losses(tmp_path / "run", "validation")) == [3, 6]
+    assert {record["dropped_share"] for record in read_records(tmp_path / "run" / "metrics.jsonl")} == {0.0}
     assert checkpoint_steps(tmp_path / "run") == [3, 6]
     assert result.validation["domains"]["nlp"]["examples"] == 8
     assert (tmp_path / "run" / "config.json").read_text() == to_json(run_config())
@@ -81,6 +82,20 @@ def test_a_run_leaves_its_files_and_its_result(tmp_path, linear_model):
         assert len(params["tokens"]["table"].devices()) == 1
     again = train(run_config(), tmp_path / "run", progress=False)
     assert again == result
+
+
+def test_slots_that_find_no_room_are_a_share_in_the_log_and_on_the_line_of_a_step(tmp_path, monkeypatch, capsys):
+    def apply(*arguments):
+        logits, trace = linear_apply(*arguments)
+        dropped = trace.real_slots_BT.sum((1, 2)) / 4
+        return logits, dataclasses.replace(trace, metrics={**trace.metrics, "dropped": dropped})
+
+    monkeypatch.setattr(loop, "model_apply", lambda config, placement: apply)
+    monkeypatch.setattr(progress, "PLAIN_LINE_SECONDS", 0.0)
+    train(run_config(steps=3), tmp_path)
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [record["dropped_share"] for record in records] == [0.25] * 4
+    assert "real experts 3.00  dropped 25% of slots" in capsys.readouterr().err
 
 
 def test_a_run_tells_where_its_time_goes_and_traces_what_it_is_asked_to(tmp_path, linear_model, capsys):

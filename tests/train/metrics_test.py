@@ -51,6 +51,7 @@ def test_means_match_a_loop_over_tokens():
     np.testing.assert_allclose(means["load_max_over_mean"], [6 / 3, 0])  # of the real experts 6, 2, 1
     np.testing.assert_allclose(means["router_entropy"], [0.5, 1.0], rtol=1e-6)
     assert means["total_dropped"] == 2
+    np.testing.assert_allclose(means["dropped_share"], 2 / np.asarray(trace.real_slots_BT).sum(), rtol=1e-6)
     assert means["nominal_real_slots"] == 0.75 * 3
     valid = np.asarray(batch.valid_BT)
     np.testing.assert_allclose(means["mean_real_slots"], np.asarray(trace.real_slots_BT)[:, valid].mean(), rtol=1e-6)
@@ -79,6 +80,11 @@ def test_a_modality_without_tokens_is_nan_and_null():
     assert np.isnan(means["real_slots"][:, 3]).all()
     assert plain(means)["real_slots"][0][3] is None
     assert plain(means)["importance_histogram"][0][3][0] is None
+
+
+def test_nothing_is_dropped_where_there_are_no_slots():
+    sums = jax.tree.map(jnp.zeros_like, routing_sums(random_trace(random_batch()), random_batch()))
+    assert routing_means(CONFIG, sums)["dropped_share"] == 0
 
 
 def test_plain_makes_json_values():

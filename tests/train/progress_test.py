@@ -19,6 +19,8 @@ RECORD = {
     "nominal_real_slots": 8.0,
 }
 
+SCALARS = {"answer_loss": 0.5, "token_accuracy": 0.75}
+
 
 def shown(show, terminal=False) -> str:
     out = io.StringIO()
@@ -44,10 +46,16 @@ def test_an_evaluation_is_one_line_without_markup():
 def test_the_bar_is_for_terminals_and_silence_for_no_console():
     def run(reporter):
         reporter.start(0, 4)
-        reporter.step(2, 4, status_line({"answer_loss": 0.5, "token_accuracy": 0.75}, 7.9, np.float64(1234.5)))
+        reporter.step(2, 4, status_line(SCALARS, {"mean_real_slots": 7.9, "dropped_share": 0.0}, np.float64(1234.5)))
         reporter.stop()
 
     assert "2/4" in shown(run, terminal=True)
     assert "loss 0.500  answer tokens right 75%  real experts 7.90  1,234 tokens/s" in shown(run, terminal=True)
     assert shown(run) == ""
     run(Reporter(None))
+
+
+def test_the_line_of_a_step_has_the_share_of_slots_dropped_where_there_were_any():
+    for share, text in ((0.0123, "1.23%"), (1.0, "100%"), (1e-6, "0.0001%")):
+        line = status_line(SCALARS, {"mean_real_slots": 7.9, "dropped_share": share}, 10.0)
+        assert f"real experts 7.90  dropped {text} of slots  10 tokens/s" in line
