@@ -58,6 +58,7 @@ def moe_apply_stats(
     num_sequences: int = 1,
     residuals: str = "saved",
     place_buffers: Callable[[Array], Array] = lambda x_ECD: x_ECD,
+    run_blocks: Callable[..., tuple[Array, DispatchStats]] | None = None,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
     """(sum over each token's slots of weight * expert(x) or, for virtual slots, weight * x; stats).
 
@@ -73,6 +74,7 @@ def moe_apply_stats(
       num_sequences: N = num_sequences * T, sequence after sequence; overflow takes the latest positions of all.
       residuals: "saved" keeps gate and up of the rows for the backward pass, "recomputed" computes them again.
       place_buffers: `place` of `capacity.apply_capacity`; on a mesh, `sharding.activations.split_buffers`.
+      run_blocks: in place of `blocks.apply_blocks`; on a mesh, `sharding.blocks.split_blocks`.
 
     Raises:
       UserError: an unknown dispatch, implementation or residuals, or shapes, dtypes or sizes that do not fit.
@@ -81,33 +83,25 @@ def moe_apply_stats(
     _check(x_ND, plan, w_gate_EDF, dispatch, capacity, num_sequences)
     weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
     how: dict[str, Any] = {"implementation": implementation, "residuals": residuals}
+    run_blocks = apply_blocks if run_blocks is None else run_blocks
     if dispatch == "dense":
         y_ND, stats = apply_dense(x_ND, plan, *weights, **how)
     elif dispatch in ("blocks", "exchange"):
-        y_ND, stats = apply_blocks(x_ND, plan, *weights, **how)
+        y_ND, stats = run_blocks(x_ND, plan, *weights, **how)
     else:
         rows = rows_per_expert(plan.spec, x_ND.shape[0]) if capacity is None else min(capacity, x_ND.shape[0])
         size: dict[str, Any] = {"capacity": rows, "num_sequences": num_sequences}
         y_ND, stats = apply_capacity(x_ND, plan, *weights, **size, **how, place=place_buffers)
         if plan.spec.overflow == "fallback":
-            y_ND, stats = _exact_where_dropped(y_ND, stats, x_ND, plan, weights, how)
+            y_ND, stats = _where_none_dropped(y_ND, stats, lambda: run_blocks(x_ND, plan, *weights, **how))
     return add_virtual_output(y_ND, x_ND, plan), stats
 
 
-def _exact_where_dropped(
-    y_ND: Array,
-    stats: DispatchStats,
-    x_ND: Array,
-    plan: RoutingPlan,
-    weights: tuple[Array, Array, Array],
-    how: dict[str, Any],
+def _where_none_dropped(
+    y_ND: Array, stats: DispatchStats, exact: Callable[[], tuple[Array, DispatchStats]]
 ) -> tuple[Array, DispatchStats]:
-    """The dropless result where the buffers dropped anything, else what they gave."""
-    return jax.lax.cond(
-        stats.dropped > 0,
-        lambda: apply_blocks(x_ND, plan, *weights, **how),
-        lambda: (y_ND, stats),
-    )
+    """What the buffers gave, or the exact result where they dropped anything."""
+    return jax.lax.cond(stats.dropped > 0, exact, lambda: (y_ND, stats))
 
 
 def _check(

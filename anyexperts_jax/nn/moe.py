@@ -21,6 +21,7 @@ from anyexperts_jax.routing.route import route
 from anyexperts_jax.routing.routers.shuffle import shuffled_logits
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.activations import split_buffers
+from anyexperts_jax.sharding.blocks import split_blocks
 from anyexperts_jax.sharding.expert_parallel import Placement, moe_exchange_stats
 
 
@@ -67,7 +68,7 @@ class MoE(nn.Module):
     norm_eps: float = 1e-6
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
-    placement: Placement | None = None  # of the arrays, for dispatch="exchange" between devices; None: one device
+    placement: Placement | None = None  # of the arrays; None: one device
 
     @nn.compact
     def __call__(
@@ -132,6 +133,7 @@ class MoE(nn.Module):
             y_ND, stats = moe_exchange_stats(x_ND, plan, *experts(d_model), self.placement, self.expert_mlp, **how)
         else:
             how["place_buffers"] = functools.partial(split_buffers, placement=self.placement)
+            how["run_blocks"] = functools.partial(split_blocks, placement=self.placement, num_sequences=batch)
             y_ND, stats = moe_apply_stats(x_ND, plan, *experts(d_model), self.dispatch, self.expert_mlp, **how)
         y_BTD = y_ND.reshape(x_BTD.shape)
         if self.is_mutable_collection("probe") and not self.is_initializing():

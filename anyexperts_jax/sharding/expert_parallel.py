@@ -13,7 +13,7 @@ from anyexperts_jax.dispatch.base import DispatchStats, add_virtual_output
 from anyexperts_jax.dispatch.exchange import Experts, apply_exchange
 from anyexperts_jax.routing.plan import RoutingPlan
 from anyexperts_jax.sharding.rules import ShardingRules
-from anyexperts_jax.sharding.specs import DEFAULT_RULES, parts, require_automatic
+from anyexperts_jax.sharding.specs import DEFAULT_RULES, parts, require_automatic, require_divided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +109,6 @@ def _check(
 ) -> None:
     shards = mesh.shape[expert_axis]
     require(num_experts % shards == 0, f"{num_experts} experts do not split over mesh axis {expert_axis!r} of {shards}")
-    for what, size, axes in zip(("sequences", "positions"), x_BTD.shape, tokens_spec, strict=False):
-        count = parts(mesh, axes)
-        require(size % count == 0, f"{size} {what} do not split over mesh axes {axes} of {count} devices")
+    require_divided(mesh, tokens_spec, *x_BTD.shape[:2])
     own = x_BTD.shape[1] // parts(mesh, tokens_spec[1])
     require(own % chunks == 0, f"stack.exchange_chunks={chunks} must divide the {own} positions that a device has")

@@ -107,6 +107,17 @@ def param_shardings(mesh: Mesh, logical_axes: Any, abstract_params: Any, rules: 
     return jax.tree_util.tree_map_with_path(sharding, abstract_params, logical_axes)
 
 
+def require_divided(mesh: Mesh, tokens_spec: PartitionSpec, sequences: int, positions: int) -> None:
+    """Refuses tokens that do not split evenly over the mesh axes of `tokens_spec`, those of batch and length.
+
+    Raises:
+      UserError: naming the size and the axes.
+    """
+    for what, size, axes in zip(("sequences", "positions"), (sequences, positions), tokens_spec, strict=True):
+        count = parts(mesh, axes)
+        require(size % count == 0, f"{size} {what} do not split over mesh axes {axes} of {count} devices")
+
+
 def parts(mesh: Mesh, mesh_axes: Any) -> int:
     """Into how many parts a dimension on `mesh_axes` is split."""
     names = () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes

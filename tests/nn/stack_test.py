@@ -97,6 +97,16 @@ def test_rows_that_are_kept_do_not_travel_again():
         assert primitives(traced.jaxpr.jaxpr)["all_to_all"] == exchanges
 
 
+@pytest.mark.parametrize("fields", [{"remat": "full"}, {"remat": "dots", "scan_unroll": 2}, {}], ids=str)
+def test_blocks_on_a_mesh_under_remat_and_scan(fields):
+    placement = Placement(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2]))
+    (loss, trace), grads = loss_and_grad(placement=placement, dispatch="blocks", **fields)
+    (one_loss, one_trace), one_grads = loss_and_grad()
+    np.testing.assert_array_equal(trace.expert_ids_BTK, one_trace.expert_ids_BTK)
+    np.testing.assert_allclose(loss, one_loss, rtol=1e-6)
+    close(grads, one_grads)
+
+
 @pytest.mark.slow
 def test_remat_through_the_block_dispatch():
     for residuals in ("saved", "recomputed"):

@@ -1,48 +1,31 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.dispatch.apply import moe_apply_stats
 from anyexperts_jax.dispatch.exchange import rows_per_shard
-from anyexperts_jax.sharding.activations import split_buffers
-from anyexperts_jax.sharding.expert_parallel import Placement, moe_exchange_stats
-from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.expert_parallel import moe_exchange_stats
 from tests.dispatch.plans import make_operands, make_plan, random_ids
-
-EXPERTS, SEQUENCES, LENGTH, SLOTS, WIDTH, HIDDEN = 16, 8, 6, 3, 6, 8
-EMPTY = EXPERTS
-TOKENS = SEQUENCES * LENGTH
-MESHES = {
-    "expert 8": MeshConfig(data=1, expert=8),
-    "data 2, expert 4": MeshConfig(data=2, expert=4),
-    "fsdp 2, expert 2, tensor 2": MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
-    "expert 2, sequence 2, data 2": MeshConfig(data=2, expert=2, sequence=2),
-    "data 8": MeshConfig(data=8),
-    "two slices along fsdp, expert 4": MeshConfig(data=1, expert=4, dcn_fsdp=2),
-}
-
-
-CASES = {
-    "random": random_ids(np.random.default_rng(0), TOKENS, SLOTS, EXPERTS),
-    "all on one expert": np.tile([[5, EMPTY, EMPTY]], (TOKENS, 1)),
-    "one shard's experts alone": np.tile([[0, 1, EMPTY]], (TOKENS, 1)),
-    "one sequence has slots": np.where(np.arange(TOKENS)[:, None] < LENGTH, [[3, 9, EMPTY]], EMPTY),
-    "no slot at all": np.full((TOKENS, SLOTS), EMPTY),
-}
-
-
-def plan_of(case, **spec):
-    return make_plan(CASES[case], EXPERTS, **{"expected_real_slots": 1.5, "virtual_output": "zero", **spec})
-
-
-def place(mesh):
-    return Placement(make_mesh(mesh))
+from tests.sharding.meshes import (
+    CASES,
+    EMPTY,
+    EXPERTS,
+    HIDDEN,
+    LENGTH,
+    MESHES,
+    SEQUENCES,
+    SLOTS,
+    TOKENS,
+    WIDTH,
+    assert_as_one_device,
+    capacity,
+    place,
+    plan_of,
+    split_over,
+)
 
 
 def exchange(placement, num_sequences=SEQUENCES, chunks=1):
@@ -54,34 +37,11 @@ def in_chunks(placement):
     return exchange(placement, chunks=3)
 
 
-def capacity(placement):
-    how = {"num_sequences": SEQUENCES, "place_buffers": functools.partial(split_buffers, placement=placement)}
-    return lambda x, plan, *weights: moe_apply_stats(x, plan, *weights, "capacity", **how)
-
-
-@functools.cache
-def value_and_gradients(mesh, form=exchange):
-    """A compiled function of plan and operands; None: one device."""
-    run = form(place(MESHES[mesh]) if mesh else None) if mesh or form is capacity else moe_apply_stats
-
-    def total(x, weights_NK, weights, plan):
-        y_ND, stats = run(x, dataclasses.replace(plan, weights_NK=weights_NK), *weights)
-        return jnp.sin(y_ND).sum(), (y_ND, stats)
-
-    compiled = jax.jit(jax.value_and_grad(total, range(3), has_aux=True))
-    return lambda plan, x, *weights: compiled(x, plan.weights_NK, weights, plan)
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
     plan = plan_of(case, overflow="fallback")
-    operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
-    (_, (y_ND, stats)), gradients = value_and_gradients(mesh)(plan, *operands)
-    (_, (expected_ND, _)), expected = value_and_gradients(None)(plan, *operands)
-    np.testing.assert_allclose(y_ND, expected_ND, rtol=2e-5, atol=2e-5)
-    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    stats, _ = assert_as_one_device(mesh, exchange, plan)
     assert stats.dropped == 0
     assert stats.rows == (CASES[case] < EMPTY).sum()
 
@@ -90,12 +50,7 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
 @pytest.mark.parametrize("mesh", ["expert 2, sequence 2, data 2"])
 def test_chunks_give_the_values_and_gradients_of_one_device(mesh, case):
     plan = plan_of(case, overflow="fallback")
-    operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
-    (_, (y_ND, stats)), gradients = value_and_gradients(mesh, in_chunks)(plan, *operands)
-    (_, (expected_ND, _)), expected = value_and_gradients(None)(plan, *operands)
-    np.testing.assert_allclose(y_ND, expected_ND, rtol=2e-5, atol=2e-5)
-    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+    stats, _ = assert_as_one_device(mesh, in_chunks, plan)
     assert stats.rows == (CASES[case] < EMPTY).sum()
 
 
@@ -113,22 +68,9 @@ def test_what_does_not_fit_a_chunk_is_dropped_and_counted():
 @pytest.mark.parametrize("case", ["random", "one shard's experts alone", "one sequence has slots"])
 @pytest.mark.parametrize("mesh", ["data 2, expert 4", "fsdp 2, expert 2, tensor 2"])
 def test_capacity_buffers_on_a_mesh_give_and_drop_what_one_device_does(mesh, case):
-    plan, operands = plan_of(case), make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
-    (_, (y_ND, stats)), gradients = value_and_gradients(mesh, capacity)(plan, *split_over(mesh, operands))
-    (_, (expected_ND, dropped)), expected = value_and_gradients(None, capacity)(plan, *operands)
-    np.testing.assert_allclose(y_ND, expected_ND, rtol=2e-5, atol=2e-5)
-    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
-    assert stats.dropped == dropped.dropped
+    stats, expected = assert_as_one_device(mesh, capacity, plan_of(case), capacity)
+    assert stats.dropped == expected.dropped
     assert (stats.dropped > 0) == (case != "one sequence has slots")
-
-
-def split_over(mesh, operands):
-    """Tokens over the batch's axes, weights as parameters are."""
-    placement = place(MESHES[mesh])
-    axes = [("batch",), *[("expert", "embed", "expert_mlp")] * 2, ("expert", "expert_mlp", "embed")]
-    shardings = [NamedSharding(placement.mesh, placement.rules.spec(names)) for names in axes]
-    return jax.device_put(operands, tuple(shardings))
 
 
 def test_devices_share_the_rows_of_capacity_buffers():

@@ -192,6 +192,8 @@ def step_on_one_device():
 
 STEP_MESHES = [  # data x fsdp x expert x tensor x sequence, dispatch, micro-batches
     ((2, 2, 2, 1, 1), "blocks", 1),
+    ((8, 1, 1, 1, 1), "blocks", 1),
+    ((2, 1, 1, 2, 2), "blocks", 2),
     ((2, 2, 2, 1, 1), "exchange", 1),
     ((1, 1, 8, 1, 1), "exchange", 1),
     ((1, 8, 1, 1, 1), "exchange", 1),
