@@ -135,12 +135,16 @@ def _least_bytes(config: RunConfig, mesh: dict[str, int]) -> float:
 
 
 def gathered_bytes(model: ModelConfig, mesh: dict[str, int]) -> float:
-    """Bytes of a device's weights once those split over `fsdp` are gathered, in the compute dtype."""
+    """Bytes of a device's weights once those split over `fsdp` are gathered, in the compute dtype.
+
+    With dispatch="blocks" a device needs all experts, and those split over `expert` are gathered too.
+    """
+    gathered = {"embed", "expert"} if model.stack.dispatch == "blocks" else {"embed"}
     itemsize = 2 if model.stack.dtype == "bfloat16" else 4
     weights = 0.0
     axes = jax.tree.leaves(logical_axes(model), is_leaf=lambda node: isinstance(node, tuple))
     for array, names in zip(jax.tree.leaves(abstract_params(model)), axes, strict=True):
-        kept = [axis for name in names if name != "embed" for axis in as_tuple(getattr(DEFAULT_RULES, name))]
+        kept = [axis for name in names if name not in gathered for axis in as_tuple(getattr(DEFAULT_RULES, name))]
         weights += math.prod(array.shape) / math.prod(mesh[axis] for axis in kept) * itemsize
     return weights
 

@@ -64,6 +64,21 @@ def test_the_step_compiles_for_a_slice_and_exchanges_rows_over_the_expert_axis(t
     assert all(word in printed for word in ("all-to-all", "expert padding", "arithmetic", "MFU"))
 
 
+@pytest.mark.aot
+@needs_libtpu
+def test_by_default_no_row_travels_and_each_device_runs_the_kernels(monkeypatch):
+    programs, describe = [], step_module.describe_step
+
+    def note(*figures):
+        programs.append(figures[4])
+        return describe(*figures)
+
+    monkeypatch.setattr(step_module, "describe_step", note)
+    step = compile_step(load_config("smoke", ["mesh.data=8"]), "v5e:2x4")
+    assert {(row.kind, row.axes) for row in step.collectives} == {("all-reduce", ("data",))}  # gradients, statistics
+    assert "tpu_custom_call" in programs[0]
+
+
 def exchanged_bytes(config):
     """Of one layer and device by hand: four times rows of every pair of shards, once their experts."""
     tokens = config.data.encoding.max_length  # a sequence a device

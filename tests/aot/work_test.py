@@ -66,9 +66,19 @@ def test_splash_attention_skips_what_is_masked_and_computes_scores_again():
 
 
 def test_gathered_weights_are_split_by_expert_and_tensor_alone():
-    model = dataclasses.replace(config().model, vision=None, audio=None)
+    model = dataclasses.replace(config("model.stack.dispatch=exchange").model, vision=None, audio=None)
     whole = gathered_bytes(model, ONE)
     assert gathered_bytes(model, ONE | {"fsdp": 8, "data": 2}) == whole
     expert = sum(3 * model.stack.d_model * model.stack.expert_d_ff for _ in range(model.moe.num_experts))
     expert *= 4 * model.stack.num_moe_layers
     assert gathered_bytes(model, ONE | {"expert": 2}) == pytest.approx(whole - expert / 2)
+    all_experts = dataclasses.replace(model, stack=dataclasses.replace(model.stack, dispatch="blocks"))
+    assert gathered_bytes(all_experts, ONE | {"expert": 2}) == whole
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "sequence"])
+def test_blocks_compute_each_row_once_however_many_devices_share_the_tokens(axis):
+    """What more there is to compute is the last tile of every expert, which each device has."""
+    one, eight = (count_work(config(), mesh) for mesh in (ONE, ONE | {axis: 8}))
+    assert eight.rows_real == one.rows_real == pytest.approx(eight.rows_buffers, rel=0.05)
+    assert eight.rows_computed - eight.rows_real == 8 * (one.rows_computed - one.rows_real)
