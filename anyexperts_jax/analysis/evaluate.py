@@ -71,6 +71,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Evaluates a run's checkpoint at each budget and writes evaluation.json and evaluation.csv into its directory.
 
+    Scores are those of generated answers, which lose no slot (`generate`). Realised budget, load and `dropped` are
+    those of a teacher-forced pass over the same test sequences by the run's own dispatch.
+
     Args:
       budgets: real experts per token, on average; None: `default_budgets`.
       domains: of the run's mixture; None: all.

@@ -102,7 +102,8 @@ def _budgets(source: ReportSource, folder: pathlib.Path) -> Section:
     text = (
         f"One checkpoint, step {result.step}, at each budget without retraining, on {result.examples_per_domain} test "
         "examples of each domain. Windows are calibrated on the validation split; realised averages are of the test "
-        f"split. Times are medians of interleaved runs of one compiled program on {result.device}."
+        "split. Dropped slots are those of the test sequences read whole; answers are generated without dropping any. "
+        f"Times are medians of interleaved runs of one compiled program on {result.device}."
     )
     picture = Picture("Score and budget", caption, draw_budget_curves(result, folder / "budget_curves.png"))
     shown = (tables.score_table(result), tables.budget_table(result), tables.allocation_table(result))

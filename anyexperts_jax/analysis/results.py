@@ -68,7 +68,7 @@ class RoutingSummary:
     largest_virtual_share: float  # of any single token in any layer
     load_LME: tuple[tuple[tuple[int, ...], ...], ...]
     load_max_over_mean: tuple[float, ...]  # of the real experts, by layer
-    dropped: int  # real slots that found no room
+    dropped: int  # real slots that found no room; generated answers lose none: see `models.generate`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Greedy generation with a key/value cache."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,10 @@ def generate(
     `eos_id` ends a sequence and is the last token written; `pad_id` follows. An empty prompt (all padding) yields
     padding alone. Compiled once for each configuration and set of shapes.
 
+    Nothing is dropped, whatever the configuration: where `stack.dispatch` has buffers that can overflow ("capacity",
+    "exchange"), decoding runs "blocks", the same values wherever those drop nothing. So an answer does not depend on
+    the other rows of its batch.
+
     Args:
       prompt_batch: right-padded prompts, `BOS media question SEP`, of any length each.
       window, router_bias_LC: as for `MultimodalModel`.
@@ -37,7 +42,18 @@ def generate(
       UserError: when max_new_tokens < 1 or the batch does not fit the model.
     """
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be >= 1")
-    return _generate(config, max_new_tokens, params, prompt_batch, window, router_bias_LC)
+    return _generate(dropless(config), max_new_tokens, params, prompt_batch, window, router_bias_LC)
+
+
+def dropless(config: ModelConfig) -> ModelConfig:
+    """The same model by a dispatch that drops nothing.
+
+    A buffer's rows follow from the batch's tokens, B at a step of decoding: what overflows would depend on which
+    questions share a batch, and no trace of a step is kept to count it in.
+    """
+    if config.stack.dispatch not in ("capacity", "exchange"):
+        return config
+    return dataclasses.replace(config, stack=dataclasses.replace(config.stack, dispatch="blocks"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,11 +1,12 @@
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.models.generate import generate
+from anyexperts_jax.models.generate import dropless, generate
 from models.small import SMALL, forward, random_batch, random_params, small
 
 J = 6
@@ -31,19 +32,25 @@ def recomputed(config, params, batch, lengths, window=None):
 LENGTHS = (16, 12, 0)
 
 
-def lively_params():
+TIGHT = {"capacity_factor": 0.9}  # of a budget whose buffers are to overflow
+DISPATCHES = ("dense", "blocks", "capacity", "exchange")
+
+
+def lively_params(config=SMALL):
     """Random parameters under which the next token depends much on the last one, so that the output varies."""
-    params = random_params(SMALL)
+    params = random_params(config)
     params["tokens"]["table"] = jnp.asarray(10 * np.asarray(params["tokens"]["table"]))
     return params
 
 
-def test_the_cache_gives_what_full_recomputation_gives_until_eos():
+@pytest.mark.parametrize("dispatch", DISPATCHES)
+def test_the_cache_gives_what_full_recomputation_gives_until_eos(dispatch):
     params = lively_params()
     free = recomputed(SMALL, params, random_batch(lengths=LENGTHS), LENGTHS)
     assert len(np.unique(free[:2])) > 4  # no constant output, which any cache would give
     eos = int(free[0, -3])  # a token that is generated is to be the end
-    tokens_BJ = generate(small(eos_id=eos), params, random_batch(lengths=LENGTHS, total=16), max_new_tokens=J)
+    config = small(eos_id=eos, moe=TIGHT, stack={"dispatch": dispatch})
+    tokens_BJ = generate(config, params, random_batch(lengths=LENGTHS, total=16), max_new_tokens=J)
     for row, expected in zip(np.asarray(tokens_BJ), free, strict=True):
         end = list(expected).index(eos) + 1 if eos in expected else J
         np.testing.assert_array_equal(row[:end], expected[:end])
@@ -57,8 +64,7 @@ def test_the_cache_gives_what_full_recomputation_gives_until_eos():
 )
 def test_a_dense_model_and_one_with_experts_in_every_second_layer(stack):
     config = small(stack=stack, moe={"router": "per_modality"})
-    params = random_params(config)
-    params["tokens"]["table"] = jnp.asarray(10 * np.asarray(params["tokens"]["table"]))
+    params = lively_params(config)
     layers = config.stack.num_moe_layers
     trace = forward(config)(params, random_batch(lengths=LENGTHS)).trace
     assert trace.real_slots_BT.shape == (layers, 3, 22)
@@ -68,11 +74,31 @@ def test_a_dense_model_and_one_with_experts_in_every_second_layer(stack):
     np.testing.assert_array_equal(generate(config, params, prompts, max_new_tokens=J), expected)
 
 
-def test_the_window_applies_to_every_token():
+@pytest.mark.parametrize("dispatch", ["dense", "blocks", "capacity"])
+def test_the_window_applies_to_every_token(dispatch):
     params, window = lively_params(), jnp.array([1.0, 3.0])
     expected = recomputed(SMALL, params, random_batch(lengths=LENGTHS), LENGTHS, window)
-    prompts = random_batch(lengths=LENGTHS, total=16)
-    np.testing.assert_array_equal(generate(SMALL, params, prompts, max_new_tokens=J, window=window), expected)
+    config, prompts = small(stack={"dispatch": dispatch}), random_batch(lengths=LENGTHS, total=16)
+    np.testing.assert_array_equal(generate(config, params, prompts, max_new_tokens=J, window=window), expected)
+
+
+def test_an_answer_does_not_depend_on_the_other_rows_of_its_batch():
+    """Under a capacity so tight that the prompts overflow it together."""
+    config, params = small(moe=TIGHT, stack={"dispatch": "capacity"}), lively_params()
+    batch = random_batch(lengths=(16, 16, 16), total=16)
+    assert float(forward(config)(params, batch).trace.metrics["dropped"].sum()) > 0
+    together = generate(config, params, batch, max_new_tokens=J)
+    for b in range(3):
+        alone = jax.tree.map(lambda leaf, b=b: leaf[b : b + 1], batch)
+        np.testing.assert_array_equal(generate(config, params, alone, max_new_tokens=J)[0], together[b])
+
+
+def test_only_a_dispatch_that_can_drop_is_replaced():
+    for name in ("dense", "blocks"):
+        config = small(stack={"dispatch": name})
+        assert dropless(config) is config
+    for name in ("capacity", "exchange"):
+        assert dropless(small(stack={"dispatch": name})) == small(stack={"dispatch": "blocks"})
 
 
 def test_a_length_below_one_is_refused():
