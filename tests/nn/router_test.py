@@ -17,7 +17,8 @@ from anyexperts_jax.nn.router import Router as RouterModule
 from anyexperts_jax.routing.routers.dtr import Hypernetworks, dtr_logits
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.sharding.specs import param_shardings
-from nn.layers import FAST_COMPILE, initial_params, shapes
+from nn.layers import FAST_COMPILE, equations, initial_params, shapes
+from nn.layers import random_params as random_layer_params
 
 ROUTERS = get_args(Router)
 BASE = AnyExpertsConfig(num_experts=6, num_virtual=2, k_min=2, k_max=5, router_modalities=3, router_hidden=5)
@@ -63,6 +64,22 @@ def test_logits_start_small_enough_for_a_softmax():
         router = module(name, router_hidden=32, virtual_bias_init=0.0)
         logits_NC = router.apply({"params": initial_params(router, x_ND, modality_N)}, x_ND, modality_N)
         assert 0.2 < float(logits_NC.std()) < 1.5, name
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_matmul_of_bfloat16_tokens_is_an_exact_one_of_float32_in_the_gradients_too(name):
+    router = module(name)
+    params = random_layer_params(router, X_ND, MODALITY_N)
+    x_ND = X_ND.astype(jnp.bfloat16)
+    logits_NC = jax.eval_shape(lambda: router.apply({"params": params}, x_ND, MODALITY_N))
+    assert logits_NC.dtype == jnp.float32
+    total = lambda params, x_ND: router.apply({"params": params}, x_ND, MODALITY_N).sum()  # noqa: E731
+    program = jax.make_jaxpr(jax.grad(total, (0, 1)))(params, x_ND)
+    dots = [eqn for eqn in equations(program.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert len(dots) >= 3  # of one map: forward, and two gradients
+    for dot in dots:
+        assert {one.name for one in dot.params["precision"] or ()} == {"HIGHEST"}, dot
+        assert {value.aval.dtype for value in (*dot.invars, *dot.outvars)} == {jnp.dtype(jnp.float32)}, dot
 
 
 def test_the_modality_selects_the_hypernetwork_and_gelu_is_a_switch():
