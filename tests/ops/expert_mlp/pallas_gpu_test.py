@@ -53,6 +53,23 @@ def test_widths_that_end_inside_a_tile(residuals):
     check(results, expected(operands), jnp.bfloat16)
 
 
+# No two sizes of a kernel's tile can be taken for each other, and the last tiles are cut.
+UNEVEN = Tiles(
+    gate_up=MosaicTile(m=128, n=64, k=192, stages=2),
+    down=MosaicTile(m=256, n=128, k=64, stages=3),
+    d_gate_up=MosaicTile(m=128, n=192, k=64, stages=2),
+    d_x=MosaicTile(m=256, n=64, k=128, stages=1),
+    d_w_gate_up=MosaicTile(m=128, n=192, k=64, stages=2),
+    d_w_down=MosaicTile(m=256, n=64, k=128, stages=3),
+)
+
+
+@needs_new_jax
+def test_tiles_of_three_lengths_that_differ_in_every_kernel():
+    operands = make_operands((5, BLOCK + 8), jnp.bfloat16, capacity=BLOCK + 8, width=320, hidden=256)
+    check(compiled(dataclasses.replace(OPTIONS, tiles=UNEVEN))(operands), expected(operands), jnp.bfloat16)
+
+
 @needs_new_jax
 @pytest.mark.parametrize(
     "fault",

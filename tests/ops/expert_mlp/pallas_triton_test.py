@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from anyexperts_jax.ops.expert_mlp import expert_mlp, pallas_triton, reference
 from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles, TritonTile
 from anyexperts_jax.ops.expert_mlp.vjp_gpu import expert_mlp_triton
+from tests.nn.layers import equations
 from tests.ops.expert_mlp.cases import expected, make_operands, run
 from tests.ops.expert_mlp.gpu_cases import check, counts_cases
 
@@ -47,6 +49,28 @@ def test_values_and_gradients(counts, dtype):
 def test_shapes_that_are_whole_tiles():
     operands = make_operands((0, 5, 2 * BLOCK), np.float32, capacity=2 * BLOCK, width=32, hidden=16)
     check(compiled()(operands), expected(operands), np.float32)
+
+
+# Every axis of every kernel has several tiles, the last one cut, and no two of its sizes can be taken for each other.
+UNEVEN = Tiles(*(TritonTile(*sizes, warps=4, stages=2) for sizes in itertools.permutations((16, 32, 64))))
+UNEVEN_SIZES = {"capacity": 70, "width": 72, "hidden": 88}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_three_lengths_that_differ_in_every_kernel(dtype):
+    operands = make_operands((0, 5, 33, 70), dtype, **UNEVEN_SIZES)
+    check(compiled(dataclasses.replace(OPTIONS, tiles=UNEVEN))(operands), expected(operands), dtype)
+
+
+def test_every_kernel_is_cut_by_its_own_tile():
+    operands = make_operands((0, 5, 33, 70), np.float32, **UNEVEN_SIZES)
+    program = jax.make_jaxpr(compiled(dataclasses.replace(OPTIONS, tiles=UNEVEN)))(operands)
+    calls = [eqn for eqn in equations(program.jaxpr) if eqn.primitive.name == "pallas_call"]
+    C, D, F = UNEVEN_SIZES.values()
+    results = Tiles(gate_up=(C, F), down=(C, D), d_gate_up=(C, F), d_x=(C, D), d_w_gate_up=(D, F), d_w_down=(F, D))
+    grids = [(-(-rows // tile.m), -(-cols // tile.n), 4) for (rows, cols), tile in zip(results, UNEVEN, strict=True)]
+    assert [call.params["grid_mapping"].grid for call in calls] == grids
+    assert len(set(grids)) == len(grids)  # no two can be taken for each other
 
 
 def test_shapes_below_one_tile():
