@@ -15,8 +15,15 @@ from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.sharding.specs import param_shardings, shard_batch
 from anyexperts_jax.train.losses import answer_scores
 from anyexperts_jax.train.optim import OptimConfig, make_optimizer
-from anyexperts_jax.train.state import TrainState, init_state
-from anyexperts_jax.train.step import accumulate, make_eval_step, make_train_step, model_apply, split_batch
+from anyexperts_jax.train.state import TrainState, create_state, init_state
+from anyexperts_jax.train.step import (
+    accumulate,
+    jit_train_step,
+    make_eval_step,
+    make_train_step,
+    model_apply,
+    split_batch,
+)
 from train.stand_in import LENGTH, MODEL, linear_apply, linear_params, random_batch, run_config
 
 AXES = {"table": ("vocab", "embed")}
@@ -98,6 +105,17 @@ def test_the_first_step_moves_by_the_learning_rate(quiet_step):
     assert after.step == 1
     assert report.finite
     assert not np.any(after.router_bias_LC)  # loss-free balancing is off
+
+
+def test_a_runs_step_gives_up_the_state_it_was_given():
+    """Else a run needs room for two states, and nothing but a device that is full would tell."""
+    config = run_config()
+    optimizer, mesh = make_optimizer(config.optim, logical_axes(MODEL)), make_mesh(MeshConfig(), jax.devices()[:1])
+    state = create_state(MODEL, optimizer, mesh, jax.random.key(0))
+    after, _ = jit_train_step(config, optimizer, linear_apply, mesh)(state, random_batch())
+    kept = [jax.tree_util.keystr(path) for path, a in jax.tree.leaves_with_path(state) if not a.is_deleted()]
+    assert not kept
+    assert not any(a.is_deleted() for a in jax.tree.leaves(after))
 
 
 def test_steps_learn(quiet_step):
