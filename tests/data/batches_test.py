@@ -1,6 +1,6 @@
 import dataclasses
 
-import jax
+import chex
 import numpy as np
 import pytest
 
@@ -41,8 +41,7 @@ def test_padding_rows_are_invalid(batch):
 
 def test_an_empty_batch_has_the_shapes_of_every_batch(batch):
     empty = batches.empty_batch(SPEC, 4)
-    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), batch, empty)
-    assert all(jax.tree.leaves(same))
+    chex.assert_trees_all_equal_shapes_and_dtypes(batch, empty)
     padding = batches.pad_rows(batch, 8)
     assert all((getattr(padding, name)[4:] == getattr(empty, name)).all() for name in FIELDS)
 

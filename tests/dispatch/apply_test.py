@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -112,8 +113,7 @@ def test_recomputed_residuals_change_nothing_but_memory(dispatch):
         return jax.jit(jax.grad(total, range(4)))(x, *weights)
 
     rows = 12 if dispatch == "capacity" else None
-    for a, b in zip(gradients("recomputed"), gradients("saved"), strict=True):
-        np.testing.assert_allclose(a, b, **FLOAT32_TOLERANCE)
+    chex.assert_trees_all_close(gradients("recomputed"), gradients("saved"), **FLOAT32_TOLERANCE)
 
 
 @pytest.mark.parametrize(

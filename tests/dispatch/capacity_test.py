@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,8 +85,7 @@ def test_fallback_is_exact_with_and_without_overflow():
         assert int(stats.dropped) == 0
         run = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)), static_argnames="dispatch")
         exact, fallback = (run(x, *weights, dispatch=dispatch) for dispatch in ("dense", "capacity"))
-        for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(fallback), strict=True):
-            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+        chex.assert_trees_all_close(exact, fallback, rtol=2e-5, atol=2e-5)
 
 
 def test_sharded_over_data_and_experts_equals_one_device():
@@ -110,6 +110,5 @@ def test_sharded_over_data_and_experts_equals_one_device():
     )
     here = jax.jit(run)(operands[0], plan, *operands[1:])
     there = jax.jit(run)(*sharded)
-    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(here, there, rtol=1e-5, atol=1e-5)
     assert there[1][1].sharding.is_equivalent_to(by_expert, 3)

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +76,7 @@ def test_the_optimiser_sees_and_remembers_expert_1_alone():
     start = params()
     wild = jax.tree.map(lambda g: g.at[:, 1:].set(jnp.nan), start)  # gradients of the others do not count
     seen, state = take(optimizer, start, steps=2, grads=wild)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(seen[-1]))
+    chex.assert_tree_all_finite(seen[-1])
     moments = [leaf.shape for leaf in jax.tree.leaves(state.inner) if leaf.ndim]
     assert sorted(moments) == sorted(2 * [(L, 1, 3, 5), (L, 1, 5, 3)])
     alone = jax.tree.map(lambda w: w[:, :1], start)

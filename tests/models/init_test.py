@@ -1,6 +1,7 @@
 import json
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +64,7 @@ def test_values_match_the_abstract_tree_and_stay_with_their_names():
 
 def test_the_same_key_gives_the_same_values_and_another_key_others():
     first, again, other = (init_params(SMALL, jax.random.key(seed)) for seed in (5, 5, 6))
-    jax.tree.map(np.testing.assert_array_equal, first, again)
+    chex.assert_trees_all_equal(first, again)
     assert not np.allclose(first["tokens"]["table"], other["tokens"]["table"])
 
 

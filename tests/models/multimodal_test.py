@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,9 +217,7 @@ def test_static_twin_runs_without_an_importance_network():
 def test_a_fully_padded_batch_is_finite(params):
     batch = changed(random_batch(), valid_BT=np.zeros((3, 22), bool))
     (loss, output), grads = loss_and_grad(SMALL)(params, batch, weights())
-    assert bool(np.isfinite(loss))
-    assert bool(np.isfinite(output.logits_BTY).all())
-    assert all(bool(np.isfinite(g).all()) for g in jax.tree.leaves(grads))
+    chex.assert_tree_all_finite((loss, output.logits_BTY, grads))
 
 
 @pytest.mark.parametrize(

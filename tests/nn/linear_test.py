@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,7 +52,7 @@ def test_gradients_are_those_of_the_einsum(num_in, spec):
     ours = lambda x, k: (contract(x, k, Contraction(num_in)) ** 2).sum()  # noqa: E731
     theirs = lambda x, k: (jnp.einsum(spec, x, k) ** 2).sum()  # noqa: E731
     grads, expected = (jax.jit(jax.grad(f, (0, 1)))(x, kernel) for f in (ours, theirs))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), grads, expected)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_kernels_gradient_is_summed_in_float32():

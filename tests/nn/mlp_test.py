@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,4 +29,4 @@ def test_the_activations_gradients_are_autodiffs():
     ours = lambda g, u: (gated(g, u) ** 2).sum()  # noqa: E731
     theirs = lambda g, u: ((jax.nn.silu(g) * u) ** 2).sum()  # noqa: E731
     grads, expected = (jax.jit(jax.grad(f, (0, 1)))(gate, up) for f in (ours, theirs))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grads, expected)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)

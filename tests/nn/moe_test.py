@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,7 +191,7 @@ def loss_and_grad(dispatch):
 def test_dispatch_forms_agree_with_gradients(dispatch):
     params = random_params(layer())
     expected, actual = (loss_and_grad(form)(params, X_BTD) for form in ("dense", dispatch))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, expected)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_keeps_routing_in_float32():

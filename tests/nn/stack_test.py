@@ -2,6 +2,7 @@ import collections
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,8 +63,7 @@ def loss_and_grad(output_weight=1.0, **fields):
     return jitted_loss_and_grad(**fields)(params(), output_weight)
 
 
-def close(actual, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), actual, expected)
+close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["full", "routing", "exchanged", "dots"])

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,11 +189,9 @@ class TestGradients:
 
 class TestTransformations:
     def test_one_compiled_program_serves_every_window(self):
-        traces = []
-
         @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+        @chex.assert_max_traces(n=1)
         def plan_of(window):
-            traces.append(1)
             return route(CONFIG, LOGITS, Z, window=window)
 
         for k_min, k_max in ((1.0, 3.0), (2.25, 4.25), (3.0, 6.0)):
@@ -203,20 +202,17 @@ class TestTransformations:
             np.testing.assert_array_equal(actual.expert_ids_NK[:, :K], expected.expert_ids_NK)
             assert (actual.expert_ids_NK[:, K:] == 8).all()
             np.testing.assert_allclose(actual.weights_NK[:, :K], expected.weights_NK, rtol=1e-5)
-        assert len(traces) == 1
 
     def test_jit_gives_the_same_bits_again(self):
         plan_of = jax.jit(functools.partial(route, CONFIG))
-        first, second = plan_of(LOGITS, Z), plan_of(LOGITS, Z)
-        assert all(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(second)))
+        chex.assert_trees_all_equal(plan_of(LOGITS, Z), plan_of(LOGITS, Z))
 
     def test_bfloat16_inputs_are_routed_in_float32(self):
         plan = routed(CONFIG, LOGITS.astype(jnp.bfloat16), Z.astype(jnp.bfloat16))
         rounded = routed(
             CONFIG, LOGITS.astype(jnp.bfloat16).astype(jnp.float32), Z.astype(jnp.bfloat16).astype(jnp.float32)
         )
-        for actual, expected in zip(jax.tree.leaves(plan), jax.tree.leaves(rounded), strict=True):
-            np.testing.assert_array_equal(actual, expected)
+        chex.assert_trees_all_equal(plan, rounded)
         assert plan.weights_NK.dtype == plan.importance_N.dtype == jnp.float32
 
     def test_stochastic_rounding_depends_on_the_key_alone(self):

@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +38,7 @@ def abstract(state):
 
 
 def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+    chex.assert_trees_all_equal(*jax.device_get((a, b)), strict=True)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import dataclasses
 
+import chex
 import jax
-import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
@@ -31,7 +31,7 @@ def test_moments_live_where_their_parameters_do(optimizer):
 def test_the_state_is_born_sharded_with_the_same_values_on_any_mesh(optimizer):
     meshes = (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(data=2, fsdp=4)))
     states = [create_state(MODEL, optimizer, mesh, jax.random.key(0)) for mesh in meshes]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *jax.device_get(states))
+    chex.assert_trees_all_close(*jax.device_get(states), rtol=1e-6)
     embedding = states[1].params["tokens"]["table"]
     assert {shard.data.shape for shard in embedding.addressable_shards} == {(260, 4)}
     described = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), states[1])

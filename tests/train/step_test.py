@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,7 +137,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(quiet_step, lev
     assert not report.finite
     assert not np.isfinite(report.scalars[POISONS[level]])
     assert after.step == 1
-    jax.tree.map(np.testing.assert_array_equal, dataclasses.replace(after, step=state.step), state)
+    chex.assert_trees_all_equal(dataclasses.replace(after, step=state.step), state)
 
 
 def test_randomness_follows_seed_step_and_micro_batch():
@@ -232,6 +233,6 @@ def test_a_step_on_a_mesh_is_that_of_one_device(sizes, dispatch, accumulation, s
         np.testing.assert_allclose(many.scalars[name], value, rtol=2e-5, err_msg=name)
     np.testing.assert_array_equal(many.routing.load_LC, one.routing.load_LC)
     np.testing.assert_array_equal(many.routing.real_slots_LM, one.routing.real_slots_LM)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params_many, params_one)
+    chex.assert_trees_all_close(params_many, params_one, rtol=0, atol=1e-4)
     # After one step the first moment is the gradient but for its clipping.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), moments_many, moments_one)
+    chex.assert_trees_all_close(moments_many, moments_one, rtol=1e-3, atol=1e-6)

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +53,7 @@ def test_is_the_naive_form_with_its_gradients(M, gelu):
     (_, expected), expected_grads = run(naive, x_ND, networks, phi_DC)
     assert float(jnp.abs(expected).max()) > 0.1
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), grads, expected_grads)
+    chex.assert_trees_all_close(grads, expected_grads, rtol=2e-4, atol=2e-5)
 
 
 def test_other_modalities_weights_have_no_part():
