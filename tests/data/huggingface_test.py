@@ -62,7 +62,9 @@ def test_rows_become_examples(save):
     (batch,) = eval_batches(config, "mine", "test", 1, 1)
     assert answers(batch) == ["that"]
     assert batch.question_B.tolist() == [1]
-    assert next(train_iterator(config, 5)).example_B.tolist() != []
+    batch = next(train_iterator(config, 5))
+    assert sorted(batch.example_B.tolist()) == [0, 1, 2, 3, 4]  # every row once
+    assert answers(batch) == [TEXT[i]["answer"] for i in batch.example_B]
 
 
 def test_question_and_answer_are_enough(save):

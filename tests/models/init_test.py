@@ -13,11 +13,10 @@ from anyexperts_jax.models.init import (
     init_params,
     logical_axes,
     parameter_count,
-    smallest_batch,
 )
 from anyexperts_jax.models.multimodal import MultimodalModel
 from anyexperts_jax.models.presets import model_preset, static_twin
-from models.small import SMALL, small
+from models.small import SMALL, random_batch, small
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "tiny_parameters.json"
 
@@ -77,10 +76,15 @@ def test_a_mesh_changes_no_value():
     np.testing.assert_array_equal(sharded, init_params(SMALL, jax.random.key(5))["tokens"]["table"])
 
 
-def test_linen_makes_the_same_tree():
-    made = jax.eval_shape(lambda k: MultimodalModel(SMALL).init(k, smallest_batch(SMALL))["params"], jax.random.key(0))
-    unboxed = jax.tree.map(lambda b: b.unbox(), made, is_leaf=lambda x: hasattr(x, "unbox"))
-    assert jax.tree.structure(unboxed) == jax.tree.structure(abstract_params(SMALL))
+def test_a_real_batch_makes_no_other_parameters_than_the_smallest():
+    """Of other numbers of rows, positions, patches and frames, none of which a parameter may depend on."""
+    init = lambda key: MultimodalModel(SMALL).init(key, random_batch())["params"]  # noqa: E731
+    made = jax.tree.map(lambda box: box.unbox(), jax.eval_shape(init, jax.random.key(0)), is_leaf=_is_box)
+    chex.assert_trees_all_equal_shapes_and_dtypes(made, abstract_params(SMALL))
+
+
+def _is_box(node):
+    return hasattr(node, "unbox")
 
 
 def test_ling_mini_2_has_the_published_number_of_parameters():
