@@ -30,7 +30,8 @@ class Domain(Protocol):
     """A family of questions on signals of one kind.
 
     The splits of a domain share no source (digit image, number, font, voice), and `example` is a pure function: the
-    same arguments give the same example on every machine, in any order, in any process.
+    same arguments give the same example in any order, in any process, and on every machine that has the same version
+    of what draws or speaks for it: Pillow for `ocr`, eSpeak NG for `speech`, nothing for the others.
     """
 
     @property

@@ -1,7 +1,9 @@
+import hashlib
 import itertools
 import re
 
 import numpy as np
+import PIL
 import pytest
 
 from anyexperts_jax.core.errors import UserError
@@ -32,6 +34,16 @@ def test_an_example_is_a_function_of_its_arguments(examples):
         assert same(OCR.example("train", i), examples["train"][i])
     assert not same(OCR.example("train", 3, seed=1), examples["train"][3])
     assert not same(OCR.example("test", 3), examples["train"][3])
+
+
+def test_known_pictures():
+    """What seed 0 gives on every machine with Pillow 13.0.0."""
+    if PIL.__version__ != "13.0.0":
+        pytest.skip(f"Pillow {PIL.__version__} is not 13.0.0")
+    text = " ".join(f"{e.question} {e.answer}" for e in (OCR.example("train", i) for i in range(4)))
+    pixels = b"".join(OCR.example(split, i).image.tobytes() for split in domains.SPLITS for i in range(20))
+    assert text == "What does it say? 9 What does it say? 2 Which is smallest? C What does it say? 83"
+    assert hashlib.sha256(pixels).hexdigest()[:16] == "66f5641935f7bce6"
 
 
 def test_splits_share_no_font(examples):
