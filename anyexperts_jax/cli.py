@@ -389,7 +389,3 @@ def _add_reproduce(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=pathlib.Path, help="of tables (default: in experiments/results/reproduce)")
     parser.add_argument("--readme", type=pathlib.Path, help="also write the block between its markers")
     parser.set_defaults(command=_reproduce)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,6 +20,7 @@ def environment(rounds: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],
         "rounds": rounds,
+        "malloc": os.environ.get("GLIBC_TUNABLES", ""),  # large pages, see __main__: for both sides of every comparison
     }
 
 
@@ -41,7 +42,8 @@ def markdown(title: str, command: str, environment: dict[str, Any], tables: Sequ
         "",
         f"{environment['cores']} CPU cores, {environment['device']}; {packages}. Load average before the run: "
         f"{environment['load_before']:.1f}. Medians of {environment['rounds']} interleaved rounds."
-        + (f" Expert ops: {environment['implementation']}." if "implementation" in environment else ""),
+        + (f" Expert ops: {environment['implementation']}." if "implementation" in environment else "")
+        + (f" GLIBC_TUNABLES={environment['malloc']}." if environment["malloc"] else ""),
     ]
     for table in tables:
         head, *body = ("| " + " | ".join(row) + " |" for row in (table.columns, *table.rows))
