@@ -73,6 +73,7 @@ def on_own_folder(tmp_path):
     return ["train", str(tmp_path / "own.json"), "--run", str(tmp_path / "run")]
 
 
+@pytest.mark.slow
 def test_data_export_writes_a_folder_that_can_be_trained_on(tmp_path, capsys):
     for split, count in (("train", "5"), ("validation", "8")):
         command = ["data", "export", "nlp", str(tmp_path / "own"), "--split", split, "--count", count]

@@ -84,11 +84,14 @@ def train(
     reporter = Reporter(Console(file=sys.stderr) if progress and processes.is_first() else None)
     paths = RunDir(pathlib.Path(run_dir))
     try:
+        mesh = make_mesh(config.mesh)
+        _check_batch_fits(config, mesh)
+        require_validation_examples(config)
         changed = open_run_dir(run_dir, config, writes=processes.is_first())[1]
         if changed:
             reporter.note(f"going on with {describe_differences(changed)}")
         with StopRequests() as requests, quiet_orbax(), compile_cache(config.runtime.compile_cache):
-            return _Run(config, paths, reporter, requests, recipe).to_the_end()
+            return _Run(config, mesh, paths, reporter, requests, recipe).to_the_end()
     except (OSError, ValueError, RuntimeError) as error:
         said, lost = no_room(error), processes.peer_lost(error)
         if said is not None:
@@ -107,9 +110,9 @@ class _Run:
     """One process's part of a run: everything the loop touches, opened together and closed together."""
 
     def __init__(
-        self, config: RunConfig, paths: RunDir, reporter: Reporter, requests: StopRequests, recipe: Recipe
+        self, config: RunConfig, mesh: Mesh, paths: RunDir, reporter: Reporter, requests: StopRequests, recipe: Recipe
     ) -> None:
-        self.config, self.paths, self.reporter, self.requests = config, paths, reporter, requests
+        self.config, self.mesh, self.paths, self.reporter, self.requests = config, mesh, paths, reporter, requests
         self.recipe = recipe
         self.clock = Clock()
         self.watch = processes.Watch(
@@ -119,9 +122,6 @@ class _Run:
                 f"or hangs; {_last_good(paths)}; {_AGAIN}"
             ),
         )
-        self.mesh = make_mesh(config.mesh)
-        _check_batch_fits(config, self.mesh)
-        require_validation_examples(config)
         self.apply = (recipe.apply or model_apply)(config.model, Placement(self.mesh))
         self.optimizer = recipe.optimizer or make_optimizer(config.optim, logical_axes(config.model))
         size = config.train.batch_size

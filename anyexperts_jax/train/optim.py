@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.ops._select import platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +90,19 @@ def make_optimizer(config: OptimConfig, logical_axes: Any) -> optax.GradientTran
 
 
 def _adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
-    """optax's Adam, whose direction is taken from the moments it leaves behind. XLA would otherwise compute them twice,
-    and first copy the old ones, which are replaced in place."""
+    """optax's Adam, but that the state stays as it is where `finite` is False, and that the direction is taken from the
+    moments that are left behind.
+
+    On a CPU, XLA would otherwise compute them twice, and first copy the old ones, which are replaced in place; on
+    accelerators one pass updates moments and parameters.
+    """
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32)
 
     def update(grads: Any, state: Any, params: Any = None, *, finite: Array | bool) -> tuple[Any, Any]:
         _, updated = adam.update(grads, state, params)
         updated = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-        updated = jax.lax.optimization_barrier(updated)
+        if platform() == "cpu":
+            updated = jax.lax.optimization_barrier(updated)
         mean = optax.tree.bias_correction(updated.mu, config.b1, updated.count)
         square = optax.tree.bias_correction(updated.nu, config.b2, updated.count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.eps), mean, square), updated

@@ -26,6 +26,7 @@ def example():
     return open_source(DATA, "general", "test", 1)[0]
 
 
+@pytest.mark.slow
 def test_the_answer_does_not_depend_on_the_examples_own(one, example):
     reply = ask(one, example)
     assert reply == ask(one, dataclasses.replace(example, answer="x" * len(example.answer)))

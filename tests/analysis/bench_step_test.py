@@ -10,6 +10,7 @@ from anyexperts_jax.core.errors import UserError
 TINY = StepSize(width=16, hidden=8, layers=1, experts=16, slots=5, heads=2, vocabulary=260, batch=2, length=8)
 
 
+@pytest.mark.slow
 def test_forms_have_rows_and_files_are_written(monkeypatch, tmp_path):
     forms = dict(list(bench_step.step_forms(TINY).items())[:1])  # each takes six seconds to compile
     monkeypatch.setattr(bench_step, "step_forms", lambda size: forms)

@@ -246,6 +246,7 @@ def test_an_evaluation_that_cannot_be_saved_is_printed_all_the_same(one, result,
     assert shown.err == said
 
 
+@pytest.mark.slow
 def test_static_top_k_has_whole_budgets_and_no_importance():
     static = trained(static_twin(MODEL, 4))
     assert default_budgets(static.config.model.moe) == (2.0, 3.0, 4.0, 5.0)
@@ -279,6 +280,7 @@ def test_default_budgets_are_within_the_reach_of_every_window(k_min, k_max, budg
         shift_budget(moe, budget)
 
 
+@pytest.mark.slow
 def test_a_low_window_is_evaluated_and_says_at_which_budgets():
     moe = dataclasses.replace(MODEL.moe, k_min=1, k_max=3)
     low = trained(dataclasses.replace(MODEL, moe=moe))

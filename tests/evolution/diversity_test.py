@@ -56,6 +56,7 @@ def test_contrast_is_low_where_experts_differ_and_defined_without_tokens():
     assert np.isfinite(jax.grad(lambda y: contrast(y, expert, jnp.asarray(VALID), EXPERTS))(nothing)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["contrastive", "local_entropy"])
 def test_the_loss_stands_beside_the_traces_and_moves_nothing_else(kind):
     dense = dataclasses.replace(DENSE, stack=dataclasses.replace(DENSE.stack, dispatch="dense"))

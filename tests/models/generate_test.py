@@ -82,6 +82,7 @@ def test_the_window_applies_to_every_token(dispatch):
     np.testing.assert_array_equal(generate(config, params, prompts, max_new_tokens=J, window=window), expected)
 
 
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_the_other_rows_of_its_batch():
     """Under a capacity so tight that the prompts overflow it together."""
     config, params = small(moe=TIGHT, stack={"dispatch": "capacity"}), lively_params()

@@ -119,6 +119,7 @@ def test_a_run_tells_where_its_time_goes_and_traces_what_it_is_asked_to(tmp_path
     assert any(cache.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_with_more_steps_and_on_another_mesh(tmp_path, linear_model, capsys):
     train(run_config(steps=3), tmp_path, progress=False)
     before = losses(tmp_path)
@@ -146,6 +147,7 @@ def test_a_directory_of_another_run_is_refused_and_kept(tmp_path, linear_model):
 def test_batches_that_do_not_split_are_refused_and_bind_nothing(tmp_path, linear_model):
     with pytest.raises(UserError, match="= 4 does not split over the mesh's 8 batch shards"):
         train(run_config(accumulation=2, steps=3), tmp_path, progress=False)
+    assert not (tmp_path / "config.json").exists(), "what cannot start leaves nothing behind"
     assert train(run_config(steps=3), tmp_path, progress=False).step == 3
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match=r"metrics\.jsonl has lost its validation records"):

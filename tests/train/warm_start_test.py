@@ -135,6 +135,7 @@ def test_another_model_is_refused_in_one_line(mesh, model, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_starts_where_another_ended_and_goes_on_without_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "model_apply", lambda config, placement: linear_apply)
     first = run_config()

@@ -48,6 +48,7 @@ def test_fused_kernels(counts):
     check_kernels(make_operands(counts), FUSED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["around a block", "no rows at all"])
 def test_kernels_that_keep_a_part_of_the_columns(name):
     """384 columns in threes of 128 or, past the array's end, twos of 256."""
@@ -76,6 +77,7 @@ def test_one_pass_an_expert_needs_no_sum_across_tiles():
     check_kernels(make_operands((0, 40, 7, 33)), options(block=40, slab=40))
 
 
+@pytest.mark.slow
 def test_two_cores_share_an_odd_list():
     check_kernels(make_operands((40, 40, 5, 0, 17), capacity=32), options(cores=2))
 
