@@ -12,7 +12,7 @@ AOT_BIN := $(AOT_VENV)/bin
 .PHONY: help install demo demo-smoke test test-aot test-notebooks lint types format check clean
 
 help:
-	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 10 minutes)"
+	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 8 minutes)"
 	@echo "make demo-smoke  the same in about a minute, too short to learn anything"
 	@echo "make test        install and run the tests"
 	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
