@@ -77,6 +77,9 @@ def interleaved_rounds(
 ) -> Rounds:
     """Warms every call up, waits for quiet up to `patience` seconds, and runs all of them in turn `rounds` times.
 
+    A turn begins with a call that is not timed. What comes next is as in a loop of one program: a virtual machine may
+    have given memory that a call has freed back to its host while the others ran, and the next call pays for it.
+
     Args:
       repeats: a call is made so many times on end and the time is theirs over their number: an accelerator then has
         its next work waiting, as in training, and the host's time to start a call hides behind the one before.
@@ -88,6 +91,7 @@ def interleaved_rounds(
     begin = cpu_times()
     for _ in range(rounds):
         for name, call in calls.items():
+            jax.block_until_ready(call())
             start = time.perf_counter()
             for _ in range(repeats):
                 last = call()
