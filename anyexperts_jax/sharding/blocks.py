@@ -9,7 +9,7 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.dispatch.base import DispatchStats
 from anyexperts_jax.dispatch.blocks import apply_blocks, apply_slots
 from anyexperts_jax.routing.plan import RoutingPlan
-from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.expert_parallel import Placement, on_own_tokens
 from anyexperts_jax.sharding.specs import parts, require_divided
 
 
@@ -39,10 +39,7 @@ def split_blocks(
         return apply_blocks(x_ND, plan, *weights, implementation=implementation, residuals=residuals)
     mesh, rules = placement.mesh, placement.rules
     tokens_spec, width_axes = PartitionSpec(*rules.spec(("batch", "length"))), rules.expert_mlp
-    x_BTD, ids_BTK, weights_BTK = (
-        a.reshape(num_sequences, -1, a.shape[1]) for a in (x_ND, plan.expert_ids_NK, plan.weights_NK)
-    )
-    require_divided(mesh, tokens_spec, *x_BTD.shape[:2])
+    require_divided(mesh, tokens_spec, num_sequences, x_ND.shape[0] // num_sequences)
     width, split = w_gate_EDF.shape[2], parts(mesh, width_axes)
     require(width % split == 0, f"experts {width} wide do not split over mesh axes {width_axes} of {split} devices")
     token_axes = jax.tree.leaves(tuple(tokens_spec))
@@ -54,13 +51,4 @@ def split_blocks(
             y_ND = lax.psum(y_ND, width_axes)
         return y_ND.reshape(x_BTD.shape), jax.tree.map(lambda count: lax.psum(count, token_axes), stats)
 
-    wide, narrow = PartitionSpec(None, None, width_axes), PartitionSpec(None, width_axes, None)
-    sharded = jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=(tokens_spec, tokens_spec, tokens_spec, wide, wide, narrow),
-        out_specs=(tokens_spec, PartitionSpec()),
-        check_vma=False,
-    )
-    y_BTD, stats = sharded(x_BTD, ids_BTK, weights_BTK, *weights)
-    return y_BTD.reshape(x_ND.shape), stats
+    return on_own_tokens(run, x_ND, plan, weights, placement, num_sequences, None)

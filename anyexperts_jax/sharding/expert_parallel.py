@@ -1,6 +1,7 @@
 """`moe_exchange_stats`: `dispatch="exchange"`, each device with its own tokens and experts under one `shard_map`."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -61,10 +62,8 @@ def moe_exchange_stats(
     tokens_spec = PartitionSpec(*rules.spec(("batch", "length")))
     expert_axis, width_axis = rules.expert, rules.expert_mlp
     require(isinstance(expert_axis, str), f"dispatch='exchange' needs one mesh axis of experts and has {expert_axis!r}")
-    x_BTD, ids_BTK, weights_BTK = (
-        a.reshape(num_sequences, -1, a.shape[1]) for a in (x_ND, plan.expert_ids_NK, plan.weights_NK)
-    )
-    _check(mesh, tokens_spec, x_BTD, plan.spec.num_experts, str(expert_axis), chunks)
+    positions = x_ND.shape[0] // num_sequences
+    _check(mesh, tokens_spec, (num_sequences, positions), plan.spec.num_experts, str(expert_axis), chunks)
 
     token_axes = jax.tree.leaves(tuple(tokens_spec))
 
@@ -92,23 +91,47 @@ def moe_exchange_stats(
             y_BTD = lax.psum(y_BTD, width_axis)
         return y_BTD, jax.tree.map(lambda *counts: lax.psum(sum(counts), token_axes), *(stats for _, stats in done))
 
-    wide, narrow = PartitionSpec(expert_axis, None, width_axis), PartitionSpec(expert_axis, width_axis, None)
+    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
+    y_ND, stats = on_own_tokens(run, x_ND, plan, weights, placement, num_sequences, str(expert_axis))
+    return add_virtual_output(y_ND, x_ND, plan), stats
+
+
+def on_own_tokens(
+    run: Callable[..., tuple[Array, DispatchStats]],
+    x_ND: Float[Array, "N D"],
+    plan: RoutingPlan,
+    weights: Experts,
+    placement: Placement,
+    num_sequences: int,
+    expert_axis: str | None,
+) -> tuple[Float[Array, "N D"], DispatchStats]:
+    """What `run` makes, on each device, of its own part of x_BTD, ids_BTK and weights_BTK and of the experts.
+
+    Args:
+      run: returns (y_BTD, stats), y summed over what splits the FFN's width and the stats over all tokens.
+      expert_axis: the mesh axis that splits the experts; None: every device has all of them, gathered.
+    """
+    rules = placement.rules
+    tokens_spec = PartitionSpec(*rules.spec(("batch", "length")))
+    wide = PartitionSpec(expert_axis, None, rules.expert_mlp)
+    narrow = PartitionSpec(expert_axis, rules.expert_mlp, None)
+    tokens = (a.reshape(num_sequences, -1, a.shape[1]) for a in (x_ND, plan.expert_ids_NK, plan.weights_NK))
     sharded = jax.shard_map(
         run,
-        mesh=mesh,
+        mesh=placement.mesh,
         in_specs=(tokens_spec, tokens_spec, tokens_spec, wide, wide, narrow),
         out_specs=(tokens_spec, PartitionSpec()),
         check_vma=False,
     )
-    y_BTD, stats = sharded(x_BTD, ids_BTK, weights_BTK, w_gate_EDF, w_up_EDF, w_down_EFD)
-    return add_virtual_output(y_BTD.reshape(x_ND.shape), x_ND, plan), stats
+    y_BTD, stats = sharded(*tokens, *weights)
+    return y_BTD.reshape(x_ND.shape), stats
 
 
 def _check(
-    mesh: Mesh, tokens_spec: PartitionSpec, x_BTD: Array, num_experts: int, expert_axis: str, chunks: int
+    mesh: Mesh, tokens_spec: PartitionSpec, tokens: tuple[int, int], num_experts: int, expert_axis: str, chunks: int
 ) -> None:
     shards = mesh.shape[expert_axis]
     require(num_experts % shards == 0, f"{num_experts} experts do not split over mesh axis {expert_axis!r} of {shards}")
-    require_divided(mesh, tokens_spec, *x_BTD.shape[:2])
-    own = x_BTD.shape[1] // parts(mesh, tokens_spec[1])
+    require_divided(mesh, tokens_spec, *tokens)
+    own = tokens[1] // parts(mesh, tokens_spec[1])
     require(own % chunks == 0, f"stack.exchange_chunks={chunks} must divide the {own} positions that a device has")
