@@ -19,6 +19,7 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.modality import MODALITY_NAMES, NUM_MODALITIES
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
+from anyexperts_jax.sharding.mesh import knowing_they_are_alone
 
 Window = tuple[float, float]
 Batches = Mapping[str, Sequence[Batch]]  # of each domain, by name
@@ -39,9 +40,14 @@ class RoutingSample:
     domain_B: tuple[str, ...]
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def forward(config: ModelConfig, params: Any, router_bias_LC: Array, batch: Batch, window: Array) -> ModelOutput:
     """The model on one batch, compiled once for a configuration whatever the window."""
+    with knowing_they_are_alone(params):
+        return _forward(config, params, router_bias_LC, batch, window)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(config: ModelConfig, params: Any, router_bias_LC: Array, batch: Batch, window: Array) -> ModelOutput:
     apply = MultimodalModel(config).apply
     output: Any = apply({"params": params}, batch, router_bias_LC=router_bias_LC, window=window)
     return output

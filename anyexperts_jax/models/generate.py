@@ -14,6 +14,7 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
 from anyexperts_jax.nn.stack import StackCache, empty_stack_cache
+from anyexperts_jax.sharding.mesh import knowing_they_are_alone
 
 
 def generate(
@@ -42,7 +43,8 @@ def generate(
       UserError: when max_new_tokens < 1 or the batch does not fit the model.
     """
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be >= 1")
-    return _generate(dropless(config), max_new_tokens, params, prompt_batch, window, router_bias_LC)
+    with knowing_they_are_alone(params):
+        return _generate(dropless(config), max_new_tokens, params, prompt_batch, window, router_bias_LC)
 
 
 def dropless(config: ModelConfig) -> ModelConfig:

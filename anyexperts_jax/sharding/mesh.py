@@ -1,5 +1,6 @@
 """The device mesh: five named axes, of which most are 1 most of the time."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -95,6 +96,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def _near_together(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """The devices of one slice, those of an axis along a dimension of the torus, or along a part of one."""
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def knowing_they_are_alone(arrays: Any) -> contextlib.AbstractContextManager[Any]:
+    """Where every array lies on one device, and the same: a mesh of one for what is traced within, which then runs the
+    kernels of that device although the process has others. Does nothing elsewhere, among them inside `jit`."""
+    leaves = jax.tree.leaves(arrays)
+    if any(isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array) for leaf in leaves):
+        return contextlib.nullcontext()
+    devices = {device for leaf in leaves for device in leaf.devices()}
+    if len(devices) != 1:
+        return contextlib.nullcontext()
+    mesh = Mesh(np.array([*devices]), ("device",), axis_types=(AxisType.Auto,))
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def split_into_slices(devices: Sequence[Any], count: int) -> list[tuple[Any, ...]]:
