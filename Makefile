@@ -59,7 +59,7 @@ test-notebooks: $(BIN)/.installed-notebooks
 	$(BIN)/python -m pytest tests/colab_test.py -n 2
 
 test-aot: $(AOT_BIN)/.installed
-	$(AOT_BIN)/python -m pytest -m '$(AOT_TESTS)' tests/aot -n 2 --dist worksteal --durations=5
+	$(AOT_BIN)/python -m pytest -m '$(AOT_TESTS)' tests/aot -n 2 --dist worksteal --durations=5 $(PYTEST_ARGS)
 
 lint: $(BIN)/.installed-test
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ def test_the_answer_does_not_depend_on_the_examples_own(one, example):
     assert set(reply.real_slots) == {"text", "image"}
 
 
+@pytest.mark.slow
 def test_a_larger_budget_gives_every_modality_more_real_experts(one, example):
     low, high = ask(one, example, budget=2.8), ask(one, example, budget=5.2)
     assert low.window == (2, 5)
@@ -85,6 +86,7 @@ def test_what_cannot_be_read_is_refused(tmp_path):
         own_example("what?", EncodingSpec(max_patches=0), image=tmp_path / "no.png")
 
 
+@pytest.mark.slow
 def test_the_command(one, tmp_path, capsys):
     run = str(write_run(tmp_path / "run", one))
     assert main(["generate", run, "--domain", "nlp", "--index", "3"]) == 0

@@ -25,6 +25,7 @@ def bench():
         return bench_layer.bench_layer(("S1",), ("float32",), Timing(rounds=1))
 
 
+@pytest.mark.slow
 def test_every_form_part_and_budget_has_a_row(bench):
     assert {(one.run, one.form) for one in bench.layers} == {
         (run, form)
@@ -81,6 +82,7 @@ def test_an_implementation_that_is_unknown_or_cannot_run_here(monkeypatch):
         bench_layer.bench_layer(("S1",), ("bfloat16",), implementations=["pallas_triton"])
 
 
+@pytest.mark.slow
 def test_files_hold_the_command_and_the_rows(bench, tmp_path):
     paths = bench_layer.write_bench(bench, tmp_path / "results", "anyexperts bench layer")
     found = json.loads(paths[0].read_text())

@@ -50,6 +50,7 @@ def test_batches(one):
     return load_batches(one, DATA.domains, "test", ROWS, ROWS)
 
 
+@pytest.mark.slow
 def test_the_realised_average_is_the_asked_one(result):
     for found, budget in zip(result.budgets, BUDGETS, strict=True):
         assert found.budget == budget

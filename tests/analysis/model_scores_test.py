@@ -19,6 +19,7 @@ def measured():
     return batches["general"][0], sample, model_scores(one, one.config.model, sample, batches, window)
 
 
+@pytest.mark.slow
 def test_gradients_end_where_the_answer_is_predicted(measured):
     batch, _, scores = measured
     gradient_BT = scores["gradient norm"]

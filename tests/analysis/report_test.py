@@ -137,6 +137,7 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "whole", trained())
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_reported_in_full(run):
     save_evaluation(evaluation(), run)
     page = check_self_contained(report(run, examples=2))

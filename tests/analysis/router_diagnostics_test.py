@@ -36,6 +36,7 @@ def copies(experts):
     return jax.tree.map(lambda w: jnp.broadcast_to(w[:, :1], w.shape), experts)
 
 
+@pytest.mark.slow
 def test_shuffling_costs_nothing_where_experts_are_alike_and_something_where_they_differ(found):
     alike = diagnose(trained(copies), BATCHES)
     np.testing.assert_allclose(alike.shuffled_losses, alike.loss, rtol=1e-5)

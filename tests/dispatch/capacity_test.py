@@ -73,6 +73,7 @@ def test_no_token_feels_a_later_one_of_any_sequence(num_sequences):
     assert np.any(y[late] != other_y[late])
 
 
+@pytest.mark.slow
 def test_fallback_is_exact_with_and_without_overflow():
     x, *weights = make_operands(9)
     for ids in (np.zeros((9, 1)), np.arange(9)[:, None] % EXPERTS):

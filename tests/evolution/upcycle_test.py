@@ -35,6 +35,7 @@ def upcycled(moe, mesh=None, consume=False, params=None, **fields):
     return model, upcycle_params(params, model, config, KEY, mesh or one_device(), consume=consume)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moe", "fields"),
     [

@@ -59,6 +59,7 @@ def test_the_cache_gives_what_full_recomputation_gives_until_eos(dispatch):
     np.testing.assert_array_equal(tokens_BJ[2], SMALL.pad_id)  # an empty prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stack", [{"num_dense_layers": 3}, {"num_layers": 4, "num_dense_layers": 0, "moe_every": 2}], ids=["dense", "every"]
 )

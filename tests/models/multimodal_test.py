@@ -138,6 +138,7 @@ def test_more_media_positions_than_rows_cannot_go_unnoticed(params):
     assert bool(np.isnan(logits[0]).any())
 
 
+@pytest.mark.slow
 def test_the_balance_loss_reaches_every_layers_router_through_the_scan(params):
     _, grads = loss_and_grad(SMALL)(params, random_batch(), weights(answer=0.0, importance=0.0))
     router = grads["decoder"]["moe_layers"]["moe"]["router"]

@@ -89,6 +89,7 @@ def test_remat_never_selects_again_and_keeps_more_by_name():
     assert sorted(set(dots), reverse=True) == dots
 
 
+@pytest.mark.slow
 def test_rows_that_are_kept_do_not_travel_again():
     """Rows and their experts there, rows back; and back through both exchanges of rows."""
     placement = Placement(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2]))
@@ -97,6 +98,7 @@ def test_rows_that_are_kept_do_not_travel_again():
         assert primitives(traced.jaxpr.jaxpr)["all_to_all"] == exchanges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"remat": "full"}, {"remat": "dots", "scan_unroll": 2}, {}], ids=str)
 def test_blocks_on_a_mesh_under_remat_and_scan(fields):
     placement = Placement(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2]))
@@ -122,6 +124,7 @@ def test_the_router_losses_have_a_gradient_in_every_layer():
     np.testing.assert_array_equal(moe["experts"]["w_gate_EDF"][-1], 0.0)  # nothing but the output depends on the last
 
 
+@pytest.mark.slow
 def test_bfloat16_has_finite_float32_gradients_near_float32s():
     (_, exact), (_, grads) = loss_and_grad(), loss_and_grad(dtype="bfloat16")
     for half, full in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):

@@ -76,6 +76,7 @@ def test_seeds_are_a_share_of_the_runs():
         of_seeds(found, (0, 9))
 
 
+@pytest.mark.slow
 def test_the_number_of_parameters_is_counted():
     def millions(*tables, scale="tiny"):
         return round(parameters_of(Request(tables, scale=scale).plans(tables)) / 1e6, 1)

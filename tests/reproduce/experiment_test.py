@@ -168,6 +168,7 @@ def committed():
     return {name: runs_of(*load_experiment(name, CONFIGS)) for name in TABLES}
 
 
+@pytest.mark.slow
 def test_the_committed_experiments_share_their_runs(committed):
     assert len(shared(list(committed.values()))) == 140
     assert committed["table1"].keys() == committed["figure3"].keys()

@@ -92,6 +92,7 @@ def test_a_verdict_on_auc_says_that_it_is_one():
     assert not [cell for cell in cells.values() if "AUC" in cell]
 
 
+@pytest.mark.slow
 def test_the_page_shows_maps_drawn_before(page, tmp_path):
     (tmp_path / "figure4_salience_ocr.png").touch()
     write_page(page, tmp_path)
@@ -100,6 +101,7 @@ def test_the_page_shows_maps_drawn_before(page, tmp_path):
     assert text.count("![figure5_auc.png]") == 1
 
 
+@pytest.mark.slow
 def test_the_page_holds_tables_and_pictures(written):
     text = (written / "README.md").read_text()
     for part in (

@@ -38,6 +38,7 @@ def every(committed):
     return {key: run for runs in committed.values() for key, run in runs.items()}
 
 
+@pytest.mark.slow
 def test_the_committed_experiments_share_their_runs(committed):
     assert len(shared(list(committed.values()))) == 195
     ids = {}

@@ -196,6 +196,7 @@ class TestStraightThrough:
         expected = slope * 3 * w * (1 - w)  # dK/dw = 3, dw/dz = w (1 - w)
         assert float(jax.grad(lambda z: _weighted_sum(self._plan(z)))(z)) == pytest.approx(expected, rel=1e-3)
 
+    @pytest.mark.slow
     def test_the_last_slot_may_be_virtual(self):
         # r0 (6), r1 (5.5) and then v0 (5): at K = 3 the last slot is the virtual one.
         logits = jnp.array([[6.0, 5.5, 0.0, 0.0, 5.0, -9.0, -9.0]])

@@ -37,6 +37,7 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
     assert stats.rows == (CASES[case] < EMPTY).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["random", "one sequence has slots"])
 def test_capacity_falls_back_to_it(case):
     stats, expected = assert_as_one_device("data 2, expert 4", capacity, plan_of(case, overflow="fallback"))

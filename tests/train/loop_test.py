@@ -98,6 +98,7 @@ def test_slots_that_find_no_room_are_a_share_in_the_log_and_on_the_line_of_a_ste
     assert "real experts 3.00  dropped 25% of slots" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_tells_where_its_time_goes_and_traces_what_it_is_asked_to(tmp_path, linear_model, capsys):
     cache = tmp_path / "programs"
     runtime = RuntimeConfig(compile_cache=str(cache), profile=(4, 5), profile_steps=1)

@@ -215,10 +215,8 @@ STEP_MESHES = [  # data x fsdp x expert x tensor x sequence, dispatch, micro-bat
     ((2, 1, 1, 2, 2), "blocks", 2),
     ((2, 2, 2, 1, 1), "exchange", 1),
     ((1, 1, 8, 1, 1), "exchange", 1),
-    ((1, 8, 1, 1, 1), "exchange", 1),
     ((1, 2, 1, 2, 2), "capacity", 1),
     ((2, 1, 2, 1, 2), "exchange", 2),
-    ((2, 1, 2, 2, 1), "exchange", 1),
 ]
 
 

@@ -44,6 +44,7 @@ def test_values_and_gradients(counts):
     check(compiled()(operands), expected(operands), jnp.bfloat16)
 
 
+@pytest.mark.slow
 @needs_new_jax
 @pytest.mark.parametrize("residuals", ["saved", "recomputed"])
 def test_widths_that_end_inside_a_tile(residuals):
@@ -64,12 +65,14 @@ UNEVEN = Tiles(
 )
 
 
+@pytest.mark.slow
 @needs_new_jax
 def test_tiles_of_three_lengths_that_differ_in_every_kernel():
     operands = make_operands((5, BLOCK + 8), jnp.bfloat16, capacity=BLOCK + 8, width=320, hidden=256)
     check(compiled(dataclasses.replace(OPTIONS, tiles=UNEVEN))(operands), expected(operands), jnp.bfloat16)
 
 
+@pytest.mark.slow
 @needs_new_jax
 @pytest.mark.parametrize(
     "fault",
@@ -86,6 +89,7 @@ def test_the_checks_catch(fault):
         check(compiled()(fault(operands)), expected(operands), jnp.bfloat16)
 
 
+@pytest.mark.slow
 @needs_new_jax
 def test_the_checks_catch_kernels_that_store_dead_rows(monkeypatch):
     store = pallas_gpu._store

@@ -56,6 +56,7 @@ def test_kernels_that_keep_a_part_of_the_columns(name):
     check_kernels(make_operands(COUNTS[name], width=256, hidden=384), chosen)
 
 
+@pytest.mark.slow
 def test_hidden_columns_summed_in_parts_of_which_the_last_is_short():
     check_kernels(make_operands((0, 17, 40), hidden=384), options(inner=256))
 
