@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from anyexperts_jax.ops._dots import dot, from_bits, row_contraction, to_bits, wide_dtype
 from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
@@ -60,9 +60,9 @@ def forward(
     tokens_R, weight_R = _padded_rows(order, weights_NK, block)
     x_bits_ND = to_bits(x_ND)
 
-    def compute(size: int, start: Array, expert: Expert) -> tuple[Array, ...]:
-        w_gate_DF, w_up_DF, w_down_FD = expert
-        x_BD = from_bits(x_bits_ND[lax.dynamic_slice_in_dim(tokens_R, start, size)], dtype)
+    def compute(size: int, start: Array, e: Array) -> tuple[Array, ...]:
+        w_gate_DF, w_up_DF, w_down_FD = _load(experts, e)
+        x_BD = from_bits(_rows(x_bits_ND, lax.dynamic_slice_in_dim(tokens_R, start, size)), dtype)
         gate_BF, up_BF = dot("BD,DF->BF", x_BD, w_gate_DF), dot("BD,DF->BF", x_BD, w_up_DF)
         y_BD = dot("BF,FD->BD", swiglu(gate_BF, up_BF, dtype), w_down_FD)
         y_BD *= lax.dynamic_slice_in_dim(weight_R, start, size).astype(wide)[:, None]
@@ -70,14 +70,14 @@ def forward(
         return tuple(jnp.pad(to_bits(a.astype(dtype)), ((0, block - size), (0, 0))) for a in rows)
 
     def run_expert(i: Array, buffers: tuple[Array, ...]) -> tuple[Array, ...]:
-        expert, e = _load(experts, live_E[i])
+        e = live_E[i]
         start, count = order.starts_E[e], order.counts_E[e]
-        branches = [lambda size=size: compute(size, start, expert) for size in sizes]
+        branches = [lambda size=size: compute(size, start, e) for size in sizes]
         buffers = _write(buffers, lax.switch(_size_index(sizes, count), branches), start)
 
         def run_block(i: Array, buffers: tuple[Array, ...]) -> tuple[Array, ...]:
             first = start + i * block
-            branches = [lambda size=size: compute(size, first, expert) for size in _further_sizes(sizes)]
+            branches = [lambda size=size: compute(size, first, e) for size in _further_sizes(sizes)]
             rows = lax.switch(_size_index(_further_sizes(sizes), count - i * block), branches)
             return _write(buffers, rows, first)
 
@@ -104,15 +104,15 @@ def backward(
     tokens_R, weight_R = _padded_rows(order, weights_NK, block)
     x_bits_ND, d_y_bits_ND = to_bits(x_ND), to_bits(d_y_ND.astype(dtype))
 
-    def compute(size: int, start: Array, count: Array, expert: Expert) -> tuple[Array, ...]:
-        w_gate_DF, w_up_DF, w_down_FD = expert
+    def compute(size: int, start: Array, count: Array, e: Array) -> tuple[Array, ...]:
+        w_gate_DF, w_up_DF, w_down_FD = _load(experts, e)
         own_B1 = (jnp.arange(size) < count)[:, None]
 
         def own(rows: Array) -> Array:
             return jnp.where(own_B1, from_bits(rows, dtype), 0)
 
         tokens_B = lax.dynamic_slice_in_dim(tokens_R, start, size)
-        x_BD, d_y_BD = own(x_bits_ND[tokens_B]), own(d_y_bits_ND[tokens_B])
+        x_BD, d_y_BD = own(_rows(x_bits_ND, tokens_B)), own(_rows(d_y_bits_ND, tokens_B))
         gate_BF, up_BF = (own(lax.dynamic_slice_in_dim(a, start, size)) for a in kept)
         weight_B1 = jnp.where(own_B1, lax.dynamic_slice_in_dim(weight_R, start, size).astype(wide)[:, None], 0)
         d_hidden_BF = dot("BD,FD->BF", d_y_BD, w_down_FD)  # as if the slot's weight were 1
@@ -127,16 +127,16 @@ def backward(
         return d_x_BD, d_weight_B1, row_contraction(x_BD, d_gate_BF), row_contraction(x_BD, d_up_BF), d_down_FD
 
     def run_expert(i: Array, gradients: tuple[Array, ...]) -> tuple[Array, ...]:
-        expert, e = _load(experts, live_E[i])
+        e = live_E[i]
         start, count = order.starts_E[e], order.counts_E[e]
-        branches = [lambda size=size: compute(size, start, count, expert) for size in sizes]
+        branches = [lambda size=size: compute(size, start, count, e) for size in sizes]
         *rows, d_gate_DF, d_up_DF, d_down_FD = lax.switch(_size_index(sizes, count), branches)
         buffers = _write(gradients[:2], tuple(rows), start)
 
         def run_block(i: Array, carry: tuple) -> tuple:
             buffers, d_weights = carry
             first, rest = start + i * block, count - i * block
-            branches = [lambda size=size: compute(size, first, rest, expert) for size in _further_sizes(sizes)]
+            branches = [lambda size=size: compute(size, first, rest, e) for size in _further_sizes(sizes)]
             *rows, d_gate_DF, d_up_DF, d_down_FD = lax.switch(_size_index(_further_sizes(sizes), rest), branches)
             d_weights = tuple(a + b for a, b in zip(d_weights, (d_gate_DF, d_up_DF, d_down_FD), strict=True))
             return _write(buffers, tuple(rows), first), d_weights
@@ -174,12 +174,18 @@ def _size_index(sizes: tuple[int, ...], count: Array) -> Array:
     return jnp.searchsorted(jnp.asarray(sizes), jnp.minimum(count, sizes[-1]))
 
 
-def _load(experts: Experts, e: Array) -> tuple[Expert, Array]:
-    """(expert e's weights, e). The barrier keeps XLA from converting all weights before the loop."""
+def _rows(a_NI: Shaped[Array, "N I"], tokens_B: Int[Array, "B"]) -> Shaped[Array, "B I"]:
+    """The tokens' rows; all are there."""
+    return a_NI.at[tokens_B].get(mode="promise_in_bounds")
+
+
+def _load(experts: Experts, e: Array) -> Expert:
+    """Expert e's weights, asked for in the branch that uses them: only there can a dot read them where they lie. The
+    barrier keeps XLA from converting all weights before the loop."""
     experts, e = lax.optimization_barrier((experts, e))
     w_gate, w_up, w_down = (lax.dynamic_index_in_dim(to_bits(w), e, keepdims=False) for w in experts)
     dtype = experts[0].dtype
-    return (from_bits(w_gate, dtype), from_bits(w_up, dtype), from_bits(w_down, dtype)), e
+    return from_bits(w_gate, dtype), from_bits(w_up, dtype), from_bits(w_down, dtype)
 
 
 def _write(buffers: tuple[Array, ...], rows: tuple[Array, ...], start: Array) -> tuple[Array, ...]:
