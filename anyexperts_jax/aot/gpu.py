@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, Mesh, NamedSharding, PartitionSpec
 
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import GPUS, Gpu
+from anyexperts_jax.sharding.mesh import traced_for
 
 _TARGETS = pathlib.Path(__file__).parent / "targets"
 _TENSOR_CORES = re.compile(r"\b(wgmma|mma\.sync)\b")  # the instructions that multiply matrices
@@ -113,9 +114,7 @@ def compile_for(fn: Callable[..., Any], args: tuple[Any, ...], target: Target = 
 
 def abstract_gpu(target: Target = H100) -> contextlib.AbstractContextManager[Any]:
     """Within it, traces are for one `target`."""
-    device = AbstractDevice(device_kind=target.device_kind, num_cores=target.cores, platform="gpu")
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
+    return traced_for(AbstractDevice(device_kind=target.device_kind, num_cores=target.cores, platform="gpu"))
 
 
 @contextlib.contextmanager

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, Mesh, NamedSharding, PartitionSpec
 
 from anyexperts_jax.aot.chips import GPUS
 from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.sharding.mesh import traced_for
 
 NO_LIBTPU = "libtpu is not installed; in a checkout, pip install -e '.[aot]' (Linux only)"
 TOPOLOGIES = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}
@@ -93,8 +94,7 @@ def mesh_of(chip: str) -> Iterator[NamedSharding]:
     abstract argument on its first device."""
     device = devices(chip)[0]
     described = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
-    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=described)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with traced_for(described):
         yield NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from anyexperts_jax.core.errors import comma_list, require
 
@@ -98,17 +98,27 @@ def _near_together(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
+def traced_for(device: AbstractDevice) -> contextlib.AbstractContextManager[Any]:
+    """Within it, code that asks for the platform or the device kind hears of `device`, and that it is the only one."""
+    mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def knowing_they_are_alone(arrays: Any) -> contextlib.AbstractContextManager[Any]:
-    """Where every array lies on one device, and the same: a mesh of one for what is traced within, which then runs the
-    kernels of that device although the process has others. Does nothing elsewhere, among them inside `jit`."""
+    """`traced_for` the device on which every array lies, so that its kernels run although the process has others. Does
+    nothing where they lie on several or that is not known, as inside `jit`."""
     leaves = jax.tree.leaves(arrays)
     if any(isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array) for leaf in leaves):
         return contextlib.nullcontext()
     devices = {device for leaf in leaves for device in leaf.devices()}
     if len(devices) != 1:
         return contextlib.nullcontext()
-    mesh = Mesh(np.array([*devices]), ("device",), axis_types=(AxisType.Auto,))
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    (device,) = devices
+    return traced_for(
+        AbstractDevice(
+            device_kind=device.device_kind, num_cores=getattr(device, "num_cores", None), platform=device.platform
+        )
+    )
 
 
 def split_into_slices(devices: Sequence[Any], count: int) -> list[tuple[Any, ...]]:
