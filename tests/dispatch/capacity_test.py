@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -12,6 +13,11 @@ from anyexperts_jax.dispatch import moe_apply, moe_apply_stats
 from anyexperts_jax.dispatch.capacity import rows_per_expert
 from anyexperts_jax.routing.plan import PlanSpec
 from tests.dispatch.plans import EXPERTS, make_operands, make_plan, random_ids
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "num_sequences"))
+def run_capacity(x, plan, *weights, **options):
+    return moe_apply_stats(x, plan, *weights, "capacity", **options)
 
 
 @pytest.mark.parametrize(
@@ -31,8 +37,8 @@ def test_buffers_follow_the_budget(expected_real_slots, capacity_factor, tokens,
 def test_overflow_drops_the_latest_tokens_and_counts_them():
     plan = make_plan([[2], [2], [EXPERTS], [2], [0]])
     x, *weights = make_operands(5)
-    y, stats = moe_apply_stats(x, plan, *weights, "capacity", capacity=2)
-    exact = moe_apply(x, plan, *weights)
+    y, stats = run_capacity(x, plan, *weights, capacity=2)
+    exact = jax.jit(moe_apply)(x, plan, *weights)
     assert int(stats.dropped) == 1
     np.testing.assert_allclose(y[np.array([0, 1, 2, 4])], exact[np.array([0, 1, 2, 4])], rtol=1e-6)
     np.testing.assert_allclose(y[3], plan.virtual_weight_N[3] * x[3], rtol=1e-6)
@@ -41,7 +47,7 @@ def test_overflow_drops_the_latest_tokens_and_counts_them():
 def test_dropped_slots_get_no_gradient():
     plan = make_plan(np.zeros((6, 1)), virtual_output="zero")
     x, *weights = make_operands(6)
-    gradient = jax.grad(lambda x: moe_apply(x, plan, *weights, "capacity", capacity=4).sum())(x)
+    gradient = jax.jit(jax.grad(lambda x: run_capacity(x, plan, *weights, capacity=4)[0].sum()))(x)
     assert np.all(np.abs(gradient[:4]).sum(1) > 0)
     assert not np.any(gradient[4:])
 
@@ -65,7 +71,7 @@ def test_no_token_feels_a_later_one_of_any_sequence(num_sequences):
     other_x = jnp.where(late[:, None], x + 1, x)
 
     def run(x, plan):
-        return moe_apply_stats(x, plan, *weights, "capacity", capacity=2, num_sequences=num_sequences)
+        return run_capacity(x, plan, *weights, capacity=2, num_sequences=num_sequences)
 
     (y, stats), (other_y, _) = run(x, plan), run(other_x, other)
     assert int(stats.dropped) > 0
@@ -82,7 +88,7 @@ def test_fallback_is_exact_with_and_without_overflow():
         def loss(x, *weights, plan=plan, **options):
             return jnp.sin(moe_apply(x, plan, *weights, **options)).sum()
 
-        _, stats = moe_apply_stats(x, plan, *weights, "capacity")
+        _, stats = run_capacity(x, plan, *weights)
         assert int(stats.dropped) == 0
         run = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)), static_argnames="dispatch")
         exact, fallback = (run(x, *weights, dispatch=dispatch) for dispatch in ("dense", "capacity"))

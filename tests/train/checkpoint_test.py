@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -72,6 +73,39 @@ def test_a_state_moves_to_another_mesh(tmp_path):
     assert state.params["table"].sharding == target.params["table"].sharding
     assert {shard.data.shape for shard in state.params["table"].addressable_shards} == {(65, 260)}
     checkpoints.close()
+
+
+def test_a_save_compiles_nothing_for_small_arrays_that_devices_have_copies_of(tmp_path, caplog):
+    """Large ones the devices write in parts, each cut out by a program of its own."""
+    whole = NamedSharding(make_mesh(MeshConfig(data=8)), PartitionSpec())
+    for rows, programs in ((256, 0), (2048, 8)):  # of 4 KiB: 8 parts of 128 KiB or of 1 MiB
+        state = state_at(rows, whole.mesh)
+        state = dataclasses.replace(state, params=jax.device_put({"table": jnp.arange(rows * 1024.0)}, whole))
+        checkpoints = Checkpoints(tmp_path / str(rows))
+        caplog.clear()
+        with jax.log_compiles():
+            checkpoints.save(state, {}, CONFIG)
+        checkpoints.wait()
+        assert caplog.text.count("Finished XLA compilation") == programs
+        restored, _ = checkpoints.restore(rows, abstract(state), CONFIG)
+        assert_same(restored, state)
+        checkpoints.close()
+
+
+def test_a_checkpoint_of_a_version_that_wrote_all_copies_in_parts_is_read(saved, tmp_path):
+    plain = ocp.CheckpointManager(tmp_path / "plain")
+    state = state_at(7)
+    trees = {
+        "params": state.params,
+        "router_bias": {"router_bias_LC": state.router_bias_LC},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+    plain.save(7, args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in trees.items()}))
+    plain.close()
+    for name in trees:
+        shutil.rmtree(saved.directory / "3" / name)
+        shutil.copytree(tmp_path / "plain" / "7" / name, saved.directory / "3" / name)
+    assert_same(saved.restore(3, abstract(state_at(0)), CONFIG)[0], state)
 
 
 def test_the_last_and_the_best_are_kept_over_restarts(tmp_path):
