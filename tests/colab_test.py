@@ -92,16 +92,31 @@ def test_without_a_source_and_without_a_checkout_one_line_says_what_to_do(tmp_pa
     assert re.fullmatch(r"experiments/configs is not here: clone the repository .*\n", ended.stderr)
 
 
+def in_one_folder():
+    """The notebooks in the order a reader takes them; those that begin with the same run find it there."""
+    train = "result = train("
+    begin_alike = [path for path in NOTEBOOKS if train in path.read_text()]
+    return [begin_alike, *([path] for path in NOTEBOOKS if path not in begin_alike)]
+
+
+def test_notebooks_that_train_begin_with_the_same_run():
+    (first, *others), *alone = in_one_folder()
+    assert others
+    assert {source_of(path, 1) for path in others} == {source_of(first, 1)}
+    assert len(others) + 1 + len(alone) == len(NOTEBOOKS)
+
+
 @pytest.mark.notebook
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs(path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("paths", in_one_folder(), ids=lambda paths: "+".join(path.stem[:2] for path in paths))
+def test_runs(paths, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="needs the extra `notebooks`")
     for name, value in SMALLEST.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as a notebook has
-    notebook = read(path)
-    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute()
-    assert any(cell.get("outputs") for cell in notebook.cells[2:])
+    for path in paths:
+        notebook = read(path)
+        client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+        client.execute()
+        assert any(cell.get("outputs") for cell in notebook.cells[2:])

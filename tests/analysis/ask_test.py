@@ -42,6 +42,7 @@ def test_a_larger_budget_gives_every_modality_more_real_experts(one, example):
     assert all(low.real_slots[name] + 1 < high.real_slots[name] for name in ("text", "image"))
 
 
+@pytest.mark.slow
 def test_the_users_own_picture(one, tmp_path):
     Image.fromarray(np.full((30, 50, 3), 200, np.uint8)).save(tmp_path / "grey.png")
     example = own_example("what is it?", one.config.data.encoding, image=tmp_path / "grey.png")

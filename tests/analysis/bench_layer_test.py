@@ -45,6 +45,7 @@ def test_the_sweep_goes_from_eight_real_experts_to_half_of_them():
     assert bench_layer.BUDGETS == (8.0, 7.2, 6.4, 5.6, 4.8, 4.0)
 
 
+@pytest.mark.slow
 def test_the_implementation_asked_for_runs_in_every_table(monkeypatch):
     taken = set()
     monkeypatch.setattr(bench_layer, "BUDGETS", (2.0,))

@@ -61,6 +61,7 @@ def test_the_realised_average_is_the_asked_one(result):
         assert found.nominal == pytest.approx(0.8 * (k_min + k_max) / 2)
 
 
+@pytest.mark.slow
 def test_averages_are_those_of_a_plain_count(one, result, test_batches):
     """The summary against sums over tokens, written out."""
     window = own_window(MODEL.moe)
@@ -96,6 +97,7 @@ def test_averages_are_those_of_a_plain_count(one, result, test_batches):
     assert summary.dropped == 0
 
 
+@pytest.mark.slow
 def test_domains_average_to_the_whole(result, test_batches):
     for found in (result.trained, *(budget.routing for budget in result.budgets)):
         counts = {name: sum(batch.valid_BT.sum() for batch in batches) for name, batches in test_batches.items()}
@@ -104,6 +106,7 @@ def test_domains_average_to_the_whole(result, test_batches):
         assert np.mean(found.real_slots_by_layer) == pytest.approx(found.real_slots)
 
 
+@pytest.mark.slow
 def test_a_larger_budget_gives_every_domain_and_modality_more(result):
     low, high = (budget.routing for budget in result.budgets)
     for group in ("real_slots_by_domain", "real_slots_by_modality"):
@@ -111,6 +114,7 @@ def test_a_larger_budget_gives_every_domain_and_modality_more(result):
             assert getattr(high, group)[name] > value
 
 
+@pytest.mark.slow
 def test_room_changes_no_answer(one, test_batches):
     """Wider slot arrays must not change what a window computes."""
     assert (MODEL.moe.slots_bound, ROOMY.moe.slots_bound) == (6, 10)
@@ -129,6 +133,7 @@ def test_room_ends_where_the_experts_end():
     assert top.k_max - top.k_min == 3
 
 
+@pytest.mark.slow
 def test_the_answer_begins_with_what_the_whole_sequence_predicts_at_sep(one, test_batches):
     """Prompt, cache and decoding against the teacher-forced logits, which see the answer only after SEP."""
     batch = test_batches["nlp"][0]
@@ -142,11 +147,13 @@ def test_the_answer_begins_with_what_the_whole_sequence_predicts_at_sep(one, tes
     assert predict(one, ROOMY, batch, window, length) == [decode(row) for row in tokens_BJ]
 
 
+@pytest.mark.slow
 def test_the_longest_answer_counts_its_end(test_batches):
     lengths = [len(text.encode()) + 1 for batch in test_batches["nlp"] for text in answers(batch)]
     assert longest_answer(test_batches["nlp"]) == max(lengths)
 
 
+@pytest.mark.slow
 def test_right_and_wrong_answers_score_one_and_zero(test_batches):
     batches = test_batches["general"]
     source = open_source(DATA, "general", "test")
@@ -160,6 +167,7 @@ def test_right_and_wrong_answers_score_one_and_zero(test_batches):
     assert 0 < wrong.chance <= 1
 
 
+@pytest.mark.slow
 def test_chance_is_the_best_constant_of_each_type(test_batches):
     batches = test_batches["nlp"]
     source = open_source(DATA, "nlp", "test")
@@ -172,6 +180,7 @@ def test_chance_is_the_best_constant_of_each_type(test_batches):
     assert found.chance == pytest.approx(sum(best) / ROWS)
 
 
+@pytest.mark.slow
 def test_padding_rows_do_not_count(test_batches):
     (batch,) = test_batches["nlp"]
     padded = pad_rows(batch, ROWS + 3)
@@ -180,6 +189,7 @@ def test_padding_rows_do_not_count(test_batches):
     assert (found.examples, found.score) == (ROWS, 1)
 
 
+@pytest.mark.slow
 def test_results_survive_json_and_csv(result, tmp_path):
     save_evaluation(result, tmp_path)
     back = load_evaluation(tmp_path)
@@ -197,6 +207,7 @@ def test_a_foreign_evaluation_file_is_refused(tmp_path):
             load_evaluation(tmp_path)
 
 
+@pytest.mark.slow
 def test_verdicts_follow_the_figures(result):
     found = {verdict.question: verdict for verdict in verdicts(result, MODEL.moe)}
     assert found["realised average at budget 3"].met
@@ -210,6 +221,7 @@ def test_verdicts_follow_the_figures(result):
     assert not next(v for v in again if v.question.startswith("realised")).met
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loads", "measured", "met"),
     [
@@ -228,6 +240,7 @@ def test_the_verdict_on_load_is_of_the_worst_layer_and_budget(result, loads, mea
     assert (load.measured, load.wanted, load.met) == (measured, "< 2", met)
 
 
+@pytest.mark.slow
 def test_tables_print_every_budget_and_domain(result, capsys):
     print_evaluation(result)
     printed = capsys.readouterr().out
@@ -236,6 +249,7 @@ def test_tables_print_every_budget_and_domain(result, capsys):
     assert max(len(line) for line in printed.splitlines()) <= 80
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_cannot_be_saved_is_printed_all_the_same(one, result, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "load_trained", lambda *which: one)
     monkeypatch.setattr(evaluation, "evaluate_trained", lambda *what, **how: result)
@@ -295,6 +309,7 @@ def test_a_low_window_is_evaluated_and_says_at_which_budgets():
     )
 
 
+@pytest.mark.slow
 def test_equal_importance_ends_at_the_nearest_window_with_a_note(one, test_batches):
     level = dataclasses.replace(one, params=jax.tree.map(lambda leaf: leaf * 0, one.params))
     notes: list[str] = []
@@ -305,6 +320,7 @@ def test_equal_importance_ends_at_the_nearest_window_with_a_note(one, test_batch
     assert realised != pytest.approx(3.3, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budgets", "domains", "message"),
     [((50.0,), None, "out of reach"), (None, ("speech",), "domain='speech' is unknown"), ((-1.0,), None, "> 0")],
@@ -337,6 +353,7 @@ def test_times_are_medians_of_interleaved_calls(monkeypatch):
     assert found == {1.0: 2.0, 2.0: 4.0}
 
 
+@pytest.mark.slow
 def test_times_are_finite_and_one_at_the_reference(result):
     reference = result.budgets[0].time.reference
     assert reference == 3.0  # nearer to the nominal 3.6 than 4.5

@@ -30,6 +30,7 @@ def test_gradients_end_where_the_answer_is_predicted(measured):
     assert (gradient_BT[mask_BT] > 0).all()
 
 
+@pytest.mark.slow
 def test_entropy_is_the_routers(measured):
     batch, sample, scores = measured
     valid_BT = np.asarray(batch.valid_BT)
@@ -40,6 +41,7 @@ def test_entropy_is_the_routers(measured):
     assert sample.entropy_LBT.shape == sample.importance_LBT.shape
 
 
+@pytest.mark.slow
 def test_equal_embeddings_have_equal_norms(measured):
     batch, _, scores = measured
     text_BT = (np.asarray(batch.modality_BT) == 0) & np.asarray(batch.valid_BT)

@@ -151,6 +151,7 @@ def test_a_whole_run_is_reported_in_full(run):
         assert text in page.text
 
 
+@pytest.mark.slow
 def test_a_run_without_evaluation_is_measured_and_says_what_is_missing(run):
     (run / "evaluation.json").unlink(missing_ok=True)
     page = check_self_contained(report(run, examples=2))
@@ -160,6 +161,7 @@ def test_a_run_without_evaluation_is_measured_and_says_what_is_missing(run):
     assert not (run / "report" / "budget_curves.png").exists()  # of the report before
 
 
+@pytest.mark.slow
 def test_the_loaded_checkpoint_is_the_one_written(run):
     loaded, one = load_trained(run), trained()
     assert loaded.step == 4

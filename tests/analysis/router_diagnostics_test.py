@@ -47,6 +47,7 @@ def test_shuffling_costs_nothing_where_experts_are_alike_and_something_where_the
     np.testing.assert_allclose(alike.cosine_EE, 1.0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_shares_and_densities_are_of_each_modality(found):
     np.testing.assert_allclose(found.share_LME.sum(2), 1.0)
     assert found.share_LME.shape == (2, 4, 4)
@@ -82,6 +83,7 @@ def test_similarity_by_hand():
     np.testing.assert_allclose(distance_EE, between, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_pictures_and_table(found, tmp_path):
     for draw in (draw_densities, draw_similarity, draw_shares):
         assert draw(found, tmp_path / f"{draw.__name__}.png").stat().st_size > 3000

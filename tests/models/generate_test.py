@@ -75,6 +75,7 @@ def test_a_dense_model_and_one_with_experts_in_every_second_layer(stack):
     np.testing.assert_array_equal(generate(config, params, prompts, max_new_tokens=J), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", ["dense", "blocks", "capacity"])
 def test_the_window_applies_to_every_token(dispatch):
     params, window = lively_params(), jnp.array([1.0, 3.0])

@@ -26,6 +26,7 @@ def by_variant(scale):
     return {(plan.name, *key): run for plan in request.plans(request.tables) for key, run in plan.runs.items()}
 
 
+@pytest.mark.slow
 def test_small_has_the_same_tables_of_a_larger_model():
     tiny, small = by_variant("tiny"), by_variant("small")
     assert list(tiny) == list(small)

@@ -178,6 +178,7 @@ def test_the_committed_experiments_share_their_runs(committed):
             assert ids.setdefault(key, run.id) == run.id, f"{key} is not the same run in every table"
 
 
+@pytest.mark.slow
 def test_the_committed_experiments_compare_like_with_like(committed):
     """Only the routing policy differs between variants; every seed has its own data, shared by all variants."""
     seeds = {seed for _, seed in committed["figure3"]}
@@ -190,6 +191,7 @@ def test_the_committed_experiments_compare_like_with_like(committed):
             assert dataclasses.replace(run.config, model=model) == default
 
 
+@pytest.mark.slow
 def test_the_first_attempt_can_be_made_again():
     """Its runs are those whose results are committed."""
     runs = shared([runs_of(*load_experiment(CONFIGS / "first_attempt" / f"{name}.toml")) for name in TABLES])

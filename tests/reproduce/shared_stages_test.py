@@ -48,11 +48,13 @@ def test_the_committed_experiments_share_their_runs(committed):
             assert ids.setdefault(key, run.id) == run.id, f"{key} is not the same run in every table"
 
 
+@pytest.mark.slow
 def test_their_slots_share_a_run_with_the_other_papers_first_attempt(every):
     table3 = runs_of(*load_experiment(CONFIGS / "first_attempt" / "table3.toml"))
     assert every["dynamic 8.0", 0].id == table3["dynamic 8.0", 0].id
 
 
+@pytest.mark.slow
 def test_only_the_table_evolve_differs_between_variants(every):
     for (_, seed), run in every.items():
         if run.evolve is not None:
@@ -60,6 +62,7 @@ def test_only_the_table_evolve_differs_between_variants(every):
             assert run.evolve.warm_up.lr == run.evolve.evolving.lr == run.evolve.routing.lr
 
 
+@pytest.mark.slow
 def test_copies_train_for_as_long_as_evolved_ones(every):
     for (name, _), run in every.items():
         if run.evolve is not None and run.evolve.routing.steps and name != "copies, router alone":
@@ -67,6 +70,7 @@ def test_copies_train_for_as_long_as_evolved_ones(every):
             assert steps == 2800, name
 
 
+@pytest.mark.slow
 def test_stages_are_shared_by_all_that_have_them_in_common(every, tmp_path):
     counts = Counter(stage for run in every.values() for stage in missing_stages(run, tmp_path))
     stage_one = [count for name, count in counts.items() if name.startswith("warm_up")]
@@ -78,6 +82,7 @@ def test_stages_are_shared_by_all_that_have_them_in_common(every, tmp_path):
     assert missing_stages(every["dynamic 8.0", 0], tmp_path) == frozenset()
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_done_is_not_missing(every, tmp_path):
     dense = every["dense", 0]
     (name,) = missing_stages(dense, tmp_path)
@@ -111,6 +116,7 @@ def test_a_start_is_trained_by_who_comes_first(tmp_path, monkeypatch):
     assert missing_stages(runs["one", 0], tmp_path) == frozenset()
 
 
+@pytest.mark.slow
 def test_what_a_stage_leaves_out_does_not_matter_to_it(every):
     run = every["evolution + DTR, experts train on", 0].evolve_run
     assert up_to(run, "evolving") == up_to(every["evolution + linear", 0].evolve_run, "evolving")
@@ -120,6 +126,7 @@ def test_what_a_stage_leaves_out_does_not_matter_to_it(every):
     assert up_to(early, "warm_up").evolve.evolve_in_warm_up
 
 
+@pytest.mark.slow
 def test_runs_wait_for_a_stage_that_another_one_trains(every, tmp_path):
     pool = _Pool(tmp_path, [(0,), (0,)], lambda line: None, ())
     first, same, other = every["dense", 0], every[BOTH, 0], every["MoE-tuning", 1]
@@ -134,6 +141,7 @@ def test_runs_wait_for_a_stage_that_another_one_trains(every, tmp_path):
     assert pool.first_ready([same]) is same
 
 
+@pytest.mark.slow
 def test_a_run_of_stages_survives_the_disk_and_is_what_decides_its_result(every):
     one = every[BOTH, 3]
     assert run_from_json(run_to_json(one)) == one
@@ -144,6 +152,7 @@ def test_a_run_of_stages_survives_the_disk_and_is_what_decides_its_result(every)
     assert len({run.id for run in every.values()}) == 195
 
 
+@pytest.mark.slow
 def test_quick_goes_through_the_same_stages(every):
     for name in EVOMOE_TABLES[:-1]:
         for (variant, seed), run in runs_of(*load_experiment(name, CONFIGS), quick=True).items():

@@ -151,6 +151,7 @@ def _check(config: AnyExpertsConfig, p: Problem) -> None:
     _assert_equal(plan, _oracle(config, p))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fast_path_equals_the_oracle_with_random_switches(shape):
     """150 examples a shape, among which hypothesis repeats some configurations with other tokens."""

@@ -66,6 +66,7 @@ def checkpoint_steps(run_dir):
     return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdigit())
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_files_and_its_result(tmp_path, linear_model):
     result = train(run_config(), tmp_path / "run", progress=False)
     assert (result.step, result.skipped_steps) == (6, 0)
@@ -171,6 +172,7 @@ def example_of_step(step):
     return [int(np.asarray(next(iterator).example_B)[0]) for _ in range(6)][step - 1]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     poisoned = nan_in_step(example_of_step(5))
     monkeypatch.setattr(loop, "model_apply", lambda config, placement: poisoned)
@@ -198,6 +200,7 @@ def test_a_step_that_is_not_finite_is_skipped_where_asked(tmp_path, monkeypatch,
     assert "1 steps were not finite and skipped" in shown
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path, linear_model, monkeypatch, caplog):
     train(run_config(steps=3), tmp_path, progress=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))

@@ -140,6 +140,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(quiet_step, lev
     chex.assert_trees_all_equal(dataclasses.replace(after, step=state.step), state)
 
 
+@pytest.mark.slow
 def test_randomness_follows_seed_step_and_micro_batch():
     def losses(seed, parts):
         step, state = linear_step(linear_apply, seed=seed, accumulation=parts)

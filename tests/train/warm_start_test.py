@@ -54,6 +54,7 @@ def test_a_static_mixture_becomes_one_with_variable_slots(mesh):
     assert started.describe("runs/static").count("\n") == 0
 
 
+@pytest.mark.slow
 def test_another_top_k_changes_nothing_but_the_number_of_slots(mesh):
     batch, params = random_batch(STATIC), random_params(STATIC)
     other = static_twin(DYNAMIC, 2)
