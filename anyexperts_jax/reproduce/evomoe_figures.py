@@ -1,7 +1,7 @@
 """EvoMoE's pictures: scores of all variants, and what shuffling costs against how far experts end apart."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,6 +65,7 @@ def draw_experts(results: Results, path: Path, title: str) -> Path:
     variants = list(dict.fromkeys(name for (name, _), one in results.found.items() if one.experts))
     every = [abs(shuffle_cost(one)) for one in results.found.values() if one.experts]
     named_from = 0.1 * max(every, default=0.0)  # names of those on the zero line would lie on one another
+    means: dict[str, tuple[float, float]] = {}
     with style.figure(11.0, max(4.4, 0.9 + 0.15 * len(variants)), path) as drawn:
         left, right = drawn.subplots(1, 2)
         for index, variant in enumerate(variants):
@@ -76,14 +77,14 @@ def draw_experts(results: Results, path: Path, title: str) -> Path:
             if distances:
                 left.plot(distances, costs, marker, color=colour, markersize=4)
             if distances and _kind(variant) == _OTHER and abs(np.mean(costs)) > named_from:
-                middle = (float(np.exp(np.mean(np.log(distances)))), float(np.mean(costs)))
-                left.annotate(variant, middle, xytext=(4, 4), textcoords="offset points", fontsize=6.5)
+                means[variant] = (float(np.exp(np.mean(np.log(distances)))), float(np.mean(costs)))
             right.plot([overlap(one) for one in ones], np.full(len(ones), index), marker, color=colour, markersize=4)
         for kind, name in enumerate(_KIND_NAMES):
             colour, marker = style.series(kind)
             left.plot([], [], marker, color=colour, markersize=5, label=name)
         left.set_xscale("log")
         left.axhline(0.0, color=style.FAINT, linewidth=1)
+        _name(left, means)
         left.xaxis.set_minor_formatter("")  # decades alone have labels
         left.set_xlabel("distance of experts 2 to N from expert 1 over its norm")
         left.set_ylabel("nats per answer token that shuffled logits cost")
@@ -97,6 +98,33 @@ def draw_experts(results: Results, path: Path, title: str) -> Path:
             loc="outside upper left", ncols=len(_KIND_NAMES), title=f"{title}; a mark a seed", alignment="left"
         )
     return path
+
+
+def _name(axes: "Axes", points: Mapping[str, tuple[float, float]]) -> None:
+    """Writes the points' names in a column left of experts that differ, about as high as they, and a line to each."""
+    low, high = axes.get_ylim()
+    names = sorted(points, key=lambda name: points[name][1])
+    heights = _apart([points[name][1] for name in names], gap=0.03 * (high - low))
+    for name, height in zip(names, heights, strict=True):
+        axes.annotate(
+            name,
+            points[name],
+            xytext=(0.62, height),
+            textcoords=axes.get_yaxis_transform(),
+            ha="right",
+            va="center",
+            fontsize=6.5,
+            arrowprops={"arrowstyle": "-", "color": style.FAINT, "linewidth": 0.6},
+        )
+
+
+def _apart(ascending: Sequence[float], gap: float) -> list[float]:
+    """The numbers moved so that neighbours are at least `gap` apart, their mean where it was."""
+    moved: list[float] = []
+    for number in ascending:
+        moved.append(max(number, moved[-1] + gap) if moved else number)
+    shift = (sum(moved) - sum(ascending)) / max(len(moved), 1)
+    return [number - shift for number in moved]
 
 
 def _kind(variant: str) -> int:
