@@ -67,11 +67,12 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Quick:
-    """What --quick changes: fewer seeds, and overrides of every variant."""
+    """What --quick changes: fewer seeds and examples, and overrides of every variant."""
 
     seeds: tuple[int, ...] = (0,)
     set: tuple[str, ...] = ()
-    test_examples: int = 16
+    test_examples: int = 16  # at most
+    validation_examples: int = 16
 
     def __post_init__(self) -> None:
         _require_seeds("quick.seeds", self.seeds)
@@ -205,7 +206,11 @@ def runs_of(
     """
     amounts = experiment.evaluation
     if quick:
-        amounts = dataclasses.replace(amounts, test_examples=min(amounts.test_examples, experiment.quick.test_examples))
+        fewer = {
+            name: min(getattr(amounts, name), getattr(experiment.quick, name))
+            for name in ("test_examples", "validation_examples")
+        }
+        amounts = dataclasses.replace(amounts, **fewer)
     wanted = []
     for place, variant in enumerate(experiment.variants):
         seeds = experiment.seeds if variant.seeds is None else variant.seeds

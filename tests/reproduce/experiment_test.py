@@ -108,8 +108,12 @@ def test_an_unknown_name_is_told_the_valid_ones(tmp_path, monkeypatch):
 
 
 def test_quick_takes_fewer_seeds_and_other_steps(tmp_path):
-    text = MINIMAL.replace("[[variants]]", '[quick]\nseeds = [1]\nset = ["train.steps=4"]\n[[variants]]', 1)
+    quick = '[quick]\nseeds = [1]\nset = ["train.steps=4"]\nvalidation_examples = 1000\n'
+    text = MINIMAL.replace("[[variants]]", f"{quick}[[variants]]", 1)
     runs = load(tmp_path, text, quick=True)
+    amounts, most = (next(iter(found.values())).evaluation for found in (runs, load(tmp_path, text)))
+    assert amounts.test_examples < most.test_examples
+    assert amounts.validation_examples == most.validation_examples, "never more than without"
     assert list(runs) == [("early", 1), ("late", 1)]
     assert {run.config.train.steps for run in runs.values()} == {4}
     assert not {run.id for run in runs.values()} & {run.id for run in load(tmp_path, text).values()}
