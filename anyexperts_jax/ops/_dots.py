@@ -3,8 +3,7 @@
 A bfloat16 dot runs on the matrix unit only if it yields float32 and contracts the last axis of its left side;
 otherwise its operands are widened to float32 first. Before JAX 0.11.2 slices and updates of bfloat16 at run-time
 offsets are widened too, whole buffers at a time, so loops move bfloat16 as the 16-bit integers it is made of. From
-then on a dot reads a bfloat16 slice where it lies, and the detour would cost the copy that is now saved: a third of
-the time at 64 rows an expert.
+then on bfloat16 is moved as it is: the integers would take no longer, but five times the backward pass's temporaries.
 """
 
 import math
