@@ -32,6 +32,7 @@ SCALES = {"tiny": CONFIGS, "small": CONFIGS / "small"}  # the same tables of a m
 _ID_LENGTH = 12
 _START_SEEDS = 1000  # above a variant's seed
 _LABELS = ("name", "keep", "stage")
+_EXAMPLES = ("test_examples", "validation_examples")  # of `Amounts` and of `Quick`
 _NOTHING = object()
 
 
@@ -44,7 +45,7 @@ class Amounts:
     model_baselines: bool = True  # AUC of what router, gradient and embeddings say of a token
 
     def __post_init__(self) -> None:
-        for name in ("test_examples", "validation_examples"):
+        for name in _EXAMPLES:
             require(getattr(self, name) >= 1, f"evaluation.{name}={getattr(self, name)} must be >= 1")
 
 
@@ -71,7 +72,7 @@ class Quick:
 
     seeds: tuple[int, ...] = (0,)
     set: tuple[str, ...] = ()
-    test_examples: int = 16  # at most
+    test_examples: int = 16  # at most, as the next
     validation_examples: int = 16
 
     def __post_init__(self) -> None:
@@ -206,10 +207,7 @@ def runs_of(
     """
     amounts = experiment.evaluation
     if quick:
-        fewer = {
-            name: min(getattr(amounts, name), getattr(experiment.quick, name))
-            for name in ("test_examples", "validation_examples")
-        }
+        fewer = {name: min(getattr(amounts, name), getattr(experiment.quick, name)) for name in _EXAMPLES}
         amounts = dataclasses.replace(amounts, **fewer)
     wanted = []
     for place, variant in enumerate(experiment.variants):

@@ -179,9 +179,8 @@ def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
         type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     )
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for item in ("params", "router_bias", "optimizer"):
-        registry.add(item, ocp.args.PyTreeSave, trees)
-        registry.add(item, ocp.args.PyTreeRestore, trees)
+    for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        registry.add(None, args, trees)  # whatever the item
     return registry
 
 
