@@ -21,6 +21,7 @@ from anyexperts_jax.ops.row_map import RowMap, combine_rows, take_rows
 from anyexperts_jax.ops.slot_order import SlotOrder
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
 from anyexperts_jax.routing.route import route
+from anyexperts_jax.sharding.mesh import knowing_they_are_alone
 
 Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 
@@ -116,7 +117,8 @@ def temporary_mib(program: jax.stages.Compiled) -> float:
 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> Compiled:
-    program = jax.jit(function).lower(*arguments).compile()
+    with knowing_they_are_alone(arguments):
+        program = jax.jit(function).lower(*arguments).compile()
     return Compiled(functools.partial(program, *arguments), temporary_mib(program))
 
 

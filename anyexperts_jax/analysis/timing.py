@@ -21,6 +21,7 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.dispatch.apply import moe_apply
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
+from anyexperts_jax.sharding.mesh import knowing_they_are_alone
 
 
 def time_budgets(
@@ -72,7 +73,12 @@ def _layer(model: ModelConfig, trace: Any) -> Callable[[], Array]:
     rng = np.random.default_rng(0)
     shapes: Sequence[tuple[int, ...]] = ((N, D), (E, D, F), (E, D, F), (E, F, D))
     x_ND, *weights = (jnp.asarray(rng.standard_normal(shape), stack.dtype) for shape in shapes)
-    return functools.partial(_apply, stack.dispatch, stack.expert_mlp, trace.slots_BT.shape[1], x_ND, plan, *weights)
+
+    def run() -> Array:
+        with knowing_they_are_alone(weights):  # as the model does
+            return _apply(stack.dispatch, stack.expert_mlp, trace.slots_BT.shape[1], x_ND, plan, *weights)
+
+    return run
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

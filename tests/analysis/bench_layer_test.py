@@ -3,6 +3,7 @@ import json
 import time
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from anyexperts_jax.analysis.bench_layer import Timing
 from anyexperts_jax.analysis.stopwatch import Rounds, cpu_times, interleaved_rounds, others_load
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch import apply
+from anyexperts_jax.ops._select import on_one_device
 
 TINY = LayerShape(tokens=24, width=8, hidden=8, experts=16, slots=3)
 
@@ -93,6 +95,14 @@ def test_files_hold_the_command_and_the_rows(bench, tmp_path):
     text = paths[2].read_text()
     assert "`anyexperts bench layer`" in text
     assert "| S1 float32 forward | blocks |" in text
+
+
+def test_what_is_timed_is_compiled_for_the_one_device_it_lies_on():
+    """So that its kernels run on a machine that has others too."""
+    seen = []
+    bench_cases.compiled(lambda x: seen.append(on_one_device()) or x, jnp.ones(8))
+    assert seen == [True]
+    assert not on_one_device()
 
 
 def test_budget_plans_have_the_average_exactly_and_one_shape():

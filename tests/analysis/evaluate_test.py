@@ -26,6 +26,7 @@ from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.data.tokenizer import decode
 from anyexperts_jax.models.generate import generate
 from anyexperts_jax.models.presets import static_twin
+from anyexperts_jax.ops._select import on_one_device
 from anyexperts_jax.routing.budget import shift_budget
 from tests.analysis.stand_in import DATA, MODEL, trained
 
@@ -362,3 +363,18 @@ def test_times_are_finite_and_one_at_the_reference(result):
         assert found.time.layer_seconds > 0
         if found.budget == reference:
             assert found.time.forward == found.time.layer == 1
+
+
+@pytest.mark.slow
+def test_the_layer_is_timed_for_the_one_device_that_has_the_model(one, test_batches, monkeypatch):
+    seen, run = [], timing.moe_apply
+
+    def note(*operands, **how):
+        seen.append(on_one_device())
+        return run(*operands, **how)
+
+    monkeypatch.setattr(timing, "moe_apply", note)
+    timing._apply.clear_cache()
+    timing.time_budgets(one, ROOMY, test_batches["nlp"][0], {3.6: own_window(MODEL.moe)}, rounds=1)
+    timing._apply.clear_cache()
+    assert seen == [True]
