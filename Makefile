@@ -4,6 +4,7 @@ VENV ?= .venv
 AOT_VENV ?= .venv-aot
 RUN ?= runs/demo
 PYTEST_ARGS ?=
+WORKERS := -n logical --maxprocesses 4 --dist worksteal  # each takes 2 GB or so
 AOT_TESTS ?= aot
 BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
@@ -42,7 +43,7 @@ demo-smoke: $(BIN)/.installed
 	$(BIN)/anyexperts report $(RUN)
 
 test: $(BIN)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 # An environment of its own: the compilers are large, and nothing else needs them.
 $(AOT_BIN)/.installed: pyproject.toml
@@ -56,10 +57,10 @@ $(BIN)/.installed-notebooks: $(BIN)/.installed-test
 	touch $@
 
 test-notebooks: $(BIN)/.installed-notebooks
-	$(BIN)/python -m pytest tests/colab_test.py -n 2
+	$(BIN)/python -m pytest tests/colab_test.py $(WORKERS)
 
 test-aot: $(AOT_BIN)/.installed
-	$(AOT_BIN)/python -m pytest -m '$(AOT_TESTS)' tests/aot -n 2 --dist worksteal --durations=5 $(PYTEST_ARGS)
+	$(AOT_BIN)/python -m pytest -m '$(AOT_TESTS)' tests/aot $(WORKERS) --durations=5 $(PYTEST_ARGS)
 
 lint: $(BIN)/.installed-test
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ skip them where it finds something else.
 """
 
 import collections
+import gc
 import itertools
 import os
 import pathlib
@@ -52,6 +53,7 @@ def _spread(cases, most):
 
 
 def pytest_configure(config):
+    gc.set_threshold(50_000, 20, 20)  # jaxprs are many small objects that stay: 5% of the time went into visiting them
     if config.option.markexpr in DEVICES and jax.config.jax_platforms == "cpu":
         jax.config.update("jax_platforms", None)  # JAX looks for itself
     # Many tests compile the same program. A folder for this process alone: two that write one file would read halves.

@@ -128,6 +128,7 @@ def test_calls_on_end_share_their_time():
     assert 0.02 <= found.seconds["a"][0] < 0.1
 
 
+@pytest.mark.slow
 def test_ragged_dot_computes_the_same_layer():
     plan = bench_cases.top_k_plan(TINY)
     operands = bench_cases.operands(TINY, "float32")

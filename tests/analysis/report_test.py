@@ -181,6 +181,7 @@ def test_a_run_that_just_began_has_a_page(tmp_path):
         assert text in page.text
 
 
+@pytest.mark.slow
 def test_static_top_k_has_no_importance_to_show(tmp_path):
     open_run_dir(tmp_path, config_of(static_twin(MODEL, 4)))
     write_records(RunDir(tmp_path))

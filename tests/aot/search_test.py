@@ -45,6 +45,7 @@ def test_meshes_divide_what_they_split():
     assert {mesh.expert for mesh in meshes(config("model.stack.dispatch=blocks"), 8)} == {1}
 
 
+@pytest.mark.slow
 def test_candidates_come_by_their_estimate(eight_chips):
     found = candidates(config(), "v5e:2x4", 1)
     estimates = [estimate for estimate, _ in found]

@@ -39,6 +39,7 @@ def test_a_wider_dense_layer_adds_its_three_matmuls():
     assert wide["experts"] == narrow["experts"]
 
 
+@pytest.mark.slow
 def test_expert_rows_follow_the_budget_in_work_and_in_buffers():
     mesh = ONE | {"expert": 4}
     high, low = (
@@ -65,6 +66,7 @@ def test_splash_attention_skips_what_is_masked_and_computes_scores_again():
     assert work.extra_flops["masked attention"] == work.real_flops["attention"] / 2  # nine matmuls where six are needed
 
 
+@pytest.mark.slow
 def test_gathered_weights_are_split_by_expert_and_tensor_alone():
     model = dataclasses.replace(config("model.stack.dispatch=exchange").model, vision=None, audio=None)
     whole = gathered_bytes(model, ONE)

@@ -46,6 +46,7 @@ def test_contrast_against_a_loop(rng):
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_contrast_is_low_where_experts_differ_and_defined_without_tokens():
     apart = jnp.asarray(np.eye(5, dtype=np.float32)[[[0, 1, 2, 0], [0, 1, 0, 0]]])
     expert = jnp.asarray([[0, 1, 2, 0], [0, 1, 0, 0]], jnp.int32)

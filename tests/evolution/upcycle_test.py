@@ -77,6 +77,7 @@ def test_every_layers_weights_come_to_their_place():
     )
 
 
+@pytest.mark.slow
 def test_on_a_mesh_leaf_by_leaf_without_two_models():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
     moe = AnyExpertsConfig.static_top_k(4, 1)

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from experiments.evolution.equation_one import CASES, MARKS, RESULTS, run, table
 
@@ -13,6 +14,7 @@ def last_distance(case):
     return float(np.mean(run(case, STEPS)["distance"][-1]))
 
 
+@pytest.mark.slow
 def test_the_literal_form_cannot_be_what_was_run():
     """The paper's row with beta = 0 equals expert 1; equation (1) as printed gives raw gradients there."""
     average, literal = run("ema, beta 0", STEPS), run("literal, beta 0", STEPS)
@@ -21,6 +23,7 @@ def test_the_literal_form_cannot_be_what_was_run():
     assert min(np.ravel(literal["distance"][-1])) > 0.5
 
 
+@pytest.mark.slow
 def test_evolved_experts_end_alike_unless_a_floor_or_snapshots_keep_them_apart():
     to_zero = last_distance("ema, cosine to zero")
     assert to_zero < 2e-4  # of expert 1's whole drift

@@ -154,6 +154,7 @@ def test_the_answer_reaches_every_parameter(params):
         assert float(np.abs(grad).max()) > 0, f"no gradient reaches {jax.tree_util.keystr(path)}"
 
 
+@pytest.mark.slow
 def test_window_overrides_the_configuration(params):
     window = jnp.array([1.0, 2.0])
     trace = forward(SMALL)(params, random_batch(), None, window).trace

@@ -57,6 +57,7 @@ def test_dtr_at_the_papers_width_adds_what_h_times_r_of_2048_gives():
         assert abs(count / (4 * 3 * 2048 * 2048) - 1) < 0.06
 
 
+@pytest.mark.slow
 def test_logits_start_small_enough_for_a_softmax():
     x_ND = jnp.asarray(np.random.default_rng(1).normal(size=(256, 64)), jnp.float32)
     modality_N = jnp.arange(256) % M
@@ -132,6 +133,7 @@ def test_the_parameters_have_places_on_a_mesh():
     assert not any(router["mix"].spec)
 
 
+@pytest.mark.slow
 def test_variants_cost_what_they_say_in_a_preset():
     base = model_preset("tiny")
     layers, D = base.stack.num_moe_layers, base.stack.d_model

@@ -139,6 +139,7 @@ def test_unknown_remat_is_refused_with_the_known_ones():
         remat_policy("none")
 
 
+@pytest.mark.slow
 def test_an_unrolled_scan_is_the_same_function():
     scanned, unrolled = (run(stack(scan_unroll=n))(params(), X_BTD, CONTEXT) for n in (1, 2))
     close(unrolled[0], scanned[0])

@@ -48,6 +48,7 @@ def test_scores_as_they_are():
     assert virtual == pytest.approx(float(scores[4]), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_single_slot_has_weight_one_and_teaches_the_router_only_by_the_raw_scores_gradient():
     def gradient(normalisation):
         config = AnyExpertsConfig.static_top_k(E, 1, normalisation=normalisation)

@@ -46,6 +46,7 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
     assert stats.rows == (CASES[case] < EMPTY).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["random", "all on one expert", "one sequence has slots"])
 @pytest.mark.parametrize("mesh", ["expert 2, sequence 2, data 2"])
 def test_chunks_give_the_values_and_gradients_of_one_device(mesh, case):

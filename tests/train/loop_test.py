@@ -85,6 +85,7 @@ def test_a_run_leaves_its_files_and_its_result(tmp_path, linear_model):
     assert again == result
 
 
+@pytest.mark.slow
 def test_slots_that_find_no_room_are_a_share_in_the_log_and_on_the_line_of_a_step(tmp_path, monkeypatch, capsys):
     def apply(*arguments):
         logits, trace = linear_apply(*arguments)

@@ -68,12 +68,14 @@ def test_residuals_and_bfloat16(residuals, columns):
     check_kernels(make_operands((0, 17, 40), jnp.bfloat16), chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capacity", "width", "hidden"), [(5, 20, 136), (40, 200, 128)])
 def test_widths_that_are_no_multiple_of_a_tile(capacity, width, hidden):
     chosen = options(block=16) if capacity < 16 else FUSED
     check_kernels(make_operands((capacity, 0, 3), capacity=capacity, width=width, hidden=hidden), chosen)
 
 
+@pytest.mark.slow
 def test_one_pass_an_expert_needs_no_sum_across_tiles():
     check_kernels(make_operands((0, 40, 7, 33)), options(block=40, slab=40))
 
@@ -83,6 +85,7 @@ def test_two_cores_share_an_odd_list():
     check_kernels(make_operands((40, 40, 5, 0, 17), capacity=32), options(cores=2))
 
 
+@pytest.mark.slow
 def test_counts_past_the_buffer_mean_all_rows():
     operands = make_operands((40, 40, 40))
     results = compiled(FUSED)(operands._replace(counts_E=operands.counts_E + 5))
@@ -119,6 +122,7 @@ def test_wrong_operands_are_found(wrong):
         check_kernels(make_operands((0, 17, 3)), FUSED, jax.jit(functools.partial(run, wrong)))
 
 
+@pytest.mark.slow
 def test_a_stale_list_of_tiles_is_found(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "list_tiles", lambda counts, *sizes: list_tiles(jnp.roll(counts, 1), *sizes))
     op = functools.partial(expert_mlp_pallas_tpu, options=FUSED)
@@ -126,6 +130,7 @@ def test_a_stale_list_of_tiles_is_found(monkeypatch):
         check_kernels(make_operands((0, 17, 3)), FUSED, jax.jit(functools.partial(run, op)))
 
 
+@pytest.mark.slow
 def test_a_copy_that_stops_short_is_found(monkeypatch):
     whole = tpu_grid.Copied.each
 
@@ -138,6 +143,7 @@ def test_a_copy_that_stops_short_is_found(monkeypatch):
         check_kernels(make_operands((0, 17, 3)), FUSED, jax.jit(functools.partial(run, op)))
 
 
+@pytest.mark.slow
 def test_an_unmasked_weight_gradient_is_found(monkeypatch):
     monkeypatch.setattr(pallas_tpu.Slab, "mask", lambda slab, value: value)
     op = functools.partial(expert_mlp_pallas_tpu, options=FUSED)

@@ -36,6 +36,7 @@ def test_routed_mlp(name, columns):
     assert found[0].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_a_slot_of_weight_zero_has_its_gradient_and_a_wrong_weight_is_found():
     plan = plans.make_plan(plans.PLANS["random"].expert_ids_NK, virtual_output="zero")
     slot = np.argwhere(np.asarray(plan.expert_ids_NK) < plans.EXPERTS)[0]

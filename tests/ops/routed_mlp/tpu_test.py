@@ -50,6 +50,7 @@ def test_in_parts_and_bfloat16(columns, keep):
     check_buffer(operands, chosen, compiled(chosen, keep))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("counts", [(40, 5, 0, 17), (0, 7, 0)])
 def test_two_cores_share_an_odd_list_or_one_tile(counts):
     check_buffer(make_operands(counts), options(cores=2))
