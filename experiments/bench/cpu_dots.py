@@ -86,7 +86,8 @@ def torch_calls(x_ECD: Array, w_EDF: Array, d_gate_ECF: Array) -> dict[str, Call
     import torch
 
     x, w, d_gate = (torch.from_dlpack(a).clone() for a in (x_ECD, w_EDF, d_gate_ECF))
-    w_EFD, gate, d_w_EFD = w.mT.contiguous(), torch.empty_like(d_gate), torch.empty_like(w.mT.contiguous())
+    w_EFD, gate = w.mT.contiguous(), torch.empty_like(d_gate)
+    d_w_EFD = torch.empty_like(w_EFD)
 
     def forward() -> None:
         for e in range(len(x)):
@@ -107,8 +108,8 @@ def measure(name: str, dtype: str) -> list[tuple[str, ...]]:
     """The rows of one shape and dtype."""
     arrays = operands(SHAPES[name], dtype)
     ours, theirs = xla_calls(*arrays), torch_calls(*arrays)
-    calls = {(who, what): call for who, own in (("ours", ours), ("theirs", theirs)) for what, call in own.items()}
-    rounds = interleaved_rounds({f"{who} {what}": call for (who, what), call in calls.items()}, ROUNDS, patience=30)
+    calls = {f"{who} {what}": call for who, own in (("ours", ours), ("theirs", theirs)) for what, call in own.items()}
+    rounds = interleaved_rounds(calls, ROUNDS, patience=30)
     num_rows = arrays[0].shape[1]
     flops = 2 * arrays[0].size * SHAPES[name].hidden
     rows = []

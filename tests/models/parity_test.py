@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from anyexperts_jax import AnyExpertsConfig
-from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.analysis.bench_step import text_batch
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.generate import generate
 from anyexperts_jax.models.init import abstract_params
@@ -128,28 +128,12 @@ def in_our_tree(named):
     }
 
 
-def text_batch(tokens_BT, lengths):
-    batch, length = tokens_BT.shape
-    zeros_BT, zeros_B = np.zeros((batch, length), np.int32), np.zeros(batch, np.int32)
-    valid_BT = np.arange(length) < np.asarray(lengths)[:, None]
-    return Batch(
-        tokens_BT=np.where(valid_BT, tokens_BT, CONFIG.pad_id).astype(np.int32),
-        modality_BT=zeros_BT,
-        valid_BT=valid_BT,
-        loss_mask_BT=valid_BT,
-        evidence_BT=np.zeros((batch, length), bool),
-        time_BT=zeros_BT,
-        patches_BPX=np.zeros((batch, 0, 0), np.float32),
-        patch_place_BP=np.zeros((batch, 0), np.int32),
-        frames_BSX=np.zeros((batch, 0, 0), np.float32),
-        **dict.fromkeys(("domain_B", "question_B", "level_B", "example_B"), zeros_B),
-    )
-
-
 @pytest.fixture(scope="module")
 def batch():
     tokens_BT = np.random.default_rng(0).integers(0, CONFIG.pad_id, (len(LENGTHS), max(LENGTHS)))
-    return text_batch(tokens_BT, LENGTHS)
+    valid_BT = np.arange(max(LENGTHS)) < np.asarray(LENGTHS)[:, None]
+    tokens_BT = np.where(valid_BT, tokens_BT, CONFIG.pad_id).astype(np.int32)
+    return dataclasses.replace(text_batch(tokens_BT), tokens_BT=tokens_BT, valid_BT=valid_BT)
 
 
 def test_the_tree_is_ours(theirs):
