@@ -9,9 +9,9 @@ LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 def main() -> int:
     """Runs a command and returns its exit code."""
     restart_with_large_pages()
-    from anyexperts_jax import cli
+    from anyexperts_jax.cli.main import main as run
 
-    return cli.main()
+    return run()
 
 
 def restart_with_large_pages() -> None:

@@ -6,7 +6,7 @@ import re
 import pytest
 from train.stand_in import DATA, run_config
 
-from anyexperts_jax import cli
+from anyexperts_jax.cli import main as cli
 from anyexperts_jax.train.config import to_json
 from anyexperts_jax.train.optim import OptimConfig
 
@@ -117,7 +117,7 @@ def test_an_error_of_ours_is_not_taken_for_a_file(monkeypatch):
     def fail(options):
         raise RuntimeError("a fault in the program")
 
-    monkeypatch.setattr(cli, "_report", fail)
+    monkeypatch.setattr("anyexperts_jax.report.page.report", fail)
     with pytest.raises(RuntimeError, match="a fault"):
         cli.main(["report", "nowhere"])
 

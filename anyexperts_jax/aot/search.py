@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from anyexperts_jax.analysis.tables import TextTable
 from anyexperts_jax.aot.bounds import find_bounds
 from anyexperts_jax.aot.chips import ChipPeaks, chip_peaks
 from anyexperts_jax.aot.collectives import Collective
@@ -20,6 +19,7 @@ from anyexperts_jax.aot.topology import slice_devices
 from anyexperts_jax.aot.work import count_work, gathered_bytes, token_shards
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.nn.config import Remat
+from anyexperts_jax.report.tables import TextTable
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh, slice_of
 from anyexperts_jax.train.config import RunConfig
 

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from anyexperts_jax.analysis.tables import TextTable
-from anyexperts_jax.analysis.versions import versions
 from anyexperts_jax.aot.step import CompiledStep
+from anyexperts_jax.core.versions import versions
+from anyexperts_jax.report.tables import TextTable
 
 
 def step_tables(step: CompiledStep) -> list[TextTable]:

@@ -1,4 +1,4 @@
-"""A run's directory: config.json, metrics.jsonl, tensorboard/, checkpoints/, profile/ and what the analysis adds."""
+"""A run's directory: configuration, log, TensorBoard files, checkpoints, profiles, evaluation and report."""
 
 import contextlib
 import dataclasses

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from anyexperts_jax.analysis.tables import TextTable
 from anyexperts_jax.aot.chips import chip_peaks
 from anyexperts_jax.aot.topology import slice_devices
 from anyexperts_jax.models.presets import model_preset
+from anyexperts_jax.report.tables import TextTable
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
 from anyexperts_jax.sharding.expert_parallel import Placement, moe_exchange_stats
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh

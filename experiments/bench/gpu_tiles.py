@@ -13,17 +13,17 @@ from typing import Any
 
 import jax
 
-from anyexperts_jax.analysis.bench_cases import SHAPES, budget_plan, compiled, operands, with_backward
-from anyexperts_jax.analysis.bench_layer import compile_together
-from anyexperts_jax.analysis.bench_output import print_tables
-from anyexperts_jax.analysis.stopwatch import interleaved_rounds
-from anyexperts_jax.analysis.tables import TextTable
+from anyexperts_jax.bench.cases import SHAPES, budget_plan, compiled, operands, with_backward
+from anyexperts_jax.bench.layer import compile_together
+from anyexperts_jax.bench.output import print_tables
+from anyexperts_jax.bench.stopwatch import interleaved_rounds
 from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.expert_mlp import pallas_triton
 from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions
 from anyexperts_jax.ops.expert_mlp.gpu_tile_table import tiles_for
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import GpuShape, Tiles, TritonTile
 from anyexperts_jax.ops.routed_mlp import buffered, gpu
+from anyexperts_jax.report.tables import TextTable
 
 SHAPE = SHAPES["P"]
 REAL = (8.0, 4.8)

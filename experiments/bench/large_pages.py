@@ -14,7 +14,7 @@ import sys
 import tempfile
 
 from anyexperts_jax.__main__ import LARGE_PAGES
-from anyexperts_jax.analysis.versions import device_text, versions
+from anyexperts_jax.core.versions import device_text, versions
 
 COMMAND = "python -m experiments.bench.large_pages"
 RESULT = pathlib.Path(__file__).resolve().parents[1] / "results" / "large_pages.md"

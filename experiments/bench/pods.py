@@ -13,7 +13,6 @@ import pathlib
 
 import jax
 
-from anyexperts_jax.analysis.tables import TextTable
 from anyexperts_jax.aot.bounds import Bounds, find_bounds
 from anyexperts_jax.aot.chips import chip_peaks
 from anyexperts_jax.aot.collectives import Collective
@@ -23,6 +22,7 @@ from anyexperts_jax.aot.topology import slice_devices
 from anyexperts_jax.aot.work import Work, count_work
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.models.presets import static_twin
+from anyexperts_jax.report.tables import TextTable
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.train.config import RunConfig, load_config

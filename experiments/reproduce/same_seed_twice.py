@@ -11,10 +11,10 @@ import json
 import pathlib
 import statistics
 
-from anyexperts_jax.analysis.tables import TextTable
-from anyexperts_jax.reproduce.collect import load_kept, mean_score
-from anyexperts_jax.reproduce.output import markdown_table
-from anyexperts_jax.reproduce.run_result import RunResult, result_from_json
+from anyexperts_jax.report.tables import TextTable
+from experiments.reproduce.collect import load_kept, mean_score
+from experiments.reproduce.output import markdown_table
+from experiments.reproduce.run_result import RunResult, result_from_json
 
 FOLDER = pathlib.Path(__file__).parents[1] / "results" / "first_attempt"
 TITLE = "The same seed twice"

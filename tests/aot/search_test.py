@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from anyexperts_jax import cli
 from anyexperts_jax.aot import search as module
 from anyexperts_jax.aot.bounds import Bounds
 from anyexperts_jax.aot.search import candidates, meshes, search, search_json, search_table
 from anyexperts_jax.aot.step import CompiledStep
 from anyexperts_jax.aot.work import Work
+from anyexperts_jax.cli import main as cli
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.sharding.mesh import MESH_AXES
 from anyexperts_jax.train.config import load_config

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from anyexperts_jax import cli
 from anyexperts_jax.aot import step as step_module
 from anyexperts_jax.aot.gpu import missing_packages
 from anyexperts_jax.aot.step import abstract_batch, compile_step
 from anyexperts_jax.aot.topology import slice_devices
+from anyexperts_jax.cli import main as cli
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.models.init import parameter_count
 from anyexperts_jax.sharding.mesh import make_mesh

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from anyexperts_jax.cli import _parser
+from anyexperts_jax.cli.main import _parser
 from anyexperts_jax.train.config import load_config
 from anyexperts_jax.train.processes import find_peers
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from anyexperts_jax import AnyExpertsConfig
-from anyexperts_jax.analysis.bench_step import text_batch
+from anyexperts_jax.bench.step import text_batch
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.generate import generate
 from anyexperts_jax.models.init import abstract_params

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from anyexperts_jax.analysis.importance import Separation
-from anyexperts_jax.analysis.results import DomainScore, GroupScore
-from anyexperts_jax.reproduce.collect import Results
-from anyexperts_jax.reproduce.run_result import BudgetScores, RunResult
+from anyexperts_jax.evaluate.importance import Separation
+from anyexperts_jax.evaluate.results import DomainScore, GroupScore
+from experiments.reproduce.collect import Results
+from experiments.reproduce.run_result import BudgetScores, RunResult
 
 DOMAINS = ("general", "ocr", "nlp", "speech", "video")
 ALL_BUDGETS = (4.8, 6.4, 7.2, 8.0, 9.6)

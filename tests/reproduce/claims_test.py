@@ -2,11 +2,11 @@
 
 import pytest
 
-from anyexperts_jax.reproduce.claims import all_claims, better, equal
-from anyexperts_jax.reproduce.collect import Results
-from anyexperts_jax.reproduce.curves import DYNAMIC, STATIC, gains, one_checkpoint, retrained
-from anyexperts_jax.reproduce.figures import seed_levels
-from anyexperts_jax.reproduce.statistics import Summary
+from experiments.reproduce.claims import all_claims, better, equal
+from experiments.reproduce.collect import Results
+from experiments.reproduce.curves import DYNAMIC, STATIC, gains, one_checkpoint, retrained
+from experiments.reproduce.figures import seed_levels
+from experiments.reproduce.statistics import Summary
 from reproduce.canned import SEEDS, figure3, noise, table3
 
 EMPTY = Results({})

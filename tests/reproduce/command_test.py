@@ -1,4 +1,4 @@
-"""What the options of `anyexperts reproduce` ask for; that it makes it, end_to_end_test shows."""
+"""What the options of `python -m experiments.reproduce` ask for; that it makes it, end_to_end_test shows."""
 
 import dataclasses
 import os
@@ -6,12 +6,12 @@ import pathlib
 
 import pytest
 
-from anyexperts_jax.cli import main
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.reproduce.command import Request
-from anyexperts_jax.reproduce.experiment import SCALES
-from anyexperts_jax.reproduce.reproduce import of_seeds, parameters_of
 from anyexperts_jax.train.strict import flatten
+from experiments.reproduce.__main__ import main
+from experiments.reproduce.command import Request
+from experiments.reproduce.experiment import SCALES
+from experiments.reproduce.reproduce import of_seeds, parameters_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -48,17 +48,16 @@ def test_small_has_an_accelerator_to_itself_and_a_page_of_its_own():
     assert Request(("all",), scale="small").page_folder(runs).name == "small"
     outs = {Request(("all",), scale=scale, quick=True).page_folder(runs) for scale in SCALES}
     assert outs == {runs / "tables", runs / "tables_small"}
-    assert (
-        Request(("table1",), scale="small", quick=True).command == "anyexperts reproduce table1 --scale small --quick"
-    )
+    command = Request(("table1",), scale="small", quick=True).command
+    assert command == "python -m experiments.reproduce table1 --scale small --quick"
 
 
 def test_every_option_of_the_command_line_is_asked_for(monkeypatch):
     asked = []
-    monkeypatch.setattr("anyexperts_jax.reproduce.command.reproduce", lambda request, note: asked.append(request))
-    assert main(["reproduce", "table1", "--scale", "small", "--seeds", "3", "4", "--workers", "2", "--set", "a=1"]) == 0
+    monkeypatch.setattr("experiments.reproduce.command.reproduce", lambda request, note: asked.append(request))
+    assert main(["table1", "--scale", "small", "--seeds", "3", "4", "--workers", "2", "--set", "a=1"]) == 0
     assert asked == [Request(["table1"], scale="small", seeds=[3, 4], workers=2, set=["a=1"])]
-    assert main(["reproduce", "table1"]) == 0
+    assert main(["table1"]) == 0
     defaults = {
         field.name: field.default for field in dataclasses.fields(Request) if field.name not in ("tables", "set")
     }
@@ -98,7 +97,7 @@ def test_the_number_of_parameters_is_counted():
     ],
 )
 def test_what_does_not_fit_is_one_line(arguments, message, capsys):
-    assert main(["reproduce", *arguments, "--quick", "--only", "runs"]) == 2
+    assert main([*arguments, "--quick", "--only", "runs"]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1

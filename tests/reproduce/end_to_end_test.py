@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from anyexperts_jax.cli import main
-from anyexperts_jax.reproduce.experiment import load_experiment, runs_of
-from anyexperts_jax.reproduce.layer_times import LayerTimes, save_layer_times
-from anyexperts_jax.reproduce.output import QUICK_NOTE
-from anyexperts_jax.reproduce.recipes import TRAIN_FOLDER, drop_checkpoint, has_checkpoint
+from experiments.reproduce.__main__ import main
+from experiments.reproduce.experiment import load_experiment, runs_of
+from experiments.reproduce.layer_times import LayerTimes, save_layer_times
+from experiments.reproduce.output import QUICK_NOTE
+from experiments.reproduce.recipes import TRAIN_FOLDER, drop_checkpoint, has_checkpoint
 
 MODEL = """
 preset = "tiny"
@@ -87,7 +87,7 @@ def test_quick_by_the_command_line(experiment, tmp_path, capsys, monkeypatch):
     runs, out = tmp_path / "runs", tmp_path / "out"
     out.mkdir()
     save_layer_times(TIMES, out)
-    command = ["reproduce", str(experiment), "--quick", "--workers", "1", "--runs", str(runs), "--out", str(out)]
+    command = [str(experiment), "--quick", "--workers", "1", "--runs", str(runs), "--out", str(out)]
     assert main(command) == 0
     assert "1 runs are done, 0 failed, 0 are left" in capsys.readouterr().err
     (run,) = runs_of(*load_experiment(experiment), quick=True).values()

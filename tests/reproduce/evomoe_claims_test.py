@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anyexperts_jax.reproduce import papers
-from anyexperts_jax.reproduce.collect import Results
-from anyexperts_jax.reproduce.evomoe_claims import BOTH, apart, evomoe_findings, overlap, shuffle_cost
-from anyexperts_jax.reproduce.evomoe_output import write_evomoe_page
-from anyexperts_jax.reproduce.evomoe_tables import expert_table, finding_table, variant_table
-from anyexperts_jax.reproduce.output import Page
-from anyexperts_jax.reproduce.readme import EVOMOE_BEGIN, EVOMOE_END, update_readme
-from anyexperts_jax.reproduce.reproduce import default_out, whole_page
-from anyexperts_jax.reproduce.run_result import ExpertFigures, result_from_json, result_to_json
+from experiments.reproduce import papers
+from experiments.reproduce.collect import Results
+from experiments.reproduce.evomoe_claims import BOTH, apart, evomoe_findings, overlap, shuffle_cost
+from experiments.reproduce.evomoe_output import write_evomoe_page
+from experiments.reproduce.evomoe_tables import expert_table, finding_table, variant_table
+from experiments.reproduce.output import Page
+from experiments.reproduce.readme import EVOMOE_BEGIN, EVOMOE_END, update_readme
+from experiments.reproduce.reproduce import default_out, whole_page
+from experiments.reproduce.run_result import ExpertFigures, result_from_json, result_to_json
 from reproduce.canned import SEEDS, at_budget, noise, run_result
 
 ROUTERS = ("linear", "per modality", "per modality, shared", "DTR", "DTR, shared")
@@ -174,7 +174,7 @@ def test_the_page_and_the_readme_block(tmp_path):
         "evomoe-components": results({"dense": 0.0, "MoE-tuning": 0.0, BOTH: 0.04}),
         "evomoe-beta": Results({}, (("literal", 0),)),
     }
-    page = Page(shown, "anyexperts reproduce evomoe", 400_000)
+    page = Page(shown, "python -m experiments.reproduce evomoe", 400_000)
     write_evomoe_page(page, tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     for part in (

@@ -9,13 +9,13 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.evolution.config import load_evolve_config
-from anyexperts_jax.reproduce import shared_stages
-from anyexperts_jax.reproduce.experiment import load_experiment, runs_of
-from anyexperts_jax.reproduce.recipes import TRAIN_FOLDER
-from anyexperts_jax.reproduce.run_folder import finish, finished, prepare
-from anyexperts_jax.reproduce.shared_stages import STORE_NAME, link_stages, missing_stages
 from anyexperts_jax.train import loop
 from anyexperts_jax.train.stops import RunInterruptedError
+from experiments.reproduce import shared_stages
+from experiments.reproduce.experiment import load_experiment, runs_of
+from experiments.reproduce.recipes import TRAIN_FOLDER
+from experiments.reproduce.run_folder import finish, finished, prepare
+from experiments.reproduce.shared_stages import STORE_NAME, link_stages, missing_stages
 
 MODEL = """
 preset = "tiny_dense"

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from anyexperts_jax.reproduce.evomoe_figures import _apart
+from experiments.reproduce.evomoe_figures import _apart
 
 
 @pytest.mark.parametrize("heights", [[], [0.3], [0.0, 1.0, 2.0], [0.0, 0.0, 0.01, 0.02, 5.0]])

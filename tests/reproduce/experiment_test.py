@@ -6,8 +6,9 @@ import pathlib
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.reproduce.collect import load_kept
-from anyexperts_jax.reproduce.experiment import (
+from anyexperts_jax.train.strict import flatten
+from experiments.reproduce.collect import load_kept
+from experiments.reproduce.experiment import (
     TABLES,
     load_experiment,
     run_from_json,
@@ -15,7 +16,6 @@ from anyexperts_jax.reproduce.experiment import (
     runs_of,
     shared,
 )
-from anyexperts_jax.train.strict import flatten
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs"
 MINIMAL = """
@@ -149,7 +149,7 @@ def test_a_new_field_with_its_default_does_not_make_every_run_another(tmp_path, 
     one = load(tmp_path, MINIMAL)["early", 0]
     before = one.id
     fuller = lambda config: {**flatten(config), "train.new_field": 3}  # noqa: E731
-    monkeypatch.setattr("anyexperts_jax.reproduce.experiment.flatten", fuller)
+    monkeypatch.setattr("experiments.reproduce.experiment.flatten", fuller)
     assert one.id == before
 
 

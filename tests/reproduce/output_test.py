@@ -8,15 +8,15 @@ import pytest
 from PIL import Image
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.reproduce import papers
-from anyexperts_jax.reproduce.claims import all_claims, signed
-from anyexperts_jax.reproduce.collect import Results, load_kept, save_kept
-from anyexperts_jax.reproduce.layer_times import LayerTimes, load_layer_times, save_layer_times
-from anyexperts_jax.reproduce.output import QUICK_NOTE, Page, write_page
-from anyexperts_jax.reproduce.readme import BEGIN, END, update_readme
-from anyexperts_jax.reproduce.run_result import load_result, save_result
-from anyexperts_jax.reproduce.statistics import Summary, summarise
-from anyexperts_jax.reproduce.tables import ablation_table, budget_table, separation_table, verdict_table, wer_table
+from experiments.reproduce import papers
+from experiments.reproduce.claims import all_claims, signed
+from experiments.reproduce.collect import Results, load_kept, save_kept
+from experiments.reproduce.layer_times import LayerTimes, load_layer_times, save_layer_times
+from experiments.reproduce.output import QUICK_NOTE, Page, write_page
+from experiments.reproduce.readme import BEGIN, END, update_readme
+from experiments.reproduce.run_result import load_result, save_result
+from experiments.reproduce.statistics import Summary, summarise
+from experiments.reproduce.tables import ablation_table, budget_table, separation_table, verdict_table, wer_table
 from reproduce.canned import SEEDS, figure3, table3
 
 TIMES = LayerTimes("S1", 4096, "cpu", {}, 0.0, ((4.0, 20.0), (10.0, 44.0)), ((4.0, 20.0), (8.0, 40.0), (10.0, 50.0)))
@@ -27,7 +27,10 @@ def page():
     budgets = figure3(gain=0.04, auc=0.7)
     names = ("figure3", "table1", "table2", "figure5")
     return Page(
-        {**dict.fromkeys(names, budgets), "table3": table3(hsm=0.05)}, "anyexperts reproduce all", 282_491, times=TIMES
+        {**dict.fromkeys(names, budgets), "table3": table3(hsm=0.05)},
+        "python -m experiments.reproduce all",
+        282_491,
+        times=TIMES,
     )
 
 

@@ -10,12 +10,12 @@ import time
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.reproduce import pool
-from anyexperts_jax.reproduce.experiment import Amounts, Run
-from anyexperts_jax.reproduce.pool import core_shares, run_all
-from anyexperts_jax.reproduce.run_folder import finished
-from anyexperts_jax.reproduce.run_result import result_to_json
 from anyexperts_jax.train.config import load_config
+from experiments.reproduce import pool
+from experiments.reproduce.experiment import Amounts, Run
+from experiments.reproduce.pool import core_shares, run_all
+from experiments.reproduce.run_folder import finished
+from experiments.reproduce.run_result import result_to_json
 from reproduce.canned import at_budget, run_result
 
 WORKER = (sys.executable, str(pathlib.Path(__file__).parent / "worker_stand_in.py"))

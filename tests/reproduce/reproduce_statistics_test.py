@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from anyexperts_jax.reproduce.statistics import interpolate, summarise
+from experiments.reproduce.statistics import interpolate, summarise
 
 
 def test_mean_and_spread_by_hand():

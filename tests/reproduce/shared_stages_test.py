@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.reproduce import shared_stages
-from anyexperts_jax.reproduce.experiment import (
+from experiments.reproduce import shared_stages
+from experiments.reproduce.experiment import (
     EVOMOE_TABLES,
     GROUPS,
     load_experiment,
@@ -19,8 +19,8 @@ from anyexperts_jax.reproduce.experiment import (
     runs_of,
     shared,
 )
-from anyexperts_jax.reproduce.pool import _Pool, _Running
-from anyexperts_jax.reproduce.shared_stages import STORE_NAME, missing_stages, trained_start, up_to
+from experiments.reproduce.pool import _Pool, _Running
+from experiments.reproduce.shared_stages import STORE_NAME, missing_stages, trained_start, up_to
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs"
 BOTH = "evolution + DTR"

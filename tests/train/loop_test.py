@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anyexperts_jax import cli
+from anyexperts_jax.cli import main as cli
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.sharding.mesh import MeshConfig
 from anyexperts_jax.train import loop, progress

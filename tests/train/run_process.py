@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from anyexperts_jax import cli
+from anyexperts_jax.cli import main as cli
 from anyexperts_jax.train import loop
 from train.stand_in import linear_apply
 

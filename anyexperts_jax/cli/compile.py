@@ -1,0 +1,43 @@
+"""`anyexperts compile`."""
+
+import argparse
+import pathlib
+
+from anyexperts_jax.cli.options import add_config, say
+
+
+def run(options: argparse.Namespace) -> None:
+    import json
+
+    from anyexperts_jax.aot import search, step, step_tables
+    from anyexperts_jax.aot.fit import require_fits
+    from anyexperts_jax.bench.output import print_tables
+    from anyexperts_jax.train.config import load_config
+
+    config = load_config(options.config, options.set)
+    if options.search:
+        say(f"compiling train steps of {options.config} for {options.topology}; nothing is run")
+        tried = search.search(config, options.topology, options.slices, options.limit, note=say)
+        print_tables([search.search_table(tried, options.topology)])
+        figures: object = search.search_json(tried)
+    else:
+        say(f"compiling the train step of {options.config} for {options.topology}; nothing is run")
+        compiled = step.compile_step(config, options.topology, options.slices)
+        print_tables(step_tables.step_tables(compiled))
+        figures = step_tables.to_json(compiled)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"wrote {options.json}")
+    if not options.search:
+        require_fits(config, options.topology, compiled.mesh, compiled.memory, compiled.hbm)
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("compile", help="compile the train step for TPUs or GPUs that are not here")
+    add_config(parser)
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="as v5e:4x4, v5p:8x8x8 or h100:2x8")
+    parser.add_argument("--slices", type=int, default=1, help="so many of them (default: 1); see mesh.dcn_data")
+    parser.add_argument("--search", action="store_true", help="try meshes and remat policies, and rank those that fit")
+    parser.add_argument("--limit", type=int, default=4, help="how many --search compiles (default: 4)")
+    parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file")
+    parser.set_defaults(command=run)

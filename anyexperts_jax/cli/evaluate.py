@@ -1,0 +1,28 @@
+"""`anyexperts evaluate`."""
+
+import argparse
+
+from anyexperts_jax.cli.options import add_run, say
+
+
+def run(options: argparse.Namespace) -> None:
+    from anyexperts_jax.evaluate.evaluate import Options, evaluate
+    from anyexperts_jax.report.tables import print_evaluation
+
+    amounts = Options(num_examples=options.examples, calibration_examples=options.calibration_examples)
+    asked = (options.run, options.budget, options.domain)
+    evaluate(*asked, which=options.checkpoint, options=amounts, note=say, show=print_evaluation)
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("evaluate", help="score one checkpoint at several budgets")
+    add_run(parser)
+    parser.add_argument(
+        "--budget", type=float, nargs="+", metavar="K", help="real experts per token (default: four near the run's)"
+    )
+    parser.add_argument("--domain", nargs="+", help="domains to evaluate (default: all of the run)")
+    parser.add_argument("--examples", type=int, default=64, help="test examples of each domain (default: 64)")
+    parser.add_argument(
+        "--calibration-examples", type=int, default=32, help="validation examples of each domain that set the window"
+    )
+    parser.set_defaults(command=run)

@@ -1,0 +1,27 @@
+"""`anyexperts evolve`."""
+
+import argparse
+import pathlib
+
+from anyexperts_jax.cli.options import add_set, say
+
+
+def run(options: argparse.Namespace) -> None:
+    from anyexperts_jax.evolution.config import STAGES, load_evolve_config
+    from anyexperts_jax.evolution.stages import evolve
+
+    run = load_evolve_config(options.config, options.set)
+    root = options.run or pathlib.Path("runs") / pathlib.Path(options.config).stem
+    for name, result in evolve(run, root, tuple(options.stage or STAGES), note=say).items():
+        print(f"{name}: {result.run_dir}, step {result.step}, validation loss {result.validation['loss']:.3f}")
+        for expert, found in result.validation.get("experts", {}).items():
+            print(f"  {expert} alone: loss {found['loss']:.3f}, {found['distance']:.1e} of expert_1's norm from it")
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("evolve", help="EvoMoE: a dense model, experts evolved from it, a router for them")
+    parser.add_argument("config", help="a preset (evolve_tiny, evolve_smoke), a TOML file, or a run's evolve.json")
+    add_set(parser, "override, as in evolve.trains=all; repeatable")
+    parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
+    parser.add_argument("--stage", nargs="+", help="of warm_up evolving routing (default: all, in order)")
+    parser.set_defaults(command=run)

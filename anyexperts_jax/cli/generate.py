@@ -1,0 +1,43 @@
+"""`anyexperts generate`."""
+
+import argparse
+import pathlib
+
+from anyexperts_jax.cli.options import add_run
+from anyexperts_jax.core.errors import require
+
+
+def run(options: argparse.Namespace) -> None:
+    from anyexperts_jax.data.mixture import open_source
+    from anyexperts_jax.evaluate.ask import ask, own_example
+    from anyexperts_jax.evaluate.trained import load_trained
+
+    trained = load_trained(options.run, options.checkpoint)
+    data = trained.config.data
+    if options.question is not None:
+        example = own_example(options.question, data.encoding, image=options.image, audio=options.audio)
+    else:
+        require(not (options.image or options.audio), "--image and --audio go with --question")
+        require(options.index >= 0, f"--index={options.index} must be >= 0")
+        source = open_source(data, options.domain or data.domains[0], options.split, options.index + 1)
+        example = source[options.index]
+    reply = ask(trained, example, options.budget)
+    print(f"question: {example.question}")
+    if options.question is None:
+        print(f"expected: {example.answer}")
+    print(f"answer:   {reply.answer}")
+    real = ", ".join(f"{name} {mean:.2f}" for name, mean in reply.real_slots.items())
+    print(f"real experts per token: {real} (window {reply.window[0]:g} to {reply.window[1]:g})")
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("generate", help="answer one question with a trained model")
+    add_run(parser)
+    parser.add_argument("--domain", help="take the question from this domain (default: the run's first)")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    parser.add_argument("--index", type=int, default=0, help="number of the example in the split, from 0")
+    parser.add_argument("--question", help="ask this instead")
+    parser.add_argument("--image", type=pathlib.Path, help="a picture that --question is about")
+    parser.add_argument("--audio", type=pathlib.Path, help="a WAV file that --question is about")
+    parser.add_argument("--budget", type=float, metavar="K", help="real experts per token (default: as trained)")
+    parser.set_defaults(command=run)

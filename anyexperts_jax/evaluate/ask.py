@@ -1,0 +1,105 @@
+"""One question to a trained model: an example of a domain, or the user's own text, picture or sound."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.modality import MODALITY_NAMES
+from anyexperts_jax.data.batches import stack
+from anyexperts_jax.data.config import EncodingSpec
+from anyexperts_jax.data.encode import encode
+from anyexperts_jax.data.example import SAMPLE_RATE, Example
+from anyexperts_jax.evaluate.measure import forward, window_array
+from anyexperts_jax.evaluate.scoring import predict
+from anyexperts_jax.evaluate.trained import Trained, own_window, with_room
+from anyexperts_jax.routing.budget import shift_budget
+from anyexperts_jax.routing.metrics import by_modality
+
+MAX_NEW_TOKENS = 24
+_UNKNOWN = "?"  # stands for the answer of a question whose answer nobody gave
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What the model answered, and the real experts a token of the prompt and answer took, by modality."""
+
+    answer: str
+    real_slots: dict[str, float]  # mean over layers and over the tokens of the modality
+    window: tuple[float, float]
+
+
+def ask(trained: Trained, example: Example, budget: float | None = None) -> Reply:
+    """Greedy answer to the example's question; its own answer is not shown to the model.
+
+    Args:
+      budget: nominal real experts per token (`routing.budget.shift_budget`); None: the window it was trained with.
+
+    Raises:
+      UserError: when the example does not fit the model, or the budget is out of reach.
+    """
+    moe = trained.config.model.moe
+    if budget is not None:
+        moe = shift_budget(moe, budget)
+    window = own_window(moe)
+    model = with_room(trained.config.model, window[1])
+    batch = stack([encode(example, trained.config.data.encoding)])
+    (answer,) = predict(trained, model, batch, window, MAX_NEW_TOKENS)
+    output = forward(model, trained.params, trained.router_bias_LC, batch, window_array(window))
+    real_T = np.asarray(output.trace.real_slots_BT)[:, 0].mean(axis=0)
+    means_M = np.asarray(by_modality(real_T, batch.modality_BT[0], batch.valid_BT[0]))
+    present = {name: float(mean) for name, mean in zip(MODALITY_NAMES, means_M, strict=True) if not np.isnan(mean)}
+    return Reply(answer, present, window)
+
+
+def own_example(
+    question: str, spec: EncodingSpec, *, image: pathlib.Path | None = None, audio: pathlib.Path | None = None
+) -> Example:
+    """The user's question about a picture or a sound of theirs, or about nothing but itself.
+
+    Raises:
+      UserError: when a file cannot be read, or does not fit the run's sequences.
+    """
+    require(bool(question), "the question is empty")
+    require(image is None or audio is None, "give --image or --audio, not both")
+    media: dict[str, Any] = {}
+    if image is not None:
+        media["image"] = _read_image(image, spec)
+    if audio is not None:
+        media["audio"] = _read_audio(audio)
+    return Example(
+        domain="own", question_type="own", level=1, question=question, answer=_UNKNOWN, source="user", **media
+    )
+
+
+def _read_image(path: pathlib.Path, spec: EncodingSpec) -> np.ndarray:
+    """RGB pixels, scaled to the largest square of whole patches the run's sequences hold."""
+    from PIL import Image, UnidentifiedImageError
+
+    side = int(spec.max_patches**0.5) * spec.patch_size
+    require(side > 0, "this run reads no images: data.encoding.max_patches=0")
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB").resize((side, side)))
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"cannot read the picture {path}: {error}") from error
+
+
+def _read_audio(path: pathlib.Path) -> np.ndarray:
+    """Mono samples in [-1, 1] at the rate the models hear."""
+    from scipy.io import wavfile
+    from scipy.signal import resample_poly
+
+    try:
+        rate, samples = wavfile.read(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the sound {path}: {error}; it must be a WAV file") from error
+    require(len(samples) > 0, f"the sound {path} is empty; give a WAV file with samples in it")
+    full_scale = np.iinfo(samples.dtype).max if np.issubdtype(samples.dtype, np.signedinteger) else 1
+    if samples.dtype == np.uint8:  # the one kind of WAV without a sign: 128 is silence
+        samples, full_scale = samples - np.float64(128), 128
+    mono = samples.reshape(len(samples), -1).mean(axis=1) / full_scale
+    common = np.gcd(rate, SAMPLE_RATE)
+    return resample_poly(mono, SAMPLE_RATE // common, rate // common).clip(-1, 1).astype(np.float32)

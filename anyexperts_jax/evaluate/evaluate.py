@@ -1,0 +1,257 @@
+"""`evaluate`: one checkpoint at any budget. Scores, realised real experts, load and time, beside chance."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.core.versions import device_text, versions
+from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.pipeline import eval_batches
+from anyexperts_jax.evaluate.measure import (
+    Batches,
+    Window,
+    mean_real_slots,
+    measure_separations,
+    sample_routing,
+    summarise,
+)
+from anyexperts_jax.evaluate.model_scores import model_scores
+from anyexperts_jax.evaluate.results import BudgetResult, BudgetTime, EvaluationResult, save_evaluation
+from anyexperts_jax.evaluate.scoring import longest_answer, predict, score_domain
+from anyexperts_jax.evaluate.timing import time_budgets
+from anyexperts_jax.evaluate.trained import Trained, load_trained, own_window, require_experts, with_room
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.routing.budget import calibrate_budget, nearest_budget, shift_budget
+
+BUDGET_RATIOS = (0.6, 0.8, 1.0, 1.2)  # of the nominal budget a run was trained with: 4.8 6.4 8.0 9.6 for 8..12
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How much to measure.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    num_examples: int = 64  # of each domain's test split
+    calibration_examples: int = 32  # of each domain's validation split
+    batch_size: int = 64  # at most
+    tolerance: float = 0.01  # of the realised budget on the calibration examples, relative
+    time_rounds: int = 9
+    calibrated: bool = True  # False: the window of that nominal budget, whatever it realises
+    model_baselines: bool = False  # set importance also beside what router, gradient and embeddings say (slower)
+
+    def __post_init__(self) -> None:
+        for name in ("num_examples", "calibration_examples", "batch_size", "time_rounds"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
+        require(0 < self.tolerance < 1, f"tolerance={self.tolerance} must be in (0, 1)")
+
+    @property
+    def rows(self) -> int:
+        """Of every batch, so that one program of each kind serves them all."""
+        return min(self.batch_size, max(self.num_examples, self.calibration_examples))
+
+
+def evaluate(
+    run_dir: str | pathlib.Path,
+    budgets: Sequence[float] | None = None,
+    domains: Sequence[str] | None = None,
+    *,
+    which: str = "best",
+    options: Options = Options(),
+    note: Callable[[str], None] = lambda line: None,
+    show: Callable[[EvaluationResult], None] = lambda result: None,
+) -> EvaluationResult:
+    """Evaluates a run's checkpoint at each budget and writes evaluation.json and evaluation.csv into its directory.
+
+    Scores are those of generated answers, which lose no slot (`generate`). Realised budget, load and `dropped` are
+    those of a teacher-forced pass over the same test sequences by the run's own dispatch.
+
+    Args:
+      budgets: real experts per token, on average; None: `default_budgets`.
+      domains: of the run's mixture; None: all.
+      note: called with a line as each part is done.
+      show: called with the result before it is written, so that it is not lost where it cannot be.
+
+    Raises:
+      UserError: no such run or checkpoint, an unknown domain, or a budget out of reach.
+      OSError: the run's directory cannot be written to.
+    """
+    trained = load_trained(run_dir, which)
+    result = evaluate_trained(trained, budgets, domains, options=options, note=note)
+    show(result)
+    save_evaluation(result, pathlib.Path(run_dir))
+    return result
+
+
+def default_budgets(moe: AnyExpertsConfig) -> tuple[float, ...]:
+    """0.6, 0.8, 1 and 1.2 times the nominal budget, as the paper's 4.8 to 9.6 are.
+
+    Each is moved to the nearest budget that a window of the run's width has: whole numbers for static top-k, and no
+    fewer than k_min = 1 slots. Those that fall together are one.
+    """
+    found = (nearest_budget(moe, round(ratio * moe.expected_real_slots, 6)) for ratio in BUDGET_RATIOS)
+    return tuple(dict.fromkeys(found))
+
+
+def _say_what_moved(moe: AnyExpertsConfig, budgets: Sequence[float], note: Callable[[str], None]) -> None:
+    wanted = [round(ratio * moe.expected_real_slots, 6) for ratio in BUDGET_RATIOS]
+    if list(budgets) != wanted:
+        asked, taken = (", ".join(f"{budget:g}" for budget in each) for each in (wanted, budgets))
+        k_min, k_max = own_window(moe)
+        width = f"windows as wide as the run's, {k_min:g} to {k_max:g}, do not have all of {asked}"
+        note(f"budgets {taken}: {width}; these are the nearest they have")
+
+
+def evaluate_trained(
+    trained: Trained,
+    budgets: Sequence[float] | None = None,
+    domains: Sequence[str] | None = None,
+    *,
+    options: Options = Options(),
+    note: Callable[[str], None] = lambda line: None,
+) -> EvaluationResult:
+    """`evaluate` without files."""
+    require_experts(trained.config, "nothing to evaluate at a budget")
+    moe = trained.config.model.moe
+    if budgets:
+        budgets = tuple(dict.fromkeys(budgets))
+    else:
+        budgets = default_budgets(moe)
+        _say_what_moved(moe, budgets, note)
+    names = tuple(domains or trained.config.data.domains)
+    for name in names:
+        require_one_of("domain", name, trained.config.data.domains)
+    for budget in budgets:
+        shift_budget(moe, budget)  # refuses a budget out of reach before anything is measured
+    validation = load_batches(trained, names, "validation", options.calibration_examples, options.rows)
+    test = load_batches(trained, names, "test", options.num_examples, options.rows)
+    note(f"{options.num_examples} test and {options.calibration_examples} validation examples of {', '.join(names)}")
+    model = with_room(trained.config.model, max(_most_slots(moe, budget) for budget in budgets))
+    windows, realised = {}, {}
+    for budget in budgets:
+        windows[budget], realised[budget] = _window(trained, model, validation, budget, options, note)
+        note(f"budget {budget:g}: window {_text(windows[budget])} realises {realised[budget]:.3f} on validation")
+    times = time_budgets(trained, model, _mixed_batch(test, options.rows), windows, options.time_rounds)
+    found = []
+    for budget, window in windows.items():
+        found.append(_at_budget(trained, model, test, budget, window, realised[budget], times[budget]))
+        note(f"budget {budget:g}: {_score_line(found[-1])}")
+    own = own_window(moe)
+    sample = sample_routing(trained, with_room(model, own[1]), test, own)
+    wanted = options.model_baselines and moe.uses_importance
+    more = model_scores(trained, model, sample, test, own) if wanted else {}
+    return EvaluationResult(
+        step=trained.step,
+        examples_per_domain=options.num_examples,
+        device=device_text(),
+        versions=versions(),
+        trained=summarise(sample, moe, own),
+        separations=measure_separations(sample, test, moe, more),
+        budgets=tuple(found),
+    )
+
+
+def load_batches(trained: Trained, domains: Sequence[str], split: str, examples: int, rows: int) -> Batches:
+    """The first `examples` of each domain's split, the same ones every time, in batches of `rows`."""
+    return {name: tuple(eval_batches(trained.config.data, name, split, rows, examples)) for name in domains}
+
+
+def _window(
+    trained: Trained,
+    model: ModelConfig,
+    batches: Batches,
+    budget: float,
+    options: Options,
+    note: Callable[[str], None],
+) -> tuple[Window, float]:
+    """The window for a budget, and what it realises on `batches`."""
+    if options.calibrated:
+        return calibrate(trained, model, batches, budget, options.tolerance, note)
+    window = own_window(shift_budget(trained.config.model.moe, budget))
+    return window, mean_real_slots(trained, model, batches, window)
+
+
+def calibrate(
+    trained: Trained,
+    model: ModelConfig,
+    batches: Batches,
+    budget: float,
+    tolerance: float = 0.01,
+    note: Callable[[str], None] = lambda line: None,
+) -> tuple[Window, float]:
+    """The window, as wide as the run's, that realises `budget` on `batches`; and what it realises.
+
+    Where tokens hardly differ in importance the realised average moves in jumps of a slot. If no window comes within
+    `tolerance`, this is the one that comes nearest, with a note. `model` is the run's; room is added where a window
+    needs it.
+    """
+    seen: dict[Window, float] = {}
+
+    def measure(moe: AnyExpertsConfig) -> float:
+        window = own_window(moe)
+        seen[window] = mean_real_slots(trained, with_room(model, moe.k_max), batches, window)
+        return seen[window]
+
+    try:
+        window = own_window(calibrate_budget(trained.config.model.moe, measure, budget, tolerance=tolerance))
+    except UserError as error:
+        if not seen:
+            raise
+        window = min(seen, key=lambda one: abs(seen[one] - budget))
+        note(f"budget {budget:g}: {error}; going on with {_text(window)}")
+    return window, seen[window]
+
+
+def _most_slots(moe: AnyExpertsConfig, budget: float) -> float:
+    """The k_max a budget can need at most: its k_min slots, less the virtual ones, are already as many."""
+    return min(budget / (1 - moe.rho_max) + 1, moe.num_columns) + moe.k_max - moe.k_min
+
+
+def _at_budget(
+    trained: Trained,
+    model: ModelConfig,
+    test: Batches,
+    budget: float,
+    window: Window,
+    realised: float,
+    time: BudgetTime,
+) -> BudgetResult:
+    moe = trained.config.model.moe
+    sample = sample_routing(trained, model, test, window)
+    length = max(longest_answer(batches) for batches in test.values())
+    scores = []
+    for name, batches in test.items():
+        said = [text for batch in batches for text in predict(trained, model, batch, window, length)]
+        scores.append(score_domain(name, open_source(trained.config.data, name, "test"), batches, said))
+    return BudgetResult(
+        budget=float(budget),
+        nominal=(1 - moe.rho_max) * sum(window) / 2,
+        realised_validation=realised,
+        routing=summarise(sample, moe, window),
+        scores=tuple(scores),
+        time=time,
+    )
+
+
+def _mixed_batch(test: Batches, rows: int) -> Batch:
+    """`rows` rows, dealt from the domains in turn, so that the mixture of modalities is that of the budget."""
+    firsts = [batches[0] for batches in test.values()]
+    dealt = [(row, i) for row in range(rows) for i in range(len(firsts))][:rows]
+    return jax.tree.map(lambda *leaves: np.stack([leaves[i][row] for row, i in dealt]), *firsts)
+
+
+def _text(window: Window) -> str:
+    return f"[{window[0]:.2f}, {window[1]:.2f}]"
+
+
+def _score_line(result: BudgetResult) -> str:
+    scores = "  ".join(f"{score.domain} {score.score:.1%}" for score in result.scores)
+    return f"realised {result.realised:.2f} on test; {scores}"

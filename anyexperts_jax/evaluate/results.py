@@ -1,0 +1,184 @@
+"""What an evaluation found: dataclasses, and their JSON and CSV."""
+
+import csv
+import dataclasses
+import json
+import pathlib
+from typing import Any, TypeVar
+
+import dacite
+
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.evaluate.importance import Separation
+from anyexperts_jax.train.metrics import plain
+from anyexperts_jax.train.run_dir import write_whole
+
+JSON_NAME = "evaluation.json"
+CSV_NAME = "evaluation.csv"
+_NAN = float("nan")
+
+Saved = TypeVar("Saved")
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupScore:
+    """The examples of one question type or level."""
+
+    examples: int
+    score: float
+    chance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainScore:
+    """Greedy answers to one domain's questions. Scores are in [0, 1], higher is better.
+
+    `chance` is what the best constant answer to each question type scores on the same examples.
+    """
+
+    domain: str
+    metric: str  # exact, anls, or wer, whose score is 1 - min(wer, 1)
+    examples: int
+    score: float
+    standard_error: float
+    chance: float
+    exact_match: float
+    wer: float | None  # word errors over words, lower is better; for metric wer
+    by_question: dict[str, GroupScore]
+    by_level: dict[str, GroupScore]
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingSummary:
+    """What the routers did on teacher-forced sequences. Averages are over valid tokens and MoE layers.
+
+    Nested tuples are [layer][modality], NaN where there is no such token; load is [layer][modality][expert], in slots.
+    """
+
+    window: tuple[float, float]
+    tokens: int
+    real_slots: float
+    real_slots_by_domain: dict[str, float]
+    real_slots_by_modality: dict[str, float]
+    real_slots_by_layer: tuple[float, ...]
+    real_slots_LM: tuple[tuple[float, ...], ...]
+    importance_LM: tuple[tuple[float, ...], ...]
+    virtual_share_LM: tuple[tuple[float, ...], ...]
+    virtual_share: float
+    largest_virtual_share: float  # of any single token in any layer
+    load_LME: tuple[tuple[tuple[int, ...], ...], ...]
+    load_max_over_mean: tuple[float, ...]  # of the real experts, by layer
+    dropped: int  # real slots that found no room; generated answers lose none: see `models.generate`
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetTime:
+    """Medians of interleaved runs, as ratios to the budget marked as the reference."""
+
+    reference: float  # the budget whose time is 1
+    forward: float  # the whole model
+    layer: float  # dispatch, experts and combine of one MoE layer, on this budget's own routing
+    forward_seconds: float
+    layer_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class BudgetResult:
+    """One checkpoint at one budget."""
+
+    budget: float  # asked: real experts per token
+    nominal: float  # (1 - rho_max) times the window's middle
+    realised_validation: float  # what the window was calibrated on
+    routing: RoutingSummary  # on the test split; its real_slots is the realised budget
+    scores: tuple[DomainScore, ...]
+    time: BudgetTime
+
+    @property
+    def realised(self) -> float:
+        return self.routing.real_slots
+
+    @property
+    def budget_error(self) -> float:
+        """Relative distance of the realised average from the asked one."""
+        return abs(self.realised - self.budget) / self.budget
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """One checkpoint at several budgets, and its routing and importance at the window it was trained with."""
+
+    step: int
+    examples_per_domain: int
+    device: str
+    versions: dict[str, str]
+    trained: RoutingSummary
+    separations: tuple[Separation, ...]  # none with static top-k, which has no importance
+    budgets: tuple[BudgetResult, ...]
+
+
+def save_evaluation(result: EvaluationResult, run_dir: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Writes evaluation.json and evaluation.csv (a row a budget and domain) in the run's directory."""
+    json_path, csv_path = run_dir / JSON_NAME, run_dir / CSV_NAME
+    write_whole(json_path, json.dumps(plain(dataclasses.asdict(result)), indent=1) + "\n")
+    rows = [_csv_row(budget, score) for budget in result.budgets for score in budget.scores]
+    with open(csv_path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return json_path, csv_path
+
+
+def load_evaluation(run_dir: pathlib.Path) -> EvaluationResult | None:
+    """The saved evaluation of a run, None if there is none.
+
+    Raises:
+      UserError: when the file is not one this version wrote.
+    """
+    path = run_dir / JSON_NAME
+    if not path.exists():
+        return None
+    return read_saved(EvaluationResult, path.read_text(), f"{path} is not an evaluation", "run evaluate again")
+
+
+def read_saved(cls: type[Saved], text: str, complaint: str, advice: str) -> Saved:
+    """A dataclass written as JSON, strictly.
+
+    Raises:
+      UserError: when the text is not what this version writes: `complaint`, the reason, `advice`.
+    """
+    try:
+        config = dacite.Config(cast=[tuple], type_hooks={float: _read_float}, strict=True)
+        return dacite.from_dict(cls, json.loads(text), config)
+    except (json.JSONDecodeError, dacite.DaciteError, TypeError, AttributeError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{complaint} of this version ({line}); {advice}") from error
+
+
+def _read_float(value: Any) -> float:
+    """JSON has no NaN: undefined figures are null there."""
+    return _NAN if value is None else float(value)
+
+
+def _csv_row(budget: BudgetResult, score: DomainScore) -> dict[str, Any]:
+    k_min, k_max = budget.routing.window
+    return {
+        "budget": budget.budget,
+        "k_min": round(k_min, 4),
+        "k_max": round(k_max, 4),
+        "nominal": round(budget.nominal, 4),
+        "realised": round(budget.realised, 4),
+        "domain": score.domain,
+        "realised_in_domain": round(budget.routing.real_slots_by_domain[score.domain], 4),
+        "metric": score.metric,
+        "score": round(score.score, 4),
+        "standard_error": round(score.standard_error, 4),
+        "chance": round(score.chance, 4),
+        "exact_match": round(score.exact_match, 4),
+        "wer": "" if score.wer is None else round(score.wer, 4),
+        "examples": score.examples,
+        "virtual_share": round(budget.routing.virtual_share, 4),
+        "load_max_over_mean": round(max(budget.routing.load_max_over_mean), 4),
+        "dropped": budget.routing.dropped,
+        "forward_time_ratio": round(budget.time.forward, 4),
+        "layer_time_ratio": round(budget.time.layer, 4),
+    }

@@ -1,0 +1,81 @@
+"""Greedy answers to a domain's questions, and their scores beside chance."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.data.batches import answers, prompts
+from anyexperts_jax.data.scores import chance_scores, corpus_wer, exact_match, score
+from anyexperts_jax.data.source import Source
+from anyexperts_jax.data.tokenizer import decode
+from anyexperts_jax.evaluate.measure import Window, window_array
+from anyexperts_jax.evaluate.results import DomainScore, GroupScore
+from anyexperts_jax.evaluate.trained import Trained
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.generate import generate
+
+
+def longest_answer(batches: Sequence[Batch]) -> int:
+    """Tokens of the longest answer, EOS included."""
+    return max(int(np.asarray(batch.loss_mask_BT).sum(axis=1).max()) for batch in batches)
+
+
+def predict(trained: Trained, model: ModelConfig, batch: Batch, window: Window, max_new_tokens: int) -> list[str]:
+    """The model's answer to each row's question, "" for padding rows. `model` is the run's, with room for `window`."""
+    tokens_BJ = generate(
+        model,
+        trained.params,
+        prompts(batch),
+        max_new_tokens=max_new_tokens,
+        window=window_array(window),
+        router_bias_LC=trained.router_bias_LC,
+    )
+    return [decode(row) for row in np.asarray(tokens_BJ)]  # EOS, and the padding after it, decode to nothing
+
+
+def score_domain(domain: str, source: Source, batches: Sequence[Batch], predictions: Sequence[str]) -> DomainScore:
+    """Scores of the predictions for all rows of `batches`, padding rows left out."""
+    real_row = np.concatenate([np.asarray(batch.valid_BT).any(axis=1) for batch in batches])
+    expected = [text for batch in batches for text in answers(batch)]
+    types = [source.question_types[i] for batch in batches for i in np.asarray(batch.question_B)]
+    levels = [str(level) for batch in batches for level in np.asarray(batch.level_B)]
+    rows = np.nonzero(real_row)[0].tolist()
+    pairs = [(predictions[i], expected[i]) for i in rows]
+    scores = np.array([score(source.metric, said, answer) for said, answer in pairs])
+    table = _Table(source.metric, scores, [expected[i] for i in rows], [types[i] for i in rows])
+    return DomainScore(
+        domain=domain,
+        metric=source.metric,
+        examples=len(rows),
+        score=float(scores.mean()),
+        standard_error=float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else float("nan"),
+        chance=table.chance(range(len(rows))),
+        exact_match=float(np.mean([exact_match(said, answer) for said, answer in pairs])),
+        wer=corpus_wer(*map(list, zip(*pairs, strict=True))) if source.metric == "wer" else None,
+        by_question=table.groups([types[i] for i in rows]),
+        by_level=table.groups([levels[i] for i in rows]),
+    )
+
+
+class _Table:
+    """One domain's scored examples, to be cut into groups."""
+
+    def __init__(self, metric: str, scores: np.ndarray, expected: list[str], types: list[str]) -> None:
+        self._metric, self._scores, self._expected, self._types = metric, scores, expected, types
+
+    def chance(self, rows: Sequence[int]) -> float:
+        """Mean score of the best constant answer to each question type among `rows`."""
+        by_type: dict[str, list[str]] = {}
+        for i in rows:
+            by_type.setdefault(self._types[i], []).append(self._expected[i])
+        chances = chance_scores(self._metric, by_type)
+        return sum(chances[name] * len(found) for name, found in by_type.items()) / len(rows)
+
+    def groups(self, labels: Sequence[str]) -> dict[str, GroupScore]:
+        """The score of each label's examples, labels in order."""
+        found = {}
+        for label in sorted(set(labels)):
+            rows = [i for i, other in enumerate(labels) if other == label]
+            found[label] = GroupScore(len(rows), float(self._scores[rows].mean()), self.chance(rows))
+        return found

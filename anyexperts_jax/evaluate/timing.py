@@ -1,0 +1,124 @@
+"""Time against the budget: the whole model, and one MoE layer's experts on each budget's own routing.
+
+One program serves all budgets, so what differs is the data alone. Runs are interleaved (A B A B), medians reported.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.dispatch.apply import moe_apply
+from anyexperts_jax.evaluate.measure import Window, forward, window_array
+from anyexperts_jax.evaluate.results import BudgetTime
+from anyexperts_jax.evaluate.trained import Trained
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
+from anyexperts_jax.sharding.mesh import knowing_they_are_alone
+
+
+def time_budgets(
+    trained: Trained, model: ModelConfig, batch: Batch, windows: Mapping[float, Window], rounds: int = 9
+) -> dict[float, BudgetTime]:
+    """Times of each budget's window on `batch`; `model` is the run's, with room for all windows.
+
+    The reference, whose time is 1, is the budget nearest to the one the run was trained with.
+    """
+    arguments = (model, trained.params, trained.router_bias_LC, batch)
+    own = trained.config.model.moe.expected_real_slots
+    reference = min(windows, key=lambda budget: abs(budget - own))
+    whole, layer = {}, {}
+    for budget, window in windows.items():
+        whole[budget] = functools.partial(forward, *arguments, window_array(window))
+        layer[budget] = _layer(model, whole[budget]().trace)
+    whole_seconds, layer_seconds = interleaved(whole, rounds), interleaved(layer, rounds)
+    return {
+        budget: BudgetTime(
+            reference=reference,
+            forward=whole_seconds[budget] / whole_seconds[reference],
+            layer=layer_seconds[budget] / layer_seconds[reference],
+            forward_seconds=whole_seconds[budget],
+            layer_seconds=layer_seconds[budget],
+        )
+        for budget in windows
+    }
+
+
+def interleaved(calls: Mapping[float, Callable[[], Any]], rounds: int) -> dict[float, float]:
+    """Median seconds of each call, all called in turn `rounds` times after one warm-up each."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    seconds: dict[float, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def _layer(model: ModelConfig, trace: Any) -> Callable[[], Array]:
+    """Dispatch, experts and combine of the last MoE layer, as this trace routed it. Time does not see the values, so
+    activations and weights are random and combine weights equal."""
+    plan = _plan(model, jax.tree.map(lambda leaf: leaf[-1], trace))
+    stack, E = model.stack, model.moe.num_experts
+    D, F, N = stack.d_model, stack.expert_d_ff, plan.slots_N.shape[0]
+    rng = np.random.default_rng(0)
+    shapes: Sequence[tuple[int, ...]] = ((N, D), (E, D, F), (E, D, F), (E, F, D))
+    x_ND, *weights = (jnp.asarray(rng.standard_normal(shape), stack.dtype) for shape in shapes)
+
+    def run() -> Array:
+        with knowing_they_are_alone(weights):  # as the model does
+            return _apply(stack.dispatch, stack.expert_mlp, trace.slots_BT.shape[1], x_ND, plan, *weights)
+
+    return run
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _apply(
+    dispatch: str,
+    implementation: str | None,
+    num_sequences: int,
+    x_ND: Array,
+    plan: RoutingPlan,
+    w_gate_EDF: Array,
+    w_up_EDF: Array,
+    w_down_EFD: Array,
+) -> Array:
+    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
+    return moe_apply(x_ND, plan, *weights, dispatch, implementation, num_sequences=num_sequences)
+
+
+def _plan(model: ModelConfig, trace: Any) -> RoutingPlan:
+    """The plan behind one layer's trace, but for its weights: 1 over the slots."""
+    moe = model.moe
+    ids_NK = trace.expert_ids_BTK.reshape(-1, trace.expert_ids_BTK.shape[-1])
+    slots_N, real_N, virtual_N = (
+        leaf.reshape(-1) for leaf in (trace.slots_BT, trace.real_slots_BT, trace.virtual_slots_BT)
+    )
+    share_N = 1 / jnp.maximum(slots_N, 1).astype(jnp.float32)
+    return RoutingPlan(
+        expert_ids_NK=ids_NK,
+        weights_NK=jnp.where(ids_NK < moe.num_experts, share_N[:, None], 0.0),
+        virtual_weight_N=virtual_N * share_N,
+        importance_N=trace.importance_BT.reshape(-1),
+        slots_N=slots_N,
+        real_slots_N=real_N,
+        virtual_slots_N=virtual_N,
+        losses={},
+        metrics={},
+        spec=PlanSpec(
+            num_experts=moe.num_experts,
+            expected_real_slots=moe.expected_real_slots,
+            virtual_output=moe.virtual_output,
+            capacity_factor=moe.capacity_factor,
+            overflow=moe.overflow,
+        ),
+    )

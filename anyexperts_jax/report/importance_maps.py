@@ -1,0 +1,141 @@
+"""Pictures of importance: on image patches, question text, spectrogram and film strip, with the evidence outlined.
+
+Red is high and blue is low, as in the papers. Each panel has its own scale, printed in its title, because what matters
+is which tokens stand out; levels between modalities and layers are in the chart of real experts.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool
+from numpy import ndarray
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.data.tokenizer import byte_spans, encode
+from anyexperts_jax.report import style
+from anyexperts_jax.report.example_map import ExampleMap
+from anyexperts_jax.report.map_panels import draw_audio, draw_image, draw_video, scale_of
+from anyexperts_jax.report.style import Scale
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 8.0  # inches, as are all lengths here
+_COLUMNS = 60  # question bytes in a line
+_LINE = 0.21
+_TITLE, _STRIP_TITLE, _GAP, _FOOT = 0.3, 0.22, 0.24, 0.4
+_PANELS = {"image": (2.0, draw_image), "audio": (2.3, draw_audio), "video": (2.65, draw_video)}
+
+
+def draw_importance_maps(maps: Sequence[ExampleMap], path: Path) -> Path:
+    """Draws examples that share one kind of media, one below the other, into the PNG `path`."""
+    require(len(maps) > 0, "no example to draw")
+    kinds = {one.example.media for one in maps}
+    require(len(kinds) == 1, f"examples with media {kinds} in one picture; draw each kind on its own")
+    total = sum(_height(one) for one in maps) + _FOOT
+    with style.figure(WIDTH, total, path, layout="none") as drawn:
+        top = total
+        for one in maps:
+            _draw_example(drawn, one, maps, top, total)
+            top -= _height(one)
+        _draw_key(drawn, total)
+    return path
+
+
+def _height(one: ExampleMap) -> float:
+    media = _PANELS[one.example.media][0] if one.example.media else 0.0
+    return _TITLE + media + _STRIP_TITLE + _lines(one) * _LINE + _GAP
+
+
+def _lines(one: ExampleMap) -> int:
+    return math.ceil(one.question_LQ.shape[1] / _COLUMNS)
+
+
+def _draw_example(drawn: "Figure", one: ExampleMap, maps: Sequence[ExampleMap], top: float, total: float) -> None:
+    """Title, media panels and question strip of one example, from `top` (of `total`) down."""
+    drawn.text(0.02, (top - 0.1) / total, _title(one), weight="bold", fontsize=9.5, va="top")
+    bottom = top - _TITLE
+    if one.example.media:
+        height, draw = _PANELS[one.example.media]
+        bottom -= height
+        draw(drawn, (0.0, bottom / total, 1.0, height / total), one, maps)
+    strip = _lines(one) * _LINE
+    axes = drawn.add_axes((0.02, (bottom - _STRIP_TITLE - strip) / total, 0.96, strip / total))
+    _draw_question(axes, one, scale_of([m.question_LQ.mean(axis=0) for m in maps]))
+
+
+def _title(one: ExampleMap) -> str:
+    example = one.example
+    said = "" if one.prediction is None else f', model: "{_short(one.prediction)}"'
+    where = f"{example.domain} / {example.question_type}, level {example.level}."
+    return f'{where}  Answer: "{_short(example.answer)}"{said}'
+
+
+def _short(text: str, most: int = 36) -> str:
+    line = " ".join(text.split())
+    kept = line if len(line) <= most else line[: most - 1] + "…"
+    return _plain(kept)
+
+
+def _plain(text: str) -> str:
+    """Without what matplotlib would read as a formula, or has no glyph for."""
+    return "".join(c if c.isprintable() else "·" for c in text).replace("$", r"\$").replace("\ufffd", "·")
+
+
+def _draw_key(drawn: "Figure", total: float) -> None:
+    """The colour bar and the mark of evidence, at the foot of the picture."""
+    from matplotlib.patches import Rectangle
+
+    place = 0.22 / total
+    axes = drawn.add_axes((0.07, place - 0.06 / total, 0.22, 0.12 / total))
+    axes.imshow(Scale(0, 1).colours(np.linspace(0, 1, 128)[None]), aspect="auto")
+    style.bare(axes)
+    drawn.text(0.06, place, "low", ha="right", va="center", fontsize=8.5)
+    drawn.text(0.30, place, "high importance", va="center", fontsize=8.5)
+    box = Rectangle((0.5, place - 0.07 / total), 0.02, 0.14 / total, fill=False, edgecolor=style.EVIDENCE, linewidth=2)
+    drawn.add_artist(box)
+    drawn.text(0.53, place, "carries the answer (known from how it was made)", va="center", fontsize=8.5)
+
+
+def _draw_question(axes: "Axes", one: ExampleMap, scale: Scale) -> None:
+    """A cell a byte, shaded by importance; the bytes of evidence outlined."""
+    from matplotlib.patches import Rectangle
+
+    ids = encode(one.example.question)
+    colour_Q4 = scale.colours(one.question_LQ.mean(axis=0))
+    for i, token in enumerate(ids):
+        row, column = divmod(i, _COLUMNS)
+        axes.add_patch(Rectangle((column, row), 1, 0.9, facecolor=colour_Q4[i].tolist(), linewidth=0))
+        glyph = _plain(chr(token)) if token < 128 else "·"
+        axes.text(column + 0.5, row + 0.47, glyph, ha="center", va="center", family="DejaVu Sans Mono", fontsize=9)
+    for start, end in _runs(_evidence(one), _COLUMNS):
+        row, column = divmod(start, _COLUMNS)
+        outline = Rectangle((column, row), end - start, 0.9, fill=False, edgecolor=style.EVIDENCE, linewidth=2)
+        axes.add_patch(outline)
+    axes.set_xlim(-0.1, _COLUMNS + 0.1)
+    axes.set_ylim(_lines(one), -0.1)
+    note = f"question, mean of layers, {scale}"
+    axes.set_title(note, weight="normal", fontsize=8, color=style.FAINT, pad=3)
+    style.bare(axes)
+
+
+def _evidence(one: ExampleMap) -> Bool[ndarray, " Q"]:
+    marked_Q = np.zeros(one.question_LQ.shape[1], bool)
+    for start, end in byte_spans(one.example.question, one.example.question_evidence):
+        marked_Q[start:end] = True
+    return marked_Q
+
+
+def _runs(marked_Q: Bool[ndarray, " Q"], columns: int) -> list[tuple[int, int]]:
+    """Half-open runs of marked places, broken where a line of `columns` ends."""
+    runs: list[tuple[int, int]] = []
+    for i in np.nonzero(marked_Q)[0].tolist():
+        if runs and runs[-1][1] == i and i % columns:
+            runs[-1] = (runs[-1][0], i + 1)
+        else:
+            runs.append((i, i + 1))
+    return runs

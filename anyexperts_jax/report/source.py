@@ -1,0 +1,122 @@
+"""What a report is made from: the files of a run, and what the model has to be asked for."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.evaluate.evaluate import load_batches
+from anyexperts_jax.evaluate.importance import Separation
+from anyexperts_jax.evaluate.measure import measure_separations, sample_routing, summarise
+from anyexperts_jax.evaluate.results import EvaluationResult, RoutingSummary, load_evaluation
+from anyexperts_jax.evaluate.router_diagnostics import RouterDiagnostics, diagnose
+from anyexperts_jax.evaluate.trained import Trained, load_trained, own_window, require_experts
+from anyexperts_jax.models.init import parameter_count
+from anyexperts_jax.report.example_map import ExampleMap, map_examples
+from anyexperts_jax.train.config import RunConfig, load_config
+from anyexperts_jax.train.run_dir import RunDir
+from anyexperts_jax.train.run_log import read_records
+
+ROUTING_EXAMPLES = 16  # of each domain, where no evaluation has measured more
+_ANSWER_TOKENS = 24  # an answer under a map is cut there
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReportSource:
+    """A run as the report sees it. None and empty: the run does not have it."""
+
+    root: pathlib.Path
+    config: RunConfig
+    records: list[dict[str, Any]]
+    evaluation: EvaluationResult | None
+    step: int | None  # of the checkpoint
+    no_checkpoint: str  # why there is none to ask
+    routing: RoutingSummary | None  # at the window the run was trained with
+    separations: tuple[Separation, ...]
+    routing_examples: int  # of each domain, that `routing` was measured on
+    maps: dict[str, list[ExampleMap]]  # by domain
+    router: RouterDiagnostics | None  # of a run whose question is whether experts differ and the router tells them
+
+    @property
+    def title(self) -> str:
+        return f"AnyExperts run {self.root.resolve().name}"
+
+    @property
+    def summary(self) -> str:
+        moe, stack = self.config.model.moe, self.config.model.stack
+        counts = parameter_count(self.config.model)
+        virtual = f" + {moe.num_virtual} virtual" if moe.num_virtual else ""
+        window = (
+            f"{moe.k_min:g} to {moe.k_max:g} slots per token" if moe.k_min < moe.k_max else f"static top-{moe.k_max:g}"
+        )
+        at = "no checkpoint" if self.step is None else f"checkpoint of step {self.step}"
+        return (
+            f"{counts / 1e6:.1f}M parameters, {stack.num_moe_layers} MoE layers, {moe.num_experts}{virtual} experts, "
+            f"{window}, nominal {moe.expected_real_slots:.2f} real experts; {at} of {self.config.train.steps} steps."
+        )
+
+
+def gather(root: pathlib.Path, examples: int) -> ReportSource:
+    """Reads a run's files, and asks its best checkpoint for `examples` importance maps a domain.
+
+    Raises:
+      UserError: no run in `root`, or a file of it that is not what this version writes.
+    """
+    require(examples >= 1, f"examples={examples} must be >= 1")
+    paths = RunDir(root)
+    require(paths.config.exists(), f"no run in {root}: there is no {paths.config}")
+    config = load_config(paths.config)
+    require_experts(config, f"no report of {root}")
+    evaluation = load_evaluation(root)
+    trained, no_checkpoint = _checkpoint(root)
+    routing = None if evaluation is None else evaluation.trained
+    separations = () if evaluation is None else evaluation.separations
+    measured = 0 if evaluation is None else evaluation.examples_per_domain
+    if routing is None and trained is not None:
+        routing, separations = _measure(trained)
+        measured = ROUTING_EXAMPLES
+    return ReportSource(
+        root=root,
+        config=config,
+        records=read_records(paths.metrics) if paths.metrics.exists() else [],
+        evaluation=evaluation,
+        step=None if trained is None else trained.step,
+        no_checkpoint=no_checkpoint,
+        routing=routing,
+        separations=separations,
+        routing_examples=measured,
+        maps={} if trained is None else _maps(trained, examples),
+        router=None if trained is None else _diagnose(trained),
+    )
+
+
+def _checkpoint(root: pathlib.Path) -> tuple[Trained | None, str]:
+    """The best checkpoint, or why there is none."""
+    try:
+        return load_trained(root), ""
+    except UserError as error:
+        return None, str(error)
+
+
+def _measure(trained: Trained) -> tuple[RoutingSummary, tuple[Separation, ...]]:
+    config = trained.config
+    window = own_window(config.model.moe)
+    batches = load_batches(trained, config.data.domains, "test", ROUTING_EXAMPLES, ROUTING_EXAMPLES)
+    sample = sample_routing(trained, config.model, batches, window)
+    return summarise(sample, config.model.moe, window), measure_separations(sample, batches, config.model.moe)
+
+
+def _diagnose(trained: Trained) -> RouterDiagnostics | None:
+    """EvoMoE's diagnostics; none of a plain AnyExperts model, whose questions are others."""
+    moe = trained.config.model.moe
+    if moe.uses_importance and moe.router == "linear":
+        return None
+    return diagnose(trained, load_batches(trained, trained.config.data.domains, "test", *[ROUTING_EXAMPLES] * 2))
+
+
+def _maps(trained: Trained, examples: int) -> dict[str, list[ExampleMap]]:
+    """Importance maps of each domain; none with static top-k, which has no importance."""
+    if not trained.config.model.moe.uses_importance:
+        return {}
+    rows = max(examples, ROUTING_EXAMPLES)
+    return {name: map_examples(trained, name, examples, rows, _ANSWER_TOKENS) for name in trained.config.data.domains}

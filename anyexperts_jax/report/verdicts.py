@@ -1,0 +1,93 @@
+"""Does it learn to allocate? The questions a run has to answer, each with a figure and what is wanted."""
+
+import dataclasses
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.evaluate.results import BudgetResult, EvaluationResult
+
+BUDGET_TOLERANCE = 0.05  # of the realised average, relative to the asked one
+LOAD_LIMIT = 2.0  # busiest expert over the mean
+CHANCE_MARGIN = 3.0  # standard errors above chance
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One question: what was measured, what is wanted, and whether it is met."""
+
+    question: str
+    measured: str
+    wanted: str
+    met: bool
+
+
+def verdicts(result: EvaluationResult, moe: AnyExpertsConfig) -> list[Verdict]:
+    """Scores at the budget nearest to the one trained with; realised budgets at each; load and virtual share at the
+    worst of all."""
+    usual = min(result.budgets, key=lambda one: abs(one.budget - moe.expected_real_slots))
+    return [
+        *_scores(usual),
+        *_separations(result),
+        *_budgets(result),
+        _virtual_share(result, moe),
+        _load(result),
+    ]
+
+
+def _scores(usual: BudgetResult) -> list[Verdict]:
+    found = []
+    for score in usual.scores:
+        wanted = score.chance + CHANCE_MARGIN * score.standard_error
+        found.append(
+            Verdict(
+                f"{score.domain}: score at budget {usual.budget:g}",
+                f"{score.score:.1%} ± {score.standard_error:.1%}",
+                f"> {wanted:.1%}",
+                score.score > wanted,
+            )
+        )
+    return found
+
+
+def _separations(result: EvaluationResult) -> list[Verdict]:
+    return [
+        Verdict(
+            f"{one.modality}: importance finds the answer, ROC AUC",
+            f"{one.auc:.3f} ({one.auc_low:.3f} to {one.auc_high:.3f})",
+            "interval above 0.5",
+            one.auc_low > 0.5,
+        )
+        for one in result.separations
+    ]
+
+
+def _budgets(result: EvaluationResult) -> list[Verdict]:
+    return [
+        Verdict(
+            f"realised average at budget {one.budget:g}",
+            f"{one.realised:.2f} ({(one.realised - one.budget) / one.budget:+.1%})",
+            f"within {BUDGET_TOLERANCE:.0%}",
+            one.budget_error <= BUDGET_TOLERANCE,
+        )
+        for one in result.budgets
+    ]
+
+
+def _virtual_share(result: EvaluationResult, moe: AnyExpertsConfig) -> Verdict:
+    largest = max(one.largest_virtual_share for one in (result.trained, *(b.routing for b in result.budgets)))
+    return Verdict(
+        "virtual share, largest of any token, layer and budget",
+        f"{largest:.3f}",
+        f"at most rho_max = {moe.rho_max:g}" + ("" if moe.cap_rounding == "floor" else " before rounding"),
+        largest <= max([moe.rho_max, *(cap / k for k, cap in enumerate(moe.virtual_caps) if k)]) + 1e-6,
+    )
+
+
+def _load(result: EvaluationResult) -> Verdict:
+    worst = max(result.budgets, key=lambda one: max(one.routing.load_max_over_mean))
+    load = max(worst.routing.load_max_over_mean)
+    return Verdict(
+        "busiest expert over the mean, worst layer and budget",
+        f"{load:.2f} at budget {worst.budget:g}",
+        f"< {LOAD_LIMIT:g}",
+        load < LOAD_LIMIT,
+    )
