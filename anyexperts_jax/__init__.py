@@ -9,20 +9,50 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anyexperts_jax.core.config import AnyExpertsConfig
     from anyexperts_jax.core.errors import UserError
-    from anyexperts_jax.dispatch.apply import moe_apply, moe_apply_stats
-    from anyexperts_jax.nn.moe import MoE
+    from anyexperts_jax.core.initializers import Constant, FanIn, Normal, Param
+    from anyexperts_jax.core.registries import DISPATCHERS, IMPLEMENTATIONS, REGULARISERS, ROUTERS
+    from anyexperts_jax.core.switches import Switches
+    from anyexperts_jax.dispatch.apply import apply_plan, moe_apply, moe_apply_stats
+    from anyexperts_jax.dispatch.base import DispatchStats
+    from anyexperts_jax.dispatch.execution import Execution
+    from anyexperts_jax.nn.moe import MoE, MoEContext
     from anyexperts_jax.ops.expert_mlp.api import expert_mlp
+    from anyexperts_jax.ops.experts import ExpertOps, ExpertWeights
     from anyexperts_jax.routing.budget import calibrate_budget, shift_budget
     from anyexperts_jax.routing.plan import RoutingPlan
+    from anyexperts_jax.routing.regularisers import Importances
     from anyexperts_jax.routing.route import route
+    from anyexperts_jax.routing.routers.base import Router
+    from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+    from anyexperts_jax.sharding.placement import Placement
 
 _HOMES = {
     "AnyExpertsConfig": "core.config",
+    "Constant": "core.initializers",
+    "DISPATCHERS": "core.registries",
+    "DispatchStats": "dispatch.base",
+    "Execution": "dispatch.execution",
+    "ExpertOps": "ops.experts",
+    "ExpertWeights": "ops.experts",
+    "FanIn": "core.initializers",
+    "IMPLEMENTATIONS": "core.registries",
+    "Importances": "routing.regularisers",
+    "MeshConfig": "sharding.mesh",
     "MoE": "nn.moe",
+    "MoEContext": "nn.moe",
+    "Normal": "core.initializers",
+    "Param": "core.initializers",
+    "Placement": "sharding.placement",
+    "REGULARISERS": "core.registries",
+    "ROUTERS": "core.registries",
+    "Router": "routing.routers.base",
     "RoutingPlan": "routing.plan",
+    "Switches": "core.switches",
     "UserError": "core.errors",
+    "apply_plan": "dispatch.apply",
     "calibrate_budget": "routing.budget",
     "expert_mlp": "ops.expert_mlp.api",
+    "make_mesh": "sharding.mesh",
     "moe_apply": "dispatch.apply",
     "moe_apply_stats": "dispatch.apply",
     "route": "routing.route",
@@ -30,13 +60,33 @@ _HOMES = {
 }
 
 __all__ = [
+    "DISPATCHERS",
+    "IMPLEMENTATIONS",
+    "REGULARISERS",
+    "ROUTERS",
     "AnyExpertsConfig",
+    "Constant",
+    "DispatchStats",
+    "Execution",
+    "ExpertOps",
+    "ExpertWeights",
+    "FanIn",
+    "Importances",
+    "MeshConfig",
     "MoE",
+    "MoEContext",
+    "Normal",
+    "Param",
+    "Placement",
+    "Router",
     "RoutingPlan",
+    "Switches",
     "UserError",
     "__version__",
+    "apply_plan",
     "calibrate_budget",
     "expert_mlp",
+    "make_mesh",
     "moe_apply",
     "moe_apply_stats",
     "route",

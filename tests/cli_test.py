@@ -25,7 +25,7 @@ def one_line(capsys) -> str:
         (["train", "smoke", "--set", "optim.learning_rate=1"], r"optim.learning_rate.*valid|optim.*lr"),
         (["train", "smoke", "--set", "optim.lr=fast"], r"optim.lr"),
         (["train", "smoke", "--set", "model.moe.k_min=99"], r"k_min=99"),
-        (["train", "smoke", "--set", "model.moe.iar=sideways"], r"sideways.*multiply_logits"),
+        (["train", "smoke", "--set", "model.moe.switches.iar=sideways"], r"sideways.*multiply_logits"),
         (["train", "smoke", "--set", "steps"], r"key=value"),
         (["evolve", "evolve_tinny"], r"evolve_tinny.*did you mean evolve_tiny"),
         (["evolve", "evolve_smoke", "--set", "evolve.evolution.mode=emma"], r"evolution.mode.*emma.*literal"),

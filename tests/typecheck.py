@@ -11,6 +11,6 @@ _CONF = BeartypeConf(is_pep484_tower=True)  # an int passes for a float, as type
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
     """Checks a function's arguments and result, except in config modules: configs refuse bad values themselves, with a
     `UserError`, and tests must see that one."""
-    if function.__module__.endswith("config"):
+    if function.__module__.endswith(("config", "switches", "execution")):
         return function
     return beartype(conf=_CONF)(function)

@@ -83,7 +83,7 @@ def kept_bytes(config: RunConfig, mesh: dict[str, int], remat: str) -> float:
     """Bytes that a device keeps of all layers for the backward pass under a remat policy, estimated."""
     stack, moe, attention = config.model.stack, config.model.moe, config.model.stack.attention
     itemsize = 2 if stack.dtype == "bfloat16" else 4
-    rows = moe.expected_real_slots * moe.capacity_factor
+    rows = moe.expected_real_slots * stack.execution.capacity_factor
     projected = (2 * attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
     shared = 3 * stack.num_shared_experts * stack.expert_d_ff
     router = 4 * moe.num_columns

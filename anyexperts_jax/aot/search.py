@@ -64,7 +64,11 @@ def candidates(config: RunConfig, topology: str, slices: int) -> list[tuple[floa
     devices = slice_devices(topology, slices)
     chip, found = chip_peaks(topology.partition(":")[0]), []
     for sizes in meshes(config, len(devices) // slices):
-        remats = REMATS if config.model.stack.dispatch == "exchange" else tuple(r for r in REMATS if r != "exchanged")
+        remats = (
+            REMATS
+            if config.model.stack.execution.dispatch == "exchange"
+            else tuple(r for r in REMATS if r != "exchanged")
+        )
         for remat in remats:
             stack = dataclasses.replace(config.model.stack, remat=remat)
             model = dataclasses.replace(config.model, stack=stack)
@@ -84,7 +88,7 @@ def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
     """Meshes of one slice whose axes divide experts, heads and width; `sequence` and the slices as configured."""
     model, given = config.model, config.mesh
     heads = math.gcd(model.stack.attention.num_kv_heads, model.stack.attention.num_heads)
-    experts = _divisors(model.moe.num_experts) if model.stack.dispatch == "exchange" else [1]
+    experts = _divisors(model.moe.num_experts) if model.stack.execution.dispatch == "exchange" else [1]
     for expert in experts:
         for tensor in (size for size in _divisors(heads) if size <= _MOST_TENSOR):
             rest, left = divmod(devices, expert * tensor * given.sequence)
@@ -118,7 +122,7 @@ def _expected(config: RunConfig, mesh: dict[str, int]) -> list[Collective]:
     sums = 2 * tokens * stack.d_model * itemsize * stack.num_layers
     trips = 4 + 2 * (again and stack.remat != "exchanged")
     rows = {
-        ("all-to-all", "expert"): trips * buffers if stack.dispatch == "exchange" else 0,
+        ("all-to-all", "expert"): trips * buffers if stack.execution.dispatch == "exchange" else 0,
         ("all-gather", "fsdp"): (2 + again) * weights,
         ("reduce-scatter", "fsdp"): weights,
         ("all-reduce", "data"): weights / mesh["fsdp"],

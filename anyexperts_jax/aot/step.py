@@ -20,8 +20,8 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.encode import EncodingSpec, encode
 from anyexperts_jax.data.example import Example
 from anyexperts_jax.models.init import abstract_params, logical_axes
-from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import make_mesh, slice_of
+from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import batch_shardings, batch_shards
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.optim import make_optimizer

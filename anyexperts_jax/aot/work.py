@@ -103,17 +103,17 @@ def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) 
     stack, moe = config.model.stack, config.model.moe
     shards = token_shards(mesh)
     tokens = config.train.batch_size * config.data.encoding.max_length // (shards * config.train.accumulation)
-    spec = PlanSpec(moe.num_experts, moe.expected_real_slots, moe.virtual_output, moe.capacity_factor, moe.overflow)
-    parts = mesh["expert"] if stack.dispatch == "exchange" else 1
+    spec, execution = PlanSpec(moe.num_experts, moe.expected_real_slots), stack.execution
+    parts = mesh["expert"] if execution.dispatch == "exchange" else 1
     times = shards * config.train.accumulation * stack.num_moe_layers
-    if stack.dispatch == "exchange":
-        tokens, times = tokens // stack.exchange_chunks, times * stack.exchange_chunks
-        held = parts * rows_per_shard(spec, tokens, parts)
-    elif stack.dispatch == "capacity":
-        held = moe.num_experts * rows_per_expert(spec, tokens)
+    if execution.dispatch == "exchange":
+        tokens, times = tokens // execution.exchange_chunks, times * execution.exchange_chunks
+        held = parts * rows_per_shard(spec, execution.capacity_factor, tokens, parts)
+    elif execution.dispatch == "capacity":
+        held = moe.num_experts * rows_per_expert(spec, execution.capacity_factor, tokens)
     else:
         held = math.ceil(moe.expected_real_slots * tokens)
-    if stack.dispatch == "dense":
+    if execution.dispatch == "dense":
         held = moe.num_experts * tokens
     experts = moe.num_experts // parts
     tile = _XLA_TILE
@@ -121,7 +121,7 @@ def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) 
         shape = Shape(math.ceil(held / experts), stack.d_model, stack.expert_d_ff, 2)
         tile = aligned_sizes(chip_of(device_kind), shape).forward.step
     # The last tile of an expert is half empty on average; tiles without a live row are skipped.
-    computed = times * held if stack.dispatch == "dense" else rows + times * experts * tile // 2
+    computed = times * held if execution.dispatch == "dense" else rows + times * experts * tile // 2
     return computed, times * held
 
 
@@ -139,7 +139,7 @@ def gathered_bytes(model: ModelConfig, mesh: dict[str, int]) -> float:
 
     With dispatch="blocks" a device needs all experts, and those split over `expert` are gathered too.
     """
-    gathered = {"embed", "expert"} if model.stack.dispatch == "blocks" else {"embed"}
+    gathered = {"embed", "expert"} if model.stack.execution.dispatch == "blocks" else {"embed"}
     itemsize = 2 if model.stack.dtype == "bfloat16" else 4
     weights = 0.0
     axes = jax.tree.leaves(logical_axes(model), is_leaf=lambda node: isinstance(node, tuple))

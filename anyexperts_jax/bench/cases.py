@@ -12,16 +12,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.registries import IMPLEMENTATIONS
 from anyexperts_jax.dispatch.apply import moe_apply, moe_apply_stats
 from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.expert_mlp import expert_mlp
-from anyexperts_jax.ops.expert_mlp.api import IMPLEMENTATIONS as EXPERT_MLPS
-from anyexperts_jax.ops.routed_mlp.api import IMPLEMENTATIONS as ROUTED_MLPS
 from anyexperts_jax.ops.row_map import RowMap, combine_rows, take_rows
 from anyexperts_jax.ops.slot_order import SlotOrder
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
 from anyexperts_jax.routing.route import route
-from anyexperts_jax.sharding.mesh import knowing_they_are_alone
 
 Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 
@@ -93,13 +91,13 @@ def budget_plan(shape: LayerShape, slots_bound: int, real: float, seed: int = 0)
         virtual_slots_N=jnp.ones(N, jnp.int32),
         losses={},
         metrics={},
-        spec=PlanSpec(E, real, "identity", capacity_factor=1.25, overflow="drop"),
+        spec=PlanSpec(E, real),
     )
 
 
 def implementations() -> list[str]:
     """The names that both expert ops know; whether one can run here, the op says."""
-    return [name for name in EXPERT_MLPS if name in ROUTED_MLPS]
+    return list(IMPLEMENTATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +115,7 @@ def temporary_mib(program: jax.stages.Compiled) -> float:
 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> Compiled:
-    with knowing_they_are_alone(arguments):
-        program = jax.jit(function).lower(*arguments).compile()
+    program = jax.jit(function).lower(*arguments).compile()
     return Compiled(functools.partial(program, *arguments), temporary_mib(program))
 
 
@@ -134,7 +131,7 @@ def layer(
     """moe_apply; with `backward`, gradients of x, the slots' weights and the experts too."""
 
     def forward(x_ND: Array, plan: RoutingPlan, weights: Weights) -> Array:
-        return moe_apply(x_ND, plan, *weights, dispatch, implementation)
+        return moe_apply(x_ND, plan, *weights, dispatch=dispatch, implementation=implementation)
 
     def forward_and_backward(x_ND: Array, plan: RoutingPlan, weights: Weights) -> Any:
         def of(x_ND: Array, weights_NK: Array, weights: Weights) -> Array:
@@ -178,7 +175,7 @@ def ragged_bytes(shape: LayerShape) -> int:
 
 def capacity_drops(plan: RoutingPlan, x_ND: Array, weights: Weights) -> float:
     """The share of real slots that the capacity form drops."""
-    _, stats = jax.jit(moe_apply_stats, static_argnums=5)(x_ND, plan, *weights, "capacity")
+    _, stats = jax.jit(functools.partial(moe_apply_stats, dispatch="capacity"))(x_ND, plan, *weights)
     return float(stats.dropped) / float(plan.real_slots_N.sum())
 
 
@@ -216,7 +213,8 @@ def layer_parts(
         return route(config, x_ND.astype(jnp.float32) @ w_router_DC, importance_logits_N)
 
     def whole(x_ND: Array, w_router_DC: Array, importance_logits_N: Array, weights: Weights) -> Array:
-        return moe_apply(x_ND, route_tokens(x_ND, w_router_DC, importance_logits_N), *weights, "blocks", implementation)
+        plan = route_tokens(x_ND, w_router_DC, importance_logits_N)
+        return moe_apply(x_ND, plan, *weights, implementation=implementation)
 
     router = (x_ND, w_router_DC, importance_logits_N)
     plan = jax.jit(route_tokens)(*router)

@@ -26,6 +26,7 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.encode import EncodingSpec
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import init_params, logical_axes
 from anyexperts_jax.nn.config import AttentionConfig, Dtype, StackConfig
@@ -118,7 +119,7 @@ def run_config(size: StepSize, moe: AnyExpertsConfig, dispatch: str) -> RunConfi
         attention=AttentionConfig(
             num_heads=size.heads, num_kv_heads=size.heads, head_dim=size.width // size.heads, qk_norm=True
         ),
-        dispatch=dispatch,
+        execution=Execution(dispatch=dispatch),
         dtype=size.dtype,
         scan_unroll=size.scan_unroll,
     )

@@ -14,7 +14,7 @@ def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.bench.output import print_tables
     from anyexperts_jax.train.config import load_config
 
-    config = load_config(options.config, options.set)
+    config = load_config(options.config, options.set, options.plugin)
     if options.search:
         say(f"compiling train steps of {options.config} for {options.topology}; nothing is run")
         tried = search.search(config, options.topology, options.slices, options.limit, note=say)

@@ -11,7 +11,7 @@ def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.train.config import load_config
     from anyexperts_jax.train.loop import train
 
-    config = load_config(options.config, options.set)
+    config = load_config(options.config, options.set, options.plugin)
     run_dir = options.run or pathlib.Path("runs") / pathlib.Path(options.config).stem
     peers = processes.find_peers(options.processes, options.process_index, options.coordinator)
     if peers is not None:

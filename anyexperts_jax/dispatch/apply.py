@@ -1,19 +1,17 @@
 """`moe_apply`: the plan carried out on the tokens."""
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
-from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.registries import DISPATCHERS
 from anyexperts_jax.dispatch.base import DispatchStats, add_virtual_output
-from anyexperts_jax.dispatch.blocks import apply_blocks
-from anyexperts_jax.dispatch.capacity import apply_capacity, rows_per_expert
-from anyexperts_jax.dispatch.dense import apply_dense
+from anyexperts_jax.dispatch.execution import Execution, resolve_implementation
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.routing.plan import RoutingPlan
-
-DISPATCHES = ("blocks", "capacity", "dense", "exchange")
+from anyexperts_jax.sharding.placement import Placement
 
 
 def moe_apply(
@@ -22,27 +20,10 @@ def moe_apply(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
-    dispatch: str = "blocks",
-    implementation: str | None = None,
-    *,
-    capacity: int | None = None,
-    num_sequences: int = 1,
-    residuals: str = "saved",
+    **how: Any,
 ) -> Float[Array, "N D"]:
     """`moe_apply_stats` without the stats."""
-    y_ND, _ = moe_apply_stats(
-        x_ND,
-        plan,
-        w_gate_EDF,
-        w_up_EDF,
-        w_down_EFD,
-        dispatch,
-        implementation,
-        capacity=capacity,
-        num_sequences=num_sequences,
-        residuals=residuals,
-    )
-    return y_ND
+    return moe_apply_stats(x_ND, plan, w_gate_EDF, w_up_EDF, w_down_EFD, **how)[0]
 
 
 def moe_apply_stats(
@@ -51,14 +32,10 @@ def moe_apply_stats(
     w_gate_EDF: Float[Array, "E D F"],
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
-    dispatch: str = "blocks",
-    implementation: str | None = None,
     *,
-    capacity: int | None = None,
-    num_sequences: int = 1,
-    residuals: str = "saved",
-    place_buffers: Callable[[Array], Array] = lambda x_ECD: x_ECD,
-    run_blocks: Callable[..., tuple[Array, DispatchStats]] | None = None,
+    placement: Placement | None = None,
+    num_sequences: int | None = None,
+    **execution: Any,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
     """(sum over each token's slots of weight * expert(x) or, for virtual slots, weight * x; stats).
 
@@ -66,57 +43,43 @@ def moe_apply_stats(
     x's dtype.
 
     Args:
-      dispatch: "blocks", dropless on one shard; "capacity", buffers sized by the plan's budget, which shard;
-        "dense", the oracle; "exchange" is "blocks" here, on one shard, and between shards what
-        `sharding.expert_parallel.moe_exchange_stats` does.
-      implementation: of the expert op; None picks.
-      capacity: rows of an expert's buffer in place of the budget's, for "capacity" alone.
-      num_sequences: N = num_sequences * T, sequence after sequence; overflow takes the latest positions of all.
-      residuals: "saved" keeps gate and up of the rows for the backward pass, "recomputed" computes them again.
-      place_buffers: `place` of `capacity.apply_capacity`; on a mesh, `sharding.activations.split_buffers`.
-      run_blocks: in place of `blocks.apply_blocks`; on a mesh, `sharding.blocks.split_blocks`.
+      placement: the mesh the arrays lie on; None: one device.
+      num_sequences: N = num_sequences * T, sequence after sequence; overflow takes the latest positions of all. None:
+        as `route` was told.
+      execution: fields of `Execution`: dispatch="capacity", implementation="xla", residuals="recomputed" and so on.
 
     Raises:
-      UserError: an unknown dispatch, implementation or residuals, or shapes, dtypes or sizes that do not fit.
+      UserError: an unknown field or value of `Execution`, or shapes, dtypes or sizes that do not fit.
     """
-    require_one_of("dispatch", dispatch, DISPATCHES)
-    _check(x_ND, plan, w_gate_EDF, dispatch, capacity, num_sequences)
-    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
-    how: dict[str, Any] = {"implementation": implementation, "residuals": residuals}
-    run_blocks = apply_blocks if run_blocks is None else run_blocks
-    if dispatch == "dense":
-        y_ND, stats = apply_dense(x_ND, plan, *weights, **how)
-    elif dispatch in ("blocks", "exchange"):
-        y_ND, stats = run_blocks(x_ND, plan, *weights, **how)
-    else:
-        rows = rows_per_expert(plan.spec, x_ND.shape[0]) if capacity is None else min(capacity, x_ND.shape[0])
-        size: dict[str, Any] = {"capacity": rows, "num_sequences": num_sequences}
-        y_ND, stats = apply_capacity(x_ND, plan, *weights, **size, **how, place=place_buffers)
-        if plan.spec.overflow == "fallback":
-            y_ND, stats = _where_none_dropped(y_ND, stats, lambda: run_blocks(x_ND, plan, *weights, **how))
+    fields = [field.name for field in dataclasses.fields(Execution)]
+    unknown = [name for name in execution if name not in fields]
+    require(not unknown, f"unknown argument {', '.join(unknown)}; valid: placement, num_sequences, {', '.join(fields)}")
+    if num_sequences is not None:
+        plan = dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, num_sequences=num_sequences))
+    experts = ExpertWeights(w_gate_EDF, w_up_EDF, w_down_EFD)
+    return apply_plan(x_ND, plan, experts, Execution(**execution), placement)
+
+
+def apply_plan(
+    x_ND: Float[Array, "N D"],
+    plan: RoutingPlan,
+    experts: ExpertWeights,
+    execution: Execution,
+    placement: Placement | None = None,
+) -> tuple[Float[Array, "N D"], DispatchStats]:
+    """What `moe_apply_stats` documents, for those who hold the weights and the execution as one value each."""
+    _check(x_ND, plan, experts)
+    execution = resolve_implementation(execution, placement, x_ND.dtype)
+    y_ND, stats = DISPATCHERS[execution.dispatch](x_ND, plan, experts, execution, placement)
     return add_virtual_output(y_ND, x_ND, plan), stats
 
 
-def _where_none_dropped(
-    y_ND: Array, stats: DispatchStats, exact: Callable[[], tuple[Array, DispatchStats]]
-) -> tuple[Array, DispatchStats]:
-    """What the buffers gave, or the exact result where they dropped anything."""
-    return jax.lax.cond(stats.dropped > 0, exact, lambda: (y_ND, stats))
-
-
-def _check(
-    x_ND: Array, plan: RoutingPlan, w_gate_EDF: Array, dispatch: str, capacity: int | None, num_sequences: int
-) -> None:
+def _check(x_ND: Array, plan: RoutingPlan, experts: ExpertWeights) -> None:
     require(x_ND.ndim == 2, f"x_ND has shape {x_ND.shape}; it must be [N, D]")
-    tokens, planned = x_ND.shape[0], plan.expert_ids_NK.shape[0]
+    tokens, planned, sequences = x_ND.shape[0], plan.expert_ids_NK.shape[0], plan.spec.num_sequences
     require(tokens == planned, f"x_ND holds {tokens} tokens, the plan {planned}")
+    held = experts.gate_EDF.shape[0]
     require(
-        w_gate_EDF.shape[0] == plan.spec.num_experts,
-        f"the weights hold {w_gate_EDF.shape[0]} experts, the plan routes to {plan.spec.num_experts}",
+        held == plan.spec.num_experts, f"the weights hold {held} experts, the plan routes to {plan.spec.num_experts}"
     )
-    require(
-        num_sequences >= 1 and tokens % num_sequences == 0,
-        f"num_sequences={num_sequences} must divide the {tokens} tokens",
-    )
-    require(capacity is None or dispatch == "capacity", f"capacity={capacity} has no meaning for dispatch={dispatch!r}")
-    require(capacity is None or capacity >= 1, f"capacity={capacity} must be >= 1")
+    require(sequences >= 1 and tokens % sequences == 0, f"num_sequences={sequences} must divide the {tokens} tokens")

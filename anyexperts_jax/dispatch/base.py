@@ -1,6 +1,7 @@
 """What the index-based forms share: one sort of the slots, and the rows a buffer has for them. The gathers each way
 are `ops.row_map`'s."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,6 +20,12 @@ class DispatchStats(NamedTuple):
 
     dropped: Int[Array, ""]  # int32, real slots that found no room
     rows: Int[Array, ""]  # int32, rows the expert matmuls were given, padding included
+
+
+# What an entry of `core.registries.DISPATCHERS` is: (x_ND, plan, experts, execution, placement) -> (y_ND, stats).
+# y is the weighted sum of each token's real experts in float32 at least, without the virtual ones, and the stats are
+# those of all devices in sum. With placement=None, or a mesh of one device, everything lies on one device.
+Dispatcher = Callable[..., tuple[Float[Array, "N D"], DispatchStats]]
 
 
 def sort_slots(expert_ids_NK: Int[Array, "N K"], num_experts: int, num_sequences: int = 1) -> SlotOrder:

@@ -1,47 +1,62 @@
 """Buffers of C rows an expert, [E, C, D]: static shapes, which shard. Overflow is dropped and counted."""
 
 import math
-from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from anyexperts_jax.dispatch.base import DispatchStats, buffer_row_map, sort_slots
+from anyexperts_jax.dispatch.blocks import dispatch_blocks
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.ops.expert_mlp import expert_mlp
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.row_map import combine_rows, take_rows
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
+from anyexperts_jax.sharding.activations import split_buffers
+from anyexperts_jax.sharding.placement import Placement
 
 
-def rows_per_expert(spec: PlanSpec, num_tokens: int) -> int:
+def rows_per_expert(spec: PlanSpec, capacity_factor: float, num_tokens: int) -> int:
     """C: capacity_factor times an expert's share of the budget's real slots, at least 1 and at most N."""
     share = spec.expected_real_slots * num_tokens / spec.num_experts
-    return min(num_tokens, max(1, math.ceil(spec.capacity_factor * share)))
+    return min(num_tokens, max(1, math.ceil(capacity_factor * share)))
 
 
-def apply_capacity(
+def dispatch_capacity(
     x_ND: Float[Array, "N D"],
     plan: RoutingPlan,
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
-    *,
-    capacity: int,
-    num_sequences: int,
-    implementation: str | None,
-    residuals: str,
-    place: Callable[[Float[Array, "E C D"]], Float[Array, "E C D"]] = lambda x_ECD: x_ECD,
+    experts: ExpertWeights,
+    execution: Execution,
+    placement: Placement | None = None,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
-    """(weighted sum of each token's experts in float32, stats); an expert's slots past `capacity` add nothing.
+    """A `dispatch.base.Dispatcher`: an expert's slots past its buffer add nothing, or all is computed by `blocks`.
 
-    Args:
-      place: puts the experts' inputs and outputs where they are to live.
+    On a mesh the buffers lie where the experts are and XLA moves the rows.
     """
-    num_experts = plan.spec.num_experts
-    order = sort_slots(plan.expert_ids_NK, num_experts, num_sequences)
+    capacity = rows_per_expert(plan.spec, execution.capacity_factor, x_ND.shape[0])
+    y_ND, stats = _through_buffers(x_ND, plan, experts, (capacity, execution), placement)
+    if execution.overflow == "drop":
+        return y_ND, stats
+
+    # Rematerialised: a `cond` keeps the residuals of both branches, and the exact one is seldom taken.
+    exact = jax.checkpoint(lambda x_ND, plan, experts: dispatch_blocks(x_ND, plan, experts, execution, placement))
+    return jax.lax.cond(stats.dropped > 0, lambda: exact(x_ND, plan, experts), lambda: (y_ND, stats))
+
+
+def _through_buffers(
+    x_ND: Array,
+    plan: RoutingPlan,
+    experts: ExpertWeights,
+    sized: tuple[int, Execution],
+    placement: Placement | None,
+) -> tuple[Array, DispatchStats]:
+    (capacity, execution), num_experts = sized, plan.spec.num_experts
+    order = sort_slots(plan.expert_ids_NK, num_experts, plan.spec.num_sequences)
     row_map = buffer_row_map(order, plan.expert_ids_NK, capacity)
-    x_ECD = place(take_rows(x_ND, row_map).reshape(num_experts, capacity, x_ND.shape[1]))
+    x_ECD = split_buffers(take_rows(x_ND, row_map).reshape(num_experts, capacity, x_ND.shape[1]), placement)
     kept_E = jnp.minimum(order.counts_E, capacity)
-    y_ECD = place(expert_mlp(x_ECD, kept_E, w_gate_EDF, w_up_EDF, w_down_EFD, implementation, residuals=residuals))
+    y_ECD = split_buffers(expert_mlp(x_ECD, kept_E, *experts, **execution.op_options), placement)
     y_ND = combine_rows(y_ECD.reshape(-1, x_ND.shape[1]), plan.weights_NK, row_map)
     rows = jnp.asarray(num_experts * capacity, jnp.int32)
     return y_ND, DispatchStats(dropped=(order.counts_E - kept_E).sum(), rows=rows)

@@ -19,7 +19,7 @@ from anyexperts_jax.evaluate.results import RoutingSummary
 from anyexperts_jax.evaluate.trained import Trained
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
-from anyexperts_jax.sharding.mesh import knowing_they_are_alone
+from anyexperts_jax.sharding.placement import Placement, placement_of
 
 Window = tuple[float, float]
 Batches = Mapping[str, Sequence[Batch]]  # of each domain, by name
@@ -42,13 +42,14 @@ class RoutingSample:
 
 def forward(config: ModelConfig, params: Any, router_bias_LC: Array, batch: Batch, window: Array) -> ModelOutput:
     """The model on one batch, compiled once for a configuration whatever the window."""
-    with knowing_they_are_alone(params):
-        return _forward(config, params, router_bias_LC, batch, window)
+    return _forward((config, placement_of(params)), params, router_bias_LC, batch, window)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(config: ModelConfig, params: Any, router_bias_LC: Array, batch: Batch, window: Array) -> ModelOutput:
-    apply = MultimodalModel(config).apply
+def _forward(
+    static: tuple[ModelConfig, Placement], params: Any, router_bias_LC: Array, batch: Batch, window: Array
+) -> ModelOutput:
+    apply = MultimodalModel(*static).apply
     output: Any = apply({"params": params}, batch, router_bias_LC=router_bias_LC, window=window)
     return output
 

@@ -15,13 +15,15 @@ import numpy as np
 from jaxtyping import Array
 
 from anyexperts_jax.core.batch import Batch
-from anyexperts_jax.dispatch.apply import moe_apply
+from anyexperts_jax.dispatch.apply import apply_plan
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.evaluate.measure import Window, forward, window_array
 from anyexperts_jax.evaluate.results import BudgetTime
 from anyexperts_jax.evaluate.trained import Trained
 from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
-from anyexperts_jax.sharding.mesh import knowing_they_are_alone
+from anyexperts_jax.sharding.placement import Placement, placement_of
 
 
 def time_budgets(
@@ -31,13 +33,14 @@ def time_budgets(
 
     The reference, whose time is 1, is the budget nearest to the one the run was trained with.
     """
+    placement = placement_of(trained.params)
     arguments = (model, trained.params, trained.router_bias_LC, batch)
     own = trained.config.model.moe.expected_real_slots
     reference = min(windows, key=lambda budget: abs(budget - own))
     whole, layer = {}, {}
     for budget, window in windows.items():
         whole[budget] = functools.partial(forward, *arguments, window_array(window))
-        layer[budget] = _layer(model, whole[budget]().trace)
+        layer[budget] = _layer(model, whole[budget]().trace, placement)
     whole_seconds, layer_seconds = interleaved(whole, rounds), interleaved(layer, rounds)
     return {
         budget: BudgetTime(
@@ -64,7 +67,7 @@ def interleaved(calls: Mapping[float, Callable[[], Any]], rounds: int) -> dict[f
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def _layer(model: ModelConfig, trace: Any) -> Callable[[], Array]:
+def _layer(model: ModelConfig, trace: Any, placement: Placement) -> Callable[[], Array]:
     """Dispatch, experts and combine of the last MoE layer, as this trace routed it. Time does not see the values, so
     activations and weights are random and combine weights equal."""
     plan = _plan(model, jax.tree.map(lambda leaf: leaf[-1], trace))
@@ -73,27 +76,12 @@ def _layer(model: ModelConfig, trace: Any) -> Callable[[], Array]:
     rng = np.random.default_rng(0)
     shapes: Sequence[tuple[int, ...]] = ((N, D), (E, D, F), (E, D, F), (E, F, D))
     x_ND, *weights = (jnp.asarray(rng.standard_normal(shape), stack.dtype) for shape in shapes)
-
-    def run() -> Array:
-        with knowing_they_are_alone(weights):  # as the model does
-            return _apply(stack.dispatch, stack.expert_mlp, trace.slots_BT.shape[1], x_ND, plan, *weights)
-
-    return run
+    return functools.partial(_apply, (stack.execution, placement), x_ND, plan, ExpertWeights(*weights))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _apply(
-    dispatch: str,
-    implementation: str | None,
-    num_sequences: int,
-    x_ND: Array,
-    plan: RoutingPlan,
-    w_gate_EDF: Array,
-    w_up_EDF: Array,
-    w_down_EFD: Array,
-) -> Array:
-    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
-    return moe_apply(x_ND, plan, *weights, dispatch, implementation, num_sequences=num_sequences)
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(static: tuple[Execution, Placement], x_ND: Array, plan: RoutingPlan, experts: ExpertWeights) -> Array:
+    return apply_plan(x_ND, plan, experts, *static)[0]
 
 
 def _plan(model: ModelConfig, trace: Any) -> RoutingPlan:
@@ -117,8 +105,7 @@ def _plan(model: ModelConfig, trace: Any) -> RoutingPlan:
         spec=PlanSpec(
             num_experts=moe.num_experts,
             expected_real_slots=moe.expected_real_slots,
-            virtual_output=moe.virtual_output,
-            capacity_factor=moe.capacity_factor,
-            overflow=moe.overflow,
+            virtual_output=moe.switches.virtual_output,
+            num_sequences=trace.slots_BT.shape[0],
         ),
     )

@@ -11,10 +11,11 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import logical_axes
 from anyexperts_jax.routing.trace import RoutingTrace
-from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.train.state import TrainState
 from anyexperts_jax.train.step import Apply, model_apply
 from anyexperts_jax.train.validation import Validation
@@ -63,7 +64,7 @@ def expert_alone(model: ModelConfig, params: Any, expert: Array | int) -> Any:
 
 def alone_model(model: ModelConfig) -> ModelConfig:
     """The model with one expert. There is nobody to dispatch to: every token stays where it is, on any mesh."""
-    stack = dataclasses.replace(model.stack, dispatch="dense", expert_mlp=None)
+    stack = dataclasses.replace(model.stack, execution=Execution(dispatch="dense"))
     return dataclasses.replace(model, stack=stack, moe=AnyExpertsConfig.static_top_k(1, 1))
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.resources
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from anyexperts_jax.train.config import (
     read_toml,
     run_config,
 )
+from anyexperts_jax.train.moved import move_keys
 from anyexperts_jax.train.strict import build, merge
 
 ExpertInit = Literal["copy", "noise", "dropout", "random_subset"]
@@ -155,9 +156,7 @@ def _top_1() -> AnyExpertsConfig:
     The weight's value is 1 and its gradient the score's (our reading): the evolved experts keep their scale, and the
     router learns from the answer.
     """
-    return AnyExpertsConfig.static_top_k(
-        4, 1, router="dtr", normalisation="all_raw_gradient", balance_weight=0.001, capacity_factor=2.0
-    )
+    return AnyExpertsConfig.static_top_k(4, 1, router="dtr", normalisation="all_raw_gradient", balance_weight=0.001)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,17 +270,24 @@ def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()
     else:
         name, values = read_toml(source, "evolve config", _presets())
     for override in overrides:
-        values = merge(values, parse_override(override))
+        values = merge(values, move_keys(parse_override(override)))
     require(
         isinstance(values.get("evolve"), dict), f"{name}: no table [evolve]; `anyexperts train` takes files without"
     )
     table = values.pop("evolve")
-    table["moe"] = merge(dataclasses.asdict(_top_1()), table.get("moe", {}))
+    table["moe"] = merge(dataclasses.asdict(_top_1()), _method(table.get("moe", {})))
     base = run_config(name, values)
     try:
         return EvolveRun(base, build(EvolveConfig, table))
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def _method(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table evolve.moe, of before too: what it said of buffers is now the whole run's, which drops nothing unless
+    model.stack.execution says so."""
+    method = {key: value for key, value in table.items() if key not in ("capacity_factor", "overflow")}
+    return move_keys(method, ("model", "moe"))
 
 
 def _presets() -> Traversable:

@@ -16,7 +16,7 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
 from anyexperts_jax.routing.losses import masked_mean
 from anyexperts_jax.routing.trace import RoutingTrace
-from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.train.step import Apply
 
 TEMPERATURE = 0.1

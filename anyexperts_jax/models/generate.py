@@ -11,10 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.dispatch.execution import BUFFERED
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
 from anyexperts_jax.nn.stack import StackCache, empty_stack_cache
-from anyexperts_jax.sharding.mesh import knowing_they_are_alone
+from anyexperts_jax.routing.window import check_window
+from anyexperts_jax.sharding.placement import Placement, placement_of
 
 
 def generate(
@@ -31,7 +33,7 @@ def generate(
     `eos_id` ends a sequence and is the last token written; `pad_id` follows. An empty prompt (all padding) yields
     padding alone. Compiled once for each configuration and set of shapes.
 
-    Nothing is dropped, whatever the configuration: where `stack.dispatch` has buffers that can overflow ("capacity",
+    Nothing is dropped, whatever the configuration: where `stack.execution` has buffers that can overflow ("capacity",
     "exchange"), decoding runs "blocks", the same values wherever those drop nothing. So an answer does not depend on
     the other rows of its batch.
 
@@ -43,8 +45,10 @@ def generate(
       UserError: when max_new_tokens < 1 or the batch does not fit the model.
     """
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be >= 1")
-    with knowing_they_are_alone(params):
-        return _generate(dropless(config), max_new_tokens, params, prompt_batch, window, router_bias_LC)
+    if window is not None:
+        check_window(config.moe, window)
+    static = (dropless(config), max_new_tokens, placement_of(params))
+    return _generate(static, params, prompt_batch, window, router_bias_LC)
 
 
 def dropless(config: ModelConfig) -> ModelConfig:
@@ -53,22 +57,24 @@ def dropless(config: ModelConfig) -> ModelConfig:
     A buffer's rows follow from the batch's tokens, B at a step of decoding: what overflows would depend on which
     questions share a batch, and no trace of a step is kept to count it in.
     """
-    if config.stack.dispatch not in ("capacity", "exchange"):
+    execution = config.stack.execution
+    if execution.dispatch not in BUFFERED:
         return config
-    return dataclasses.replace(config, stack=dataclasses.replace(config.stack, dispatch="blocks"))
+    execution = dataclasses.replace(execution, dispatch="blocks")
+    return dataclasses.replace(config, stack=dataclasses.replace(config.stack, execution=execution))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def _generate(
-    config: ModelConfig,
-    max_new_tokens: int,
+    static: tuple[ModelConfig, int, Placement],
     params: Any,
     prompt_batch: Batch,
     window: Float[Array, "2"] | None,
     router_bias_LC: Float[Array, "L C"] | None,
 ) -> Int[Array, "B J"]:
+    config, max_new_tokens, placement = static
     run: Callable[..., Any] = functools.partial(
-        MultimodalModel(config).apply, {"params": params}, window=window, router_bias_LC=router_bias_LC
+        MultimodalModel(config, placement).apply, {"params": params}, window=window, router_bias_LC=router_bias_LC
     )
     batch_size, length = prompt_batch.tokens_BT.shape
     lengths_B = prompt_batch.valid_BT.sum(axis=1)

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.initializers import Normal
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
-from anyexperts_jax.nn.params import NamedAxes, Normal
+from anyexperts_jax.nn.params import NamedAxes
 
 # Parameters of at most this many elements a layer share a few draws: XLA compiles a generator for every draw.
 _DRAW_SIZES = (2**8, 2**12, 2**16, 2**20)
@@ -130,8 +132,8 @@ def smallest_batch(config: ModelConfig) -> Batch:
 
 @functools.lru_cache(maxsize=32)
 def _boxed_shapes(config: ModelConfig) -> dict[str, Any]:
-    # Parameters are those of any implementation; the one asked for may be of another device than traces are for here.
-    config = dataclasses.replace(config, stack=dataclasses.replace(config.stack, expert_mlp=None))
+    # Parameters do not depend on how they are used; what is asked for may need a mesh, or another device.
+    config = dataclasses.replace(config, stack=dataclasses.replace(config.stack, execution=Execution()))
     init = lambda key: MultimodalModel(config).init(key, smallest_batch(config))["params"]  # noqa: E731
     return jax.eval_shape(init, jax.random.key(0))
 

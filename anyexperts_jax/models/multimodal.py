@@ -25,7 +25,7 @@ from anyexperts_jax.ops.attention import CausalMask
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.activations import split_tokens
 from anyexperts_jax.sharding.attention import whole_mask
-from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.placement import Placement
 
 
 @register_dataclass

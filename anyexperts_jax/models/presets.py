@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require_one_of
+from anyexperts_jax.core.switches import Switches
 from anyexperts_jax.models.config import AudioConfig, ModelConfig, VisionConfig
 from anyexperts_jax.nn.config import AttentionConfig, StackConfig
 
@@ -19,7 +20,7 @@ def _tiny() -> ModelConfig:
             expert_d_ff=32,
             attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16),
         ),
-        moe=AnyExpertsConfig(num_experts=32, num_virtual=8, cap_rounding="floor"),
+        moe=AnyExpertsConfig(num_experts=32, num_virtual=8, switches=Switches(cap_rounding="floor")),
         vision=VisionConfig(d_ff=128),
         audio=AudioConfig(d_ff=128),
     )
@@ -38,7 +39,7 @@ def _small() -> ModelConfig:
             remat="routing",
             dtype="bfloat16",
         ),
-        moe=AnyExpertsConfig(num_experts=64, num_virtual=16, cap_rounding="floor"),
+        moe=AnyExpertsConfig(num_experts=64, num_virtual=16, switches=Switches(cap_rounding="floor")),
         vision=VisionConfig(max_places=256, num_layers=2, d_ff=1536),
         audio=AudioConfig(num_layers=2, d_ff=1536),
     )
@@ -67,7 +68,12 @@ def _ling_mini_2() -> ModelConfig:
             dtype="bfloat16",
         ),
         moe=AnyExpertsConfig(
-            scores="sigmoid", selection="scores", scaling_factor=2.5, num_groups=8, groups_kept=4, expert_bias=True
+            scores="sigmoid",
+            scaling_factor=2.5,
+            num_groups=8,
+            groups_kept=4,
+            expert_bias=True,
+            switches=Switches(selection="scores"),
         ),
         vision=VisionConfig(patch_features=14 * 14 * 3, max_places=1024, max_frames=128, d_ff=5120),
         audio=AudioConfig(frame_features=80 * 4, d_ff=5120),
@@ -114,16 +120,6 @@ def static_twin(config: ModelConfig, k: int) -> ModelConfig:
     Raises:
       UserError: when k does not fit the number of experts in reach.
     """
-    moe = dataclasses.replace(
-        config.moe,
-        num_virtual=0,
-        k_min=k,
-        k_max=k,
-        rho_max=0.0,
-        slot_rounding="round",
-        slot_gradient="none",
-        hsm_site="off",
-        iar="off",
-        importance_weight=0.0,
-    )
+    moe = config.moe.with_switches(slot_rounding="round", slot_gradient="none", hsm_site="off", iar="off")
+    moe = dataclasses.replace(moe, num_virtual=0, k_min=k, k_max=k, rho_max=0.0, importance_weight=0.0)
     return dataclasses.replace(config, moe=moe)

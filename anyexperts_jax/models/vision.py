@@ -11,7 +11,7 @@ from anyexperts_jax.models.encoder import EncoderTail, FeatureEmbedding
 from anyexperts_jax.nn.block import BlockContext
 from anyexperts_jax.nn.config import StackConfig
 from anyexperts_jax.nn.embeddings import Embedding
-from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.placement import Placement
 
 
 class VisionEncoder(nn.Module):

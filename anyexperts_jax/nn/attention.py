@@ -12,7 +12,7 @@ from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.norms import RMSNorm
 from anyexperts_jax.ops.attention import CausalMask
 from anyexperts_jax.sharding.attention import split_attention
-from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.placement import Placement
 
 Rotations = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 

@@ -14,12 +14,12 @@ from anyexperts_jax.nn.attention import Attention, KVCache, Rotations
 from anyexperts_jax.nn.config import StackConfig
 from anyexperts_jax.nn.importance import ImportanceMLP
 from anyexperts_jax.nn.mlp import SwiGLU
-from anyexperts_jax.nn.moe import MoE
+from anyexperts_jax.nn.moe import MoE, MoEContext
 from anyexperts_jax.nn.norms import RMSNorm
 from anyexperts_jax.ops.attention import CausalMask
 from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.trace import RoutingTrace
-from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.placement import Placement
 
 
 @register_dataclass
@@ -52,11 +52,11 @@ class SelfAttention(nn.Module):
         config = self.config
         attention = Attention(
             config.attention,
-            config.residual_scale,
-            config.norm_eps,
-            config.dtype,
-            config.param_dtype,
-            self.placement,
+            residual_scale=config.residual_scale,
+            norm_eps=config.norm_eps,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            placement=self.placement,
             name="attention",
         )
         normed_BTD = _norm(config, "norm")(x_BTD)
@@ -132,28 +132,24 @@ class MoEBlock(nn.Module):
         attention = SelfAttention(config, self.placement, name="self_attention")
         x_BTD, own = attention(x_BTD, context, None if cache is None else cache.moe)
         importance_logits_BT = None
-        if self.moe.hsm_site == "residual":
-            mlp = ImportanceMLP(self.moe.importance_mlp, config.norm_eps, name="importance")
+        if self.moe.switches.hsm_site == "residual":
+            mlp = ImportanceMLP(self.moe.switches.importance_mlp, config.norm_eps, name="importance")
             importance_logits_BT = mlp(x_BTD)
             x_BTD = modulate(x_BTD, importance(importance_logits_BT), self.moe.alpha)
         layer = MoE(
             self.moe,
             config.expert_d_ff,
-            config.num_shared_experts,
-            config.dispatch,
-            config.expert_mlp,
-            config.expert_residuals,
-            config.exchange_chunks,
-            config.residual_scale,
-            config.norm_eps,
-            config.dtype,
-            config.param_dtype,
-            self.placement,
+            num_shared_experts=config.num_shared_experts,
+            execution=config.execution,
+            residual_scale=config.residual_scale,
+            norm_eps=config.norm_eps,
+            dtype=config.dtype,
+            param_dtype=config.param_dtype,
+            placement=self.placement,
             name="moe",
         )
         normed_BTD = _norm(config, "norm")(x_BTD)
-        y_BTD, trace = layer(
-            normed_BTD, context.valid_BT, bias_C, context.window, importance_logits_BT, context.modality_BT
-        )
+        seen = MoEContext(context.valid_BT, context.modality_BT, context.window, bias_C, importance_logits_BT)
+        y_BTD, trace = layer(normed_BTD, seen)
         written = None if before is None or own is None else MoEBlockCache(before, own)
         return x_BTD + y_BTD, (trace, written)

@@ -4,9 +4,9 @@ import dataclasses
 from typing import Literal, get_args
 
 from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.dispatch.execution import Execution
 
 Dtype = Literal["float32", "bfloat16"]
-Residuals = Literal["saved", "recomputed"]
 Remat = Literal["none", "full", "routing", "exchanged", "dots"]
 
 
@@ -64,21 +64,17 @@ class StackConfig:
     num_shared_experts: int = 1  # each F wide, on every token, beside the routed ones
     norm_eps: float = 1e-6
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
-    dispatch: str = "blocks"  # see dispatch.moe_apply
-    expert_mlp: str | None = None  # implementation of the expert op; None: the platform's fastest
-    expert_residuals: Residuals = "saved"  # what the expert op keeps for its backward pass; see dispatch.moe_apply
-    exchange_chunks: int = 1  # of each sequence's positions, that dispatch="exchange" sends one after the other
+    execution: Execution = dataclasses.field(default_factory=Execution)  # how the MoE layers are computed
     remat: Remat = "none"  # see nn.stack.remat_policy
     scan_unroll: int = 1  # MoE layers per iteration of the scan; all of them where memory allows: no layer is copied
     dtype: Dtype = "float32"  # of activations and matmuls; router, norms, softmax and losses are always float32
     param_dtype: Dtype = "float32"
 
     def __post_init__(self) -> None:
-        require_one_of("expert_residuals", self.expert_residuals, get_args(Residuals))
         require_one_of("remat", self.remat, get_args(Remat))
         require_one_of("dtype", self.dtype, get_args(Dtype))
         require_one_of("param_dtype", self.param_dtype, get_args(Dtype))
-        for name in ("d_model", "num_layers", "moe_every", "d_ff", "expert_d_ff", "exchange_chunks", "scan_unroll"):
+        for name in ("d_model", "num_layers", "moe_every", "d_ff", "expert_d_ff", "scan_unroll"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
         require(self.num_shared_experts >= 0, f"num_shared_experts={self.num_shared_experts} must be >= 0")
         require(

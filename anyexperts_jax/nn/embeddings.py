@@ -4,10 +4,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.initializers import Normal
 from anyexperts_jax.nn.config import Dtype
-from anyexperts_jax.nn.params import Normal, named
+from anyexperts_jax.nn.params import named
 from anyexperts_jax.sharding.activations import take_embeddings
-from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.placement import Placement
 
 
 class Embedding(nn.Module):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from anyexperts_jax.core.config import ImportanceMLP as Form
+from anyexperts_jax.core.switches import ImportanceMLP as Form
 from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.norms import RMSNorm
 

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from anyexperts_jax.core.initializers import Constant
 from anyexperts_jax.nn.config import Dtype
-from anyexperts_jax.nn.params import Constant, named
+from anyexperts_jax.nn.params import named
 
 
 class RMSNorm(nn.Module):

@@ -1,60 +1,18 @@
 """Parameters that carry their initialiser and the logical names of their axes."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from flax.core import meta
 
 from anyexperts_jax.core.axes import LOGICAL_AXES
 from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.initializers import Initializer
 from anyexperts_jax.core.tree import register_dataclass
 
 AxisNames = tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Constant:
-    """One value everywhere."""
-
-    value: float
-
-    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-        del key
-        return jnp.full(shape, self.value, dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Normal:
-    """Normal around zero."""
-
-    scale: float
-
-    def std(self, shape: tuple[int, ...]) -> float:
-        del shape
-        return self.scale
-
-    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-        return (self.std(shape) * jax.random.normal(key, shape)).astype(dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class FanIn(Normal):
-    """Normal with standard deviation scale / sqrt(fan-in). Axes: batch (one matrix each), then input, then output."""
-
-    scale: float = 1.0
-    num_in: int = 1
-    num_batch: int = 0
-
-    def std(self, shape: tuple[int, ...]) -> float:
-        return self.scale * math.prod(shape[self.num_batch : self.num_batch + self.num_in]) ** -0.5
-
-
-Initializer = Constant | Normal  # (key, shape, dtype) -> values
 
 
 @register_dataclass

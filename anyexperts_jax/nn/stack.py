@@ -16,7 +16,7 @@ from anyexperts_jax.nn.attention import KVCache, empty_cache
 from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock, MoEBlockCache, dense_blocks
 from anyexperts_jax.nn.config import Remat, StackConfig
 from anyexperts_jax.routing.trace import RoutingTrace, empty_trace
-from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.placement import Placement
 
 
 @register_dataclass

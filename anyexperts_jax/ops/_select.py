@@ -41,20 +41,24 @@ def is_nvidia(kind: str | None) -> bool:
     return kind is not None and kind.startswith(("NVIDIA", "Tesla", "Quadro"))
 
 
-def on_one_device() -> bool:
-    """Whether a trace made now is of one device's part: in a `shard_map` over the whole mesh in use, on a mesh of one
-    device, or where there is no mesh and one device."""
+def sees_one_device() -> bool:
+    """Whether the current trace sees a single device: no mesh is in use, or one of one device, or a `shard_map` runs
+    over the whole mesh. Arrays that are split over several devices need a mesh in use or a `Placement`."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count() == 1
-    return mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
+    return mesh.empty or mesh.size == 1 or all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 def default_implementation(dtype: jnp.dtype) -> str:
-    """The kernels on a TPU or an NVIDIA GPU where they take the dtype, else XLA, which alone cuts an op into parts for
-    several devices."""
-    if dtype not in (jnp.bfloat16, jnp.float32) or not on_one_device():
+    """The kernels of the device in use where they take the dtype, else XLA: `implementation_for` what a trace sees."""
+    if not sees_one_device():
+        return "xla"  # which alone cuts an op into parts for several devices
+    return implementation_for(platform(), device_kind(), dtype)
+
+
+def implementation_for(platform: str, device_kind: str, dtype: jnp.dtype) -> str:
+    """The kernels of a TPU or an NVIDIA GPU where they take the dtype, else "xla"."""
+    if dtype not in (jnp.bfloat16, jnp.float32):
         return "xla"
-    if platform() == "tpu":
+    if platform == "tpu":
         return "pallas_tpu"
-    return "pallas_triton" if platform() == "gpu" and is_nvidia(device_kind()) else "xla"
+    return "pallas_triton" if platform == "gpu" and is_nvidia(device_kind) else "xla"

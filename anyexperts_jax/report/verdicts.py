@@ -77,7 +77,7 @@ def _virtual_share(result: EvaluationResult, moe: AnyExpertsConfig) -> Verdict:
     return Verdict(
         "virtual share, largest of any token, layer and budget",
         f"{largest:.3f}",
-        f"at most rho_max = {moe.rho_max:g}" + ("" if moe.cap_rounding == "floor" else " before rounding"),
+        f"at most rho_max = {moe.rho_max:g}" + ("" if moe.switches.cap_rounding == "floor" else " before rounding"),
         largest <= max([moe.rho_max, *(cap / k for k, cap in enumerate(moe.virtual_caps) if k)]) + 1e-6,
     )
 

@@ -28,7 +28,7 @@ def shift_budget(config: AnyExpertsConfig, target_real: float) -> AnyExpertsConf
         below = (_middle(config) + math.floor(shift)) * _real_share(config)
         raise UserError(
             f"target_real={target_real:g} needs a fractional window, but with k_min = k_max and slot_rounding="
-            f"{config.slot_rounding!r} every token gets the same whole number of slots; nearest budgets: "
+            f"{config.switches.slot_rounding!r} every token gets the same whole number of slots; nearest budgets: "
             f"{float(below):g} and {float(below + _real_share(config)):g}"
         )
     try:
@@ -195,7 +195,7 @@ def _width(config: AnyExpertsConfig) -> Fraction:
 
 def _step(config: AnyExpertsConfig) -> Fraction:
     """The smallest shift worth trying: a whole slot where every token gets the same whole number."""
-    static = config.k_min == config.k_max and config.slot_rounding != "stochastic"
+    static = config.k_min == config.k_max and config.switches.slot_rounding != "stochastic"
     return Fraction(1) if static else Fraction(1, _STEPS_PER_SLOT)
 
 

@@ -5,23 +5,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.routing.select import SAVED_NAME
 
 
 def routing_losses(
-    config: AnyExpertsConfig,
     logits_NC: Float[Array, "N C"],
-    importance_logits_N: Float[Array, "N"],
-    importance_N: Float[Array, "N"],
     probabilities_NC: Float[Array, "N C"],
     load_SC: Float[Array, "S C"],
     valid_N: Bool[Array, "N"],
 ) -> dict[str, Float[Array, ""]]:
-    """ "balance", "importance" and "z" of one layer. Values at padding must be finite; they get a gradient of 0."""
+    """ "balance" and "z" of one layer. Values at padding must be finite; they get a gradient of 0."""
     return {
         "balance": balance_loss(probabilities_NC, load_SC, valid_N),
-        "importance": importance_loss(config, importance_logits_N, importance_N, valid_N),
         "z": masked_mean(jax.nn.logsumexp(logits_NC, axis=-1) ** 2, valid_N),  # ST-MoE's z-loss, on logits before IAR
     }
 
@@ -43,21 +38,6 @@ def balance_loss(
     mean_SC = probabilities_STC.sum(axis=1) / jnp.maximum(tokens_S1, 1)
     loss_S = C * (share_SC * mean_SC).sum(axis=1)
     return masked_mean(loss_S, tokens_S1[:, 0] > 0)
-
-
-def importance_loss(
-    config: AnyExpertsConfig,
-    importance_logits_N: Float[Array, "N"],
-    importance_N: Float[Array, "N"],
-    valid_N: Bool[Array, "N"],
-) -> Float[Array, ""]:
-    """mean z^2, or (mean w - target)^2: keeps the mean importance, and with it the budget, in place (a reading).
-
-    That of "salience" depends on the combine weights' gradient: `salience.rank_by_salience`.
-    """
-    if config.importance_regulariser == "logit_l2":
-        return masked_mean(importance_logits_N**2, valid_N)
-    return jnp.where(valid_N.any(), (masked_mean(importance_N, valid_N) - config.importance_target) ** 2, 0)
 
 
 def masked_mean(values_N: Float[Array, "N"], valid_N: Bool[Array, "N"]) -> Float[Array, ""]:

@@ -18,7 +18,7 @@ def column_load(config: AnyExpertsConfig, selection: Selection, num_sequences: i
     """
     selected_NC = selection.columns_NC(config.num_experts, config.num_virtual)
     load_SC = selected_NC.reshape(num_sequences, -1, config.num_columns).sum(axis=1, dtype=jnp.float32)
-    if config.virtual_logits == "tied" and config.num_virtual:
+    if config.switches.virtual_logits == "tied" and config.num_virtual:
         E = config.num_experts
         virtual_S1 = load_SC[:, E:].mean(axis=1, keepdims=True)
         load_SC = load_SC.at[:, E:].set(virtual_S1)
@@ -29,8 +29,7 @@ def routing_metrics(
     config: AnyExpertsConfig,
     probabilities_NC: Float[Array, "N C"],
     importance_N: Float[Array, "N"],
-    real_slots_N: Int[Array, "N"],
-    virtual_slots_N: Int[Array, "N"],
+    selection: Selection,
     load_C: Float[Array, "C"],
     valid_N: Bool[Array, "N"],
 ) -> dict[str, Float[Array, "..."]]:
@@ -42,7 +41,7 @@ def routing_metrics(
     """
     probabilities_NC = jax.lax.stop_gradient(probabilities_NC)
     real_E = load_C[: config.num_experts]
-    real, virtual = (slots_N.astype(jnp.float32) for slots_N in (real_slots_N, virtual_slots_N))
+    real, virtual = (slots_N.astype(jnp.float32) for slots_N in (selection.real_slots_N, selection.virtual_slots_N))
     tiny = jnp.finfo(jnp.float32).tiny  # p log p is 0 where p underflows
     entropy_N = -(probabilities_NC * jnp.log(jnp.maximum(probabilities_NC, tiny))).sum(axis=1)
     metrics = {

@@ -4,7 +4,7 @@ import dataclasses
 
 from jaxtyping import Array, Float, Int
 
-from anyexperts_jax.core.config import Overflow, VirtualOutput
+from anyexperts_jax.core.switches import VirtualOutput
 from anyexperts_jax.core.tree import register_dataclass
 
 
@@ -13,10 +13,9 @@ class PlanSpec:
     """What dispatch must know of the policy, static under `jit`."""
 
     num_experts: int  # E
-    expected_real_slots: float  # the budget that sizes capacity buffers
-    virtual_output: VirtualOutput
-    capacity_factor: float
-    overflow: Overflow
+    expected_real_slots: float  # the nominal budget of the window in force, which sizes buffers
+    virtual_output: VirtualOutput = "identity"
+    num_sequences: int = 1  # N = num_sequences * T, sequence after sequence
 
 
 @register_dataclass

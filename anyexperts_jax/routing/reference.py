@@ -53,7 +53,7 @@ def route_reference(
             plan["slots_N"][i] = len(token.real) + len(token.virtual)
             plan["real_slots_N"][i] = len(token.real)
             plan["virtual_slots_N"][i] = len(token.virtual)
-    groups = num_sequences if config.balance_scope == "sequence" else 1
+    groups = num_sequences if config.switches.balance_scope == "sequence" else 1
     sequences = [
         [token for token, ok in zip(tokens[start : start + N // groups], valid_N[start:], strict=False) if ok]
         for start in range(0, N, max(N // groups, 1))
@@ -85,17 +85,17 @@ class _Token:
         self.probabilities_C = self.scores_C / self.scores_C.sum()
 
         sign_C = np.array([1.0] * E + [-1.0] * (C - E))
-        if config.iar == "add":
+        if config.switches.iar == "add":
             tilted_C = logits_C + sign_C * w
             scores_C = score(tilted_C)
-        elif config.iar == "multiply_logits":
+        elif config.switches.iar == "multiply_logits":
             tilted_C = logits_C * (1 + sign_C * w)
             scores_C = score(tilted_C)
-        elif config.iar == "off":
+        elif config.switches.iar == "off":
             tilted_C, scores_C = logits_C, self.scores_C
         else:
             tilted_C = scores_C = self.scores_C * (1 + sign_C * w)
-        rank_C = (tilted_C if config.selection == "logits" else scores_C) + bias_C
+        rank_C = (tilted_C if config.switches.selection == "logits" else scores_C) + bias_C
 
         slots = _slots(config, window, w, uniform)
         allowed = set(_experts_in_kept_groups(config, rank_C)) | set(range(E, C))
@@ -112,9 +112,9 @@ class _Token:
 
         over_all = scores_C[self.chosen].sum() + 1e-20
         over_real = scores_C[self.real].sum() + 1e-20
-        if config.normalisation == "none":
+        if config.switches.normalisation == "none":
             over_all = over_real = 1.0
-        divisor = over_real if config.normalisation == "real" else over_all
+        divisor = over_real if config.switches.normalisation == "real" else over_all
         self.real_weights = config.scaling_factor * scores_C[self.real] / divisor
         self.virtual_weight = config.scaling_factor * scores_C[self.virtual].sum() / over_all
 
@@ -127,9 +127,9 @@ def _softmax(logits_C: Float[ndarray, "C"]) -> Float[ndarray, "C"]:
 def _slots(config: AnyExpertsConfig, window: tuple[float, float], w: float, uniform: float) -> int:
     bound = config.slots_bound
     slots = min(max(window[0] + w * (window[1] - window[0]), 1), bound)
-    if config.slot_rounding == "round":
+    if config.switches.slot_rounding == "round":
         whole = math.floor(slots + 0.5)
-    elif config.slot_rounding == "floor":
+    elif config.switches.slot_rounding == "floor":
         whole = math.floor(slots)
     else:
         whole = math.ceil(slots) if uniform < slots % 1 else math.floor(slots)
@@ -138,7 +138,7 @@ def _slots(config: AnyExpertsConfig, window: tuple[float, float], w: float, unif
 
 def _cap(config: AnyExpertsConfig, slots: int) -> int:
     share = Fraction(str(config.rho_max)) * slots
-    cap = math.floor(share + Fraction(1, 2)) if config.cap_rounding == "round" else math.floor(share)
+    cap = math.floor(share + Fraction(1, 2)) if config.switches.cap_rounding == "round" else math.floor(share)
     return min(cap, config.num_virtual)
 
 
@@ -156,7 +156,7 @@ def _load(config: AnyExpertsConfig, tokens: list[_Token]) -> Float[ndarray, "C"]
     for token in tokens:
         for c in token.chosen:
             load_C[c] += 1
-    if config.virtual_logits == "tied" and config.num_virtual:
+    if config.switches.virtual_logits == "tied" and config.num_virtual:
         load_C[E:] = sum(load_C[E:]) / config.num_virtual
     return load_C
 
@@ -170,10 +170,10 @@ def _losses(config: AnyExpertsConfig, sequences: list[list[_Token]], tokens: lis
             load_C = _load(config, sequence)
             mean_C = np.mean([token.probabilities_C for token in sequence], axis=0)
             balance.append(config.num_columns * float((load_C / load_C.sum()) @ mean_C))
-    if config.importance_regulariser == "logit_l2":
+    if config.switches.importance_regulariser == "logit_l2":
         regulariser = float(np.mean([token.z**2 for token in tokens]))
-    elif config.importance_regulariser == "mean_target":
-        regulariser = (float(np.mean([token.w for token in tokens])) - config.importance_target) ** 2
+    elif config.switches.importance_regulariser == "mean_target":
+        regulariser = (float(np.mean([token.w for token in tokens])) - config.switches.importance_target) ** 2
     else:  # the forward value; the ranks are the backward pass's
         regulariser = float(np.mean([(token.w - 0.5) ** 2 for token in tokens]))
     z = float(np.mean([np.log(np.exp(token.logits_C).sum()) ** 2 for token in tokens]))

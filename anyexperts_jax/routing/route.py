@@ -1,21 +1,26 @@
 """`route`: router and importance logits in, `RoutingPlan` out. Pure, and token by token but for losses and metrics."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from anyexperts_jax.core.arrays import as_array
 from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.registries import REGULARISERS
 from anyexperts_jax.routing.importance import importance
 from anyexperts_jax.routing.losses import routing_losses
 from anyexperts_jax.routing.metrics import column_load, routing_metrics
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
-from anyexperts_jax.routing.salience import rank_by_salience
+from anyexperts_jax.routing.regularisers import Importances
 from anyexperts_jax.routing.scores import probabilities, ranking
 from anyexperts_jax.routing.select import SAVED_NAME, select
 from anyexperts_jax.routing.slots import continuous_slots, round_slots
 from anyexperts_jax.routing.weights import combine_weights
+from anyexperts_jax.routing.window import Window, budget_in_force, check_window
 
 
 def route(
@@ -25,11 +30,13 @@ def route(
     valid_N: Bool[ArrayLike, "N"] | None = None,
     bias_C: Float[ArrayLike, "C"] | None = None,
     *,
-    window: Float[ArrayLike, "2"] | None = None,
+    window: Window | None = None,
     num_sequences: int = 1,
     key: Array | None = None,
 ) -> RoutingPlan:
     """Routes N tokens over C = E + V columns (AnyExperts section 2, steps 2 and 4 to 7). All arithmetic in float32.
+
+    Arrays may be JAX's, NumPy's of any float dtype, or nested lists.
 
     Args:
       config: the policy; every switch.
@@ -37,20 +44,30 @@ def route(
       importance_logits_N: z, one scalar a token. Zeros do for a static policy (`config.uses_importance` False).
       valid_N: False at padding, which gets no slot and has no part in losses and metrics. Default: all valid.
       bias_C: the expert bias, given iff `config.expert_bias`.
-      window: (k_min, k_max) in place of the config's: one compiled program for any budget within `slots_bound`.
-      num_sequences: tokens are num_sequences contiguous sequences of equal length (for balance_scope="sequence").
+      window: (k_min, k_max) in place of the config's, as in `window=(4, 8)`. As a traced array it makes one compiled
+        program for any budget within `slots_bound`, but buffers of a fixed size then follow the config's budget.
+      num_sequences: tokens are num_sequences contiguous sequences of equal length: for balance_scope="sequence", and
+        for dispatch, which drops the latest positions of all sequences first.
       key: random key, needed for slot_rounding="stochastic" and unused otherwise.
 
     Raises:
-      UserError: shapes that do not fit the config or each other; bias_C or key missing; bias_C given but off.
+      UserError: shapes that do not fit the config or each other; bias_C or key missing; bias_C given but off; a window
+        that is reversed, not finite or out of reach.
     """
-    _check_inputs(config, logits_NC, importance_logits_N, valid_N, bias_C, window, num_sequences)
-    N = logits_NC.shape[0]
-    valid_N = jnp.ones(N, bool) if valid_N is None else jnp.asarray(valid_N)
+    given = _Given(
+        as_array("logits_NC", logits_NC),
+        as_array("importance_logits_N", importance_logits_N),
+        None if valid_N is None else as_array("valid_N", valid_N),
+        None if bias_C is None else as_array("bias_C", bias_C),
+    )
+    _check_inputs(config, given, num_sequences)
+    in_force = None if window is None else check_window(config, window)
+    N = given.logits_NC.shape[0]
+    valid_N = jnp.ones(N, bool) if given.valid_N is None else given.valid_N
     # Padding may hold anything, NaN too; zeroed here, it meets no NaN forward or backward.
-    logits_NC = jnp.where(valid_N[:, None], jnp.asarray(logits_NC, jnp.float32), 0)
-    importance_logits_N = jnp.where(valid_N, jnp.asarray(importance_logits_N, jnp.float32), 0)
-    bias_C = None if bias_C is None else jnp.asarray(bias_C, jnp.float32)
+    logits_NC = jnp.where(valid_N[:, None], given.logits_NC.astype(jnp.float32), 0)
+    importance_logits_N = jnp.where(valid_N, given.importance_logits_N.astype(jnp.float32), 0)
+    bias_C = None if given.bias_C is None else given.bias_C.astype(jnp.float32)
 
     importance_N = importance(importance_logits_N)
     continuous_N = continuous_slots(config, importance_N, window)
@@ -59,10 +76,11 @@ def route(
     weights_NK, virtual_weight_N = combine_weights(config, logits_NC, importance_N, continuous_N, selection)
 
     probabilities_NC = probabilities(config, logits_NC)
-    load_SC = column_load(config, selection, num_sequences if config.balance_scope == "sequence" else 1)
-    losses = routing_losses(config, logits_NC, importance_logits_N, importance_N, probabilities_NC, load_SC, valid_N)
-    if config.importance_regulariser == "salience":
-        weights_NK, losses["importance"] = rank_by_salience(weights_NK, importance_N, valid_N)
+    load_SC = column_load(config, selection, num_sequences if config.switches.balance_scope == "sequence" else 1)
+    losses = routing_losses(logits_NC, probabilities_NC, load_SC, valid_N)
+    regularise = REGULARISERS[config.switches.importance_regulariser]
+    seen = Importances(config, importance_logits_N, importance_N, weights_NK, valid_N)
+    weights_NK, losses["importance"] = regularise(seen)
     return RoutingPlan(
         expert_ids_NK=jnp.where(selection.real_live_NK, selection.real_ids_NK, config.num_experts),
         weights_NK=weights_NK,
@@ -73,34 +91,28 @@ def route(
         virtual_slots_N=selection.virtual_slots_N,
         losses=losses,
         metrics=routing_metrics(
-            config,
-            probabilities_NC,
-            importance_N,
-            selection.real_slots_N,
-            selection.virtual_slots_N,
-            load_SC.sum(axis=0),
-            valid_N,
+            config, probabilities_NC, importance_N, selection, load_C=load_SC.sum(axis=0), valid_N=valid_N
         ),
         spec=PlanSpec(
             num_experts=config.num_experts,
-            expected_real_slots=config.expected_real_slots,
-            virtual_output=config.virtual_output,
-            capacity_factor=config.capacity_factor,
-            overflow=config.overflow,
+            expected_real_slots=budget_in_force(config, in_force),
+            virtual_output=config.switches.virtual_output,
+            num_sequences=num_sequences,
         ),
     )
 
 
-def _check_inputs(
-    config: AnyExpertsConfig,
-    logits_NC: ArrayLike,
-    importance_logits_N: ArrayLike,
-    valid_N: ArrayLike | None,
-    bias_C: ArrayLike | None,
-    window: ArrayLike | None,
-    num_sequences: int,
-) -> None:
-    C = config.num_columns
+class _Given(NamedTuple):
+    """The caller's arrays, as JAX arrays."""
+
+    logits_NC: Array
+    importance_logits_N: Array
+    valid_N: Array | None
+    bias_C: Array | None
+
+
+def _check_inputs(config: AnyExpertsConfig, given: _Given, num_sequences: int) -> None:
+    C, (logits_NC, importance_logits_N, valid_N, bias_C) = config.num_columns, given
     require(
         logits_NC.ndim == 2 and logits_NC.shape[1] == C,
         f"logits_NC has shape {logits_NC.shape}; need [tokens, {C}], num_experts + num_virtual columns",
@@ -121,8 +133,6 @@ def _check_inputs(
         require(bias_C is None, "bias_C is given but expert_bias=False; set expert_bias=True or leave bias_C out")
     if bias_C is not None:
         require(bias_C.shape == (C,), f"bias_C has shape {bias_C.shape}; need ({C},)")
-    if window is not None:
-        require(window.shape == (2,), f"window has shape {window.shape}; need (2,), k_min and k_max")
     require(
         num_sequences >= 1 and N % num_sequences == 0,
         f"num_sequences={num_sequences} must divide the number of tokens, {N}",

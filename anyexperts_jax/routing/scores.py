@@ -38,16 +38,16 @@ def tilt_logits(
 ) -> Float[Array, "N X"]:
     """Logits after IAR. The forms that multiply scores leave the logits as they are."""
     w_N1 = importance_N[:, None]
-    if config.iar == "add":
+    if config.switches.iar == "add":
         return logits_NX + sign * w_N1
-    if config.iar == "multiply_logits":
+    if config.switches.iar == "multiply_logits":
         return logits_NX * (1 + sign * w_N1)
     return logits_NX
 
 
 def score_factor(config: AnyExpertsConfig, importance_N: Float[Array, "N"], sign: int) -> Float[Array, "N 1"]:
     """What IAR multiplies the scores by: 1 + w or 1 - w in the forms that multiply scores, else 1."""
-    if config.iar in ("multiply_sigmoid", "multiply_softmax"):
+    if config.switches.iar in ("multiply_sigmoid", "multiply_softmax"):
         return 1 + sign * importance_N[:, None]
     return jnp.ones_like(importance_N)[:, None]
 
@@ -62,7 +62,7 @@ def ranking(
     E = config.num_experts
     real_NE = tilt_logits(config, logits_NC[:, :E], importance_N, +1)
     virtual_NV = tilt_logits(config, logits_NC[:, E:], importance_N, -1)
-    if config.selection == "scores" or config.iar in ("multiply_sigmoid", "multiply_softmax"):
+    if config.switches.selection == "scores" or config.switches.iar in ("multiply_sigmoid", "multiply_softmax"):
         if config.scores == "softmax":
             norm_N1 = jax.nn.logsumexp(jnp.concatenate([real_NE, virtual_NV], axis=-1), axis=-1, keepdims=True)
             real_NE, virtual_NV = jnp.exp(real_NE - norm_N1), jnp.exp(virtual_NV - norm_N1)

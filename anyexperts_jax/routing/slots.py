@@ -4,18 +4,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.routing.window import Window, window_array
 
 
 def continuous_slots(
-    config: AnyExpertsConfig, importance_N: Float[Array, "N"], window: Float[ArrayLike, "2"] | None = None
+    config: AnyExpertsConfig, importance_N: Float[Array, "N"], window: Window | None = None
 ) -> Float[Array, "N"]:
     """k_min + w (k_max - k_min) before rounding, within [1, slots_bound] (AnyExperts section 2, step 4)."""
-    if window is None:
-        window = jnp.array([config.k_min, config.k_max], jnp.float32)
-    k_min, k_max = jnp.asarray(window, jnp.float32)
+    k_min, k_max = window_array(config, window)
     return jnp.clip(k_min + importance_N * (k_max - k_min), 1.0, config.slots_bound)
 
 
@@ -26,9 +24,9 @@ def round_slots(config: AnyExpertsConfig, slots_N: Float[Array, "N"], key: Array
       UserError: stochastic rounding without a key.
     """
     slots_N = jax.lax.stop_gradient(slots_N)
-    if config.slot_rounding == "round":
+    if config.switches.slot_rounding == "round":
         whole_N = jnp.floor(slots_N + 0.5)
-    elif config.slot_rounding == "floor":
+    elif config.switches.slot_rounding == "floor":
         whole_N = jnp.floor(slots_N)
     else:
         if key is None:

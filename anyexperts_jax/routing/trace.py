@@ -48,8 +48,8 @@ def empty_trace(config: AnyExpertsConfig, num_sequences: int, length: int) -> Ro
     def one_layer() -> RoutingTrace:
         tokens = num_sequences * length
         bias_C = jnp.zeros(config.num_columns) if config.expert_bias else None
-        config_here = dataclasses.replace(config, slot_rounding="round")
-        plan = route(config_here, jnp.zeros((tokens, config.num_columns)), jnp.zeros(tokens), None, bias_C)
+        rounding = config.with_switches(slot_rounding="round")  # stochastic rounding would need a key
+        plan = route(rounding, jnp.zeros((tokens, config.num_columns)), jnp.zeros(tokens), None, bias_C)
         return RoutingTrace.from_plan(plan, num_sequences)
 
     return jax.tree.map(lambda layer: jnp.zeros((0, *layer.shape), layer.dtype), jax.eval_shape(one_layer))

@@ -26,16 +26,16 @@ def combine_weights(
     All times `scaling_factor`. The expert bias has no part in them.
     """
     real_NK, virtual_NJ, to_raw_N1 = _selected_scores(config, logits_NC, importance_N, selection)
-    if config.slot_gradient == "straight_through":
+    if config.switches.slot_gradient == "straight_through":
         real_NK, virtual_NJ = _fade_last_slot(real_NK, virtual_NJ, continuous_slots_N, selection)
     raw_NK, raw_NJ = to_raw_N1 * real_NK, to_raw_N1 * virtual_NJ
     weights_NK, virtual_weights_NJ = normalise(real_NK, virtual_NJ)
-    if config.normalisation == "none":
+    if config.switches.normalisation == "none":
         weights_NK, virtual_weights_NJ = raw_NK, raw_NJ
-    elif config.normalisation == "all_raw_gradient":
+    elif config.switches.normalisation == "all_raw_gradient":
         weights_NK = with_gradient_of(weights_NK, raw_NK)
         virtual_weights_NJ = with_gradient_of(virtual_weights_NJ, raw_NJ)
-    elif config.normalisation == "real":
+    elif config.switches.normalisation == "real":
         (weights_NK,) = normalise(real_NK)
     return config.scaling_factor * weights_NK, config.scaling_factor * virtual_weights_NJ.sum(axis=1)
 

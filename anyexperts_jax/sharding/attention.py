@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from anyexperts_jax.ops._select import on_one_device
+from anyexperts_jax.ops._select import sees_one_device
 from anyexperts_jax.ops.attention import CausalMask, attention
 from anyexperts_jax.ops.attention.api import KERNELS, default_implementation
-from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import parts
 
 
@@ -23,7 +23,7 @@ def whole_mask(
     """
     runs = default_implementation(mask.valid_BT.shape[1], width, dtype, causal=True) in KERNELS
     if placement is None:
-        whole = on_one_device()
+        whole = sees_one_device()
     else:  # a kernel sees the positions that its device has
         whole = parts(placement.mesh, placement.rules.length) == 1
     return mask if runs and whole else mask.dense()

@@ -104,23 +104,6 @@ def traced_for(device: AbstractDevice) -> contextlib.AbstractContextManager[Any]
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-def knowing_they_are_alone(arrays: Any) -> contextlib.AbstractContextManager[Any]:
-    """`traced_for` the device on which every array lies, so that its kernels run although the process has others. Does
-    nothing where they lie on several or that is not known, as inside `jit`."""
-    leaves = jax.tree.leaves(arrays)
-    if any(isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array) for leaf in leaves):
-        return contextlib.nullcontext()
-    devices = {device for leaf in leaves for device in leaf.devices()}
-    if len(devices) != 1:
-        return contextlib.nullcontext()
-    (device,) = devices
-    return traced_for(
-        AbstractDevice(
-            device_kind=device.device_kind, num_cores=getattr(device, "num_cores", None), platform=device.platform
-        )
-    )
-
-
 def split_into_slices(devices: Sequence[Any], count: int) -> list[tuple[Any, ...]]:
     """The devices of each of `count` slices. CPU devices know of no slices and are cut into runs of one length.
 

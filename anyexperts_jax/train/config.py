@@ -10,11 +10,13 @@ from importlib.resources.abc import Traversable
 from typing import Any, Literal, get_args
 
 from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.core.plugins import load_plugins
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.encode import require_fits_model
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.presets import model_preset
 from anyexperts_jax.sharding.mesh import MeshConfig
+from anyexperts_jax.train.moved import move_keys
 from anyexperts_jax.train.optim import OptimConfig
 from anyexperts_jax.train.runtime import RuntimeConfig
 from anyexperts_jax.train.strict import build, closest, merge
@@ -71,6 +73,7 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
     seed: int = 0  # of the parameters and of what is random in a step; the data have their own
+    plugins: tuple[str, ...] = ()  # modules that are imported first; they add to the registries of core.registries
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed={self.seed} must be >= 0")
@@ -95,6 +98,7 @@ FREE_KEYS = (
     "train.keep_last",
     "train.on_nonfinite",
     "runtime.",
+    "plugins",
 )
 
 
@@ -103,19 +107,23 @@ def preset_names() -> list[str]:
     return names_in(_presets())
 
 
-def load_config(source: str | pathlib.Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(source: str | pathlib.Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> RunConfig:
     """The run configuration of a preset's name, a TOML file or a run's config.json.
 
     A TOML file holds the tables of `RunConfig`; `preset = "tiny"` at its top takes that model preset as the base of
     the table `model`. An override is `key=value` with a dotted key, its value as TOML has it: "optim.lr=1e-3",
-    "model.moe.iar=off" (a bare word is a string).
+    "model.moe.switches.iar=off" (a bare word is a string). `plugins` are modules to import before the configuration is
+    read; the run records them.
 
     Raises:
       UserError: one line with file, key and valid keys or values.
     """
     name, values = _read(source)
+    values = move_keys(values)
     for override in overrides:
-        values = merge(values, parse_override(override))
+        values = merge(values, move_keys(parse_override(override)))
+    if plugins:
+        values["plugins"] = list(dict.fromkeys([*values.get("plugins", ()), *plugins]))
     return run_config(name, values)
 
 
@@ -125,14 +133,22 @@ def run_config(name: str, values: dict[str, Any]) -> RunConfig:
     Raises:
       UserError: one line with name, key and valid keys or values.
     """
-    values = dict(values)
+    values = move_keys(values)
     preset = values.pop("preset", None)
     try:
         if preset is not None:
             values["model"] = merge(dataclasses.asdict(model_preset(str(preset))), values.get("model", {}))
-        return build(RunConfig, values)
+        return _build(values)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def _build(values: dict[str, Any]) -> RunConfig:
+    """Plugins first: the configuration may name what they register."""
+    plugins = values.get("plugins", ())
+    if isinstance(plugins, list | tuple) and all(isinstance(name, str) for name in plugins):
+        load_plugins(plugins)
+    return build(RunConfig, values)
 
 
 def to_json(config: RunConfig) -> str:
@@ -146,7 +162,7 @@ def from_json(text: str, name: str = "config.json") -> RunConfig:
       UserError: when the text is no JSON object, or no configuration of this version.
     """
     try:
-        return build(RunConfig, parse_json(text))
+        return _build(move_keys(parse_json(text)))
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 

@@ -19,8 +19,8 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.pipeline import train_iterator
 from anyexperts_jax.models.init import logical_axes
-from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import make_mesh
+from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import batch_rows, batch_shards, shard_batch
 from anyexperts_jax.train import processes
 from anyexperts_jax.train.checkpoint import Checkpoints, quiet_orbax

@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.train.state import TrainState
 from anyexperts_jax.train.step import Apply
 from anyexperts_jax.train.validation import Validation

@@ -17,7 +17,7 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
 from anyexperts_jax.routing.bias import update_expert_bias
 from anyexperts_jax.routing.trace import RoutingTrace, layer_mean
-from anyexperts_jax.sharding.expert_parallel import Placement
+from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import replicated
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.frozen import overlay, select

@@ -21,8 +21,8 @@ from anyexperts_jax.aot.topology import slice_devices
 from anyexperts_jax.models.presets import model_preset
 from anyexperts_jax.report.tables import TextTable
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
-from anyexperts_jax.sharding.expert_parallel import Placement, moe_exchange_stats
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.placement import Placement
 from experiments.bench.pods import PODS, RESULTS, path_of
 
 COMMAND = "python -m experiments.bench.exchange_overlap"
@@ -47,13 +47,14 @@ def compile_layer(topology: str, chunks: int, beside: bool) -> str:
     """The scheduled program of a layer's output and gradients: one sequence a device, the experts over all devices."""
     model = model_preset("ling_mini_2")
     moe, width, hidden = model.moe, model.stack.d_model, model.stack.expert_d_ff
-    spec = PlanSpec(moe.num_experts, moe.expected_real_slots, moe.virtual_output, moe.capacity_factor, "drop")
+    spec = PlanSpec(moe.num_experts, moe.expected_real_slots, num_sequences=DEVICES)
+    execution = Execution(dispatch="exchange", exchange_chunks=chunks)
     placement = Placement(make_mesh(MeshConfig(data=1, expert=DEVICES), slice_devices(topology)))
 
     def total(x_ND: jax.Array, weights: tuple, ids_NK: jax.Array, shares_NK: jax.Array) -> jax.Array:
         none = jnp.zeros(len(ids_NK), jnp.int32)
         plan = RoutingPlan(ids_NK, shares_NK, none + 0.0, none + 0.5, none, none, none, {}, {}, spec)
-        y_ND, _ = moe_exchange_stats(x_ND, plan, *weights, placement, num_sequences=DEVICES, chunks=chunks)
+        y_ND, _ = apply_plan(x_ND, plan, ExpertWeights(*weights), execution, placement)
         return jnp.sum(jnp.sin(y_ND.astype(jnp.float32)))
 
     def array(dtype: str, axes: tuple[str, ...], *shape: int) -> jax.ShapeDtypeStruct:
@@ -135,8 +136,8 @@ NOTES = """\
 - One layer of the 16B model, forward and backward, one sequence of 4096 positions a device, experts over 8 devices.
   Without chunks the gradients of the experts' weights alone can run beside an all-to-all, that of the rows' gradients;
   the other kernels need all of its rows, or make them. With
-  `model.stack.exchange_chunks=2` one half of the positions can travel while the other is computed, but the compiler
-  lets all-to-alls run beside other work only where libtpu is told so:
+  `model.stack.execution.exchange_chunks=2` one half of the positions can travel while the other is computed, but the
+  compiler lets all-to-alls run beside other work only where libtpu is told so:
   `LIBTPU_INIT_ARGS=--{option}=true`.
 - The gain: of a step's exchange, experts' matmuls and other arithmetic, one after the other at the chip's peaks, the
   share that is gone when the shorter of the first two is hidden behind the other. What two chunks cost: each expert has

@@ -17,7 +17,7 @@ from anyexperts_jax.train.config import load_config
 
 
 def config(*settings):
-    return load_config("smoke", ["train.batch_size=16", "model.stack.dispatch=exchange", *settings])
+    return load_config("smoke", ["train.batch_size=16", "model.stack.execution.dispatch=exchange", *settings])
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_meshes_divide_what_they_split():
     assert {mesh.expert for mesh in found} == {1, 2, 4, 8}
     assert {mesh.tensor for mesh in found} == {1}  # one key/value head
     assert len(found) == len({tuple(getattr(mesh, axis) for axis in MESH_AXES) for mesh in found})
-    assert {mesh.expert for mesh in meshes(config("model.stack.dispatch=blocks"), 8)} == {1}
+    assert {mesh.expert for mesh in meshes(config("model.stack.execution.dispatch=blocks"), 8)} == {1}
 
 
 @pytest.mark.slow
@@ -101,8 +101,13 @@ def test_a_batch_that_nothing_divides_leaves_no_mesh(eight_chips, monkeypatch):
 @pytest.mark.usefixtures("schedules")
 def test_a_search_compiles_what_it_ranks(tmp_path, capsys):
     settings = ["train.batch_size=8", 'data.domains=["nlp"]', "model.vision=none", "model.audio=none"]
-    settings += ["data.encoding.max_patches=0", "data.encoding.max_frames=0", "model.stack.dispatch=exchange"]
-    settings += ["model.stack.num_layers=1", "model.stack.num_dense_layers=0", "model.stack.expert_mlp=xla"]
+    settings += ["data.encoding.max_patches=0", "data.encoding.max_frames=0"]
+    settings += ["model.stack.execution.dispatch=exchange"]
+    settings += [
+        "model.stack.num_layers=1",
+        "model.stack.num_dense_layers=0",
+        "model.stack.execution.implementation=xla",
+    ]
     changes = [argument for setting in settings for argument in ("--set", setting)]
     path = tmp_path / "search.json"
     command = ["compile", "smoke", "--topology", "v5e:2x2", "--search", "--limit", "2", *changes]

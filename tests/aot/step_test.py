@@ -17,7 +17,7 @@ from anyexperts_jax.train.config import load_config
 
 # Before libtpu is loaded, so that it also writes schedules for the tests that come after these.
 needs_libtpu = pytest.mark.usefixtures("schedules")
-EXCHANGE = ["mesh.data=-1", "mesh.expert=4", "model.stack.dispatch=exchange"]
+EXCHANGE = ["mesh.data=-1", "mesh.expert=4", "model.stack.execution.dispatch=exchange"]
 
 
 def test_the_abstract_batch_is_what_the_pipeline_gives():
@@ -83,7 +83,7 @@ def exchanged_bytes(config):
     """Of one layer and device by hand: four times rows of every pair of shards, once their experts."""
     tokens = config.data.encoding.max_length  # a sequence a device
     budget = (1 - config.model.moe.rho_max) * (config.model.moe.k_min + config.model.moe.k_max) / 2
-    rows = 4 * math.ceil(config.model.moe.capacity_factor * budget * tokens / 4)
+    rows = 4 * math.ceil(config.model.stack.execution.capacity_factor * budget * tokens / 4)
     return rows * 4 * (4 * config.model.stack.d_model + 1)  # float32, int32
 
 
@@ -91,8 +91,14 @@ def exchanged_bytes(config):
 @needs_libtpu
 def test_what_slices_send_each_other_goes_over_dcn():
     """Parameters on every slice: each gradient is summed once between them."""
-    settings = ["mesh.data=1", "mesh.fsdp=2", "mesh.expert=2", "mesh.dcn_data=2", "model.stack.dispatch=exchange"]
-    settings += ["model.stack.expert_mlp=xla", "model.stack.num_layers=2"]
+    settings = [
+        "mesh.data=1",
+        "mesh.fsdp=2",
+        "mesh.expert=2",
+        "mesh.dcn_data=2",
+        "model.stack.execution.dispatch=exchange",
+    ]
+    settings += ["model.stack.execution.implementation=xla", "model.stack.num_layers=2"]
     config = load_config("smoke", settings)
     step = compile_step(config, "v5e:2x2", slices=2)
     assert step.devices == 8

@@ -3,8 +3,10 @@ import dataclasses
 import pytest
 
 from anyexperts_jax.aot.work import count_work, gathered_bytes
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.train.config import load_config
 
+EXCHANGE = "model.stack.execution.dispatch=exchange"
 ONE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "sequence": 1}
 
 
@@ -42,10 +44,7 @@ def test_a_wider_dense_layer_adds_its_three_matmuls():
 @pytest.mark.slow
 def test_expert_rows_follow_the_budget_in_work_and_in_buffers():
     mesh = ONE | {"expert": 4}
-    high, low = (
-        count_work(config("model.stack.dispatch=exchange", f"model.moe.k_min={k}", f"model.moe.k_max={k + 2}"), mesh)
-        for k in (4, 2)
-    )
+    high, low = (count_work(config(EXCHANGE, f"model.moe.k_min={k}", f"model.moe.k_max={k + 2}"), mesh) for k in (4, 2))
     assert low.rows_real < high.rows_real
     assert low.rows_buffers < high.rows_buffers
     assert low.real_flops["experts"] < high.real_flops["experts"]
@@ -68,13 +67,15 @@ def test_splash_attention_skips_what_is_masked_and_computes_scores_again():
 
 @pytest.mark.slow
 def test_gathered_weights_are_split_by_expert_and_tensor_alone():
-    model = dataclasses.replace(config("model.stack.dispatch=exchange").model, vision=None, audio=None)
+    model = dataclasses.replace(config(EXCHANGE).model, vision=None, audio=None)
     whole = gathered_bytes(model, ONE)
     assert gathered_bytes(model, ONE | {"fsdp": 8, "data": 2}) == whole
     expert = sum(3 * model.stack.d_model * model.stack.expert_d_ff for _ in range(model.moe.num_experts))
     expert *= 4 * model.stack.num_moe_layers
     assert gathered_bytes(model, ONE | {"expert": 2}) == pytest.approx(whole - expert / 2)
-    all_experts = dataclasses.replace(model, stack=dataclasses.replace(model.stack, dispatch="blocks"))
+    all_experts = dataclasses.replace(
+        model, stack=dataclasses.replace(model.stack, execution=Execution(dispatch="blocks"))
+    )
     assert gathered_bytes(all_experts, ONE | {"expert": 2}) == whole
 
 

@@ -3,7 +3,6 @@ import json
 import time
 
 import chex
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +12,6 @@ from anyexperts_jax.bench.layer import Timing
 from anyexperts_jax.bench.stopwatch import Rounds, cpu_times, interleaved_rounds, others_load
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch import apply
-from anyexperts_jax.ops._select import on_one_device
 
 TINY = LayerShape(tokens=24, width=8, hidden=8, experts=16, slots=3)
 
@@ -49,14 +47,18 @@ def test_the_sweep_goes_from_eight_real_experts_to_half_of_them():
 def test_the_implementation_asked_for_runs_in_every_table(monkeypatch):
     taken = set()
     monkeypatch.setattr(layer, "BUDGETS", (2.0,))
-    for module, op in ((apply, "apply_blocks"), (apply, "apply_capacity"), (cases, "expert_mlp")):
-        run = getattr(module, op)
+    asked, expert_op = apply.resolve_implementation, cases.expert_mlp
 
-        def note(*operands, run=run, op=op, **options):
-            taken.add((op, options.get("implementation", operands[-1] if op == "expert_mlp" else None)))
-            return run(*operands, **options)
+    def note_layer(execution, *where):
+        taken.add((execution.dispatch, execution.implementation))
+        return asked(execution, *where)
 
-        monkeypatch.setattr(module, op, note)
+    def note_op(*operands, **options):
+        taken.add(("expert_mlp", operands[-1]))
+        return expert_op(*operands, **options)
+
+    monkeypatch.setattr(apply, "resolve_implementation", note_layer)
+    monkeypatch.setattr(cases, "expert_mlp", note_op)
     once = Timing(rounds=1)
     layer.time_parts("S1", TINY, "float32", once, "reference")
     layer.time_budgets("S1", TINY, "float32", once, "reference", backward=False)
@@ -69,10 +71,11 @@ def test_the_implementation_asked_for_runs_in_every_table(monkeypatch):
         "capacity 1.25, xla",
         layer.ONE_EXPERT,
     ]
-    capacity_drops_by_default = ("apply_capacity", None)
-    assert taken - {capacity_drops_by_default} == {
-        (op, "reference") for op in ("apply_blocks", "apply_capacity", "expert_mlp")
-    } | {("apply_blocks", "xla"), ("apply_capacity", "xla")}
+    capacity_drops_by_default = ("capacity", None)
+    assert taken - {capacity_drops_by_default} == {(op, "reference") for op in ("blocks", "capacity", "expert_mlp")} | {
+        ("blocks", "xla"),
+        ("capacity", "xla"),
+    }
 
 
 def test_an_implementation_that_is_unknown_or_cannot_run_here(monkeypatch):
@@ -93,14 +96,6 @@ def test_files_hold_the_command_and_the_rows(bench, tmp_path):
     text = paths[2].read_text()
     assert "`anyexperts bench layer`" in text
     assert "| S1 float32 forward | blocks |" in text
-
-
-def test_what_is_timed_is_compiled_for_the_one_device_it_lies_on():
-    """So that its kernels run on a machine that has others too."""
-    seen = []
-    cases.compiled(lambda x: seen.append(on_one_device()) or x, jnp.ones(8))
-    assert seen == [True]
-    assert not on_one_device()
 
 
 def test_budget_plans_have_the_average_exactly_and_one_shape():

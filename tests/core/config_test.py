@@ -30,7 +30,7 @@ def test_caps_floor_keeps_the_share_for_every_slot_count():
 
 
 def test_caps_never_exceed_the_virtual_experts_there_are():
-    config = AnyExpertsConfig(num_experts=8, num_virtual=2, k_min=4, k_max=8, rho_max=0.5, capacity_factor=2)
+    config = AnyExpertsConfig(num_experts=8, num_virtual=2, k_min=4, k_max=8, rho_max=0.5)
     assert config.virtual_caps == (0, 1, 1, 2, 2, 2, 2, 2, 2)
 
 
@@ -74,7 +74,6 @@ def test_config_is_hashable_so_that_jit_can_take_it_as_static():
             {"iar": "addd"},
             "iar='addd' is unknown; valid: add, multiply_logits, multiply_sigmoid, multiply_softmax, off",
         ),
-        ({"overflow": "ignore"}, "overflow='ignore' is unknown; valid: drop, fallback"),
         ({"k_min": 13}, "k_min=13 > k_max=12; need k_min <= k_max"),
         ({"k_min": 0.5}, "k_min=0.5 must be >= 1"),
         ({"rho_max": 1.0}, "rho_max=1.0 must be in [0, 1)"),
@@ -101,12 +100,8 @@ def test_config_is_hashable_so_that_jit_can_take_it_as_static():
         ({"z_weight": float("nan")}, "z_weight=nan must be a finite number"),
         ({"scaling_factor": 0}, "scaling_factor=0 must be > 0"),
         ({"importance_target": 1}, "importance_target=1 must be in (0, 1)"),
-        ({"capacity_factor": 0}, "capacity_factor=0 must be > 0"),
-        (
-            {"capacity_factor": 0.7},  # room for 0.7 * 8 = 5.6; at K = 8 at least 8 - 2 = 6 slots are real
-            "capacity_factor=0.7 gives room for 5.6 real slots per token, fewer than the 6 every token gets "
-            "from k_min=8",
-        ),
+        ({"router": "liner"}, "router='liner' is unknown; valid: linear, per_modality, per_modality_shared, dtr, dtr"),
+        ({"importance_regulariser": "l2"}, "importance_regulariser='l2' is unknown; valid: logit_l2, mean_target, sal"),
         ({"num_experts": 256.0}, "num_experts=256.0 must be a whole number"),
         ({"k_max": "12"}, "k_max='12' must be a finite number"),
         ({"k_max": float("inf")}, "k_max=inf must be a finite number"),

@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.registries import IMPLEMENTATIONS
 from anyexperts_jax.dispatch import moe_apply, moe_apply_stats
-from anyexperts_jax.ops.routed_mlp.api import IMPLEMENTATIONS
-from tests.dispatch.plans import EXPERTS, PLANS, make_operands, make_plan, oracle_value_and_gradients, random_ids
+from tests.dispatch.plans import (
+    EXPERTS,
+    PLANS,
+    capacity_of,
+    make_operands,
+    make_plan,
+    oracle_value_and_gradients,
+    random_ids,
+)
 
 FORMS = ("dense", "capacity", "blocks")
 FLOAT32_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
@@ -21,11 +29,11 @@ FLOAT32_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def value_and_gradients(plan, operands, dispatch, implementation=None):
     """Output and gradients of sum(sin(output)) in x, slot weights, virtual weight and the experts' weights."""
-    capacity = plan.expert_ids_NK.shape[0] if dispatch == "capacity" else None
+    how = capacity_of(plan, plan.expert_ids_NK.shape[0]) if dispatch == "capacity" else {"dispatch": dispatch}
 
     def output(x, slot_weights, virtual_weight, *weights):
         moved = dataclasses.replace(plan, weights_NK=slot_weights, virtual_weight_N=virtual_weight)
-        return moe_apply(x, moved, *weights, dispatch, implementation, capacity=capacity)
+        return moe_apply(x, moved, *weights, implementation=implementation, **how)
 
     x, *weights = operands
     y, pullback = jax.vjp(output, x, plan.weights_NK, plan.virtual_weight_N, *weights)
@@ -95,10 +103,10 @@ def test_fully_padded_batch_gives_zeros_and_zero_gradients(dispatch):
 def test_stats_count_rows():
     plan = PLANS["random"]
     x, *weights = make_operands(12)
-    count = jax.jit(moe_apply_stats, static_argnames=("dispatch", "capacity"))
+    count = jax.jit(moe_apply_stats, static_argnames=("dispatch", "capacity_factor"))
     rows = {d: int(count(x, plan, *weights, dispatch=d)[1].rows) for d in ("blocks", "dense")}
     assert rows == {"blocks": (plan.expert_ids_NK < EXPERTS).sum(), "dense": 12 * EXPERTS}
-    _, stats = count(x, plan, *weights, dispatch="capacity", capacity=4)
+    _, stats = count(x, plan, *weights, **capacity_of(plan, 4))
     assert int(stats.rows) == 4 * EXPERTS
 
 
@@ -108,11 +116,11 @@ def test_recomputed_residuals_change_nothing_but_memory(dispatch):
 
     def gradients(residuals):
         def total(x, *weights):
-            return jnp.sin(moe_apply(x, plan, *weights, dispatch, capacity=rows, residuals=residuals)).sum()
+            return jnp.sin(moe_apply(x, plan, *weights, residuals=residuals, **how)).sum()
 
         return jax.jit(jax.grad(total, range(4)))(x, *weights)
 
-    rows = 12 if dispatch == "capacity" else None
+    how = capacity_of(plan, 12) if dispatch == "capacity" else {"dispatch": dispatch}
     chex.assert_trees_all_close(gradients("recomputed"), gradients("saved"), **FLOAT32_TOLERANCE)
 
 
@@ -122,8 +130,18 @@ def test_recomputed_residuals_change_nothing_but_memory(dispatch):
         ({"dispatch": "sparse"}, "dispatch='sparse' is unknown; valid: blocks, capacity, dense, exchange"),
         ({"implementation": "cuda"}, f"implementation='cuda' is unknown; valid: {', '.join(IMPLEMENTATIONS)}"),
         ({"residuals": "all"}, "residuals='all' is unknown; valid: saved, recomputed"),
-        ({"dispatch": "blocks", "capacity": 3}, "capacity=3 has no meaning for dispatch='blocks'"),
-        ({"dispatch": "capacity", "capacity": 0}, "capacity=0 must be >= 1"),
+        ({"capacity_factor": 0}, "capacity_factor=0 must be > 0"),
+        ({"exchange_chunks": 1.5}, "exchange_chunks=1.5 must be a whole number"),
+        ({"overflow": "ignore"}, "overflow='ignore' is unknown; valid: drop, fallback"),
+        (
+            {"dispach": "dense"},
+            "unknown argument dispach; valid: placement, num_sequences, dispatch, implementation, residuals, "
+            "capacity_factor, overflow, exchange_chunks",
+        ),
+        (
+            {"dispatch": "exchange"},
+            "dispatch='exchange' needs a mesh: pass placement=Placement(mesh), or use dispatch='blocks'",
+        ),
         ({"num_sequences": 5}, "num_sequences=5 must divide the 12 tokens"),
     ],
 )

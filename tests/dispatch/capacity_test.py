@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 from anyexperts_jax.dispatch import moe_apply, moe_apply_stats
 from anyexperts_jax.dispatch.capacity import rows_per_expert
 from anyexperts_jax.routing.plan import PlanSpec
-from tests.dispatch.plans import EXPERTS, make_operands, make_plan, random_ids
+from tests.dispatch.plans import EXPERTS, capacity_of, make_operands, make_plan, random_ids
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "num_sequences"))
-def run_capacity(x, plan, *weights, **options):
-    return moe_apply_stats(x, plan, *weights, "capacity", **options)
+def run_capacity(x, plan, *weights, capacity, **options):
+    return moe_apply_stats(x, plan, *weights, **capacity_of(plan, capacity), **options)
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,7 @@ def run_capacity(x, plan, *weights, **options):
     ],
 )
 def test_buffers_follow_the_budget(expected_real_slots, capacity_factor, tokens, rows):
-    spec = PlanSpec(EXPERTS, expected_real_slots, "identity", capacity_factor, "drop")
-    assert rows_per_expert(spec, tokens) == rows
+    assert rows_per_expert(PlanSpec(EXPERTS, expected_real_slots), capacity_factor, tokens) == rows
 
 
 def test_overflow_drops_the_latest_tokens_and_counts_them():
@@ -83,15 +82,17 @@ def test_no_token_feels_a_later_one_of_any_sequence(num_sequences):
 def test_fallback_is_exact_with_and_without_overflow():
     x, *weights = make_operands(9)
     for ids in (np.zeros((9, 1)), np.arange(9)[:, None] % EXPERTS):
-        plan = make_plan(ids, overflow="fallback", expected_real_slots=1.0)
+        plan = make_plan(ids, expected_real_slots=1.0)
 
         def loss(x, *weights, plan=plan, **options):
             return jnp.sin(moe_apply(x, plan, *weights, **options)).sum()
 
-        _, stats = run_capacity(x, plan, *weights)
+        exact_where_full = functools.partial(moe_apply_stats, dispatch="capacity", overflow="fallback")
+        _, stats = jax.jit(exact_where_full)(x, plan, *weights)
         assert int(stats.dropped) == 0
-        run = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)), static_argnames="dispatch")
-        exact, fallback = (run(x, *weights, dispatch=dispatch) for dispatch in ("dense", "capacity"))
+        run = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)), static_argnames=("dispatch", "overflow"))
+        exact = run(x, *weights, dispatch="dense")
+        fallback = run(x, *weights, dispatch="capacity", overflow="fallback")
         chex.assert_trees_all_close(exact, fallback, rtol=2e-5, atol=2e-5)
 
 
@@ -102,7 +103,7 @@ def test_sharded_over_data_and_experts_equals_one_device():
 
     def run(x, plan, *weights):
         def loss(x, *weights):
-            y, stats = moe_apply_stats(x, plan, *weights, "capacity", capacity=12)
+            y, stats = moe_apply_stats(x, plan, *weights, **capacity_of(plan, 12))
             return jnp.sin(y).sum(), (y, stats)
 
         return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(x, *weights)

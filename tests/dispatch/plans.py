@@ -15,7 +15,7 @@ def make_plan(ids_NK, num_experts=EXPERTS, *, seed=0, **spec) -> RoutingPlan:
     ids_NK = np.asarray(ids_NK, np.int32)
     real_N = (ids_NK < num_experts).sum(1).astype(np.int32)
     virtual_N = rng.integers(0, 2, len(ids_NK)).astype(np.int32)
-    fields = {"expected_real_slots": 1.0, "capacity_factor": 1.25, "overflow": "drop", "virtual_output": "identity"}
+    fields = {"expected_real_slots": 1.0, "virtual_output": "identity"}
     return RoutingPlan(
         expert_ids_NK=jnp.asarray(ids_NK),
         weights_NK=jnp.asarray(np.where(ids_NK < num_experts, rng.uniform(0.1, 1, ids_NK.shape), 0), jnp.float32),
@@ -28,6 +28,12 @@ def make_plan(ids_NK, num_experts=EXPERTS, *, seed=0, **spec) -> RoutingPlan:
         metrics={},
         spec=PlanSpec(num_experts=num_experts, **{**fields, **spec}),
     )
+
+
+def capacity_of(plan, rows) -> dict:
+    """The options of `dispatch="capacity"` that give an expert's buffer so many rows."""
+    share = plan.spec.expected_real_slots * plan.expert_ids_NK.shape[0] / plan.spec.num_experts
+    return {"dispatch": "capacity", "capacity_factor": rows / share}
 
 
 def random_ids(rng, tokens, slots, num_experts=EXPERTS) -> np.ndarray:

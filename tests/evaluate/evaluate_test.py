@@ -24,10 +24,10 @@ from anyexperts_jax.evaluate.scoring import longest_answer, predict, score_domai
 from anyexperts_jax.evaluate.trained import own_window, with_room
 from anyexperts_jax.models.generate import generate
 from anyexperts_jax.models.presets import static_twin
-from anyexperts_jax.ops._select import on_one_device
 from anyexperts_jax.report.tables import print_evaluation
 from anyexperts_jax.report.verdicts import verdicts
 from anyexperts_jax.routing.budget import shift_budget
+from anyexperts_jax.sharding.placement import placement_of
 from evaluate.stand_in import DATA, MODEL, trained
 
 ROWS = 6
@@ -366,14 +366,14 @@ def test_times_are_finite_and_one_at_the_reference(result):
 
 
 @pytest.mark.slow
-def test_the_layer_is_timed_for_the_one_device_that_has_the_model(one, test_batches, monkeypatch):
-    seen, run = [], timing.moe_apply
+def test_the_layer_is_timed_on_the_devices_that_have_the_model(one, test_batches, monkeypatch):
+    seen, run = [], timing.apply_plan
 
-    def note(*operands, **how):
-        seen.append(on_one_device())
-        return run(*operands, **how)
+    def note(x_ND, plan, experts, execution, placement):
+        seen.append(placement == placement_of(one.params))
+        return run(x_ND, plan, experts, execution, placement)
 
-    monkeypatch.setattr(timing, "moe_apply", note)
+    monkeypatch.setattr(timing, "apply_plan", note)
     timing._apply.clear_cache()
     timing.time_budgets(one, ROOMY, test_batches["nlp"][0], {3.6: own_window(MODEL.moe)}, rounds=1)
     timing._apply.clear_cache()

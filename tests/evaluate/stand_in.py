@@ -9,6 +9,7 @@ import numpy as np
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.evaluate.trained import Trained
 from anyexperts_jax.models.config import ModelConfig, VisionConfig
 from anyexperts_jax.models.init import abstract_params, logical_axes
@@ -29,7 +30,7 @@ MODEL = ModelConfig(
         d_ff=16,
         expert_d_ff=8,
         attention=AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=8),
-        dispatch="dense",
+        execution=Execution(dispatch="dense"),
     ),
     moe=AnyExpertsConfig(num_experts=8, num_virtual=2, k_min=3, k_max=6, cap_rounding="floor"),
     vision=VisionConfig(),

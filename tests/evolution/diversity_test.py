@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from train.stand_in import text_batch
 
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.evolution.config import UpcycleConfig, upcycled_model
 from anyexperts_jax.evolution.diversity import TEMPERATURE, contrast, diversity_apply, local_entropy
 from anyexperts_jax.models.init import init_params
@@ -60,7 +61,7 @@ def test_contrast_is_low_where_experts_differ_and_defined_without_tokens():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["contrastive", "local_entropy"])
 def test_the_loss_stands_beside_the_traces_and_moves_nothing_else(kind):
-    dense = dataclasses.replace(DENSE, stack=dataclasses.replace(DENSE.stack, dispatch="dense"))
+    dense = dataclasses.replace(DENSE, stack=dataclasses.replace(DENSE.stack, execution=Execution(dispatch="dense")))
     model = upcycled_model(dense, UpcycleConfig(init="noise"), TOP_1)
     params = init_params(model, jax.random.key(0))
     batch = text_batch()

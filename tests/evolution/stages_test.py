@@ -9,6 +9,7 @@ from train.stand_in import MODEL, run_config, text_batch
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.evolution import stages
 from anyexperts_jax.evolution.alone import apply_alone, expert_leaves, router_leaves
 from anyexperts_jax.evolution.config import (
@@ -27,12 +28,11 @@ from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.train.run_dir import load_run
 from anyexperts_jax.train.run_log import read_records
 
-DENSE = dense_twin(
-    dataclasses.replace(MODEL, stack=dataclasses.replace(MODEL.stack, num_layers=2, dispatch="exchange"))
-)
+TWO_LAYERS = dataclasses.replace(MODEL.stack, num_layers=2, execution=Execution("exchange"))
+DENSE = dense_twin(dataclasses.replace(MODEL, stack=TWO_LAYERS))
 STAGE = StageConfig(steps=4, lr=1e-2, batch_size=8, final_lr_fraction=0.5)
 TOP_1 = AnyExpertsConfig.static_top_k(
-    4, 1, router="dtr", router_hidden=4, router_rank=2, normalisation="all_raw_gradient", capacity_factor=4.0
+    4, 1, router="dtr", router_hidden=4, router_rank=2, normalisation="all_raw_gradient"
 )
 MESH = MeshConfig(data=2, fsdp=2, expert=2)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.generate import dropless, generate
 from models.small import SMALL, forward, random_batch, random_params, small
 
@@ -32,7 +33,7 @@ def recomputed(config, params, batch, lengths, window=None):
 LENGTHS = (16, 12, 0)
 
 
-TIGHT = {"capacity_factor": 0.9}  # of a budget whose buffers are to overflow
+TIGHT = 0.9  # capacity factor of a budget whose buffers are to overflow
 DISPATCHES = ("dense", "blocks", "capacity", "exchange")
 
 
@@ -49,7 +50,7 @@ def test_the_cache_gives_what_full_recomputation_gives_until_eos(dispatch):
     free = recomputed(SMALL, params, random_batch(lengths=LENGTHS), LENGTHS)
     assert len(np.unique(free[:2])) > 4  # no constant output, which any cache would give
     eos = int(free[0, -3])  # a token that is generated is to be the end
-    config = small(eos_id=eos, moe=TIGHT, stack={"dispatch": dispatch})
+    config = small(eos_id=eos, stack={"execution": Execution(dispatch, capacity_factor=TIGHT)})
     tokens_BJ = generate(config, params, random_batch(lengths=LENGTHS, total=16), max_new_tokens=J)
     for row, expected in zip(np.asarray(tokens_BJ), free, strict=True):
         end = list(expected).index(eos) + 1 if eos in expected else J
@@ -80,14 +81,14 @@ def test_a_dense_model_and_one_with_experts_in_every_second_layer(stack):
 def test_the_window_applies_to_every_token(dispatch):
     params, window = lively_params(), jnp.array([1.0, 3.0])
     expected = recomputed(SMALL, params, random_batch(lengths=LENGTHS), LENGTHS, window)
-    config, prompts = small(stack={"dispatch": dispatch}), random_batch(lengths=LENGTHS, total=16)
+    config, prompts = small(stack={"execution": Execution(dispatch)}), random_batch(lengths=LENGTHS, total=16)
     np.testing.assert_array_equal(generate(config, params, prompts, max_new_tokens=J, window=window), expected)
 
 
 @pytest.mark.slow
 def test_an_answer_does_not_depend_on_the_other_rows_of_its_batch():
     """Under a capacity so tight that the prompts overflow it together."""
-    config, params = small(moe=TIGHT, stack={"dispatch": "capacity"}), lively_params()
+    config, params = small(stack={"execution": Execution("capacity", capacity_factor=TIGHT)}), lively_params()
     batch = random_batch(lengths=(16, 16, 16), total=16)
     assert float(forward(config)(params, batch).trace.metrics["dropped"].sum()) > 0
     together = generate(config, params, batch, max_new_tokens=J)
@@ -98,10 +99,10 @@ def test_an_answer_does_not_depend_on_the_other_rows_of_its_batch():
 
 def test_only_a_dispatch_that_can_drop_is_replaced():
     for name in ("dense", "blocks"):
-        config = small(stack={"dispatch": name})
+        config = small(stack={"execution": Execution(name)})
         assert dropless(config) is config
     for name in ("capacity", "exchange"):
-        assert dropless(small(stack={"dispatch": name})) == small(stack={"dispatch": "blocks"})
+        assert dropless(small(stack={"execution": Execution(name)})) == small(stack={"execution": Execution("blocks")})
 
 
 def test_a_length_below_one_is_refused():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.presets import static_twin
 from models.small import SMALL, forward, loss_and_grad, random_batch, random_params, small, weights
 
@@ -169,7 +170,7 @@ def test_window_overrides_the_configuration(params):
 
 @pytest.mark.parametrize("dispatch", ["blocks", "capacity"])
 def test_dispatch_forms_agree(params, output, dispatch):
-    config = small(stack={"dispatch": dispatch}, moe={"capacity_factor": 4.0})
+    config = small(stack={"execution": Execution(dispatch, capacity_factor=4.0)})
     other = forward(config)(params, random_batch())
     assert float(other.trace.metrics["dropped"].sum()) == 0
     valid = random_batch().valid_BT

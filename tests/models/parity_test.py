@@ -9,6 +9,7 @@ import pytest
 
 from anyexperts_jax import AnyExpertsConfig
 from anyexperts_jax.bench.step import text_batch
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.generate import generate
 from anyexperts_jax.models.init import abstract_params
@@ -144,7 +145,9 @@ def test_the_tree_is_ours(theirs):
 @pytest.mark.parametrize("dispatch", ["blocks", "dense"])
 def test_logits_and_gradients(theirs, batch, dispatch):
     params = jax.tree.map(jnp.asarray, in_our_tree(theirs.named_parameters()))
-    model = MultimodalModel(dataclasses.replace(CONFIG, stack=dataclasses.replace(CONFIG.stack, dispatch=dispatch)))
+    model = MultimodalModel(
+        dataclasses.replace(CONFIG, stack=dataclasses.replace(CONFIG.stack, execution=Execution(dispatch=dispatch)))
+    )
 
     @jax.jit
     def loss(params):

@@ -9,6 +9,7 @@ import numpy as np
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.config import AudioConfig, ModelConfig, VisionConfig
 from anyexperts_jax.models.init import abstract_params
 from anyexperts_jax.models.multimodal import MultimodalModel
@@ -25,7 +26,7 @@ SMALL = ModelConfig(
         d_ff=24,
         expert_d_ff=12,
         attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8),
-        dispatch="dense",
+        execution=Execution(dispatch="dense"),
     ),
     moe=AnyExpertsConfig(num_experts=6, num_virtual=2, k_min=2, k_max=5, rho_max=0.25, alpha=0.1),
     vision=VisionConfig(patch_features=12, max_places=9, max_frames=4, d_ff=20),

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anyexperts_jax.nn.linear import Contraction, Linear, contract
+from anyexperts_jax.nn.linear import Linear
+from anyexperts_jax.ops.contraction import Contraction, contract
 from nn.layers import random_params, run
 
 

@@ -11,7 +11,8 @@ from flax.nnx import bridge
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.nn import MoE
+from anyexperts_jax.dispatch.execution import Execution
+from anyexperts_jax.nn.moe import MoE, MoEContext
 from anyexperts_jax.routing.route import route
 from nn import layers
 from nn.layers import run
@@ -22,7 +23,7 @@ X_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32
 
 
 def layer(moe=None, **fields):
-    return MoE(dataclasses.replace(CONFIG, **(moe or {})), F, **{"dispatch": "dense", **fields})
+    return MoE(dataclasses.replace(CONFIG, **(moe or {})), F, **{"execution": Execution("dense"), **fields})
 
 
 def random_params(moe):
@@ -112,7 +113,7 @@ def test_the_callers_importance_is_used(hsm_site):
 
 
 def test_no_importance_network_where_it_has_no_effect():
-    static = MoE(AnyExpertsConfig.static_top_k(6, 3), F, dispatch="dense")
+    static = MoE(AnyExpertsConfig.static_top_k(6, 3), F, execution=Execution("dense"))
     params = random_params(static)
     assert set(params) == {"router", "experts"}
     assert set(params["router"]) == {"kernel"}
@@ -138,7 +139,7 @@ def test_tied_virtual_columns_share_one_logit():
 def test_padding_gets_nothing_from_the_experts():
     moe = layer()
     valid_BT = jnp.ones((B, T), bool).at[0, 3:].set(False)
-    y_BTD, trace = apply(moe, random_params(moe), X_BTD, valid_BT)
+    y_BTD, trace = apply(moe, random_params(moe), X_BTD, MoEContext(valid_BT))
     np.testing.assert_array_equal(y_BTD[0, 3:], 0.0)
     np.testing.assert_array_equal(trace.slots_BT[0, 3:], 0)
     assert float(np.abs(y_BTD[0, :3]).min()) > 0
@@ -173,12 +174,14 @@ def test_expert_bias_is_required_where_it_is_on_and_refused_where_it_is_off():
 
 def test_unknown_dispatch_is_refused():
     with pytest.raises(UserError, match="dispatch='bloks' is unknown; valid: "):
-        layers.shapes(layer(dispatch="bloks"), X_BTD)
+        layer(execution=Execution("bloks"))
+    with pytest.raises(UserError, match="dispatch='exchange' needs a mesh: pass placement="):
+        layers.shapes(layer(execution=Execution("exchange")), X_BTD)
 
 
 @functools.cache
 def loss_and_grad(dispatch):
-    moe = layer({"capacity_factor": 4.0}, dispatch=dispatch)
+    moe = layer(execution=Execution(dispatch, capacity_factor=4.0))
 
     def loss(params, x_BTD):
         y_BTD, trace = moe.apply({"params": params}, x_BTD)

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.nn.params import Constant, FanIn, NamedAxes, Normal, named
+from anyexperts_jax.core.initializers import Constant, FanIn, Normal
+from anyexperts_jax.nn.params import NamedAxes, named
 
 
 def test_unknown_names_are_refused_with_the_known_ones():

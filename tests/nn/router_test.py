@@ -1,5 +1,4 @@
 import dataclasses
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +6,10 @@ import numpy as np
 import pytest
 from models.small import SMALL, forward, loss_and_grad, random_batch, random_params, small, weights
 
-from anyexperts_jax.core.config import AnyExpertsConfig, Router
+from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.registries import ROUTERS
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import init_params, logical_axes, parameter_count
 from anyexperts_jax.models.presets import model_preset
@@ -20,7 +21,6 @@ from anyexperts_jax.sharding.specs import param_shardings
 from nn.layers import FAST_COMPILE, equations, initial_params, shapes
 from nn.layers import random_params as random_layer_params
 
-ROUTERS = get_args(Router)
 BASE = AnyExpertsConfig(num_experts=6, num_virtual=2, k_min=2, k_max=5, router_modalities=3, router_hidden=5)
 N, D, M, C, Z, Q = 12, 8, 3, 8, 5, 16
 X_ND = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)), jnp.float32)
@@ -94,7 +94,7 @@ def test_the_modality_selects_the_hypernetwork_and_gelu_is_a_switch():
 
 
 def test_a_router_of_modalities_needs_them():
-    moe = MoE(dataclasses.replace(BASE, router="dtr"), 4, dispatch="dense")
+    moe = MoE(dataclasses.replace(BASE, router="dtr"), 4, execution=Execution(dispatch="dense"))
     params = initial_params(moe, X_ND[None])
     with pytest.raises(UserError, match="router='dtr' needs each token's modality"):
         moe.apply({"params": params}, X_ND[None])

@@ -10,11 +10,12 @@ import pytest
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.nn.block import BlockContext
 from anyexperts_jax.nn.config import AttentionConfig, StackConfig
 from anyexperts_jax.nn.stack import Stack, remat_policy
-from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.placement import Placement
 from nn.layers import FAST_COMPILE, equations, random_params, run
 
 MOE = AnyExpertsConfig(num_experts=4, num_virtual=1, k_min=1, k_max=3, rho_max=0.25, alpha=0.1)
@@ -25,7 +26,7 @@ CONFIG = StackConfig(
     expert_d_ff=12,
     num_shared_experts=0,
     attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4),
-    dispatch="dense",
+    execution=Execution(dispatch="dense"),
 )
 B, T, D, L = 2, 5, 8, 2
 X_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, D)), jnp.float32)
@@ -37,8 +38,8 @@ CONTEXT = BlockContext(
 )
 
 
-def stack(moe=MOE, placement=None, **fields):
-    return Stack(dataclasses.replace(CONFIG, **fields), moe, placement)
+def stack(moe=MOE, placement=None, execution=CONFIG.execution, **fields):
+    return Stack(dataclasses.replace(CONFIG, execution=execution, **fields), moe, placement)
 
 
 @functools.cache
@@ -94,7 +95,9 @@ def test_rows_that_are_kept_do_not_travel_again():
     """Rows and their experts there, rows back; and back through both exchanges of rows."""
     placement = Placement(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2]))
     for remat, exchanges in {"none": 3 + 2, "full": 3 + 3 + 2, "exchanged": 3 + 2}.items():
-        traced = jitted_loss_and_grad(placement=placement, remat=remat, dispatch="exchange").trace(params(), 1.0)
+        traced = jitted_loss_and_grad(placement=placement, remat=remat, execution=Execution("exchange")).trace(
+            params(), 1.0
+        )
         assert primitives(traced.jaxpr.jaxpr)["all_to_all"] == exchanges
 
 
@@ -102,7 +105,7 @@ def test_rows_that_are_kept_do_not_travel_again():
 @pytest.mark.parametrize("fields", [{"remat": "full"}, {"remat": "dots", "scan_unroll": 2}, {}], ids=str)
 def test_blocks_on_a_mesh_under_remat_and_scan(fields):
     placement = Placement(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2]))
-    (loss, trace), grads = loss_and_grad(placement=placement, dispatch="blocks", **fields)
+    (loss, trace), grads = loss_and_grad(placement=placement, execution=Execution(), **fields)
     (one_loss, one_trace), one_grads = loss_and_grad()
     np.testing.assert_array_equal(trace.expert_ids_BTK, one_trace.expert_ids_BTK)
     np.testing.assert_allclose(loss, one_loss, rtol=1e-6)
@@ -112,7 +115,8 @@ def test_blocks_on_a_mesh_under_remat_and_scan(fields):
 @pytest.mark.slow
 def test_remat_through_the_block_dispatch():
     for residuals in ("saved", "recomputed"):
-        close(loss_and_grad(dispatch="blocks", remat="full", expert_residuals=residuals)[1], loss_and_grad()[1])
+        grads = loss_and_grad(execution=Execution(residuals=residuals), remat="full")[1]
+        close(grads, loss_and_grad()[1])
 
 
 def test_the_router_losses_have_a_gradient_in_every_layer():

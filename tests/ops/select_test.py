@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, PartitionSpec
 
-from anyexperts_jax.ops._select import default_implementation, on_one_device
+from anyexperts_jax.ops._select import default_implementation, sees_one_device
 
 KINDS = {
     "tpu": ("TPU v5e", "pallas_tpu"),
@@ -37,7 +37,7 @@ def test_a_shard_of_a_mesh_is_one_device():
     found = []
 
     def shard(x):
-        found.append(on_one_device())
+        found.append(sees_one_device())
         return x
 
     mesh = Mesh(np.array(jax.devices()), ("data",))
@@ -46,4 +46,6 @@ def test_a_shard_of_a_mesh_is_one_device():
     )
     assert found
     assert all(found)
-    assert not on_one_device()  # eight fake devices, no mesh
+    assert sees_one_device()  # no mesh in use: whoever splits arrays says so, by a mesh or a Placement
+    with jax.sharding.use_abstract_mesh(mesh_of("tpu", 8)):
+        assert not sees_one_device()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.routing.losses import balance_loss, importance_loss, masked_mean
+from anyexperts_jax.routing.losses import balance_loss, masked_mean
+from anyexperts_jax.routing.regularisers import Importances, logit_l2, mean_target
 from anyexperts_jax.routing.route import route
 from routing.compiled import gradients, routed
 
@@ -13,9 +14,7 @@ LOGITS = jnp.array([[np.log(2.0), 0.0, 0.0], [0.0, 0.0, np.log(2.0)]], jnp.float
 
 
 def _config(**fields):
-    return AnyExpertsConfig(
-        num_experts=2, num_virtual=1, k_min=1, k_max=1, rho_max=0.9, iar="off", capacity_factor=20.0, **fields
-    )
+    return AnyExpertsConfig(num_experts=2, num_virtual=1, k_min=1, k_max=1, rho_max=0.9, iar="off", **fields)
 
 
 def test_balance_over_the_batch_by_hand():
@@ -48,7 +47,6 @@ def test_balance_of_tied_virtual_columns_averages_their_load():
         rho_max=0.9,
         iar="off",
         virtual_logits="tied",
-        capacity_factor=20.0,
     )
     plan = routed(config, jnp.array([[0.0, 1.0, 1.0]]), jnp.zeros(1))
     assert plan.metrics["load_C"].tolist() == [0, 0.5, 0.5]
@@ -71,9 +69,9 @@ def test_importance_regularisers_by_hand():
     valid = jnp.array([True, True, False])
     w = jax.nn.sigmoid(z)  # 1/2, 3/4
     # mean z^2 = (0 + 1.206949) / 2; (mean w - 0.25)^2 = (0.625 - 0.25)^2
-    assert float(importance_loss(_config(), z, w, valid)) == pytest.approx(0.603474, abs=1e-6)
-    config = _config(importance_regulariser="mean_target", importance_target=0.25)
-    assert float(importance_loss(config, z, w, valid)) == pytest.approx(0.140625, abs=1e-6)
+    seen = Importances(_config(importance_target=0.25), z, w, jnp.ones((3, 1)), valid)
+    assert float(logit_l2(seen)[1]) == pytest.approx(0.603474, abs=1e-6)
+    assert float(mean_target(seen)[1]) == pytest.approx(0.140625, abs=1e-6)
 
 
 def test_masked_mean():

@@ -9,9 +9,7 @@ from anyexperts_jax.routing.route import route
 from routing.compiled import gradients, routed
 
 # Two slots of two real columns and one virtual (cap 1); the third token is padding.
-CONFIG = AnyExpertsConfig(
-    num_experts=2, num_virtual=1, k_min=2, k_max=2, rho_max=0.5, iar="off", alpha=0.0, capacity_factor=20.0
-)
+CONFIG = AnyExpertsConfig(num_experts=2, num_virtual=1, k_min=2, k_max=2, rho_max=0.5, iar="off", alpha=0.0)
 LOGITS = jnp.array([[2.0, 0.0, 1.0], [2.0, 1.0, 0.0], [9.0, 9.0, 9.0]])
 Z = jnp.array([np.log(3.0), 0.0, 7.0])  # w = 3/4, 1/2
 VALID = jnp.array([True, True, False])

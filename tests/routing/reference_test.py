@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from anyexperts_jax.core import config as options
+from anyexperts_jax.core import switches as options
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.routing.plan import RoutingPlan
@@ -41,7 +41,7 @@ def draw_config(choose: Choose, shape: tuple[int, int, int]) -> AnyExpertsConfig
     pick = lambda choices: choose(get_args(choices))  # noqa: E731
     rounding = pick(options.SlotRounding)
     k_max = choose(_quarters(K - 0.75, K) if rounding == "stochastic" else _quarters(K - 0.5, K + 0.25))
-    scores = pick(options.Scores)
+    scores = choose(("softmax", "sigmoid"))
     iar = choose(["add", "add", "multiply_logits", f"multiply_{scores}", "off"])
     groups = choose([g for g in (1, 2, 3, 4) if E % g == 0])
     return AnyExpertsConfig(
@@ -62,10 +62,9 @@ def draw_config(choose: Choose, shape: tuple[int, int, int]) -> AnyExpertsConfig
         num_groups=groups,
         groups_kept=choose(range(1, groups + 1)),
         balance_scope=pick(options.BalanceScope),
-        importance_regulariser=pick(options.ImportanceRegulariser),
+        importance_regulariser=choose(("logit_l2", "mean_target", "salience")),
         importance_target=choose([0.25, 0.5]),
         slot_gradient=pick(options.SlotGradient),
-        capacity_factor=100.0,
     )
 
 
@@ -88,9 +87,9 @@ def draw_problem(choose: Choose, config: AnyExpertsConfig) -> Problem:
     z_N = rng.normal(size=N) * choose([0.0, 1.0, 4.0])
     # Ties: logits on a coarse grid. With w = 1/2 real and virtual columns tie as well; elsewhere the sums of group
     # ranks would differ in their last bits, in float64 as in float32, so there ties need one group.
-    if choose([False, True]) and (config.num_groups == 1 or config.iar == "off" or not z_N.any()):
+    if choose([False, True]) and (config.num_groups == 1 or config.switches.iar == "off" or not z_N.any()):
         logits_NC = np.round(logits_NC * 2) / 2
-    if config.virtual_logits == "tied":
+    if config.switches.virtual_logits == "tied":
         logits_NC[:, config.num_experts :] = logits_NC[:, -1:]
     valid = choose(["none", "some", "some", "sequence", "no token"])
     valid_N = {
@@ -102,15 +101,16 @@ def draw_problem(choose: Choose, config: AnyExpertsConfig) -> Problem:
     bias_C = rng.normal(size=C).astype(np.float32) * choose([0.0, 0.3]) if config.expert_bias else None
     window = None
     if choose([False, True]):
-        low = choose(_quarters(0, config.slots_bound + 2))
-        window = (low, low + choose(_quarters(0, 4)))
+        most = config.slots_bound + (0 if config.switches.slot_rounding == "stochastic" else 0.25)
+        low = choose(_quarters(1, most))
+        window = (low, choose(_quarters(low, most)))  # those out of reach are refused; clipped, where they are traced
     sequences = choose([1, 2])
     return Problem(logits_NC.astype(np.float32), z_N.astype(np.float32), valid_N, bias_C, window, sequences, seed)
 
 
 def _oracle(config: AnyExpertsConfig, p: Problem) -> dict:
     uniform_N = None
-    if config.slot_rounding == "stochastic":
+    if config.switches.slot_rounding == "stochastic":
         uniform_N = np.asarray(jax.random.uniform(jax.random.key(p.seed), (N,), np.float32))
     return route_reference(
         config,
@@ -146,7 +146,7 @@ def _check(config: AnyExpertsConfig, p: Problem) -> None:
         p.bias_C,
         window=None if p.window is None else np.array(p.window, np.float32),
         num_sequences=p.num_sequences,
-        key=jax.random.key(p.seed) if config.slot_rounding == "stochastic" else None,
+        key=jax.random.key(p.seed) if config.switches.slot_rounding == "stochastic" else None,
     )
     _assert_equal(plan, _oracle(config, p))
 
@@ -211,7 +211,6 @@ def test_compiled_and_batched_path_equals_the_oracle_over_windows(seed):
         expert_bias=True,
         num_groups=(1, 3)[seed // 5],
         groups_kept=(1, 2)[seed // 5],
-        capacity_factor=100.0,
     )
     G = 200
     low_G = rng.integers(0, 4 * K, G) / 4

@@ -135,7 +135,7 @@ class TestGradients:
         config = dataclasses.replace(CONFIG, importance_target=0.3, **fields)
         rng = np.random.default_rng(1)
         # As the layer does: a tied column is one, broadcast.
-        columns = np.minimum(np.arange(C), 8) if config.virtual_logits == "tied" else np.arange(C)
+        columns = np.minimum(np.arange(C), 8) if config.switches.virtual_logits == "tied" else np.arange(C)
         logits, z = rng.normal(size=(4, columns.max() + 1)), rng.normal(size=4)
         valid = np.array([True, True, True, False])
         r_NK, r_N = rng.normal(size=(4, config.slots_bound)), rng.normal(size=4)
@@ -251,9 +251,35 @@ def test_mismatched_arrays_are_refused_by_name():
     with pytest.raises(UserError, match=r"bias_C has shape \(3,\); need \(12,\)"):
         check(with_bias, LOGITS, Z, bias_C=jnp.zeros(3))
     with pytest.raises(UserError, match=r"window has shape \(3,\); need \(2,\), k_min and k_max"):
-        check(CONFIG, LOGITS, Z, window=jnp.zeros(3))
+        check(CONFIG, LOGITS, Z, window=[1.0, 2.0, 3.0])
     with pytest.raises(UserError, match="needs a random key"):
         check(dataclasses.replace(CONFIG, slot_rounding="stochastic"), LOGITS, Z)
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        ((4, 3), r"window=\(4, 3\) is reversed; need k_min <= k_max"),
+        ((0.5, 3), r"window=\(0.5, 3\) must begin at 1 slot or more"),
+        ((float("nan"), 3), r"window=\(nan, 3\) must be finite"),
+        ((14, 18), r"window=\(14, 18\) asks for 18 slots, but k_max="),
+    ],
+)
+def test_a_window_that_makes_no_sense_is_refused(window, message):
+    with pytest.raises(UserError, match=message):
+        _unchecked(route)(CONFIG, LOGITS, Z, window=window)
+
+
+def test_windows_and_arrays_as_callers_hold_them_give_one_plan():
+    """NumPy arrays in float64 and not contiguous, lists and tuples."""
+    expected = route(CONFIG, LOGITS, Z, window=jnp.array([2.0, 3.0]))
+    twice = np.repeat(np.asarray(LOGITS, np.float64), 2, axis=0)[::2]
+    assert not twice.flags["C_CONTIGUOUS"]
+    for logits, z, window in ((twice, np.asarray(Z, np.float64), (2, 3)), (LOGITS.tolist(), Z.tolist(), [2, 3])):
+        plan = _unchecked(route)(CONFIG, logits, z, window=window)
+        np.testing.assert_array_equal(plan.expert_ids_NK, expected.expert_ids_NK)
+        np.testing.assert_allclose(plan.weights_NK, expected.weights_NK, rtol=1e-6)
+    assert plan.spec.expected_real_slots == (1 - CONFIG.rho_max) * 2.5, "buffers follow the window in force"
 
 
 def _unchecked(function):

@@ -8,7 +8,7 @@ from anyexperts_jax.routing.select import select
 
 def _select(real, virtual, slots, **fields):
     real, virtual = jnp.array([real]), jnp.array([virtual], jnp.float32).reshape(1, len(virtual))
-    fields = {"k_min": 1, "k_max": 4, "rho_max": 0.5, "cap_rounding": "floor", "capacity_factor": 100.0, **fields}
+    fields = {"k_min": 1, "k_max": 4, "rho_max": 0.5, "cap_rounding": "floor", **fields}
     config = AnyExpertsConfig(num_experts=real.shape[1], num_virtual=virtual.shape[1], **fields)
     selection = select(config, real, virtual, jnp.array([slots], jnp.int32))
     ids = jnp.where(selection.real_live_NK, selection.real_ids_NK, -1)[0]

@@ -24,7 +24,7 @@ SETTINGS = ((0.1, 8), (0.5, 10), (0.9, 12))
     ],
 )
 def test_virtual_share(iar, scores, virtual_bias, shares):
-    config = AnyExpertsConfig(k_min=8, k_max=12, rho_max=0.999, iar=iar, scores=scores, capacity_factor=1000.0)
+    config = AnyExpertsConfig(k_min=8, k_max=12, rho_max=0.999, iar=iar, scores=scores)
     for (w, K), share in zip(SETTINGS, shares, strict=True):
         logits = np.random.default_rng(K).normal(size=(TOKENS, 320)).astype(np.float32)
         logits[:, 256:] += virtual_bias

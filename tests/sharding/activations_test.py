@@ -7,8 +7,8 @@ import pytest
 
 from anyexperts_jax.models.media import place_rows
 from anyexperts_jax.sharding.activations import split_tokens, take_embeddings
-from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import batch_shardings, param_shardings
 
 ROWS, WIDTH, BATCH, LENGTH = 12, 8, 8, 4

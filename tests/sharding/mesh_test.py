@@ -1,17 +1,12 @@
 from types import SimpleNamespace
 
-import chex
 import jax
-import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.ops._select import on_one_device
 from anyexperts_jax.sharding.mesh import (
     MESH_AXES,
     MeshConfig,
-    knowing_they_are_alone,
     make_mesh,
     split_into_slices,
 )
@@ -69,28 +64,3 @@ def test_devices_are_grouped_by_the_slice_they_name():
 def test_sizes_that_do_not_fit_are_refused(make, message):
     with pytest.raises(UserError, match=message):
         make()
-
-
-def test_arrays_on_one_device_of_eight_run_its_kernels():
-    """Or `evaluate` on a machine of eight GPUs would run XLA's experts."""
-    found = []
-
-    @jax.jit
-    def double(tree):
-        found.append(on_one_device())
-        return jax.tree.map(lambda leaf: leaf * 2, tree)
-
-    def alone(tree):
-        with knowing_they_are_alone(tree):
-            return double(tree)
-
-    where = jax.devices()[3]
-    tree = jax.device_put({"a": np.arange(8.0), "b": np.ones(2)}, where)
-    chex.assert_trees_all_equal(alone(tree), {"a": np.arange(8.0) * 2, "b": np.ones(2) * 2})
-    assert alone(tree)["a"].devices() == {where}
-    split = jax.device_put(np.arange(8.0), NamedSharding(make_mesh(MeshConfig()), PartitionSpec("data")))
-    assert alone(split).sharding.is_equivalent_to(split.sharding, ndim=1)
-    assert found == [True, False]
-    alone(np.ones(8))
-    jax.jit(alone)(tree)
-    assert found[2:] == [False, False], "told only what is known"

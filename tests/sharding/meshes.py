@@ -9,10 +9,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from anyexperts_jax.dispatch.apply import moe_apply_stats
-from anyexperts_jax.sharding.activations import split_buffers
-from anyexperts_jax.sharding.blocks import split_blocks
-from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.placement import Placement
 from tests.dispatch.plans import make_operands, make_plan, random_ids
 
 EXPERTS, SEQUENCES, LENGTH, SLOTS, WIDTH, HIDDEN = 16, 8, 6, 3, 6, 8
@@ -43,15 +41,10 @@ def place(mesh):
     return Placement(make_mesh(mesh))
 
 
-def dispatched(placement, dispatch, num_sequences=SEQUENCES):
-    """What a layer on the mesh calls for every dispatch but "exchange"."""
-    where = {"placement": placement}
-    how = {
-        "num_sequences": num_sequences,
-        "place_buffers": functools.partial(split_buffers, **where),
-        "run_blocks": functools.partial(split_blocks, num_sequences=num_sequences, **where),
-    }
-    return lambda x, plan, *weights: moe_apply_stats(x, plan, *weights, dispatch, **how)
+def dispatched(placement, dispatch, num_sequences=SEQUENCES, **execution):
+    """What a layer on the mesh calls."""
+    how = {"num_sequences": num_sequences, "placement": placement, "dispatch": dispatch, **execution}
+    return lambda x, plan, *weights: moe_apply_stats(x, plan, *weights, **how)
 
 
 def blocks(placement):
@@ -60,6 +53,10 @@ def blocks(placement):
 
 def capacity(placement):
     return dispatched(placement, "capacity")
+
+
+def capacity_or_exact(placement):
+    return dispatched(placement, "capacity", overflow="fallback")
 
 
 @functools.cache

@@ -5,8 +5,8 @@ import pytest
 
 from anyexperts_jax.ops.attention import CausalMask, attention
 from anyexperts_jax.sharding import attention as split
-from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.placement import Placement
 
 B, T, H, G, A = 4, 16, 4, 2, 8
 F32 = jnp.dtype(jnp.float32)
@@ -34,10 +34,9 @@ def test_the_mask_stays_whole_where_a_kernel_runs_that_sees_all_positions(monkey
     mask = operands()[1]
     assert isinstance(split.whole_mask(mask, A, F32, None), jax.Array)  # no TPU here
     monkeypatch.setattr(split, "default_implementation", lambda *sizes, causal: "splash")
-    on_eight = split.whole_mask(mask, A, F32, None)  # and no word of where arrays are
-    assert not isinstance(on_eight, CausalMask)
-    monkeypatch.setattr(split, "on_one_device", lambda: True)
-    assert split.whole_mask(mask, A, F32, None) is mask
+    assert split.whole_mask(mask, A, F32, None) is mask  # without a placement arrays lie on one device
+    with jax.sharding.use_abstract_mesh(make_mesh(MESHES["heads"]).abstract_mesh):
+        assert not isinstance(split.whole_mask(mask, A, F32, None), CausalMask)
     assert split.whole_mask(mask, A, F32, Placement(make_mesh(MESHES["heads"]))) is mask
     positions = Placement(make_mesh(MeshConfig(data=4, sequence=2)))
     np.testing.assert_array_equal(split.whole_mask(mask, A, F32, positions), mask.dense())

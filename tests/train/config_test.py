@@ -25,9 +25,9 @@ def test_the_packaged_configs_are_these():
 def test_overrides_are_toml_values_or_words():
     config = load_config(
         "tiny",
-        ["optim.lr=2e-3", "model.moe.iar=off", "data.levels=[3, 2]", "train.steps=5_000", "seed = 7"],
+        ["optim.lr=2e-3", "model.moe.switches.iar=off", "data.levels=[3, 2]", "train.steps=5_000", "seed = 7"],
     )
-    assert (config.optim.lr, config.model.moe.iar, config.train.steps, config.seed) == (2e-3, "off", 5000, 7)
+    assert (config.optim.lr, config.model.moe.switches.iar, config.train.steps, config.seed) == (2e-3, "off", 5000, 7)
     assert config.data.levels == (3, 2)
 
 
@@ -58,7 +58,7 @@ def test_a_runs_json_loads_as_a_config(tmp_path):
         (["train.steps=many"], r"key train\.steps='many' must be int"),
         (["train.steps=0"], r"train\.steps=0 must be >= 1"),
         (["train.on_nonfinite=halt"], r"key train\.on_nonfinite='halt' must be one of stop, skip"),
-        (["model.moe.iar=sideways"], "iar.*sideways.* add, multiply_logits"),
+        (["model.moe.switches.iar=sideways"], "iar.*sideways.* add, multiply_logits"),
         (["model.moe.k_min=20"], r"k_min=20"),
         (["train.batch_size=6", "train.accumulation=4"], r"train\.accumulation=4 must divide train\.batch_size=6"),
         (["train.eval_every=70", "train.checkpoint_every=50"], "eval_every=70 must be a multiple of"),

@@ -13,6 +13,7 @@ import pytest
 
 from anyexperts_jax.cli import main as cli
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.sharding.mesh import MeshConfig
 from anyexperts_jax.train import loop, processes
 from anyexperts_jax.train.config import to_json
@@ -237,7 +238,7 @@ def test_a_run_goes_on_in_two_four_and_one_process_as_in_one(tmp_path, launch, m
 
 @pytest.mark.slow
 def test_experts_on_two_processes_give_the_losses_of_one(tmp_path, launch):
-    stack = dataclasses.replace(MODEL.stack, dispatch="exchange")
+    stack = dataclasses.replace(MODEL.stack, execution=Execution(dispatch="exchange"))
     config = run_config(model=dataclasses.replace(MODEL, stack=stack), steps=3, mesh=MeshConfig(data=1, expert=-1))
     running = launch(config, tmp_path / "run", 2, model="model")
     running += launch(run_config(steps=3), tmp_path / "one", 1, model="model")

@@ -10,8 +10,8 @@ from jax.sharding import AxisType
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.models.init import logical_axes
 from anyexperts_jax.models.presets import model_preset
-from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.train.optim import OptimConfig, make_optimizer
 from anyexperts_jax.train.state import abstract_state
 

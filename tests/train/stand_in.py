@@ -9,6 +9,7 @@ import numpy as np
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.nn.config import AttentionConfig, StackConfig
 from anyexperts_jax.routing.trace import RoutingTrace
@@ -25,7 +26,7 @@ MODEL = ModelConfig(
         d_ff=16,
         expert_d_ff=8,
         attention=AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=8),
-        dispatch="dense",
+        execution=Execution(dispatch="dense"),
     ),
     moe=AnyExpertsConfig(num_experts=4, num_virtual=1, k_min=2, k_max=4),
     vision=None,

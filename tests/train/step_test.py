@@ -9,10 +9,11 @@ import pytest
 from models.small import random_batch as media_batch
 from models.small import random_params, small
 
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.init import abstract_params, logical_axes
 from anyexperts_jax.nn.config import AttentionConfig
-from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import param_shardings, shard_batch
 from anyexperts_jax.train.losses import answer_scores
 from anyexperts_jax.train.optim import OptimConfig, make_optimizer
@@ -178,7 +179,7 @@ def test_evaluation_counts_rows_with_an_answer():
 
 # Every part that a mesh splits: both encoders, a dense and a MoE layer, sizes that all meshes below divide.
 PARTS = small(
-    {"num_experts": 8, "overflow": "fallback"},
+    {"num_experts": 8},
     {"num_layers": 2, "attention": AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8)},
     vocab_size=260,
     max_length=LENGTH,
@@ -193,7 +194,9 @@ def skewed_batch():
 
 def real_step_on(mesh, dispatch="blocks", accumulation=1):
     """What one step of the real model reports on a mesh, the parameters after it, and their first moments."""
-    model = dataclasses.replace(PARTS, stack=dataclasses.replace(PARTS.stack, dispatch=dispatch))
+    model = dataclasses.replace(
+        PARTS, stack=dataclasses.replace(PARTS.stack, execution=Execution(dispatch, overflow="fallback"))
+    )
     config = run_config(model, accumulation=accumulation)
     axes, shapes = logical_axes(model), abstract_params(model)
     params = jax.device_put(random_params(model), param_shardings(mesh, axes, shapes))

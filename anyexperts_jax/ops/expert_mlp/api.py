@@ -1,51 +1,11 @@
 """`expert_mlp`: every expert's SwiGLU MLP over its own buffer of rows."""
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.registries import IMPLEMENTATIONS
 from anyexperts_jax.ops._checks import check_counts, check_expert_weights, check_residuals
-from anyexperts_jax.ops._select import default_implementation, select_implementation
-from anyexperts_jax.ops.expert_mlp import reference, vjp
-
-
-def _pallas_tpu(x_ECD: Array, counts_E: Array, *weights: Array, residuals: str) -> Array:
-    from anyexperts_jax.ops.expert_mlp import vjp_tpu  # Pallas is imported where it is used
-
-    return vjp_tpu.expert_mlp_pallas_tpu(x_ECD, counts_E, *weights, options=vjp_tpu.TpuOptions(residuals=residuals))
-
-
-def _pallas_gpu(*operands: Any, residuals: str) -> Array:
-    from anyexperts_jax.ops.expert_mlp import gpu_passes, vjp_gpu
-
-    return vjp_gpu.expert_mlp_mosaic(*operands, options=gpu_passes.GpuOptions(residuals=residuals))
-
-
-def _pallas_triton(*operands: Any, residuals: str) -> Array:
-    from anyexperts_jax.ops.expert_mlp import gpu_passes, vjp_gpu
-
-    return vjp_gpu.expert_mlp_triton(*operands, options=gpu_passes.GpuOptions(residuals=residuals))
-
-
-def _plain(run: Callable[..., Array]) -> Callable[..., Array]:
-    """An implementation that keeps what it keeps, or is computed again as a whole."""
-
-    def with_residuals(*operands: Array, residuals: str) -> Array:
-        return run(*operands) if residuals == "saved" else jax.checkpoint(run)(*operands)
-
-    return with_residuals
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
-    "reference": _plain(reference.expert_mlp),
-    "xla": _plain(vjp.expert_mlp_xla),
-    "pallas_tpu": _pallas_tpu,
-    "pallas_gpu": _pallas_gpu,
-    "pallas_triton": _pallas_triton,
-}
+from anyexperts_jax.ops._select import default_implementation
 
 
 def expert_mlp(
@@ -82,5 +42,5 @@ def expert_mlp(
     )
     check_counts("counts_E", counts_E, x_ECD.shape[0])
     check_residuals(residuals)
-    run = select_implementation(implementation, IMPLEMENTATIONS, default_implementation(x_ECD.dtype))
-    return run(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, residuals=residuals)
+    ops = IMPLEMENTATIONS[implementation or default_implementation(x_ECD.dtype)]
+    return ops.expert_mlp(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, residuals=residuals)

@@ -1,54 +1,22 @@
 """`routed_mlp`: each token through its own experts, however many land on one expert."""
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.registries import IMPLEMENTATIONS
 from anyexperts_jax.ops._checks import check_counts, check_expert_weights, check_residuals
-from anyexperts_jax.ops._select import default_implementation, select_implementation
-from anyexperts_jax.ops.routed_mlp import reference, vjp
+from anyexperts_jax.ops._select import default_implementation
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.slot_order import SlotOrder
-
-
-def _pallas_tpu(*operands: Any) -> Array:
-    from anyexperts_jax.ops.routed_mlp import tpu  # Pallas is imported where it is used
-
-    return tpu.routed_mlp_pallas_tpu(*operands)
-
-
-def _pallas_gpu(*operands: Any) -> Array:
-    from anyexperts_jax.ops.routed_mlp import gpu
-
-    return gpu.routed_mlp_mosaic(*operands)
-
-
-def _pallas_triton(*operands: Any) -> Array:
-    from anyexperts_jax.ops.routed_mlp import gpu
-
-    return gpu.routed_mlp_triton(*operands)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
-    "reference": reference.routed_mlp,
-    "xla": vjp.routed_mlp_xla,
-    "pallas_tpu": _pallas_tpu,
-    "pallas_gpu": _pallas_gpu,
-    "pallas_triton": _pallas_triton,
-}
 
 
 def routed_mlp(
     x_ND: Float[Array, "N D"],
     weights_NK: Float[Array, "N K"],
     order: SlotOrder,
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
-    implementation: str | None = None,
+    experts: ExpertWeights,
     *,
+    implementation: str | None = None,
     residuals: str = "saved",
 ) -> Float[Array, "N D"]:
     """The sum over each token's real slots of weight * (silu(x w_gate) * (x w_up)) w_down; time follows those slots.
@@ -68,13 +36,12 @@ def routed_mlp(
     Raises:
       UserError: shapes or dtypes that do not fit, an unknown implementation, or one that cannot run here.
     """
-    check_expert_weights(x_ND, w_gate_EDF, w_up_EDF, w_down_EFD)
-    check_counts("order.counts_E", order.counts_E, w_gate_EDF.shape[0])
+    check_expert_weights(x_ND, *experts)
+    check_counts("order.counts_E", order.counts_E, experts.gate_EDF.shape[0])
     require(
         order.places_NK.shape == weights_NK.shape and order.slots_R.size == weights_NK.size,
         f"weights_NK has shape {weights_NK.shape}, the order is of {order.places_NK.shape} slots",
     )
     check_residuals(residuals)
-    run = select_implementation(implementation, IMPLEMENTATIONS, default_implementation(x_ND.dtype))
-    run = run if residuals == "saved" else jax.checkpoint(run)
-    return run(x_ND, weights_NK, order, w_gate_EDF, w_up_EDF, w_down_EFD)
+    ops = IMPLEMENTATIONS[implementation or default_implementation(x_ND.dtype)]
+    return ops.routed_mlp(x_ND, weights_NK, order, experts, residuals=residuals)

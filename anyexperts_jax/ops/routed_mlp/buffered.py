@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.ops._dots import wide_dtype
 from anyexperts_jax.ops.aligned_rows import align_rows
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.row_map import sum_rows
 from anyexperts_jax.ops.slot_order import SlotOrder
 
-Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
+Experts = ExpertWeights
 
 
 def take_tokens(x_ND: Float[Array, "N D"], tokens_R: Int[Array, "R"]) -> Float[Array, "R D"]:
@@ -55,9 +56,7 @@ def routed_mlp(
     x_ND: Float[Array, "N D"],
     weights_NK: Float[Array, "N K"],
     order: SlotOrder,
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
+    experts: Experts,
     *,
     kernels: AlignedKernels,
     block: int,
@@ -83,7 +82,7 @@ def routed_mlp(
         return backward(kernels, block, residuals, d_y_ND)
 
     run.defvjp(run_forward, run_backward)
-    return run(x_ND, weights_NK, order, (w_gate_EDF, w_up_EDF, w_down_EFD))
+    return run(x_ND, weights_NK, order, experts)
 
 
 def backward(
@@ -107,5 +106,4 @@ def backward(
         left_NK = weights_NK
     d_x_ND = kernels.combine(d_x_RD, left_NK, row_map).astype(dtype)
     d_weights_NK = jnp.where(row_map.held_NK, d_weight_R[row_map.rows_NK], 0).astype(weights_NK.dtype)
-    d_gate_EDF, d_up_EDF, d_down_EFD = kernels.weights_backward(x_RD, *rows, weighted, d_y_RD)
-    return d_x_ND, d_weights_NK, None, (d_gate_EDF, d_up_EDF, d_down_EFD)
+    return d_x_ND, d_weights_NK, None, Experts(*kernels.weights_backward(x_RD, *rows, weighted, d_y_RD))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.ops._dots import from_bits, to_bits, wide_dtype
 from anyexperts_jax.ops._swiglu import swiglu
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.slot_order import SlotOrder
 
 _STEP = 8  # rows of a weight matrix in one pass; twice that and more run slower in bfloat16
@@ -22,7 +23,7 @@ def few_rows(
     x_ND: Float[Array, "N D"],
     weights_NK: Float[Array, "N K"],
     order: SlotOrder,
-    experts: tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]],
+    experts: ExpertWeights,
 ) -> Float[Array, "R D"]:
     """The weighted output of each place of the order, in float32 at least; arbitrary past the real slots."""
     w_gate_EDF, w_up_EDF, w_down_EFD = experts

@@ -11,6 +11,7 @@ from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions, Kernels
 from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows, TokenRows, aligned_rows
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
 from anyexperts_jax.ops.expert_mlp.vjp_gpu import mosaic_options, triton_options
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.routed_mlp import buffered
 from anyexperts_jax.ops.slot_order import SlotOrder
 
@@ -21,9 +22,7 @@ def routed_mlp_triton(
     x_ND: Float[Array, "N D"],
     weights_NK: Float[Array, "N K"],
     order: SlotOrder,
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
+    experts: ExpertWeights,
     options: GpuOptions = GpuOptions(),  # noqa: B008, immutable
 ) -> Float[Array, "N D"]:
     """`routed_mlp` by the Pallas Triton kernels.
@@ -31,18 +30,16 @@ def routed_mlp_triton(
     Raises:
       UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
     """
-    options = triton_options(w_gate_EDF, options)
+    options = triton_options(experts.gate_EDF, options)
     how: dict[str, Any] = {"kernels": aligned_kernels(pallas_triton, options), "block": buffer_block(options.tiles)}
-    return buffered.routed_mlp(x_ND, weights_NK, order, w_gate_EDF, w_up_EDF, w_down_EFD, **how)
+    return buffered.routed_mlp(x_ND, weights_NK, order, experts, **how)
 
 
 def routed_mlp_mosaic(
     x_ND: Float[Array, "N D"],
     weights_NK: Float[Array, "N K"],
     order: SlotOrder,
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
+    experts: ExpertWeights,
     options: GpuOptions = GpuOptions(),  # noqa: B008, immutable
 ) -> Float[Array, "N D"]:
     """`routed_mlp` by the Pallas Mosaic GPU kernels. D or F that is no multiple of 64 costs padded copies.
@@ -50,11 +47,11 @@ def routed_mlp_mosaic(
     Raises:
       UserError: a JAX before 0.11, no Hopper GPU to run on, or a dtype the kernels do not take.
     """
-    options = mosaic_options(w_gate_EDF, options)
+    options = mosaic_options(experts.gate_EDF, options)
     multiple = pallas_gpu.WIDTH_MULTIPLE
-    experts = (pad_to_multiples(w, (1, multiple, multiple)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+    padded = ExpertWeights(*(pad_to_multiples(w, (1, multiple, multiple)) for w in experts))
     how: dict[str, Any] = {"kernels": aligned_kernels(pallas_gpu, options), "block": buffer_block(options.tiles)}
-    y_ND = buffered.routed_mlp(pad_to_multiples(x_ND, (1, multiple)), weights_NK, order, *experts, **how)
+    y_ND = buffered.routed_mlp(pad_to_multiples(x_ND, (1, multiple)), weights_NK, order, padded, **how)
     return y_ND[:, : x_ND.shape[1]]
 
 
@@ -108,7 +105,10 @@ def aligned_kernels(kernels: Kernels, options: GpuOptions) -> buffered.AlignedKe
     ) -> buffered.Experts:
         rows = find_rows(x_RD, starts_E, counts_E)
         x_1RD, d_y_1RD = (kernels.clean(blocks(a), rows).reshape(1, *a.shape) for a in (x_RD, d_y_RD))
-        return gpu_passes.weights_backward(kernels, x_1RD, rows, tuple(a[None] for a in d_hidden), d_y_1RD, options)
+        gradients = gpu_passes.weights_backward(
+            kernels, x_1RD, rows, tuple(a[None] for a in d_hidden), d_y_1RD, options
+        )
+        return ExpertWeights(*gradients)
 
     take = TokenRows if kernels is pallas_triton else buffered.take_tokens
     return buffered.AlignedKernels(forward, rows_backward, weights_backward, take=take)

@@ -19,9 +19,10 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from anyexperts_jax.ops._dots import dot, from_bits, row_contraction, to_bits, wide_dtype
 from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.slot_order import SlotOrder
 
-Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
+Experts = ExpertWeights
 Expert = tuple[Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]
 ROW_STEP = 8
 _SIZE_RATIO = 0.88
@@ -83,7 +84,7 @@ def forward(
 
         return lax.fori_loop(1, -(-count // block), run_block, buffers)
 
-    widths = (x_ND.shape[1], *([experts[0].shape[2]] * 2 if keep else []))
+    widths = (x_ND.shape[1], *([experts.gate_EDF.shape[2]] * 2 if keep else []))
     empty = tuple(jnp.zeros((tokens_R.size, width), to_bits(jnp.zeros((), dtype)).dtype) for width in widths)
     live_E = jnp.argsort(order.counts_E == 0, stable=True)
     y_RD, *kept = lax.fori_loop(0, (order.counts_E > 0).sum(), run_expert, empty)
@@ -155,7 +156,7 @@ def backward(
     d_x_RD, d_weight_R1, *totals = lax.fori_loop(0, (order.counts_E > 0).sum(), run_expert, gradients)
     d_gate, d_up, d_down = (from_bits(w, dtype) for w in totals)
     d_weights_NK = jnp.where(order.held_NK, d_weight_R1[order.places_NK, 0], 0).astype(weights_NK.dtype)
-    return sum_slots(d_x_RD, order, dtype).astype(dtype), d_weights_NK, (d_gate, d_up, d_down)
+    return sum_slots(d_x_RD, order, dtype).astype(dtype), d_weights_NK, Experts(d_gate, d_up, d_down)
 
 
 def _padded_rows(order: SlotOrder, weights_NK: Float[Array, "N K"], block: int) -> tuple[Array, Array]:
@@ -184,7 +185,7 @@ def _load(experts: Experts, e: Array) -> Expert:
     longer with JAX 0.10. The barrier keeps XLA from converting all weights before the loop."""
     experts, e = lax.optimization_barrier((experts, e))
     w_gate, w_up, w_down = (lax.dynamic_index_in_dim(to_bits(w), e, keepdims=False) for w in experts)
-    dtype = experts[0].dtype
+    dtype = experts.gate_EDF.dtype
     return from_bits(w_gate, dtype), from_bits(w_up, dtype), from_bits(w_down, dtype)
 
 

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.ops._dots import dot, wide_dtype
 from anyexperts_jax.ops._swiglu import swiglu
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.slot_order import SlotOrder
 
 
@@ -13,9 +14,7 @@ def routed_mlp(
     x_ND: Float[Array, "N D"],
     weights_NK: Float[Array, "N K"],
     order: SlotOrder,
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
+    experts: ExpertWeights,
 ) -> Float[Array, "N D"]:
     wide = wide_dtype(x_ND.dtype)
     tokens_R = order.slots_R // weights_NK.shape[1]
@@ -30,6 +29,6 @@ def routed_mlp(
         hidden_RF = swiglu(dot("RD,DF->RF", own_RD, w_gate_DF), dot("RD,DF->RF", own_RD, w_up_DF), x_ND.dtype)
         return y_RD + jnp.where(own_R1, weight_R1 * dot("RF,FD->RD", hidden_RF, w_down_FD), 0), None
 
-    experts = (order.starts_E, order.counts_E, w_gate_EDF, w_up_EDF, w_down_EFD)
-    y_RD, _ = jax.lax.scan(add_expert, jnp.zeros(x_RD.shape, wide), experts)
+    each = (order.starts_E, order.counts_E, *experts)
+    y_RD, _ = jax.lax.scan(add_expert, jnp.zeros(x_RD.shape, wide), each)
     return jnp.zeros(x_ND.shape, wide).at[tokens_R].add(y_RD)

@@ -16,6 +16,7 @@ from anyexperts_jax.ops._select import device_kind
 from anyexperts_jax.ops.expert_mlp import pallas_tpu
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import Chip, KernelSizes, Shape, TpuSizes, chip_of, choose_sizes
 from anyexperts_jax.ops.expert_mlp.vjp_tpu import LANES, TpuOptions, require_kernels
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.routed_mlp import buffered, pallas_combine
 from anyexperts_jax.ops.row_map import RowMap
 from anyexperts_jax.ops.slot_order import SlotOrder
@@ -29,9 +30,7 @@ def routed_mlp_pallas_tpu(
     x_ND: Float[Array, "N D"],
     weights_NK: Float[Array, "N K"],
     order: SlotOrder,
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
+    experts: ExpertWeights,
     *,
     options: TpuOptions = TpuOptions(),  # noqa: B008, immutable
 ) -> Float[Array, "N D"]:
@@ -43,14 +42,14 @@ def routed_mlp_pallas_tpu(
     require_kernels(x_ND.dtype, options)
     width = x_ND.shape[1]
     x_ND = pad_to_multiples(x_ND, (1, LANES))
-    experts = [pad_to_multiples(w, (1, LANES, LANES)) for w in (w_gate_EDF, w_up_EDF, w_down_EFD)]
+    experts = ExpertWeights(*(pad_to_multiples(w, (1, LANES, LANES)) for w in experts))
     sizes = options.sizes
     if sizes is None:
-        num_experts, padded, hidden = experts[0].shape
+        num_experts, padded, hidden = experts.gate_EDF.shape
         shape = Shape(math.ceil(weights_NK.size / num_experts), padded, hidden, x_ND.dtype.itemsize)
         sizes = aligned_sizes(chip_of(device_kind()), shape)
     kernels = _kernels(sizes, options.interpret)
-    y_ND = buffered.routed_mlp(x_ND, weights_NK, order, *experts, kernels=kernels, block=buffer_block(sizes))
+    y_ND = buffered.routed_mlp(x_ND, weights_NK, order, experts, kernels=kernels, block=buffer_block(sizes))
     return y_ND[:, :width]
 
 

@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.initializers import Constant, FanIn, Param
 from anyexperts_jax.core.tree import register_dataclass
+from anyexperts_jax.routing.routers.base import Params, Router, with_shared
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -83,3 +86,41 @@ def _logits_of_one(x_ND: Array, network: Hypernetworks, phi_DC: Array, gelu: boo
     scored_bias_QC = product("qd,dc->qc", network.up_bias_MQD, phi_DC)
     both_NZQ = code_NZ[:, :, None] * a_NQ[:, None, :]
     return product("nzq,zqc->nc", both_NZQ, scored_ZQC) + product("nq,qc->nc", a_NQ, scored_bias_QC)
+
+
+def _params(config: AnyExpertsConfig, d_model: int, columns: int) -> dict[str, Param]:
+    """Codes, low-rank activations and E start at unit scale, the codes' biases at zero (our reading).
+
+    E is a product of four random maps, with tails to match: phi starts at a quarter of the usual scale, so that the
+    softmax of no token begins saturated.
+    """
+    M, Z, Q = config.router_modalities, config.router_hidden, config.router_rank
+    hidden, embed, rank = ("router_hidden", Z), ("embed", d_model), ("router_rank", Q)
+    gate_and_up = ("router_rank", 2 * Q)
+
+    def weights(*dimensions: tuple[str, int], num_in: int) -> Param:
+        names, sizes = zip(*dimensions, strict=True)
+        init = FanIn(num_in=num_in, num_batch=1) if num_in else Constant(0.0)
+        return Param((M, *sizes), ("modality", *names), init)
+
+    return {
+        "encode_MDZ": weights(embed, hidden, num_in=1),
+        "encode_bias_MZ": weights(hidden, num_in=0),
+        "down_MZDW": weights(hidden, embed, gate_and_up, num_in=2),
+        "down_bias_MDW": weights(embed, gate_and_up, num_in=1),
+        "up_MZQD": weights(hidden, rank, embed, num_in=2),
+        "up_bias_MQD": weights(rank, embed, num_in=1),
+        "phi": Param((d_model, columns), ("embed", "router"), FanIn(scale=0.25)),
+    }
+
+
+def _logits(
+    config: AnyExpertsConfig, params: Params, x_ND: Float[Array, "N D"], modality_N: Int[Array, "N"] | None
+) -> Float[Array, "N C"]:
+    assert modality_N is not None  # the caller checks `needs_modality`
+    hypernetworks = Hypernetworks(**{field.name: params[field.name] for field in dataclasses.fields(Hypernetworks)})
+    return dtr_logits(x_ND, modality_N, hypernetworks, params["phi"], gelu=config.router_gelu)
+
+
+DTR = Router(_params, _logits, needs_modality=True)
+DTR_SHARED = with_shared(DTR)

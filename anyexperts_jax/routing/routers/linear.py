@@ -1,8 +1,12 @@
-"""Linear routers: one map for each modality, and the mixture of any router with a shared one (EvoMoE's comparisons)."""
+"""Linear routers: one map for all tokens, or one for each modality (EvoMoE's comparisons)."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.initializers import FanIn, Param
+from anyexperts_jax.routing.routers.base import Params, Router, linear_logits, linear_params, with_shared
 
 
 def per_modality_logits(
@@ -13,12 +17,19 @@ def per_modality_logits(
     return jnp.take_along_axis(logits_NMC, modality_N[:, None, None], axis=1)[:, 0]
 
 
-def mixed_logits(
-    own_NC: Float[Array, "N C"], shared_NC: Float[Array, "N C"], mix: Float[Array, ""]
-) -> Float[Array, "N C"]:
-    """(1 - a) own + a shared with a = sigmoid(mix), one learned number a layer.
+def _params(config: AnyExpertsConfig, d_model: int, columns: int) -> dict[str, Param]:
+    shape = (config.router_modalities, d_model, columns)
+    return {"kernel_MDC": Param(shape, ("modality", "embed", "router"), FanIn(num_batch=1))}
 
-    EvoMoE compares "with a weighted shared router" and does not say how it is weighted (our reading).
-    """
-    share = jax.nn.sigmoid(mix)
-    return (1 - share) * own_NC + share * shared_NC
+
+def _logits(
+    config: AnyExpertsConfig, params: Params, x_ND: Float[Array, "N D"], modality_N: Int[Array, "N"] | None
+) -> Float[Array, "N C"]:
+    del config
+    assert modality_N is not None  # the caller checks `needs_modality`
+    return per_modality_logits(x_ND, modality_N, params["kernel_MDC"])
+
+
+LINEAR = Router(linear_params, linear_logits)
+PER_MODALITY = Router(_params, _logits, needs_modality=True)
+PER_MODALITY_SHARED = with_shared(PER_MODALITY)

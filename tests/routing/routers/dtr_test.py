@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from nn.layers import FAST_COMPILE
 
+from anyexperts_jax.routing.routers.base import mixed_logits
 from anyexperts_jax.routing.routers.dtr import Hypernetworks, dtr_logits
-from anyexperts_jax.routing.routers.linear import mixed_logits, per_modality_logits
+from anyexperts_jax.routing.routers.linear import per_modality_logits
 
 
 def weights(M, D, Z, Q, C, seed=0):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.ops._select import on_one_device
+from anyexperts_jax.dispatch import blocks as module
+from anyexperts_jax.ops._select import sees_one_device
 from anyexperts_jax.ops.routed_mlp.loop import row_sizes
-from anyexperts_jax.sharding import blocks as module
 from tests.dispatch.plans import make_operands, make_plan, random_ids
 from tests.sharding.meshes import (
     CASES,
@@ -21,7 +21,7 @@ from tests.sharding.meshes import (
     WIDTH,
     assert_as_one_device,
     blocks,
-    capacity,
+    capacity_or_exact,
     dispatched,
     place,
     plan_of,
@@ -40,7 +40,7 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["random", "one sequence has slots"])
 def test_capacity_falls_back_to_it(case):
-    stats, expected = assert_as_one_device("data 2, expert 4", capacity, plan_of(case, overflow="fallback"))
+    stats, expected = assert_as_one_device("data 2, expert 4", capacity_or_exact, plan_of(case))
     assert stats.dropped == 0
     assert (stats.rows == expected.rows) == (case == "random")  # else the buffers' rows, which had room
 
@@ -71,18 +71,17 @@ def test_a_device_has_the_rows_of_its_own_tokens_alone(mesh, shards):
 
 
 def test_a_device_may_run_kernels(monkeypatch):
-    """They are the default where a trace is of one device, as the whole mesh's is not."""
+    """They are the default where a trace sees one device, as it does in a `shard_map` over the whole mesh."""
     seen, run = [], module.apply_slots
 
     def note(*operands, **how):
-        seen.append(on_one_device())
+        seen.append(sees_one_device())
         return run(*operands, **how)
 
     monkeypatch.setattr(module, "apply_slots", note)
     operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
     jax.eval_shape(blocks(place(MESHES["data 8"])), operands[0], plan_of("random"), *operands[1:])
     assert seen == [True]
-    assert not on_one_device()
 
 
 def test_what_the_mesh_does_not_divide_is_refused():

@@ -7,7 +7,6 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.exchange import rows_per_shard
-from anyexperts_jax.sharding.expert_parallel import moe_exchange_stats
 from tests.dispatch.plans import make_operands, make_plan, random_ids
 from tests.sharding.meshes import (
     CASES,
@@ -22,26 +21,30 @@ from tests.sharding.meshes import (
     WIDTH,
     assert_as_one_device,
     capacity,
+    dispatched,
     place,
     plan_of,
     split_over,
 )
 
 
-def exchange(placement, num_sequences=SEQUENCES, chunks=1):
-    how = {"num_sequences": num_sequences, "chunks": chunks}
-    return lambda x, plan, *weights: moe_exchange_stats(x, plan, *weights, placement, **how)
+def exchange(placement, num_sequences=SEQUENCES, **execution):
+    return dispatched(placement, "exchange", num_sequences, **execution)
+
+
+def exact(placement):
+    """On one device, where there is no mesh to exchange over, `blocks`."""
+    return exchange(placement, overflow="fallback")
 
 
 def in_chunks(placement):
-    return exchange(placement, chunks=3)
+    return exchange(placement, overflow="fallback", exchange_chunks=3)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
-    plan = plan_of(case, overflow="fallback")
-    stats, _ = assert_as_one_device(mesh, exchange, plan)
+    stats, _ = assert_as_one_device(mesh, exact, plan_of(case))
     assert stats.dropped == 0
     assert stats.rows == (CASES[case] < EMPTY).sum()
 
@@ -50,17 +53,16 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
 @pytest.mark.parametrize("case", ["random", "all on one expert", "one sequence has slots"])
 @pytest.mark.parametrize("mesh", ["expert 2, sequence 2, data 2"])
 def test_chunks_give_the_values_and_gradients_of_one_device(mesh, case):
-    plan = plan_of(case, overflow="fallback")
-    stats, _ = assert_as_one_device(mesh, in_chunks, plan)
+    stats, _ = assert_as_one_device(mesh, in_chunks, plan_of(case))
     assert stats.rows == (CASES[case] < EMPTY).sum()
 
 
 def test_what_does_not_fit_a_chunk_is_dropped_and_counted():
     plan = plan_of("one shard's experts alone")
     operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
-    run = jax.jit(exchange(place(MESHES["expert 8"]), chunks=2))
+    run = jax.jit(exchange(place(MESHES["expert 8"]), exchange_chunks=2))
     y_ND, stats = run(operands[0], plan, *operands[1:])
-    assert rows_per_shard(plan.spec, LENGTH // 2, 8) == 1  # ceil(1.25 * 1.5 * 3 / 8)
+    assert rows_per_shard(plan.spec, 1.25, LENGTH // 2, 8) == 1  # ceil(1.25 * 1.5 * 3 / 8)
     assert stats.dropped == 2 * TOKENS - 8 * 2
     kept_T = (y_ND != 0).any(1).reshape(SEQUENCES, LENGTH).sum(0)
     np.testing.assert_array_equal(kept_T, [SEQUENCES, 0, 0, SEQUENCES, 0, 0])
@@ -88,7 +90,7 @@ def test_devices_share_the_rows_of_capacity_buffers():
 
 def test_what_does_not_fit_is_dropped_and_counted_over_all_devices():
     plan = plan_of("one shard's experts alone")
-    placement, rows = place(MESHES["expert 8"]), rows_per_shard(plan.spec, LENGTH, 8)
+    placement, rows = place(MESHES["expert 8"]), rows_per_shard(plan.spec, 1.25, LENGTH, 8)
     operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
     y_ND, stats = jax.jit(exchange(placement))(operands[0], plan, *operands[1:])
     assert rows == 2  # ceil(1.25 * 1.5 * 6 / 8)
@@ -112,18 +114,20 @@ def test_drops_do_not_depend_on_later_tokens():
 def test_the_buffer_follows_the_budget():
     spec = plan_of("random").spec
     high, low = (dataclasses.replace(spec, expected_real_slots=slots) for slots in (8.0, 4.8))
-    assert rows_per_shard(high, 1024, 8) == 1280  # 1.25 * 8 * 1024 / 8
-    assert rows_per_shard(low, 1024, 8) == 768
-    assert rows_per_shard(high, 4, 8) == 5
-    assert rows_per_shard(dataclasses.replace(spec, num_experts=8), 4, 8) == 1  # one expert a shard: a slot a token
+    assert rows_per_shard(high, 1.25, 1024, 8) == 1280  # 1.25 * 8 * 1024 / 8
+    assert rows_per_shard(low, 1.25, 1024, 8) == 768
+    assert rows_per_shard(high, 1.25, 4, 8) == 5
+    assert (
+        rows_per_shard(dataclasses.replace(spec, num_experts=8), 1.25, 4, 8) == 1
+    )  # one expert a shard: a slot a token
 
 
 def test_what_the_mesh_does_not_divide_is_refused():
     plan, operands = plan_of("random"), make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
     with pytest.raises(UserError, match=r"4 sequences do not split over mesh axes .* of 8 devices"):
         exchange(place(MESHES["expert 8"]), num_sequences=4)(operands[0], plan, *operands[1:])
-    with pytest.raises(UserError, match=r"stack.exchange_chunks=4 must divide the 6 positions that a device has"):
-        exchange(place(MESHES["expert 8"]), chunks=4)(operands[0], plan, *operands[1:])
+    with pytest.raises(UserError, match=r"exchange_chunks=4 must divide the 6 positions that a device has"):
+        exchange(place(MESHES["expert 8"]), exchange_chunks=4)(operands[0], plan, *operands[1:])
     few = make_plan(np.zeros((TOKENS, 1)), 4)
     with pytest.raises(UserError, match=r"4 experts do not split over mesh axis 'expert' of 8"):
         exchange(place(MESHES["expert 8"]))(operands[0], few, *make_operands(TOKENS, 4)[1:])

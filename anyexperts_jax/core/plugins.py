@@ -1,0 +1,28 @@
+"""Modules of the user's that a run imports first, so that they can add to the registries."""
+
+import importlib
+import sys
+from collections.abc import Iterable
+
+from anyexperts_jax.core.errors import UserError
+
+
+def load_plugins(modules: Iterable[str]) -> None:
+    """Imports each module, from the current directory too.
+
+    Raises:
+      UserError: a module that is not there, or that raises an error when it is imported.
+    """
+    for name in modules:
+        if name in sys.modules:
+            continue
+        sys.path.append("")  # where the command was started: an installed command does not look there
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            missing = f"plugin {name!r} cannot be imported: {error}"
+            raise UserError(f"{missing}; start the command in its folder, or install it") from error
+        except (ImportError, SyntaxError, AttributeError, TypeError, NameError) as error:
+            raise UserError(f"plugin {name!r} fails when it is imported: {type(error).__name__}: {error}") from error
+        finally:
+            sys.path.remove("")

@@ -1,0 +1,54 @@
+"""Every extension point: one registry for each thing that a user's own package may add.
+
+The built-in entries are named by where they are defined and load when they are used, so that this module, which the
+configuration needs to check names, imports none of them.
+"""
+
+from typing import Any
+
+from anyexperts_jax.core.registry import Registry
+
+# routing.routers.base.Router: where the router's logits come from
+ROUTERS: Registry[Any] = Registry(
+    "router",
+    {
+        "linear": "anyexperts_jax.routing.routers.linear:LINEAR",
+        "per_modality": "anyexperts_jax.routing.routers.linear:PER_MODALITY",
+        "per_modality_shared": "anyexperts_jax.routing.routers.linear:PER_MODALITY_SHARED",
+        "dtr": "anyexperts_jax.routing.routers.dtr:DTR",
+        "dtr_shared": "anyexperts_jax.routing.routers.dtr:DTR_SHARED",
+    },
+)
+
+# routing.regularisers.Regulariser: what holds the importance, and with it the budget, in place
+REGULARISERS: Registry[Any] = Registry(
+    "importance regulariser",
+    {
+        "logit_l2": "anyexperts_jax.routing.regularisers:logit_l2",
+        "mean_target": "anyexperts_jax.routing.regularisers:mean_target",
+        "salience": "anyexperts_jax.routing.regularisers:salience",
+    },
+)
+
+# ops.experts.ExpertOps: what computes the experts, on rows in buffers and on tokens
+IMPLEMENTATIONS: Registry[Any] = Registry(
+    "implementation",
+    {
+        "reference": "anyexperts_jax.ops.expert_ops.plain:REFERENCE",
+        "xla": "anyexperts_jax.ops.expert_ops.plain:XLA",
+        "pallas_tpu": "anyexperts_jax.ops.expert_ops.tpu:PALLAS_TPU",
+        "pallas_gpu": "anyexperts_jax.ops.expert_ops.gpu:PALLAS_GPU",
+        "pallas_triton": "anyexperts_jax.ops.expert_ops.gpu:PALLAS_TRITON",
+    },
+)
+
+# dispatch.base.Dispatcher: what moves rows between tokens and experts, on one device and on a mesh
+DISPATCHERS: Registry[Any] = Registry(
+    "dispatch",
+    {
+        "blocks": "anyexperts_jax.dispatch.blocks:dispatch_blocks",
+        "capacity": "anyexperts_jax.dispatch.capacity:dispatch_capacity",
+        "dense": "anyexperts_jax.dispatch.dense:dispatch_dense",
+        "exchange": "anyexperts_jax.dispatch.exchange:dispatch_exchange",
+    },
+)

@@ -1,0 +1,81 @@
+"""`Registry`: the things of one kind that a configuration names, and the place where a user adds their own."""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Generic, TypeVar, cast
+
+from anyexperts_jax.core.errors import UserError, require, require_one_of
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Named entries of one kind, such as routers or dispatchers.
+
+    An entry is the thing itself or "module:attribute", which is imported when it is first asked for, so that a kernel's
+    compiler or an optional package loads only where it is used. A package of the user's adds an entry when it is
+    imported, and `--plugin my_package` imports it before the configuration is read:
+
+        from anyexperts_jax import DISPATCHERS
+        DISPATCHERS.register("mine", my_dispatcher)
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, T | str]) -> None:
+        self.kind = kind  # what the entries are, as messages call them
+        self._entries: dict[str, T | str] = dict(entries)
+
+    def register(self, name: str, entry: T | str) -> None:
+        """Adds an entry under a new name.
+
+        Raises:
+          UserError: the name is taken by another entry.
+        """
+        taken = name in self._entries and self._entries[name] is not entry
+        require(not taken, f"{self.kind} {name!r} is registered already; choose another name")
+        self._entries[name] = entry
+
+    def check(self, field: str, name: str) -> None:
+        """Raises `UserError` naming `field`, the value and the valid names unless `name` is registered."""
+        require_one_of(field, name, self.names())
+
+    def names(self) -> tuple[str, ...]:
+        """In the order of registration."""
+        return tuple(self._entries)
+
+    def __getitem__(self, name: str) -> T:
+        """The entry of that name.
+
+        Raises:
+          UserError: an unknown name, or an entry whose module is missing or does not define it.
+        """
+        self.check(self.kind, name)
+        entry = self._entries[name]
+        return cast(T, self._load(name, entry) if isinstance(entry, str) else entry)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _load(self, name: str, where: str) -> object:
+        module_name, _, attribute = where.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:  # another error of the module's own is not the user's: let it show
+            raise UserError(f"{self.kind} {name!r} cannot be loaded from {where}: {error}") from error
+        require(hasattr(module, attribute), f"{self.kind} {name!r}: module {module_name} defines no {attribute!r}")
+        return getattr(module, attribute)
+
+
+def registers(registry: Registry[T], name: str) -> Callable[[T], T]:
+    """A decorator that registers what it decorates and returns it unchanged."""
+
+    def register(entry: T) -> T:
+        registry.register(name, entry)
+        return entry
+
+    return register

@@ -1,0 +1,25 @@
+"""The implementations that XLA compiles alone: the definition, and the form that runs well."""
+
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array
+
+from anyexperts_jax.ops.expert_mlp import reference as expert_reference
+from anyexperts_jax.ops.expert_mlp import vjp as expert_vjp
+from anyexperts_jax.ops.experts import ExpertOps
+from anyexperts_jax.ops.routed_mlp import reference as routed_reference
+from anyexperts_jax.ops.routed_mlp import vjp as routed_vjp
+
+
+def with_residuals(run: Callable[..., Array]) -> Callable[..., Array]:
+    """`run`, computed again as a whole in the backward pass where residuals="recomputed"."""
+
+    def op(*operands: object, residuals: str) -> Array:
+        return run(*operands) if residuals == "saved" else jax.checkpoint(run)(*operands)
+
+    return op
+
+
+REFERENCE = ExpertOps(with_residuals(expert_reference.expert_mlp), with_residuals(routed_reference.routed_mlp))
+XLA = ExpertOps(with_residuals(expert_vjp.expert_mlp_xla), with_residuals(routed_vjp.routed_mlp_xla))

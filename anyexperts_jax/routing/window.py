@@ -1,0 +1,54 @@
+"""The slot window (k_min, k_max) that replaces the configuration's: one checkpoint at any budget."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.batch import ArrayLike
+from anyexperts_jax.core.config import AnyExpertsConfig, round_half_up
+from anyexperts_jax.core.errors import UserError, require
+
+Window = Float[ArrayLike, "2"] | Sequence[float]
+
+
+def check_window(config: AnyExpertsConfig, window: Window) -> tuple[float, float] | None:
+    """(k_min, k_max) of a concrete window; None for one that is traced, whose values nobody knows yet.
+
+    A traced window is clipped to [1, slots_bound] where it is used. Whoever makes the array it is traced from checks it
+    here first.
+
+    Raises:
+      UserError: not two finite numbers in order, from 1 to what the configuration's arrays have room for.
+    """
+    if isinstance(window, jax.core.Tracer):
+        require(window.shape == (2,), f"window has shape {window.shape}; need (2,), k_min and k_max")
+        return None
+    try:
+        values = np.asarray(window, np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"window={window!r} must be two numbers, (k_min, k_max)") from error
+    require(values.shape == (2,), f"window has shape {values.shape}; need (2,), k_min and k_max")
+    k_min, k_max = (float(value) for value in values)
+    shown = f"window=({k_min:g}, {k_max:g})"
+    require(bool(np.isfinite(values).all()), f"{shown} must be finite")
+    require(k_min <= k_max, f"{shown} is reversed; need k_min <= k_max")
+    require(k_min >= 1, f"{shown} must begin at 1 slot or more")
+    bound = config.slots_bound
+    most = k_max if config.switches.slot_rounding == "stochastic" else round_half_up(k_max)
+    require(most <= bound, f"{shown} asks for {most:g} slots, but k_max={config.k_max:g} makes room for {bound}")
+    return k_min, k_max
+
+
+def window_array(config: AnyExpertsConfig, window: Window | None) -> Float[Array, "2"]:
+    """The window in force, the configuration's where `window` is None, as float32."""
+    return jnp.asarray((config.k_min, config.k_max) if window is None else window, jnp.float32)
+
+
+def budget_in_force(config: AnyExpertsConfig, window: tuple[float, float] | None) -> float:
+    """The nominal budget of a concrete window, or else of the configuration: what sizes the buffers of dispatch."""
+    if window is None:
+        return config.expected_real_slots
+    return (1 - config.rho_max) * (window[0] + window[1]) / 2

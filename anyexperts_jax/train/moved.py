@@ -1,0 +1,61 @@
+"""Keys of run configurations that moved to another table: files and run directories of before still load."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from anyexperts_jax.core.config import SWITCH_NAMES
+from anyexperts_jax.core.errors import require
+
+_STACK = ("model", "stack")
+_MOE = ("model", "moe")
+_EXECUTION = (*_STACK, "execution")
+
+# Where a key stood, table by table, and where it stands now.
+MOVED: dict[tuple[str, ...], tuple[str, ...]] = {
+    (*_STACK, "dispatch"): (*_EXECUTION, "dispatch"),
+    (*_STACK, "expert_mlp"): (*_EXECUTION, "implementation"),
+    (*_STACK, "expert_residuals"): (*_EXECUTION, "residuals"),
+    (*_STACK, "exchange_chunks"): (*_EXECUTION, "exchange_chunks"),
+    (*_MOE, "capacity_factor"): (*_EXECUTION, "capacity_factor"),
+    (*_MOE, "overflow"): (*_EXECUTION, "overflow"),
+    **{(*_MOE, name): (*_MOE, "switches", name) for name in sorted(SWITCH_NAMES)},
+}
+
+
+def move_keys(values: Mapping[str, Any], root: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`values` with every key of `MOVED` in its new table.
+
+    Args:
+      root: the table that `values` are, where they are not a whole run configuration: ("model",) for a model's.
+
+    Raises:
+      UserError: a key is given in both places.
+    """
+    moved: dict[str, Any] = _copy(values)
+    for old, new in MOVED.items():
+        if old[: len(root)] != root or new[: len(root)] != root:
+            continue
+        table = _table(moved, old[len(root) : -1], make=False)
+        if table is None or old[-1] not in table:
+            continue
+        target = _table(moved, new[len(root) : -1], make=True)
+        both = f"key {'.'.join(old)} is now {'.'.join(new)}, and both are given; leave the former out"
+        require(target is not None and new[-1] not in target, both)
+        assert target is not None
+        target[new[-1]] = table.pop(old[-1])
+    return moved
+
+
+def _copy(values: Any) -> Any:
+    return {key: _copy(value) for key, value in values.items()} if isinstance(values, Mapping) else values
+
+
+def _table(values: dict[str, Any], path: tuple[str, ...], *, make: bool) -> dict[str, Any] | None:
+    """The table at `path`; None where there is none, unless it is to be made."""
+    for key in path:
+        if key not in values and make:
+            values[key] = {}
+        values = values.get(key)  # type: ignore[assignment]
+        if not isinstance(values, dict):
+            return None
+    return values
