@@ -104,8 +104,16 @@ def long_operands(dtype=jnp.float32):
     return rows, CausalMask(jnp.asarray(np.arange(256) < np.array([[256], [131]])))
 
 
-def test_splash_matches_xla_in_values_and_gradients_at_valid_positions():
+def in_segments(mask):
+    """The mask with its first example in three segments, of which one begins inside a block of positions."""
+    segment_T = np.searchsorted([40, 130], np.arange(256), side="right")
+    return CausalMask(mask.valid_BT, jnp.asarray(np.stack([segment_T, 0 * segment_T]), jnp.int32))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_splash_matches_xla_in_values_and_gradients_at_valid_positions(packed):
     rows, mask = long_operands()
+    mask = in_segments(mask) if packed else mask
 
     def total(run):
         out = lambda *rows: jnp.where(mask.valid_BT[..., None, None], run(*rows, mask), 0)  # noqa: E731
@@ -126,6 +134,30 @@ def test_a_causal_mask_is_the_array_it_stands_for():
     for implementation in IMPLEMENTATIONS:
         found = attention(queries, keys, values, mask, implementation)
         np.testing.assert_array_equal(found, attention(queries, keys, values, mask.dense(), implementation))
+
+
+def test_a_segment_sees_itself_alone():
+    """In the array, and in what a kernel takes that does causality itself."""
+    segment_BT = jnp.asarray([[0, 0, 1, 1, 1, 1], [3, 3, 3, 4, 5, 5]])
+    mask = CausalMask(jnp.asarray(np.arange(6) < np.array([[5], [6]])), segment_BT)
+    expected_BTT = np.zeros((2, 6, 6), bool)
+    for b, t, s in np.ndindex(2, 6, 6):
+        expected_BTT[b, t, s] = segment_BT[b, t] == segment_BT[b, s] and (b == 1 or s < 5)
+    np.testing.assert_array_equal(mask.in_any_order(), expected_BTT)
+    np.testing.assert_array_equal(mask.dense(), expected_BTT & np.tri(6, dtype=bool))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_another_segment_changes_nothing(implementation):
+    queries, keys, values = operands()
+    mask = CausalMask(jnp.ones((B, T), bool), jnp.asarray(np.tile(np.arange(T) >= 8, (B, 1)), jnp.int32))
+    before = attention(queries, keys, values, mask, implementation)
+    after = attention(queries, keys.at[:, 2:8].add(5.0), values.at[:, 2:8].set(1e4), mask, implementation)
+    np.testing.assert_array_equal(before[:, 8:], after[:, 8:])
+    np.testing.assert_array_equal(before[:, :2], after[:, :2])
+    assert not np.array_equal(before[:, 2:8], after[:, 2:8])
+    alone = attention(queries[:, 8:], keys[:, 8:], values[:, 8:], CausalMask(jnp.ones((B, T - 8), bool)), "xla")
+    np.testing.assert_allclose(before[:, 8:], alone, atol=2e-6)
 
 
 def test_splash_is_a_tpus_default_where_it_runs_and_refused_elsewhere(monkeypatch):
@@ -167,13 +199,14 @@ def test_cudnn_is_an_attached_gpus_default_in_16_bits_and_refused_elsewhere(monk
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_cudnn_matches_float32_in_values_and_gradients_at_valid_positions(kv_heads):
+@pytest.mark.parametrize(("kv_heads", "packed"), [(1, False), (2, False), (4, False), (2, True)])
+def test_cudnn_matches_float32_in_values_and_gradients_at_valid_positions(kv_heads, packed):
     (queries, keys, values), _ = long_operands(jnp.bfloat16)
     rows = (queries, *(jnp.tile(a[:, :, :1], (1, 1, kv_heads, 1)) for a in (keys, values)))
     valid_BT = np.arange(256) < np.array([[256], [131]])
     valid_BT[0, 7] = False  # a hole too, which lengths could not say
     mask = CausalMask(jnp.asarray(valid_BT))
+    mask = in_segments(mask) if packed else mask
 
     def total(implementation, *rows):
         out_BTHA = attention(*rows, mask, implementation).astype(jnp.float32)

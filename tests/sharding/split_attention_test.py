@@ -16,7 +16,8 @@ MESHES = {"batch": MeshConfig(data=2, fsdp=2, tensor=2), "heads": MeshConfig(dat
 def operands():
     rng = np.random.default_rng(0)
     rows = tuple(jnp.asarray(rng.normal(size=(B, T, heads, A)), jnp.float32) for heads in (H, G, G))
-    return rows, CausalMask(jnp.asarray(np.arange(T) < np.array([[16], [9], [12], [1]])))
+    segment_BT = np.arange(T) // np.array([[16], [4], [6], [16]])
+    return rows, CausalMask(jnp.asarray(np.arange(T) < np.array([[16], [9], [12], [1]])), jnp.asarray(segment_BT))
 
 
 @pytest.mark.parametrize("name", MESHES)

@@ -48,8 +48,8 @@ def cudnn_attention(
         f"head widths that are multiples of 8 up to {_WIDEST}; there are {length} queries and {keys_BTGA.shape[1]} "
         f"keys of width {width} in {queries_BTHA.dtype}; use implementation='xla'",
     )
-    # It takes validity as a bias, for every pair; the pairs past the diagonal it skips.
-    valid_B1TT = jnp.broadcast_to(mask.valid_BT[:, None, None, :], (len(mask.valid_BT), 1, length, length))
+    # It takes validity and segments as a bias, for every pair; the pairs past the diagonal it skips.
+    mask_B1TT = mask.in_any_order()[:, None]
     return jax.nn.dot_product_attention(
-        queries_BTHA, keys_BTGA, values_BTGA, mask=valid_B1TT, is_causal=True, implementation="cudnn"
+        queries_BTHA, keys_BTGA, values_BTGA, mask=mask_B1TT, is_causal=True, implementation="cudnn"
     )

@@ -3,7 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from anyexperts_jax.core.tree import register_dataclass
 
@@ -11,12 +11,21 @@ from anyexperts_jax.core.tree import register_dataclass
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CausalMask:
-    """Position t attends to the valid positions up to t. What a position gets that is not valid itself is finite and
-    else unspecified: implementations differ there."""
+    """Position t attends to the valid positions up to t of its own segment. What a position gets that is not valid
+    itself is finite and else unspecified: implementations differ there."""
 
     valid_BT: Bool[Array, "B T"]
+    segment_BT: Int[Array, "B T"] | None = None  # None: all positions of a sequence are one segment
 
     def dense(self) -> Bool[Array, "B T T"]:
-        """The mask as an array; a position that is not valid sees what a valid one would."""
+        """The mask as an array; a position that is not valid sees what a valid one of its segment would."""
         length = self.valid_BT.shape[1]
-        return (jnp.arange(length) <= jnp.arange(length)[:, None]) & self.valid_BT[:, None, :]
+        return (jnp.arange(length) <= jnp.arange(length)[:, None]) & self.in_any_order()
+
+    def in_any_order(self) -> Bool[Array, "B T T"]:
+        """The mask as an array, but for causality."""
+        batch, length = self.valid_BT.shape
+        valid_BTT = jnp.broadcast_to(self.valid_BT[:, None, :], (batch, length, length))
+        if self.segment_BT is None:
+            return valid_BTT
+        return valid_BTT & (self.segment_BT[:, :, None] == self.segment_BT[:, None, :])

@@ -59,10 +59,11 @@ def splash_attention(
         interpret=interpret,
     )
 
-    def run(queries_HTA: Array, keys_GTA: Array, values_GTA: Array, valid_T: Array) -> Array:
-        segments_T = valid_T.astype(jnp.int32)
+    def run(queries_HTA: Array, keys_GTA: Array, values_GTA: Array, segments_T: Array) -> Array:
         return kernel(queries_HTA, keys_GTA, values_GTA, library.SegmentIds(segments_T, segments_T))
 
     scaled = (queries_BTHA * width**-0.5).astype(queries_BTHA.dtype)
     queries_BHTA, keys_BGTA, values_BGTA = (a.swapaxes(1, 2) for a in (scaled, keys_BTGA, values_BTGA))
-    return jax.vmap(run)(queries_BHTA, keys_BGTA, values_BGTA, mask.valid_BT).swapaxes(1, 2)
+    segment_BT = jnp.zeros(mask.valid_BT.shape, jnp.int32) if mask.segment_BT is None else mask.segment_BT
+    kernel_segment_BT = jnp.where(mask.valid_BT, segment_BT + 1, 0)  # 0: what is not valid sees only its like
+    return jax.vmap(run)(queries_BHTA, keys_BGTA, values_BGTA, kernel_segment_BT).swapaxes(1, 2)
