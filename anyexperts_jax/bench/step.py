@@ -21,7 +21,7 @@ from anyexperts_jax.bench.cases import temporary_mib
 from anyexperts_jax.bench.output import environment, markdown, write_files
 from anyexperts_jax.bench.peers import PEER, has_transformers, transformers_step
 from anyexperts_jax.bench.stopwatch import interleaved_rounds
-from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.batch import Batch, make_batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.data.config import DataConfig
@@ -209,27 +209,9 @@ def own_step(config: RunConfig, tokens_BT: np.ndarray, states: States) -> tuple[
 
 def text_batch(tokens_BT: np.ndarray) -> Batch:
     """Text alone, without padding; every position predicts the next."""
-    batch, length = tokens_BT.shape
-    everywhere_BT = np.ones(tokens_BT.shape, bool)
-    zeros_BT, zeros_B = np.zeros(tokens_BT.shape, np.int32), np.zeros(batch, np.int32)
-    return jax.tree.map(
-        jnp.asarray,
-        Batch(
-            tokens_BT=tokens_BT,
-            modality_BT=zeros_BT,
-            valid_BT=everywhere_BT,
-            loss_mask_BT=everywhere_BT & (np.arange(length) < length - 1),
-            evidence_BT=~everywhere_BT,
-            time_BT=zeros_BT,
-            patches_BPX=np.zeros((batch, 0, 0), np.float32),
-            patch_place_BP=np.zeros((batch, 0), np.int32),
-            frames_BSX=np.zeros((batch, 0, 0), np.float32),
-            domain_B=zeros_B,
-            question_B=zeros_B,
-            level_B=zeros_B,
-            example_B=zeros_B,
-        ),
-    )
+    loss_mask_BT = np.ones(tokens_BT.shape, bool)
+    loss_mask_BT[:, -1] = False
+    return jax.tree.map(jnp.asarray, make_batch(tokens_BT, loss_mask_BT=loss_mask_BT))
 
 
 def step_table(bench: StepBench) -> TextTable:

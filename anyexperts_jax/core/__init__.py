@@ -16,5 +16,6 @@ One letter means one thing everywhere: in names (`x_BTD`), annotations (`Float[A
 
 Terms: `importance` w in (0, 1), one per token and layer; `slots` K_i; `real_slots` and `virtual_slots` that add up
 to them; `capacity_factor`, `dispatch`, `combine`, `load` as in the mixture-of-experts literature; `dropped`, slots
-that found no room; `window`, the pair (k_min, k_max); `budget`, the average number of real slots per token.
+that found no room; `segment`, one of the examples packed into a row; `item`, one picture, video or sound of a row;
+`window`, the pair (k_min, k_max); `budget`, the average number of real slots per token.
 """

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.batch import Batch, make_batch, require_one_segment
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.tokenizer import PAD, SEP, decode
@@ -32,19 +32,34 @@ def pad_rows(batch: Batch, rows: int) -> Batch:
 
 
 def answers(batch: Batch) -> list[str]:
-    """The text of each row's answer, "" for a padding row."""
+    """The text of each row's answer, "" for a padding row.
+
+    Raises:
+      UserError: where a row holds several examples.
+    """
+    require_one_segment(batch, "answers are read one a row")
     tokens_BT, loss_mask_BT = np.asarray(batch.tokens_BT), np.asarray(batch.loss_mask_BT)
     return [decode(tokens[1:][mask[:-1]]) for tokens, mask in zip(tokens_BT, loss_mask_BT, strict=True)]
 
 
 def questions(batch: Batch) -> list[str]:
-    """The text of each row's question, "" for a padding row."""
+    """The text of each row's question, "" for a padding row.
+
+    Raises:
+      UserError: where a row holds several examples.
+    """
+    require_one_segment(batch, "questions are read one a row")
     tokens_BT = np.asarray(batch.tokens_BT)
     return [decode(tokens[: int(np.argmax(tokens == SEP))]) for tokens in tokens_BT]
 
 
 def prompts(batch: Batch) -> Batch:
-    """The batch without its answers: every row ends with its SEP, and nothing after it is valid."""
+    """The batch without its answers: every row ends with its SEP, and nothing after it is valid.
+
+    Raises:
+      UserError: where a row holds several examples.
+    """
+    require_one_segment(batch, "prompts are made one a row")
     tokens_BT = np.asarray(batch.tokens_BT)
     is_sep_BT = tokens_BT == SEP
     after_BT = np.cumsum(is_sep_BT, axis=1) - is_sep_BT > 0
@@ -58,19 +73,11 @@ def prompts(batch: Batch) -> Batch:
 
 def empty_batch(spec: EncodingSpec, rows: int) -> Batch:
     """A batch of padding alone, in the shapes and types of every batch of `spec`."""
-    B, T = rows, spec.max_length
-    return Batch(
-        tokens_BT=np.full((B, T), PAD, np.int32),
-        modality_BT=np.zeros((B, T), np.int32),
-        valid_BT=np.zeros((B, T), bool),
-        loss_mask_BT=np.zeros((B, T), bool),
-        evidence_BT=np.zeros((B, T), bool),
-        time_BT=np.zeros((B, T), np.int32),
-        patches_BPX=np.zeros((B, spec.max_patches, spec.patch_features), np.float32),
-        patch_place_BP=np.zeros((B, spec.max_patches), np.int32),
-        frames_BSX=np.zeros((B, spec.max_frames, spec.frame_features), np.float32),
-        domain_B=np.zeros(B, np.int32),
-        question_B=np.zeros(B, np.int32),
-        level_B=np.zeros(B, np.int32),
-        example_B=np.zeros(B, np.int32),
+    T = spec.max_length
+    return make_batch(
+        np.full((rows, T), PAD, np.int32),
+        valid_BT=np.zeros((rows, T), bool),
+        position_BT=np.zeros((rows, T), np.int32),
+        patches_BPX=np.zeros((rows, spec.max_patches, spec.patch_features), np.float32),
+        frames_BSX=np.zeros((rows, spec.max_frames, spec.frame_features), np.float32),
     )

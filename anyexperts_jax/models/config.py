@@ -1,6 +1,8 @@
 """What a model is made of. Each part has its own dataclass; each is checked when it is made."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
@@ -16,14 +18,19 @@ class VisionConfig:
       UserError: naming the value and the rule it breaks.
     """
 
+    REPLACED: ClassVar[Mapping[str, str]] = {
+        "max_places": "a patch now has a row and a column in place of one number, on grids of any size: delete the "
+        "key; a run or checkpoint that has it learned the numbers and must be trained again"
+    }
+
     patch_features: int = 192  # X of a patch: height * width * channels
-    max_places: int = 72  # rows of the table of places on a frame's grid
+    place_frequencies: int = 18  # of the waves that encode a patch's row, and of those that encode its column
     max_frames: int = 16  # rows of the table of frame times
     num_layers: int = 0  # transformer layers in which the patches of one frame see each other
     d_ff: int = 256
 
     def __post_init__(self) -> None:
-        _require_sizes("vision", self, ("patch_features", "max_places", "max_frames", "d_ff"))
+        _require_sizes("vision", self, ("patch_features", "place_frequencies", "max_frames", "d_ff"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +42,7 @@ class AudioConfig:
     """
 
     frame_features: int = 160  # X of a frame: mel bands * frames per chunk
-    num_layers: int = 0  # transformer layers in which all frames of a clip see each other
+    num_layers: int = 0  # transformer layers in which the frames of one clip see each other
     d_ff: int = 256
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.batch import Batch, require_one_segment
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.dispatch.execution import BUFFERED
 from anyexperts_jax.models.config import ModelConfig
@@ -42,9 +42,10 @@ def generate(
       window, router_bias_LC: as for `MultimodalModel`.
 
     Raises:
-      UserError: when max_new_tokens < 1 or the batch does not fit the model.
+      UserError: when max_new_tokens < 1, the batch does not fit the model, or a row of it has several segments.
     """
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be >= 1")
+    require_one_segment(prompt_batch, "generation continues one prompt a row")
     if window is not None:
         check_window(config.moe, window)
     static = (dropless(config), max_new_tokens, placement_of(params))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.batch import Batch, make_batch
 from anyexperts_jax.core.initializers import Normal
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.config import ModelConfig
@@ -113,20 +113,10 @@ def smallest_batch(config: ModelConfig) -> Batch:
     patch_features = config.vision.patch_features if config.vision else 0
     frame_features = config.audio.frame_features if config.audio else 0
     rows_P, rows_S = int(config.vision is not None), int(config.audio is not None)
-    return Batch(
-        tokens_BT=one_BT * config.pad_id,
-        modality_BT=one_BT * 0,
-        valid_BT=one_BT > 0,
-        loss_mask_BT=one_BT < 0,
-        evidence_BT=one_BT < 0,
-        time_BT=one_BT * 0,
+    return make_batch(
+        one_BT * config.pad_id,
         patches_BPX=jnp.zeros((1, rows_P, patch_features)),
-        patch_place_BP=jnp.zeros((1, rows_P), jnp.int32),
         frames_BSX=jnp.zeros((1, rows_S, frame_features)),
-        domain_B=one_BT[0] * 0,
-        question_B=one_BT[0] * 0,
-        level_B=one_BT[0],
-        example_B=one_BT[0] * 0,
     )
 
 

@@ -1,11 +1,68 @@
-"""Which row of the encoded patches or frames each position of a sequence reads."""
+"""What the encoders read, and which row of it each position of a sequence reads back."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from anyexperts_jax.core.batch import ArrayLike, Batch
+from anyexperts_jax.core.modality import Modality
+from anyexperts_jax.core.tree import register_dataclass
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MediaBatch:
+    """The patches or the audio frames of a batch, R rows a sequence, and where each row is in its own item.
+
+    The items of a sequence are its pictures, videos and sounds: an encoder reads each as if it were alone.
+    """
+
+    features_BRX: Float[Array, "B R X"]
+    used_BR: Bool[Array, "B R"]  # a position of the sequence reads the row
+    item_BR: Int[Array, "B R"]
+    time_BR: Int[Array, "B R"]  # frame of a video, chunk of a sound, from 0 in each item
+    grid_row_BR: Int[Array, "B R"]  # of a patch on its frame's grid; 0 for sound
+    grid_column_BR: Int[Array, "B R"]
+
+    def same_item(self) -> Bool[Array, "B R R"]:
+        """True where the second row is used and of the first row's item."""
+        return (self.item_BR[:, :, None] == self.item_BR[:, None, :]) & self.used_BR[:, None, :]
+
+    def same_frame(self) -> Bool[Array, "B R R"]:
+        """True where, besides, both are of one time: patches of one picture or of one frame of a video."""
+        return self.same_item() & (self.time_BR[:, :, None] == self.time_BR[:, None, :])
+
+
+def visual_media(batch: Batch) -> tuple[Bool[Array, "B T"], MediaBatch]:
+    """(the positions that read patches, the patches)."""
+    modality_BT = jnp.asarray(batch.modality_BT)
+    visual_BT = (modality_BT == Modality.IMAGE) | (modality_BT == Modality.VIDEO)
+    places = (batch.patch_item_BP, batch.patch_row_BP, batch.patch_column_BP)
+    return visual_BT, _media_batch(batch, visual_BT, batch.patches_BPX, places)
+
+
+def audio_media(batch: Batch) -> tuple[Bool[Array, "B T"], MediaBatch]:
+    """(the positions that read audio frames, the frames)."""
+    audio_BT = jnp.asarray(batch.modality_BT) == Modality.AUDIO
+    item_BS = jnp.asarray(batch.frame_item_BS)
+    return audio_BT, _media_batch(batch, audio_BT, batch.frames_BSX, (item_BS, item_BS * 0, item_BS * 0))
+
+
+def _media_batch(batch: Batch, media_BT: Array, features_BRX: ArrayLike, places: tuple[ArrayLike, ...]) -> MediaBatch:
+    rows = features_BRX.shape[1]
+    item_BR, grid_row_BR, grid_column_BR = (jnp.asarray(a) for a in places)
+    return MediaBatch(
+        features_BRX=jnp.asarray(features_BRX),
+        used_BR=used_rows(media_BT, rows),
+        item_BR=item_BR,
+        time_BR=row_values(media_BT, jnp.asarray(batch.time_BT), rows),
+        grid_row_BR=grid_row_BR,
+        grid_column_BR=grid_column_BR,
+    )
 
 
 def media_rows(media_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:

@@ -13,7 +13,7 @@ from anyexperts_jax.core.modality import NUM_MODALITIES, Modality
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.models.audio import AudioEncoder
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.models.media import place_rows, row_values, used_rows
+from anyexperts_jax.models.media import audio_media, place_rows, visual_media
 from anyexperts_jax.models.vision import VisionEncoder
 from anyexperts_jax.nn.attention import rotations
 from anyexperts_jax.nn.block import BlockContext
@@ -90,12 +90,10 @@ class MultimodalModel(nn.Module):
         window: Float[Array, "2"] | None = None,
     ) -> ModelOutput:
         """The call from `embed` on: what follows the embedded sequence, for those who ask what depends on it."""
-        length = batch.tokens_BT.shape[1]
-        positions_BT = jnp.broadcast_to(jnp.arange(length), batch.tokens_BT.shape)
-        valid_BT = jnp.asarray(batch.valid_BT)
         stack = self.config.stack
-        mask = whole_mask(CausalMask(valid_BT), stack.attention.head_dim, jnp.dtype(stack.dtype), self.placement)
-        context = self._context(positions_BT, valid_BT, mask, jnp.asarray(batch.modality_BT), window)
+        causal = CausalMask(jnp.asarray(batch.valid_BT), jnp.asarray(batch.segment_BT))
+        mask = whole_mask(causal, stack.attention.head_dim, jnp.dtype(stack.dtype), self.placement)
+        context = self._batch_context(batch, mask, window)
         x_BTD, trace, _ = self._decode(x_BTD, context, router_bias_LC)
         return ModelOutput(self._logits(x_BTD), trace)
 
@@ -107,13 +105,13 @@ class MultimodalModel(nn.Module):
         router_bias_LC: Float[Array, "L C"] | None = None,
         window: Float[Array, "2"] | None = None,
     ) -> tuple[Float[Array, "B Y"], StackCache]:
-        """Logits after each sequence's last valid position, and the cache filled with the sequences."""
+        """Logits after each sequence's last valid position, and the cache filled with the sequences.
+
+        A sequence is one segment: the cache keeps none apart.
+        """
         _check_batch(self.config, batch)
-        length = batch.tokens_BT.shape[1]
-        positions_BT = jnp.broadcast_to(jnp.arange(length), batch.tokens_BT.shape)
         valid_BT = jnp.asarray(batch.valid_BT)
-        mask_BTS = causal_mask(positions_BT, cache.length)
-        context = self._context(positions_BT, valid_BT, mask_BTS, jnp.asarray(batch.modality_BT), window)
+        context = self._batch_context(batch, causal_mask(_row_positions(batch), cache.length), window)
         x_BTD, _, written = self._decode(self.embed(batch), context, router_bias_LC, cache)
         last_B = jnp.maximum(valid_BT.sum(axis=1) - 1, 0)
         return self._logits(x_BTD[jnp.arange(x_BTD.shape[0]), last_B]), cast(StackCache, written)
@@ -133,40 +131,36 @@ class MultimodalModel(nn.Module):
         modality_BT = jnp.full_like(positions_BT, Modality.TEXT)
         x_BTD = self.tokens(tokens_B[:, None]) + self.modality(modality_BT)
         mask_BTS = causal_mask(positions_BT, cache.length)
-        context = self._context(positions_BT, live_B[:, None], mask_BTS, modality_BT, window)
+        rotation = rotations(self.config.stack.attention, positions_BT)
+        context = BlockContext(positions_BT, live_B[:, None], mask_BTS, rotation, window, modality_BT)
         x_BTD, _, written = self._decode(x_BTD, context, router_bias_LC, cache)
         return self._logits(x_BTD[:, 0]), cast(StackCache, written)
 
     def embed(self, batch: Batch) -> Float[Array, "B T D"]:
         """The sequence as the first block sees it."""
-        modality_BT = jnp.asarray(batch.modality_BT)
         x_BTD = self.tokens(jnp.asarray(batch.tokens_BT))
         if self.config.vision is not None:
-            visual_BT = (modality_BT == Modality.IMAGE) | (modality_BT == Modality.VIDEO)
-            num_patches = batch.patches_BPX.shape[1]
-            encoded_BPD = self.vision(
-                jnp.asarray(batch.patches_BPX),
-                jnp.asarray(batch.patch_place_BP),
-                row_values(visual_BT, jnp.asarray(batch.time_BT), num_patches),
-                used_rows(visual_BT, num_patches),
-            )
-            x_BTD = place_rows(x_BTD, visual_BT, encoded_BPD)
+            visual_BT, patches = visual_media(batch)
+            x_BTD = place_rows(x_BTD, visual_BT, self.vision(patches))
         if self.config.audio is not None:
-            audio_BT = modality_BT == Modality.AUDIO
-            encoded_BSD = self.audio(jnp.asarray(batch.frames_BSX), used_rows(audio_BT, batch.frames_BSX.shape[1]))
-            x_BTD = place_rows(x_BTD, audio_BT, encoded_BSD)
-        return split_tokens(x_BTD + self.modality(modality_BT), self.placement, ("batch", "length"))
+            audio_BT, frames = audio_media(batch)
+            x_BTD = place_rows(x_BTD, audio_BT, self.audio(frames))
+        modality_BTD = self.modality(jnp.asarray(batch.modality_BT))
+        return split_tokens(x_BTD + modality_BTD, self.placement, ("batch", "length"))
 
-    def _context(
-        self,
-        positions_BT: Int[Array, "B T"],
-        valid_BT: Bool[Array, "B T"],
-        mask: Bool[Array, "B T S"] | CausalMask,
-        modality_BT: Int[Array, "B T"],
-        window: Float[Array, "2"] | None,
+    def _batch_context(
+        self, batch: Batch, mask: Bool[Array, "B T S"] | CausalMask, window: Float[Array, "2"] | None
     ) -> BlockContext:
-        rotation = rotations(self.config.stack.attention, positions_BT)
-        return BlockContext(positions_BT, valid_BT, mask, rotation, window, modality_BT)
+        """Positions in the row are where a cache is written; those in the segment are what attention tells apart."""
+        return BlockContext(
+            positions_BT=_row_positions(batch),
+            valid_BT=jnp.asarray(batch.valid_BT),
+            mask=mask,
+            rotation=rotations(self.config.stack.attention, jnp.asarray(batch.position_BT)),
+            window=window,
+            modality_BT=jnp.asarray(batch.modality_BT),
+            segment_BT=jnp.asarray(batch.segment_BT),
+        )
 
     def _decode(
         self,
@@ -180,6 +174,10 @@ class MultimodalModel(nn.Module):
     def _logits(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest Y"]:
         x = self.final_norm(x)
         return self.tokens.logits(x) if self.config.tie_embeddings else self.head(x)
+
+
+def _row_positions(batch: Batch) -> Int[Array, "B T"]:
+    return jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1]), batch.tokens_BT.shape)
 
 
 def causal_mask(positions_BT: Int[Array, "B T"], num_keys: int) -> Bool[Array, "B T S"]:

@@ -40,7 +40,7 @@ def _small() -> ModelConfig:
             dtype="bfloat16",
         ),
         moe=AnyExpertsConfig(num_experts=64, num_virtual=16, switches=Switches(cap_rounding="floor")),
-        vision=VisionConfig(max_places=256, num_layers=2, d_ff=1536),
+        vision=VisionConfig(num_layers=2, d_ff=1536),
         audio=AudioConfig(num_layers=2, d_ff=1536),
     )
 
@@ -75,7 +75,7 @@ def _ling_mini_2() -> ModelConfig:
             expert_bias=True,
             switches=Switches(selection="scores"),
         ),
-        vision=VisionConfig(patch_features=14 * 14 * 3, max_places=1024, max_frames=128, d_ff=5120),
+        vision=VisionConfig(patch_features=14 * 14 * 3, max_frames=128, d_ff=5120),
         audio=AudioConfig(frame_features=80 * 4, d_ff=5120),
     )
 

@@ -1,24 +1,30 @@
 """Image and video patches to embeddings."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.models.config import VisionConfig
 from anyexperts_jax.models.encoder import EncoderTail, FeatureEmbedding
+from anyexperts_jax.models.media import MediaBatch
 from anyexperts_jax.nn.block import BlockContext
 from anyexperts_jax.nn.config import StackConfig
 from anyexperts_jax.nn.embeddings import Embedding
+from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.sharding.placement import Placement
+
+SHORTEST_WAVE, LONGEST_WAVE = 4.0, 256.0  # patches: neighbours differ clearly, and no grid in sight wraps around
+_STD = 0.5  # of what place and time each add to a patch at initialisation
 
 
 class VisionEncoder(nn.Module):
     """Linear patches, plus learned embeddings of the place on the frame and of the frame's time.
 
-    Transformer layers, where configured, let a patch see its own frame's patches and no other frame's: a later frame
-    never changes an earlier one.
+    Transformer layers, where configured, let a patch see the patches of its own frame: no other frame, so that a later
+    one never changes an earlier one, and no other picture or video of its sequence.
     """
 
     config: VisionConfig
@@ -26,20 +32,28 @@ class VisionEncoder(nn.Module):
     placement: Placement | None = None  # of the arrays; None: on one device
 
     @nn.compact
-    def __call__(
-        self,
-        patches_BPX: Float[Array, "B P X"],
-        place_BP: Int[Array, "B P"],
-        time_BP: Int[Array, "B P"],
-        used_BP: Bool[Array, "B P"],
-    ) -> Float[Array, "B P D"]:
+    def __call__(self, patches: MediaBatch) -> Float[Array, "B P D"]:
         config, stack = self.config, self.stack
-        types: dict[str, Any] = {"std": 0.5, "dtype": stack.dtype, "param_dtype": stack.param_dtype}
-        types |= {"placement": self.placement, "id_axes": ("batch",)}
-        x_BPD = FeatureEmbedding(stack, name="patch")(patches_BPX)
-        x_BPD = x_BPD + Embedding(config.max_places, stack.d_model, name="place", **types)(place_BP)
-        x_BPD = x_BPD + Embedding(config.max_frames, stack.d_model, name="time", **types)(time_BP)
-        same_frame_BPP = time_BP[:, :, None] == time_BP[:, None, :]
-        positions_BP = jnp.broadcast_to(jnp.arange(place_BP.shape[1]), place_BP.shape)
-        context = BlockContext(positions_BP, used_BP, same_frame_BPP & used_BP[:, None, :])
+        types: dict[str, Any] = {"dtype": stack.dtype, "param_dtype": stack.param_dtype}
+        where: dict[str, Any] = {"placement": self.placement, "id_axes": ("batch",)}
+        waves_BPX = place_waves(patches.grid_row_BR, patches.grid_column_BR, config.place_frequencies)
+        # The squares of a sine and a cosine add up to one, so half the features' number is the sum of their squares.
+        place = Linear((stack.d_model,), ("features", "embed"), scale=_STD * math.sqrt(2), name="place", **types)
+        time = Embedding(config.max_frames, stack.d_model, std=_STD, name="time", **types, **where)
+        x_BPD = FeatureEmbedding(stack, name="patch")(patches.features_BRX)
+        x_BPD = x_BPD + place(waves_BPX) + time(patches.time_BR)
+        context = BlockContext(patches.time_BR, patches.used_BR, patches.same_frame())
         return EncoderTail(stack, config.num_layers, config.d_ff, name="tail")(x_BPD, context)
+
+
+def place_waves(
+    row_BP: Int[Array, "B P"], column_BP: Int[Array, "B P"], frequencies: int
+) -> Float[Array, "B P four_frequencies"]:
+    """Sines and cosines of a patch's row, then of its column, float32: an address on a grid of any size.
+
+    The waves are from `SHORTEST_WAVE` to `LONGEST_WAVE` patches long, in geometric steps.
+    """
+    exponents = jnp.arange(frequencies, dtype=jnp.float32) / max(frequencies - 1, 1)
+    per_patch = 2 * jnp.pi / SHORTEST_WAVE * (SHORTEST_WAVE / LONGEST_WAVE) ** exponents
+    angles = [place_BP[:, :, None].astype(jnp.float32) * per_patch for place_BP in (row_BP, column_BP)]
+    return jnp.concatenate([wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)], axis=-1)

@@ -33,6 +33,7 @@ class BlockContext:
     rotation: Rotations | None = None
     window: Float[Array, "2"] | None = None
     modality_BT: Int[Array, "B T"] | None = None  # for routers that tell modalities apart
+    segment_BT: Int[Array, "B T"] | None = None  # for layers that tell packed examples apart; the mask does already
 
 
 def _norm(config: StackConfig, name: str) -> RMSNorm:

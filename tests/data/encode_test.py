@@ -37,6 +37,8 @@ def test_a_text_sequence_by_hand():
     assert np.flatnonzero(fields["evidence_BT"]).tolist() == [4, 6, 7, 8]  # "3" and "odd"
     assert not fields["modality_BT"].any()
     assert not fields["patches_BPX"].any()
+    assert not fields["segment_BT"].any()
+    assert fields["position_BT"].tolist() == list(range(32))
     assert [int(fields[name]) for name in ("domain_B", "question_B", "level_B", "example_B")] == [2, 1, 2, 9]
 
 
@@ -52,7 +54,9 @@ def test_an_image_by_hand():
     assert (fields["modality_BT"][media] == IMAGE).all()
     assert (fields["modality_BT"] == IMAGE).sum() == 6
     assert np.flatnonzero(fields["evidence_BT"]).tolist() == [2, 5]
-    assert fields["patch_place_BP"].tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
+    assert fields["patch_row_BP"].tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
+    assert fields["patch_column_BP"].tolist() == [0, 1, 2, 0, 1, 2, 0, 0]
+    assert not fields["patch_item_BP"].any()
     pixels = (fields["patches_BPX"][:6].reshape(6, 8, 8, 3) + 1) * 127.5
     assert np.allclose(pixels[4, 2, 3], [8 + 2, 8 + 3, 7], atol=1e-4)  # row 1, column 1 of the grid
     assert (fields["patches_BPX"][6:] == 0).all()
@@ -70,7 +74,8 @@ def test_a_video_by_hand():
     fields = encode(video_example(), SPEC)
     assert (fields["modality_BT"][1:7] == VIDEO).all()
     assert fields["time_BT"][:8].tolist() == [0, 0, 0, 1, 1, 2, 2, 0]
-    assert fields["patch_place_BP"].tolist() == [0, 1, 0, 1, 0, 1, 0, 0]
+    assert not fields["patch_row_BP"].any()
+    assert fields["patch_column_BP"].tolist() == [0, 1, 0, 1, 0, 1, 0, 0]
     assert np.allclose((fields["patches_BPX"][:6, 0] + 1) * 127.5, [0, 0, 1, 1, 2, 2], atol=1e-4)
 
 
@@ -136,6 +141,7 @@ def test_a_spec_refuses_bad_values(change, message):
 def test_a_model_must_read_what_is_encoded():
     require_fits_model(EncodingSpec(), ModelConfig())
     require_fits_model(EncodingSpec(max_frames=0), ModelConfig(audio=None))
+    require_fits_model(EncodingSpec(max_patches=10_000), ModelConfig())  # a place has coordinates, not a table
     for spec, model, message in (
         (EncodingSpec(max_length=256), ModelConfig(), "max_length=256 is longer than the model's max_length=128"),
         (
@@ -146,7 +152,6 @@ def test_a_model_must_read_what_is_encoded():
         (EncodingSpec(), ModelConfig(audio=None), "the model has no audio part; set encoding.max_frames=0"),
         (EncodingSpec(), ModelConfig(audio=AudioConfig(frame_features=128)), "makes 160 audio features"),
         (EncodingSpec(patch_size=4), ModelConfig(vision=VisionConfig()), "makes 48 vision features"),
-        (EncodingSpec(max_patches=73), ModelConfig(), "max_patches=73 is more than the model's vision.max_places=72"),
         (EncodingSpec(max_video_frames=17), ModelConfig(), "max_video_frames=17 is more than .* vision.max_frames=16"),
     ):
         with pytest.raises(UserError, match=message):

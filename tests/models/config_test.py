@@ -13,7 +13,7 @@ from anyexperts_jax.models.config import AudioConfig, ModelConfig, VisionConfig
         (ModelConfig, {"max_length": 0}, "max_length=0 must be >= 1"),
         (ModelConfig, {"pad_id": 260}, r"pad_id=260 must be in \[0, vocab_size=260\)"),
         (ModelConfig, {"eos_id": -1}, r"eos_id=-1 must be in \[0, vocab_size=260\)"),
-        (VisionConfig, {"max_places": 0}, "vision.max_places=0 must be >= 1"),
+        (VisionConfig, {"place_frequencies": 0}, "vision.place_frequencies=0 must be >= 1"),
         (VisionConfig, {"num_layers": -1}, "vision.num_layers=-1 must be >= 0"),
         (AudioConfig, {"frame_features": 0}, "audio.frame_features=0 must be >= 1"),
     ],

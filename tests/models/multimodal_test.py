@@ -79,7 +79,8 @@ def test_more_padding_changes_nothing(params, output):
     batch = random_batch()
     padded = {
         name: np.pad(getattr(batch, name), ((0, 0), (0, 2)), constant_values=SMALL.pad_id if name == "tokens_BT" else 0)
-        for name in ("tokens_BT", "modality_BT", "valid_BT", "loss_mask_BT", "evidence_BT", "time_BT")
+        for name in vars(batch)
+        if name.endswith("_BT")
     }
     result = forward(SMALL)(params, dataclasses.replace(longer, **{**vars(batch), **padded}))
     valid = batch.valid_BT
@@ -104,7 +105,13 @@ def test_what_padding_holds_changes_nothing(params, output):
 
 @pytest.mark.parametrize(
     ("name", "index", "position"),
-    [("patches_BPX", (0, 1), 2), ("frames_BSX", (0, 1), 5), ("patches_BPX", (0, 4), 7), ("patch_place_BP", (0, 4), 7)],
+    [
+        ("patches_BPX", (0, 1), 2),
+        ("frames_BSX", (0, 1), 5),
+        ("patches_BPX", (0, 4), 7),
+        ("patch_row_BP", (0, 4), 7),
+        ("patch_column_BP", (0, 4), 7),
+    ],
 )
 def test_each_row_reaches_its_own_position(params, output, name, index, position):
     # Sequence 0: image at positions 1..3 reads patch rows 0..2, audio at 4..5 frames 0..1, video at 6..9 rows 3..6.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.batch import Batch, make_batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.config import AudioConfig, ModelConfig, VisionConfig
@@ -29,7 +29,7 @@ SMALL = ModelConfig(
         execution=Execution(dispatch="dense"),
     ),
     moe=AnyExpertsConfig(num_experts=6, num_virtual=2, k_min=2, k_max=5, rho_max=0.25, alpha=0.1),
-    vision=VisionConfig(patch_features=12, max_places=9, max_frames=4, d_ff=20),
+    vision=VisionConfig(patch_features=12, place_frequencies=3, max_frames=4, d_ff=20),
     audio=AudioConfig(frame_features=10, d_ff=20),
 )
 
@@ -67,18 +67,18 @@ def random_batch(config=SMALL, lengths=(20, 14, 7), total=22, seed=1) -> Batch:
     modality_BT[1, 1:6] = 0
     valid_BT = np.arange(T) < np.asarray(lengths)[:, None]
     tokens_BT = rng.integers(0, 36, (B, 24))[:, :T]  # the same tokens whatever the padding
-    return Batch(
-        tokens_BT=np.where((modality_BT == 0) & valid_BT, tokens_BT, config.pad_id).astype(np.int32),
+    return make_batch(
+        np.where((modality_BT == 0) & valid_BT, tokens_BT, config.pad_id).astype(np.int32),
         modality_BT=np.where(valid_BT, modality_BT, 0).astype(np.int32),
         valid_BT=valid_BT,
         loss_mask_BT=valid_BT & (np.arange(T) >= 5),
-        evidence_BT=np.zeros((B, T), bool),
         time_BT=time_BT,
         patches_BPX=rng.normal(size=(B, 8, 12)).astype(np.float32),
-        patch_place_BP=(np.arange(8, dtype=np.int32) % 9)[None].repeat(B, 0),
+        patch_row_BP=(np.arange(8, dtype=np.int32) // 3)[None].repeat(B, 0),
+        patch_column_BP=(np.arange(8, dtype=np.int32) % 3)[None].repeat(B, 0),
+        patch_item_BP=np.where(np.arange(8) < 3, 0, 2)[None].repeat(B, 0).astype(np.int32),  # an image, a video
         frames_BSX=rng.normal(size=(B, 3, 10)).astype(np.float32),
-        domain_B=np.zeros(B, np.int32),
-        question_B=np.zeros(B, np.int32),
+        frame_item_BS=np.ones((B, 3), np.int32),
         level_B=np.ones(B, np.int32),
         example_B=np.arange(B, dtype=np.int32),
     )

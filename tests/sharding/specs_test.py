@@ -52,4 +52,8 @@ def test_a_batch_splits_over_data_fsdp_and_expert():
     assert batch_shards(mesh) == 4
     assert shardings["tokens_BT"].shard_shape((8, 16)) == (2, 8)
     assert shardings["patches_BPX"].shard_shape((8, 6, 5)) == (2, 6, 5)
+    for name in ("segment_BT", "position_BT"):
+        assert shardings[name].shard_shape((8, 16)) == (2, 8)
+    for name in ("patch_row_BP", "patch_column_BP", "patch_item_BP", "frame_item_BS"):
+        assert shardings[name].shard_shape((8, 6)) == (2, 6)
     assert replicated(mesh).shard_shape((3,)) == (3,)

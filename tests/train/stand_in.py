@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.batch import Batch, make_batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
 from anyexperts_jax.dispatch.execution import Execution
@@ -80,18 +80,13 @@ def random_batch(rows=8, length=12, seed=0) -> Batch:
     positions = np.arange(length)
     lengths = rng.integers(length - 4, length + 1, rows)[:, None]
     answers = rng.integers(1, 4, rows)[:, None]
-    return Batch(
-        tokens_BT=rng.integers(0, 256, (rows, length)).astype(np.int32),
+    return make_batch(
+        rng.integers(0, 256, (rows, length)).astype(np.int32),
         modality_BT=np.where((positions > 0) & (positions < 4), np.arange(rows)[:, None] % 4, 0).astype(np.int32),
         valid_BT=positions < lengths,
         loss_mask_BT=(positions < lengths - 1) & (positions >= lengths - 1 - answers),
-        evidence_BT=np.zeros((rows, length), bool),
-        time_BT=np.zeros((rows, length), np.int32),
         patches_BPX=np.zeros((rows, 0, 192), np.float32),
-        patch_place_BP=np.zeros((rows, 0), np.int32),
         frames_BSX=np.zeros((rows, 0, 160), np.float32),
-        domain_B=np.zeros(rows, np.int32),
-        question_B=np.zeros(rows, np.int32),
         level_B=np.ones(rows, np.int32),
         example_B=np.arange(rows, dtype=np.int32),
     )

@@ -1,0 +1,205 @@
+"""`EncodedSequence`: what one row of a batch holds, at its own length; and what it is made of."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int, Int32
+from numpy import ndarray
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.modality import Modality
+from anyexperts_jax.data.config import EncodingSpec
+from anyexperts_jax.data.tokenizer import PAD
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenPart:
+    """A run of text tokens."""
+
+    ids: Sequence[int]
+    in_loss: bool = False  # the model is to predict each of them
+    evidence: Bool[ndarray, " tokens"] | None = None  # those that carry the answer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MediaPart:
+    """One picture, video or sound as its patches or frames: an item, with coordinates and a time base of its own."""
+
+    modality: Modality
+    features: Float32[ndarray, "rows X"]
+    evidence: Bool[ndarray, " rows"]
+    time: Int[ndarray, " rows"]  # frame of a video, chunk of a sound
+    grid_row: Int[ndarray, " rows"]  # of a patch on its frame's grid
+    grid_column: Int[ndarray, " rows"]
+
+
+Part = TokenPart | MediaPart
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedSequence:
+    """The fields of `core.batch.Batch` for one row, of which every position is valid; one example, or several packed.
+
+    A field's name is that of its field there without the B. Letters are those of the glossary: T positions, P patches,
+    S audio frames, each as many as the sequence has.
+    """
+
+    tokens_T: Int32[ndarray, " T"]
+    modality_T: Int32[ndarray, " T"]
+    loss_mask_T: Bool[ndarray, " T"]
+    evidence_T: Bool[ndarray, " T"]
+    time_T: Int32[ndarray, " T"]
+    segment_T: Int32[ndarray, " T"]
+    position_T: Int32[ndarray, " T"]
+    patches_PX: Float32[ndarray, "P XP"]
+    patch_row_P: Int32[ndarray, " P"]
+    patch_column_P: Int32[ndarray, " P"]
+    patch_item_P: Int32[ndarray, " P"]
+    frames_SX: Float32[ndarray, "S XA"]
+    frame_item_S: Int32[ndarray, " S"]
+    domain: int = 0  # this and the next: of the first segment
+    question: int = 0
+    level: int = 1
+    example: int = 0
+
+    @property
+    def size(self) -> "Size":
+        return Size(len(self.tokens_T), len(self.patches_PX), len(self.frames_SX))
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Positions, patches and audio frames: of a sequence, or those a row has room for."""
+
+    positions: int
+    patches: int
+    frames: int
+
+    @classmethod
+    def of_row(cls, spec: EncodingSpec) -> "Size":
+        return cls(spec.max_length, spec.max_patches, spec.max_frames)
+
+    def __add__(self, other: "Size") -> "Size":
+        return Size(self.positions + other.positions, self.patches + other.patches, self.frames + other.frames)
+
+    def fits(self, room: "Size") -> bool:
+        return self.positions <= room.positions and self.patches <= room.patches and self.frames <= room.frames
+
+
+def assemble(parts: Sequence[Part], spec: EncodingSpec) -> EncodedSequence:
+    """The parts one after the other, as one segment. Media are numbered as they come: any number of any kinds.
+
+    A part in the loss is predicted from the position before each of its tokens, so it cannot come first.
+    """
+    lengths = [len(part.ids if isinstance(part, TokenPart) else part.features) for part in parts]
+    bounds = [0, *itertools.accumulate(lengths)]
+    T = bounds[-1]
+    tokens, modality = np.full(T, PAD, np.int32), np.full(T, Modality.TEXT, np.int32)
+    loss_mask, evidence, time = np.zeros(T, bool), np.zeros(T, bool), np.zeros(T, np.int32)
+    media: list[MediaPart] = []
+    for part, (begin, end) in zip(parts, itertools.pairwise(bounds), strict=True):
+        positions = slice(begin, end)
+        if part.evidence is not None:
+            evidence[positions] = part.evidence
+        if isinstance(part, MediaPart):
+            modality[positions], time[positions] = part.modality, part.time
+            media.append(part)
+            continue
+        tokens[positions] = part.ids
+        if part.in_loss:
+            require(begin > 0, "the first part of a sequence is in the loss, but nothing before it can predict it")
+            loss_mask[begin - 1 : end - 1] = True
+    seen = [(item, part) for item, part in enumerate(media) if part.modality != Modality.AUDIO]
+    heard = [(item, part) for item, part in enumerate(media) if part.modality == Modality.AUDIO]
+    return EncodedSequence(
+        tokens_T=tokens,
+        modality_T=modality,
+        loss_mask_T=loss_mask,
+        evidence_T=evidence,
+        time_T=time,
+        segment_T=np.zeros(T, np.int32),
+        position_T=np.arange(T, dtype=np.int32),
+        patches_PX=_features(seen, spec.patch_features),
+        patch_row_P=_ids([part.grid_row for _, part in seen]),
+        patch_column_P=_ids([part.grid_column for _, part in seen]),
+        patch_item_P=_items(seen),
+        frames_SX=_features(heard, spec.frame_features),
+        frame_item_S=_items(heard),
+    )
+
+
+def concatenate(sequences: Sequence[EncodedSequence]) -> EncodedSequence:
+    """The sequences in one row. Segments and items are numbered on; positions and times stay those of each segment."""
+    names = [name for name in _array_names() if name not in ("segment_T", "patch_item_P", "frame_item_S")]
+    joined: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in sequences]) for name in names}
+    segments, items = 0, 0
+    numbered: dict[str, list[np.ndarray]] = {"segment_T": [], "patch_item_P": [], "frame_item_S": []}
+    for one in sequences:
+        numbered["segment_T"].append(one.segment_T + np.int32(segments))
+        numbered["patch_item_P"].append(one.patch_item_P + np.int32(items))
+        numbered["frame_item_S"].append(one.frame_item_S + np.int32(items))
+        segments += int(one.segment_T.max(initial=-1)) + 1
+        items += max(int(ids.max(initial=-1)) for ids in (one.patch_item_P, one.frame_item_S)) + 1
+    joined |= {name: np.concatenate(ids) for name, ids in numbered.items()}
+    return dataclasses.replace(sequences[0], **joined)
+
+
+def padded(sequence: EncodedSequence, spec: EncodingSpec) -> dict[str, np.ndarray]:
+    """The fields of `core.batch.Batch` by name, each without its batch dimension, padded to the sizes of `spec`.
+
+    Raises:
+      UserError: when the sequence does not fit.
+    """
+    size, room = sequence.size, Size.of_row(spec)
+    require(
+        size.fits(room),
+        f"a sequence of {size.positions} positions, {size.patches} patches and {size.frames} audio frames does not fit "
+        f"in a row of {room.positions}, {room.patches} and {room.frames}: encoding.max_length, max_patches, max_frames",
+    )
+    lengths = {"T": room.positions, "P": room.patches, "S": room.frames}
+    fields = {_batch_name(name): _pad(getattr(sequence, name), lengths[_rows_of(name)]) for name in _array_names()}
+    T = size.positions
+    fields["tokens_BT"][T:] = PAD
+    if T > 0:  # padding goes on as the last segment
+        fields["segment_BT"][T:] = sequence.segment_T[-1]
+        fields["position_BT"][T:] = sequence.position_T[-1] + np.arange(1, room.positions - T + 1)
+    fields["valid_BT"] = np.arange(room.positions) < T
+    for name in ("domain", "question", "level", "example"):
+        fields[f"{name}_B"] = np.asarray(getattr(sequence, name), np.int32)
+    return fields
+
+
+def _array_names() -> list[str]:
+    return [field.name for field in dataclasses.fields(EncodedSequence) if field.default is dataclasses.MISSING]
+
+
+def _batch_name(name: str) -> str:
+    """ "patch_row_P" -> "patch_row_BP"."""
+    stem, _, axes = name.rpartition("_")
+    return f"{stem}_B{axes}"
+
+
+def _rows_of(name: str) -> str:
+    """The letter of the first axis."""
+    return name.rpartition("_")[2][0]
+
+
+def _pad(values: np.ndarray, rows: int) -> np.ndarray:
+    out = np.zeros((rows, *values.shape[1:]), values.dtype)
+    out[: len(values)] = values
+    return out
+
+
+def _features(media: Sequence[tuple[int, MediaPart]], width: int) -> np.ndarray:
+    return np.concatenate([np.zeros((0, width), np.float32), *(part.features for _, part in media)])
+
+
+def _items(media: Sequence[tuple[int, MediaPart]]) -> np.ndarray:
+    return _ids([np.full(len(part.features), item) for item, part in media])
+
+
+def _ids(values: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int32), *values]).astype(np.int32)
