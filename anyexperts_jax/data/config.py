@@ -2,10 +2,13 @@
 
 import dataclasses
 import pathlib
+from typing import Literal, get_args
 
 from anyexperts_jax.core.errors import comma_list, require, require_one_of
 from anyexperts_jax.data.domain import DOMAIN_NAMES
 from anyexperts_jax.data.example import LEVELS
+
+Packing = Literal["none", "first_fit"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,8 @@ class DataConfig:
     seed: int = 0  # of the examples and of their order
     levels: tuple[int, ...] = LEVELS  # difficulties that generated domains draw from
     train_examples: int = 1_000_000  # of each generated domain, before they come again in another order
+    packing: Packing = "none"  # training rows of one example each, or "first_fit": of as many as they have room for
+    packing_window: int = 64  # rows that are filled at a time; more leave less padding, see data.packing
     encoding: EncodingSpec = dataclasses.field(default_factory=EncodingSpec)
     threads: int = 1  # that make batches ahead of time; 0: made when asked for
     prefetch: int = 2  # batches made ahead of time, by threads or by each worker
@@ -76,7 +81,9 @@ class DataConfig:
             require_one_of("data.levels entry", level, LEVELS)
         require(0 <= self.seed < 2**32, f"data.seed={self.seed} must be in [0, 2^32)")
         require(self.train_examples >= 1, f"data.train_examples={self.train_examples} must be >= 1")
-        require(self.prefetch >= 1, f"data.prefetch={self.prefetch} must be >= 1")
+        require_one_of("data.packing", self.packing, get_args(Packing))
+        for name in ("packing_window", "prefetch"):
+            require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be >= 1")
         for name in ("threads", "workers"):
             require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)} must be >= 0")
 

@@ -1,8 +1,11 @@
-"""The Grain pipeline: sources, shards, shuffle, mixture, encoding, batches.
+"""The Grain pipeline: sources, shards, shuffle, mixture, encoding, packing, batches.
 
-Every batch is a pure function of the config, the batch size and the batch's number, so an iterator's state is a number
-and a run that goes on reads exactly what an unbroken one would. A process of several makes some rows of every batch:
-whatever their number, the batches are the same, and so are the states.
+Every batch is a pure function of the config, the batch size and the batch's number, and a run that goes on reads
+exactly what an unbroken one would. A process of several makes some rows of every batch: whatever their number, the
+batches are the same, and so are the iterators' states.
+
+Without packing a state is a number, and a process makes the examples of its own rows alone. With packing all lengths
+say which row an example lands in, so every process encodes every example, and pads and stacks its own rows.
 """
 
 import dataclasses
@@ -16,9 +19,11 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.batches import empty_batch, pad_rows, stack
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
-from anyexperts_jax.data.encode import encode
+from anyexperts_jax.data.encode import encode_example
 from anyexperts_jax.data.example import Example
 from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.packing import PackedSequences
+from anyexperts_jax.data.sequence import EncodedSequence, Size, padded
 from anyexperts_jax.data.source import Source
 
 __all__ = ["DataConfig", "eval_batches", "train_dataset", "train_iterator"]
@@ -26,24 +31,26 @@ __all__ = ["DataConfig", "eval_batches", "train_dataset", "train_iterator"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sequences:
-    """A source's examples as encoded sequences; what Grain reads."""
+    """A source's examples as encoded sequences, or as the fields of a row each; what Grain reads."""
 
     source: Source
     spec: EncodingSpec
     domain_index: int
+    as_rows: bool = True
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any] | EncodedSequence:
         example = self.source[index]
-        return encode(
+        sequence = encode_example(
             example,
             self.spec,
             domain_index=self.domain_index,
             question_index=_question_index(self.source, example),
             example_index=index,
         )
+        return padded(sequence, self.spec) if self.as_rows else sequence
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,14 +70,19 @@ class _Rows:
         return self.examples[batch * self.batch_size + self.rows[place]]
 
 
-def _held(examples: grain.MapDataset, batch_size: int, rows: Sequence[int] | None) -> tuple[grain.MapDataset, int]:
-    """The examples of the rows that one process makes of every batch, and how many rows that is."""
+def _held(batch_size: int, rows: Sequence[int] | None) -> tuple[int, ...]:
+    """The rows that one process makes of every batch."""
     require(batch_size >= 1, f"batch_size={batch_size} must be >= 1")
-    if rows is None or tuple(rows) == tuple(range(batch_size)):
-        return examples, batch_size
+    if rows is None:
+        return tuple(range(batch_size))
     in_order = len(rows) > 0 and list(rows) == sorted(set(rows)) and rows[0] >= 0 and rows[-1] < batch_size
     require(in_order, f"rows={list(rows)} must be in order and in [0, batch_size={batch_size})")
-    return grain.MapDataset.source(_Rows(examples, batch_size, tuple(rows))), len(rows)
+    return tuple(rows)
+
+
+def _examples_at(examples: grain.MapDataset, batch_size: int, held: tuple[int, ...]) -> grain.MapDataset:
+    """The examples of the rows `held` of every batch."""
+    return examples if len(held) == batch_size else grain.MapDataset.source(_Rows(examples, batch_size, held))
 
 
 def train_dataset(config: DataConfig, batch_size: int, rows: Sequence[int] | None = None) -> grain.IterDataset:
@@ -82,22 +94,34 @@ def train_dataset(config: DataConfig, batch_size: int, rows: Sequence[int] | Non
     Raises:
       UserError: when a number is out of range, or a folder is missing or empty.
     """
+    held, packs = _held(batch_size, rows), config.packing == "first_fit"
     parts = []
     for index, name in enumerate(config.domains):
-        sequences = _Sequences(open_source(config, name, "train"), config.encoding, index)
+        sequences = _Sequences(open_source(config, name, "train"), config.encoding, index, as_rows=not packs)
         parts.append(grain.MapDataset.source(sequences).shuffle(seed=config.seed).repeat())
-    mixed, count = _held(grain.MapDataset.mix(parts, config.shares()), batch_size, rows)
-    batches = mixed.batch(count, drop_remainder=True, batch_fn=stack)
+    mixed = grain.MapDataset.mix(parts, config.shares())
+    if not packs:
+        batches = _examples_at(mixed, batch_size, held).batch(len(held), drop_remainder=True, batch_fn=stack)
+        return _made_ahead(batches, config, config.prefetch)
+    sequences = _made_ahead(mixed, config, config.prefetch * batch_size)  # a batch's, at least
+    packed = PackedSequences(sequences, Size.of_row(config.encoding), config.packing_window)
+    own_rows = lambda row_B: stack([padded(row_B[row], config.encoding) for row in held])  # noqa: E731
+    return packed.batch(batch_size, drop_remainder=True, batch_fn=own_rows)
+
+
+def _made_ahead(elements: grain.MapDataset, config: DataConfig, count: int) -> grain.IterDataset:
+    """The elements, up to `count` of them made before they are asked for: by threads, or by each worker process."""
     threads = 0 if config.workers else config.threads
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch if threads else 0)
-    dataset = batches.to_iter_dataset(ahead)
+    dataset = elements.to_iter_dataset(
+        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=count if threads else 0)
+    )
     if config.workers == 0:
         return dataset
     if (
         not flags.FLAGS.is_parsed()
     ):  # Grain reads absl flags to start workers; outside of an absl app nobody parsed them
         flags.FLAGS.mark_as_parsed()
-    options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=config.prefetch)
+    options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=count)
     return dataset.mp_prefetch(options)
 
 
@@ -120,7 +144,8 @@ def eval_batches(
     source = open_source(config, domain, split, num_examples)
     sequences = grain.MapDataset.source(_Sequences(source, config.encoding, config.domain_index(domain)))
     ahead = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch if config.threads else 0)
-    examples, count = _held(sequences[:num_examples], batch_size, rows)
+    held = _held(batch_size, rows)
+    examples, count = _examples_at(sequences[:num_examples], batch_size, held), len(held)
     for batch in examples.batch(count, batch_fn=stack).to_iter_dataset(ahead):
         yield pad_rows(batch, count)
     for _ in range(-(-len(examples) // count), -(-num_examples // batch_size)):  # whose last rows others hold

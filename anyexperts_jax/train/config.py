@@ -79,6 +79,11 @@ class RunConfig:
         require(self.seed >= 0, f"seed={self.seed} must be >= 0")
         require_fits_model(self.data.encoding, self.model)
         require(
+            self.data.packing == "none" or self.model.moe.balance_scope == "batch",
+            f"data.packing={self.data.packing!r} with model.moe.balance_scope={self.model.moe.balance_scope!r}: that "
+            "balance loss is of a row, which packing fills with several examples; set one of them to none or batch",
+        )
+        require(
             self.optim.warmup_steps < self.train.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} must be below train.steps={self.train.steps}",
         )

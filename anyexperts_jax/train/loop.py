@@ -17,6 +17,7 @@ from rich.console import Console
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.data.packing import padding_shares
 from anyexperts_jax.data.pipeline import train_iterator
 from anyexperts_jax.models.init import logical_axes
 from anyexperts_jax.sharding.mesh import make_mesh
@@ -132,15 +133,16 @@ class _Run:
         self.agreement = processes.Agreement()
         self.profiler = Profiler(config.runtime, paths, watches=processes.is_first())
         self.tokens, self.since = 0.0, time.perf_counter()
+        self.tells_padding = config.data.packing != "none"
 
     def to_the_end(self) -> TrainResult:
         try:
             self._require_same_run()
             state = self._start()
-            first = int(state.step)
-            self.log: RunLog | NoLog = RunLog(self.paths, first) if processes.is_first() else NoLog()
+            self.first = int(state.step)
+            self.log: RunLog | NoLog = RunLog(self.paths, self.first) if processes.is_first() else NoLog()
             try:
-                self._steps(state, first)
+                self._steps(state, self.first)
             finally:
                 self.profiler.close()
                 self.reporter.stop()
@@ -242,11 +244,21 @@ class _Run:
     def _next_batch(self, pending: tuple[int, StepReport] | None) -> Batch:
         """The wait counts as lost where the device had no step to work at meanwhile."""
         start = time.perf_counter()
-        batch = shard_batch(self.mesh, next(self.iterator), self.config.train.batch_size)
+        rows = next(self.iterator)
+        if self.tells_padding:
+            self._tell_padding(rows)
+        batch = shard_batch(self.mesh, rows, self.config.train.batch_size)
         finite: Any = None if pending is None else pending[1].finite
         if finite is None or finite.is_ready():
             self.clock.add("data", time.perf_counter() - start)
         return batch
+
+    def _tell_padding(self, first: Batch) -> None:
+        """Once a process: how much of its first batch is padding, and how much would be without packing."""
+        self.tells_padding = False
+        alone, packed = padding_shares(first)
+        self.log.write("data", self.first, {"padding_share": packed, "padding_share_unpacked": alone})
+        self.reporter.note(f"packing leaves {packed:.1%} of the positions to padding; one example a row: {alone:.1%}")
 
     def _finish_checkpoint(self) -> None:
         with self._waiting("the last checkpoint"):

@@ -14,34 +14,62 @@ from anyexperts_jax.routing.trace import layer_mean
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AnswerScores:
-    """Teacher-forced scores of each sequence's answer, as sums: they add up over batches without bias."""
+    """Teacher-forced scores of each row's answers, as sums: they add up over batches without bias."""
 
-    loss_B: Float[Array, "B"]  # float32 cross entropy in nats, summed over the answer's tokens
+    loss_B: Float[Array, "B"]  # float32 cross entropy in nats, summed over the answers' tokens
     tokens_B: Int[Array, "B"]  # answer tokens, EOS included
     correct_B: Int[Array, "B"]  # of which the most likely token was right
-    exact_B: Bool[Array, "B"]  # all of them right; False where there is no answer
+    answers_B: Int[Array, "B"]  # segments that have an answer
+    exact_B: Int[Array, "B"]  # of which every token was right
 
 
 def answer_scores(
-    logits_BTY: Float[Array, "B T Y"], tokens_BT: Int[ArrayLike, "B T"], loss_mask_BT: Bool[ArrayLike, "B T"]
+    logits_BTY: Float[Array, "B T Y"],
+    tokens_BT: Int[ArrayLike, "B T"],
+    loss_mask_BT: Bool[ArrayLike, "B T"],
+    segment_BT: Int[ArrayLike, "B T"] | None = None,
 ) -> AnswerScores:
     """Scores of the tokens that `loss_mask_BT` marks: where it is True at t, logits[t] are to predict tokens[t + 1].
 
-    Everything is float32 whatever the logits' dtype. The mask's last position must be False: nothing follows it.
+    Everything is float32 whatever the logits' dtype. Where a segment ends, and at the last position, the mask counts
+    as False: what follows is not to be predicted from it.
+
+    Args:
+      segment_BT: see `Batch`. None: a row is one segment.
     """
     logits_BTY = logits_BTY.astype(jnp.float32)
     next_BT = jnp.roll(jnp.asarray(tokens_BT), -1, axis=1)
-    mask_BT = jnp.asarray(loss_mask_BT).at[:, -1].set(False)
+    segment_BT = jnp.zeros(next_BT.shape, jnp.int32) if segment_BT is None else jnp.asarray(segment_BT)
+    ends_BT, mask_BT = _segment_ends(segment_BT), predicting_positions(loss_mask_BT, segment_BT)
     target_BT = jnp.take_along_axis(logits_BTY, next_BT[..., None], axis=-1)[..., 0]
     nats_BT = jax.nn.logsumexp(logits_BTY, axis=-1) - target_BT
     correct_BT = mask_BT & (jnp.argmax(logits_BTY, axis=-1) == next_BT)
-    tokens_B, correct_B = mask_BT.sum(axis=1), correct_BT.sum(axis=1)
+    has_answer_BT = ends_BT & (_count_in_segment(mask_BT, ends_BT) > 0)
+    has_mistake_BT = _count_in_segment(mask_BT & ~correct_BT, ends_BT) > 0
     return AnswerScores(
         loss_B=jnp.where(mask_BT, nats_BT, 0.0).sum(axis=1),
-        tokens_B=tokens_B,
-        correct_B=correct_B,
-        exact_B=(correct_B == tokens_B) & (tokens_B > 0),
+        tokens_B=mask_BT.sum(axis=1),
+        correct_B=correct_BT.sum(axis=1),
+        answers_B=has_answer_BT.sum(axis=1),
+        exact_B=(has_answer_BT & ~has_mistake_BT).sum(axis=1),
     )
+
+
+def predicting_positions(loss_mask_BT: Bool[ArrayLike, "B T"], segment_BT: Int[ArrayLike, "B T"]) -> Bool[Array, "B T"]:
+    """`loss_mask_BT` where the next position is of the same segment."""
+    return jnp.asarray(loss_mask_BT) & ~_segment_ends(jnp.asarray(segment_BT))
+
+
+def _segment_ends(segment_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """True at the last position of each segment."""
+    return (segment_BT != jnp.roll(segment_BT, -1, axis=1)).at[:, -1].set(True)
+
+
+def _count_in_segment(flags_BT: Bool[Array, "B T"], ends_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """How many positions of a position's segment, itself and those before it, have the flag."""
+    counts_BT = jnp.cumsum(flags_BT, axis=1)
+    before_BT = jnp.roll(jnp.where(ends_BT, counts_BT, 0), 1, axis=1).at[:, 0].set(0)
+    return counts_BT - jax.lax.cummax(before_BT, axis=1)
 
 
 def auxiliary_loss(config: AnyExpertsConfig, losses: dict[str, Float[Array, " L"]]) -> Float[Array, ""]:

@@ -21,7 +21,7 @@ from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import replicated
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.frozen import overlay, select
-from anyexperts_jax.train.losses import answer_scores, auxiliary_loss
+from anyexperts_jax.train.losses import answer_scores, auxiliary_loss, predicting_positions
 from anyexperts_jax.train.metrics import RoutingSums, routing_sums
 from anyexperts_jax.train.optim import learning_rate
 from anyexperts_jax.train.state import TrainState, state_shardings
@@ -44,7 +44,7 @@ class BatchSums:
     answer_tokens: Int[Array, ""]
     correct_tokens: Int[Array, ""]
     exact_answers: Int[Array, ""]
-    answers: Int[Array, ""]  # sequences that have an answer; rows that only fill up a batch have none
+    answers: Int[Array, ""]  # segments that have an answer; rows that only fill up a batch have none
     routing: RoutingSums
 
 
@@ -76,13 +76,13 @@ def model_apply(config: ModelConfig, placement: Placement | None = None) -> Appl
 
 
 def batch_sums(logits_BTY: Float[Array, "B T Y"], trace: RoutingTrace, batch: Batch) -> BatchSums:
-    scores = answer_scores(logits_BTY, batch.tokens_BT, batch.loss_mask_BT)
+    scores = answer_scores(logits_BTY, batch.tokens_BT, batch.loss_mask_BT, batch.segment_BT)
     return BatchSums(
         answer_loss=scores.loss_B.sum(),
         answer_tokens=scores.tokens_B.sum(),
         correct_tokens=scores.correct_B.sum(),
         exact_answers=scores.exact_B.sum(),
-        answers=(scores.tokens_B > 0).sum(),
+        answers=scores.answers_B.sum(),
         routing=routing_sums(trace, batch),
     )
 
@@ -166,7 +166,7 @@ def accumulate(
 ) -> tuple[Any, BatchSums, dict[str, Array]]:
     """Gradient in float32 of what is trainable, sums and losses of a batch computed in `parts` micro-batches."""
     live = select(state.params, trainable)
-    answer_tokens = jnp.maximum(jnp.sum(jnp.asarray(batch.loss_mask_BT)), 1)
+    answer_tokens = jnp.maximum(jnp.sum(predicting_positions(batch.loss_mask_BT, batch.segment_BT)), 1)
     valid_tokens = jnp.maximum(jnp.sum(jnp.asarray(batch.valid_BT)), 1)
 
     def micro_loss(live: Any, micro: Batch, key: Array) -> tuple[Array, tuple[BatchSums, dict[str, Array]]]:

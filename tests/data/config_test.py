@@ -24,6 +24,8 @@ from anyexperts_jax.data.domain import DOMAIN_NAMES
         ({"seed": -1}, "data.seed=-1 must be in"),
         ({"train_examples": 0}, "data.train_examples=0 must be >= 1"),
         ({"prefetch": 0}, "data.prefetch=0 must be >= 1"),
+        ({"packing": "best_fit"}, "data.packing='best_fit' is unknown; valid: none, first_fit"),
+        ({"packing_window": 0}, "data.packing_window=0 must be >= 1"),
         ({"threads": -1}, "data.threads=-1 must be >= 0"),
         ({"workers": -2}, "data.workers=-2 must be >= 0"),
     ],

@@ -137,6 +137,29 @@ def test_a_run_goes_on_where_it_stopped_with_more_steps_and_on_another_mesh(tmp_
         train(run_config(steps=3), tmp_path, progress=False)
 
 
+@pytest.mark.slow
+def test_a_packed_run_tells_its_padding_and_reads_on_where_it_stopped(tmp_path, linear_model, capsys):
+    data = dataclasses.replace(run_config().data, packing="first_fit", packing_window=3, threads=0)
+    whole, halves = (tmp_path / name for name in ("whole", "halves"))
+    train(run_config(data=data), whole)
+    shown = capsys.readouterr().err
+    (record,) = [record for record in read_records(whole / "metrics.jsonl") if record["kind"] == "data"]
+    assert 0 < record["padding_share"] < record["padding_share_unpacked"] < 1
+    share, alone = (f"{100 * record[name]:.1f}%" for name in ("padding_share", "padding_share_unpacked"))
+    assert f"packing leaves {share} of the positions to padding; one example a row: {alone}" in shown
+    train(run_config(data=data, steps=3), halves, progress=False)
+    train(run_config(data=data), halves, progress=False)
+    tokens = [
+        [record["tokens"] for record in read_records(run / "metrics.jsonl") if record["kind"] == "train"]
+        for run in (whole, halves)
+    ]
+    assert tokens[0] == tokens[1]
+    assert len({text for text, *_ in tokens[0]}) == 6, "no two batches have as many"
+    assert read_records(halves / "metrics.jsonl")[-1]["domains"]["nlp"]["examples"] == 8, "evaluation is not packed"
+    with pytest.raises(UserError, match=r"data\.packing \('none', was 'first_fit'\)"):
+        train(run_config(), whole, progress=False)
+
+
 def test_a_directory_of_another_run_is_refused_and_kept(tmp_path, linear_model):
     train(run_config(steps=3), tmp_path, progress=False)
     with pytest.raises(UserError, match=r"the run in .* is of another configuration: seed \(1, was 0\)"):

@@ -24,6 +24,7 @@ def test_scores_match_a_loop_in_float64():
         np.testing.assert_allclose(scores.loss_B[b], nats, rtol=1e-5)
         assert (scores.tokens_B[b], scores.correct_B[b]) == (mask[b].sum(), correct)
     np.testing.assert_array_equal(scores.exact_B, [True, False, False])
+    np.testing.assert_array_equal(scores.answers_B, [True, True, False])
 
 
 def test_loss_is_float32_on_large_bf16_logits():
@@ -37,6 +38,21 @@ def test_masked_positions_get_no_gradient():
     tokens, mask = jnp.zeros((1, 4), jnp.int32), jnp.asarray([[False, True, False, True]])
     gradient = jax.grad(lambda logits: answer_scores(logits, tokens, mask).loss_B.sum())(jnp.ones((1, 4, 3)))
     np.testing.assert_array_equal(np.abs(gradient).sum((0, 2)) > 0, [False, True, False, False])
+
+
+def test_answers_of_a_row_are_counted_one_a_segment_and_none_predicts_the_next_ones_first_token():
+    segment = np.asarray([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 1, 1]])
+    mask = np.asarray([[0, 1, 1, 1, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0]], bool)
+    tokens = np.asarray([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6, 7, 8]])
+    logits = 9 * np.eye(10, dtype=np.float32)[np.roll(tokens, -1, axis=1)]  # all right
+    logits[0, 6] = 0.0  # but the last token of the third answer
+    scores = answer_scores(jnp.asarray(logits), tokens, mask, segment)
+    assert scores.tokens_B.tolist() == [4, 2]  # position 2 of row 0 ends its segment
+    assert scores.correct_B.tolist() == [3, 2]
+    assert scores.answers_B.tolist() == [3, 1]
+    assert scores.exact_B.tolist() == [2, 1]
+    gradient = jax.grad(lambda logits: answer_scores(logits, tokens, mask, segment).loss_B.sum())(jnp.asarray(logits))
+    assert np.flatnonzero(np.abs(gradient[0]).sum(-1)).tolist() == [1, 3, 5, 6]
 
 
 def test_auxiliary_loss_is_the_weighted_mean_over_layers():
