@@ -59,8 +59,8 @@ class DataConfig:
     seed: int = 0  # of the examples and of their order
     levels: tuple[int, ...] = LEVELS  # difficulties that generated domains draw from
     train_examples: int = 1_000_000  # of each generated domain, before they come again in another order
-    packing: Packing = "none"  # training rows of one example each, or "first_fit": of as many as they have room for
-    packing_window: int = 64  # rows that are filled at a time; more leave less padding, see data.packing
+    packing: Packing = "none"  # a training row holds one example, or with first_fit as many as it has room for
+    packing_window: int = 64  # rows that are filled at a time; more leave less padding
     encoding: EncodingSpec = dataclasses.field(default_factory=EncodingSpec)
     threads: int = 1  # that make batches ahead of time; 0: made when asked for
     prefetch: int = 2  # batches made ahead of time, by threads or by each worker

@@ -24,7 +24,7 @@ class VisionConfig:
     }
 
     patch_features: int = 192  # X of a patch: height * width * channels
-    place_frequencies: int = 18  # of the waves that encode a patch's row, and of those that encode its column
+    place_frequencies: int = 18  # waves that encode a patch's row, and as many its column
     max_frames: int = 16  # rows of the table of frame times
     num_layers: int = 0  # transformer layers in which the patches of one frame see each other
     d_ff: int = 256

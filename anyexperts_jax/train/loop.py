@@ -258,7 +258,11 @@ class _Run:
         self.tells_padding = False
         alone, packed = padding_shares(first)
         self.log.write("data", self.first, {"padding_share": packed, "padding_share_unpacked": alone})
-        self.reporter.note(f"packing leaves {packed:.1%} of the positions to padding; one example a row: {alone:.1%}")
+        length = first.tokens_BT.shape[1]
+        self.reporter.note(
+            f"packing: {packed:.1%} of the positions are padding; with one example in a row of {length} it would be "
+            f"{alone:.1%}"
+        )
 
     def _finish_checkpoint(self) -> None:
         with self._waiting("the last checkpoint"):
