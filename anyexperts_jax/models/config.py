@@ -1,8 +1,6 @@
 """What a model is made of. Each part has its own dataclass; each is checked when it is made."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import ClassVar
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
@@ -17,11 +15,6 @@ class VisionConfig:
     Raises:
       UserError: naming the value and the rule it breaks.
     """
-
-    REPLACED: ClassVar[Mapping[str, str]] = {
-        "max_places": "a patch now has a row and a column in place of one number, on grids of any size: delete the "
-        "key; a run or checkpoint that has it learned the numbers and must be trained again"
-    }
 
     patch_features: int = 192  # X of a patch: height * width * channels
     place_frequencies: int = 18  # waves that encode a patch's row, and as many its column

@@ -78,10 +78,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed={self.seed} must be >= 0")
         require_fits_model(self.data.encoding, self.model)
+        scope = self.model.moe.switches.balance_scope
         require(
-            self.data.packing == "none" or self.model.moe.balance_scope == "batch",
-            f"data.packing={self.data.packing!r} with model.moe.balance_scope={self.model.moe.balance_scope!r}: that "
-            "balance loss is of a row, which packing fills with several examples; set one of them to none or batch",
+            self.data.packing == "none" or scope == "batch",
+            f"data.packing={self.data.packing!r} with model.moe.switches.balance_scope={scope!r}: that balance loss is "
+            "of a row, which packing fills with several examples; set the former to none or the latter to batch",
         )
         require(
             self.optim.warmup_steps < self.train.steps,

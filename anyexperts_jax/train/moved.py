@@ -1,4 +1,5 @@
-"""Keys of run configurations that moved to another table: files and run directories of before still load."""
+"""Keys of run configurations that moved to another table, or are gone: files and run directories of before still load,
+or one line says what to do."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,12 @@ MOVED: dict[tuple[str, ...], tuple[str, ...]] = {
     **{(*_MOE, name): (*_MOE, "switches", name) for name in sorted(SWITCH_NAMES)},
 }
 
+# Keys that nothing stands for any more, and what to do about each.
+GONE: dict[tuple[str, ...], str] = {
+    ("model", "vision", "max_places"): "a patch has a row and a column now, on a grid of any size: delete the key; a "
+    "run or checkpoint that has it learned places by one number and must be trained again",
+}
+
 
 def move_keys(values: Mapping[str, Any], root: tuple[str, ...] = ()) -> dict[str, Any]:
     """`values` with every key of `MOVED` in its new table.
@@ -29,9 +36,12 @@ def move_keys(values: Mapping[str, Any], root: tuple[str, ...] = ()) -> dict[str
       root: the table that `values` are, where they are not a whole run configuration: ("model",) for a model's.
 
     Raises:
-      UserError: a key is given in both places.
+      UserError: a key is given in both places, or is of `GONE`.
     """
     moved: dict[str, Any] = _copy(values)
+    for gone, instead in GONE.items():
+        table = _table(moved, gone[len(root) : -1], make=False) if gone[: len(root)] == root else None
+        require(table is None or gone[-1] not in table, f"key {'.'.join(gone)} is gone: {instead}")
     for old, new in MOVED.items():
         if old[: len(root)] != root or new[: len(root)] != root:
             continue

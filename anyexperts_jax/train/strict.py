@@ -68,8 +68,7 @@ def _known(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     known = {}
     for key, value in values.items():
         if key not in valid:
-            replaced = getattr(cls, "REPLACED", {}).get(key)  # a key of earlier versions, and what to do about it
-            raise UserError(f"unknown key {prefix}{key}; {replaced or closest(key, valid)}")
+            raise UserError(f"unknown key {prefix}{key}; {closest(key, valid)}")
         table = _dataclass_in(hints[key])
         if table is not None and isinstance(value, Mapping):
             value = _known(table, value, f"{prefix}{key}.")

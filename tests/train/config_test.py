@@ -44,7 +44,7 @@ def test_a_file_overrides_parts_of_a_model_preset(tmp_path):
 def test_a_run_with_a_table_of_places_is_refused_with_what_to_do():
     """A run's config.json of the version that numbered places, one number for positions of many pictures."""
     path = pathlib.Path(__file__).parents[2] / "experiments" / "results" / "demo" / "config.json"
-    with pytest.raises(UserError, match=r"demo/config\.json: unknown key model\.vision\.max_places; .*trained again$"):
+    with pytest.raises(UserError, match=r"demo/config\.json: key model\.vision\.max_places is gone: .*trained again$"):
         load_config(path)
 
 
@@ -73,10 +73,10 @@ def test_a_runs_json_loads_as_a_config(tmp_path):
         (["optim.warmup_steps=90", "train.steps=90"], r"warmup_steps=90 must be below train\.steps=90"),
         (["preset=tinny"], "model preset='tinny' is unknown; valid: tiny, tiny_dense, small, ling_mini_2"),
         (["model.max_length=64"], r"max_length=\d+ is longer than the model's max_length=64"),
-        (["model.vision.max_places=72"], r"unknown key model\.vision\.max_places; a patch now has a row and a column"),
+        (["model.vision.max_places=72"], r"key model\.vision\.max_places is gone: a patch has a row and a column now"),
         (
-            ["data.packing=first_fit", "model.moe.balance_scope=sequence"],
-            r"data\.packing='first_fit' with model\.moe\.balance_scope='sequence': that balance loss is of a row",
+            ["data.packing=first_fit", "model.moe.switches.balance_scope=sequence"],
+            r"packing='first_fit' with model\.moe\.switches\.balance_scope='sequence': that balance loss is of a row",
         ),
         (["mesh.data=0"], r"mesh\.data=0 must be >= 1"),
         (["seed=-1"], "seed=-1 must be >= 0"),

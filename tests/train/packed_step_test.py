@@ -45,7 +45,7 @@ def test_the_five_domains_packed_train_tiny_as_they_do_alone():
         vision=dataclasses.replace(tiny.vision, num_layers=1),
         audio=dataclasses.replace(tiny.audio, num_layers=1),
     )
-    assert config.stack.dispatch == "blocks"
+    assert config.stack.execution.dispatch == "blocks"
     state = TrainState(jnp.int32(0), random_params(config), None, jnp.zeros(config.router_bias_shape))
 
     def step(batch):
