@@ -13,7 +13,7 @@ import grain
 from absl import flags
 
 from anyexperts_jax.core.batch import Batch
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.data.batches import empty_batch, pad_rows, stack
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
 from anyexperts_jax.data.encode import encode
@@ -37,13 +37,16 @@ class _Sequences:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         example = self.source[index]
-        return encode(
-            example,
-            self.spec,
-            domain_index=self.domain_index,
-            question_index=_question_index(self.source, example),
-            example_index=index,
-        )
+        try:
+            return encode(
+                example,
+                self.spec,
+                domain_index=self.domain_index,
+                question_index=_question_index(self.source, example),
+                example_index=index,
+            )
+        except UserError as error:
+            raise UserError(f"{error} (example {index})") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
