@@ -7,6 +7,7 @@ import pytest
 from train.stand_in import DATA, run_config
 
 from anyexperts_jax.cli import main as cli
+from anyexperts_jax.data.domain import domain
 from anyexperts_jax.train.config import to_json
 from anyexperts_jax.train.optim import OptimConfig
 
@@ -64,6 +65,44 @@ def test_data_show_writes_pictures(tmp_path, capsys):
     assert cli.main(["data", "show", "nlp", "--count", "3", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "nlp_train.png").stat().st_size > 1000
     assert "question" in capsys.readouterr().out
+
+
+def test_data_show_takes_domains_of_ones_own(tmp_path, capsys):
+    """By --data, and as a configuration or a run has them."""
+    own, out = tmp_path / "own", tmp_path / "out"
+    assert cli.main(["data", "export", "nlp", str(own), "--count", "3"]) == 0
+    assert cli.main(["data", "show", "--data", f"[/red]={own}", "--count", "9", "--out", str(out)]) == 0
+    assert "[/red] has 3 train examples; 3 are shown" in capsys.readouterr().out
+    config = to_json(
+        run_config(data=dataclasses.replace(DATA, domains=("mine", "nlp"), folders=(f"mine={own}",), seed=1))
+    )
+    (tmp_path / "config.json").write_text(config)
+    for given in (tmp_path, tmp_path / "config.json"):
+        assert cli.main(["data", "show", "--config", str(given), "--count", "2", "--out", str(out)]) == 0
+        printed = capsys.readouterr().out
+        assert "mine_train" in printed
+        assert domain("nlp").example("train", 1, seed=1).answer in printed
+    assert cli.main(["data", "show", "mine", "--config", str(tmp_path), "--count", "2", "--out", str(out)]) == 0
+    assert "nlp_train" not in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"%5B%2Fred%5D_train.png", "mine_train.png", "nlp_train.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "own"], r"--data entry 'own' must read NAME=PATH"),
+        (["--data", "own=no/such"], r"the data directory no/such does not exist"),
+        (["--data", "a=x", "--data", "a=y"], r"--data names 'a' twice"),
+        (["--data", "a\nb=x"], r"'a\\nb' has characters that cannot be printed"),
+        (["--data", "own=x", "--level", "1"], r"--level is for generated domains; own comes from a folder"),
+        (["other", "--data", "own=x"], r"other.*is unknown; valid: general, ocr"),
+        (["--config", "tinny"], r"no config 'tinny'"),
+    ],
+)
+def test_data_show_refuses_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "show", *arguments]) == 2
+    assert re.search(message, one_line(capsys))
 
 
 def on_own_folder(tmp_path):

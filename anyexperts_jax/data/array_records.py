@@ -114,6 +114,7 @@ class ArrayRecordSource:
         require(
             found == splits[split], f"{folder} holds {found} examples of {split!r}, its {MANIFEST} says {splits[split]}"
         )
+        self._folder, self._split = folder, split
         self._question_types, self._metric = tuple(manifest["question_types"]), manifest["metric"]
 
     @property
@@ -128,7 +129,13 @@ class ArrayRecordSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        return from_record(self._records[index])
+        where = f"{self._folder} record {index} of {self._split}"
+        try:
+            return from_record(self._records[index])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        except (ValueError, RuntimeError, OSError) as error:
+            raise UserError(f"cannot read {where}: {' '.join(str(error).split())}") from error
 
 
 def _manifest_for(source: Source, folder: pathlib.Path, split: str) -> dict[str, Any]:

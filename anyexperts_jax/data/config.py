@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 from anyexperts_jax.core.errors import comma_list, require, require_one_of
@@ -89,13 +90,7 @@ class DataConfig:
 
     def folder_paths(self) -> dict[str, pathlib.Path]:
         """The folders by the name of their domain."""
-        paths: dict[str, pathlib.Path] = {}
-        for entry in self.folders:
-            name, equals, path = entry.partition("=")
-            require(bool(name and equals and path), f"data.folders entry {entry!r} must read NAME=PATH")
-            require(name not in paths, f"data.folders names {name!r} twice")
-            paths[name] = pathlib.Path(path)
-        return paths
+        return named_paths(self.folders, "data.folders")
 
     def shares(self) -> tuple[float, ...]:
         """The weights of the domains, in order, scaled to add up to 1."""
@@ -106,6 +101,22 @@ class DataConfig:
         """The number of the domain in `Batch.domain_B`."""
         require_one_of("domain", name, self.domains)
         return self.domains.index(name)
+
+
+def named_paths(entries: Iterable[str], option: str) -> dict[str, pathlib.Path]:
+    """Paths by name from entries that read NAME=PATH; `option` is for messages.
+
+    Raises:
+      UserError: for an entry of another form, a name that comes twice, or one that cannot be printed.
+    """
+    paths: dict[str, pathlib.Path] = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        require(bool(name and equals and path), f"{option} entry {entry!r} must read NAME=PATH")
+        require(name.isprintable(), f"{option}: {name!r} has characters that cannot be printed; choose another name")
+        require(name not in paths, f"{option} names {name!r} twice")
+        paths[name] = pathlib.Path(path)
+    return paths
 
 
 def _require_weights(weights: tuple[float, ...] | None, domains: tuple[str, ...]) -> None:

@@ -12,6 +12,9 @@ from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.data.example import LEVELS, Example
 
 SPLITS = ("train", "validation", "test")
+# Of which source of a generated domain is in which split. In version 1 two splits could share a pair of numbers in
+# another order, cuts of one font, variants of one voice, and scans of one hand.
+SPLITS_VERSION = 2
 METRICS = ("exact", "anls", "wer")
 Metric = Literal["exact", "anls", "wer"]
 
@@ -29,9 +32,10 @@ DOMAIN_NAMES = tuple(_CLASSES)
 class Domain(Protocol):
     """A family of questions on signals of one kind.
 
-    The splits of a domain share no source (digit image, number, font, voice), and `example` is a pure function: the
-    same arguments give the same example in any order, in any process, and on every machine that has the same version
-    of what draws or speaks for it: Pillow for `ocr`, eSpeak NG for `speech`, nothing for the others.
+    The splits of a domain share no source (handwriting, pair of numbers, family of fonts or of voices), and `example`
+    is a pure function: the same arguments give the same example in any order, in any process, and on every machine
+    that has the same version of what draws or speaks for it: Pillow for `ocr`, eSpeak NG for `speech`, nothing for the
+    others.
     """
 
     @property

@@ -1,8 +1,10 @@
 """Contact sheets: examples drawn side by side with their evidence, one PNG for each kind of media."""
 
+import contextlib
 import dataclasses
 import pathlib
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -44,6 +46,14 @@ class _Sheet:
     draw: Callable[["Axes", Example], None]
 
 
+@contextlib.contextmanager
+def boxes_for_missing_glyphs() -> Iterator[None]:
+    """Text in a script that the fonts of matplotlib do not have is drawn as boxes, without a warning a letter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
+
+
 def draw_sheet(examples: Sequence[Numbered], title: str, path: pathlib.Path) -> None:
     """Draws examples of one kind of media, evidence outlined or marked, to a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -59,7 +69,7 @@ def draw_sheet(examples: Sequence[Numbered], title: str, path: pathlib.Path) -> 
     size = (columns * cell[0] + _MARGIN, rows * cell[1] + _HEADER + _MARGIN)
     figure = Figure(figsize=size, dpi=_DPI, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    figure.text(_MARGIN / size[0], 1 - 0.3 / size[1], title, fontsize=12, weight="bold", color=_INK)
+    figure.text(_MARGIN / size[0], 1 - 0.3 / size[1], title, fontsize=12, weight="bold", color=_INK, parse_math=False)
     for i, (lines, (_, example)) in enumerate(zip(captions, examples, strict=True)):
         left = _MARGIN + i % columns * cell[0]
         top = _HEADER + _MARGIN / 2 + i // columns * cell[1]
@@ -68,7 +78,8 @@ def draw_sheet(examples: Sequence[Numbered], title: str, path: pathlib.Path) -> 
         _write_lines(page, lines)
         if sheet.height > 0:
             sheet.draw(_axes(figure, left, top + text_height, sheet.width, sheet.height), example)
-    canvas.print_png(path)
+    with boxes_for_missing_glyphs():
+        canvas.print_png(path)
 
 
 def outline(inside: Bool[ndarray, "H W"]) -> list[tuple[tuple[float, float], tuple[float, float]]]:

@@ -1,6 +1,7 @@
 """`Example`: one question about one signal, its answer, and where in the signal the answer is."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32, UInt8
@@ -19,7 +20,8 @@ class Example:
     Evidence that is left out marks nothing. A span is half open: characters of `question`, seconds of `audio`.
 
     Raises:
-      UserError: when evidence does not fit its signal, or more than one kind of media is given.
+      UserError: when evidence does not fit its signal, more than one kind of media is given, a text is not valid
+        Unicode, or media are of another type or shape than here, or not finite; `data.decode` makes them from others.
     """
 
     domain: str
@@ -40,11 +42,16 @@ class Example:
         where = f"{self.domain}/{self.question_type}"
         require(self.level in LEVELS, f"{where}: level={self.level!r} is unknown; valid: 1, 2, 3")
         require(bool(self.question) and bool(self.answer), f"{where}: question and answer must not be empty")
+        for name in ("question", "answer"):
+            _require_text(where, name, getattr(self, name))
         media = [name for name in ("image", "video", "audio") if getattr(self, name) is not None]
         require(len(media) <= 1, f"{where}: at most one kind of media per example, got {', '.join(media)}")
         for start, end in self.question_evidence:
             inside = 0 <= start < end <= len(self.question)
             require(inside, f"{where}: evidence span ({start}, {end}) is outside the question {self.question!r}")
+        _require_pixels(where, "image", self.image, 3)
+        _require_pixels(where, "video", self.video, 4)
+        _require_samples(where, self.audio)
         seconds = 0.0 if self.audio is None else len(self.audio) / SAMPLE_RATE
         for begin, until in self.audio_evidence:
             inside = 0 <= begin < until <= seconds + 1e-6
@@ -63,3 +70,30 @@ def _require_same_pixels(where: str, pixels: np.ndarray | None, evidence: np.nda
         return
     expected = None if pixels is None else pixels.shape[:-1]
     require(evidence.shape == expected, f"{where}: evidence of shape {evidence.shape} on pixels of shape {expected}")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be encoded. Bytes of a command line that are no UTF-8 arrive as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _require_text(where: str, name: str, text: Any) -> None:
+    require(isinstance(text, str), f"{where}: {name}={text!r} must be a string")
+    require(is_unicode(text), f"{where}: {name}={text!r} is not valid Unicode")
+
+
+def _require_pixels(where: str, name: str, pixels: np.ndarray | None, axes: int) -> None:
+    if pixels is None:
+        return
+    fits = pixels.dtype == np.uint8 and pixels.ndim == axes and pixels.shape[-1] == 3 and pixels.size > 0
+    form = "[H, W, 3]" if axes == 3 else "[F, H, W, 3]"
+    require(fits, f"{where}: {name} of {pixels.dtype} and shape {pixels.shape} must be uint8 of shape {form}")
+
+
+def _require_samples(where: str, samples: np.ndarray | None) -> None:
+    if samples is None:
+        return
+    fits = samples.dtype.kind == "f" and samples.ndim == 1 and samples.size > 0
+    require(fits, f"{where}: audio of {samples.dtype} and shape {samples.shape} must be float32 of shape [samples]")
+    bad = int((~np.isfinite(samples)).sum())
+    require(bad == 0, f"{where}: audio must be finite; {bad} of {samples.size} samples are NaN or infinite")

@@ -1,4 +1,4 @@
-"""The text fonts that matplotlib ships (DejaVu, STIX, Computer Modern), shared out among the splits."""
+"""The text fonts that matplotlib ships (DejaVu, STIX, Computer Modern), a family to each split."""
 
 import functools
 import importlib.util
@@ -10,17 +10,19 @@ from anyexperts_jax.core.errors import UserError, require
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
-# File names without .ttf. Every split has sans, monospaced and serif faces; display and symbol fonts are left out.
-FACES = {
-    "train": (
-        *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique"),
-        *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique"),
-        *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic"),
-        *("STIXGeneral", "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmti10"),
+# File names without .ttf, by family: all cuts of one design, in whatever weight, slant or width, and with its sans,
+# monospaced and serif sisters, whose letters share their proportions. Display and symbol fonts are left out.
+FAMILIES = {
+    "DejaVu": (
+        *("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSans-Bold", "DejaVuSans-BoldOblique"),
+        *("DejaVuSansMono", "DejaVuSansMono-Oblique", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique"),
+        *("DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic"),
     ),
-    "validation": ("DejaVuSans-Oblique", "DejaVuSansMono-Oblique", "DejaVuSerif-Italic"),
-    "test": ("cmss10", "cmtt10", "STIXGeneralBol", "cmb10"),
+    "STIX": ("STIXGeneral", "STIXGeneralItalic", "STIXGeneralBol", "STIXGeneralBolIta"),
+    "Computer Modern": ("cmr10", "cmti10", "cmb10", "cmss10", "cmtt10"),
 }
+SPLIT_FAMILIES = {"train": ("DejaVu",), "validation": ("STIX",), "test": ("Computer Modern",)}
+FACES = {split: tuple(face for name in names for face in FAMILIES[name]) for split, names in SPLIT_FAMILIES.items()}
 
 _CAPITAL = "H"
 _SMALLEST = 4  # pixels to the em

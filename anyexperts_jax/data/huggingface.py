@@ -1,18 +1,32 @@
 """Examples in a Hugging Face dataset that `save_to_disk` wrote: a `DatasetDict` with the splits as its keys.
 
-Columns: `question` and `answer` (strings); if there, `question_type` (string), `level` (1 to 3), and one of `image`
-(a picture or [H, W, 3] bytes), `video` ([F, H, W, 3] bytes) and `audio` (samples at 16 kHz, or a decoded `Audio`
-feature of that rate). Evidence is unknown, so nothing counts as evidence. Needs the package `datasets`.
+Columns, of which the first two must be there:
+
+| column | holds |
+|---|---|
+| `question`, `answer` | text; a class label is its name, a number or truth value is written out, a list has one entry |
+| `question_type` | text or a class label, the same everywhere if left out; None counts as "any" |
+| `level` | 1 to 3; 1 if left out |
+| one of `image`, `video`, `audio` | a feature of that kind, a file name (from the dataset's folder), or numbers |
+
+Numbers are pixels [H, W, 3] and [F, H, W, 3], and samples at 16 kHz or {"array": ..., "sampling_rate": 16000}; a video
+may be a list of images. What is read, and how, is in `data.decode`: `datasets` decodes nothing here, so it needs no
+codec, and a row that cannot be read is named. Evidence is unknown, so nothing counts as evidence. Needs the package
+`datasets`.
 """
 
+import json
+import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.data.decode import decode_audio, decode_picture, decode_video
 from anyexperts_jax.data.domain import Metric
-from anyexperts_jax.data.example import SAMPLE_RATE, Example
+from anyexperts_jax.data.example import LEVELS, Example
 
 MARKERS = ("dataset_dict.json",)  # what `DatasetDict.save_to_disk` leaves in the folder
 _ONE_TYPE = "any"  # the question type where the dataset names none
@@ -27,28 +41,25 @@ class HuggingFaceSource:
     """The examples of one split. Scored by exact match.
 
     Raises:
-      UserError: when `datasets` is not installed, or the folder is broken, has no such split or lacks a column.
+      UserError: when `datasets` is not installed, or the folder is broken, has no such split, no row in it, or lacks a
+        column.
     """
 
     metric: Metric = "exact"
 
     def __init__(self, folder: pathlib.Path, split: str) -> None:
-        try:
-            from datasets import load_from_disk
-        except ImportError as error:
-            raise UserError(f"{folder} is a Hugging Face dataset: pip install datasets to read it") from error
-        try:
-            splits = load_from_disk(str(folder))
-        except (ValueError, OSError) as error:
-            raise UserError(f"cannot read the Hugging Face dataset {folder}: {' '.join(str(error).split())}") from error
-        require(split in splits, f"{folder} has no split {split!r}; it has {comma_list(splits)}")
-        self._folder, self._rows = folder, splits[split]
+        names = _split_names(folder)
+        require(split in names, f"{folder} has no split {split!r}; it has {comma_list(names)}")
+        loaded = {name: _load(folder, name) for name in names if not _is_empty(folder / name)}
+        require(split in loaded and len(loaded[split]) > 0, f"{folder} holds no examples of split {split!r}")
+        rows = loaded[split]
         for column in ("question", "answer"):
-            has = self._rows.column_names
+            has = rows.column_names
             require(column in has, f"{folder} has no column {column!r}; its columns are {comma_list(has)}")
-        typed = [rows for rows in splits.values() if "question_type" in rows.column_names]
-        names = {name for rows in typed for name in rows.unique("question_type")}
-        self._question_types = tuple(sorted(names)) or (_ONE_TYPE,)
+        self._question_types = tuple(sorted(set().union(*(_types_in(each, folder) for each in loaded.values()))))
+        self._folder, self._split = folder, split
+        self._labels = {name: _label_names(rows, name) for name in rows.column_names}
+        self._rows = rows.with_format("arrow")  # as they are stored: `datasets` would decode media by itself
 
     @property
     def question_types(self) -> tuple[str, ...]:
@@ -58,38 +69,186 @@ class HuggingFaceSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        row = self._rows[index]
-        where = f"{self._folder} row {index}"
-        return Example(
-            domain=self._folder.name,
-            question_type=row.get("question_type", _ONE_TYPE),
-            level=row.get("level", 1),
-            question=row["question"],
-            answer=row["answer"],
-            source=f"row:{index}",
-            image=_pixels(row.get("image"), 3, where),
-            video=_pixels(row.get("video"), 4, where),
-            audio=_samples(row.get("audio"), where),
-        )
+        where = f"{self._folder} row {index} of {self._split}"
+        row = self._row(index, where)
+        texts = {name: _text(row[name], self._labels[name], f"{where}: {name}") for name in ("question", "answer")}
+        fields: dict[str, Any] = {
+            **texts,
+            "domain": self._folder.name,
+            "question_type": _type_name(row.get("question_type"), self._labels.get("question_type"), where),
+            "level": _level(row.get("level"), where),
+            "source": f"row:{index}",
+            **{name: _media(row[name], name, self._folder, where) for name in _DECODERS if row.get(name) is not None},
+        }
+        try:
+            return Example(**fields)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+
+    def _row(self, index: int, where: str) -> dict[str, Any]:
+        """The row's values by column: Python's, and lists of numbers as arrays of their own type."""
+        import pyarrow
+
+        try:
+            row = self._rows[index]
+            return {name: _value(row[name]) for name in row.column_names}
+        except (ValueError, OSError, pyarrow.ArrowException) as error:
+            raise UserError(f"cannot read {where}: {_said(error)}") from error
 
 
-def _pixels(value: Any, axes: int, where: str) -> np.ndarray | None:
+def _split_names(folder: pathlib.Path) -> list[str]:
+    path = folder / MARKERS[0]
+    names = _read_json(path).get("splits")
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"{path} does not list the dataset's splits")
+    return names
+
+
+def _is_empty(folder: pathlib.Path) -> bool:
+    """Whether a split was saved without a row: then it has no data file, and `datasets` cannot load it."""
+    return _read_json(folder / "state.json").get("_data_files") == []
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {_said(error)}") from error
+    require(isinstance(values, dict), f"{path} is no JSON object")
+    return values
+
+
+def _load(folder: pathlib.Path, split: str) -> Any:
+    """The rows of a split, as `datasets` has them."""
+    try:
+        import pyarrow
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise UserError(f"{folder} is a Hugging Face dataset: pip install datasets to read it") from error
+    try:
+        return load_from_disk(str(folder / split))
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+        path = folder / split
+        raise UserError(f"cannot read the Hugging Face dataset {path}: {_said(error)}") from error
+
+
+def _label_names(rows: Any, column: str) -> list[str] | None:
+    """The names of a column of class labels, or of lists of them, else None."""
+    feature = rows.features[column]
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
+def _types_in(rows: Any, folder: pathlib.Path) -> set[str]:
+    """The question types of a split's rows."""
+    import pyarrow
+
+    column = "question_type"
+    if column not in rows.column_names:
+        return {_ONE_TYPE}
+    try:
+        values = rows.unique(column)
+    except pyarrow.ArrowException as error:
+        kind = rows.features[column]
+        raise UserError(f"{folder}: column {column!r} must hold one name a row, not {kind}") from error
+    return {_type_name(value, _label_names(rows, column), str(folder)) for value in values}
+
+
+def _type_name(value: Any, labels: list[str] | None, where: str) -> str:
+    return _ONE_TYPE if value is None or value == "" else _text(value, labels, f"{where}: question_type")
+
+
+def _text(value: Any, labels: list[str] | None, where: str) -> str:
+    """A question, an answer or the name of a type, from what a column may hold."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list):
+        require(len(value) == 1, f"{where} has {len(value)} entries; give one")
+        value = value[0]
+    require(value is not None, f"{where} is missing; leave the row out or fill it in")
+    if labels is not None:
+        known = type(value) is int and 0 <= value < len(labels)
+        require(known, f"{where}={value!r} is no class label; there are {len(labels)}, from 0 on")
+        return labels[value]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, np.floating | float):
+        require(math.isfinite(value), f"{where}={value} must be finite")
+        return str(value).removesuffix(".0")
+    require(isinstance(value, int), f"{where} must be text, a class label or a number, not {type(value).__name__}")
+    return str(value)
+
+
+def _level(value: Any, where: str) -> int:
+    if value is None:
+        return 1
+    if isinstance(value, np.floating):
+        value = value.item()
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(number and value in LEVELS, f"{where}: level={value!r} is unknown; valid: 1, 2, 3")
+    return int(value)
+
+
+_DECODERS = {"image": decode_picture, "video": decode_video, "audio": decode_audio}
+
+
+def _media(value: Any, kind: str, folder: pathlib.Path, where: str) -> np.ndarray:
+    """A picture, film or sound from a cell of its column."""
+    if kind == "audio" and isinstance(value, Mapping) and value.get("array") is not None:
+        return decode_audio(value["array"], where, value.get("sampling_rate"))
+    if kind == "video" and isinstance(value, list):
+        value = [_file(one, folder, where) for one in value]
+    return _DECODERS[kind](_file(value, folder, where), where)
+
+
+def _file(value: Any, folder: pathlib.Path, where: str) -> Any:
+    """The bytes or path of a file, where the value stands for one; else the value."""
+    if isinstance(value, Mapping):
+        known = value.get("bytes") is not None or value.get("path") is not None
+        require(known, f"{where}: media with fields {comma_list(value)} hold neither bytes nor a path")
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    if not isinstance(value, str):
+        return value
+    beside = folder / value
+    path = beside if beside.is_file() else pathlib.Path(value)
+    require(path.is_file(), f"{where}: there is no file {value!r}, from {folder} or from here")
+    return path
+
+
+def _value(column: Any) -> Any:
+    """The value of a column of one row."""
+    import pyarrow
+
+    value, kind = column.to_pylist()[0], column.type
     if value is None:
         return None
-    pixels = np.asarray(value.convert("RGB") if hasattr(value, "convert") else value)
-    shaped = pixels.ndim == axes and pixels.shape[-1] == 3
-    require(shaped, f"{where}: pixels of shape {pixels.shape} must have {axes} axes, the last of size 3")
-    require(bool(pixels.min() >= 0 and pixels.max() <= 255), f"{where}: pixels must be in [0, 255]")
-    return pixels.astype(np.uint8)
+    if pyarrow.types.is_struct(kind):
+        return {kind.field(i).name: _value(pyarrow.chunked_array([part])) for i, part in enumerate(_parts(column))}
+    if pyarrow.types.is_floating(kind):
+        return kind.to_pandas_dtype()(value)  # so that 0.1 in float32 reads "0.1"
+    leaf = kind.storage_type if isinstance(kind, pyarrow.BaseExtensionType) else kind
+    nested = leaf is not kind
+    while pyarrow.types.is_list(leaf) or pyarrow.types.is_large_list(leaf) or pyarrow.types.is_fixed_size_list(leaf):
+        leaf, nested = leaf.value_type, True
+    numeric = pyarrow.types.is_integer(leaf) or pyarrow.types.is_floating(leaf) or pyarrow.types.is_boolean(leaf)
+    if not (nested and numeric):
+        return value
+    return _typed(value, leaf.to_pandas_dtype())
 
 
-def _samples(value: Any, where: str) -> np.ndarray | None:
-    if value is None:
-        return None
-    if isinstance(value, dict):
-        rate = value.get("sampling_rate")
-        require(rate == SAMPLE_RATE, f"{where}: audio at {rate} Hz must be resampled to {SAMPLE_RATE} Hz")
-        value = value["array"]
-    samples = np.asarray(value, np.float32)
-    require(samples.ndim == 1, f"{where}: audio of shape {samples.shape} must be mono")
-    return samples
+def _parts(column: Any) -> list[Any]:
+    return column.combine_chunks().flatten() if column.num_chunks != 1 else column.chunk(0).flatten()
+
+
+def _typed(value: Any, dtype: Any) -> Any:
+    """Nested lists as an array of their own type; as they are where one is missing or they differ in length."""
+    try:
+        return np.asarray(value, dtype)
+    except (ValueError, TypeError):
+        return value
+
+
+def _said(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__

@@ -31,6 +31,18 @@ def open_source(config: DataConfig, name: str, split: str, examples: int | None 
     return source
 
 
+def examples_there(config: DataConfig, name: str, split: str, most: int) -> int:
+    """How many of the first `most` examples of a domain's split there are: a folder may hold fewer.
+
+    Raises:
+      UserError: when the domain is not in the mixture, or its folder is missing, empty, or has no such split.
+    """
+    require(most >= 1, f"examples={most} must be >= 1")
+    if name not in config.folder_paths():
+        return min(most, len(open_source(config, name, split, most)))
+    return min(most, len(open_source(config, name, split)))
+
+
 def open_folder(path: pathlib.Path, split: str) -> Source:
     """The examples of `split` in a folder of ArrayRecord files, or of a Hugging Face dataset saved to disk.
 

@@ -16,7 +16,7 @@ import grain
 from absl import flags
 
 from anyexperts_jax.core.batch import Batch
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.data.batches import empty_batch, pad_rows, stack
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
 from anyexperts_jax.data.encode import encode_example
@@ -43,13 +43,16 @@ class _Sequences:
 
     def __getitem__(self, index: int) -> dict[str, Any] | EncodedSequence:
         example = self.source[index]
-        sequence = encode_example(
-            example,
-            self.spec,
-            domain_index=self.domain_index,
-            question_index=_question_index(self.source, example),
-            example_index=index,
-        )
+        try:
+            sequence = encode_example(
+                example,
+                self.spec,
+                domain_index=self.domain_index,
+                question_index=_question_index(self.source, example),
+                example_index=index,
+            )
+        except UserError as error:
+            raise UserError(f"{error} (example {index})") from error
         return padded(sequence, self.spec) if self.as_rows else sequence
 
 

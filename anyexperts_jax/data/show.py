@@ -9,9 +9,12 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.names import file_name
+from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.domain import domain
 from anyexperts_jax.data.drawings import Numbered, draw_sheet
 from anyexperts_jax.data.example import LEVELS, SAMPLE_RATE, Example
+from anyexperts_jax.data.mixture import open_source
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,12 +47,45 @@ def show(
     return show_examples(examples, f"{domain_name}_{split}", out_dir, console=console)
 
 
+def show_domain(
+    config: DataConfig,
+    name: str,
+    split: str,
+    count: int,
+    out_dir: pathlib.Path,
+    *,
+    start: int = 0,
+    console: "Console | None" = None,
+) -> list[pathlib.Path]:
+    """Shows examples `start` to `start + count` of a domain of a mixture, generated or of a folder: `show_examples`.
+
+    A folder that ends before is shown up to its end, with a line that says so.
+
+    Raises:
+      UserError: when an argument is out of range, the domain cannot be read, or `out_dir` cannot be written.
+    """
+    from rich.console import Console
+
+    require(1 <= count <= MAX_COUNT, f"count={count} must be in [1, {MAX_COUNT}]")
+    require(start >= 0, f"start={start} must be >= 0")
+    console = console or Console()
+    in_folder = name in config.folder_paths()
+    source = open_source(config, name, split, None if in_folder else start + count)
+    require(start < len(source), f"start={start}: {name} has {len(source)} {split} examples, counted from 0")
+    numbers = range(start, min(start + count, len(source)))
+    if len(numbers) < count:
+        line = f"{name} has {len(source)} {split} examples; {len(numbers)} are shown"
+        console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return show_examples([(i, source[i]) for i in numbers], f"{name}_{split}", out_dir, console=console)
+
+
 def show_examples(
     examples: Sequence[Numbered], name: str, out_dir: pathlib.Path, *, console: "Console | None" = None
 ) -> list[pathlib.Path]:
     """Prints a table of `examples` and writes, under `out_dir`, contact sheets (NAME.png) and sound (NAME_INDEX.wav).
 
-    A mixture of kinds of media makes a sheet for each, NAME_KIND.png. Returns what was written.
+    A mixture of kinds of media makes a sheet for each, NAME_KIND.png. What file systems do not take in NAME is written
+    as `core.names.file_name` does. Returns what was written.
 
     Raises:
       UserError: when there is nothing to show, or `out_dir` cannot be written.
@@ -60,21 +96,22 @@ def show_examples(
     console = console or Console()
     console.print(_table(examples, name))
     kinds = sorted({example.media or "text" for _, example in examples})
-    written = []
+    written, safe = [], file_name(name)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         for kind in kinds:
-            path = out_dir / (f"{name}.png" if len(kinds) == 1 else f"{name}_{kind}.png")
-            draw_sheet([pair for pair in examples if (pair[1].media or "text") == kind], path.stem, path)
+            suffix = "" if len(kinds) == 1 else f"_{kind}"
+            path = out_dir / f"{safe}{suffix}.png"
+            draw_sheet([pair for pair in examples if (pair[1].media or "text") == kind], f"{name}{suffix}", path)
             written.append(path)
         for number, example in examples:
             if example.audio is not None:
-                path = out_dir / f"{name}_{number}.wav"
+                path = out_dir / f"{safe}_{number}.wav"
                 write_wav(path, example.audio)
                 written.append(path)
     except OSError as error:
         raise UserError(f"cannot write to {out_dir}: {error}") from error
-    console.print(_summary(written), highlight=False, soft_wrap=True)
+    console.print(_summary(written), highlight=False, markup=False, emoji=False, soft_wrap=True)
     return written
 
 
@@ -103,8 +140,9 @@ def describe_evidence(example: Example) -> str:
 
 def _table(examples: Sequence[Numbered], name: str) -> "Table":
     from rich.table import Table
+    from rich.text import Text  # cells that are strings would be read as markup
 
-    table = Table(title=name, title_justify="left", caption="underlined: evidence in the question")
+    table = Table(title=Text(name), title_justify="left", caption="underlined: evidence in the question")
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("type", no_wrap=True)
     table.add_column("level")
@@ -115,12 +153,12 @@ def _table(examples: Sequence[Numbered], name: str) -> "Table":
     for number, example in examples:
         table.add_row(
             str(number),
-            example.question_type,
+            Text(example.question_type),
             str(example.level),
             _question(example),
-            example.answer,
+            Text(example.answer),
             describe_evidence(example),
-            example.source,
+            Text(example.source),
         )
     return table
 

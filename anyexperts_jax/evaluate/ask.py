@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.modality import MODALITY_NAMES
 from anyexperts_jax.data.batches import stack
 from anyexperts_jax.data.config import EncodingSpec
+from anyexperts_jax.data.decode import decode_audio, decode_picture
 from anyexperts_jax.data.encode import encode
-from anyexperts_jax.data.example import SAMPLE_RATE, Example
+from anyexperts_jax.data.example import Example, is_unicode
 from anyexperts_jax.evaluate.measure import forward, window_array
 from anyexperts_jax.evaluate.scoring import predict
 from anyexperts_jax.evaluate.trained import Trained, own_window, with_room
@@ -60,15 +61,16 @@ def own_example(
     """The user's question about a picture or a sound of theirs, or about nothing but itself.
 
     Raises:
-      UserError: when a file cannot be read, or does not fit the run's sequences.
+      UserError: when the question is not valid text, or a file cannot be read or does not fit the run's sequences.
     """
     require(bool(question), "the question is empty")
+    require(is_unicode(question), f"the question {question!r} is not valid UTF-8; give it in that encoding")
     require(image is None or audio is None, "give --image or --audio, not both")
     media: dict[str, Any] = {}
     if image is not None:
         media["image"] = _read_image(image, spec)
     if audio is not None:
-        media["audio"] = _read_audio(audio)
+        media["audio"] = decode_audio(audio, str(audio))
     return Example(
         domain="own", question_type="own", level=1, question=question, answer=_UNKNOWN, source="user", **media
     )
@@ -76,30 +78,8 @@ def own_example(
 
 def _read_image(path: pathlib.Path, spec: EncodingSpec) -> np.ndarray:
     """RGB pixels, scaled to the largest square of whole patches the run's sequences hold."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     side = int(spec.max_patches**0.5) * spec.patch_size
     require(side > 0, "this run reads no images: data.encoding.max_patches=0")
-    try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB").resize((side, side)))
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"cannot read the picture {path}: {error}") from error
-
-
-def _read_audio(path: pathlib.Path) -> np.ndarray:
-    """Mono samples in [-1, 1] at the rate the models hear."""
-    from scipy.io import wavfile
-    from scipy.signal import resample_poly
-
-    try:
-        rate, samples = wavfile.read(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the sound {path}: {error}; it must be a WAV file") from error
-    require(len(samples) > 0, f"the sound {path} is empty; give a WAV file with samples in it")
-    full_scale = np.iinfo(samples.dtype).max if np.issubdtype(samples.dtype, np.signedinteger) else 1
-    if samples.dtype == np.uint8:  # the one kind of WAV without a sign: 128 is silence
-        samples, full_scale = samples - np.float64(128), 128
-    mono = samples.reshape(len(samples), -1).mean(axis=1) / full_scale
-    common = np.gcd(rate, SAMPLE_RATE)
-    return resample_poly(mono, SAMPLE_RATE // common, rate // common).clip(-1, 1).astype(np.float32)
+    return np.asarray(Image.fromarray(decode_picture(path, str(path))).resize((side, side)))

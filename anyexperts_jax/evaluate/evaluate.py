@@ -11,7 +11,7 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, require, require_one_of
 from anyexperts_jax.core.versions import device_text, versions
-from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.mixture import examples_there, open_source
 from anyexperts_jax.data.pipeline import eval_batches
 from anyexperts_jax.evaluate.measure import (
     Batches,
@@ -40,8 +40,8 @@ class Options:
       UserError: naming the value and the rule it breaks.
     """
 
-    num_examples: int = 64  # of each domain's test split
-    calibration_examples: int = 32  # of each domain's validation split
+    num_examples: int = 64  # of each domain's test split, or as many as it has
+    calibration_examples: int = 32  # of each domain's validation split, or as many as it has
     batch_size: int = 64  # at most
     tolerance: float = 0.01  # of the realised budget on the calibration examples, relative
     time_rounds: int = 9
@@ -134,6 +134,7 @@ def evaluate_trained(
     validation = load_batches(trained, names, "validation", options.calibration_examples, options.rows)
     test = load_batches(trained, names, "test", options.num_examples, options.rows)
     note(f"{options.num_examples} test and {options.calibration_examples} validation examples of {', '.join(names)}")
+    _say_what_is_missing(trained, names, options, note)
     model = with_room(trained.config.model, max(_most_slots(moe, budget) for budget in budgets))
     windows, realised = {}, {}
     for budget in budgets:
@@ -160,8 +161,18 @@ def evaluate_trained(
 
 
 def load_batches(trained: Trained, domains: Sequence[str], split: str, examples: int, rows: int) -> Batches:
-    """The first `examples` of each domain's split, the same ones every time, in batches of `rows`."""
-    return {name: tuple(eval_batches(trained.config.data, name, split, rows, examples)) for name in domains}
+    """The first `examples` of each domain's split, or all where it has fewer, in batches of `rows`."""
+    data = trained.config.data
+    there = {name: examples_there(data, name, split, examples) for name in domains}
+    return {name: tuple(eval_batches(data, name, split, rows, count)) for name, count in there.items()}
+
+
+def _say_what_is_missing(trained: Trained, names: Sequence[str], options: Options, note: Callable[[str], None]) -> None:
+    for split, wanted in (("test", options.num_examples), ("validation", options.calibration_examples)):
+        for name in names:
+            there = examples_there(trained.config.data, name, split, wanted)
+            if there < wanted:
+                note(f"{name} has {there} {split} examples, fewer than {wanted}: all of them are taken")
 
 
 def _window(

@@ -47,6 +47,6 @@ def _draw_line(axes: "Axes", index: int, domain: str, places: Sequence[float], b
         markersize=5,
         linewidth=1.8,
         elinewidth=1,
-        label=domain,
+        label=style.label(domain),
     )
     axes.axhline(scores[0].chance, xmax=0.06, color=colour, linewidth=2.5, alpha=0.7)

@@ -94,7 +94,7 @@ def _draw_domains(axes: "Axes", validation: Records) -> None:
     for index, domain in enumerate(validation[0]["domains"] if validation else ()):
         colour, marker = style.series(index)
         right = [_number(r["domains"][domain]["exact_match"]) for r in validation]
-        axes.plot(steps, right, color=colour, marker=marker, markersize=4, label=domain)
+        axes.plot(steps, right, color=colour, marker=marker, markersize=4, label=style.label(domain))
     axes.set_title("Answers right, teacher-forced")
     axes.set_ylim(0, None)
     axes.yaxis.set_major_formatter(_percent)

@@ -13,7 +13,7 @@ from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.example import SAMPLE_RATE, Example
 from anyexperts_jax.data.features import HOP
-from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.mixture import examples_there, open_source
 from anyexperts_jax.data.tokenizer import SEP
 from anyexperts_jax.evaluate.measure import Window, forward, window_array
 from anyexperts_jax.evaluate.scoring import predict
@@ -44,10 +44,11 @@ class ExampleMap:
 def map_examples(trained: Trained, domain: str, count: int, rows: int, max_new_tokens: int) -> list[ExampleMap]:
     """The first `count` test examples of a domain with their importance and the model's answers, at its own window.
 
-    `rows`, at least `count`, is the size of the batch they are padded to, so that programs compiled for it serve.
+    A folder with fewer gives all it has. `rows`, at least `count`, is the size of the batch they are padded to, so that
+    programs compiled for it serve.
     """
     config = trained.config
-    source = open_source(config.data, domain, "test", count)
+    source = open_source(config.data, domain, "test", examples_there(config.data, domain, "test", count))
     examples = [source[i] for i in range(min(count, len(source)))]
     index = config.data.domain_index(domain)
     spec = config.data.encoding

@@ -82,8 +82,8 @@ def _short(text: str, most: int = 36) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what matplotlib would read as a formula, or has no glyph for."""
-    return "".join(c if c.isprintable() else "·" for c in text).replace("$", r"\$").replace("\ufffd", "·")
+    """Without what matplotlib has no glyph for."""
+    return "".join(c if c.isprintable() else "·" for c in text).replace("\ufffd", "·")
 
 
 def _draw_key(drawn: "Figure", total: float) -> None:

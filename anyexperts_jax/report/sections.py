@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable
 
 from anyexperts_jax.core.modality import MODALITY_NAMES
+from anyexperts_jax.core.names import file_name
 from anyexperts_jax.core.versions import device_text, versions
 from anyexperts_jax.report import tables
 from anyexperts_jax.report.budget_curves import draw_budget_curves
@@ -75,6 +76,11 @@ def _evaluate_first(source: ReportSource) -> str:
     return f"Not evaluated yet: run `anyexperts evaluate {source.root}` and then the report again."
 
 
+def _examples(source: ReportSource, count: int) -> str:
+    fewer = ", or all that a folder has" if source.config.data.folders else ""
+    return f"{count} test examples of each domain{fewer}"
+
+
 def _allocation_verdicts(source: ReportSource, folder: pathlib.Path) -> Section:
     section = Section("verdicts", "Does it learn to allocate?")
     if source.evaluation is None:
@@ -100,8 +106,8 @@ def _budgets(source: ReportSource, folder: pathlib.Path) -> Section:
         "the best constant answer to each question type on the same examples."
     )
     text = (
-        f"One checkpoint, step {result.step}, at each budget without retraining, on {result.examples_per_domain} test "
-        "examples of each domain. Windows are calibrated on the validation split; realised averages are of the test "
+        f"One checkpoint, step {result.step}, at each budget without retraining, on {tables.examples_text(result)} "
+        "of each domain. Windows are calibrated on the validation split; realised averages are of the test "
         "split. Dropped slots are those of the test sequences read whole; answers are generated without dropping any. "
         f"Times are medians of interleaved runs of one compiled program on {result.device}."
     )
@@ -120,7 +126,7 @@ def _maps(source: ReportSource, folder: pathlib.Path) -> Section:
     pictures = []
     for domain, maps in source.maps.items():
         for media, group in _by_media(maps).items():
-            name = f"importance_{domain}" + ("" if len(_by_media(maps)) == 1 else f"_{media or 'text'}")
+            name = f"importance_{file_name(domain)}" + ("" if len(_by_media(maps)) == 1 else f"_{media or 'text'}")
             caption = f"The first {len(group)} test examples, not chosen. {_WHAT_TO_LOOK_AT[media]}"
             path = draw_importance_maps(group, folder / f"{name}.png")
             pictures.append(Picture(f"{domain}: importance on {media or 'text'}", caption, path))
@@ -150,7 +156,7 @@ def _separation(source: ReportSource, folder: pathlib.Path) -> Section:
         "contrast is the spread of a patch's pixels or a chunk's log-mel values, position ranks earlier tokens higher."
     )
     text = (
-        f"Over {source.routing_examples} test examples of each domain. The area under the ROC curve is the chance that "
+        f"Over {_examples(source, source.routing_examples)}. The area under the ROC curve is the chance that "
         "a token that carries the answer has higher importance than another media or question token of its modality."
     )
     picture = Picture("Separation", caption, draw_separations(source.separations, folder / "separation.png"))
@@ -167,7 +173,7 @@ def _real_experts(source: ReportSource, folder: pathlib.Path) -> Section:
     caption = "Which modality gets more experts than the nominal average, and in which layers?"
     picture = Picture("Real experts per token", caption, path)
     shown = tables.routing_table(source.routing, MODALITY_NAMES)
-    text = f"At the window the run was trained with, over {source.routing_examples} test examples of each domain."
+    text = f"At the window the run was trained with, over {_examples(source, source.routing_examples)}."
     return dataclasses.replace(section, text=text, pictures=(picture,), tables=(shown,))
 
 
@@ -189,7 +195,7 @@ def _router(source: ReportSource, folder: pathlib.Path) -> Section:
         why = source.no_checkpoint or "only asked of models with static slots or a router that tells modalities apart"
         return dataclasses.replace(section, missing=(f"Not measured: {why}.",))
     text = (
-        f"EvoMoE's diagnostics on {ROUTING_EXAMPLES} test examples of each domain. Experts that are alike lose nothing "
+        f"EvoMoE's diagnostics on {_examples(source, ROUTING_EXAMPLES)}. Experts that are alike lose nothing "
         "when a token's logits are dealt to others; a router whose logits are distributed alike for two modalities "
         "does not tell them apart."
     )

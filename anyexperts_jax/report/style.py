@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
+from anyexperts_jax.data.drawings import boxes_for_missing_glyphs
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -34,6 +36,7 @@ _RC: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "text.color": INK,
+    "text.parse_math": False,  # users name domains and variants, and may use dollars
     "xtick.color": INK,
     "ytick.color": INK,
     "xtick.labelsize": 8,
@@ -53,7 +56,7 @@ def figure(width: float, height: float, path: Path, **options: Any) -> Iterator[
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(_RC), boxes_for_missing_glyphs():
         drawn = Figure(figsize=(width, height), **{"layout": "constrained", **options})
         FigureCanvasAgg(drawn)
         yield drawn
@@ -94,6 +97,11 @@ class Scale:
 def series(index: int) -> tuple[str, str]:
     """Colour and marker of the index-th line of a chart, so that lines differ in more than colour."""
     return SERIES[index % len(SERIES)], _MARKERS[index % len(_MARKERS)]
+
+
+def label(name: str) -> str:
+    """A name for a legend, which would leave out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def bare(axes: "Axes") -> None:

@@ -58,8 +58,15 @@ def score_table(result: EvaluationResult) -> TextTable:
         cells = [f"{100 * score.score:.1f} ±{figure_text(100 * score.standard_error, '.1f')}" for score in scores]
         rows.append((first.domain, metric_name(first.metric), f"{100 * first.chance:.1f}", *cells))
     columns = ("domain", "metric", "chance", *(f"budget {one.budget:g}" for one in result.budgets))
-    title = f"Score in percent on {result.examples_per_domain} test examples a domain"
+    title = f"Score in percent on {examples_text(result)} a domain"
     return TextTable(title, columns, tuple(rows))
+
+
+def examples_text(result: EvaluationResult) -> str:
+    """How many test examples of a domain were scored: "64 test examples", and where a split has fewer, its own."""
+    most = result.examples_per_domain
+    fewer = [f"{one.domain} {one.examples}" for one in result.budgets[0].scores if one.examples < most]
+    return f"{most} test examples" + (f" ({', '.join(fewer)})" if fewer else "")
 
 
 def metric_name(metric: str) -> str:
@@ -151,9 +158,10 @@ def to_rich(table: TextTable) -> "Table":
     """For the terminal: figures stay whole, headings break between words."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text  # cells that are strings would be read as markup, and users name domains
 
     drawn = Table(
-        title=table.title,
+        title=Text(table.title),
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -162,9 +170,9 @@ def to_rich(table: TextTable) -> "Table":
     )
     for index, column in enumerate(table.columns):
         width = max(len(text) for text in (*column.split(), *(row[index] for row in table.rows), ""))
-        drawn.add_column(column, justify="right" if index else "left", width=width)
+        drawn.add_column(Text(column), justify="right" if index else "left", width=width)
     for row in table.rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(Text(cell) for cell in row))
     return drawn
 
 

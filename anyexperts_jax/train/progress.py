@@ -7,6 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from anyexperts_jax.core.modality import MODALITY_NAMES
 from anyexperts_jax.train.goodput import TimeReport
@@ -43,7 +44,7 @@ class Reporter:
             self.note(f"step {done}/{steps}  {status}")
 
     def note(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def evaluation(self, step: int, record: dict[str, Any]) -> None:
         exact = "  ".join(f"{name} {scores['exact_match']:.0%}" for name, scores in record["domains"].items())
@@ -94,7 +95,7 @@ def domain_table(record: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column == "domain" else "right")
     for name, scores in record["domains"].items():
         right = (f"{scores['token_accuracy']:.1%}", f"{scores['exact_match']:.1%}")
-        table.add_row(name, f"{scores['loss']:.3f}", *right, str(scores["examples"]))
+        table.add_row(Text(name), f"{scores['loss']:.3f}", *right, str(scores["examples"]))
     return table
 
 

@@ -85,6 +85,7 @@ def draw_experts(results: Results, path: Path, title: str) -> Path:
         left.set_xscale("log")
         left.axhline(0.0, color=style.FAINT, linewidth=1)
         _name(left, means)
+        left.xaxis.set_major_formatter("{x:g}")  # the usual one writes powers as formulas, which `style` turns off
         left.xaxis.set_minor_formatter("")  # decades alone have labels
         left.set_xlabel("distance of experts 2 to N from expert 1 over its norm")
         left.set_ylabel("nats per answer token that shuffled logits cost")

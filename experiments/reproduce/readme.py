@@ -6,7 +6,7 @@ import pathlib
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.report.tables import TextTable
 from experiments.reproduce.evomoe_output import evomoe_block, is_evomoe
-from experiments.reproduce.output import MAIN_FIGURE, PAGE_NAME, Page, claims_of, markdown_table
+from experiments.reproduce.output import MAIN_FIGURE, PAGE_NAME, Page, claims_of, markdown_table, old_splits
 from experiments.reproduce.tables import verdict_table
 
 BEGIN = "<!-- python -m experiments.reproduce: begin -->"
@@ -36,6 +36,10 @@ def update_readme(page: Page, folder: pathlib.Path, readme: pathlib.Path) -> Non
 def block(page: Page, folder: pathlib.Path, base: pathlib.Path) -> str:
     """The figure and the verdicts without their details, with links relative to `base`."""
     where = pathlib.Path(os.path.relpath(folder, base)).as_posix()
+    return "".join(f"{note}\n\n" for note in old_splits(page.results)) + _verdicts(page, where)
+
+
+def _verdicts(page: Page, where: str) -> str:
     if is_evomoe(page.results):
         return evomoe_block(page, where)
     whole = verdict_table(claims_of(page.results))

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.data.domain import SPLITS_VERSION
 from anyexperts_jax.evaluate.importance import Separation
 from anyexperts_jax.evaluate.results import BudgetResult, DomainScore, EvaluationResult, read_saved
 from anyexperts_jax.train.metrics import plain
@@ -83,11 +84,13 @@ class RunResult:
     device: str
     versions: dict[str, str]
     experts: ExpertFigures | None = None  # of runs that evolve or upcycle experts
+    splits: int | None = None  # data.domain.SPLITS_VERSION of its questions; None: of before that was recorded
     origin: str | None = None  # the shared training it went on from, "NAME:DIGEST"; None: from none, or not recorded
 
     @classmethod
     def of(cls, evaluation: EvaluationResult, **fields: Any) -> "RunResult":
         return cls(
+            splits=SPLITS_VERSION,
             step=evaluation.step,
             budgets=tuple(BudgetScores.of(one) for one in evaluation.budgets),
             separations=evaluation.separations,

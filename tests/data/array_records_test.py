@@ -1,8 +1,11 @@
 import dataclasses
+import io
 import json
+import shutil
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.data import array_records
@@ -44,6 +47,31 @@ def test_a_record_holds_all_of_its_example(make):
 def test_a_broken_record_is_refused(record):
     with pytest.raises(UserError, match=f"a record of {len(record)} bytes is not an example"):
         from_record(record)
+
+
+def test_a_record_of_no_use_is_named_by_its_number(tmp_path):
+    """Written by another program, or with values that are no sound."""
+    with_nan = io.BytesIO()
+    fields = {"domain": "d", "question_type": "q", "level": 1, "question": "?", "answer": "a", "source": ""}
+    text = np.frombuffer(json.dumps(fields).encode(), np.uint8)
+    np.savez(with_nan, text=text, audio=np.full(9, np.nan, np.float32))
+    for record, message in (
+        (with_nan.getvalue(), "mine record 1 of train: d/q: audio must be finite; 9 of 9"),
+        (b"no record", "mine record 1 of train: a record of 9 bytes is not an example"),
+    ):
+        folder = tmp_path / "mine"
+        folder.mkdir()
+        writer = ArrayRecordWriter(str(folder / "train-00000-of-00001.array_record"), "group_size:1")
+        for each in (to_record(text_example()), record):
+            writer.write(each)
+        writer.close()
+        manifest = {"version": 1, "metric": "exact", "question_types": ["q"], "splits": {"train": 2}}
+        (folder / "dataset.json").write_text(json.dumps(manifest))
+        source = open_source(config_for(folder), "mine", "train")
+        assert source[0].answer == "yes"
+        with pytest.raises(UserError, match=message):
+            source[1]
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -7,9 +7,13 @@ from rich.console import Console
 from scipy.io import wavfile
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.names import file_name
 from anyexperts_jax.data import domain as domains
 from anyexperts_jax.data import show
+from anyexperts_jax.data.array_records import export_array_record
+from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.example import Example
+from anyexperts_jax.data.source import GeneratedSource
 
 
 @pytest.fixture
@@ -72,3 +76,38 @@ def test_bad_arguments_are_one_clear_line(tmp_path, console):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write to"):
         show.show("ocr", "train", 1, tmp_path / "file", console=console)
+
+
+def own_folder(path, count=3, split="train"):
+    export_array_record(GeneratedSource("nlp", split, count, 0, (1, 2, 3)), path, split)
+    return path
+
+
+def test_a_domain_of_a_folder_is_shown_up_to_its_end(tmp_path, console):
+    config = DataConfig(domains=("own",), folders=(f"own={own_folder(tmp_path / 'own')}",))
+    written = show.show_domain(config, "own", "train", 12, tmp_path / "out", start=1, console=console)
+    assert [path.name for path in written] == ["own_train.png"]
+    printed = console.file.getvalue()
+    assert "own has 3 train examples; 2 are shown\n" in printed
+    assert all(domains.domain("nlp").example("train", i).answer in printed for i in (1, 2))
+    with pytest.raises(UserError, match="start=3: own has 3 train examples, counted from 0"):
+        show.show_domain(config, "own", "train", 1, tmp_path / "out", start=3, console=console)
+
+
+@pytest.mark.parametrize("name", ["[/red]", "[bold]x[/bold]", "a/b", "$x$ \\frac", ":cat:", "..", "x|<b>", "日本"])
+def test_names_are_shown_as_they_are(name, tmp_path, console):
+    """The terminal library, matplotlib and file systems have marks of their own."""
+    example = Example(name, name, 1, f"is it {name}?", name, name)
+    written = show.show_examples([(0, example)], name, tmp_path / "out[bold]", console=console)
+    assert [path.parent for path in written] == [tmp_path / "out[bold]"]
+    assert written[0].is_file()
+    printed = console.file.getvalue()
+    assert printed.count(name) >= 4
+    assert "out[bold]" in printed
+
+
+def test_file_names_stay_apart():
+    names = ["[/red]", "a b", "a%20b", "日本", "_x", "x_train", "a/b", "a\\b", "a\nb"]
+    assert file_name("own-data_2.b") == "own-data_2.b"
+    assert file_name("[/red]") == "%5B%2Fred%5D"
+    assert len({file_name(name) for name in names}) == len(names)

@@ -1,6 +1,7 @@
 """One question at a time, to the random model of the stand-in."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -83,6 +84,8 @@ def test_what_cannot_be_read_is_refused(tmp_path):
             own_example("what?", EncodingSpec(), **kwargs)
     with pytest.raises(UserError, match="the question is empty"):
         own_example("", EncodingSpec())
+    with pytest.raises(UserError, match=r"the question 'caf\\udce9' is not valid UTF-8"):
+        own_example(os.fsdecode(b"caf\xe9"), EncodingSpec())
     with pytest.raises(UserError, match=r"reads no images: data\.encoding\.max_patches=0"):
         own_example("what?", EncodingSpec(max_patches=0), image=tmp_path / "no.png")
 

@@ -12,6 +12,7 @@ import pytest
 from anyexperts_jax.cli import main as cli
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.data.array_records import export_array_record
 from anyexperts_jax.data.batches import answers, pad_rows, prompts
 from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.data.tokenizer import decode
@@ -24,7 +25,8 @@ from anyexperts_jax.evaluate.scoring import longest_answer, predict, score_domai
 from anyexperts_jax.evaluate.trained import own_window, with_room
 from anyexperts_jax.models.generate import generate
 from anyexperts_jax.models.presets import static_twin
-from anyexperts_jax.report.tables import print_evaluation
+from anyexperts_jax.report.example_map import map_examples
+from anyexperts_jax.report.tables import print_evaluation, score_table
 from anyexperts_jax.report.verdicts import verdicts
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.sharding.placement import placement_of
@@ -49,6 +51,24 @@ def result(one):
 @pytest.fixture(scope="module")
 def test_batches(one):
     return load_batches(one, DATA.domains, "test", ROWS, ROWS)
+
+
+@pytest.mark.slow
+def test_a_folder_with_fewer_examples_is_evaluated_on_all_of_them(one, result, tmp_path):
+    """`result` has compiled the programs."""
+    there = {"test": ROWS - 2, "validation": ROWS - 3}
+    for split, count in there.items():
+        export_array_record(open_source(DATA, "nlp", split, count), tmp_path / "own", split)
+    data = dataclasses.replace(DATA, folders=(f"nlp={tmp_path / 'own'}",))
+    smaller = dataclasses.replace(one, config=dataclasses.replace(one.config, data=data))
+    said = []
+    found = evaluate_trained(smaller, BUDGETS, options=OPTIONS, note=said.append)
+    assert [score.examples for score in found.budgets[0].scores] == [ROWS, ROWS - 2]
+    assert [line for line in said if "fewer" in line] == [
+        f"nlp has {count} {split} examples, fewer than {ROWS}: all of them are taken" for split, count in there.items()
+    ]
+    assert score_table(found).title == f"Score in percent on {ROWS} test examples (nlp {ROWS - 2}) a domain"
+    assert len(map_examples(smaller, "nlp", ROWS - 1, ROWS, 4)) == ROWS - 2
 
 
 @pytest.mark.slow

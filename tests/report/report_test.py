@@ -27,8 +27,9 @@ from anyexperts_jax.models.presets import static_twin
 from anyexperts_jax.report import charts, example_map, source, style
 from anyexperts_jax.report.budget_curves import draw_budget_curves
 from anyexperts_jax.report.page import report
+from anyexperts_jax.report.tables import print_evaluation
 from anyexperts_jax.train.run_dir import RunDir, open_run_dir
-from anyexperts_jax.train.run_log import read_records
+from anyexperts_jax.train.run_log import RunLog, read_records
 
 NAN = float("nan")
 
@@ -62,7 +63,9 @@ def separation(name, auc) -> Separation:
     )
 
 
-def evaluation() -> EvaluationResult:
+def evaluation(general="general", nlp="nlp") -> EvaluationResult:
+    """Of the two domains by these names."""
+
     def score(domain, value):
         group = {"a": GroupScore(8, value, 0.1)}
         return DomainScore(domain, "exact", 8, value, 0.05, 0.1, value, None, group, {"1": GroupScore(8, value, 0.1)})
@@ -72,14 +75,18 @@ def evaluation() -> EvaluationResult:
             budget,
             budget,
             budget,
-            summary((budget, budget + 3), budget * 1.01),
-            (score("general", 0.2 * budget / 2.4), score("nlp", 0.5)),
+            dataclasses.replace(
+                summary((budget, budget + 3), budget * 1.01),
+                real_slots_by_domain={general: budget + 0.1, nlp: budget - 0.1},
+            ),
+            (score(general, 0.2 * budget / 2.4), score(nlp, 0.5)),
             BudgetTime(3.6, budget / 3.6, budget / 3.6, 0.1, 0.01),
         )
         for budget in (2.4, 3.6)
     )
     separations = (separation("text", 0.71), separation("image", 0.42))
-    return EvaluationResult(4, 8, "cpu", {"python": "3.11"}, summary(), separations, budgets)
+    whole = dataclasses.replace(summary(), real_slots_by_domain={general: 3.7, nlp: 3.5})
+    return EvaluationResult(4, 8, "cpu", {"python": "3.11"}, whole, separations, budgets)
 
 
 class Page(html.parser.HTMLParser):
@@ -205,6 +212,26 @@ def test_text_from_a_run_is_escaped(tmp_path):
     path = report(root)
     assert "a<b>" not in path.read_text()
     assert "a<b>&c" in Page(path).text
+
+
+@pytest.mark.parametrize("name", ["[/red]", "[b]x", ":cat:", "<b>&", "$x$ \\frac", "_own", "a|b", "日本"])
+def test_names_of_domains_are_shown_as_they_are(name, tmp_path, capsys):
+    """On the terminal, on the page and in pictures, each of which has marks of its own."""
+    found = evaluation(name, "nlp")
+    print_evaluation(found)
+    assert capsys.readouterr().out.count(name) >= 2
+    open_run_dir(tmp_path, config_of(MODEL))
+    save_evaluation(found, tmp_path)
+    page = check_self_contained(report(tmp_path))
+    assert page.text.count(name) >= 3
+    log = RunLog(RunDir(tmp_path), 0)
+    log.write("validation", 4, {"loss": 0.5, "domains": {name: {"loss": 0.5, "exact_match": 0.25}}})
+    log.close()
+    records = [{"kind": "train", "step": 4, "answer_loss": 1.0}, *read_records(RunDir(tmp_path).metrics)]
+    with style.figure(2, 2, tmp_path / "domains.png") as drawn:
+        axes = drawn.subplots()
+        charts._draw_domains(axes, records[1:])
+        assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == [name]
 
 
 def test_training_charts_bear_modalities_that_come_and_go(tmp_path):

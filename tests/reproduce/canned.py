@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from anyexperts_jax.data.domain import SPLITS_VERSION
 from anyexperts_jax.evaluate.importance import Separation
 from anyexperts_jax.evaluate.results import DomainScore, GroupScore
 from experiments.reproduce.collect import Results
@@ -49,6 +50,7 @@ def run_result(name, seed, budgets, own, auc=None):
         evaluate_seconds=1.0,
         device="cpu",
         versions={"jax": "0"},
+        splits=SPLITS_VERSION,
     )
 
 

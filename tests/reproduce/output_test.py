@@ -12,7 +12,7 @@ from experiments.reproduce import papers
 from experiments.reproduce.claims import all_claims, signed
 from experiments.reproduce.collect import Results, load_kept, save_kept
 from experiments.reproduce.layer_times import LayerTimes, load_layer_times, save_layer_times
-from experiments.reproduce.output import QUICK_NOTE, Page, write_page
+from experiments.reproduce.output import OLD_SPLITS_NOTE, QUICK_NOTE, Page, old_splits, write_page
 from experiments.reproduce.readme import BEGIN, END, update_readme
 from experiments.reproduce.run_result import load_result, save_result
 from experiments.reproduce.statistics import Summary, summarise
@@ -158,6 +158,21 @@ def test_runs_of_one_start_alone_are_paired(tmp_path):
     assert (
         "Runs of seeds 2 went on from starts that were trained more than once" in (tmp_path / "README.md").read_text()
     )
+
+
+def test_runs_of_old_splits_are_told_at_the_top(page, tmp_path):
+    results = table3(hsm=0.05)
+    old = {key: dataclasses.replace(one, splits=None) for key, one in results.found.items() if key[1] == 3}
+    mixed = Page({"table3": Results(dict(results.found) | old)}, "x", 282_491)
+    write_page(mixed, tmp_path)
+    note = OLD_SPLITS_NOTE.format(len(old), len(results.found))
+    assert (tmp_path / "README.md").read_text().splitlines()[2] == note
+    readme = tmp_path / "readme.md"
+    readme.write_text(f"{BEGIN}\n{END}\n")
+    update_readme(mixed, tmp_path, readme)
+    assert readme.read_text().splitlines()[1] == note
+    assert not old_splits({"table3": results})
+    assert load_kept(save_kept({"a": old["without HSM", 3]}, tmp_path).parent)["without HSM-3"].splits is None
 
 
 def test_results_survive_the_disk(tmp_path):

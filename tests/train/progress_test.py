@@ -43,6 +43,13 @@ def test_an_evaluation_is_one_line_without_markup():
     assert shown(lambda reporter: reporter.note("[data.encoding] is no markup")) == "[data.encoding] is no markup\n"
 
 
+def test_names_of_domains_are_no_markup():
+    names = ("[/red]", "[bold]x", ":cat:")
+    record = RECORD | {"domains": dict.fromkeys(names, RECORD["domains"]["nlp"])}
+    for show in (lambda reporter: reporter.tables(record), lambda reporter: reporter.evaluation(1, record)):
+        assert all(name in shown(show) for name in names)
+
+
 def test_the_bar_is_for_terminals_and_silence_for_no_console():
     def run(reporter):
         reporter.start(0, 4)

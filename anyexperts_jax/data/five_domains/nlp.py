@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
@@ -20,6 +19,7 @@ _IDLE = ("It is cold.", "The sun is up.", "Rain falls.", "Birds sing.")  # distr
 _BYSTANDERS = ("Tim", "Joe", "Kim", "Lee")  # distractors with one: "Tim is 9."
 _LARGEST = {1: 9, 2: 12, 3: 20}  # largest number in a question, by level
 _LARGEST_OF_THREE = {1: 5, 2: 9, 3: 12}
+Pair = tuple[int, int]
 Numbers = tuple[int, ...]
 T = TypeVar("T")
 
@@ -28,24 +28,29 @@ T = TypeVar("T")
 class _Problem:
     text: str  # the question, its evidence marked
     answer: str
-    numbers: Numbers
+    steps: tuple[Pair, ...]  # the pairs of numbers that are added, subtracted or compared to find the answer
     thing: str = "number"  # what is counted: one of THINGS, or bare numbers
 
 
 def split_of(thing: str, first: int, second: int) -> str:
-    """The split that owns an ordered pair of numbers of a thing: six eighths train, an eighth each the others."""
-    remainder = (first + 3 * second + _COUNTED.index(thing)) % 8
+    """The split that owns a pair of numbers of a thing, in either order: six eighths train, an eighth each the others.
+
+    3 pens and 4 pens make the same problem as 4 pens and 3 pens, added or compared, so the order does not count.
+    """
+    low, high = sorted((first, second))
+    remainder = (low + 3 * high + _COUNTED.index(thing)) % 8
     return {6: "validation", 7: "test"}.get(remainder, "train")
 
 
 class Nlp:
     """Word problems of at most 80 bytes.
 
-    The sources are a thing and the ordered pairs of numbers of it that stand side by side in a question: a split never
-    counts what another counts. Every pair of numbers occurs in training with some of the things: what 3 and 4 make is
-    known there, as the shape of a 3 is in other domains, and not what 3 and 4 pens make. From level 1 to 3 the numbers
-    grow; level 2 adds a sentence that does not matter or a negation, level 3 one with a number that does not matter, or
-    a second clause.
+    The sources are a thing and, for each step of the answer, the pair of numbers of it that the step adds, subtracts
+    or compares, in no order: a split never works out what another works out, whatever the kind of question. "Ann has
+    3, finds 4 and loses 2" has two steps, 3 with 4 and 7 with 2. Every pair of numbers occurs in training with some of
+    the things: what 3 and 4 make is known there, as the shape of a 3 is in other domains, and not what 3 and 4 pens
+    make. From level 1 to 3 the numbers grow; level 2 adds a sentence that does not matter or a negation, level 3 one
+    with a number that does not matter, or a second clause.
     """
 
     name = "nlp"
@@ -63,7 +68,7 @@ class Nlp:
             level=level,
             question=question,
             answer=problem.answer,
-            source=" ".join(f"{problem.thing}:{a},{b}" for a, b in itertools.pairwise(problem.numbers)),
+            source=" ".join(f"{problem.thing}:{min(pair)},{max(pair)}" for pair in problem.steps),
             question_evidence=spans,
         )
 
@@ -72,14 +77,14 @@ def _add(rng: np.random.Generator, split: str, level: int) -> _Problem:
     thing, (a, b) = _draw(rng, "add", split, level)
     one, two = _names(rng)
     text = f"{one} has [{a}] {_plural(thing, a)}. {two} has [{b}] {_plural(thing, b)}. How many in all?"
-    return _Problem(_distract(rng, text, level), str(a + b), (a, b), thing)
+    return _Problem(_distract(rng, text, level), str(a + b), ((a, b),), thing)
 
 
 def _subtract(rng: np.random.Generator, split: str, level: int) -> _Problem:
     thing, (a, b) = _draw(rng, "subtract", split, level)
     one, two = _names(rng)
     text = f"{one} has [{a}] {_plural(thing, a)} and gives [{b}] to {two}. How many are left?"
-    return _Problem(_distract(rng, text, level), str(a - b), (a, b), thing)
+    return _Problem(_distract(rng, text, level), str(a - b), ((a, b),), thing)
 
 
 def _compare(rng: np.random.Generator, split: str, level: int) -> _Problem:
@@ -87,7 +92,7 @@ def _compare(rng: np.random.Generator, split: str, level: int) -> _Problem:
     one, two = _names(rng)
     ask = "more" if level == 1 else _pick(rng, ("more", "fewer"))
     text = f"[{one}] has [{a}] {_plural(thing, a)}. [{two}] has [{b}] {_plural(thing, b)}. Who has [{ask}]?"
-    return _Problem(_distract(rng, text, level), one if (a > b) == (ask == "more") else two, (a, b), thing)
+    return _Problem(_distract(rng, text, level), one if (a > b) == (ask == "more") else two, ((a, b),), thing)
 
 
 def _logic(rng: np.random.Generator, split: str, level: int) -> _Problem:
@@ -96,20 +101,20 @@ def _logic(rng: np.random.Generator, split: str, level: int) -> _Problem:
     if level == 3:  # "and" of two clauses: both hold, or at least one does not
         clauses = (True, True) if truth else _pick(rng, ((True, False), (False, True), (False, False)))
     _, numbers = _draw(rng, "logic", split, level)
+    steps = _steps("logic", numbers)
     parts = []
-    for i, holds in enumerate(clauses):
-        a, b = numbers[2 * i : 2 * i + 2]
+    for holds, (a, b) in zip(clauses, steps, strict=True):
         negated = level > 1 and bool(rng.integers(2))
         word = "more" if (a > b) == (holds != negated) else "less"
         parts.append(f"[{a}] is {'[not] ' if negated else ''}[{word}] than [{b}]")
-    return _Problem(" [and] ".join(parts) + ". True or false?", "true" if truth else "false", numbers)
+    return _Problem(" [and] ".join(parts) + ". True or false?", "true" if truth else "false", steps)
 
 
 def _two_step(rng: np.random.Generator, split: str, level: int) -> _Problem:
     thing, (a, b, c) = _draw(rng, "two_step", split, level)
     one, _ = _names(rng)
     text = f"{one} has [{a}] {_plural(thing, a)}, [finds] [{b}] and [loses] [{c}]. How many now?"
-    return _Problem(_distract(rng, text, level), str(a + b - c), (a, b, c), thing)
+    return _Problem(_distract(rng, text, level), str(a + b - c), _steps("two_step", (a, b, c)), thing)
 
 
 _QUESTIONS: dict[str, Callable[[np.random.Generator, str, int], _Problem]] = {
@@ -129,7 +134,16 @@ def _choices(kind: str, split: str, level: int) -> tuple[tuple[str, Numbers], ..
     return tuple((thing, numbers) for thing in things for numbers in _numbers(kind, split, level, thing))
 
 
+def _steps(kind: str, numbers: Numbers) -> tuple[Pair, ...]:
+    """The pairs of numbers that a question of this kind adds, subtracts or compares."""
+    if kind == "two_step":
+        a, b, c = numbers
+        return (a, b), (a + b, c)
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
+
+
 def _numbers(kind: str, split: str, level: int, thing: str) -> list[Numbers]:
+    """What a question may hold: each of its steps belongs to the split."""
     one_to_top = range(1, (_LARGEST_OF_THREE if kind == "two_step" else _LARGEST)[level] + 1)
     pairs = [(a, b) for a in one_to_top for b in one_to_top if split_of(thing, a, b) == split]
     if kind == "add":
@@ -137,10 +151,10 @@ def _numbers(kind: str, split: str, level: int, thing: str) -> list[Numbers]:
     if kind == "subtract":
         return [(a, b) for a, b in pairs if a > b]
     if kind == "two_step":
-        return [(a, b, c) for a, b in pairs for b2, c in pairs if b2 == b and c <= a + b]
+        return [(a, b, c) for a, b in pairs for c in one_to_top if c <= a + b and split_of(thing, a + b, c) == split]
     unequal = [(a, b) for a, b in pairs if a != b]
-    if kind == "logic" and level == 3:  # three pairs side by side, the middle one across the two clauses
-        return [p + q for p in unequal for q in unequal if split_of(thing, p[1], q[0]) == split]
+    if kind == "logic" and level == 3:
+        return [p + q for p in unequal for q in unequal]
     return [*unequal]
 
 

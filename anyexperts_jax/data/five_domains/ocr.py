@@ -3,7 +3,7 @@
 Three question types: `read` (the text of a sign), `find` (the value of a row or bar, the price of an item) and
 `compare` (the largest, the smallest, how many above a number). Level 1 has single large characters in black on white,
 each in a quarter of the picture, on signs and in tables of two rows; level 2 has charts as well; level 3 has receipts
-and charts in the smallest readable print, coloured, off the grid and noisy. The splits share no font.
+and charts in the smallest readable print, coloured, off the grid and noisy. The splits share no family of fonts.
 
 Exact for a given version of Pillow: glyphs are drawn by the FreeType it bundles, all else in integers.
 """

@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -9,11 +10,23 @@ from anyexperts_jax.data.five_domains import digits
 
 
 def test_splits_partition_the_scans():
-    ranges = [set(digits.split_range(split)) for split in SPLITS]
-    assert all(not a & b for a, b in itertools.combinations(ranges, 2))
-    assert set().union(*ranges) == set(range(1797))
+    scans = [set(digits.split_scans(split)) for split in SPLITS]
+    assert all(not a & b for a, b in itertools.combinations(scans, 2))
+    assert set().union(*scans) == set(range(1797))
     with pytest.raises(UserError, match="split='dev'"):
-        digits.split_range("dev")
+        digits.split_scans("dev")
+
+
+def test_splits_share_no_form():
+    """Everyone copied one text, which begins with the digits in order, thrice; `0955650989841` comes once in it."""
+    labels = "".join(str(digits.label(i)) for i in range(1797))
+    after_thirty = [found.start() for found in re.finditer("0955650989841", labels)]
+    assert [digits.form_of(i) for i in after_thirty] == list(range(14))
+    for start, middle in zip(digits.FORM_STARTS, after_thirty, strict=True):
+        assert middle - start in (28, 29, 30)  # some scans are missing
+        assert labels[start : start + 9] in ("012345678", "123456789")
+    forms = [{digits.form_of(i) for i in digits.split_scans(split)} for split in SPLITS]
+    assert all(not a & b for a, b in itertools.combinations(forms, 2))
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -21,7 +34,7 @@ def test_draws_are_of_the_digit_and_the_split(split):
     rng = np.random.default_rng(0)
     for digit in range(10):
         drawn = {digits.draw_scan(rng, split, digit) for _ in range(30)}
-        assert drawn <= set(digits.split_range(split))
+        assert drawn <= set(digits.split_scans(split))
         assert {digits.label(scan) for scan in drawn} == {digit}
         assert len(drawn) > 5
 

@@ -1,0 +1,333 @@
+"""One decoder of pictures, films and sound, whatever they come in: files, Pillow's pictures, arrays, nested lists.
+
+Numbers are read by their type and range, and either scaled or refused; nothing saturates, turns black or passes as
+not a number. Every error is one line that begins with, or names, `where` the media stand: a path, or a dataset's row.
+
+| what | how it is read |
+|---|---|
+| uint8 | pixels as they are |
+| bool, pictures of mode 1 | black and white |
+| uint16, modes I;16* | 16-bit grey or colour: 65535 is white |
+| mode I (int32) | in [0, 255] as it is, in [0, 65535] as 16-bit, else refused |
+| other integers | pixels in [0, 255], else refused |
+| floats, mode F | in [0, 1], where 1 is white; else in [0, 255]; else refused |
+| palettes, CMYK, YCbCr, LAB, HSV | converted to RGB by Pillow |
+| RGBA, LA, PA, a transparent colour | laid on white |
+| EXIF orientation | applied |
+| samples of a WAV file | by its type: integers over their full scale, uint8 silent at 128 |
+| samples in int16, int8, uint8 | the same |
+| samples in wider integers | of 16 bits if they fit; of 32 bits if they reach beyond 24; else refused |
+| samples in floats | in [-1, 1]; peaks up to 2 are clipped, beyond that refused |
+"""
+
+import contextlib
+import io
+import math
+import pathlib
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from numpy import ndarray
+
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.data.example import SAMPLE_RATE
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_FRAMES = 1024  # of a film in one file
+RATES = (1_000, 768_000)  # samples a second that a sound file may have
+_LOUDEST = 2.0  # floats up to here are taken for peaks that a codec's rounding made
+
+# What Pillow's and SciPy's readers raise on damaged files. They check little before they unpack.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    NameError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+
+
+def decode_picture(value: Any, where: str) -> UInt8[ndarray, "H W 3"]:
+    """RGB pixels of a picture: the path or bytes of a file, one of Pillow's, or numbers of shape [H, W, 3].
+
+    Raises:
+      UserError: in one line with `where`, for what is not such a picture.
+    """
+    if isinstance(value, bytes | pathlib.Path):
+        value = _open(value, "picture", where)
+    if hasattr(value, "convert"):
+        with _pillows_warnings():
+            return _pixels_of(value, where)
+    return _scaled(_numbers(value, where, "pixels"), 3, where)
+
+
+def decode_video(value: Any, where: str) -> UInt8[ndarray, "F H W 3"]:
+    """RGB pixels of a film: pictures of one size, the path or bytes of an animated one, or numbers [F, H, W, 3].
+
+    Raises:
+      UserError: in one line with `where`, for what is not such a film.
+    """
+    if isinstance(value, bytes | pathlib.Path):
+        with _pillows_warnings():
+            return _stacked(_frames_of(_open(value, "film", where), where), where)
+    if isinstance(value, Sequence) and value and all(_is_picture(one) for one in value):
+        return _stacked([decode_picture(one, f"{where}, frame {i}") for i, one in enumerate(value)], where)
+    return _scaled(_numbers(value, where, "pixels"), 4, where)
+
+
+def decode_audio(value: Any, where: str, rate: int | None = None) -> Float32[ndarray, " samples"]:
+    """Mono samples in [-1, 1] at SAMPLE_RATE: of the path or bytes of a file, brought to that rate, or of numbers.
+
+    WAV files are read by SciPy; FLAC, Ogg and MP3 need the package `soundfile`.
+
+    Args:
+      rate: of numbers, which must be SAMPLE_RATE; None: taken to be.
+
+    Raises:
+      UserError: in one line with `where`, for what is not such a sound.
+    """
+    if isinstance(value, bytes | pathlib.Path):
+        return _sound_of_file(value, where)
+    require(rate in (None, SAMPLE_RATE), f"{where}: audio at {rate} Hz must be resampled to {SAMPLE_RATE} Hz")
+    samples = _numbers(value, where, "audio")
+    require(samples.ndim == 1, f"{where}: audio of shape {samples.shape} must be mono")
+    require(samples.size > 0, f"{where}: the audio is empty")
+    return _full_scale(_in_own_range(samples, where), where).astype(np.float32)
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, bytes | pathlib.Path) or hasattr(value, "convert")
+
+
+@contextlib.contextmanager
+def _pillows_warnings() -> Iterator[None]:
+    """Large pictures are errors; metadata that cannot be read are none of ours."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _open(file: bytes | pathlib.Path, kind: str, where: str) -> "Image":
+    """The file as one of Pillow's pictures, its first frame decoded."""
+    from PIL import Image
+
+    try:
+        data = file if isinstance(file, bytes) else file.read_bytes()
+        with _pillows_warnings():
+            image = Image.open(io.BytesIO(data))
+            image.load()
+            return image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        most = f"{Image.MAX_IMAGE_PIXELS:,}"
+        raise UserError(f"the {kind} in {where} has more than {most} pixels; scale it down") from error
+    except _DAMAGE as error:
+        advice = "; it must be an animated GIF, PNG or WebP file, or frames" if kind == "film" else ""
+        raise UserError(f"cannot read the {kind} in {where}: {_said(error)}{advice}") from error
+
+
+def _frames_of(image: "Image", where: str) -> list[UInt8[ndarray, "H W 3"]]:
+    """Every frame of an animated picture. They are not counted first: that may take longer than reading them."""
+    from PIL import Image
+
+    most = Image.MAX_IMAGE_PIXELS
+    frames: list[np.ndarray] = []
+    while True:
+        try:
+            image.seek(len(frames))
+            image.load()
+        except EOFError:
+            return frames
+        except _DAMAGE as error:
+            raise UserError(f"cannot read the film in {where}, frame {len(frames)}: {_said(error)}") from error
+        frames.append(_pixels_of(image, where))
+        require(len(frames) <= MAX_FRAMES, f"the film in {where} has more than {MAX_FRAMES} frames; take some out")
+        pixels = len(frames) * image.width * image.height
+        require(most is None or pixels <= most, f"the film in {where} has more than {most:,} pixels; scale it down")
+
+
+def _stacked(frames: list[np.ndarray], where: str) -> UInt8[ndarray, "F H W 3"]:
+    sizes = {f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames}
+    require(len(sizes) == 1, f"{where}: frames of one film differ in size: {', '.join(sorted(sizes))} pixels")
+    return np.stack(frames)
+
+
+def _pixels_of(image: "Image", where: str) -> UInt8[ndarray, "H W 3"]:
+    """RGB pixels of one of Pillow's pictures, by its mode."""
+    try:
+        values = _values_of(image)
+    except _DAMAGE as error:
+        raise UserError(f"cannot read the picture in {where}: {_said(error)}") from error
+    return _scaled(values if values.ndim == 3 else np.repeat(values[..., None], 3, axis=-1), 3, where)
+
+
+def _values_of(image: "Image") -> np.ndarray:
+    """Its RGB pixels, or where there are more than 8 bits its grey ones [H, W] in a type that tells their range."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.uint16)
+    if image.mode == "I":
+        values = np.asarray(image)
+        is_16_bit = values.size > 0 and values.min() >= 0 and 255 < values.max() <= 65535
+        return values.astype(np.uint16) if is_16_bit else values
+    if image.mode == "F":
+        return np.asarray(image)
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours)
+    return np.asarray(image.convert("RGB"))
+
+
+def _scaled(pixels: np.ndarray, axes: int, where: str) -> np.ndarray:
+    """Bytes from pixels of any type, by the table at the top."""
+    shaped = pixels.ndim == axes and pixels.shape[-1] == 3
+    require(shaped, f"{where}: pixels of shape {pixels.shape} must have {axes} axes, the last of size 3")
+    require(pixels.size > 0, f"{where}: there are no pixels in shape {pixels.shape}")
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8) * np.uint8(255)
+    if pixels.dtype == np.uint16:
+        return np.rint(pixels / 257).astype(np.uint8)
+    _require_finite(pixels, where, "pixels")
+    low, high = pixels.min().item(), pixels.max().item()
+    span = f"these are from {low:g} to {high:g}"
+    if pixels.dtype.kind == "f":
+        require(low >= 0 and high <= 255, f"{where}: pixels in floats must be in [0, 1] or [0, 255]; {span}")
+        return np.rint(pixels * (255 if high <= 1 else 1)).astype(np.uint8)
+    require(low >= 0 and high <= 255, f"{where}: pixels must be in [0, 255]; {span}")
+    return pixels.astype(np.uint8)
+
+
+def _numbers(value: Any, where: str, what: str) -> np.ndarray:
+    """An array of numbers or truth values."""
+    try:
+        values = np.asarray(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{where}: {what} must be numbers of one shape: {_said(error)}") from error
+    if values.dtype == object and all(one is None or isinstance(one, int | float) for one in values.flat):
+        values = values.astype(np.float64)  # None becomes NaN, which is refused as such
+    kinds = "biuf" if what == "pixels" else "iuf"
+    require(values.dtype.kind in kinds or values.size == 0, f"{where}: {what} must be numbers, not {values.dtype}")
+    return values
+
+
+def _require_finite(values: np.ndarray, where: str, what: str) -> None:
+    if values.dtype.kind != "f":
+        return
+    bad = int((~np.isfinite(values)).sum())
+    require(bad == 0, f"{where}: {what} must be finite; {bad} of {values.size} are missing, NaN or infinite")
+
+
+def _full_scale(samples: np.ndarray, where: str) -> np.ndarray:
+    """Samples in [-1, 1] from those of a type whose full scale is theirs."""
+    _require_finite(samples, where, "samples")
+    if samples.dtype == np.uint8:
+        return (samples - 128.0) / 128
+    if samples.dtype.kind == "i":
+        return samples / -float(np.iinfo(samples.dtype).min)
+    require(samples.dtype.kind == "f", f"{where}: samples in {samples.dtype} have no known full scale; give floats")
+    loudest = float(np.abs(samples).max())
+    allowed = f"floats in [-1, 1], or integers of 16 or 32 bits; these reach {loudest:g}"
+    require(loudest <= _LOUDEST, f"{where}: samples must be {allowed}")
+    return samples.clip(-1, 1)
+
+
+def _in_own_range(samples: np.ndarray, where: str) -> np.ndarray:
+    """Samples that fill the range of their type: wide integers, as nested lists become, go by the values they hold."""
+    if samples.dtype.kind != "i" or samples.dtype.itemsize <= 2:
+        return samples
+    low, high = int(samples.min()), int(samples.max())
+    if low >= -(2**15) and high < 2**15:
+        return samples.astype(np.int16)
+    loudest = max(-low, high)
+    known = f"samples that reach {loudest:,} may be of 24 or of 32 bits; give them as floats in [-1, 1]"
+    require(loudest > 2**23 and low >= -(2**31) and high < 2**31, f"{where}: {known}")
+    return samples.astype(np.int32)
+
+
+def _sound_of_file(file: bytes | pathlib.Path, where: str) -> Float32[ndarray, " samples"]:
+    from scipy.signal import resample_poly
+
+    try:
+        data = file if isinstance(file, bytes) else file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the sound in {where}: {_said(error)}; it must be a WAV file") from error
+    rate, samples = _read_wav(data, where) if data[:4] in (b"RIFF", b"RIFX", b"RF64") else _read_other(data, where)
+    low, high = RATES
+    require(low <= rate <= high, f"the sound in {where} has {rate} samples a second; valid: {low} to {high}")
+    require(samples.size > 0, f"the sound in {where} is empty; give a WAV file with samples in it")
+    mono = _full_scale(samples.reshape(len(samples), -1), where).mean(axis=1)
+    common = math.gcd(rate, SAMPLE_RATE)
+    return resample_poly(mono, SAMPLE_RATE // common, rate // common).clip(-1, 1).astype(np.float32)
+
+
+def _read_wav(data: bytes, where: str) -> tuple[int, np.ndarray]:
+    """Rate, and samples [n] or [n, channels], of a WAV file; one that was cut short is refused."""
+    from scipy.io import wavfile
+
+    promised = _promised_bytes(data)
+    there = f"it was cut short, {len(data)} bytes of {promised}; it must be a WAV file that is whole"
+    require(len(data) >= promised, f"cannot read the sound in {where}: {there}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks it does not know
+            rate, samples = wavfile.read(io.BytesIO(data))
+    except _DAMAGE as error:
+        raise UserError(f"cannot read the sound in {where}: {_said(error)}; it must be a WAV file") from error
+    return int(rate), samples
+
+
+def _promised_bytes(data: bytes) -> int:
+    """The file's length by the header of its samples; 0 where a program that wrote to a pipe left it open."""
+    order = ">I" if data[:4] == b"RIFX" else "<I"
+    at = 12
+    while at + 8 <= len(data):
+        size = struct.unpack(order, data[at + 4 : at + 8])[0]
+        if data[at : at + 4] == b"data":
+            return 0 if size == 0xFFFFFFFF else at + 8 + size
+        at += 8 + size + size % 2
+    return 0
+
+
+def _read_other(data: bytes, where: str) -> tuple[int, np.ndarray]:
+    """Rate and samples of a file in another format that libsndfile knows."""
+    advice = "it must be a WAV file, or one that the package soundfile reads: FLAC, Ogg, MP3"
+    try:
+        import soundfile
+    except ImportError as error:
+        raise UserError(f"cannot read the sound in {where}: no WAV header; {advice} (pip install soundfile)") from error
+    try:
+        samples, rate = soundfile.read(io.BytesIO(data))
+    except (soundfile.SoundFileError, *_DAMAGE) as error:
+        raise UserError(f"cannot read the sound in {where}: {_said(error)}; {advice}") from error
+    return int(rate), samples
+
+
+def _said(error: BaseException) -> str:
+    """The error's text in one short line, or its name where it has none."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):  # whose text is the address of a buffer
+        return "Pillow knows no such format"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:200] or type(error).__name__

@@ -1,0 +1,328 @@
+"""What every kind of picture, film and sound decodes to, or how it is refused: tables of inputs."""
+
+import io
+import pathlib
+import struct
+import sys
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import wavfile
+
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.data import decode
+from anyexperts_jax.data.decode import decode_audio, decode_picture, decode_video
+from anyexperts_jax.data.example import SAMPLE_RATE
+
+NAN = float("nan")
+
+
+def png(image, **options):
+    return encoded(image, "PNG", **options)
+
+
+def encoded(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def wav(samples, rate=SAMPLE_RATE):
+    buffer = io.BytesIO()
+    wavfile.write(buffer, rate, samples)
+    return buffer.getvalue()
+
+
+def short(value):
+    """The name of a case: bytes would be printed in full."""
+    return value[:24] if isinstance(value, str) else type(value).__name__
+
+
+def grey(values, dtype):
+    return Image.fromarray(np.array(values, dtype))
+
+
+def transparent(mode, colour):
+    return Image.new(mode, (1, 1), colour)
+
+
+def palette_with_transparency():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 0])
+    image.putpixel((1, 0), 1)
+    return png(image, transparency=0)
+
+
+MODES = [  # the picture, and the red, green and blue of its pixels in order
+    (Image.new("1", (1, 1), 1), [255, 255, 255]),
+    (Image.new("L", (1, 1), 77), [77, 77, 77]),
+    (Image.new("RGB", (1, 1), (1, 2, 3)), [1, 2, 3]),
+    (palette_with_transparency(), [255, 255, 255, 200, 100, 0]),
+    (transparent("RGBA", (200, 0, 0, 0)), [255, 255, 255]),
+    (transparent("RGBA", (0, 0, 0, 128)), [127, 127, 127]),
+    (transparent("LA", (0, 0)), [255, 255, 255]),
+    (png(Image.new("RGB", (1, 1), (9, 9, 9)), transparency=(9, 9, 9)), [255, 255, 255]),
+    (Image.new("CMYK", (1, 1), (0, 255, 255, 0)), [255, 0, 0]),
+    (encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "TIFF"), [0, 0, 0] * 64),
+    (grey([[0, 257, 32768, 65535]], np.uint16), [0] * 3 + [1] * 3 + [128] * 3 + [255] * 3),
+    (png(grey([[0, 257, 32768, 65535]], np.uint16)), [0] * 3 + [1] * 3 + [128] * 3 + [255] * 3),
+    (encoded(grey([[100]], np.uint16), "TIFF"), [0] * 3),  # 16 bits by its mode, and nearly black
+    (grey([[0, 128, 255]], np.int32), [0] * 3 + [128] * 3 + [255] * 3),
+    (grey([[0, 32768, 65535]], np.int32), [0] * 3 + [128] * 3 + [255] * 3),
+    (grey([[0.0, 0.5, 1.0]], np.float32), [0] * 3 + [128] * 3 + [255] * 3),
+    (grey([[0.0, 128.0, 255.0]], np.float32), [0] * 3 + [128] * 3 + [255] * 3),
+]
+
+
+@pytest.mark.parametrize(("picture", "expected"), MODES, ids=short)
+def test_pictures_by_mode(picture, expected):
+    pixels = decode_picture(picture, "here")
+    assert pixels.dtype == np.uint8
+    assert pixels.reshape(-1).tolist() == expected
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_as_their_camera_was_held(orientation):
+    """A red pixel at the top left, a blue one to its right, stored as a camera held otherwise stores them."""
+    upright = np.zeros((2, 3, 3), np.uint8)
+    upright[0, 0], upright[0, 1] = (255, 0, 0), (0, 0, 255)
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright, 1),
+        7: upright.swapaxes(0, 1)[::-1, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    found = decode_picture(png(Image.fromarray(np.ascontiguousarray(stored)), exif=tags), "here")
+    np.testing.assert_array_equal(found, upright)
+
+
+ARRAYS = [
+    (np.array([[[0, 100, 255]]], np.uint8), [0, 100, 255]),
+    ([[[0, 100, 255]]], [0, 100, 255]),
+    (np.array([[[0, 32768, 65535]]], np.uint16), [0, 128, 255]),
+    (np.array([[[0.0, 0.5, 1.0]]]), [0, 128, 255]),
+    (np.array([[[0.0, 0.5, 1.0]]], np.float16), [0, 128, 255]),
+    (np.array([[[0.0, 127.6, 255.0]]], np.float32), [0, 128, 255]),
+    (np.array([[[True, False, True]]]), [255, 0, 255]),
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), ARRAYS)
+def test_numbers_by_type_and_range(values, expected):
+    assert decode_picture(values, "here").tolist() == [[expected]]
+    assert decode_video([values, values], "here").tolist() == [[[expected]], [[expected]]]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([[1, 2], [3, 4]], r"here: pixels of shape \(2, 2\) must have 3 axes, the last of size 3"),
+        ([[[1, 2, 300]]], r"here: pixels must be in \[0, 255\]; these are from 1 to 300"),
+        ([[[-1, 2, 3]]], r"here: pixels must be in \[0, 255\]; these are from -1 to 3"),
+        ([[[0.0, 0.5, NAN]]], "here: pixels must be finite; 1 of 3 are missing, NaN or infinite"),
+        ([[[0.0, None, 1.0]]], "here: pixels must be finite; 1 of 3 are missing"),
+        ([[[0.0, -0.5, 1.0]]], r"here: pixels in floats must be in \[0, 1\] or \[0, 255\]; these are from -0.5 to 1"),
+        ([[[0.0, 65535.0, 1.0]]], r"here: pixels in floats must be in .* to 65535"),
+        ([[[1, 2, 3]], [[1, 2]]], "here: pixels must be numbers of one shape"),
+        (np.zeros((0, 4, 3), np.uint8), r"here: there are no pixels in shape \(0, 4, 3\)"),
+        ([[["a", "b", "c"]]], "here: pixels must be numbers, not <U1"),
+        ({"a": 1}, "here: pixels must be numbers, not object"),
+        (grey([[0, 70000]], np.int32), r"here: pixels must be in \[0, 255\]; these are from 0 to 70000"),
+        (grey([[0, NAN]], np.float32), "here: pixels must be finite"),
+        (b"", "cannot read the picture in here: "),
+        (b"text", "cannot read the picture in here: Pillow knows no such format"),
+        (pathlib.Path("/no/such/file.png"), "cannot read the picture in here: No such file or directory"),
+        (png(Image.new("RGB", (99, 99)))[:60], "cannot read the picture in here: "),
+    ],
+    ids=short,
+)
+def test_pictures_that_are_refused(values, message):
+    with pytest.raises(UserError, match=message) as refused:
+        decode_picture(values, "here")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_unpacked():
+    for side in (20_000, 12_000):  # Pillow refuses the first, and warns of the second
+        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        bomb = bytearray(png(Image.new("RGB", (1, 1))))
+        bomb[16:29] = header
+        bomb[29:33] = struct.pack(">I", zlib.crc32(bytes(bomb[12:29])))
+        with pytest.raises(UserError, match="the picture in here has more than 89,478,485 pixels; scale it down"):
+            decode_picture(bytes(bomb), "here")
+
+
+def test_films():
+    red, blue = Image.new("RGB", (2, 1), (255, 0, 0)), Image.new("RGB", (2, 1), (0, 0, 255))
+    expected = [[[[255, 0, 0]] * 2], [[[0, 0, 255]] * 2]]
+    assert decode_video([red, png(blue)], "here").tolist() == expected
+    assert decode_video(encoded(red, "GIF", save_all=True, append_images=[blue]), "here").tolist() == expected
+    assert decode_video(png(red, save_all=True, append_images=[blue]), "here").tolist() == expected
+    with pytest.raises(UserError, match="here: frames of one film differ in size: 2 x 1, 3 x 1 pixels"):
+        decode_video([red, Image.new("RGB", (3, 1))], "here")
+    with pytest.raises(UserError, match="cannot read the picture in here, frame 1: "):
+        decode_video([red, b"text"], "here")
+    with pytest.raises(UserError, match=r"cannot read the film in here: .*animated GIF, PNG or WebP"):
+        decode_video(b"\0\0\0\x18ftypmp42", "here")
+    with pytest.raises(UserError, match=r"here: pixels of shape \(1, 1, 3\) must have 4 axes"):
+        decode_video([[[1, 2, 3]]], "here")
+
+
+def test_films_are_read_up_to_a_length(monkeypatch):
+    frames = [Image.new("RGB", (2, 1), (40 * i, 0, 0)) for i in range(4)]
+    film = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert len(decode_video(film, "here")) == 4
+    monkeypatch.setattr(decode, "MAX_FRAMES", 3)
+    with pytest.raises(UserError, match="the film in here has more than 3 frames; take some out"):
+        decode_video(film, "here")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
+    with pytest.raises(UserError, match="the film in here has more than 5 pixels; scale it down"):
+        decode_video(film, "here")
+
+
+SAMPLES = [
+    (np.array([0.0, 0.5, -1.0]), [0, 0.5, -1]),
+    (np.array([0.0, 0.5, 1.25], np.float32), [0, 0.5, 1]),  # a codec's overshoot
+    (np.array([0, 2**14, -(2**15)], np.int16), [0, 0.5, -1]),
+    ([0, 2**14, -(2**15)], [0, 0.5, -1]),  # 16 bits, in Python's integers
+    (np.array([0, 2**14, -(2**15)], np.int32), [0, 0.5, -1]),
+    ([0, 2**30, -(2**31)], [0, 0.5, -1]),
+    (np.array([0, 64, -128], np.int8), [0, 0.5, -1]),
+    (np.array([128, 192, 0], np.uint8), [0, 0.5, -1]),
+]
+
+
+@pytest.mark.parametrize(("values", "expected"), SAMPLES)
+def test_samples_by_type_and_range(values, expected):
+    found = decode_audio(values, "here")
+    assert found.dtype == np.float32
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([[0.0], [0.5]], r"here: audio of shape \(2, 1\) must be mono"),
+        ([], "here: the audio is empty"),
+        ([0.0, NAN], "here: samples must be finite; 1 of 2 are missing, NaN or infinite"),
+        ([0.0, float("inf")], "here: samples must be finite"),
+        ([0.0, None], "here: samples must be finite"),
+        ([0, None], "here: samples must be finite"),
+        ([0.0, 30000.0], r"here: samples must be floats in \[-1, 1\], or integers of 16 or 32 bits; these reach 30000"),
+        ([0, 2**20], "here: samples that reach 1,048,576 may be of 24 or of 32 bits; give them as floats"),
+        ([0, 2**40], "here: samples that reach 1,099,511,627,776 may be of"),
+        (np.array([0, 1], np.uint16), "here: samples in uint16 have no known full scale; give floats"),
+        ([True, False], "here: audio must be numbers, not bool"),
+        (["a"], "here: audio must be numbers, not <U1"),
+        (b"text", "cannot read the sound in here: .*it must be a WAV file"),
+        (pathlib.Path("/no/such/file.wav"), "cannot read the sound in here: No such file.*; it must be a WAV file"),
+        (wav(np.zeros(0, np.int16)), "the sound in here is empty; give a WAV file with samples in it"),
+        (wav(np.array([0, NAN], np.float32)), "here: samples must be finite; 1 of 2"),
+        (wav(np.zeros(9, np.int16), rate=1), "the sound in here has 1 samples a second; valid: 1000 to 768000"),
+        (wav(np.zeros(99, np.int16))[:20], "cannot read the sound in here: .*; it must be a WAV file"),
+        (wav(np.zeros(99, np.int16))[:99], "cannot read the sound in here: it was cut short, 99 bytes of 242"),
+    ],
+    ids=short,
+)
+def test_sounds_that_are_refused(values, message):
+    with pytest.raises(UserError, match=message) as refused:
+        decode_audio(values, "here")
+    assert "\n" not in str(refused.value)
+
+
+def test_numbers_at_another_rate_are_refused():
+    with pytest.raises(UserError, match="here: audio at 8000 Hz must be resampled to 16000 Hz"):
+        decode_audio([0.0], "here", 8000)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64, ">i2"])
+def test_wav_files_by_type(dtype):
+    silence, half = (128, 192) if dtype == np.uint8 else (0, 0.5)
+    if np.dtype(dtype).kind == "i":
+        half = -np.iinfo(dtype).min // 2
+    samples = np.repeat(np.array([silence, half], dtype), 200)
+    found = decode_audio(wav(np.stack([samples, samples], axis=1)), "here")
+    np.testing.assert_allclose(found, np.repeat([0, 0.5], 200), atol=1e-4)
+
+
+def test_files_are_brought_to_our_rate():
+    tone = np.sin(2 * np.pi * 440 * np.arange(44_100) / 44_100)
+    found = decode_audio(wav((tone * 2**14).astype(np.int16), 44_100), "here")
+    expected = np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE) / SAMPLE_RATE) / 2
+    assert found.shape == (SAMPLE_RATE,)
+    np.testing.assert_allclose(found[500:-500], expected[500:-500], atol=3e-3)
+
+
+def test_a_wav_file_written_to_a_pipe_has_no_length_and_is_whole():
+    data = bytearray(wav(np.full(300, 2**14, np.int16)))
+    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(decode_audio(bytes(data), "here")) == 300
+
+
+@pytest.mark.parametrize("form", ["FLAC", "OGG", "MP3"])
+def test_other_formats_are_read_with_soundfile(form):
+    soundfile = pytest.importorskip("soundfile")
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE) / SAMPLE_RATE)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone, SAMPLE_RATE, format=form)
+    found = decode_audio(buffer.getvalue(), "here")
+    np.testing.assert_allclose(found[4000:8000], tone[4000:8000], atol=0.02)
+    with pytest.raises(UserError, match="cannot read the sound in here"):
+        decode_audio(buffer.getvalue()[:20], "here")
+
+
+def test_without_soundfile_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(UserError, match=r"no WAV header; it must be a WAV file, or one .*pip install soundfile"):
+        decode_audio(b"fLaC", "here")
+
+
+def damaged(data, rng, number):
+    """The file cut, or with some bytes changed."""
+    for length in (*range(0, min(len(data), 60), 3), len(data) // 2, len(data) - 1):
+        yield data[:length]
+    for _ in range(number):
+        changed = bytearray(data)
+        for place in rng.integers(min(len(data), 200), size=rng.integers(1, 5)):
+            changed[place] = rng.integers(256)
+        yield bytes(changed)
+
+
+def refused(read, *arguments):
+    """What `read` says where it refuses its arguments, None where it takes them."""
+    try:
+        read(*arguments)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA"])
+def test_damaged_pictures_are_read_or_refused_in_one_line(form):
+    rng = np.random.default_rng(0)
+    said = []
+    for data in damaged(encoded(Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)), form), rng, 30):
+        said += [refused(read, data, "here") for read in (decode_picture, decode_video)]
+    lines = [line for line in said if line is not None]
+    assert len(lines) > 10
+    assert all("here" in line and "\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_damaged_sounds_are_read_or_refused_in_one_line(dtype):
+    rng = np.random.default_rng(0)
+    said = [refused(decode_audio, data, "here") for data in damaged(wav(np.ones((200, 2), dtype)), rng, 60)]
+    lines = [line for line in said if line is not None]
+    assert len(lines) > 10
+    assert all("here" in line and "\n" not in line for line in lines)
