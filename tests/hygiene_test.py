@@ -22,6 +22,7 @@ LAYERS = [
     {"dispatch"},
     {"nn"},
     {"models"},
+    {"tokenizers"},
     {"data"},
     {"train"},
     {"evolution"},

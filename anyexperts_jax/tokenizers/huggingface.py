@@ -1,0 +1,352 @@
+"""Hugging Face tokenizers: a `tokenizer.json`, and the files beside it that name special tokens and a chat template.
+
+Needs the package `tokenizers` (extra `text`). Ids are those of transformers; offsets are exact, so that spans of
+evidence stay exact: nothing trims the spaces that belong to a token.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, SupportsInt
+
+import numpy as np
+from jaxtyping import Int32
+from numpy import ndarray
+
+from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.tokenizers.base import SpecialIds, TokenSpans, require_unicode
+from anyexperts_jax.tokenizers.files import parse_object, read_text
+from anyexperts_jax.tokenizers.special_tokens import Declared, declared
+
+if TYPE_CHECKING:
+    import tokenizers
+
+KIND = "huggingface"
+MAIN = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+FILES = (MAIN, CONFIG, "special_tokens_map.json", "generation_config.json", TEMPLATE)
+DEFAULT_TEMPLATE = "default"
+
+_UNUSED = ("version", "truncation", "padding", "post_processor")  # parts of tokenizer.json that change no id of ours
+_PREFIX = ("▁", "Ġ")  # the space that some tokenizers put before a text, as a token of its own
+_ELSEWHERE = {
+    "tokenizer.model": "SentencePiece",
+    "vocab.json": "a vocabulary and merges",
+    "vocab.txt": "WordPiece",
+}
+
+
+def require_library() -> Any:
+    """The package `tokenizers`.
+
+    Raises:
+      UserError: when it is not installed, saying how to install it.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError("this needs the package tokenizers: pip install 'anyexperts-jax[text]'") from error
+    return tokenizers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HuggingFaceTokenizer:
+    """A tokenizer made from the texts of its files.
+
+    Attributes:
+      files: text by file name, of those in FILES that there are.
+      name: what people call it.
+
+    Raises:
+      UserError: when `tokenizers` is not installed, a file is broken, no token ends an answer, or an added token gets
+        another id than the files say.
+    """
+
+    files: Mapping[str, str]
+    name: str
+
+    def __post_init__(self) -> None:
+        require(MAIN in self.files, f"there is no {MAIN}")
+        _ = self._text  # made now, so that broken files are refused now
+        self._require_declared_ids()
+        self._require_a_way_for_the_unknown()
+        for id in self._special_ids:
+            require(
+                id < self.vocab_size, f"the special token id {id} is not in the vocabulary of {self.vocab_size} ids"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HuggingFaceTokenizer, (dict(self.files), self.name)
+
+    @classmethod
+    def reads(cls, path: pathlib.Path) -> bool:
+        """Whether it is a tokenizer.json, a GGUF file, or a folder that holds, or should hold, the former."""
+        if path.is_dir():
+            return any((path / name).exists() for name in (*FILES, *_ELSEWHERE))
+        return path.suffix in (".json", ".gguf")
+
+    @classmethod
+    def load(cls, path: pathlib.Path, name: str | None = None) -> "HuggingFaceTokenizer":
+        """The tokenizer of a folder, of a tokenizer.json (the files beside it count), or of a GGUF file's metadata.
+
+        Raises:
+          UserError: when there is none or it is broken, naming the file.
+        """
+        try:
+            if path.suffix == ".gguf":
+                from anyexperts_jax.tokenizers.gguf import read_gguf
+
+                files, found = read_gguf(path)
+                return cls(files, name or found)
+            folder, main = (path, path / MAIN) if path.is_dir() else (path.parent, path)
+            require(main.is_file(), _missing(folder))
+            files = {name: read_text(folder / name) for name in FILES[1:] if (folder / name).is_file()}
+            return cls({MAIN: read_text(main), **files}, name or folder.resolve().name)
+        except UserError as error:
+            raise UserError(f"tokenizer {path}: {error}") from error
+
+    @property
+    def kind(self) -> str:
+        return KIND
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        return max(self._text.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def special(self) -> SpecialIds:
+        """Ids of the named tokens; where the files name none, those of generation_config.json. Padding may be eos."""
+        declared = self._declared
+        ids = {name: self._id_of(token) for name, token in declared.named.items()}
+        own = [ids["eos_token"]] if "eos_token" in ids else []
+        eos = tuple(dict.fromkeys([*own, *declared.eos_ids]))
+        require(bool(eos), f"no token ends an answer: set eos_token in {CONFIG}")
+        return SpecialIds(
+            pad=ids.get("pad_token", eos[0] if declared.pad_id is None else declared.pad_id),
+            eos=eos,
+            bos=ids.get("bos_token", declared.bos_id),
+            sep=ids.get("sep_token"),
+        )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of what decides ids and sequences; how the files are written does not count."""
+        added = {id: [token.content, token.special] for id, token in self._text.get_added_tokens_decoder().items()}
+        parts = {"tokenizer": _canonical(self._description), "added": added, "special": self.special.framing}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @functools.cached_property
+    def special_tokens(self) -> Mapping[str, str]:
+        """Text of the named special tokens, as chat templates see them: "eos_token" and so on."""
+        return self._declared.named
+
+    @functools.cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """Text of every special token."""
+        return tuple(token.content for token in self._text.get_added_tokens_decoder().values() if token.special)
+
+    @functools.cached_property
+    def chat_templates(self) -> Mapping[str, str]:
+        """Sources of the chat templates by name, most often one called DEFAULT_TEMPLATE."""
+        if TEMPLATE in self.files:
+            return {DEFAULT_TEMPLATE: self.files[TEMPLATE]}
+        found = self._json(CONFIG).get("chat_template")
+        if isinstance(found, str):
+            return {DEFAULT_TEMPLATE: found}
+        try:
+            return {str(entry["name"]): str(entry["template"]) for entry in found or ()}
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{CONFIG}: chat_template is neither a text nor a list of names and templates") from error
+
+    def encode(self, text: str) -> TokenSpans:
+        return self._spans(self._text, text)
+
+    def encode_rendered(self, text: str) -> TokenSpans:
+        return self._spans(self._rendered, text)
+
+    def decode(self, ids: Iterable[SupportsInt]) -> str:
+        kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in self._special_ids]
+        return str(self._text.decode(kept, skip_special_tokens=True))
+
+    def pieces(self, ids: Iterable[SupportsInt]) -> list[str]:
+        """Each token's text; one that is a part of a character as the vocabulary spells it."""
+        tokens = [self._text.id_to_token(i) or f"<{i}>" for i in map(int, ids)]
+        decoder = require_library().decoders.ByteLevel()
+        if not self._byte_level:
+            return [token.replace("▁", " ") for token in tokens]
+        read = [token if token in self.control_tokens else decoder.decode([token]) for token in tokens]
+        return [token if "\ufffd" in text else text for token, text in zip(tokens, read, strict=True)]
+
+    def save(self, folder: pathlib.Path) -> None:
+        """The files as they were read: other tools read the copy too."""
+        for name, text in self.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    # How it is made
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return parse_object(name, self.files[name]) if name in self.files else {}
+
+    @functools.cached_property
+    def _description(self) -> dict[str, Any]:
+        return self._json(MAIN)
+
+    @functools.cached_property
+    def _declared(self) -> Declared:
+        return declared(*(self._json(name) for name in FILES[1:4]))
+
+    @functools.cached_property
+    def _text(self) -> "tokenizers.Tokenizer":
+        """The library's tokenizer for what people write: the spelling of a special token is text."""
+        made = self._make()
+        made.encode_special_tokens = True
+        return made
+
+    @functools.cached_property
+    def _rendered(self) -> "tokenizers.Tokenizer":
+        """The library's tokenizer for what templates render."""
+        return self._make()
+
+    def _make(self) -> "tokenizers.Tokenizer":
+        """Without what cuts, pads or frames a sequence; a post-processor would also trim the offsets."""
+        library = require_library()
+        description = {**self._description, "truncation": None, "padding": None, "post_processor": None}
+        try:
+            made = library.Tokenizer.from_buffer(json.dumps(description).encode())
+        except ValueError as error:
+            raise UserError(f"{MAIN} is broken: {error}") from error
+        declared, known = self._declared, {token.content for token in made.get_added_tokens_decoder().values()}
+        made.add_tokens(
+            [
+                library.AddedToken(**flags)
+                for _, flags in sorted(declared.added.items())
+                if flags["content"] not in known
+            ]
+        )
+        special = dict.fromkeys([*declared.named.values(), *declared.extra])
+        made.add_special_tokens([library.AddedToken(text, special=True, normalized=False) for text in special])
+        return made
+
+    def _spans(self, made: "tokenizers.Tokenizer", text: str) -> TokenSpans:
+        try:
+            found = made.encode(text, add_special_tokens=False)
+        except TypeError:
+            require_unicode(text)
+            raise
+        self._require_tokens_for(text)
+        ids_T = np.array(found.ids, np.int32)
+        offsets_T2 = np.array(found.offsets, np.int32).reshape(-1, 2)
+        return TokenSpans(ids_T, self._without_prefix(text, ids_T, offsets_T2))
+
+    def _without_prefix(
+        self, text: str, ids_T: Int32[ndarray, " T"], offsets_T2: Int32[ndarray, "T 2"]
+    ) -> Int32[ndarray, "T 2"]:
+        """The offsets, but that of a space that was put before the text is empty: the library gives it a character."""
+        for i in np.nonzero(np.isin(ids_T, self._prefix_ids))[0].tolist():
+            start = int(offsets_T2[i, 0])
+            if start < len(text) and not text[start].isspace():
+                offsets_T2[i, 1] = start
+        return offsets_T2
+
+    def _id_of(self, token: str) -> int:
+        """The id of a token that is in the vocabulary, as declared ones are."""
+        id = self._text.token_to_id(token)
+        assert id is not None
+        return id
+
+    @functools.cached_property
+    def _prefix_ids(self) -> Int32[ndarray, "few"]:
+        ids = [self._text.token_to_id(token) for token in _PREFIX]
+        return np.array([i for i in ids if i is not None], np.int32)
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        special = self.special
+        return frozenset(i for i in (special.pad, special.bos, special.sep, *special.eos) if i is not None)
+
+    @functools.cached_property
+    def _byte_level(self) -> bool:
+        parts = [self._description.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+        return '"ByteLevel"' in json.dumps(parts)
+
+    # What must hold
+
+    def _require_declared_ids(self) -> None:
+        """The library numbers added tokens on its own when the vocabulary has holes; the model's weights do not."""
+        listed = self._description.get("added_tokens") or []
+        wanted = {token["content"]: token["id"] for token in listed if isinstance(token, dict) and "id" in token}
+        wanted |= {flags["content"]: id for id, flags in self._declared.added.items()}
+        for content, id in wanted.items():
+            found = self._text.token_to_id(content)
+            require(found == id, f"the added token {content!r} has id {id} in the files, but would be read as {found}")
+
+    def _require_a_way_for_the_unknown(self) -> None:
+        """Some models fail on what is new to them; BPE drops it and counts the rest's characters wrongly."""
+        model, vocabulary = self._description["model"], self._text.get_vocab(with_added_tokens=False)
+        kind, unknown = model.get("type", "BPE"), model.get("unk_token")
+        if kind == "Unigram":
+            known = model.get("unk_id") is not None or bool(model.get("byte_fallback"))
+        elif kind == "BPE" and unknown is None:
+            known = bool(model.get("byte_fallback")) or self._byte_level
+        else:
+            known = unknown in vocabulary
+        require(
+            known,
+            f"{MAIN}: its {kind} model has no token for what is not in its vocabulary (unk_token {unknown!r}, no "
+            "bytes), so it would lose characters",
+        )
+
+    @functools.cached_property
+    def _missing_bytes(self) -> re.Pattern[bytes] | None:
+        """Finds the bytes that a byte-level vocabulary has no token for, as published ones lack rare controls."""
+        if not self._byte_level or self._description["model"].get("unk_token") is not None:
+            return None
+        vocabulary = self._text.get_vocab(with_added_tokens=False)
+        missing = bytes(byte for byte, spelling in _byte_spellings().items() if spelling not in vocabulary)
+        return re.compile(b"[" + re.escape(missing) + b"]") if missing else None
+
+    def _require_tokens_for(self, text: str) -> None:
+        """Refuses text with a character that BPE would drop: the spans after it would be wrong."""
+        if self._missing_bytes is None:
+            return
+        normalizer = self._text.normalizer
+        written = (normalizer.normalize_str(text) if normalizer else text).encode()
+        found = self._missing_bytes.search(written)
+        if found is not None:
+            place = sum(byte & 0xC0 != 0x80 for byte in written[: found.start() + 1]) - 1
+            character = f"U+{ord(written.decode()[place]):04X}"
+            raise UserError(f"tokenizer {self.name!r} has no token for character {place} of the text, {character}")
+
+
+def _byte_spellings() -> dict[int, str]:
+    """How byte-level vocabularies spell the bytes of UTF-8: visible ones as themselves, the others from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in visible]
+    spelled = {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+    never = (0xC0, 0xC1, *range(0xF5, 0x100))  # no text has them
+    return {byte: spelling for byte, spelling in spelled.items() if byte not in never}
+
+
+def _missing(folder: pathlib.Path) -> str:
+    found = [f"{name} ({what})" for name, what in _ELSEWHERE.items() if (folder / name).exists()]
+    if not found:
+        return f"there is no {MAIN}"
+    return (
+        f"there is no {MAIN}, only {comma_list(found)}: write one with transformers, "
+        f"AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+    )
+
+
+def _canonical(description: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer.json without what decides no id, and in the form of the newest releases of `tokenizers`."""
+    kept = {key: value for key, value in description.items() if key not in (*_UNUSED, "added_tokens")}
+    model = {key: value for key, value in kept["model"].items() if value not in (None, False, "")}
+    if "merges" in model:
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = hashlib.sha256(json.dumps(merges).encode()).hexdigest()
+    return {**kept, "model": model}

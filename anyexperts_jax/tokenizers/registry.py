@@ -1,0 +1,77 @@
+"""The kinds of tokenizers, and how one is opened, saved and loaded again."""
+
+import dataclasses
+import pathlib
+
+from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.tokenizers import bytes as byte_tokenizer
+from anyexperts_jax.tokenizers import huggingface
+from anyexperts_jax.tokenizers.base import Tokenizer, TokenizerKind, TokenizerRecord
+from anyexperts_jax.tokenizers.files import as_text, parse_object, read_text
+
+TOKENIZERS: dict[str, TokenizerKind] = {
+    byte_tokenizer.NAME: byte_tokenizer.BytesTokenizer,
+    huggingface.KIND: huggingface.HuggingFaceTokenizer,
+}
+RECORD = "anyexperts_tokenizer.json"
+
+
+def open_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer that a configuration names: "bytes", or a path.
+
+    A path leads to a folder with a tokenizer.json or a copy that `save_tokenizer` made, to a tokenizer.json, or to a
+    GGUF file.
+
+    Raises:
+      UserError: when there is no tokenizer at the path, or it is broken.
+    """
+    if source == byte_tokenizer.NAME:
+        return byte_tokenizer.BytesTokenizer()
+    path = pathlib.Path(source)
+    require(path.exists(), f"tokenizer {source!r} does not exist; give {byte_tokenizer.NAME!r} or a path")
+    if (path / RECORD).is_file():
+        return load_tokenizer(path)
+    for kind in TOKENIZERS.values():
+        if kind.reads(path):
+            return kind.load(path)
+    wanted = f"{byte_tokenizer.NAME!r}, a folder with {huggingface.MAIN}, or a GGUF file"
+    raise UserError(f"there is no tokenizer in {path}: give {wanted}")
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+    """Writes a copy, and a record of what it is, into `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    record = dataclasses.asdict(TokenizerRecord.of(tokenizer))
+    (folder / RECORD).write_text(as_text(record), encoding="utf-8")  # last: without it there is no copy
+
+
+def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
+    """The tokenizer that `save_tokenizer` wrote.
+
+    Raises:
+      UserError: when there is none, it is of an unknown kind, or it is not what the record says.
+    """
+    record = read_record(folder)
+    require_one_of(f"{folder / RECORD}: kind", record.kind, TOKENIZERS)
+    tokenizer = TOKENIZERS[record.kind].load(folder, record.name)
+    require(
+        tokenizer.fingerprint == record.fingerprint,
+        f"the tokenizer in {folder} is not {record.describe()} as {RECORD} says, but "
+        f"{TokenizerRecord.of(tokenizer).describe()}: a file was changed; copy it anew",
+    )
+    return tokenizer
+
+
+def read_record(folder: pathlib.Path) -> TokenizerRecord:
+    """What the copy in `folder` is a copy of.
+
+    Raises:
+      UserError: when there is no record, or it is broken.
+    """
+    path = folder / RECORD
+    values = parse_object(str(path), read_text(path))
+    fields = {field.name: field.type for field in dataclasses.fields(TokenizerRecord)}
+    known = set(values) == set(fields) and all(isinstance(values[name], fields[name]) for name in fields)  # type: ignore[arg-type]
+    require(known, f"{path} must hold {comma_list(fields)}; it holds {comma_list(values)}")
+    return TokenizerRecord(**values)

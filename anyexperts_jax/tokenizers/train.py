@@ -1,0 +1,79 @@
+"""Training a tokenizer on a corpus: byte-level BPE, saved as a `tokenizer.json`."""
+
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.tokenizers.files import as_text
+from anyexperts_jax.tokenizers.huggingface import CONFIG, MAIN, HuggingFaceTokenizer, require_library
+
+SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "sep_token": "<|sep|>", "eos_token": "<|eos|>"}
+_BYTES = 256
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, name: str = "trained", special: Sequence[str] = ()
+) -> HuggingFaceTokenizer:
+    """A byte-level BPE tokenizer of at most `vocab_size` ids: special tokens first, then bytes, then merges.
+
+    Digits stay single. Any text can be encoded and comes back unchanged. The same texts give the same tokenizer.
+
+    Args:
+      texts: lines or documents; no merge crosses from one to the next.
+      vocab_size: the vocabulary is smaller where the texts hold too few pairs to merge.
+      special: further special tokens, such as those of a chat template.
+
+    Raises:
+      UserError: when there is no text, `vocab_size` is too small, or `tokenizers` is not installed.
+    """
+    library = require_library()
+    first = list(dict.fromkeys([*SPECIAL.values(), *special]))
+    require(all(first), "a special token is empty")
+    least = len(first) + _BYTES
+    require(vocab_size >= least, f"vocab_size={vocab_size} must be >= {least}: {_BYTES} bytes and {comma_list(first)}")
+    made = library.Tokenizer(library.models.BPE())
+    split = library.pre_tokenizers
+    made.pre_tokenizer = split.Sequence(
+        [split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    made.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=first,
+        initial_alphabet=sorted(split.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    seen = _NotEmpty(texts)
+    made.train_from_iterator(iter(seen), trainer)
+    require(seen.any, "there is no text to train a tokenizer on")
+    return HuggingFaceTokenizer({MAIN: made.to_str(pretty=True), CONFIG: as_text(SPECIAL)}, name)
+
+
+def read_lines(paths: Sequence[pathlib.Path]) -> Iterator[str]:
+    """The lines of UTF-8 text files, one after the other.
+
+    Raises:
+      UserError: naming the file, and the line that is not UTF-8.
+    """
+    for path in paths:
+        number = 0
+        try:
+            with path.open(encoding="utf-8", newline="\n") as file:
+                for number, line in enumerate(file, start=1):  # noqa: B007
+                    yield line
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 after line {number}: {error.reason}") from error
+
+
+class _NotEmpty:
+    """Passes texts on and remembers whether one had a character."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts, self.any = texts, False
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.any = self.any or bool(text)
+            yield text
