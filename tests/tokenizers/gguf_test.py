@@ -177,8 +177,8 @@ def test_smollm2_gives_the_ids_of_transformers_conversion(smollm2):
         theirs.bos_token_id,
         theirs.pad_token_id,
     )
-    for text in (*TEXTS, "<|im_start|>user\nHi<|im_end|>\n", "a 12 b3"):
+    for text in (*(text for text in TEXTS if "½" not in text), "<|im_start|>user\nHi<|im_end|>\n", "a 12 b3"):
         np.testing.assert_array_equal(ours.encode_rendered(text).ids_T, theirs(text)["input_ids"])
-    # Their conversion splits numbers as GPT-2 does; SmolLM2's own tokenizer, and llama.cpp, take digits out first.
+    # Their conversion splits numbers (½ is one) as GPT-2 does; llama.cpp, as SmolLM2's own, takes digits out first.
     assert ours.pieces(ours.encode("a  12").ids_T) == ["a", "  ", "1", "2"]
     assert theirs.convert_ids_to_tokens(theirs("a  12")["input_ids"]) == ["a", "Ġ", "Ġ", "1", "2"]
