@@ -1,4 +1,5 @@
-"""The command line: `anyexperts train | evolve | evaluate | report | generate | data | bench | compile`.
+"""The command line: `anyexperts train | evolve | evaluate | report | generate | data | tokenizer | bench |
+compile`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input or a file that cannot
 be used, 3 a loss that is not finite, 4 a full disk, 5 another process of the run gone, 130 and 143 interrupted with a
@@ -12,12 +13,12 @@ import time
 from collections.abc import Sequence
 
 from anyexperts_jax import __version__
-from anyexperts_jax.cli import bench, compile, data, evaluate, evolve, generate, report, train
+from anyexperts_jax.cli import bench, compile, data, evaluate, evolve, generate, report, tokenizer, train
 from anyexperts_jax.core.errors import UserError
 
 SECONDS_FOR_THE_SAME_ERROR = 2.0  # that other processes have to say it as well
 OUTPUTS = ("folder", "out", "json", "run", "runs")  # options that say where a command writes
-COMMANDS = (train, evolve, evaluate, report, generate, data, bench, compile)
+COMMANDS = (train, evolve, evaluate, report, generate, data, tokenizer, bench, compile)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

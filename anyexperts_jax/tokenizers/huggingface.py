@@ -174,13 +174,17 @@ class HuggingFaceTokenizer:
         return str(self._text.decode(kept, skip_special_tokens=True))
 
     def pieces(self, ids: Iterable[SupportsInt]) -> list[str]:
-        """Each token's text; one that is a part of a character as the vocabulary spells it."""
+        """Each token's text; one that is a part of a character as bytes in hexadecimal."""
         tokens = [self._text.id_to_token(i) or f"<{i}>" for i in map(int, ids)]
-        decoder = require_library().decoders.ByteLevel()
         if not self._byte_level:
             return [token.replace("▁", " ") for token in tokens]
+        decoder = require_library().decoders.ByteLevel()
+        byte_of = {spelling: byte for byte, spelling in _byte_spellings().items()}
         read = [token if token in self.control_tokens else decoder.decode([token]) for token in tokens]
-        return [token if "\ufffd" in text else text for token, text in zip(tokens, read, strict=True)]
+        return [
+            "".join(f"<{byte_of[c]:02X}>" for c in token) if "\ufffd" in text and byte_of.keys() >= set(token) else text
+            for token, text in zip(tokens, read, strict=True)
+        ]
 
     def save(self, folder: pathlib.Path) -> None:
         """The files as they were read: other tools read the copy too."""

@@ -1,6 +1,8 @@
 """Training a tokenizer on a corpus: byte-level BPE, saved as a `tokenizer.json`."""
 
+import gzip
 import pathlib
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from anyexperts_jax.core.errors import UserError, comma_list, require
@@ -9,6 +11,7 @@ from anyexperts_jax.tokenizers.huggingface import CONFIG, MAIN, HuggingFaceToken
 
 SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "sep_token": "<|sep|>", "eos_token": "<|eos|>"}
 _BYTES = 256
+_MOST = 2**20  # four times the largest published; the library makes tables of the size asked for before it looks
 
 
 def train_tokenizer(
@@ -31,6 +34,7 @@ def train_tokenizer(
     require(all(first), "a special token is empty")
     least = len(first) + _BYTES
     require(vocab_size >= least, f"vocab_size={vocab_size} must be >= {least}: {_BYTES} bytes and {comma_list(first)}")
+    require(vocab_size <= _MOST, f"vocab_size={vocab_size} must be <= {_MOST}")
     made = library.Tokenizer(library.models.BPE())
     split = library.pre_tokenizers
     made.pre_tokenizer = split.Sequence(
@@ -50,21 +54,24 @@ def train_tokenizer(
 
 
 def read_lines(paths: Sequence[pathlib.Path]) -> Iterator[str]:
-    """The lines of UTF-8 text files, one after the other.
+    """The lines of UTF-8 text files, one after the other; a name that ends in .gz means that the file is compressed.
 
     Raises:
-      UserError: naming the file, and the line that is not UTF-8.
+      UserError: naming the file, and after which line it is not UTF-8.
     """
     for path in paths:
+        opened = gzip.open if path.suffix == ".gz" else open
         number = 0
         try:
-            with path.open(encoding="utf-8", newline="\n") as file:
-                for number, line in enumerate(file, start=1):  # noqa: B007
+            with opened(path, "rt", encoding="utf-8", newline="\n") as file:
+                for line in file:
                     yield line
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
+                    number += 1
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 after line {number}: {error.reason}") from error
+        except (OSError, EOFError, zlib.error) as error:
+            told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise UserError(f"cannot read {path}: {told}") from error
 
 
 class _NotEmpty:

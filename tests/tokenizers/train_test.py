@@ -1,3 +1,4 @@
+import gzip
 import pathlib
 
 import numpy as np
@@ -49,6 +50,7 @@ def test_a_corpus_with_few_pairs_gives_a_smaller_vocabulary():
     ("texts", "size", "special", "message"),
     [
         (CORPUS, 259, (), r"vocab_size=259 must be >= 260: 256 bytes and <\|pad\|>"),
+        (CORPUS, 2**20 + 1, (), "vocab_size=1048577 must be <= 1048576"),
         (CORPUS, 260, ("<x>",), "vocab_size=260 must be >= 261"),
         (CORPUS, 300, ("",), "a special token is empty"),
         ([], 300, (), "there is no text to train a tokenizer on"),
@@ -68,6 +70,15 @@ def test_lines_of_files_one_after_the_other(tmp_path):
     second.write_bytes(b"fine\nfine\n\xe9\n")
     with pytest.raises(UserError, match=r"b.txt is not UTF-8 after line "):
         list(read_lines([first, second]))
+    packed = tmp_path / "c.txt.gz"
+    packed.write_bytes(gzip.compress(b"four\n" * 1000))
+    assert list(read_lines([packed])) == ["four\n"] * 1000
+    packed.write_bytes(packed.read_bytes()[:-12])
+    with pytest.raises(UserError, match=r"cannot read .*c.txt.gz: Compressed file ended"):
+        list(read_lines([packed]))
+    packed.write_bytes(b"four\n")
+    with pytest.raises(UserError, match=r"cannot read .*c.txt.gz: Not a gzipped file"):
+        list(read_lines([packed]))
     with pytest.raises(UserError, match=r"cannot read .*missing.txt: No such file"):
         list(read_lines([tmp_path / "missing.txt"]))
     with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
@@ -77,8 +88,6 @@ def test_lines_of_files_one_after_the_other(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not WIKITEXT.exists(), reason="needs shared/data/wikitext2")
 def test_a_real_corpus_comes_back_character_by_character():
-    import gzip
-
     lines = gzip.decompress(WIKITEXT.read_bytes()).decode().split("\n")
     tokenizer = train_tokenizer(lines, 2048)
     assert tokenizer.vocab_size == 2048

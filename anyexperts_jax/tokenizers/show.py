@@ -1,0 +1,49 @@
+"""A tokenizer, and what it makes of a text, for people to look at."""
+
+from typing import TYPE_CHECKING
+
+from anyexperts_jax.core.errors import comma_list
+from anyexperts_jax.tokenizers.base import Tokenizer, TokenSpans
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def describe(tokenizer: Tokenizer) -> list[str]:
+    """Lines that say what it is: name, kind, size, fingerprint, special ids with their spelling."""
+    special = tokenizer.special
+    ids = {"pad": special.pad, "bos": special.bos, "sep": special.sep}
+    known = {name: id for name, id in ids.items() if id is not None}
+    named = [*known.items(), *(("eos", id) for id in special.eos)]
+    spelled = tokenizer.pieces([id for _, id in named])
+    missing = [name for name, id in ids.items() if id is None]
+    lines = [
+        f"{tokenizer.name}: {tokenizer.kind}, {tokenizer.vocab_size} ids, fingerprint {tokenizer.fingerprint}",
+        "special: "
+        + comma_list(f"{name} {id} {text}" for (name, id), text in zip(named, spelled, strict=True))
+        + (f"; none: {comma_list(missing)}, eos stands in" if missing else ""),
+    ]
+    templates = getattr(tokenizer, "chat_templates", {})
+    return [*lines, f"chat templates: {comma_list(templates)}"] if templates else lines
+
+
+def token_table(tokenizer: Tokenizer, tokens: TokenSpans) -> "Table":
+    """A row a token: its place, id, spelling and the characters it stands for."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("#", "id", "token", "characters")
+    spelled = tokenizer.pieces(tokens.ids_T)
+    for i, (id, piece, span) in enumerate(zip(tokens.ids_T, spelled, tokens.offsets_T2, strict=True)):
+        characters = "none" if span[0] == span[1] else f"{span[0]} to {span[1]}"
+        table.add_row(str(i), str(id), Text(repr(piece)[1:-1]), characters)  # Text: no markup in what users wrote
+    return table
+
+
+def summary(text: str, tokens: TokenSpans) -> str:
+    """How many tokens the text takes, and what of it none of them stands for."""
+    size, count = len(text.encode()), len(tokens)
+    ratio = f" ({size / count:.2f} bytes a token)" if count else ""
+    dropped = tokens.dropped(text)
+    told = f"; {len(dropped)} characters are in no token: {dropped!r}" if dropped else ""
+    return f"{count} tokens for {len(text)} characters, {size} bytes{ratio}{told}"
