@@ -1,8 +1,9 @@
 """What a tokenizer does: text to ids, each with the characters it stands for, and ids back to text."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, SupportsInt, runtime_checkable
 
 import numpy as np
@@ -56,7 +57,12 @@ class TokenSpans:
     """
 
     ids_T: Int32[ndarray, " T"]
-    offsets_T2: Int32[ndarray, "T 2"]
+    find_offsets: Callable[[], Int32[ndarray, "T 2"]]  # for `offsets_T2`: most texts are read for their ids alone
+
+    @functools.cached_property
+    def offsets_T2(self) -> Int32[ndarray, "T 2"]:
+        """The spans, a row a token."""
+        return self.find_offsets()
 
     def __len__(self) -> int:
         return len(self.ids_T)

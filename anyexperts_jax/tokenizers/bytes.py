@@ -1,12 +1,15 @@
 """The byte tokenizer: UTF-8 bytes and four special tokens. It needs no file."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections.abc import Iterable
 from typing import SupportsInt
 
 import numpy as np
+from jaxtyping import Int32
+from numpy import ndarray
 
 from anyexperts_jax.tokenizers.base import SpecialIds, TokenSpans, require_unicode
 
@@ -18,6 +21,12 @@ VOCAB_SIZE = 260
 NAME = "bytes"
 
 _SPECIAL_NAMES = {PAD: "<pad>", BOS: "<bos>", SEP: "<sep>", EOS: "<eos>"}
+
+
+def _offsets(ids_T: Int32[ndarray, " T"]) -> Int32[ndarray, "T 2"]:
+    begins_T = (ids_T & 0xC0) != 0x80  # bytes of the form 10xxxxxx go on with the character before
+    starts_T = begins_T.cumsum(dtype=np.int32) - np.int32(1)
+    return np.stack([starts_T, starts_T + np.int32(1)], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +66,7 @@ class BytesTokenizer:
         """The UTF-8 bytes of `text`, each a token id in [0, 256)."""
         require_unicode(text)
         ids_T = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
-        begins_T = (ids_T & 0xC0) != 0x80  # bytes of the form 10xxxxxx go on with the character before
-        starts_T = begins_T.cumsum(dtype=np.int32) - np.int32(1)
-        return TokenSpans(ids_T, np.stack([starts_T, starts_T + np.int32(1)], axis=1))
+        return TokenSpans(ids_T, functools.partial(_offsets, ids_T))
 
     def encode_rendered(self, text: str) -> TokenSpans:
         return self.encode(text)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, SupportsInt
 
 import numpy as np
@@ -244,13 +244,13 @@ class HuggingFaceTokenizer:
             raise
         self._require_tokens_for(text)
         ids_T = np.array(found.ids, np.int32)
-        offsets_T2 = np.array(found.offsets, np.int32).reshape(-1, 2)
-        return TokenSpans(ids_T, self._without_prefix(text, ids_T, offsets_T2))
+        return TokenSpans(ids_T, lambda: self._offsets(text, ids_T, found.offsets))
 
-    def _without_prefix(
-        self, text: str, ids_T: Int32[ndarray, " T"], offsets_T2: Int32[ndarray, "T 2"]
+    def _offsets(
+        self, text: str, ids_T: Int32[ndarray, " T"], found: Sequence[tuple[int, int]]
     ) -> Int32[ndarray, "T 2"]:
-        """The offsets, but that of a space that was put before the text is empty: the library gives it a character."""
+        """The library's offsets, but that of a space that was put before the text is empty: it gives it a character."""
+        offsets_T2 = np.array(found, np.int32).reshape(-1, 2)
         for i in np.nonzero(np.isin(ids_T, self._prefix_ids))[0].tolist():
             start = int(offsets_T2[i, 0])
             if start < len(text) and not text[start].isspace():
