@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Bool
+from numpy import ndarray
 
 from anyexperts_jax.core.batch import Batch, make_batch, require_one_segment
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.data.config import EncodingSpec
-from anyexperts_jax.data.tokenizer import PAD, SEP, decode
-
-_FILL = {"tokens_BT": PAD}  # of padding rows; 0 elsewhere
+from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.bytes import BYTES
 
 
 def stack(sequences: Sequence[Mapping[str, np.ndarray]]) -> Batch:
@@ -19,19 +21,19 @@ def stack(sequences: Sequence[Mapping[str, np.ndarray]]) -> Batch:
     return Batch(**{name: np.stack([sequence[name] for sequence in sequences]) for name in names})
 
 
-def pad_rows(batch: Batch, rows: int) -> Batch:
+def pad_rows(batch: Batch, rows: int, tokenizer: Tokenizer = BYTES) -> Batch:
     """The batch with invalid rows at its end, `rows` in all: no valid position, no loss, all indices 0."""
     missing = rows - batch.tokens_BT.shape[0]
     require(missing >= 0, f"a batch of {batch.tokens_BT.shape[0]} rows does not fit in {rows}")
-    padded = {}
+    padded, fills = {}, {"tokens_BT": tokenizer.special.pad}  # 0 elsewhere
     for field in dataclasses.fields(Batch):
         values = np.asarray(getattr(batch, field.name))
-        fill = np.full((missing, *values.shape[1:]), _FILL.get(field.name, 0), values.dtype)
+        fill = np.full((missing, *values.shape[1:]), fills.get(field.name, 0), values.dtype)
         padded[field.name] = np.concatenate([values, fill])
     return Batch(**padded)
 
 
-def answers(batch: Batch) -> list[str]:
+def answers(batch: Batch, tokenizer: Tokenizer = BYTES) -> list[str]:
     """The text of each row's answer, "" for a padding row.
 
     Raises:
@@ -39,43 +41,52 @@ def answers(batch: Batch) -> list[str]:
     """
     require_one_segment(batch, "answers are read one a row")
     tokens_BT, loss_mask_BT = np.asarray(batch.tokens_BT), np.asarray(batch.loss_mask_BT)
-    return [decode(tokens[1:][mask[:-1]]) for tokens, mask in zip(tokens_BT, loss_mask_BT, strict=True)]
+    return [tokenizer.decode(tokens[1:][mask[:-1]]) for tokens, mask in zip(tokens_BT, loss_mask_BT, strict=True)]
 
 
-def questions(batch: Batch) -> list[str]:
+def before_answers(batch: Batch) -> Bool[ndarray, "B T"]:
+    """The positions before the one that predicts the answer's first token: begin, media and question.
+
+    Told by the loss and not by a token: a vocabulary may have no id that does nothing but separate.
+    """
+    loss_mask_BT = np.asarray(batch.loss_mask_BT)
+    return np.asarray(batch.valid_BT) & (np.cumsum(loss_mask_BT, axis=1) == 0) & loss_mask_BT.any(axis=1, keepdims=True)
+
+
+def questions(batch: Batch, tokenizer: Tokenizer = BYTES) -> list[str]:
     """The text of each row's question, "" for a padding row.
 
     Raises:
       UserError: where a row holds several examples.
     """
     require_one_segment(batch, "questions are read one a row")
-    tokens_BT = np.asarray(batch.tokens_BT)
-    return [decode(tokens[: int(np.argmax(tokens == SEP))]) for tokens in tokens_BT]
+    question_BT = before_answers(batch) & (np.asarray(batch.modality_BT) == Modality.TEXT)
+    question_BT[:, 0] = False  # what begins a sequence
+    return [tokenizer.decode(tokens[m]) for tokens, m in zip(np.asarray(batch.tokens_BT), question_BT, strict=True)]
 
 
-def prompts(batch: Batch) -> Batch:
-    """The batch without its answers: every row ends with its SEP, and nothing after it is valid.
+def prompts(batch: Batch, tokenizer: Tokenizer = BYTES) -> Batch:
+    """The batch without its answers: every row ends with its separator, and nothing after it is valid.
 
     Raises:
       UserError: where a row holds several examples.
     """
     require_one_segment(batch, "prompts are made one a row")
-    tokens_BT = np.asarray(batch.tokens_BT)
-    is_sep_BT = tokens_BT == SEP
-    after_BT = np.cumsum(is_sep_BT, axis=1) - is_sep_BT > 0
+    tokens_BT, loss_mask_BT = np.asarray(batch.tokens_BT), np.asarray(batch.loss_mask_BT)
+    after_BT = np.cumsum(loss_mask_BT, axis=1) - loss_mask_BT > 0
     return dataclasses.replace(
         batch,
-        tokens_BT=np.where(after_BT, PAD, tokens_BT).astype(tokens_BT.dtype),
+        tokens_BT=np.where(after_BT, tokenizer.special.pad, tokens_BT).astype(tokens_BT.dtype),
         valid_BT=np.asarray(batch.valid_BT) & ~after_BT,
         loss_mask_BT=np.zeros_like(np.asarray(batch.loss_mask_BT)),
     )
 
 
-def empty_batch(spec: EncodingSpec, rows: int) -> Batch:
+def empty_batch(spec: EncodingSpec, rows: int, tokenizer: Tokenizer = BYTES) -> Batch:
     """A batch of padding alone, in the shapes and types of every batch of `spec`."""
     T = spec.max_length
     return make_batch(
-        np.full((rows, T), PAD, np.int32),
+        np.full((rows, T), tokenizer.special.pad, np.int32),
         valid_BT=np.zeros((rows, T), bool),
         position_BT=np.zeros((rows, T), np.int32),
         patches_BPX=np.zeros((rows, spec.max_patches, spec.patch_features), np.float32),

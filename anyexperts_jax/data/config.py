@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from anyexperts_jax.core.errors import comma_list, require, require_one_of
 from anyexperts_jax.data.domain import DOMAIN_NAMES
 from anyexperts_jax.data.example import LEVELS
+from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
 
 Packing = Literal["none", "first_fit"]
 
@@ -62,6 +63,8 @@ class DataConfig:
     train_examples: int = 1_000_000  # of each generated domain, before they come again in another order
     packing: Packing = "none"  # a training row holds one example, or with first_fit as many as it has room for
     packing_window: int = 64  # rows that are filled at a time; more leave less padding
+    tokenizer: str = BYTES_NAME  # "bytes", or the path of a folder with tokenizer.json, or of a GGUF file
+    token_fingerprint: str | None = None  # of that tokenizer: training records it, and refuses another; None: bytes
     encoding: EncodingSpec = dataclasses.field(default_factory=EncodingSpec)
     threads: int = 1  # that make batches ahead of time; 0: made when asked for
     prefetch: int = 2  # batches made ahead of time, by threads or by each worker
@@ -81,6 +84,7 @@ class DataConfig:
         for level in self.levels:
             require_one_of("data.levels entry", level, LEVELS)
         require(0 <= self.seed < 2**32, f"data.seed={self.seed} must be in [0, 2^32)")
+        require(bool(self.tokenizer), f"data.tokenizer is empty; give {BYTES_NAME!r} or a path")
         require(self.train_examples >= 1, f"data.train_examples={self.train_examples} must be >= 1")
         require_one_of("data.packing", self.packing, get_args(Packing))
         for name in ("packing_window", "prefetch"):

@@ -12,15 +12,22 @@ from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.example import Example
 from anyexperts_jax.data.features import chunks_in_spans, log_mel, stack_frames
 from anyexperts_jax.data.sequence import EncodedSequence, MediaPart, Part, TokenPart, assemble, padded
-from anyexperts_jax.data.tokenizer import BOS, EOS, SEP, VOCAB_SIZE, byte_spans
-from anyexperts_jax.data.tokenizer import encode as encode_text
 from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.bytes import BYTES
+from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
 
 
 def encode_example(
-    example: Example, spec: EncodingSpec, *, domain_index: int = 0, question_index: int = 0, example_index: int = 0
+    example: Example,
+    spec: EncodingSpec,
+    *,
+    tokenizer: Tokenizer = BYTES,
+    domain_index: int = 0,
+    question_index: int = 0,
+    example_index: int = 0,
 ) -> EncodedSequence:
-    """The example as one sequence: BOS, its media, the question, SEP, the answer, EOS.
+    """The example as one sequence: BOS, its media, the question, SEP, the answer, EOS, as the tokenizer has them.
 
     The indices fill domain_B, question_B and example_B.
 
@@ -28,15 +35,13 @@ def encode_example(
       UserError: when the example does not fit `spec`.
     """
     media = _media(example, spec)
-    question, answer = encode_text(example.question), encode_text(example.answer)
+    special, question, answer = tokenizer.special, tokenizer.encode(example.question), tokenizer.encode(example.answer)
     _require_room(example, spec, sum(len(part.features) for part in media), len(question), len(answer))
-    evidence = np.zeros(len(question), bool)
-    for start, stop in byte_spans(example.question, example.question_evidence):
-        evidence[start:stop] = True
-    parts: list[Part] = [TokenPart([BOS]), *media, TokenPart(question, evidence=evidence), TokenPart([SEP])]
-    parts.append(TokenPart([*answer, EOS], in_loss=True))
+    evidence = question.overlapping(example.question_evidence)
+    parts: list[Part] = [TokenPart([special.begin]), *media, TokenPart(question.ids_T, evidence=evidence)]
+    parts += [TokenPart([special.separator]), TokenPart([*answer.ids_T.tolist(), special.eos[0]], in_loss=True)]
     return dataclasses.replace(
-        assemble(parts, spec),
+        assemble(parts, spec, pad=special.pad),
         domain=domain_index,
         question=question_index,
         level=example.level,
@@ -44,7 +49,9 @@ def encode_example(
     )
 
 
-def encode(example: Example, spec: EncodingSpec, **indices: int) -> dict[str, np.ndarray]:
+def encode(
+    example: Example, spec: EncodingSpec, *, tokenizer: Tokenizer = BYTES, **indices: int
+) -> dict[str, np.ndarray]:
     """One row of one example: the fields of `core.batch.Batch` by name, each without its batch dimension.
 
     Args:
@@ -53,7 +60,7 @@ def encode(example: Example, spec: EncodingSpec, **indices: int) -> dict[str, np
     Raises:
       UserError: when the example does not fit `spec`.
     """
-    return padded(encode_example(example, spec, **indices), spec)
+    return padded(encode_example(example, spec, tokenizer=tokenizer, **indices), spec)
 
 
 def patches(pixels: UInt8[ndarray, "F H W 3"], patch_size: int) -> Float32[ndarray, "P X"]:
@@ -119,8 +126,11 @@ def _require_room(example: Example, spec: EncodingSpec, media: int, question: in
     )
 
 
-def require_fits_model(spec: EncodingSpec, model: ModelConfig) -> None:
+def require_fits_model(spec: EncodingSpec, model: ModelConfig, tokenizer: str = BYTES_NAME) -> None:
     """Checks that a model made by `model` reads sequences made by `spec`.
+
+    Args:
+      tokenizer: as `data.tokenizer` names it; only bytes can be checked without reading a file.
 
     Raises:
       UserError: naming both values where they do not fit.
@@ -128,8 +138,8 @@ def require_fits_model(spec: EncodingSpec, model: ModelConfig) -> None:
     length = f"encoding.max_length={spec.max_length}"
     require(spec.max_length <= model.max_length, f"{length} is longer than the model's max_length={model.max_length}")
     require(
-        model.vocab_size >= VOCAB_SIZE,
-        f"the model's vocab_size={model.vocab_size} is below the tokenizer's {VOCAB_SIZE}",
+        tokenizer != BYTES_NAME or model.vocab_size >= BYTES.vocab_size,
+        f"the model's vocab_size={model.vocab_size} is below the tokenizer's {BYTES.vocab_size}",
     )
     parts = (
         ("vision", "max_patches", "patch_features", spec.patch_features),

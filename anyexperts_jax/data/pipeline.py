@@ -25,6 +25,8 @@ from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.data.packing import PackedSequences
 from anyexperts_jax.data.sequence import EncodedSequence, Size, padded
 from anyexperts_jax.data.source import Source
+from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.registry import open_tokenizer
 
 __all__ = ["DataConfig", "eval_batches", "train_dataset", "train_iterator"]
 
@@ -35,6 +37,7 @@ class _Sequences:
 
     source: Source
     spec: EncodingSpec
+    tokenizer: Tokenizer
     domain_index: int
     as_rows: bool = True
 
@@ -47,6 +50,7 @@ class _Sequences:
             sequence = encode_example(
                 example,
                 self.spec,
+                tokenizer=self.tokenizer,
                 domain_index=self.domain_index,
                 question_index=_question_index(self.source, example),
                 example_index=index,
@@ -95,12 +99,13 @@ def train_dataset(config: DataConfig, batch_size: int, rows: Sequence[int] | Non
     process.
 
     Raises:
-      UserError: when a number is out of range, or a folder is missing or empty.
+      UserError: when a number is out of range, or a folder or tokenizer is missing or empty.
     """
     held, packs = _held(batch_size, rows), config.packing == "first_fit"
-    parts = []
+    parts, tokenizer = [], open_tokenizer(config.tokenizer)
     for index, name in enumerate(config.domains):
-        sequences = _Sequences(open_source(config, name, "train"), config.encoding, index, as_rows=not packs)
+        source = open_source(config, name, "train")
+        sequences = _Sequences(source, config.encoding, tokenizer, index, as_rows=not packs)
         parts.append(grain.MapDataset.source(sequences).shuffle(seed=config.seed).repeat())
     mixed = grain.MapDataset.mix(parts, config.shares())
     if not packs:
@@ -144,15 +149,15 @@ def eval_batches(
       UserError: when a number is out of range, or a folder holds fewer examples.
     """
     require(num_examples >= 1, f"num_examples={num_examples} must be >= 1")
-    source = open_source(config, domain, split, num_examples)
-    sequences = grain.MapDataset.source(_Sequences(source, config.encoding, config.domain_index(domain)))
+    source, tokenizer = open_source(config, domain, split, num_examples), open_tokenizer(config.tokenizer)
+    sequences = grain.MapDataset.source(_Sequences(source, config.encoding, tokenizer, config.domain_index(domain)))
     ahead = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch if config.threads else 0)
     held = _held(batch_size, rows)
     examples, count = _examples_at(sequences[:num_examples], batch_size, held), len(held)
     for batch in examples.batch(count, batch_fn=stack).to_iter_dataset(ahead):
-        yield pad_rows(batch, count)
+        yield pad_rows(batch, count, tokenizer)
     for _ in range(-(-len(examples) // count), -(-num_examples // batch_size)):  # whose last rows others hold
-        yield empty_batch(config.encoding, count)
+        yield empty_batch(config.encoding, count, tokenizer)
 
 
 def _question_index(source: Source, example: Example) -> int:

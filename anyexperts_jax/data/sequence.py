@@ -12,14 +12,14 @@ from numpy import ndarray
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.data.config import EncodingSpec
-from anyexperts_jax.data.tokenizer import PAD
+from anyexperts_jax.tokenizers.bytes import PAD
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenPart:
     """A run of text tokens."""
 
-    ids: Sequence[int]
+    ids: Sequence[int] | Int32[ndarray, " tokens"]
     in_loss: bool = False  # the model is to predict each of them
     evidence: Bool[ndarray, " tokens"] | None = None  # those that carry the answer
 
@@ -64,6 +64,7 @@ class EncodedSequence:
     question: int = 0
     level: int = 1
     example: int = 0
+    pad: int = PAD  # the tokenizer's id of padding and of media positions
 
     @property
     def size(self) -> "Size":
@@ -89,7 +90,7 @@ class Size:
         return self.positions <= room.positions and self.patches <= room.patches and self.frames <= room.frames
 
 
-def assemble(parts: Sequence[Part], spec: EncodingSpec) -> EncodedSequence:
+def assemble(parts: Sequence[Part], spec: EncodingSpec, *, pad: int = PAD) -> EncodedSequence:
     """The parts one after the other, as one segment. Media are numbered as they come: any number of any kinds.
 
     A part in the loss is predicted from the position before each of its tokens, so it cannot come first.
@@ -97,7 +98,7 @@ def assemble(parts: Sequence[Part], spec: EncodingSpec) -> EncodedSequence:
     lengths = [len(part.ids if isinstance(part, TokenPart) else part.features) for part in parts]
     bounds = [0, *itertools.accumulate(lengths)]
     T = bounds[-1]
-    tokens, modality = np.full(T, PAD, np.int32), np.full(T, Modality.TEXT, np.int32)
+    tokens, modality = np.full(T, pad, np.int32), np.full(T, Modality.TEXT, np.int32)
     loss_mask, evidence, time = np.zeros(T, bool), np.zeros(T, bool), np.zeros(T, np.int32)
     media: list[MediaPart] = []
     for part, (begin, end) in zip(parts, itertools.pairwise(bounds), strict=True):
@@ -128,6 +129,7 @@ def assemble(parts: Sequence[Part], spec: EncodingSpec) -> EncodedSequence:
         patch_item_P=_items(seen),
         frames_SX=_features(heard, spec.frame_features),
         frame_item_S=_items(heard),
+        pad=pad,
     )
 
 
@@ -162,7 +164,7 @@ def padded(sequence: EncodedSequence, spec: EncodingSpec) -> dict[str, np.ndarra
     lengths = {"T": room.positions, "P": room.patches, "S": room.frames}
     fields = {_batch_name(name): _pad(getattr(sequence, name), lengths[_rows_of(name)]) for name in _array_names()}
     T = size.positions
-    fields["tokens_BT"][T:] = PAD
+    fields["tokens_BT"][T:] = sequence.pad
     if T > 0:  # padding goes on as the last segment
         fields["segment_BT"][T:] = sequence.segment_T[-1]
         fields["position_BT"][T:] = sequence.position_T[-1] + np.arange(1, room.positions - T + 1)

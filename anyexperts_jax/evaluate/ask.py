@@ -46,7 +46,7 @@ def ask(trained: Trained, example: Example, budget: float | None = None) -> Repl
         moe = shift_budget(moe, budget)
     window = own_window(moe)
     model = with_room(trained.config.model, window[1])
-    batch = stack([encode(example, trained.config.data.encoding)])
+    batch = stack([encode(example, trained.config.data.encoding, tokenizer=trained.tokenizer)])
     (answer,) = predict(trained, model, batch, window, MAX_NEW_TOKENS)
     output = forward(model, trained.params, trained.router_bias_LC, batch, window_array(window))
     real_T = np.asarray(output.trace.real_slots_BT)[:, 0].mean(axis=0)

@@ -241,7 +241,8 @@ def _at_budget(
     scores = []
     for name, batches in test.items():
         said = [text for batch in batches for text in predict(trained, model, batch, window, length)]
-        scores.append(score_domain(name, open_source(trained.config.data, name, "test"), batches, said))
+        source = open_source(trained.config.data, name, "test")
+        scores.append(score_domain(name, source, batches, said, tokenizer=trained.tokenizer))
     return BudgetResult(
         budget=float(budget),
         nominal=(1 - moe.rho_max) * sum(window) / 2,

@@ -15,7 +15,7 @@ from numpy import ndarray
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.modality import MODALITY_NAMES, Modality
-from anyexperts_jax.data.tokenizer import BOS, SEP
+from anyexperts_jax.data.batches import before_answers
 
 BOOTSTRAP_DRAWS = 200
 
@@ -56,10 +56,10 @@ def roc_auc(score_N: Float[ndarray, "N"], positive_N: Bool[ndarray, "N"]) -> flo
 
 
 def candidates(batch: Batch) -> Bool[ndarray, "B T"]:
-    """Tokens on which evidence can lie: media and question, which is valid, not BOS, and before SEP."""
-    tokens_BT = np.asarray(batch.tokens_BT)
-    before_sep_BT = np.cumsum(tokens_BT == SEP, axis=1) == 0
-    return np.asarray(batch.valid_BT) & before_sep_BT & (tokens_BT != BOS)
+    """Tokens on which evidence can lie: media and question, without what begins the sequence."""
+    found_BT = before_answers(batch)
+    found_BT[:, 0] = False
+    return found_BT
 
 
 def baseline_scores(batch: Batch, seed: int = 0) -> dict[str, Float[ndarray, "B T"]]:

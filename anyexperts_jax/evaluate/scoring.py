@@ -8,12 +8,13 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.data.batches import answers, prompts
 from anyexperts_jax.data.scores import chance_scores, corpus_wer, exact_match, score
 from anyexperts_jax.data.source import Source
-from anyexperts_jax.data.tokenizer import decode
 from anyexperts_jax.evaluate.measure import Window, window_array
 from anyexperts_jax.evaluate.results import DomainScore, GroupScore
 from anyexperts_jax.evaluate.trained import Trained
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.generate import generate
+from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.bytes import BYTES
 
 
 def longest_answer(batches: Sequence[Batch]) -> int:
@@ -26,18 +27,22 @@ def predict(trained: Trained, model: ModelConfig, batch: Batch, window: Window, 
     tokens_BJ = generate(
         model,
         trained.params,
-        prompts(batch),
+        prompts(batch, trained.tokenizer),
         max_new_tokens=max_new_tokens,
         window=window_array(window),
         router_bias_LC=trained.router_bias_LC,
+        stop_ids=trained.tokenizer.special.eos,
     )
-    return [decode(row) for row in np.asarray(tokens_BJ)]  # EOS, and the padding after it, decode to nothing
+    decode = trained.tokenizer.decode  # the end, and the padding after it, decode to nothing
+    return [decode(row) for row in np.asarray(tokens_BJ)]
 
 
-def score_domain(domain: str, source: Source, batches: Sequence[Batch], predictions: Sequence[str]) -> DomainScore:
+def score_domain(
+    domain: str, source: Source, batches: Sequence[Batch], predictions: Sequence[str], *, tokenizer: Tokenizer = BYTES
+) -> DomainScore:
     """Scores of the predictions for all rows of `batches`, padding rows left out."""
     real_row = np.concatenate([np.asarray(batch.valid_BT).any(axis=1) for batch in batches])
-    expected = [text for batch in batches for text in answers(batch)]
+    expected = [text for batch in batches for text in answers(batch, tokenizer)]
     types = [source.question_types[i] for batch in batches for i in np.asarray(batch.question_B)]
     levels = [str(level) for batch in batches for level in np.asarray(batch.level_B)]
     rows = np.nonzero(real_row)[0].tolist()

@@ -1,6 +1,7 @@
 """A run's checkpoint, ready to be measured at any window."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from typing import Any
@@ -10,6 +11,8 @@ import jax
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.registry import open_tokenizer
 from anyexperts_jax.train.checkpoint import Checkpoints
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.run_dir import RunDir, load_run
@@ -23,6 +26,11 @@ class Trained:
     params: Any
     router_bias_LC: jax.Array
     step: int
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The one it was trained with."""
+        return open_tokenizer(self.config.data.tokenizer)
 
 
 def load_trained(run_dir: str | pathlib.Path, which: str = "best") -> Trained:

@@ -27,6 +27,7 @@ from anyexperts_jax.train.loop import TrainResult, train
 from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.recipe import EVERYTHING, Recipe
 from anyexperts_jax.train.run_dir import RunDir, load_run, write_whole
+from anyexperts_jax.train.run_tokenizer import pinned, require_same_tokens
 from anyexperts_jax.train.strict import differing_keys
 
 CONFIG_NAME = "evolve.json"
@@ -51,6 +52,7 @@ def evolve(
     root = pathlib.Path(root)
     for name in stages:
         require_one_of("stage", name, STAGES)
+    run = _with_tokenizer(run, root)
     _open(run, root)
     results = {}
     for name in [name for name in run.stages if name in stages]:
@@ -112,6 +114,7 @@ def _starting_parameters(run: EvolveRun, root: pathlib.Path, name: str) -> Calla
             return upcycle_params(dense, run.model, upcycle, key, mesh, consume=True)
         predecessor = _predecessor(run, name)
         config, params, _ = load_run(root / predecessor, "last", mesh)
+        require_same_tokens(run.base.data, config.data, f"stage {predecessor}")
         wanted = run.stage(predecessor).model
         if predecessor == "evolving" or early:  # expert 1 ran alone: which routing policy it had is nothing to it
             same_number = config.model.moe.num_experts == wanted.moe.num_experts
@@ -150,6 +153,13 @@ def _check_predecessor(run: EvolveRun, root: pathlib.Path, name: str) -> None:
 def _check_model(found: ModelConfig, wanted: ModelConfig, where: pathlib.Path) -> None:
     differences = differing_keys(wanted, found)
     require(not differences, f"the model in {where} is another one: {describe_differences(differences)}")
+
+
+def _with_tokenizer(run: EvolveRun, root: pathlib.Path) -> EvolveRun:
+    """The run with the fingerprint of its tokenizer, which the stages share."""
+    first = RunDir(root / run.stages[0])
+    data = pinned(run.base.data, run.base.model, first.tokenizer, begun=bool(first.checkpoint_steps()))
+    return dataclasses.replace(run, base=dataclasses.replace(run.base, data=data))
 
 
 def _open(run: EvolveRun, root: pathlib.Path) -> None:

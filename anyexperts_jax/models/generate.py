@@ -27,11 +27,12 @@ def generate(
     max_new_tokens: int,
     window: Float[Array, "2"] | None = None,
     router_bias_LC: Float[Array, "L C"] | None = None,
+    stop_ids: tuple[int, ...] = (),
 ) -> Int[Array, "B J"]:
     """The most likely continuation of each prompt, token by token, J = max_new_tokens of them.
 
-    `eos_id` ends a sequence and is the last token written; `pad_id` follows. An empty prompt (all padding) yields
-    padding alone. Compiled once for each configuration and set of shapes.
+    `eos_id` or one of `stop_ids` ends a sequence and is the last token written; `pad_id` follows. An empty prompt (all
+    padding) yields padding alone. Compiled once for each configuration and set of shapes.
 
     Nothing is dropped, whatever the configuration: where `stack.execution` has buffers that can overflow ("capacity",
     "exchange"), decoding runs "blocks", the same values wherever those drop nothing. So an answer does not depend on
@@ -40,6 +41,7 @@ def generate(
     Args:
       prompt_batch: right-padded prompts, `BOS media question SEP`, of any length each.
       window, router_bias_LC: as for `MultimodalModel`.
+      stop_ids: further tokens that end a sequence, as some vocabularies have.
 
     Raises:
       UserError: when max_new_tokens < 1, the batch does not fit the model, or a row of it has several segments.
@@ -48,7 +50,8 @@ def generate(
     require_one_segment(prompt_batch, "generation continues one prompt a row")
     if window is not None:
         check_window(config.moe, window)
-    static = (dropless(config), max_new_tokens, placement_of(params))
+    ends = tuple(sorted({config.eos_id, *stop_ids}))
+    static = (dropless(config), max_new_tokens, ends, placement_of(params))
     return _generate(static, params, prompt_batch, window, router_bias_LC)
 
 
@@ -67,13 +70,13 @@ def dropless(config: ModelConfig) -> ModelConfig:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _generate(
-    static: tuple[ModelConfig, int, Placement],
+    static: tuple[ModelConfig, int, tuple[int, ...], Placement],
     params: Any,
     prompt_batch: Batch,
     window: Float[Array, "2"] | None,
     router_bias_LC: Float[Array, "L C"] | None,
 ) -> Int[Array, "B J"]:
-    config, max_new_tokens, placement = static
+    config, max_new_tokens, ends, placement = static
     run: Callable[..., Any] = functools.partial(
         MultimodalModel(config, placement).apply, {"params": params}, window=window, router_bias_LC=router_bias_LC
     )
@@ -91,7 +94,7 @@ def _generate(
         j, logits_BY, done_B, tokens_BJ, cache = state
         next_B = jnp.where(done_B, config.pad_id, jnp.argmax(logits_BY, axis=-1).astype(jnp.int32))
         tokens_BJ = tokens_BJ.at[:, j].set(next_B)
-        done_B = done_B | (next_B == config.eos_id)
+        done_B = done_B | jnp.isin(next_B, jnp.array(ends))
         logits_BY, cache = run(next_B, lengths_B + j, ~done_B, cache, method="step")
         return j + 1, logits_BY, done_B, tokens_BJ, cache
 

@@ -14,10 +14,11 @@ from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.example import SAMPLE_RATE, Example
 from anyexperts_jax.data.features import HOP
 from anyexperts_jax.data.mixture import examples_there, open_source
-from anyexperts_jax.data.tokenizer import SEP
 from anyexperts_jax.evaluate.measure import Window, forward, window_array
 from anyexperts_jax.evaluate.scoring import predict
 from anyexperts_jax.evaluate.trained import Trained, own_window
+from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.bytes import BYTES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,11 +27,12 @@ class ExampleMap:
 
     example: Example
     prediction: str | None  # the model's answer, when it was asked
-    question_LQ: Float[ndarray, "L Q"]  # one value a UTF-8 byte of the question
+    question_LQ: Float[ndarray, "L Q"]  # one value a token of the question
     patches_LFRC: Float[ndarray, "L F rows cols"] | None = None  # on each frame's grid of patches
     patch_size: int = 0  # side of a patch, in pixels
     chunks_LS: Float[ndarray, "L S"] | None = None  # one value a chunk of sound
     chunk_seconds: float = 0.0
+    tokenizer: Tokenizer = BYTES  # that cut the question into its tokens
 
     @property
     def media_L(self) -> Float[ndarray, "L places"]:
@@ -52,14 +54,16 @@ def map_examples(trained: Trained, domain: str, count: int, rows: int, max_new_t
     examples = [source[i] for i in range(min(count, len(source)))]
     index = config.data.domain_index(domain)
     spec = config.data.encoding
-    batch = pad_rows(stack([encode(example, spec, domain_index=index) for example in examples]), rows)
+    tokenizer = trained.tokenizer
+    encoded = [encode(example, spec, tokenizer=tokenizer, domain_index=index) for example in examples]
+    batch = pad_rows(stack(encoded), rows, tokenizer)
     window: Window = own_window(config.model.moe)
     output = forward(config.model, trained.params, trained.router_bias_LC, batch, window_array(window))
     importance_LBT = np.asarray(jax.device_get(output.trace.importance_BT))
     said = predict(trained, config.model, batch, window, max_new_tokens)
     tokens_BT, modality_BT = np.asarray(batch.tokens_BT), np.asarray(batch.modality_BT)
     return [
-        lay_out(example, said[i], tokens_BT[i], modality_BT[i], importance_LBT[:, i], spec)
+        lay_out(example, said[i], tokens_BT[i], modality_BT[i], importance_LBT[:, i], spec, tokenizer=tokenizer)
         for i, example in enumerate(examples)
     ]
 
@@ -71,12 +75,14 @@ def lay_out(
     modality_T: Int[ndarray, " T"],
     importance_LT: Float[ndarray, "L T"],
     spec: EncodingSpec,
+    *,
+    tokenizer: Tokenizer = BYTES,
 ) -> ExampleMap:
     """Importance by position, put back where `data.encode` took the positions from."""
-    sep = int(np.argmax(tokens_T == SEP))
     media_T = modality_T != Modality.TEXT
     begin = 1 + int(media_T.sum())  # after BOS and media
-    one = ExampleMap(example, prediction, importance_LT[:, begin:sep])
+    question = int(np.argmax(tokens_T[begin:] == tokenizer.special.separator))
+    one = ExampleMap(example, prediction, importance_LT[:, begin : begin + question], tokenizer=tokenizer)
     media_L = importance_LT[:, media_T]
     if example.audio is not None:
         return dataclasses.replace(one, chunks_LS=media_L, chunk_seconds=spec.frames_per_chunk * HOP / SAMPLE_RATE)

@@ -14,7 +14,6 @@ from jaxtyping import Bool
 from numpy import ndarray
 
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.data.tokenizer import byte_spans, encode
 from anyexperts_jax.report import style
 from anyexperts_jax.report.example_map import ExampleMap
 from anyexperts_jax.report.map_panels import draw_audio, draw_image, draw_video, scale_of
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 8.0  # inches, as are all lengths here
-_COLUMNS = 60  # question bytes in a line
+_COLUMNS = 60  # cells of the question in a line
 _LINE = 0.21
 _TITLE, _STRIP_TITLE, _GAP, _FOOT = 0.3, 0.22, 0.24, 0.4
 _PANELS = {"image": (2.0, draw_image), "audio": (2.3, draw_audio), "video": (2.65, draw_video)}
@@ -52,7 +51,7 @@ def _height(one: ExampleMap) -> float:
 
 
 def _lines(one: ExampleMap) -> int:
-    return math.ceil(one.question_LQ.shape[1] / _COLUMNS)
+    return math.ceil(len(_cells(one)) / _COLUMNS)
 
 
 def _draw_example(drawn: "Figure", one: ExampleMap, maps: Sequence[ExampleMap], top: float, total: float) -> None:
@@ -102,17 +101,17 @@ def _draw_key(drawn: "Figure", total: float) -> None:
 
 
 def _draw_question(axes: "Axes", one: ExampleMap, scale: Scale) -> None:
-    """A cell a byte, shaded by importance; the bytes of evidence outlined."""
+    """Cells shaded by the importance of their tokens; those of evidence outlined."""
     from matplotlib.patches import Rectangle
 
-    ids = encode(one.example.question)
+    cells = _cells(one)
     colour_Q4 = scale.colours(one.question_LQ.mean(axis=0))
-    for i, token in enumerate(ids):
+    for i, (glyph, token) in enumerate(cells):
         row, column = divmod(i, _COLUMNS)
-        axes.add_patch(Rectangle((column, row), 1, 0.9, facecolor=colour_Q4[i].tolist(), linewidth=0))
-        glyph = _plain(chr(token)) if token < 128 else "·"
+        axes.add_patch(Rectangle((column, row), 1, 0.9, facecolor=colour_Q4[token].tolist(), linewidth=0))
         axes.text(column + 0.5, row + 0.47, glyph, ha="center", va="center", family="DejaVu Sans Mono", fontsize=9)
-    for start, end in _runs(_evidence(one), _COLUMNS):
+    evidence_Q = one.tokenizer.encode(one.example.question).overlapping(one.example.question_evidence)
+    for start, end in _runs(np.array([evidence_Q[token] for _, token in cells], bool), _COLUMNS):
         row, column = divmod(start, _COLUMNS)
         outline = Rectangle((column, row), end - start, 0.9, fill=False, edgecolor=style.EVIDENCE, linewidth=2)
         axes.add_patch(outline)
@@ -123,11 +122,19 @@ def _draw_question(axes: "Axes", one: ExampleMap, scale: Scale) -> None:
     style.bare(axes)
 
 
-def _evidence(one: ExampleMap) -> Bool[ndarray, " Q"]:
-    marked_Q = np.zeros(one.question_LQ.shape[1], bool)
-    for start, end in byte_spans(one.example.question, one.example.question_evidence):
-        marked_Q[start:end] = True
-    return marked_Q
+def _cells(one: ExampleMap) -> list[tuple[str, int]]:
+    """What is drawn of the question: a glyph and its token's number for every character of every token.
+
+    A further token of the same character, such as the second byte of "é", has a cell too.
+    """
+    text, reached = one.example.question, 0
+    cells: list[tuple[str, int]] = []
+    for token, (start, stop) in enumerate(one.tokenizer.encode(text).offsets_T2.tolist()):
+        if start < stop:
+            glyphs = [_plain(c) if c.isascii() else "·" for c in text[max(start, reached) : stop]]
+            cells += [(glyph, token) for glyph in glyphs or ["·"]]
+        reached = max(reached, stop)
+    return cells
 
 
 def _runs(marked_Q: Bool[ndarray, " Q"], columns: int) -> list[tuple[int, int]]:

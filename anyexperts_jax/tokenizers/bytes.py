@@ -81,3 +81,6 @@ class BytesTokenizer:
 
     def save(self, folder: pathlib.Path) -> None:
         """Nothing to write: the record says all there is."""
+
+
+BYTES = BytesTokenizer()

@@ -33,7 +33,6 @@ FILES = (MAIN, CONFIG, "special_tokens_map.json", "generation_config.json", TEMP
 DEFAULT_TEMPLATE = "default"
 
 _UNUSED = ("version", "truncation", "padding", "post_processor")  # parts of tokenizer.json that change no id of ours
-_PREFIX = ("▁", "Ġ")  # the space that some tokenizers put before a text, as a token of its own
 _ELSEWHERE = {
     "tokenizer.model": "SentencePiece",
     "vocab.json": "a vocabulary and merges",
@@ -251,9 +250,9 @@ class HuggingFaceTokenizer:
     ) -> Int32[ndarray, "T 2"]:
         """The library's offsets, but that of a space that was put before the text is empty: it gives it a character."""
         offsets_T2 = np.array(found, np.int32).reshape(-1, 2)
-        for i in np.nonzero(np.isin(ids_T, self._prefix_ids))[0].tolist():
+        for i in np.nonzero(ids_T == self._space_id)[0].tolist():
             start = int(offsets_T2[i, 0])
-            if start < len(text) and not text[start].isspace():
+            if start < len(text) and not text[start].isspace() and text[start] != self._space:
                 offsets_T2[i, 1] = start
         return offsets_T2
 
@@ -263,10 +262,15 @@ class HuggingFaceTokenizer:
         assert id is not None
         return id
 
+    @property
+    def _space(self) -> str:
+        """How the vocabulary spells a space."""
+        return "Ġ" if self._byte_level else "▁"
+
     @functools.cached_property
-    def _prefix_ids(self) -> Int32[ndarray, "few"]:
-        ids = [self._text.token_to_id(token) for token in _PREFIX]
-        return np.array([i for i in ids if i is not None], np.int32)
+    def _space_id(self) -> int:
+        id = self._text.token_to_id(self._space)
+        return -1 if id is None else id
 
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:

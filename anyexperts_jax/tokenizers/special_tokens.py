@@ -58,8 +58,13 @@ def _token(name: str, key: str, value: Any) -> Iterator[str]:
     if not key.endswith("_token") or value is None or isinstance(value, bool):  # add_bos_token is a switch
         return
     content = value.get("content") if isinstance(value, dict) else value
-    require(isinstance(content, str) and bool(content), f"{name}: {key}={value!r} is no token")
+    require(_is_token(content), f"{name}: {key}={value!r} is no token")
     yield str(content)
+
+
+def _is_token(content: Any) -> bool:
+    """Whether it is a text that UTF-8 can write."""
+    return isinstance(content, str) and bool(content) and content.encode(errors="replace").decode() == content
 
 
 def _extra(*sources: Mapping[str, Any]) -> Iterator[str]:
@@ -67,6 +72,7 @@ def _extra(*sources: Mapping[str, Any]) -> Iterator[str]:
     for source in sources:
         for key in ("additional_special_tokens", "extra_special_tokens"):
             values = source.get(key) or ()
+            require(isinstance(values, list | tuple | dict), f"{key}={values!r} is no list of tokens")
             for value in values.values() if isinstance(values, dict) else values:
                 yield from _token(key, "extra_token", value)
 
@@ -79,7 +85,7 @@ def _added(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _flags(value: Any) -> dict[str, Any]:
     content = value.get("content") if isinstance(value, dict) else None
-    require(isinstance(content, str), f"tokenizer_config.json: added_tokens_decoder holds {value!r}, which is no token")
+    require(_is_token(content), f"tokenizer_config.json: added_tokens_decoder holds {value!r}, which is no token")
     return {"content": content, **{name: bool(value[name]) for name in _FLAGS if name in value}}
 
 

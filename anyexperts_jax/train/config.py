@@ -18,6 +18,7 @@ from anyexperts_jax.models.presets import model_preset
 from anyexperts_jax.sharding.mesh import MeshConfig
 from anyexperts_jax.train.moved import move_keys
 from anyexperts_jax.train.optim import OptimConfig
+from anyexperts_jax.train.run_tokenizer import ids_of_tokenizer
 from anyexperts_jax.train.runtime import RuntimeConfig
 from anyexperts_jax.train.strict import build, closest, merge
 
@@ -77,7 +78,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed={self.seed} must be >= 0")
-        require_fits_model(self.data.encoding, self.model)
+        require_fits_model(self.data.encoding, self.model, self.data.tokenizer)
         scope = self.model.moe.switches.balance_scope
         require(
             self.data.packing == "none" or scope == "batch",
@@ -94,6 +95,7 @@ class RunConfig:
 # number of steps the learning rate follows the new, longer or shorter, decay from there on.
 FREE_KEYS = (
     "mesh.",
+    "data.tokenizer",  # a path: the tokenizer itself is told by data.token_fingerprint
     "data.threads",
     "data.prefetch",
     "train.steps",
@@ -119,7 +121,8 @@ def load_config(source: str | pathlib.Path, overrides: Sequence[str] = (), plugi
     A TOML file holds the tables of `RunConfig`; `preset = "tiny"` at its top takes that model preset as the base of
     the table `model`. An override is `key=value` with a dotted key, its value as TOML has it: "optim.lr=1e-3",
     "model.moe.switches.iar=off" (a bare word is a string). `plugins` are modules to import before the configuration is
-    read; the run records them.
+    read; the run records them. With a tokenizer other than bytes, `vocab_size`, `pad_id` and `eos_id` of the model are
+    the tokenizer's unless they are given.
 
     Raises:
       UserError: one line with file, key and valid keys or values.
@@ -142,19 +145,21 @@ def run_config(name: str, values: dict[str, Any]) -> RunConfig:
     values = move_keys(values)
     preset = values.pop("preset", None)
     try:
-        if preset is not None:
-            values["model"] = merge(dataclasses.asdict(model_preset(str(preset))), values.get("model", {}))
-        return _build(values)
+        base = {} if preset is None else dataclasses.asdict(model_preset(str(preset)))
+        _load_plugins(values)
+        base |= ids_of_tokenizer(values.get("data"), values.get("model"))
+        if base:
+            values["model"] = merge(base, values.get("model", {}))
+        return build(RunConfig, values)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
 
-def _build(values: dict[str, Any]) -> RunConfig:
-    """Plugins first: the configuration may name what they register."""
+def _load_plugins(values: dict[str, Any]) -> None:
+    """Before all else is read: the configuration may name what they register."""
     plugins = values.get("plugins", ())
     if isinstance(plugins, list | tuple) and all(isinstance(name, str) for name in plugins):
         load_plugins(plugins)
-    return build(RunConfig, values)
 
 
 def to_json(config: RunConfig) -> str:
@@ -168,7 +173,9 @@ def from_json(text: str, name: str = "config.json") -> RunConfig:
       UserError: when the text is no JSON object, or no configuration of this version.
     """
     try:
-        return _build(move_keys(parse_json(text)))
+        values = move_keys(parse_json(text))
+        _load_plugins(values)
+        return build(RunConfig, values)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 

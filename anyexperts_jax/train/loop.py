@@ -34,6 +34,7 @@ from anyexperts_jax.train.progress import Reporter, status_line
 from anyexperts_jax.train.recipe import EVERYTHING, Recipe
 from anyexperts_jax.train.run_dir import RunDir, open_run_dir
 from anyexperts_jax.train.run_log import NoLog, RunLog, read_records
+from anyexperts_jax.train.run_tokenizer import pinned
 from anyexperts_jax.train.runtime import compile_cache
 from anyexperts_jax.train.state import TrainState, abstract_state, create_state, state_from
 from anyexperts_jax.train.step import CHECKED_SCALARS, StepReport, jit_train_step, model_apply
@@ -85,6 +86,8 @@ def train(
     reporter = Reporter(Console(file=sys.stderr) if progress and processes.is_first() else None)
     paths = RunDir(pathlib.Path(run_dir))
     try:
+        own = pinned(config.data, config.model, paths.tokenizer, begun=bool(paths.checkpoint_steps()))
+        config = dataclasses.replace(config, data=own)
         mesh = make_mesh(config.mesh)
         _check_batch_fits(config, mesh)
         require_validation_examples(config)
@@ -186,7 +189,7 @@ class _Run:
             return state_from(model, self.optimizer, self.mesh, self.recipe.start(self.mesh))
         if step is None and self.config.train.start_from is not None:
             with self._waiting(f"the checkpoint in {self.config.train.start_from}"):
-                started = warm_start(self.config.train.start_from, model, key, self.mesh)
+                started = warm_start(self.config.train.start_from, model, key, self.mesh, data=self.config.data)
             self.reporter.note(started.describe(self.config.train.start_from))
             return state_from(model, self.optimizer, self.mesh, started.params, started.router_bias_LC)
         if step is None:

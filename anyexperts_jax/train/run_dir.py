@@ -14,6 +14,7 @@ from anyexperts_jax.core.errors import UserError, require, require_one_of
 from anyexperts_jax.models.init import abstract_params, logical_axes
 from anyexperts_jax.sharding.specs import param_shardings, replicated
 from anyexperts_jax.train.config import RunConfig, load_config, to_json
+from anyexperts_jax.train.run_tokenizer import keep_tokenizer, with_kept_tokenizer
 
 WHICH = ("best", "last")
 
@@ -39,6 +40,11 @@ class RunDir:
     @property
     def checkpoints(self) -> pathlib.Path:
         return self.root / "checkpoints"
+
+    @property
+    def tokenizer(self) -> pathlib.Path:
+        """The copy of the run's tokenizer; none of bytes."""
+        return self.root / "tokenizer"
 
     @property
     def profile(self) -> pathlib.Path:
@@ -81,6 +87,7 @@ def open_run_dir(
         raise UserError(f"cannot make the run directory {paths.root}: {error.strerror}") from error
     if writes:
         try:
+            keep_tokenizer(config.data, paths.tokenizer)
             write_whole(paths.config, to_json(config))
         except OSError as error:
             raise UserError(f"cannot write to the run directory {paths.root}: {error.strerror}") from error
@@ -99,6 +106,8 @@ def load_run(
 ) -> tuple[RunConfig, Any, jax.Array]:
     """Configuration, parameters and expert biases [L, C] of a run's best or last checkpoint.
 
+    The configuration's tokenizer is the copy that the run keeps.
+
     They are put on `mesh`, or else on the first device, whatever they were trained on.
 
     Raises:
@@ -114,6 +123,7 @@ def load_run(
         if step is None:
             raise UserError(f"no checkpoint in {paths.checkpoints}; the run stopped before it wrote one")
         config = checkpoints.config(step)
+        config = dataclasses.replace(config, data=with_kept_tokenizer(config.data, paths.tokenizer))
         params, router_bias_LC = checkpoints.restore_model(step, *_abstract_model(config, mesh))
         return config, params, router_bias_LC
 

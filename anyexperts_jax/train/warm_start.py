@@ -16,11 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, init_leaves, logical_axes, named_leaves, params_of_leaves
 from anyexperts_jax.sharding.specs import param_shardings, replicated
 from anyexperts_jax.train.config import describe_differences
 from anyexperts_jax.train.run_dir import load_run
+from anyexperts_jax.train.run_tokenizer import require_same_tokens
 from anyexperts_jax.train.strict import differing_keys
 
 _ROUTING = re.compile(r"(.*/)?(router|importance)/")
@@ -46,17 +48,22 @@ class WarmStart:
         return f"starting from {run_dir}: " + "; ".join([amounts, *told])
 
 
-def warm_start(run_dir: str | pathlib.Path, model: ModelConfig, key: Array, mesh: Mesh) -> WarmStart:
+def warm_start(
+    run_dir: str | pathlib.Path, model: ModelConfig, key: Array, mesh: Mesh, *, data: DataConfig | None = None
+) -> WarmStart:
     """The last checkpoint of the run in `run_dir`, made into parameters of `model` on `mesh`.
 
     Args:
       key: of what is new.
+      data: what the model is to read; its tokenizer must be the other run's.
 
     Raises:
       UserError: when there is no checkpoint, or its model differs in more than how it routes.
     """
     config, params, router_bias_LC = load_run(run_dir, "last", mesh)
     try:
+        if data is not None:
+            require_same_tokens(data, config.data, "it")
         return carried_over(params, router_bias_LC, config.model, model, key, mesh)
     except UserError as error:
         raise UserError(f"train.start_from={run_dir}: {error}") from error

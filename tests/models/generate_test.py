@@ -60,6 +60,18 @@ def test_the_cache_gives_what_full_recomputation_gives_until_eos(dispatch):
     np.testing.assert_array_equal(tokens_BJ[2], SMALL.pad_id)  # an empty prompt
 
 
+def test_any_of_several_ends_stops_a_sequence():
+    params = lively_params()
+    free = recomputed(SMALL, params, random_batch(lengths=LENGTHS), LENGTHS)
+    ends = (int(free[0, 1]), int(free[1, 2]))
+    tokens_BJ = generate(SMALL, params, random_batch(lengths=LENGTHS), max_new_tokens=J, stop_ids=ends)
+    for row, expected in zip(np.asarray(tokens_BJ), free, strict=True):
+        end = min((list(expected).index(id) + 1 for id in (*ends, SMALL.eos_id) if id in expected), default=J)
+        np.testing.assert_array_equal(row[:end], expected[:end])
+        np.testing.assert_array_equal(row[end:], SMALL.pad_id)
+    assert (np.asarray(tokens_BJ)[:2] == SMALL.pad_id).any(axis=1).all(), "both stopped early"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stack", [{"num_dense_layers": 3}, {"num_layers": 4, "num_dense_layers": 0, "moe_every": 2}], ids=["dense", "every"]

@@ -69,6 +69,14 @@ def test_the_space_put_before_a_text_stands_for_no_character():
     assert tokens.overlapping([(0, 1)]).tolist()[:3] == [False, True, True]
 
 
+def test_a_character_that_looks_like_the_vocabularys_space_has_its_span():
+    for text in ("a▁b", "▁", "aĠb"):
+        for kind in KINDS:
+            tokens = kinds()[kind].encode(text)
+            assert tokens.dropped(text) == "", kind
+            assert tokens.overlapping([(0, len(text))]).any()
+
+
 def test_what_the_files_trim_cut_pad_or_frame_does_not_reach_the_ids():
     made = byte_level(trim=True)
     made.enable_truncation(3)
@@ -284,6 +292,24 @@ def test_broken_files_are_one_line(tmp_path, texts, message):
         HuggingFaceTokenizer.load(written(tmp_path, **texts))
     assert str(caught.value).startswith(f"tokenizer {tmp_path}: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"eos_token": ""}, "tokenizer_config.json: eos_token='' is no token"),
+        ({"eos_token": "\ud800"}, r"eos_token='.ud800' is no token"),
+        ({"eos_token": {"content": 3}}, r"eos_token=\{'content': 3\} is no token"),
+        ({**EOS, "extra_special_tokens": "<x>"}, "extra_special_tokens='<x>' is no list of tokens"),
+        ({**EOS, "extra_special_tokens": [3]}, "extra_token=3 is no token"),
+        ({**EOS, "added_tokens_decoder": [3]}, "added_tokens_decoder is a list"),
+        ({**EOS, "added_tokens_decoder": {"x": {"content": "<x>"}}}, "added_tokens_decoder: 'x' is no token id"),
+        ({**EOS, "added_tokens_decoder": {"0": "<x>"}}, "added_tokens_decoder holds '<x>', which is no token"),
+    ],
+)
+def test_declarations_that_are_no_tokens_are_one_line(config, message):
+    with pytest.raises(UserError, match=message):
+        of_library(byte_level(), config=config)
 
 
 def test_added_tokens_past_holes_of_the_vocabulary_are_refused():

@@ -1,0 +1,137 @@
+"""A run's tokenizer: found and checked before anything is written, kept as a copy beside the checkpoints.
+
+The copy is what the run uses ever after, whatever becomes of the path that the configuration names. The configuration
+in each checkpoint has its fingerprint. Bytes need neither.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from anyexperts_jax.core.errors import comma_list, require
+from anyexperts_jax.data.config import DataConfig
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.tokenizers.base import (
+    Tokenizer,
+    TokenizerRecord,
+    require_fits_vocabulary,
+    require_same_tokenizer,
+)
+from anyexperts_jax.tokenizers.bytes import BYTES
+from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
+from anyexperts_jax.tokenizers.registry import RECORD, load_tokenizer, open_tokenizer, read_record, save_tokenizer
+
+_MODEL_KEYS = ("vocab_size", "pad_id", "eos_id")
+
+
+def ids_of_tokenizer(data: Any, model: Any) -> dict[str, int]:
+    """The fields of `ModelConfig` that a configuration file's `data.tokenizer` decides; none where the file has them.
+
+    Args:
+      data, model: the file's tables.
+
+    Raises:
+      UserError: when the tokenizer cannot be read.
+    """
+    source = data.get("tokenizer") if isinstance(data, Mapping) else None
+    told = isinstance(model, Mapping) and all(key in model for key in _MODEL_KEYS)
+    if told or not isinstance(source, str) or source in ("", BYTES_NAME):
+        return {}
+    tokenizer = open_tokenizer(source)
+    special = tokenizer.special
+    return {"vocab_size": tokenizer.vocab_size, "pad_id": special.pad, "eos_id": special.eos[0]}
+
+
+def pinned(data: DataConfig, model: ModelConfig, kept: pathlib.Path, *, begun: bool) -> DataConfig:
+    """`data` with the fingerprint of its tokenizer, once that is known to fit the model and the run.
+
+    Args:
+      kept: where the run keeps its copy. It serves where the path in `data` is gone.
+      begun: whether the run has a checkpoint, so that its tokenizer cannot become another.
+
+    Raises:
+      UserError: when there is no tokenizer, it is another than the run's or the one whose fingerprint `data` has, or
+        its ids are not the model's.
+    """
+    if data.tokenizer == BYTES_NAME:
+        require(data.token_fingerprint is None, f"data.token_fingerprint goes with a path, not with {BYTES_NAME!r}")
+        require_model_ids(BYTES, model)
+        return data
+    recorded = read_record(kept) if (kept / RECORD).is_file() else None
+    moved = recorded is not None and not pathlib.Path(data.tokenizer).exists()
+    tokenizer = load_tokenizer(kept) if moved else open_tokenizer(data.tokenizer)
+    if recorded is not None and begun:
+        require_same_tokenizer(recorded, tokenizer)
+    require(
+        data.token_fingerprint in (None, tokenizer.fingerprint),
+        f"data.tokenizer={data.tokenizer} is {TokenizerRecord.of(tokenizer).describe()}, but data.token_fingerprint is "
+        f"{data.token_fingerprint}",
+    )
+    require_model_ids(tokenizer, model)
+    source = str(kept) if moved else data.tokenizer
+    return dataclasses.replace(data, tokenizer=source, token_fingerprint=tokenizer.fingerprint)
+
+
+def require_model_ids(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Refuses a model whose ids are not the tokenizer's.
+
+    Raises:
+      UserError: naming the values and what to set.
+    """
+    require_fits_vocabulary(tokenizer, model.vocab_size)
+    special = tokenizer.special
+    wanted = {"pad_id": special.pad, "eos_id": special.eos[0]}
+    wrong = [f"model.{name}={getattr(model, name)}" for name, id in wanted.items() if getattr(model, name) != id]
+    right = comma_list(f"model.{name}={id}" for name, id in wanted.items())
+    require(not wrong, f"{comma_list(wrong)} is not of tokenizer {tokenizer.name!r}; set {right}")
+
+
+def keep_tokenizer(data: DataConfig, kept: pathlib.Path) -> None:
+    """Writes the copy, unless it is there: a whole folder, or nothing.
+
+    Raises:
+      UserError: when the tokenizer cannot be read.
+    """
+    if data.tokenizer == BYTES_NAME:
+        return
+    tokenizer = open_tokenizer(data.tokenizer)
+    if (kept / RECORD).is_file() and read_record(kept).fingerprint == tokenizer.fingerprint:
+        return
+    fresh = kept.with_name(kept.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_tokenizer(tokenizer, fresh)
+    shutil.rmtree(kept, ignore_errors=True)
+    fresh.rename(kept)
+
+
+def with_kept_tokenizer(data: DataConfig, kept: pathlib.Path) -> DataConfig:
+    """`data` of a checkpoint, with the run's copy for its tokenizer.
+
+    Raises:
+      UserError: when the run has lost its copy, or that is another tokenizer than the checkpoint's.
+    """
+    if data.tokenizer == BYTES_NAME:
+        return data
+    require((kept / RECORD).is_file(), f"the run has lost its tokenizer: there is no {kept / RECORD}")
+    record = read_record(kept)
+    require(
+        record.fingerprint == data.token_fingerprint,
+        f"the tokenizer in {kept} is {record.describe()}, but the checkpoint was trained with one of fingerprint "
+        f"{data.token_fingerprint}",
+    )
+    return dataclasses.replace(data, tokenizer=str(kept))
+
+
+def require_same_tokens(ours: DataConfig, theirs: DataConfig, where: str) -> None:
+    """Refuses to go on from weights that were trained on another tokenizer's ids.
+
+    Raises:
+      UserError: naming both.
+    """
+    require(
+        ours.token_fingerprint == theirs.token_fingerprint,
+        f"{where} was trained with the tokenizer {theirs.tokenizer}, not with {ours.tokenizer}: the same ids mean "
+        "other text",
+    )
