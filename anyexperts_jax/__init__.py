@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from anyexperts_jax.core.config import AnyExpertsConfig
     from anyexperts_jax.core.errors import UserError
     from anyexperts_jax.core.initializers import Constant, FanIn, Normal, Param
-    from anyexperts_jax.core.registries import DISPATCHERS, IMPLEMENTATIONS, REGULARISERS, ROUTERS
+    from anyexperts_jax.core.registries import DISPATCHERS, IMPLEMENTATIONS, REGULARISERS, ROUTERS, TOKENIZERS
     from anyexperts_jax.core.switches import Switches
     from anyexperts_jax.dispatch.apply import apply_plan, moe_apply, moe_apply_stats
     from anyexperts_jax.dispatch.base import DispatchStats
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from anyexperts_jax.routing.routers.base import Router
     from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
     from anyexperts_jax.sharding.placement import Placement
+    from anyexperts_jax.tokenizers.base import Tokenizer
 
 _HOMES = {
     "AnyExpertsConfig": "core.config",
@@ -48,6 +49,8 @@ _HOMES = {
     "Router": "routing.routers.base",
     "RoutingPlan": "routing.plan",
     "Switches": "core.switches",
+    "TOKENIZERS": "core.registries",
+    "Tokenizer": "tokenizers.base",
     "UserError": "core.errors",
     "apply_plan": "dispatch.apply",
     "calibrate_budget": "routing.budget",
@@ -64,6 +67,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "REGULARISERS",
     "ROUTERS",
+    "TOKENIZERS",
     "AnyExpertsConfig",
     "Constant",
     "DispatchStats",
@@ -81,6 +85,7 @@ __all__ = [
     "Router",
     "RoutingPlan",
     "Switches",
+    "Tokenizer",
     "UserError",
     "__version__",
     "apply_plan",

@@ -8,8 +8,8 @@ from anyexperts_jax.core.errors import require
 
 
 def run_train(options: argparse.Namespace) -> None:
-    from anyexperts_jax.tokenizers.registry import save_tokenizer
     from anyexperts_jax.tokenizers.show import describe
+    from anyexperts_jax.tokenizers.store import save_tokenizer
     from anyexperts_jax.tokenizers.train import read_lines, train_tokenizer
 
     taken = options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir()))
@@ -26,8 +26,8 @@ def run_train(options: argparse.Namespace) -> None:
 def run_show(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from anyexperts_jax.tokenizers.registry import open_tokenizer
     from anyexperts_jax.tokenizers.show import describe, summary, token_table
+    from anyexperts_jax.tokenizers.store import open_tokenizer
 
     tokenizer = open_tokenizer(options.tokenizer)
     print("\n".join(describe(tokenizer)))

@@ -52,3 +52,12 @@ DISPATCHERS: Registry[Any] = Registry(
         "exchange": "anyexperts_jax.dispatch.exchange:dispatch_exchange",
     },
 )
+
+# tokenizers.base.TokenizerKind: what reads the tokenizer at a path
+TOKENIZERS: Registry[Any] = Registry(
+    "tokenizer kind",
+    {
+        "bytes": "anyexperts_jax.tokenizers.bytes:BytesTokenizer",
+        "huggingface": "anyexperts_jax.tokenizers.huggingface:HuggingFaceTokenizer",
+    },
+)

@@ -26,7 +26,7 @@ from anyexperts_jax.data.packing import PackedSequences
 from anyexperts_jax.data.sequence import EncodedSequence, Size, padded
 from anyexperts_jax.data.source import Source
 from anyexperts_jax.tokenizers.base import Tokenizer
-from anyexperts_jax.tokenizers.registry import open_tokenizer
+from anyexperts_jax.tokenizers.store import open_tokenizer
 
 __all__ = ["DataConfig", "eval_batches", "train_dataset", "train_iterator"]
 

@@ -12,7 +12,7 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.tokenizers.base import Tokenizer
-from anyexperts_jax.tokenizers.registry import open_tokenizer
+from anyexperts_jax.tokenizers.store import open_tokenizer
 from anyexperts_jax.train.checkpoint import Checkpoints
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.run_dir import RunDir, load_run

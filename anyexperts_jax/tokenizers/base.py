@@ -92,7 +92,7 @@ class Tokenizer(Protocol):
 
     @property
     def kind(self) -> str:
-        """Its key in `registry.TOKENIZERS`."""
+        """Its key in `core.registries.TOKENIZERS`."""
         ...
 
     @property
@@ -141,7 +141,7 @@ class Tokenizer(Protocol):
 
 
 class TokenizerKind(Protocol):
-    """What makes tokenizers of one kind: an entry of `registry.TOKENIZERS`."""
+    """What makes tokenizers of one kind: an entry of `core.registries.TOKENIZERS`."""
 
     def reads(self, path: pathlib.Path) -> bool:
         """Whether `path`, which exists, looks like a tokenizer of this kind."""

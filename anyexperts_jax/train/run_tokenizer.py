@@ -21,7 +21,7 @@ from anyexperts_jax.tokenizers.base import (
 )
 from anyexperts_jax.tokenizers.bytes import BYTES
 from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
-from anyexperts_jax.tokenizers.registry import RECORD, load_tokenizer, open_tokenizer, read_record, save_tokenizer
+from anyexperts_jax.tokenizers.store import RECORD, load_tokenizer, open_tokenizer, read_record, save_tokenizer
 
 _MODEL_KEYS = ("vocab_size", "pad_id", "eos_id")
 

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("tokenizers")
 
 from anyexperts_jax.cli import main as cli
-from anyexperts_jax.tokenizers.registry import open_tokenizer
+from anyexperts_jax.tokenizers.store import open_tokenizer
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from small_tokenizers import TEXTS, byte_level
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.tokenizers.huggingface import HuggingFaceTokenizer
-from anyexperts_jax.tokenizers.registry import open_tokenizer
+from anyexperts_jax.tokenizers.store import open_tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = "{{ messages[0]['content'] }}"

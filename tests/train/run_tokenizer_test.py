@@ -14,7 +14,7 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.data.batches import answers, questions
 from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.data.pipeline import eval_batches, train_iterator
-from anyexperts_jax.tokenizers.registry import RECORD, open_tokenizer, save_tokenizer
+from anyexperts_jax.tokenizers.store import RECORD, open_tokenizer, save_tokenizer
 from anyexperts_jax.tokenizers.train import train_tokenizer
 from anyexperts_jax.train.config import load_config, to_json
 from anyexperts_jax.train.run_dir import RunDir, load_run, open_run_dir

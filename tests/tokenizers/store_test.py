@@ -4,6 +4,8 @@ import json
 import pytest
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.registry import Registry
+from anyexperts_jax.tokenizers import store
 from anyexperts_jax.tokenizers.base import (
     SpecialIds,
     TokenizerRecord,
@@ -11,9 +13,8 @@ from anyexperts_jax.tokenizers.base import (
     require_same_tokenizer,
 )
 from anyexperts_jax.tokenizers.bytes import BytesTokenizer
-from anyexperts_jax.tokenizers.registry import (
+from anyexperts_jax.tokenizers.store import (
     RECORD,
-    TOKENIZERS,
     load_tokenizer,
     open_tokenizer,
     read_record,
@@ -103,6 +104,8 @@ def test_a_tokenizer_needs_an_end():
 
 
 def test_a_kind_can_be_added(tmp_path, monkeypatch):
+    """By a package of the user's: `TOKENIZERS.register`."""
+
     @dataclasses.dataclass(frozen=True)
     class Shouting(BytesTokenizer):
         kind = "shouting"
@@ -110,6 +113,7 @@ def test_a_kind_can_be_added(tmp_path, monkeypatch):
         def encode(self, text):
             return super().encode(text.upper())
 
-    monkeypatch.setitem(TOKENIZERS, "shouting", Shouting)
+    monkeypatch.setattr(store, "TOKENIZERS", Registry("tokenizer kind", {"bytes": BytesTokenizer}))
+    store.TOKENIZERS.register("shouting", Shouting)
     save_tokenizer(Shouting(), tmp_path)
     assert open_tokenizer(str(tmp_path)).decode(open_tokenizer(str(tmp_path)).encode("hi").ids_T) == "HI"

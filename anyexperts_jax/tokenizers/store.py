@@ -1,18 +1,15 @@
-"""The kinds of tokenizers, and how one is opened, saved and loaded again."""
+"""How a tokenizer is opened, saved and loaded again."""
 
 import dataclasses
 import pathlib
 
-from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
-from anyexperts_jax.tokenizers import bytes as byte_tokenizer
-from anyexperts_jax.tokenizers import huggingface
+from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.core.registries import TOKENIZERS
 from anyexperts_jax.tokenizers.base import Tokenizer, TokenizerKind, TokenizerRecord
+from anyexperts_jax.tokenizers.bytes import BYTES
+from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
 from anyexperts_jax.tokenizers.files import as_text, parse_object, read_text
 
-TOKENIZERS: dict[str, TokenizerKind] = {
-    byte_tokenizer.NAME: byte_tokenizer.BytesTokenizer,
-    huggingface.KIND: huggingface.HuggingFaceTokenizer,
-}
 RECORD = "anyexperts_tokenizer.json"
 
 
@@ -25,16 +22,17 @@ def open_tokenizer(source: str) -> Tokenizer:
     Raises:
       UserError: when there is no tokenizer at the path, or it is broken.
     """
-    if source == byte_tokenizer.NAME:
-        return byte_tokenizer.BytesTokenizer()
+    if source == BYTES_NAME:
+        return BYTES
     path = pathlib.Path(source)
-    require(path.exists(), f"tokenizer {source!r} does not exist; give {byte_tokenizer.NAME!r} or a path")
+    require(path.exists(), f"tokenizer {source!r} does not exist; give {BYTES_NAME!r} or a path")
     if (path / RECORD).is_file():
         return load_tokenizer(path)
-    for kind in TOKENIZERS.values():
+    for name in TOKENIZERS:
+        kind: TokenizerKind = TOKENIZERS[name]
         if kind.reads(path):
             return kind.load(path)
-    wanted = f"{byte_tokenizer.NAME!r}, a folder with {huggingface.MAIN}, or a GGUF file"
+    wanted = f"{BYTES_NAME!r}, a folder with tokenizer.json, or a GGUF file"
     raise UserError(f"there is no tokenizer in {path}: give {wanted}")
 
 
@@ -53,8 +51,8 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
       UserError: when there is none, it is of an unknown kind, or it is not what the record says.
     """
     record = read_record(folder)
-    require_one_of(f"{folder / RECORD}: kind", record.kind, TOKENIZERS)
-    tokenizer = TOKENIZERS[record.kind].load(folder, record.name)
+    TOKENIZERS.check(f"{folder / RECORD}: kind", record.kind)
+    tokenizer: Tokenizer = TOKENIZERS[record.kind].load(folder, record.name)
     require(
         tokenizer.fingerprint == record.fingerprint,
         f"the tokenizer in {folder} is not {record.describe()} as {RECORD} says, but "
