@@ -9,7 +9,7 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.data import batches
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.encode import encode
-from anyexperts_jax.data.tokenizer import PAD, SEP
+from anyexperts_jax.tokenizers.bytes import PAD, SEP
 from data.examples import audio_example, image_example, text_example, video_example
 
 SPEC = EncodingSpec(max_length=32, max_patches=8, max_frames=16)

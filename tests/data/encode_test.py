@@ -9,8 +9,8 @@ from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.encode import encode, require_fits_model
 from anyexperts_jax.data.features import log_mel, stack_frames
-from anyexperts_jax.data.tokenizer import BOS, EOS, PAD, SEP
 from anyexperts_jax.models.config import AudioConfig, ModelConfig, VisionConfig
+from anyexperts_jax.tokenizers.bytes import BOS, EOS, PAD, SEP
 from data.examples import audio_example, image_example, text_example, video_example
 
 SPEC = EncodingSpec(max_length=32, max_patches=8, max_frames=16)

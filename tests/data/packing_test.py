@@ -13,7 +13,7 @@ from anyexperts_jax.data.config import DataConfig, EncodingSpec
 from anyexperts_jax.data.packing import PackedSequences, pack, padding_shares
 from anyexperts_jax.data.pipeline import train_iterator
 from anyexperts_jax.data.sequence import Size, TokenPart, assemble, concatenate, padded
-from anyexperts_jax.data.tokenizer import EOS
+from anyexperts_jax.tokenizers.bytes import EOS
 
 SPEC = EncodingSpec(max_length=10, max_patches=0, max_frames=0)
 ROOM = Size.of_row(SPEC)

@@ -7,7 +7,7 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.sequence import MediaPart, TokenPart, assemble, concatenate, padded
-from anyexperts_jax.data.tokenizer import PAD
+from anyexperts_jax.tokenizers.bytes import PAD
 
 SPEC = EncodingSpec(max_length=24, patch_size=1, max_patches=8, mel_bands=2, frames_per_chunk=1, max_frames=5)
 TEXT, IMAGE, AUDIO, VIDEO = Modality

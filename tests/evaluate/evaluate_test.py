@@ -15,7 +15,6 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.data.array_records import export_array_record
 from anyexperts_jax.data.batches import answers, pad_rows, prompts
 from anyexperts_jax.data.mixture import open_source
-from anyexperts_jax.data.tokenizer import decode
 from anyexperts_jax.evaluate import evaluate as evaluation
 from anyexperts_jax.evaluate import timing
 from anyexperts_jax.evaluate.evaluate import Options, calibrate, default_budgets, evaluate_trained, load_batches
@@ -30,6 +29,7 @@ from anyexperts_jax.report.tables import print_evaluation, score_table
 from anyexperts_jax.report.verdicts import verdicts
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.sharding.placement import placement_of
+from anyexperts_jax.tokenizers.bytes import BYTES
 from evaluate.stand_in import DATA, MODEL, trained
 
 ROWS = 6
@@ -165,7 +165,7 @@ def test_the_answer_begins_with_what_the_whole_sequence_predicts_at_sep(one, tes
     options = {"max_new_tokens": length, "window": window_array(window), "router_bias_LC": one.router_bias_LC}
     tokens_BJ = np.asarray(generate(ROOMY, one.params, prompts(batch), **options))
     np.testing.assert_array_equal(tokens_BJ[:, 0], first_B)
-    assert predict(one, ROOMY, batch, window, length) == [decode(row) for row in tokens_BJ]
+    assert predict(one, ROOMY, batch, window, length) == [BYTES.decode(row) for row in tokens_BJ]
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from anyexperts_jax.data.batches import stack
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.domain import domain
 from anyexperts_jax.data.encode import encode
-from anyexperts_jax.data.tokenizer import BOS, EOS, SEP
 from anyexperts_jax.evaluate.importance import baseline_scores, candidates, roc_auc, separations
+from anyexperts_jax.tokenizers.bytes import BOS, EOS, SEP
 
 SPEC = EncodingSpec(max_frames=0)
 

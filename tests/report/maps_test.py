@@ -10,11 +10,11 @@ from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.domain import domain
 from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.example import SAMPLE_RATE, Example
-from anyexperts_jax.data.tokenizer import encode as encode_text
 from anyexperts_jax.report import style
 from anyexperts_jax.report.example_map import ExampleMap, lay_out
 from anyexperts_jax.report.importance_maps import WIDTH, _runs, draw_importance_maps
 from anyexperts_jax.report.map_panels import scale_of
+from anyexperts_jax.tokenizers.bytes import BYTES
 
 SPEC = EncodingSpec()
 LAYERS = 2
@@ -50,7 +50,7 @@ def test_every_value_returns_to_its_place(kind):
     fields = encode(one.example, SPEC)
     media = int((fields["modality_BT"] != Modality.TEXT).sum())
     np.testing.assert_allclose(one.media_L[0], np.arange(1, 1 + media) / 1000)
-    question = len(encode_text(one.example.question))
+    question = len(BYTES.encode(one.example.question))
     np.testing.assert_allclose(one.question_LQ[0], np.arange(1 + media, 1 + media + question) / 1000)
 
 
@@ -100,7 +100,7 @@ def test_kinds_of_media_do_not_share_a_picture(tmp_path):
 
 def test_a_map_without_prediction_and_with_odd_bytes_is_drawn(tmp_path):
     odd = Example("nlp", "read", 1, "price in € or $?\ttab", "ünï$", "made", question_evidence=((9, 10),))
-    question = len(encode_text(odd.question))
+    question = len(BYTES.encode(odd.question))
     one = ExampleMap(odd, None, np.full((1, question), 0.5))
     assert draw_importance_maps([one], tmp_path / "odd.png").stat().st_size > 1000
 

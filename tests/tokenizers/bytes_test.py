@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.data import tokenizer as todays
 from anyexperts_jax.tokenizers import bytes as byte_tokenizer
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.bytes import BytesTokenizer
 
-TEXTS = ("", "hi", "a€b", "Größe 🎉", "line\nline\r\n", "\x00\x7f\u0080\U0010ffff")
+TEXTS = ("", "how many are red?", "naïve café, 3 €", "a€b", "Größe 🎉", "line\nline\r\n", "\x00\x7f\u0080\U0010ffff")
 BYTES = BytesTokenizer()
 
 
@@ -23,16 +22,22 @@ def test_it_is_a_tokenizer_with_four_special_ids_above_the_bytes():
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_ids_and_spans_are_those_of_the_runs_before_there_were_tokenizers(text):
+def test_ids_are_the_bytes_and_spans_their_characters(text):
     tokens = BYTES.encode(text)
-    np.testing.assert_array_equal(tokens.ids_T, todays.encode(text))
+    np.testing.assert_array_equal(tokens.ids_T, list(text.encode()))
     assert tokens.ids_T.dtype == np.int32
     assert BYTES.decode(tokens.ids_T) == text
     for start in range(len(text)):
-        (found,) = todays.byte_spans(text, [(start, len(text))])
         marked_T = tokens.overlapping([(start, len(text))])
-        np.testing.assert_array_equal(np.nonzero(marked_T)[0], np.arange(*found))
+        np.testing.assert_array_equal(np.nonzero(marked_T)[0], np.arange(len(text[:start].encode()), len(tokens)))
     assert tokens.dropped(text) == ""
+
+
+def test_spans_of_characters_are_spans_of_bytes():
+    tokens = BYTES.encode("a€b")
+    assert tokens.offsets_T2.tolist() == [[0, 1], [1, 2], [1, 2], [1, 2], [2, 3]]
+    for span, bytes_of in (((0, 1), (0, 1)), ((1, 2), (1, 4)), ((2, 3), (4, 5))):
+        np.testing.assert_array_equal(np.nonzero(tokens.overlapping([span]))[0], np.arange(*bytes_of))
 
 
 def test_a_spelled_special_token_is_text():
