@@ -91,6 +91,7 @@ class HuggingFaceSource:
 
         try:
             row = self._rows[index]
+            row.validate(full=True)  # damaged offsets would be followed out of the file
             return {name: _value(row[name]) for name in row.column_names}
         except (ValueError, OSError, pyarrow.ArrowException) as error:
             raise UserError(f"cannot read {where}: {_said(error)}") from error
@@ -145,11 +146,14 @@ def _types_in(rows: Any, folder: pathlib.Path) -> set[str]:
     column = "question_type"
     if column not in rows.column_names:
         return {_ONE_TYPE}
+    kind = rows.features[column]
     try:
+        rows.data.column(column).validate(full=True)
         values = rows.unique(column)
-    except pyarrow.ArrowException as error:
-        kind = rows.features[column]
+    except pyarrow.ArrowNotImplementedError as error:
         raise UserError(f"{folder}: column {column!r} must hold one name a row, not {kind}") from error
+    except (ValueError, OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot read {folder}, column {column!r}: {_said(error)}") from error
     return {_type_name(value, _label_names(rows, column), str(folder)) for value in values}
 
 

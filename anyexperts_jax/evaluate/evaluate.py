@@ -151,7 +151,7 @@ def evaluate_trained(
     more = model_scores(trained, model, sample, test, own) if wanted else {}
     return EvaluationResult(
         step=trained.step,
-        examples_per_domain=options.num_examples,
+        examples_per_domain=max(score.examples for score in found[0].scores),
         device=device_text(),
         versions=versions(),
         trained=summarise(sample, moe, own),

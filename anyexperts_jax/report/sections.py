@@ -106,8 +106,8 @@ def _budgets(source: ReportSource, folder: pathlib.Path) -> Section:
         "the best constant answer to each question type on the same examples."
     )
     text = (
-        f"One checkpoint, step {result.step}, at each budget without retraining, on {tables.examples_text(result)} "
-        "of each domain. Windows are calibrated on the validation split; realised averages are of the test "
+        f"One checkpoint, step {result.step}, at each budget without retraining, on {tables.examples_text(result)}. "
+        "Windows are calibrated on the validation split; realised averages are of the test "
         "split. Dropped slots are those of the test sequences read whole; answers are generated without dropping any. "
         f"Times are medians of interleaved runs of one compiled program on {result.device}."
     )

@@ -58,15 +58,15 @@ def score_table(result: EvaluationResult) -> TextTable:
         cells = [f"{100 * score.score:.1f} ±{figure_text(100 * score.standard_error, '.1f')}" for score in scores]
         rows.append((first.domain, metric_name(first.metric), f"{100 * first.chance:.1f}", *cells))
     columns = ("domain", "metric", "chance", *(f"budget {one.budget:g}" for one in result.budgets))
-    title = f"Score in percent on {examples_text(result)} a domain"
+    title = f"Score in percent on {examples_text(result)}"
     return TextTable(title, columns, tuple(rows))
 
 
 def examples_text(result: EvaluationResult) -> str:
-    """How many test examples of a domain were scored: "64 test examples", and where a split has fewer, its own."""
+    """How many test examples were scored: "64 test examples a domain", and in brackets those that have fewer."""
     most = result.examples_per_domain
     fewer = [f"{one.domain} {one.examples}" for one in result.budgets[0].scores if one.examples < most]
-    return f"{most} test examples" + (f" ({', '.join(fewer)})" if fewer else "")
+    return f"{most} test examples a domain" + (f" ({', '.join(fewer)})" if fewer else "")
 
 
 def metric_name(metric: str) -> str:

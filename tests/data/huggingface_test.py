@@ -335,6 +335,26 @@ def test_a_damaged_dataset_is_refused_in_one_line_or_read_as_it_was(save):
     assert all("mine" in line and "\n" not in line for line in said)
 
 
+def test_changed_bytes_of_the_rows_are_refused_in_one_line_or_read(save):
+    """Offsets that lead out of the file would end the process: Arrow follows them unless it is told to check."""
+    config = save({"train": TEXT})
+    (path,) = config.folder_paths()["mine"].rglob("*.arrow")
+    whole, rng, said = path.read_bytes(), np.random.default_rng(0), []
+    for _ in range(80):
+        changed = bytearray(whole)
+        for place in rng.integers(len(whole), size=3):
+            changed[place] = rng.integers(256)
+        path.write_bytes(bytes(changed))
+        try:
+            source = open_source(config, "mine", "train")
+            said += [source[i] for i in range(len(source))]
+        except UserError as error:
+            said.append(str(error))
+    lines = [line for line in said if isinstance(line, str)]
+    assert len(lines) > 10
+    assert all("mine" in line and "\n" not in line for line in lines)
+
+
 @pytest.mark.parametrize("state", ["[]", '{"_data_files": 3}', '{"_data_files": [{"filename": "gone.arrow"}]}'])
 def test_a_changed_state_is_refused_in_one_line(save, state):
     config = save({"train": TEXT})

@@ -67,7 +67,7 @@ def test_a_folder_with_fewer_examples_is_evaluated_on_all_of_them(one, result, t
     assert [line for line in said if "fewer" in line] == [
         f"nlp has {count} {split} examples, fewer than {ROWS}: all of them are taken" for split, count in there.items()
     ]
-    assert score_table(found).title == f"Score in percent on {ROWS} test examples (nlp {ROWS - 2}) a domain"
+    assert score_table(found).title == f"Score in percent on {ROWS} test examples a domain (nlp {ROWS - 2})"
     assert len(map_examples(smaller, "nlp", ROWS - 1, ROWS, 4)) == ROWS - 2
 
 
