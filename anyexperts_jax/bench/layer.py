@@ -129,14 +129,15 @@ def bench_layer(
       note: called with a line for every row, as soon as it is measured.
 
     Raises:
-      UserError: an unknown shape, dtype or implementation, one that cannot run here, or rounds < 1.
+      UserError: an unknown shape, dtype or implementation, one that cannot run here, rounds or repeats < 1.
     """
     for name in shapes:
         require_one_of("shape", name, list(SHAPES))
     for dtype in dtypes:
         require_one_of("dtype", dtype, DTYPES)
     timing = timing or Timing()
-    require(timing.rounds >= 1, f"rounds={timing.rounds} must be >= 1")
+    for amount in ("rounds", "repeats"):
+        require(getattr(timing, amount) >= 1, f"{amount}={getattr(timing, amount)} must be >= 1")
     for implementation in implementations:
         if implementation is not None:
             require_one_of("implementation", implementation, bench_cases.implementations())

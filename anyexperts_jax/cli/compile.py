@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_config, say
+from anyexperts_jax.cli.options import add_command, add_config, positive, say
 
 
 def run(options: argparse.Namespace) -> None:
@@ -33,11 +33,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("compile", help="compile the train step for TPUs or GPUs that are not here")
+    parser = add_command(
+        commands,
+        "compile",
+        "compile the train step for TPUs or GPUs that are not here",
+        (
+            "anyexperts compile tiny --topology v5e:2x4",
+            "anyexperts compile small --topology h100:2x8 --set mesh.fsdp=16 --json step.json",
+            "anyexperts compile small --topology v5e:4x4 --search --limit 8",
+        ),
+    )
     add_config(parser)
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="as v5e:4x4, v5p:8x8x8 or h100:2x8")
-    parser.add_argument("--slices", type=int, default=1, help="so many of them (default: 1); see mesh.dcn_data")
+    parser.add_argument("--slices", type=positive, default=1, help="so many of them; see mesh.dcn_data")
     parser.add_argument("--search", action="store_true", help="try meshes and remat policies, and rank those that fit")
-    parser.add_argument("--limit", type=int, default=4, help="how many --search compiles (default: 4)")
-    parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file")
+    parser.add_argument("--limit", type=positive, default=4, help="how many --search compiles")
+    parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file (default: none)")
     parser.set_defaults(command=run)

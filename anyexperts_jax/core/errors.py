@@ -16,7 +16,7 @@ def require(condition: bool, message: str) -> None:
 
 def require_one_of(name: str, value: Any, valid: Collection[Any]) -> None:
     """Raises `UserError` naming the value and the valid ones unless `value` is among them."""
-    if value not in valid:
+    if value not in list(valid):  # a list: what cannot be hashed is no member either
         raise UserError(f"{name}={value!r} is unknown; valid: {comma_list(valid)}")
 
 

@@ -11,7 +11,7 @@ from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.example import Example
 from anyexperts_jax.data.features import chunks_in_spans, log_mel, stack_frames
-from anyexperts_jax.data.tokenizer import BOS, EOS, PAD, SEP, VOCAB_SIZE, byte_spans
+from anyexperts_jax.data.tokenizer import BOS, EOS, PAD, SEP, VOCAB_SIZE, byte_spans, require_special_ids
 from anyexperts_jax.data.tokenizer import encode as encode_text
 from anyexperts_jax.models.config import ModelConfig
 
@@ -161,6 +161,7 @@ def require_fits_model(spec: EncodingSpec, model: ModelConfig) -> None:
         model.vocab_size >= VOCAB_SIZE,
         f"the model's vocab_size={model.vocab_size} is below the tokenizer's {VOCAB_SIZE}",
     )
+    require_special_ids(model.pad_id, model.eos_id)
     parts = (
         ("vision", "max_patches", "patch_features", spec.patch_features),
         ("audio", "max_frames", "frame_features", spec.frame_features),

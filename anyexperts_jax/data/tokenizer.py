@@ -3,11 +3,23 @@
 from collections.abc import Iterable
 from typing import SupportsInt
 
+from anyexperts_jax.core.errors import require
+
 PAD = 256  # padding, and the place of a media token
 BOS = 257
 SEP = 258  # ends the question
 EOS = 259  # ends the answer
 VOCAB_SIZE = 260
+
+
+def require_special_ids(pad_id: int, eos_id: int) -> None:
+    """Checks the ids by which a model pads and stops: with others it would never stop, since no training teaches them.
+
+    Raises:
+      UserError: naming the one that is not the tokenizer's, and what to set.
+    """
+    for name, value, owned in (("pad_id", pad_id, PAD), ("eos_id", eos_id, EOS)):
+        require(value == owned, f"model.{name}={value} is not the tokenizer's; set model.{name}={owned}")
 
 
 def encode(text: str) -> list[int]:

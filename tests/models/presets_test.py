@@ -2,6 +2,7 @@ import jax
 import pytest
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.data.tokenizer import require_special_ids
 from anyexperts_jax.models.init import abstract_params
 from anyexperts_jax.models.presets import PRESETS, dense_twin, model_preset, static_twin
 
@@ -16,6 +17,12 @@ def paths(config):
 def test_unknown_presets_are_refused_with_the_known_ones():
     with pytest.raises(UserError, match=r"'tinny' is unknown; valid: tiny, tiny_dense, small, ling_mini_2"):
         model_preset("tinny")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_pads_and_stops_by_the_tokenizers_ids(name):
+    model = model_preset(name)
+    require_special_ids(model.pad_id, model.eos_id)
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)

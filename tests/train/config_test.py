@@ -66,7 +66,7 @@ def test_a_runs_json_loads_as_a_config(tmp_path):
         (["preset=tinny"], "model preset='tinny' is unknown; valid: tiny, tiny_dense, small, ling_mini_2"),
         (["model.max_length=64"], r"max_length=\d+ is longer than the model's max_length=64"),
         (["mesh.data=0"], r"mesh\.data=0 must be >= 1"),
-        (["seed=-1"], "seed=-1 must be >= 0"),
+        (["seed=-1"], r"key seed=-1 must be int: in \[0, 2\^32\)"),
         (["optim"], "override 'optim' is not key=value"),
         (["optim..lr=1"], "is not key=value"),
     ],
