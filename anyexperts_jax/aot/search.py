@@ -18,8 +18,8 @@ from anyexperts_jax.aot.step_tables import mesh_text, to_json
 from anyexperts_jax.aot.topology import slice_devices
 from anyexperts_jax.aot.work import count_work, gathered_bytes, token_shards
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.nn.config import Remat
-from anyexperts_jax.report.tables import TextTable
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh, slice_of
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.fit import state_bytes

@@ -7,12 +7,14 @@ from anyexperts_jax.cli.options import add_command, positive, say
 
 
 def run_layer(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from anyexperts_jax.bench.layer import Timing, bench_layer, layer_tables, write_bench
-    from anyexperts_jax.bench.output import print_tables
+    from anyexperts_jax.core.text_table import print_tables
 
     timing = Timing(options.rounds, repeats=options.repeats)
     bench = bench_layer(options.shape, options.dtype, timing, options.implementation or [None], note=say)
-    print_tables(layer_tables(bench))
+    print_tables(layer_tables(bench), Console(highlight=False))
     if options.out:
         names = (*options.shape, "--dtype", *options.dtype, "--rounds", str(options.rounds))
         names += ("--repeats", str(options.repeats)) if options.repeats > 1 else ()
@@ -22,11 +24,13 @@ def run_layer(options: argparse.Namespace) -> None:
 
 
 def run_step(options: argparse.Namespace) -> None:
-    from anyexperts_jax.bench.output import print_tables
+    from rich.console import Console
+
     from anyexperts_jax.bench.step import bench_step, step_table, write_bench
+    from anyexperts_jax.core.text_table import print_tables
 
     bench = bench_step(options.size, rounds=options.rounds, note=say)
-    print_tables([step_table(bench)])
+    print_tables([step_table(bench)], Console(highlight=False))
     if options.out:
         command = f"anyexperts bench step --size {options.size} --rounds {options.rounds} --out {options.out}"
         print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")

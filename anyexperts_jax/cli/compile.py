@@ -9,21 +9,24 @@ from anyexperts_jax.cli.options import add_command, add_config, positive, say
 def run(options: argparse.Namespace) -> None:
     import json
 
+    from rich.console import Console
+
     from anyexperts_jax.aot import search, step, step_tables
     from anyexperts_jax.aot.fit import require_fits
-    from anyexperts_jax.bench.output import print_tables
+    from anyexperts_jax.core.text_table import print_tables
     from anyexperts_jax.train.config import load_config
 
+    console = Console(highlight=False)
     config = load_config(options.config, options.set, options.plugin)
     if options.search:
         say(f"compiling train steps of {options.config} for {options.topology}; nothing is run")
         tried = search.search(config, options.topology, options.slices, options.limit, note=say)
-        print_tables([search.search_table(tried, options.topology)])
+        print_tables([search.search_table(tried, options.topology)], console)
         figures: object = search.search_json(tried)
     else:
         say(f"compiling the train step of {options.config} for {options.topology}; nothing is run")
         compiled = step.compile_step(config, options.topology, options.slices)
-        print_tables(step_tables.step_tables(compiled))
+        print_tables(step_tables.step_tables(compiled), console)
         figures = step_tables.to_json(compiled)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -74,7 +74,7 @@ def show_examples(
                 written.append(path)
     except OSError as error:
         raise UserError(f"cannot write to {out_dir}: {error}") from error
-    console.print(_summary(written), highlight=False, soft_wrap=True)
+    console.print(_summary(written), highlight=False, markup=False, soft_wrap=True)
     return written
 
 
@@ -103,11 +103,12 @@ def describe_evidence(example: Example) -> str:
 
 def _table(examples: Sequence[Numbered], name: str) -> "Table":
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=name, title_justify="left", caption="underlined: evidence in the question")
-    table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("type", no_wrap=True)
-    table.add_column("level")
+    table = Table(title=Text(name), title_justify="left", caption="underlined: evidence in the question")
+    table.add_column("#", justify="right", overflow="fold")
+    table.add_column("type", overflow="fold")
+    table.add_column("level", overflow="fold")
     table.add_column("question", ratio=2, overflow="fold")
     table.add_column("answer", overflow="fold")
     table.add_column("evidence", overflow="fold")
@@ -115,12 +116,12 @@ def _table(examples: Sequence[Numbered], name: str) -> "Table":
     for number, example in examples:
         table.add_row(
             str(number),
-            example.question_type,
+            Text(example.question_type),  # as it is: a user's words are no markup
             str(example.level),
             _question(example),
-            example.answer,
+            Text(example.answer),
             describe_evidence(example),
-            example.source,
+            Text(example.source),
         )
     return table
 
