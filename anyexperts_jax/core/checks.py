@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import numpy as np
 
-from anyexperts_jax.core.errors import comma_list, require, require_one_of
+from anyexperts_jax.core.errors import comma_list, require, require_one_of, shown
 
 INT32 = range(-(2**31), 2**31)
 Seed = Annotated[int, range(2**32)]  # JAX takes a seed modulo 2^32, so two that differ by that would be one run
@@ -82,14 +82,14 @@ def _check(hint: Any, value: Any, name: str) -> None:
     if value is None and optional:
         return
     if get_origin(kind) is tuple:
-        require(isinstance(value, tuple), f"{name}={value!r} must be a tuple of {type_name(get_args(kind)[0])}")
+        require(isinstance(value, tuple), f"{name}={shown(value)} must be a tuple of {type_name(get_args(kind)[0])}")
         for index, item in enumerate(value):
             _check(get_args(kind)[0], item, f"{name}[{index}]")
         return
     if get_origin(kind) is Literal and not optional:
         require_one_of(name, value, get_args(kind))
     rule = broken_rule(kind, value)
-    require(rule is None, f"{name}={value!r} must be {rule}" + (" or None" if optional else ""))
+    require(rule is None, f"{name}={shown(value)} must be {rule}" + (" or None" if optional else ""))
 
 
 def _broken_int_rule(allowed: range, value: Any) -> str | None:

@@ -20,5 +20,11 @@ def require_one_of(name: str, value: Any, valid: Collection[Any]) -> None:
         raise UserError(f"{name}={value!r} is unknown; valid: {comma_list(valid)}")
 
 
+def shown(value: Any) -> str:
+    """A value as Python writes it, without the middle where it is long: for messages of one line."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:70]}...{text[-20:]}"
+
+
 def comma_list(values: Iterable[Any]) -> str:
     return ", ".join(str(v) for v in values)

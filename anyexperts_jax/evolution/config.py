@@ -288,7 +288,7 @@ def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()
     table["moe"] = merge(dataclasses.asdict(_top_1()), _method(table_in(table, "moe", f"{name}: evolve")))
     base = run_config(name, values)
     try:
-        return EvolveRun(base, build(EvolveConfig, table))
+        return EvolveRun(base, build(EvolveConfig, table, "evolve."))
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 

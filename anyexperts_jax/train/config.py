@@ -139,10 +139,10 @@ def run_config(name: str, values: dict[str, Any]) -> RunConfig:
       UserError: one line with name, key and valid keys or values.
     """
     values = move_keys(values)
-    preset = values.pop("preset", None)
+    preset, model = values.pop("preset", None), table_in(values, "model", name)
     try:
         if preset is not None:
-            values["model"] = merge(dataclasses.asdict(model_preset(str(preset))), table_in(values, "model", name))
+            values["model"] = merge(dataclasses.asdict(model_preset(str(preset))), model)
         return _build(values)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error

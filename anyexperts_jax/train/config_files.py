@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
 from typing import Any
 
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import UserError, require, shown
 from anyexperts_jax.core.files import read_text
 from anyexperts_jax.train.moved import move_keys
 from anyexperts_jax.train.strict import closest, merge
@@ -39,9 +39,9 @@ def parse_override(override: str) -> dict[str, Any]:
     """The nested table of one "key=value". A value that is no TOML is a string."""
     key, equals, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
-    require(bool(equals) and all(parts), f"override {override!r} is not key=value, as in optim.lr=1e-3")
+    require(bool(equals) and all(parts), f"override {shown(override)} is not key=value, as in optim.lr=1e-3")
     value: Any = text.strip()
-    require("\n" not in value, f"override {override!r} has several lines; give one key=value each")
+    require("\n" not in value, f"override {shown(override)} has several lines; give one key=value each")
     try:
         value = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -67,5 +67,5 @@ def table_in(values: Mapping[str, Any], key: str, name: str) -> Mapping[str, Any
       UserError: when there is something else under that key.
     """
     table = values.get(key, {})
-    require(isinstance(table, Mapping), f"{name}: key {key}={table!r} must be a table")
+    require(isinstance(table, Mapping), f"{name}: key {key}={shown(table)} must be a table")
     return table

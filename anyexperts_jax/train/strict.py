@@ -8,25 +8,26 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import dacite
 
 from anyexperts_jax.core.checks import broken_rule, field_types, type_name, without_none
-from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.core.errors import UserError, comma_list, require, shown
 
 Config = TypeVar("Config")
 
 
-def build(cls: type[Config], values: Mapping[str, Any]) -> Config:
+def build(cls: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
     """The dataclass `cls` from nested `values`; fields left out take their defaults.
 
-    TOML has no null: "none" stands for None where a field allows it. A single value stands for a list of one.
+    TOML has no null: "none" stands for None where a field allows it. A single value stands for a list of one. `prefix`
+    goes before every key in messages.
 
     Raises:
       UserError: one line naming the dotted key that is unknown (with the closest valid one), missing or of the
         wrong type, or what the dataclass's own checks say.
     """
-    prepared = _prepare_table(cls, values, "")
+    prepared = _prepare_table(cls, values, prefix)
     try:
         return dacite.from_dict(cls, prepared, dacite.Config(strict=True))
     except dacite.MissingValueError as error:
-        raise UserError(f"key {error.field_path} is missing") from error
+        raise UserError(f"key {prefix}{error.field_path} is missing") from error
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -78,10 +79,10 @@ def _prepare(hint: Any, value: Any, key: str) -> Any:
         return None
     if dataclasses.is_dataclass(kind):
         names = comma_list(field.name for field in dataclasses.fields(kind))
-        require(isinstance(value, Mapping), f"key {key}={value!r} must be {type_name(hint)}: a table of {names}")
+        require(isinstance(value, Mapping), f"key {key}={shown(value)} must be {type_name(hint)}: a table of {names}")
         return _prepare_table(kind, value, f"{key}.")  # type: ignore[arg-type]
     if get_origin(kind) is tuple:
-        require(not isinstance(value, Mapping), f"key {key}={value!r} must be {type_name(hint)}")
+        require(not isinstance(value, Mapping), f"key {key}={shown(value)} must be {type_name(hint)}")
         item = get_args(kind)[0]
         if not isinstance(value, list | tuple):
             return (_prepare(item, value, key),)
@@ -89,7 +90,7 @@ def _prepare(hint: Any, value: Any, key: str) -> Any:
     rule = broken_rule(kind, value)
     if rule is not None:
         wanted = rule if get_origin(kind) is Literal else f"{type_name(hint)}: {rule}"
-        raise UserError(f"key {key}={value!r} must be {wanted}")
+        raise UserError(f"key {key}={shown(value)} must be {wanted}")
     return float(value) if kind is float else value
 
 
