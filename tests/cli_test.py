@@ -166,3 +166,18 @@ def test_unknown_commands_exit_with_2(capsys):
         cli.main(["fly"])
     assert stop.value.code == 2
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 3.00 TiB for an array"), RuntimeError("RESOURCE_EXHAUSTED: 3.00 TiB\nat line 1")],
+)
+def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr("anyexperts_jax.report.page.report", fail)
+    assert cli.main(["report", "nowhere"]) == 2
+    line = one_line(capsys)
+    assert line.startswith("anyexperts: out of memory (")
+    assert "3.00 TiB" in line

@@ -98,6 +98,20 @@ def test_no_error_is_swallowed_and_no_global_state_is_set(path):
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
 
 
+def test_tables_are_printed_by_the_one_function_that_keeps_figures_whole():
+    """`core.text_table.print_tables`, tried on every table in tests/printed_tables_test.py; examples are texts."""
+    drawing = {in_package(path) for path in SOURCES if "rich.table" in imported_modules(path)}
+    assert drawing == {"anyexperts_jax/core/text_table.py", "anyexperts_jax/data/show.py"}
+
+
+def test_a_deprecated_call_of_ours_fails_a_test():
+    """The filter in pyproject.toml: deprecations of other packages' own calls are theirs to mend."""
+    call = "import warnings\ndef old(): warnings.warn('old', DeprecationWarning, stacklevel=2)\nold()"
+    exec(call, {"__name__": "some_package"})
+    with pytest.raises(DeprecationWarning):
+        exec(call, {"__name__": "anyexperts_jax.train.loop"})
+
+
 def run(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 

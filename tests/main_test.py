@@ -8,13 +8,15 @@ import pytest
 
 from anyexperts_jax import __main__, __version__
 
-HERE = ("GLIBC_TUNABLES", "PYTEST_CURRENT_TEST")
-PLAIN = {name: value for name, value in os.environ.items() if name not in HERE}
+HERE = ("GLIBC_TUNABLES", "PYTEST_CURRENT_TEST", "PYTHONBREAKPOINT", "ANYEXPERTS_LARGE_PAGES", *__main__.LAUNCHERS)
+PLAIN = {name: value for name, value in os.environ.items() if not name.startswith(HERE)}
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """What the process is replaced by, in place of being replaced."""
+    """What the process is replaced by, in place of being replaced; pytest, which has loaded a debugger, apart."""
+    monkeypatch.setattr(__main__, "WATCHERS", ())
+    monkeypatch.setattr(__main__.sys, "gettrace", lambda: None)
     seen = []
     monkeypatch.setattr(__main__.sys, "platform", "linux")
     monkeypatch.setattr(__main__.os, "environ", dict(PLAIN))
@@ -42,6 +44,69 @@ def test_elsewhere_it_goes_on_as_it_is(started, monkeypatch):
     monkeypatch.setattr(__main__.sys, "platform", "darwin")
     __main__.restart_with_large_pages()
     assert not started
+
+
+@pytest.mark.parametrize(
+    ("variable", "starts"),
+    [
+        ({}, True),
+        ({"PYTHONBREAKPOINT": "ipdb.set_trace"}, False),
+        ({"PYTHONBREAKPOINT": "0"}, True),
+        ({"OMPI_COMM_WORLD_RANK": "0"}, False),
+        ({"PMI_RANK": "1"}, False),
+        ({"PMIX_RANK": "1"}, False),
+        ({"SLURM_STEP_ID": "0"}, False),
+        ({"SLURM_JOB_ID": "7"}, True),  # a batch script's own commands
+        ({"ANYEXPERTS_LARGE_PAGES": "0"}, False),
+        ({"ANYEXPERTS_LARGE_PAGES": "1", "SLURM_STEP_ID": "0"}, True),
+        ({"ANYEXPERTS_LARGE_PAGES": "1", "GLIBC_TUNABLES": ""}, False),
+    ],
+)
+def test_it_stays_what_others_watch_or_have_started(started, variable, starts):
+    __main__.os.environ.update(variable)
+    __main__.restart_with_large_pages()
+    assert len(started) == starts
+
+
+@pytest.mark.parametrize("module", ["pydevd", "pdb", "debugpy", "IPython", "ipykernel"])
+def test_a_process_with_a_debugger_or_a_notebook_in_it_is_watched(module):
+    assert __main__.is_watched([module])
+
+
+@pytest.mark.parametrize("switch", [sys.settrace, sys.setprofile])
+def test_a_process_that_is_traced_is_watched(switch, monkeypatch):
+    before = {sys.settrace: sys.gettrace, sys.setprofile: sys.getprofile}[switch]()
+    switch(lambda *event: None)
+    try:
+        assert __main__.is_watched([])
+    finally:
+        switch(before)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring is new in 3.12")
+def test_a_process_that_is_monitored_is_watched():
+    number = next(number for number in range(6) if sys.monitoring.get_tool(number) is None)
+    sys.monitoring.use_tool_id(number, "a debugger")
+    try:
+        assert __main__.is_watched([])
+    finally:
+        sys.monitoring.free_tool_id(number)
+
+
+def test_only_the_command_itself_starts_again(started, monkeypatch, capsys):
+    """A program that calls `main`, as this one does, goes on."""
+    monkeypatch.setattr(sys, "argv", ["pytest", "report", "no/such/run"])
+    assert __main__.main() == 2
+    assert not started
+    assert __main__.is_the_command(sys.modules["__main__"], "/usr/bin/anyexperts")
+    assert not __main__.is_the_command(sys.modules["__main__"], "/usr/bin/pytest")
+    capsys.readouterr()
+
+
+def test_a_switch_that_is_neither_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("ANYEXPERTS_LARGE_PAGES", "off")
+    assert __main__.main() == 2
+    assert capsys.readouterr().err == "anyexperts: ANYEXPERTS_LARGE_PAGES='off' must be 0 (never) or 1 (always)\n"
 
 
 def test_the_new_process_has_the_old_ones_arguments_and_number(tmp_path):

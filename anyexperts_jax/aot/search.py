@@ -13,15 +13,16 @@ from anyexperts_jax.aot.bounds import find_bounds
 from anyexperts_jax.aot.chips import ChipPeaks, chip_peaks
 from anyexperts_jax.aot.collectives import Collective
 from anyexperts_jax.aot.fit import kept_bytes
-from anyexperts_jax.aot.step import CompiledStep, check_batch, compile_step, state_bytes
+from anyexperts_jax.aot.step import CompiledStep, check_batch, compile_step
 from anyexperts_jax.aot.step_tables import mesh_text, to_json
 from anyexperts_jax.aot.topology import slice_devices
 from anyexperts_jax.aot.work import count_work, gathered_bytes, token_shards
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.nn.config import Remat
-from anyexperts_jax.report.tables import TextTable
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh, slice_of
 from anyexperts_jax.train.config import RunConfig
+from anyexperts_jax.train.fit import state_bytes
 
 REMATS: tuple[Remat, ...] = ("full", "exchanged", "dots")
 _MOST_TENSOR = 8

@@ -24,6 +24,7 @@ from anyexperts_jax.sharding.mesh import make_mesh, slice_of
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import batch_shardings, batch_shards
 from anyexperts_jax.train.config import RunConfig
+from anyexperts_jax.train.fit import state_bytes
 from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.state import abstract_state
 from anyexperts_jax.train.step import jit_train_step, model_apply
@@ -124,13 +125,6 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
         f"train.batch_size={config.train.batch_size} does not split over {shards} batch shards"
         + (f" and train.accumulation={config.train.accumulation}" if config.train.accumulation > 1 else ""),
     )
-
-
-def state_bytes(config: RunConfig, mesh: Mesh) -> int:
-    """Bytes of the train state that one device holds."""
-    optimizer = make_optimizer(config.optim, logical_axes(config.model))
-    arrays = jax.tree.leaves(abstract_state(config.model, optimizer, mesh))
-    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
 
 
 def lower_step(config: RunConfig, mesh: Mesh) -> Any:

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from anyexperts_jax.aot.step import CompiledStep
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.core.versions import versions
-from anyexperts_jax.report.tables import TextTable
 
 
 def step_tables(step: CompiledStep) -> list[TextTable]:
@@ -41,6 +41,7 @@ def _collectives_table(step: CompiledStep) -> TextTable:
         "Collectives of a step, loops multiplied out (MiB: of a device, the larger of in and out; ms: on its own)",
         ("kind", "over", "runs", "MiB", "at least, ms"),
         tuple(sent),
+        names=2,
     )
 
 

@@ -22,7 +22,7 @@ from anyexperts_jax.bench.output import environment, markdown, write_files
 from anyexperts_jax.bench.peers import PEER, has_transformers, transformers_layer
 from anyexperts_jax.bench.stopwatch import Rounds, interleaved_rounds
 from anyexperts_jax.core.errors import require, require_one_of
-from anyexperts_jax.report.tables import TextTable
+from anyexperts_jax.core.text_table import TextTable
 
 DTYPES = ("float32", "bfloat16")
 BUDGETS = (8.0, 7.2, 6.4, 5.6, 4.8, 4.0)
@@ -129,14 +129,15 @@ def bench_layer(
       note: called with a line for every row, as soon as it is measured.
 
     Raises:
-      UserError: an unknown shape, dtype or implementation, one that cannot run here, or rounds < 1.
+      UserError: an unknown shape, dtype or implementation, one that cannot run here, rounds or repeats < 1.
     """
     for name in shapes:
         require_one_of("shape", name, list(SHAPES))
     for dtype in dtypes:
         require_one_of("dtype", dtype, DTYPES)
     timing = timing or Timing()
-    require(timing.rounds >= 1, f"rounds={timing.rounds} must be >= 1")
+    for amount in ("rounds", "repeats"):
+        require(getattr(timing, amount) >= 1, f"{amount}={getattr(timing, amount)} must be >= 1")
     for implementation in implementations:
         if implementation is not None:
             require_one_of("implementation", implementation, bench_cases.implementations())
@@ -293,8 +294,8 @@ def layer_tables(bench: LayerBench) -> list[TextTable]:
     columns = ("layer", "form", "ms", "over transformers", "temporaries MiB", "dropped", "others' load")
     first = f"over {BUDGETS[0]:g}"
     return [
-        TextTable("Plain top-k", columns, tuple(layers)),
-        TextTable("Parts of an AnyExperts layer, forward", ("layer", "part", "ms", "share"), tuple(parts)),
+        TextTable("Plain top-k", columns, tuple(layers), names=2),
+        TextTable("Parts of an AnyExperts layer, forward", ("layer", "part", "ms", "share"), tuple(parts), names=2),
         TextTable("Time against real experts", ("layer", "real", "ms", first, "ideal"), tuple(budgets)),
     ]
 

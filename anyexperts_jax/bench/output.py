@@ -1,4 +1,4 @@
-"""Where benchmark tables go: the terminal, and JSON, CSV and Markdown files."""
+"""Where benchmark tables go beside the terminal: JSON, CSV and Markdown files."""
 
 import csv
 import dataclasses
@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.core.versions import device_text, versions
-from anyexperts_jax.report.tables import TextTable, to_rich
 
 
 def environment(rounds: int) -> dict[str, Any]:
@@ -22,14 +22,6 @@ def environment(rounds: int) -> dict[str, Any]:
         "rounds": rounds,
         "malloc": os.environ.get("GLIBC_TUNABLES", ""),  # large pages, see __main__: for both sides of every comparison
     }
-
-
-def print_tables(tables: Sequence[TextTable]) -> None:
-    """Prints them to the standard output."""
-    from rich.console import Console
-
-    for table in tables:
-        Console(highlight=False).print(to_rich(table))
 
 
 def markdown(title: str, command: str, environment: dict[str, Any], tables: Sequence[TextTable]) -> str:

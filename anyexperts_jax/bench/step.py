@@ -24,13 +24,13 @@ from anyexperts_jax.bench.stopwatch import interleaved_rounds
 from anyexperts_jax.core.batch import Batch, make_batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.encode import EncodingSpec
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import init_params, logical_axes
 from anyexperts_jax.nn.config import AttentionConfig, Dtype, StackConfig
-from anyexperts_jax.report.tables import TextTable
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.state import TrainState, init_state

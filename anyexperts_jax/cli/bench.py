@@ -3,16 +3,18 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import say
+from anyexperts_jax.cli.options import add_command, positive, say
 
 
 def run_layer(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from anyexperts_jax.bench.layer import Timing, bench_layer, layer_tables, write_bench
-    from anyexperts_jax.bench.output import print_tables
+    from anyexperts_jax.core.text_table import print_tables
 
     timing = Timing(options.rounds, repeats=options.repeats)
     bench = bench_layer(options.shape, options.dtype, timing, options.implementation or [None], note=say)
-    print_tables(layer_tables(bench))
+    print_tables(layer_tables(bench), Console(highlight=False))
     if options.out:
         names = (*options.shape, "--dtype", *options.dtype, "--rounds", str(options.rounds))
         names += ("--repeats", str(options.repeats)) if options.repeats > 1 else ()
@@ -22,36 +24,60 @@ def run_layer(options: argparse.Namespace) -> None:
 
 
 def run_step(options: argparse.Namespace) -> None:
-    from anyexperts_jax.bench.output import print_tables
+    from rich.console import Console
+
     from anyexperts_jax.bench.step import bench_step, step_table, write_bench
+    from anyexperts_jax.core.text_table import print_tables
 
     bench = bench_step(options.size, rounds=options.rounds, note=say)
-    print_tables([step_table(bench)])
+    print_tables([step_table(bench)], Console(highlight=False))
     if options.out:
         command = f"anyexperts bench step --size {options.size} --rounds {options.rounds} --out {options.out}"
         print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    bench = commands.add_parser(
-        "bench", help="time the layer and the train step, beside transformers where it is there"
+    layer_example = "anyexperts bench layer --shape S1 --dtype float32"
+    step_example = "anyexperts bench step --rounds 3 --out runs/bench"
+    bench = add_command(
+        commands,
+        "bench",
+        "time the layer and the train step, beside transformers where it is there",
+        (layer_example, step_example),
     )
     actions = bench.add_subparsers(title="actions", required=True, metavar="ACTION")
-    layer = actions.add_parser("layer", help="the MoE layer alone, its parts, and its time against the budget")
+    layer = add_command(
+        actions,
+        "layer",
+        "time the MoE layer alone, its parts, and its time against the budget",
+        (layer_example, "anyexperts bench layer --dtype bfloat16 --shape P --repeats 10 --out runs/bench"),
+    )
     shapes = ["S1", "S2", "S3", "S4"]
-    layer.add_argument("--shape", nargs="+", default=shapes, help="S1 S2 S3 S4 (default), for accelerators A B P P4")
-    layer.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="float32, bfloat16 (default: both)")
-    layer.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are shown (default: 7)")
-    layer.add_argument("--repeats", type=int, default=1, help="calls on end a sample, as 10 on a GPU (default: 1)")
+    layer.add_argument(
+        "--shape", nargs="+", default=shapes, help="S1 S2 S3 S4, for accelerators A B P P4 (default: S1 S2 S3 S4)"
+    )
+    dtypes = ["float32", "bfloat16"]
+    layer.add_argument("--dtype", nargs="+", default=dtypes, help="float32, bfloat16 (default: both)")
+    layer.add_argument("--rounds", type=positive, default=7, help="interleaved rounds; medians are shown")
+    layer.add_argument("--repeats", type=positive, default=1, help="calls on end a sample, as 10 on a GPU")
     layer.add_argument(
         "--implementation",
         nargs="+",
+        metavar="NAME",
         help="of the expert ops, as pallas_gpu xla (default: the platform's)",
     )
-    layer.add_argument("--out", type=pathlib.Path, help="also write bench_layer.json, .csv and .md into this folder")
+    layer.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="also write bench_layer.json, .csv and .md into this folder (default: print alone)",
+    )
     layer.set_defaults(command=run_layer)
-    step = actions.add_parser("step", help="one train step of a text model")
-    step.add_argument("--size", default="40M", help="40M in float32, or for GPUs 800M in bfloat16 (default: 40M)")
-    step.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are shown (default: 7)")
-    step.add_argument("--out", type=pathlib.Path, help="also write bench_step.json, .csv and .md into this folder")
+    step = add_command(actions, "step", "time one train step of a text model", (step_example,))
+    step.add_argument("--size", default="40M", help="40M in float32, or for GPUs 800M in bfloat16")
+    step.add_argument("--rounds", type=positive, default=7, help="interleaved rounds; medians are shown")
+    step.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="also write bench_step.json, .csv and .md into this folder (default: print alone)",
+    )
     step.set_defaults(command=run_step)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from anyexperts_jax.data.config import DataConfig
 
+from anyexperts_jax.cli.options import add_command, natural, positive, seed
+
 
 def run_show(options: argparse.Namespace) -> None:
     from anyexperts_jax.data.show import show_domain
@@ -57,25 +59,30 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    data = commands.add_parser("data", help="look at the five domains, or write them to disk")
+    show_example = "anyexperts data show ocr speech --level 1 --out runs/data"
+    export_example = "anyexperts data export nlp folder --split validation --count 500"
+    data = add_command(
+        commands, "data", "look at the five domains, or write them to disk", (show_example, export_example)
+    )
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="print and draw examples (PNG, WAV)")
+    splits = ("train", "validation", "test")
+    show = add_command(actions, "show", "print and draw examples (PNG, WAV)", (show_example,))
     show.add_argument("domain", nargs="*", help="domains (default: all of --config and --data, or all five)")
     own = "a domain of your own, in a folder; repeatable"
     show.add_argument("--data", action="append", default=[], metavar="NAME=PATH", help=own)
     show.add_argument("--config", help="take the domains of a preset, a TOML file or a run")
-    show.add_argument("--split", default="train", choices=("train", "validation", "test"))
-    show.add_argument("--count", type=int, default=12)
-    show.add_argument("--start", type=int, default=0)
-    show.add_argument("--seed", type=int, help="of generated examples (default: the configuration's, or 0)")
-    show.add_argument("--level", type=int, nargs="+", choices=(1, 2, 3))
-    show.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/data"))
+    show.add_argument("--split", default="train", choices=splits, help="that the examples are of")
+    show.add_argument("--count", type=int, default=12, help="examples of each domain")
+    show.add_argument("--start", type=natural, default=0, help="number of the first one, from 0")
+    show.add_argument("--seed", type=seed, help="of generated examples (default: the configuration's, or 0)")
+    show.add_argument("--level", type=int, nargs="+", choices=(1, 2, 3), help="difficulties (default: all three)")
+    show.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/data"), help="for pictures and sound")
     show.set_defaults(command=run_show)
-    export = actions.add_parser("export", help="write a generated domain as ArrayRecord files")
-    export.add_argument("domain")
-    export.add_argument("folder", type=pathlib.Path)
-    export.add_argument("--split", default="train", choices=("train", "validation", "test"))
-    export.add_argument("--count", type=int, default=1000)
-    export.add_argument("--seed", type=int, default=0)
-    export.add_argument("--shards", type=int, default=1)
+    export = add_command(actions, "export", "write a generated domain as ArrayRecord files", (export_example,))
+    export.add_argument("domain", help="the domain, as nlp")
+    export.add_argument("folder", type=pathlib.Path, help="where to write; a second split may go into the same folder")
+    export.add_argument("--split", default="train", choices=splits, help="the split to write")
+    export.add_argument("--count", type=positive, default=1000, help="examples to write")
+    export.add_argument("--seed", type=seed, default=0, help="of the examples, as data.seed of a run")
+    export.add_argument("--shards", type=positive, default=1, help="files to spread them over")
     export.set_defaults(command=run_export)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from anyexperts_jax.cli.options import add_run, say
+from anyexperts_jax.cli.options import add_command, add_run, positive, positive_number, say
 
 
 def run(options: argparse.Namespace) -> None:
@@ -15,14 +15,29 @@ def run(options: argparse.Namespace) -> None:
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("evaluate", help="score one checkpoint at several budgets")
+    parser = add_command(
+        commands,
+        "evaluate",
+        "score one checkpoint at several budgets",
+        (
+            "anyexperts evaluate runs/mine --budget 4.8 6.4 8.0 9.6",
+            "anyexperts evaluate runs/mine --domain ocr speech --examples 256 --checkpoint last",
+        ),
+    )
     add_run(parser)
     parser.add_argument(
-        "--budget", type=float, nargs="+", metavar="K", help="real experts per token (default: four near the run's)"
+        "--budget",
+        type=positive_number,
+        nargs="+",
+        metavar="K",
+        help="real experts per token (default: four near the run's)",
     )
     parser.add_argument("--domain", nargs="+", help="domains to evaluate (default: all of the run)")
-    parser.add_argument("--examples", type=int, default=64, help="test examples of each domain (default: 64)")
+    parser.add_argument("--examples", type=positive, default=64, help="test examples of each domain")
     parser.add_argument(
-        "--calibration-examples", type=int, default=32, help="validation examples of each domain that set the window"
+        "--calibration-examples",
+        type=positive,
+        default=32,
+        help="validation examples of each domain that set the window",
     )
     parser.set_defaults(command=run)

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_set, say
+from anyexperts_jax.cli.options import add_command, add_set, say
 
 
 def run(options: argparse.Namespace) -> None:
@@ -19,9 +19,17 @@ def run(options: argparse.Namespace) -> None:
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("evolve", help="EvoMoE: a dense model, experts evolved from it, a router for them")
-    parser.add_argument("config", help="a preset (evolve_tiny, evolve_smoke), a TOML file, or a run's evolve.json")
-    add_set(parser, "override, as in evolve.trains=all; repeatable")
+    parser = add_command(
+        commands,
+        "evolve",
+        "run EvoMoE: train a dense model, evolve experts from it and train a router for them",
+        (
+            "anyexperts evolve evolve_tiny --run runs/evolve",
+            "anyexperts evolve evolve_tiny --run runs/evolve --stage routing --set evolve.trains=all",
+        ),
+    )
+    parser.add_argument("config", help="a preset (evolve_tiny, evolve_smoke), a TOML file, or a run")
+    add_set(parser, "override, as in evolve.trains=all; repeatable; `anyexperts config CONFIG` lists all keys")
     parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
     parser.add_argument("--stage", nargs="+", help="of warm_up evolving routing (default: all, in order)")
     parser.set_defaults(command=run)

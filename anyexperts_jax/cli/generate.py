@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_run
+from anyexperts_jax.cli.options import add_command, add_run, positive_number
 from anyexperts_jax.core.errors import require
 
 
@@ -31,13 +31,25 @@ def run(options: argparse.Namespace) -> None:
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("generate", help="answer one question with a trained model")
+    parser = add_command(
+        commands,
+        "generate",
+        "answer one question with a trained model",
+        (
+            "anyexperts generate runs/mine --domain video --index 3",
+            "anyexperts generate runs/mine --question 'which digit?' --image cat.png --budget 4.8",
+        ),
+    )
     add_run(parser)
     parser.add_argument("--domain", help="take the question from this domain (default: the run's first)")
-    parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    parser.add_argument(
+        "--split", default="test", choices=("train", "validation", "test"), help="of the domain, to take it from"
+    )
     parser.add_argument("--index", type=int, default=0, help="number of the example in the split, from 0")
-    parser.add_argument("--question", help="ask this instead")
-    parser.add_argument("--image", type=pathlib.Path, help="a picture that --question is about")
-    parser.add_argument("--audio", type=pathlib.Path, help="a WAV file that --question is about")
-    parser.add_argument("--budget", type=float, metavar="K", help="real experts per token (default: as trained)")
+    parser.add_argument("--question", help="ask this instead (default: the domain's own question)")
+    parser.add_argument("--image", type=pathlib.Path, help="a picture that --question is about (default: none)")
+    parser.add_argument("--audio", type=pathlib.Path, help="a WAV file that --question is about (default: none)")
+    parser.add_argument(
+        "--budget", type=positive_number, metavar="K", help="real experts per token (default: as trained)"
+    )
     parser.set_defaults(command=run)

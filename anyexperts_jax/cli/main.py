@@ -1,4 +1,4 @@
-"""The command line: `anyexperts train | evolve | evaluate | report | generate | data | tokenizer | bench |
+"""The command line: `anyexperts train | evolve | evaluate | report | generate | config | data | tokenizer | bench |
 compile`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input or a file that cannot
@@ -13,12 +13,19 @@ import time
 from collections.abc import Sequence
 
 from anyexperts_jax import __version__
-from anyexperts_jax.cli import bench, compile, data, evaluate, evolve, generate, report, tokenizer, train
+from anyexperts_jax.cli import bench, compile, config, data, evaluate, evolve, generate, report, tokenizer, train
+from anyexperts_jax.cli.options import Parser
 from anyexperts_jax.core.errors import UserError
 
 SECONDS_FOR_THE_SAME_ERROR = 2.0  # that other processes have to say it as well
 OUTPUTS = ("folder", "out", "json", "run", "runs")  # options that say where a command writes
-COMMANDS = (train, evolve, evaluate, report, generate, data, tokenizer, bench, compile)
+EXAMPLES = """examples:
+  anyexperts train tiny --run runs/mine
+  anyexperts evaluate runs/mine --budget 4.8 8.0
+  anyexperts report runs/mine
+  anyexperts config tiny        every key of a configuration, with its value and meaning
+  anyexperts train --help       a command's options"""
+COMMANDS = (train, evolve, evaluate, report, generate, config, data, tokenizer, bench, compile)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_command(options: argparse.Namespace) -> int:
     """Runs `options.command` and returns its exit code; an error of the user's ends in one line on stderr."""
-    from anyexperts_jax.train.stops import RunStoppedError, file_failure
+    from anyexperts_jax.train.stops import RunStoppedError, file_failure, memory_failure
 
     try:
         if "processes" in options and options.command is not train.run:
@@ -45,8 +52,9 @@ def run_command(options: argparse.Namespace) -> int:
         if error.alone:
             _leave_the_others(code)
         return code
-    except (OSError, RuntimeError) as error:
-        failure = file_failure(error, next(filter(None, (getattr(options, name, None) for name in OUTPUTS)), None))
+    except (OSError, RuntimeError, MemoryError) as error:
+        output = next(filter(None, (getattr(options, name, None) for name in OUTPUTS)), None)
+        failure = memory_failure(error) or file_failure(error, output)
         if failure is None:
             raise
         code = _fail(*failure)
@@ -58,7 +66,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"anyexperts: {message}", file=sys.stderr)
+    print(f"anyexperts: {' '.join(message.splitlines())}", file=sys.stderr)
     return code
 
 
@@ -73,13 +81,19 @@ def _leave_the_others(code: int, after: float = 0.0) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="anyexperts", description="Mixture-of-experts models in which each token gets as many experts as it needs."
+    parser = Parser(
+        prog="anyexperts",
+        description="Mixture-of-experts models in which each token gets as many experts as it needs.",
+        epilog=EXAMPLES,
     )
     parser.add_argument("--version", action="version", version=f"anyexperts-jax {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for module in COMMANDS:
         module.add(commands)
     for name in ("evolve", "evaluate", "report", "generate"):
-        commands.choices[name].add_argument("--processes", metavar="1", help="1: alone, whatever the environment says")
+        commands.choices[name].add_argument(
+            "--processes",
+            metavar="1",
+            help="1: alone (default: as the environment says)",
+        )
     return parser

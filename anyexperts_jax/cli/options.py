@@ -1,8 +1,76 @@
-"""Options that several commands share."""
+"""Parsers and options that several commands share."""
 
 import argparse
+import math
 import pathlib
 import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from anyexperts_jax.core.checks import INT32
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command in one line, and every option's default in its help."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, formatter_class=_Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Examples as they are written; defaults after the text, but for options that have none or are off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        has_none = action.default is None or action.default is False or action.default == []
+        says_itself = has_none or "(default" in text
+        return text if says_itself else super()._get_help_string(action)
+
+
+def add_command(
+    commands: "argparse._SubParsersAction[Any]", name: str, text: str, examples: Sequence[str]
+) -> argparse.ArgumentParser:
+    """The parser of one command, with help that begins with `text` and ends with examples of the whole command."""
+    lines = "\n".join(f"  {example}" for example in examples)
+    description = textwrap.fill(f"{text[0].upper()}{text[1:]}.", 78)
+    return commands.add_parser(name, help=text, description=description, epilog=f"examples:\n{lines}")
+
+
+def whole(least: int, below: int = INT32.stop) -> Callable[[str], int]:
+    """The type of an option that takes a whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number") from error
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} must be >= {least}")
+        if value >= below:
+            raise argparse.ArgumentTypeError(f"{value} must be below 2^{int(math.log2(below))}")
+        return value
+
+    return parse
+
+
+positive = whole(1)
+natural = whole(0)
+seed = whole(0, 2**32)
+
+
+def positive_number(text: str) -> float:
+    """The type of an option that takes a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number") from error
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be finite and > 0")
+    return value
 
 
 def say(line: str) -> None:
@@ -10,8 +78,12 @@ def say(line: str) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a preset (tiny, small, smoke), a TOML file, or a run's config.json")
-    add_set(parser, "override, as in optim.lr=1e-3; repeatable")
+    parser.add_argument("config", help="a preset (tiny, small, smoke), a TOML file, or a run")
+    add_set(parser, "override, as in optim.lr=1e-3; repeatable; `anyexperts config CONFIG` lists all keys")
+    add_plugin(parser)
+
+
+def add_plugin(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugin",
         action="append",
@@ -27,4 +99,9 @@ def add_set(parser: argparse.ArgumentParser, text: str) -> None:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=pathlib.Path, help="the run's directory")
-    parser.add_argument("--checkpoint", default="best", choices=("best", "last"))
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        choices=("best", "last"),
+        help="the one with the lowest validation loss, or the latest",
+    )

@@ -3,6 +3,8 @@
 import argparse
 import pathlib
 
+from anyexperts_jax.cli.options import add_command
+
 
 def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.report.page import report
@@ -11,6 +13,8 @@ def run(options: argparse.Namespace) -> None:
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("report", help="write one HTML page and pictures about a run")
+    parser = add_command(
+        commands, "report", "write one HTML page and pictures about a run", ("anyexperts report runs/mine",)
+    )
     parser.add_argument("run", type=pathlib.Path, help="the run's directory")
     parser.set_defaults(command=run)

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_config
+from anyexperts_jax.cli.options import add_command, add_config, natural
 
 
 def run(options: argparse.Namespace) -> None:
@@ -22,13 +22,31 @@ def run(options: argparse.Namespace) -> None:
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("train", help="train a model, or go on with a run that stopped")
+    parser = add_command(
+        commands,
+        "train",
+        "train a model, or go on with a run that stopped",
+        (
+            "anyexperts train tiny --run runs/mine --set optim.lr=1e-3",
+            "anyexperts train small --set train.start_from=runs/static --set model.moe.k_max=12",
+            "anyexperts train small --set mesh.fsdp=4 --processes 2 --process-index 0 --coordinator host0:1234",
+        ),
+    )
     add_config(parser)
     parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
     many = parser.add_argument_group(
-        "several processes", "each runs this command; a Slurm step and GKE's TPU pods are found without these options"
+        "several processes",
+        "Each runs this command. A Slurm step and GKE's TPU pods are found without\nthese options.",
     )
-    many.add_argument("--processes", metavar="N|auto", help="how many; auto: ask the cluster (Cloud TPU VMs); 1: alone")
-    many.add_argument("--process-index", type=int, metavar="I", help="which one this is, from 0")
-    many.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    many.add_argument(
+        "--processes",
+        metavar="N|auto",
+        help="how many; auto: ask the cluster (Cloud TPU VMs); 1: alone (default: as the environment says)",
+    )
+    many.add_argument(
+        "--process-index", type=natural, metavar="I", help="which one this is, from 0 (default: $JAX_PROCESS_ID)"
+    )
+    many.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="where process 0 listens (default: $JAX_COORDINATOR_ADDRESS)"
+    )
     parser.set_defaults(command=run)

@@ -64,8 +64,8 @@ class AnyExpertsConfig:
     scaling_factor: float = 1.0  # on the combine weights (Ling-mini-2.0: 2.5)
     expert_bias: bool = False  # loss-free balancing: a bias on the ranking, moved by rule and not by gradient
     expert_bias_rate: float = 0.001  # by which that bias moves each step
-    num_groups: int = 1  # group-limited routing: real experts in num_groups equal groups,
-    groups_kept: int = 1  # of which the best groups_kept by the sum of their top two stay
+    num_groups: int = 1  # group-limited routing: equal groups of real experts
+    groups_kept: int = 1  # groups a token may choose from: the best by the sum of their top two
 
     router: str = "linear"  # where the logits come from, an entry of ROUTERS; the dtr ones are EvoMoE's
     router_modalities: int = NUM_MODALITIES  # M of the routers that tell modalities apart
@@ -112,9 +112,12 @@ class AnyExpertsConfig:
     @property
     def virtual_caps(self) -> tuple[int, ...]:
         """Virtual slots allowed at each number of slots 0..slots_bound. Exact in rho_max's decimal digits."""
-        rho = Fraction(str(self.rho_max))
+        return tuple(map(self.virtual_cap, range(self.slots_bound + 1)))
+
+    def virtual_cap(self, slots: int) -> int:
+        """Virtual slots allowed at this number of slots."""
         half = Fraction(1, 2) if self.switches.cap_rounding == "round" else Fraction(0)
-        return tuple(min(math.floor(rho * k + half), self.num_virtual) for k in range(self.slots_bound + 1))
+        return min(math.floor(Fraction(str(self.rho_max)) * slots + half), self.num_virtual)
 
     @property
     def expected_real_slots(self) -> float:
@@ -144,12 +147,12 @@ class AnyExpertsConfig:
         )
         require(self.k_min <= self.k_max, f"k_min={self.k_min} > k_max={self.k_max}; need k_min <= k_max")
         require(self.k_min >= 1, f"k_min={self.k_min} must be >= 1")
-        bound, caps = self.slots_bound, self.virtual_caps
+        bound = self.slots_bound
         require(
             bound <= self.num_columns,
             f"k_max={self.k_max} exceeds num_experts + num_virtual = {self.num_columns}",
         )
-        real_most = max(k - caps[k] for k in range(bound + 1))
+        real_most = bound - self.virtual_cap(bound)  # k - virtual_cap(k) never falls: rho_max < 1
         require(
             real_most <= self.experts_in_reach,
             f"k_max={self.k_max} can need {real_most} real experts of {self.experts_in_reach} in reach; "

@@ -16,8 +16,14 @@ def require(condition: bool, message: str) -> None:
 
 def require_one_of(name: str, value: Any, valid: Collection[Any]) -> None:
     """Raises `UserError` naming the value and the valid ones unless `value` is among them."""
-    if value not in valid:
+    if value not in list(valid):  # a list: what cannot be hashed is no member either
         raise UserError(f"{name}={value!r} is unknown; valid: {comma_list(valid)}")
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, without the middle where it is long: for messages of one line."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:70]}...{text[-20:]}"
 
 
 def comma_list(values: Iterable[Any]) -> str:

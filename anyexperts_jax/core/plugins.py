@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Iterable
 
-from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.errors import UserError, require
 
 
 def load_plugins(modules: Iterable[str]) -> None:
@@ -16,6 +16,8 @@ def load_plugins(modules: Iterable[str]) -> None:
     for name in modules:
         if name in sys.modules:
             continue
+        dotted = all(part.isidentifier() for part in name.split("."))
+        require(dotted, f"plugin {name!r} is no module's name; give one as `import` takes it, as my_package.routers")
         sys.path.append("")  # where the command was started: an installed command does not look there
         try:
             importlib.import_module(name)

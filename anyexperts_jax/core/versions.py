@@ -5,10 +5,13 @@ import platform
 
 import jax
 
+from anyexperts_jax.core.devices import require_devices
+
 _PACKAGES = ("anyexperts-jax", "jax", "jaxlib", "flax", "optax", "grain", "numpy")
 
 
 def device_text() -> str:
+    require_devices()
     device = jax.devices()[0]
     return device.device_kind if device.platform in device.device_kind else f"{device.device_kind} ({device.platform})"
 

@@ -5,12 +5,15 @@ import pathlib
 from collections.abc import Iterable
 from typing import Literal, get_args
 
+from anyexperts_jax.core.checks import Seed, check_field_types
 from anyexperts_jax.core.errors import comma_list, require, require_one_of
 from anyexperts_jax.data.domain import DOMAIN_NAMES
 from anyexperts_jax.data.example import LEVELS
 from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
 
 Packing = Literal["none", "first_fit"]
+
+MOST_MAKERS = 1024  # threads, and processes, that make batches: more would take the machine down
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +24,17 @@ class EncodingSpec:
       UserError: naming the value and the rule it breaks.
     """
 
-    max_length: int = 128  # T
+    max_length: int = 128  # T, positions of a sequence
     patch_size: int = 8  # side of a square patch, in pixels
-    max_patches: int = 72  # P; 0: no image, no video
-    max_video_frames: int = 16
-    mel_bands: int = 40
+    max_patches: int = 72  # P, patches of a sequence; 0: no image, no video
+    max_video_frames: int = 16  # frames of a video
+    mel_bands: int = 40  # numbers in a log-mel frame
     frames_per_chunk: int = 4  # log-mel frames (10 ms each) that make one audio position
-    max_frames: int = 72  # S; 0: no audio
+    max_frames: int = 72  # S, audio positions of a sequence; 0: no audio
     patch_evidence: float = 0.125  # a patch is evidence when at least this share of its pixels is
 
     def __post_init__(self) -> None:
+        check_field_types(self, "encoding.")
         for name in ("max_length", "patch_size", "max_video_frames", "mel_bands", "frames_per_chunk"):
             require(getattr(self, name) >= 1, f"encoding.{name}={getattr(self, name)} must be >= 1")
         for name in ("max_patches", "max_frames"):
@@ -55,22 +59,23 @@ class DataConfig:
       UserError: naming the value and the valid ones.
     """
 
-    domains: tuple[str, ...] = DOMAIN_NAMES  # generated ones, or names that `folders` defines
+    domains: tuple[str, ...] = DOMAIN_NAMES  # domains: generated ones, or names that `folders` defines
     weights: tuple[float, ...] | None = None  # shares of the domains, in any unit; None: all the same
     folders: tuple[str, ...] = ()  # "NAME=PATH": the domain NAME is read from the folder PATH
-    seed: int = 0  # of the examples and of their order
+    seed: Seed = 0  # seed of the examples and of their order
     levels: tuple[int, ...] = LEVELS  # difficulties that generated domains draw from
-    train_examples: int = 1_000_000  # of each generated domain, before they come again in another order
+    train_examples: int = 1_000_000  # examples of each generated domain, before they come again in another order
     packing: Packing = "none"  # a training row holds one example, or with first_fit as many as it has room for
     packing_window: int = 64  # rows that are filled at a time; more leave less padding
     tokenizer: str = BYTES_NAME  # "bytes", or the path of a folder with tokenizer.json, or of a GGUF file
     token_fingerprint: str | None = None  # of that tokenizer: training records it, and refuses another; None: bytes
     encoding: EncodingSpec = dataclasses.field(default_factory=EncodingSpec)
-    threads: int = 1  # that make batches ahead of time; 0: made when asked for
+    threads: int = 1  # threads that make batches ahead of time; 0: made when asked for
     prefetch: int = 2  # batches made ahead of time, by threads or by each worker
     workers: int = 0  # processes that make batches; 0: none, the threads do
 
     def __post_init__(self) -> None:
+        check_field_types(self, "data.")
         require(len(self.domains) > 0, f"data.domains is empty; valid: {comma_list(DOMAIN_NAMES)}")
         require(len(set(self.domains)) == len(self.domains), f"data.domains={self.domains} names a domain twice")
         folders = self.folder_paths()
@@ -83,14 +88,15 @@ class DataConfig:
         require(len(self.levels) > 0, "data.levels is empty; valid: 1, 2, 3")
         for level in self.levels:
             require_one_of("data.levels entry", level, LEVELS)
-        require(0 <= self.seed < 2**32, f"data.seed={self.seed} must be in [0, 2^32)")
         require(bool(self.tokenizer), f"data.tokenizer is empty; give {BYTES_NAME!r} or a path")
         require(self.train_examples >= 1, f"data.train_examples={self.train_examples} must be >= 1")
         require_one_of("data.packing", self.packing, get_args(Packing))
         for name in ("packing_window", "prefetch"):
             require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be >= 1")
         for name in ("threads", "workers"):
-            require(getattr(self, name) >= 0, f"data.{name}={getattr(self, name)} must be >= 0")
+            value = getattr(self, name)
+            require(value >= 0, f"data.{name}={value} must be >= 0")
+            require(value <= MOST_MAKERS, f"data.{name}={value} must be <= {MOST_MAKERS}")
 
     def folder_paths(self) -> dict[str, pathlib.Path]:
         """The folders by the name of their domain."""

@@ -141,6 +141,10 @@ def require_fits_model(spec: EncodingSpec, model: ModelConfig, tokenizer: str = 
         tokenizer != BYTES_NAME or model.vocab_size >= BYTES.vocab_size,
         f"the model's vocab_size={model.vocab_size} is below the tokenizer's {BYTES.vocab_size}",
     )
+    special = BYTES.special  # of another tokenizer they are checked once it is opened
+    for name, value, owned in (("pad_id", model.pad_id, special.pad), ("eos_id", model.eos_id, special.eos[0])):
+        message = f"model.{name}={value} is not the tokenizer's; set model.{name}={owned}"
+        require(tokenizer != BYTES_NAME or value == owned, message)
     parts = (
         ("vision", "max_patches", "patch_features", spec.patch_features),
         ("audio", "max_frames", "frame_features", spec.frame_features),

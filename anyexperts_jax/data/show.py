@@ -143,9 +143,9 @@ def _table(examples: Sequence[Numbered], name: str) -> "Table":
     from rich.text import Text  # cells that are strings would be read as markup
 
     table = Table(title=Text(name), title_justify="left", caption="underlined: evidence in the question")
-    table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("type", no_wrap=True)
-    table.add_column("level")
+    table.add_column("#", justify="right", overflow="fold")
+    table.add_column("type", overflow="fold")
+    table.add_column("level", overflow="fold")
     table.add_column("question", ratio=2, overflow="fold")
     table.add_column("answer", overflow="fold")
     table.add_column("evidence", overflow="fold")
@@ -153,7 +153,7 @@ def _table(examples: Sequence[Numbered], name: str) -> "Table":
     for number, example in examples:
         table.add_row(
             str(number),
-            Text(example.question_type),
+            Text(example.question_type),  # as it is: a user's words are no markup
             str(example.level),
             _question(example),
             Text(example.answer),

@@ -56,8 +56,8 @@ def require_capacity_for(config: AnyExpertsConfig, execution: Execution) -> None
     """
     if execution.dispatch not in BUFFERED:
         return
-    caps, bound = config.virtual_caps, config.slots_bound
-    least = min(k - caps[k] for k in range(int(config.k_min), bound + 1))
+    fewest = int(config.k_min)
+    least = fewest - config.virtual_cap(fewest)  # k - virtual_cap(k) never falls: rho_max < 1
     room = execution.capacity_factor * config.expected_real_slots
     require(
         room >= least,

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, require, require_one_of
 from anyexperts_jax.core.versions import device_text, versions
@@ -28,6 +29,7 @@ from anyexperts_jax.evaluate.timing import time_budgets
 from anyexperts_jax.evaluate.trained import Trained, load_trained, own_window, require_experts, with_room
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.routing.budget import calibrate_budget, nearest_budget, shift_budget
+from anyexperts_jax.train.fit import require_room_for_examples
 
 BUDGET_RATIOS = (0.6, 0.8, 1.0, 1.2)  # of the nominal budget a run was trained with: 4.8 6.4 8.0 9.6 for 8..12
 
@@ -44,11 +46,12 @@ class Options:
     calibration_examples: int = 32  # of each domain's validation split, or as many as it has
     batch_size: int = 64  # at most
     tolerance: float = 0.01  # of the realised budget on the calibration examples, relative
-    time_rounds: int = 9
+    time_rounds: int = 9  # interleaved, of which medians are taken
     calibrated: bool = True  # False: the window of that nominal budget, whatever it realises
     model_baselines: bool = False  # set importance also beside what router, gradient and embeddings say (slower)
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         for name in ("num_examples", "calibration_examples", "batch_size", "time_rounds"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
         require(0 < self.tolerance < 1, f"tolerance={self.tolerance} must be in (0, 1)")
@@ -81,7 +84,8 @@ def evaluate(
       show: called with the result before it is written, so that it is not lost where it cannot be.
 
     Raises:
-      UserError: no such run or checkpoint, an unknown domain, or a budget out of reach.
+      UserError: no such run or checkpoint, an unknown domain, a budget out of reach, or more examples than the memory
+        holds.
       OSError: the run's directory cannot be written to.
     """
     trained = load_trained(run_dir, which)
@@ -131,6 +135,9 @@ def evaluate_trained(
         require_one_of("domain", name, trained.config.data.domains)
     for budget in budgets:
         shift_budget(moe, budget)  # refuses a budget out of reach before anything is measured
+    amounts = f"{options.num_examples} and {options.calibration_examples} examples of {len(names)} domains"
+    every = (options.num_examples + options.calibration_examples) * len(names)
+    require_room_for_examples(trained.config.data.encoding, every, amounts)
     validation = load_batches(trained, names, "validation", options.calibration_examples, options.rows)
     test = load_batches(trained, names, "test", options.num_examples, options.rows)
     note(f"{options.num_examples} test and {options.calibration_examples} validation examples of {', '.join(names)}")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.devices import require_devices
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.tokenizers.base import Tokenizer
@@ -39,6 +40,7 @@ def load_trained(run_dir: str | pathlib.Path, which: str = "best") -> Trained:
     Raises:
       UserError: when there is no run or no checkpoint, or it or the validation loss of any is unreadable.
     """
+    require_devices()
     config, params, router_bias_LC = load_run(run_dir, which)
     checkpoints = Checkpoints(RunDir(pathlib.Path(run_dir)).checkpoints, read_only=True)
     step = checkpoints.best if which == "best" else checkpoints.latest

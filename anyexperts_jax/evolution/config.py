@@ -5,20 +5,15 @@ import importlib.resources
 import pathlib
 from collections.abc import Mapping, Sequence
 from importlib.resources.abc import Traversable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.core.files import parse_json_object, read_text
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.train.config import (
-    RunConfig,
-    names_in,
-    parse_json,
-    parse_override,
-    read_text,
-    read_toml,
-    run_config,
-)
+from anyexperts_jax.train.config import RunConfig, run_config
+from anyexperts_jax.train.config_files import names_in, read_toml, table_in, with_overrides
 from anyexperts_jax.train.moved import move_keys
 from anyexperts_jax.train.strict import build, merge
 
@@ -27,6 +22,7 @@ EvolutionMode = Literal["ema", "lag", "literal"]
 Trains = Literal["router", "moe", "all"]
 Diversity = Literal["none", "contrastive", "local_entropy"]
 STAGES = ("warm_up", "evolving", "routing")
+CONFIG_NAME = "evolve.json"  # in the directory of an EvoMoE run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +38,16 @@ class UpcycleConfig:
       UserError: naming the value and the rule it breaks.
     """
 
-    num_experts: int = 4
+    num_experts: int = 4  # N, the dense FFN's own copy among them
     moe_every: int = 2  # alternating layers, the second of each two (EvoMoE does not say which)
     num_dense_layers: int = 0  # leading layers that stay dense
-    init: ExpertInit = "copy"
+    init: ExpertInit = "copy"  # how experts 2 to N differ from the dense FFN at the start
     noise: float = 0.1  # standard deviation over the weights' root mean square
     dropped: float = 0.1  # share of weights at zero
     redrawn: float = 0.5  # share of units drawn anew
 
     def __post_init__(self) -> None:
-        require_one_of("upcycle.init", self.init, get_args(ExpertInit))
+        check_field_types(self, "upcycle.")
         for name in ("num_experts", "moe_every"):
             require(getattr(self, name) >= 1, f"upcycle.{name}={getattr(self, name)} must be >= 1")
         require(self.num_dense_layers >= 0, f"upcycle.num_dense_layers={self.num_dense_layers} must be >= 0")
@@ -68,14 +64,15 @@ class EvolutionConfig:
       UserError: naming the value and the rule it breaks.
     """
 
-    mode: EvolutionMode = "ema"
-    beta_low: tuple[float, ...] = (0.9, 0.8, 0.7)  # of experts 2, 3, 4: beta is drawn anew at each step (paper)
-    beta_high: tuple[float, ...] = (0.99, 0.89, 0.79)
+    mode: EvolutionMode = "ema"  # how equation (1) is read; see evolution.evolve.follow
+    # Lower ends of the ranges from which the betas of experts 2, 3, 4 are drawn anew at each step (paper).
+    beta_low: tuple[float, ...] = (0.9, 0.8, 0.7)
+    beta_high: tuple[float, ...] = (0.99, 0.89, 0.79)  # the upper ends of those ranges
     fixed_beta: float | None = None  # one beta for all of them, and no draw
-    snapshots: tuple[float, ...] = ()  # share of the stage's steps after which each stays as it is; (): none does
+    snapshots: tuple[float, ...] = ()  # share of the stage's steps after which each stays as it is; []: none does
 
     def __post_init__(self) -> None:
-        require_one_of("evolution.mode", self.mode, get_args(EvolutionMode))
+        check_field_types(self, "evolution.")
         low, high = self.beta_low, self.beta_high
         require(
             len(low) == len(high) and all(0 <= a <= b <= 1 for a, b in zip(low, high, strict=True)),
@@ -140,13 +137,14 @@ class StageConfig:
       UserError: naming the value and the rule it breaks.
     """
 
-    steps: int = 1000
-    lr: float = 1e-3
-    batch_size: int = 32
-    warmup_steps: int = 0
-    final_lr_fraction: float = 0.0  # of lr, at the end of the cosine; a floor keeps evolved experts apart
+    steps: int = 1000  # optimiser steps; 0: the stage is left out
+    lr: float = 1e-3  # learning rate at its highest, after the warm-up
+    batch_size: int = 32  # sequences per step
+    warmup_steps: int = 0  # steps in which the learning rate rises linearly from 0
+    final_lr_fraction: float = 0.0  # share of lr that is left at the end; a floor keeps evolved experts apart
 
     def __post_init__(self) -> None:
+        check_field_types(self, "a stage's ")
         require(self.steps >= 0, f"a stage's steps={self.steps} must be >= 0")
 
 
@@ -172,15 +170,14 @@ class EvolveConfig:
     moe: AnyExpertsConfig = dataclasses.field(default_factory=_top_1)  # variable slots too, for an AnyExperts model
     trains: Trains = "router"  # in stage III: the routers alone (paper), they and the experts, or everything
     diversity: Diversity = "none"  # a loss of stage III: see evolution.diversity
-    diversity_weight: float = 0.01
+    diversity_weight: float = 0.01  # weight of that loss
     evolve_in_warm_up: bool = False  # experts evolve in stage I, where all else trains too; stage II has no steps
     warm_up: StageConfig = dataclasses.field(default_factory=StageConfig)  # I: the dense model
     evolving: StageConfig = dataclasses.field(default_factory=StageConfig)  # II; no steps: stage III starts from copies
     routing: StageConfig = dataclasses.field(default_factory=StageConfig)  # III; no steps: the run ends before it
 
     def __post_init__(self) -> None:
-        require_one_of("evolve.trains", self.trains, get_args(Trains))
-        require_one_of("evolve.diversity", self.diversity, get_args(Diversity))
+        check_field_types(self, "evolve.")
         require(self.diversity_weight >= 0, f"evolve.diversity_weight={self.diversity_weight} must be >= 0")
         require(
             self.moe.num_experts == self.upcycle.num_experts,
@@ -211,6 +208,7 @@ class EvolveRun:
     evolve: EvolveConfig
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         start = self.base.train.start_from
         require(
             start is None or not self.evolve.evolve_in_warm_up,
@@ -255,8 +253,20 @@ def evolve_preset_names() -> list[str]:
     return names_in(_presets())
 
 
+def describes_evolution(source: str | pathlib.Path) -> bool:
+    """Whether `load_evolve_config` reads that preset, file or run, rather than `train.config.load_config`.
+
+    Raises:
+      UserError: when it is a TOML file that cannot be read.
+    """
+    path = pathlib.Path(source)
+    if str(source) in evolve_preset_names() or path.name == CONFIG_NAME or (path / CONFIG_NAME).exists():
+        return True
+    return path.suffix == ".toml" and "evolve" in read_toml(source, "config", _presets())[1]
+
+
 def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()) -> EvolveRun:
-    """The EvoMoE run of a preset's name, a TOML file or a run's evolve.json.
+    """The EvoMoE run of a preset's name, a TOML file, or a run: its directory or its evolve.json.
 
     The file is as for `train.config.load_config`, with one more table, `evolve`. Overrides too: "evolve.trains=all".
 
@@ -264,21 +274,21 @@ def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()
       UserError: one line with file, key and valid keys or values.
     """
     path = pathlib.Path(source)
+    if path.is_dir() and str(source) not in evolve_preset_names():
+        path = path / CONFIG_NAME
     if path.suffix == ".json":
-        name, values = str(path), parse_json(read_text(path))
-        values = {**values.get("base", {}), "evolve": values.get("evolve", {})}
+        name, values = str(path), _parse_evolve_json(str(path), read_text(path, "config"))
     else:
         name, values = read_toml(source, "evolve config", _presets())
-    for override in overrides:
-        values = merge(values, move_keys(parse_override(override)))
+    values = with_overrides(values, overrides)
     require(
         isinstance(values.get("evolve"), dict), f"{name}: no table [evolve]; `anyexperts train` takes files without"
     )
     table = values.pop("evolve")
-    table["moe"] = merge(dataclasses.asdict(_top_1()), _method(table.get("moe", {})))
+    table["moe"] = merge(dataclasses.asdict(_top_1()), _method(table_in(table, "moe", f"{name}: evolve")))
     base = run_config(name, values)
     try:
-        return EvolveRun(base, build(EvolveConfig, table))
+        return EvolveRun(base, build(EvolveConfig, table, "evolve."))
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
@@ -288,6 +298,12 @@ def _method(table: Mapping[str, Any]) -> dict[str, Any]:
     model.stack.execution says so."""
     method = {key: value for key, value in table.items() if key not in ("capacity_factor", "overflow")}
     return move_keys(method, ("model", "moe"))
+
+
+def _parse_evolve_json(name: str, text: str) -> dict[str, Any]:
+    """The tables of an evolve.json as a TOML file has them: those of the base run, and `evolve`."""
+    values = parse_json_object(text, name)
+    return {**table_in(values, "base", name), "evolve": table_in(values, "evolve", name)}
 
 
 def _presets() -> Traversable:

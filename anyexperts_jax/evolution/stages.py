@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.evolution.alone import apply_alone, expert_leaves, expert_measure, router_leaves
-from anyexperts_jax.evolution.config import STAGES, EvolveRun, load_evolve_config
+from anyexperts_jax.evolution.config import CONFIG_NAME, STAGES, EvolveRun, load_evolve_config
 from anyexperts_jax.evolution.diversity import diversity_apply
 from anyexperts_jax.evolution.evolve import expert_evolution
 from anyexperts_jax.evolution.upcycle import rerouted_params, upcycle_params
@@ -29,8 +29,6 @@ from anyexperts_jax.train.recipe import EVERYTHING, Recipe
 from anyexperts_jax.train.run_dir import RunDir, load_run, write_whole
 from anyexperts_jax.train.run_tokenizer import pinned, require_same_tokens
 from anyexperts_jax.train.strict import differing_keys
-
-CONFIG_NAME = "evolve.json"
 
 
 def evolve(

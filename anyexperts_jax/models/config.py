@@ -2,10 +2,11 @@
 
 import dataclasses
 
+from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.modality import NUM_MODALITIES
-from anyexperts_jax.nn.config import StackConfig
+from anyexperts_jax.nn.config import MOST_LAYERS, StackConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,7 @@ class VisionConfig:
     place_frequencies: int = 18  # waves that encode a patch's row, and as many its column
     max_frames: int = 16  # rows of the table of frame times
     num_layers: int = 0  # transformer layers in which the patches of one frame see each other
-    d_ff: int = 256
+    d_ff: int = 256  # hidden width of its MLPs
 
     def __post_init__(self) -> None:
         _require_sizes("vision", self, ("patch_features", "place_frequencies", "max_frames", "d_ff"))
@@ -36,7 +37,7 @@ class AudioConfig:
 
     frame_features: int = 160  # X of a frame: mel bands * frames per chunk
     num_layers: int = 0  # transformer layers in which the frames of one clip see each other
-    d_ff: int = 256
+    d_ff: int = 256  # hidden width of its MLPs
 
     def __post_init__(self) -> None:
         _require_sizes("audio", self, ("frame_features", "d_ff"))
@@ -50,17 +51,18 @@ class ModelConfig:
       UserError: naming the value and the rule it breaks.
     """
 
-    vocab_size: int = 260
-    max_length: int = 128  # T at most
-    pad_id: int = 256  # what generation writes after the end
-    eos_id: int = 259  # what ends it
-    tie_embeddings: bool = False  # the output head is the token table
+    vocab_size: int = 260  # Y, token ids there are embeddings for
+    max_length: int = 128  # positions of a sequence, T, at most
+    pad_id: int = 256  # what generation writes after the end; the tokenizer's
+    eos_id: int = 259  # what ends generation; the tokenizer's
+    tie_embeddings: bool = False  # whether the output head is the token table
     stack: StackConfig = dataclasses.field(default_factory=StackConfig)
     moe: AnyExpertsConfig = dataclasses.field(default_factory=AnyExpertsConfig)
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)  # None: no image, no video
     audio: AudioConfig | None = dataclasses.field(default_factory=AudioConfig)  # None: no audio
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         for name in ("vocab_size", "max_length"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
         for name in ("pad_id", "eos_id"):
@@ -79,6 +81,9 @@ class ModelConfig:
 
 
 def _require_sizes(part: str, config: VisionConfig | AudioConfig, names: tuple[str, ...]) -> None:
+    check_field_types(config, f"{part}.")
     for name in names:
         require(getattr(config, name) >= 1, f"{part}.{name}={getattr(config, name)} must be >= 1")
-    require(config.num_layers >= 0, f"{part}.num_layers={config.num_layers} must be >= 0")
+    layers = f"{part}.num_layers={config.num_layers}"
+    require(config.num_layers >= 0, f"{layers} must be >= 0")
+    require(config.num_layers <= MOST_LAYERS, f"{layers} must be <= {MOST_LAYERS}")

@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.batch import Batch, require_one_segment
 from anyexperts_jax.core.errors import require
@@ -31,8 +31,9 @@ def generate(
 ) -> Int[Array, "B J"]:
     """The most likely continuation of each prompt, token by token, J = max_new_tokens of them.
 
-    `eos_id` or one of `stop_ids` ends a sequence and is the last token written; `pad_id` follows. An empty prompt (all
-    padding) yields padding alone. Compiled once for each configuration and set of shapes.
+    `eos_id` or one of `stop_ids` ends a sequence and is the last token written; `pad_id` follows. A sequence also ends
+    at the model's `max_length` positions, without such a token. An empty prompt (all padding), and one that has them
+    all, yield padding alone. Compiled once for each configuration and set of shapes.
 
     Nothing is dropped, whatever the configuration: where `stack.execution` has buffers that can overflow ("capacity",
     "exchange"), decoding runs "blocks", the same values wherever those drop nothing. So an answer does not depend on
@@ -50,8 +51,8 @@ def generate(
     require_one_segment(prompt_batch, "generation continues one prompt a row")
     if window is not None:
         check_window(config.moe, window)
-    ends = tuple(sorted({config.eos_id, *stop_ids}))
-    static = (dropless(config), max_new_tokens, ends, placement_of(params))
+    stops = tuple(sorted({config.eos_id, *stop_ids}))
+    static = (dropless(config), max_new_tokens, stops, placement_of(params))
     return _generate(static, params, prompt_batch, window, router_bias_LC)
 
 
@@ -76,27 +77,63 @@ def _generate(
     window: Float[Array, "2"] | None,
     router_bias_LC: Float[Array, "L C"] | None,
 ) -> Int[Array, "B J"]:
-    config, max_new_tokens, ends, placement = static
+    config, max_new_tokens, stops, placement = static
     run: Callable[..., Any] = functools.partial(
         MultimodalModel(config, placement).apply, {"params": params}, window=window, router_bias_LC=router_bias_LC
     )
     batch_size, length = prompt_batch.tokens_BT.shape
     lengths_B = prompt_batch.valid_BT.sum(axis=1)
-    cache = empty_stack_cache(config.stack, batch_size, length + max_new_tokens)
+    room_B = jnp.where(lengths_B == 0, 0, jnp.minimum(config.max_length - lengths_B, max_new_tokens))
+    cache = empty_stack_cache(config.stack, batch_size, min(length + max_new_tokens - 1, config.max_length))
     logits_BY, cache = run(prompt_batch, cache, method="prefill")
-    tokens_BJ = jnp.full((batch_size, max_new_tokens), config.pad_id, jnp.int32)
 
-    def unfinished(state: tuple[Array, Array, Array, Array, StackCache]) -> Array:
-        j, _, done_B, _, _ = state
-        return (j < max_new_tokens) & ~done_B.all()
+    def step(tokens_B: Array, j: Array, live_B: Array, cache: StackCache) -> tuple[Array, StackCache]:
+        return run(tokens_B, lengths_B + j, live_B, cache, method="step")
 
-    def advance(state: tuple[Array, Array, Array, Array, StackCache]) -> tuple:
-        j, logits_BY, done_B, tokens_BJ, cache = state
-        next_B = jnp.where(done_B, config.pad_id, jnp.argmax(logits_BY, axis=-1).astype(jnp.int32))
-        tokens_BJ = tokens_BJ.at[:, j].set(next_B)
-        done_B = done_B | jnp.isin(next_B, jnp.array(ends))
-        logits_BY, cache = run(next_B, lengths_B + j, ~done_B, cache, method="step")
-        return j + 1, logits_BY, done_B, tokens_BJ, cache
+    ends = Ends(room_B, stops, config.pad_id)
+    return greedy_tokens(step, logits_BY, cache, ends, max_new_tokens)
 
-    state = (jnp.int32(0), logits_BY, lengths_B == 0, tokens_BJ, cache)
-    return jax.lax.while_loop(unfinished, advance, state)[3]
+
+class Ends(NamedTuple):
+    """Where sequences end."""
+
+    room_B: Int[Array, "B"]  # tokens each may take, at most
+    stop_ids: tuple[int, ...]  # one of them is the last token of a sequence that ends before
+    pad_id: int  # what follows
+
+
+Step = Callable[[Int[Array, "B"], Int[Array, ""], Bool[Array, "B"], Any], tuple[Float[Array, "B Y"], Any]]
+
+
+def greedy_tokens(
+    step: Step, logits_BY: Float[Array, "B Y"], cache: Any, ends: Ends, max_new_tokens: int
+) -> Int[Array, "B J"]:
+    """The most likely token after each sequence, and so on, J = max_new_tokens of them.
+
+    Token 0 follows from `logits_BY`, each later one from a step on the token before it: J tokens take J - 1 steps, and
+    fewer once every sequence has ended.
+
+    Args:
+      step: (tokens number j, j, which sequences go on, cache) -> logits of token j + 1, and the cache. Rows that have
+        ended may hold anything.
+    """
+
+    def choose(j: Array, logits_BY: Array, done_B: Array, tokens_BJ: Array) -> tuple[Array, Array]:
+        next_B = jnp.where(done_B, ends.pad_id, jnp.argmax(logits_BY, axis=-1).astype(jnp.int32))
+        stops_B = jnp.isin(next_B, jnp.array(ends.stop_ids))
+        return done_B | stops_B | (j + 1 >= ends.room_B), tokens_BJ.at[:, j].set(next_B)
+
+    def unfinished(state: tuple[Array, Array, Array, Any]) -> Array:
+        j, done_B, _, _ = state
+        return (j + 1 < max_new_tokens) & ~done_B.all()
+
+    def advance(state: tuple[Array, Array, Array, Any]) -> tuple[Array, Array, Array, Any]:
+        j, done_B, tokens_BJ, cache = state
+        logits_BY, cache = step(tokens_BJ[:, j], j, ~done_B, cache)
+        done_B, tokens_BJ = choose(j + 1, logits_BY, done_B, tokens_BJ)
+        return j + 1, done_B, tokens_BJ, cache
+
+    empty_BJ = jnp.full((logits_BY.shape[0], max_new_tokens), ends.pad_id, jnp.int32)
+    first = jnp.int32(0)
+    state = (first, *choose(first, logits_BY, ends.room_B <= 0, empty_BJ), cache)
+    return jax.lax.while_loop(unfinished, advance, state)[2]

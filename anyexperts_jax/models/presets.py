@@ -48,14 +48,12 @@ def _small() -> ModelConfig:
 def _ling_mini_2() -> ModelConfig:
     """The paper's base, Ling-mini-2.0 (16B), with AnyExperts' window of 8 to 12 slots and 64 virtual experts.
 
-    The language model is Ling-mini-2.0's; its tokenizer's end-of-text id also pads. Of the modality encoders the
-    public text tells nothing: these are linear patches and frames.
+    The language model is Ling-mini-2.0's, but that sequences are padded and ended by the ids of the tokenizer here. Of
+    the modality encoders the public text tells nothing: these are linear patches and frames.
     """
     return ModelConfig(
         vocab_size=157_184,
         max_length=32_768,
-        pad_id=156_892,
-        eos_id=156_892,
         stack=StackConfig(
             d_model=2048,
             num_layers=20,

@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Literal, get_args
 
+from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.dispatch.execution import Execution
 
 Dtype = Literal["float32", "bfloat16"]
+MOST_LAYERS = 1000  # of a stack or an encoder: some are traced one by one, and more would not compile in a day
 Remat = Literal["none", "full", "routing", "exchanged", "dots"]
 
 
@@ -18,14 +20,15 @@ class AttentionConfig:
       UserError: naming the value and the rule it breaks.
     """
 
-    num_heads: int = 4  # H
-    num_kv_heads: int = 2  # G, divides H
-    head_dim: int = 32  # A
-    rope_theta: float = 10_000.0
+    num_heads: int = 4  # H, query heads
+    num_kv_heads: int = 2  # G, key/value heads; divides num_heads
+    head_dim: int = 32  # A, width of a head
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
     rope_fraction: float = 1.0  # share of a head's width that is rotated, the leading part
     qk_norm: bool = False  # RMSNorm over the head width of queries and keys
 
     def __post_init__(self) -> None:
+        check_field_types(self, "attention.")
         for name in ("num_heads", "num_kv_heads", "head_dim"):
             require(getattr(self, name) >= 1, f"attention.{name}={getattr(self, name)} must be >= 1")
         require(
@@ -55,27 +58,30 @@ class StackConfig:
       UserError: naming the value and the rule it breaks.
     """
 
-    d_model: int = 128  # D
-    num_layers: int = 4  # dense and MoE together
-    num_dense_layers: int = 1
+    d_model: int = 128  # D, width of the residual stream
+    num_layers: int = 4  # layers, dense and MoE together
+    num_dense_layers: int = 1  # leading layers without experts
     moe_every: int = 1  # of the layers after those, each moe_every-th is a mixture of experts, the others are dense
     d_ff: int = 384  # FFN width of the dense layers
-    expert_d_ff: int = 32  # F
-    num_shared_experts: int = 1  # each F wide, on every token, beside the routed ones
-    norm_eps: float = 1e-6
+    expert_d_ff: int = 32  # F, hidden width of an expert
+    num_shared_experts: int = 1  # experts, each F wide, on every token, beside the routed ones
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     execution: Execution = dataclasses.field(default_factory=Execution)  # how the MoE layers are computed
-    remat: Remat = "none"  # see nn.stack.remat_policy
+    remat: Remat = "none"  # what the backward pass computes again; see nn.stack.remat_policy
     scan_unroll: int = 1  # MoE layers per iteration of the scan; all of them where memory allows: no layer is copied
     dtype: Dtype = "float32"  # of activations and matmuls; router, norms, softmax and losses are always float32
-    param_dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"  # of the weights
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         require_one_of("remat", self.remat, get_args(Remat))
         require_one_of("dtype", self.dtype, get_args(Dtype))
         require_one_of("param_dtype", self.param_dtype, get_args(Dtype))
         for name in ("d_model", "num_layers", "moe_every", "d_ff", "expert_d_ff", "scan_unroll"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
+        require(self.num_layers <= MOST_LAYERS, f"num_layers={self.num_layers} must be <= {MOST_LAYERS}")
+        require(self.scan_unroll <= MOST_LAYERS, f"scan_unroll={self.scan_unroll} must be <= {MOST_LAYERS}")
         require(self.num_shared_experts >= 0, f"num_shared_experts={self.num_shared_experts} must be >= 0")
         require(
             0 <= self.num_dense_layers <= self.num_layers,

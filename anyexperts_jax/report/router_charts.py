@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from anyexperts_jax.core.modality import MODALITY_NAMES
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.evaluate.router_diagnostics import RouterDiagnostics
 from anyexperts_jax.report import style
-from anyexperts_jax.report.tables import TextTable, figure_text
+from anyexperts_jax.report.tables import figure_text
 
 _MOST_EXPERTS, _MOST_LAYERS = 6, 4  # shown in the densities' picture
 

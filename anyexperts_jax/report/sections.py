@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from anyexperts_jax.core.modality import MODALITY_NAMES
 from anyexperts_jax.core.names import file_name
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.core.versions import device_text, versions
 from anyexperts_jax.report import tables
 from anyexperts_jax.report.budget_curves import draw_budget_curves
@@ -14,7 +15,6 @@ from anyexperts_jax.report.example_map import ExampleMap
 from anyexperts_jax.report.importance_maps import draw_importance_maps
 from anyexperts_jax.report.router_charts import diagnostics_table, draw_densities, draw_shares, draw_similarity
 from anyexperts_jax.report.source import ROUTING_EXAMPLES, ReportSource
-from anyexperts_jax.report.tables import TextTable
 from anyexperts_jax.report.verdicts import CHANCE_MARGIN, Verdict, verdicts
 from anyexperts_jax.train.config import to_json
 

@@ -1,24 +1,11 @@
 """The evaluation as tables, for the terminal and for the report."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from anyexperts_jax.core.text_table import TextTable, print_tables
 from anyexperts_jax.evaluate.importance import Separation
 from anyexperts_jax.evaluate.results import BudgetResult, EvaluationResult, RoutingSummary
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-
-@dataclasses.dataclass(frozen=True)
-class TextTable:
-    """A table of finished texts. The first column holds names; the others figures, right-aligned."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 def figure_text(value: float, form: str = ".2f") -> str:
@@ -58,8 +45,7 @@ def score_table(result: EvaluationResult) -> TextTable:
         cells = [f"{100 * score.score:.1f} ±{figure_text(100 * score.standard_error, '.1f')}" for score in scores]
         rows.append((first.domain, metric_name(first.metric), f"{100 * first.chance:.1f}", *cells))
     columns = ("domain", "metric", "chance", *(f"budget {one.budget:g}" for one in result.budgets))
-    title = f"Score in percent on {examples_text(result)}"
-    return TextTable(title, columns, tuple(rows))
+    return TextTable(f"Score in percent on {examples_text(result)}", columns, tuple(rows), names=2)
 
 
 def examples_text(result: EvaluationResult) -> str:
@@ -154,36 +140,13 @@ def routing_table(summary: RoutingSummary, modalities: Sequence[str]) -> TextTab
     return TextTable(title, ("MoE layer", *real, *share, "peak load"), tuple(rows))
 
 
-def to_rich(table: TextTable) -> "Table":
-    """For the terminal: figures stay whole, headings break between words."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text  # cells that are strings would be read as markup, and users name domains
-
-    drawn = Table(
-        title=Text(table.title),
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for index, column in enumerate(table.columns):
-        width = max(len(text) for text in (*column.split(), *(row[index] for row in table.rows), ""))
-        drawn.add_column(Text(column), justify="right" if index else "left", width=width)
-    for row in table.rows:
-        drawn.add_row(*(Text(cell) for cell in row))
-    return drawn
-
-
 def print_evaluation(result: EvaluationResult) -> None:
     """Prints scores, budgets, allocation and separation to the standard output."""
     from rich.console import Console
 
     console = Console(highlight=False)
-    for table in (score_table(result), budget_table(result), allocation_table(result)):
-        console.print(to_rich(table))
+    print_tables((score_table(result), budget_table(result), allocation_table(result)), console)
     if result.separations:
-        console.print(to_rich(separation_table(result.separations)))
+        print_tables([separation_table(result.separations)], console)
     else:
         console.print("No importance to compare with the answers' tokens: static top-k, or no evidence is marked.")

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
+from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.errors import comma_list, require
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
@@ -33,10 +34,11 @@ class MeshConfig:
     expert: int = 1  # experts and the batch both split
     tensor: int = 1  # heads and FFN widths split
     sequence: int = 1  # positions of a sequence split
-    dcn_data: int = 1  # slices along `data`
-    dcn_fsdp: int = 1  # slices along `fsdp`
+    dcn_data: int = 1  # slices along the axis `data`
+    dcn_fsdp: int = 1  # slices along the axis `fsdp`
 
     def __post_init__(self) -> None:
+        check_field_types(self, "mesh.")
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             least = "" if name.startswith("dcn_") else ", or -1 for the devices left over"

@@ -4,23 +4,25 @@ import dataclasses
 import importlib.resources
 import json
 import pathlib
-import tomllib
 from collections.abc import Sequence
 from importlib.resources.abc import Traversable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.core.checks import Seed, check_field_types
+from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.core.files import parse_json_object, read_text
 from anyexperts_jax.core.plugins import load_plugins
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.encode import require_fits_model
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.presets import model_preset
 from anyexperts_jax.sharding.mesh import MeshConfig
+from anyexperts_jax.train.config_files import names_in, read_toml, table_in, with_overrides
 from anyexperts_jax.train.moved import move_keys
 from anyexperts_jax.train.optim import OptimConfig
 from anyexperts_jax.train.run_tokenizer import ids_of_tokenizer
 from anyexperts_jax.train.runtime import RuntimeConfig
-from anyexperts_jax.train.strict import build, closest, merge
+from anyexperts_jax.train.strict import build, merge
 
 OnNonfinite = Literal["stop", "skip"]
 
@@ -33,22 +35,22 @@ class TrainConfig:
       UserError: naming the value and the rule it breaks.
     """
 
-    steps: int = 1000
+    steps: int = 1000  # optimiser steps
     batch_size: int = 32  # sequences per step
     accumulation: int = 1  # micro-batches a step is computed in, one after the other
     log_every: int = 10  # steps between records of metrics.jsonl and TensorBoard
-    checkpoint_every: int = 100  # steps
-    eval_every: int = 100  # steps; a multiple of checkpoint_every, so that every evaluated state is a checkpoint
-    eval_examples: int = 64  # of each domain's validation split
-    keep_last: int = 2  # checkpoints; the one with the lowest validation loss is kept besides
+    checkpoint_every: int = 100  # steps between checkpoints
+    eval_every: int = 100  # steps between validations, each of a state that is saved: a multiple of checkpoint_every
+    eval_examples: int = 64  # examples of each domain's validation split
+    keep_last: int = 2  # checkpoints kept; the one with the lowest validation loss is kept besides
     on_nonfinite: OnNonfinite = "stop"  # skip: the step changes nothing and is counted
-    start_from: str | None = None  # a run, whose last parameters the first step starts with; see train.warm_start
+    start_from: str | None = None  # directory of a run whose last parameters this one starts with; see train.warm_start
 
     def __post_init__(self) -> None:
+        check_field_types(self, "train.")
         sizes = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "eval_every", "eval_examples")
         for name in (*sizes, "keep_last"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be >= 1")
-        require_one_of("train.on_nonfinite", self.on_nonfinite, get_args(OnNonfinite))
         require(
             self.batch_size % self.accumulation == 0,
             f"train.accumulation={self.accumulation} must divide train.batch_size={self.batch_size}",
@@ -73,17 +75,22 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
-    seed: int = 0  # of the parameters and of what is random in a step; the data have their own
+    seed: Seed = 0  # seed of the parameters and of what is random in a step; the data have their own
     plugins: tuple[str, ...] = ()  # modules that are imported first; they add to the registries of core.registries
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, f"seed={self.seed} must be >= 0")
+        check_field_types(self)
         require_fits_model(self.data.encoding, self.model, self.data.tokenizer)
         scope = self.model.moe.switches.balance_scope
         require(
             self.data.packing == "none" or scope == "batch",
             f"data.packing={self.data.packing!r} with model.moe.switches.balance_scope={scope!r}: that balance loss is "
             "of a row, which packing fills with several examples; set the former to none or the latter to batch",
+        )
+        length, parts = self.data.encoding.max_length, self.mesh.sequence
+        require(
+            parts == -1 or length % parts == 0,
+            f"data.encoding.max_length={length} does not split over mesh.sequence={parts}; make it a multiple",
         )
         require(
             self.optim.warmup_steps < self.train.steps,
@@ -128,11 +135,9 @@ def load_config(source: str | pathlib.Path, overrides: Sequence[str] = (), plugi
       UserError: one line with file, key and valid keys or values.
     """
     name, values = _read(source)
-    values = move_keys(values)
-    for override in overrides:
-        values = merge(values, move_keys(parse_override(override)))
+    values = with_overrides(move_keys(values), overrides)
     if plugins:
-        values["plugins"] = list(dict.fromkeys([*values.get("plugins", ()), *plugins]))
+        values["plugins"] = list(dict.fromkeys([*_plugins(values), *plugins]))
     return run_config(name, values)
 
 
@@ -143,23 +148,23 @@ def run_config(name: str, values: dict[str, Any]) -> RunConfig:
       UserError: one line with name, key and valid keys or values.
     """
     values = move_keys(values)
-    preset = values.pop("preset", None)
+    preset, model = values.pop("preset", None), table_in(values, "model", name)
     try:
         base = {} if preset is None else dataclasses.asdict(model_preset(str(preset)))
-        _load_plugins(values)
+        load_plugins(_plugins(values))
         base |= ids_of_tokenizer(values.get("data"), values.get("model"))
         if base:
-            values["model"] = merge(base, values.get("model", {}))
+            values["model"] = merge(base, model)
         return build(RunConfig, values)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
 
-def _load_plugins(values: dict[str, Any]) -> None:
-    """Before all else is read: the configuration may name what they register."""
-    plugins = values.get("plugins", ())
-    if isinstance(plugins, list | tuple) and all(isinstance(name, str) for name in plugins):
-        load_plugins(plugins)
+def _plugins(values: dict[str, Any]) -> tuple[str, ...]:
+    """The modules that a file's tables name; whatever is no name is left to `build` to refuse."""
+    given = values.get("plugins", ())
+    names = given if isinstance(given, list | tuple) else (given,)
+    return tuple(name for name in names if isinstance(name, str))
 
 
 def to_json(config: RunConfig) -> str:
@@ -172,9 +177,10 @@ def from_json(text: str, name: str = "config.json") -> RunConfig:
     Raises:
       UserError: when the text is no JSON object, or no configuration of this version.
     """
+    values = parse_json_object(text, name)
     try:
-        values = move_keys(parse_json(text))
-        _load_plugins(values)
+        values = move_keys(values)
+        load_plugins(_plugins(values))
         return build(RunConfig, values)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
@@ -187,61 +193,11 @@ def _presets() -> Traversable:
 def _read(source: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
     """Name for messages and raw values of a preset or file."""
     path = pathlib.Path(source)
+    if path.is_dir() and str(source) not in preset_names():
+        path = path / "config.json"
     if path.suffix == ".json":
-        return str(path), dataclasses.asdict(from_json(read_text(path), str(path)))
+        return str(path), dataclasses.asdict(from_json(read_text(path, "config"), str(path)))
     return read_toml(source, "config", _presets())
-
-
-def read_toml(source: str | pathlib.Path, kind: str, presets: Traversable) -> tuple[str, dict[str, Any]]:
-    """Name for messages and raw values of a TOML file, or of one of the folder `presets` by its name."""
-    path = pathlib.Path(source)
-    if path.suffix == ".toml":
-        return str(path), parse_toml(str(path), read_text(path))
-    known = names_in(presets)
-    if str(source) not in known:
-        raise UserError(f"no {kind} {str(source)!r}; {closest(str(source), known)}, or a path to a .toml file")
-    return f"config {source}", parse_toml(f"config {source}", (presets / f"{source}.toml").read_text())
-
-
-def names_in(presets: Traversable) -> list[str]:
-    """Of the TOML files in a folder of the package."""
-    return sorted(path.name.removesuffix(".toml") for path in presets.iterdir() if path.name.endswith(".toml"))
-
-
-def read_text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror}") from error
-
-
-def parse_json(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"not valid JSON: {error}") from error
-    require(isinstance(values, dict), "not a JSON object")
-    return values
-
-
-def parse_toml(name: str, text: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{name}: not valid TOML: {error}") from error
-
-
-def parse_override(override: str) -> dict[str, Any]:
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    require(bool(equals) and all(parts), f"override {override!r} is not key=value, as in optim.lr=1e-3")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    for part in reversed(parts):
-        value = {part: value}
-    return value
 
 
 def describe_differences(differences: dict[str, tuple[Any, Any]]) -> str:

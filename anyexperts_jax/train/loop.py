@@ -16,16 +16,18 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.devices import require_devices
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.packing import padding_shares
 from anyexperts_jax.data.pipeline import train_iterator
 from anyexperts_jax.models.init import logical_axes
 from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.sharding.placement import Placement
-from anyexperts_jax.sharding.specs import batch_rows, batch_shards, shard_batch
+from anyexperts_jax.sharding.specs import batch_rows, shard_batch
 from anyexperts_jax.train import processes
 from anyexperts_jax.train.checkpoint import Checkpoints, quiet_orbax
 from anyexperts_jax.train.config import RunConfig, describe_differences, to_json
+from anyexperts_jax.train.fit import require_fits
 from anyexperts_jax.train.goodput import Clock
 from anyexperts_jax.train.metrics import routing_means
 from anyexperts_jax.train.optim import make_optimizer
@@ -77,19 +79,21 @@ def train(
       recipe: where the run departs from training every parameter from scratch.
 
     Raises:
-      UserError: when the configuration does not fit the devices, or the run in `run_dir` is another's or unreadable.
+      UserError: when there is no device, the configuration does not fit them, or the run in `run_dir` is another's or
+        unreadable.
       NonFiniteError: a loss or the gradient is not finite, with train.on_nonfinite="stop".
       RunInterruptedError: after a signal, once a checkpoint is written.
       DiskFullError: no room for logs or a checkpoint; the checkpoints before are whole.
       PeerLostError: another process is gone. One that is waited for in vain ends the process, see `processes.Watch`.
     """
+    require_devices()
     reporter = Reporter(Console(file=sys.stderr) if progress and processes.is_first() else None)
     paths = RunDir(pathlib.Path(run_dir))
     try:
         own = pinned(config.data, config.model, paths.tokenizer, begun=bool(paths.checkpoint_steps()))
         config = dataclasses.replace(config, data=own)
         mesh = make_mesh(config.mesh)
-        _check_batch_fits(config, mesh)
+        require_fits(config, mesh, trains_everything=recipe.trainable is None and recipe.optimizer is None)
         require_validation_examples(config)
         changed = open_run_dir(run_dir, config, writes=processes.is_first())[1]
         if changed:
@@ -335,14 +339,6 @@ class _Run:
         with self.clock.spending("checkpoint"), self._waiting(f"the checkpoint of step {step}"):
             self.checkpoints.save(state, self.iterator.get_state(), self.config, loss)
         self.since += time.perf_counter() - start
-
-
-def _check_batch_fits(config: RunConfig, mesh: Mesh) -> None:
-    micro, shards = config.train.batch_size // config.train.accumulation, batch_shards(mesh)
-    require(
-        micro % shards == 0,
-        f"train.batch_size / train.accumulation = {micro} does not split over the mesh's {shards} batch shards",
-    )
 
 
 def _last_good(paths: RunDir) -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.ops._select import platform
 
@@ -20,16 +21,17 @@ class OptimConfig:
       UserError: naming the value that is out of range.
     """
 
-    lr: float = 1e-3  # at its highest, after the warm-up
-    warmup_steps: int = 100  # the learning rate rises linearly from 0
-    final_lr_fraction: float = 0.1  # of lr, reached at the last step
+    lr: float = 1e-3  # learning rate at its highest, after the warm-up
+    warmup_steps: int = 100  # steps in which the learning rate rises linearly from 0
+    final_lr_fraction: float = 0.1  # share of lr that is left at the last step
     weight_decay: float = 0.01  # decoupled, times the learning rate; not on norms, biases and other vectors
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    clip_norm: float = 1.0  # of the whole gradient
+    b1: float = 0.9  # decay of AdamW's mean of gradients, per step
+    b2: float = 0.95  # decay of its mean of squared gradients, per step
+    eps: float = 1e-8  # added to the root of that mean
+    clip_norm: float = 1.0  # length that the gradient as a whole is cut to
 
     def __post_init__(self) -> None:
+        check_field_types(self, "optim.")
         for name in ("lr", "eps", "clip_norm"):
             value = getattr(self, name)
             require(value > 0, f"optim.{name}={value} must be > 0")
@@ -63,7 +65,7 @@ def decays(logical_axes: tuple[str, ...]) -> bool:
 def clip(grads: Any, norm: float) -> Any:
     """The gradient, no longer than `norm` as a whole. One factor for all, where optax divides and multiplies: XLA keeps
     quotients in memory, products it takes again where they are needed."""
-    factor = jnp.minimum(1.0, norm / optax.global_norm(grads))
+    factor = jnp.minimum(1.0, norm / optax.tree.norm(grads))
     return jax.tree.map(lambda g: factor.astype(g.dtype) * g, grads)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from anyexperts_jax.core.checks import INT32
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.train.stops import PeerLostError
 
@@ -93,11 +94,12 @@ def require_alone(processes: str | None, environment: Mapping[str, str] = os.env
 
 
 def _checked(count: str, index: str, coordinator: str) -> Peers:
-    require(count.isdigit() and int(count) >= 1, f"--processes={count} must be a number >= 1, or auto")
-    inside = index.isdigit() and int(index) < int(count)
+    require(count.isdecimal() and int(count) >= 1, f"--processes={count} must be a number >= 1, or auto")
+    require(int(count) in INT32, f"--processes={count} must be below 2^31")
+    inside = index.isdecimal() and int(index) < int(count)
     require(inside, f"--process-index={index} must be in [0, --processes={count})")
     host, colon, port = coordinator.rpartition(":")
-    well_formed = bool(host and colon) and port.isdigit() and 0 < int(port) < 65536
+    well_formed = bool(host and colon) and port.isdecimal() and 0 < int(port) < 65536
     require(well_formed, f"--coordinator={coordinator} must read HOST:PORT")
     return Peers(int(count), int(index), coordinator)
 

@@ -1,18 +1,28 @@
 """What a run shows while it goes: a progress bar on a terminal, plain lines elsewhere, a table at the end."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from anyexperts_jax.core.modality import MODALITY_NAMES
-from anyexperts_jax.train.goodput import TimeReport
+from anyexperts_jax.core.text_table import TextTable, print_tables
+from anyexperts_jax.train.goodput import StepTimes, TimeReport
 
 PLAIN_LINE_SECONDS = 15.0  # between lines where there is no terminal
+
+
+class _Bar(Progress):
+    """A bar, and below it the last step in words, which break where the terminal is narrow."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["status"])
 
 
 class Reporter:
@@ -21,14 +31,8 @@ class Reporter:
     def __init__(self, console: Console | None) -> None:
         """Shows on `console`; None: nothing."""
         self._console = console or Console(quiet=True)
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-        )
-        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn())
+        self._bar = _Bar(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task: Any = None
         self._last_line = time.monotonic()
 
@@ -56,13 +60,15 @@ class Reporter:
     def times(self, report: TimeReport) -> None:
         """Where the time went, if any step was taken."""
         if report.steps:
-            self._console.print(time_table(report))
+            print_tables([time_table(report)], self._console, lines=True)
+            if report.step_times is not None:
+                self.note(step_times(report.step_times))
 
     def tables(self, record: dict[str, Any]) -> None:
         """The last evaluation: scores by domain, routing by layer and modality."""
-        self._console.print(domain_table(record))
+        print_tables([domain_table(record)], self._console, lines=True)
         if len(record["real_slots"]):  # a dense model routes nothing
-            self._console.print(routing_table(record))
+            print_tables([routing_table(record)], self._console, lines=True)
 
 
 def status_line(scalars: dict[str, float], routing: dict[str, Any], tokens_per_second: float) -> str:
@@ -75,42 +81,38 @@ def status_line(scalars: dict[str, float], routing: dict[str, Any], tokens_per_s
     )
 
 
-def time_table(report: TimeReport) -> Table:
-    """Seconds and share of each part of the wall time, goodput and the times of a step."""
-    wall, times = sum(report.seconds.values()), report.step_times
-    table = Table(title=f"Goodput {report.goodput:.1%} of {wall:,.1f} s, {report.steps} steps")
-    table.add_column("part")
-    table.add_column("seconds", justify="right")
-    table.add_column("share", justify="right")
-    for name, seconds in report.seconds.items():
-        table.add_row(name, f"{seconds:,.1f}", f"{seconds / wall:.1%}")
-    if times is not None:
-        table.caption = f"seconds a step: median {times.median:.3g}, 95% {times.p95:.3g}, slowest {times.slowest:.3g}"
-    return table
+def time_table(report: TimeReport) -> TextTable:
+    """Seconds and share of each part of the wall time, and goodput."""
+    wall = sum(report.seconds.values())
+    rows = [(name, f"{seconds:,.1f}", f"{seconds / wall:.1%}") for name, seconds in report.seconds.items()]
+    title = f"Goodput {report.goodput:.1%} of {wall:,.1f} s, {report.steps} steps"
+    return TextTable(title, ("part", "seconds", "share"), tuple(rows))
 
 
-def domain_table(record: dict[str, Any]) -> Table:
-    table = Table(title="Validation (teacher-forced)")
-    for column in ("domain", "loss", "answer tokens right", "answers right", "examples"):
-        table.add_column(column, justify="left" if column == "domain" else "right")
+def step_times(times: StepTimes) -> str:
+    """The times of a step in a line."""
+    return f"seconds a step: median {times.median:.3g}, 95% {times.p95:.3g}, slowest {times.slowest:.3g}"
+
+
+def domain_table(record: dict[str, Any]) -> TextTable:
+    """A row a domain: its loss, and how much of the answers was right."""
+    rows = []
     for name, scores in record["domains"].items():
         right = (f"{scores['token_accuracy']:.1%}", f"{scores['exact_match']:.1%}")
-        table.add_row(Text(name), f"{scores['loss']:.3f}", *right, str(scores["examples"]))
-    return table
+        rows.append((name, f"{scores['loss']:.3f}", *right, str(scores["examples"])))
+    columns = ("domain", "loss", "answer tokens right", "answers right", "examples")
+    return TextTable("Validation (teacher-forced)", columns, tuple(rows))
 
 
-def routing_table(record: dict[str, Any]) -> Table:
+def routing_table(record: dict[str, Any]) -> TextTable:
     """Mean real experts by layer and modality, and each layer's load and drops."""
     real_LM, share_LM = np.asarray(record["real_slots"], float), np.asarray(record["virtual_share"], float)
-    table = Table(
-        title=f"Real experts per token: {record['mean_real_slots']:.2f} realised, "
-        f"{record['nominal_real_slots']:.2f} nominal"
-    )
-    for column in ("MoE layer", *MODALITY_NAMES, "virtual share", "load max/mean", "dropped"):
-        table.add_column(column, justify="right")
+    rows = []
     for layer, real_M in enumerate(real_LM):
         cells = ["-" if np.isnan(real) else f"{real:.2f}" for real in real_M]
         share = "-" if np.isnan(share_LM[layer]).all() else f"{np.nanmean(share_LM[layer]):.1%}"
         load = f"{record['load_max_over_mean'][layer]:.2f}"
-        table.add_row(str(layer), *cells, share, load, f"{record['dropped'][layer]:.0f}")
-    return table
+        rows.append((str(layer), *cells, share, load, f"{record['dropped'][layer]:.0f}"))
+    columns = ("MoE layer", *MODALITY_NAMES, "virtual share", "load max/mean", "dropped")
+    realised, nominal = record["mean_real_slots"], record["nominal_real_slots"]
+    return TextTable(f"Real experts per token: {realised:.2f} realised, {nominal:.2f} nominal", columns, tuple(rows))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.errors import require
 
 
@@ -20,10 +21,11 @@ class RuntimeConfig:
 
     compile_cache: str | None = None  # directory of compiled programs, shared by runs and processes
     profile: tuple[int, ...] | None = None  # (first, last) steps of a trace under RUN/profile
-    profile_steps: int = 3  # of a trace that the file RUN/profile.request asks for
+    profile_steps: int = 3  # steps of a trace that the file RUN/profile.request asks for
     peer_timeout: float = 300.0  # seconds to wait for other processes, at the start and in every step
 
     def __post_init__(self) -> None:
+        check_field_types(self, "runtime.")
         require(self.compile_cache != "", "runtime.compile_cache='' must be a directory, or none")
         if self.profile is not None:
             in_order = len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]

@@ -120,7 +120,7 @@ def make_train_step(
         grads, sums, losses = accumulate(apply, moe, train.accumulation, state, batch, key, trainable)
         scalars = {
             **losses,
-            "grad_norm": optax.global_norm(grads).astype(jnp.float32),
+            "grad_norm": optax.tree.norm(grads).astype(jnp.float32),
             "learning_rate": learning_rate(config.optim, train.steps, state.step),
             "token_accuracy": sums.correct_tokens / jnp.maximum(sums.answer_tokens, 1),
             "exact_match": sums.exact_answers / jnp.maximum(sums.answers, 1),

@@ -93,7 +93,16 @@ def no_room(error: BaseException) -> str | None:
     return None
 
 
-def file_failure(error: OSError | RuntimeError, output: Any = None) -> tuple[str, int] | None:
+def memory_failure(error: BaseException) -> tuple[str, int] | None:
+    """The line and the exit code to end with where there was not enough memory; None for an error of another kind."""
+    said = (str(error).splitlines() or [""])[0]
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in said:
+        return None
+    why = f" ({said.strip()})" if said.strip() else ""
+    return f"out of memory{why}; make the batch, the sequences or the model smaller", 2
+
+
+def file_failure(error: OSError | RuntimeError | MemoryError, output: Any = None) -> tuple[str, int] | None:
     """The line and the exit code to end with where a file could not be used; None for an error of another kind.
 
     Writers in C++ raise RuntimeError, which is of a file only where it found no room.

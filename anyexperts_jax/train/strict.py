@@ -2,36 +2,32 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, get_args, get_type_hints
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import dacite
 
-from anyexperts_jax.core.errors import UserError, comma_list
+from anyexperts_jax.core.checks import broken_rule, field_types, type_name, without_none
+from anyexperts_jax.core.errors import UserError, comma_list, require, shown
 
 Config = TypeVar("Config")
 
 
-def build(cls: type[Config], values: Mapping[str, Any]) -> Config:
+def build(cls: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
     """The dataclass `cls` from nested `values`; fields left out take their defaults.
 
-    TOML has no null: "none" stands for None where a field allows it.
+    TOML has no null: "none" stands for None where a field allows it. A single value stands for a list of one. `prefix`
+    goes before every key in messages.
 
     Raises:
       UserError: one line naming the dotted key that is unknown (with the closest valid one), missing or of the
         wrong type, or what the dataclass's own checks say.
     """
-    values = _known(cls, values, "")
-    hooks: dict[type[Any], Callable[[Any], Any]] = {float: _exact_float, int: _not_a_bool}
+    prepared = _prepare_table(cls, values, prefix)
     try:
-        return dacite.from_dict(cls, values, dacite.Config(cast=[tuple], type_hooks=hooks, strict=True))
+        return dacite.from_dict(cls, prepared, dacite.Config(strict=True))
     except dacite.MissingValueError as error:
-        raise UserError(f"key {error.field_path} is missing") from error
-    except dacite.WrongTypeError as error:
-        expected = getattr(error.field_type, "__name__", str(error.field_type))
-        if expected == "Literal":
-            expected = f"one of {comma_list(get_args(error.field_type))}"
-        raise UserError(f"key {error.field_path}={error.value!r} must be {expected}") from error
+        raise UserError(f"key {prefix}{error.field_path} is missing") from error
 
 
 def flatten(config: Any) -> dict[str, Any]:
@@ -61,26 +57,41 @@ def closest(name: str, valid: list[str]) -> str:
     return (f"did you mean {near[0]}? " if near else "") + f"valid: {comma_list(valid)}"
 
 
-def _known(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """`values` with "none" read as None, once every key is known to be a field."""
-    hints = get_type_hints(cls)
-    valid = [field.name for field in dataclasses.fields(cls)]
-    known = {}
+def _prepare_table(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """`values` in the types of the fields of `cls`, tables inside as dictionaries; every key is known to be a field."""
+    hints = field_types(cls)
+    prepared = {}
     for key, value in values.items():
-        if key not in valid:
-            raise UserError(f"unknown key {prefix}{key}; {closest(key, valid)}")
-        table = _dataclass_in(hints[key])
-        if table is not None and isinstance(value, Mapping):
-            value = _known(table, value, f"{prefix}{key}.")
-        elif table is not None and isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
-            value = [_known(table, item, f"{prefix}{key}[{i}].") for i, item in enumerate(value)]
-        known[key] = None if value == "none" and type(None) in get_args(hints[key]) else value
-    return known
+        if key not in hints:
+            raise UserError(f"unknown key {prefix}{key}; {closest(key, list(hints))}")
+        prepared[key] = _prepare(hints[key], value, f"{prefix}{key}")
+    return prepared
 
 
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass that `hint` is, or allows besides None."""
-    return next((option for option in (hint, *get_args(hint)) if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
+def _prepare(hint: Any, value: Any, key: str) -> Any:
+    """`value` in the type `hint`.
+
+    Raises:
+      UserError: naming the key where it has no such value.
+    """
+    kind, optional = without_none(hint)
+    if optional and (value is None or value == "none"):
+        return None
+    if dataclasses.is_dataclass(kind):
+        names = comma_list(field.name for field in dataclasses.fields(kind))
+        require(isinstance(value, Mapping), f"key {key}={shown(value)} must be {type_name(hint)}: a table of {names}")
+        return _prepare_table(kind, value, f"{key}.")  # type: ignore[arg-type]
+    if get_origin(kind) is tuple:
+        require(not isinstance(value, Mapping), f"key {key}={shown(value)} must be {type_name(hint)}")
+        item = get_args(kind)[0]
+        if not isinstance(value, list | tuple):
+            return (_prepare(item, value, key),)
+        return tuple(_prepare(item, each, f"{key}[{index}]") for index, each in enumerate(value))
+    rule = broken_rule(kind, value)
+    if rule is not None:
+        wanted = rule if get_origin(kind) is Literal else f"{type_name(hint)}: {rule}"
+        raise UserError(f"key {key}={shown(value)} must be {wanted}")
+    return float(value) if kind is float else value
 
 
 def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -90,13 +101,3 @@ def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", value
-
-
-def _exact_float(value: Any) -> Any:
-    """Whole numbers stand for floats; whatever else is no float stays as it is and is refused."""
-    return float(value) if type(value) is int else value
-
-
-def _not_a_bool(value: Any) -> Any:
-    """Python's bool is an int; in a config it is a mistake. As a string it is refused with its name."""
-    return str(value) if isinstance(value, bool) else value

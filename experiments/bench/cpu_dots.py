@@ -20,8 +20,8 @@ from anyexperts_jax.bench.cases import SHAPES, LayerShape
 from anyexperts_jax.bench.layer import HOST_SHAPES
 from anyexperts_jax.bench.output import environment, markdown
 from anyexperts_jax.bench.stopwatch import interleaved_rounds
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.ops._dots import dot, row_contraction
-from anyexperts_jax.report.tables import TextTable
 
 COMMAND = "python -m experiments.bench.cpu_dots"
 RESULT = pathlib.Path(__file__).resolve().parents[1] / "results" / "cpu_dots.md"

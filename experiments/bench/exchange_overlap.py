@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding
 
 from anyexperts_jax.aot.chips import chip_peaks
 from anyexperts_jax.aot.topology import slice_devices
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.models.presets import model_preset
-from anyexperts_jax.report.tables import TextTable
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.sharding.placement import Placement

@@ -12,18 +12,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from rich.console import Console
 
 from anyexperts_jax.bench.cases import SHAPES, budget_plan, compiled, operands, with_backward
 from anyexperts_jax.bench.layer import compile_together
-from anyexperts_jax.bench.output import print_tables
 from anyexperts_jax.bench.stopwatch import interleaved_rounds
+from anyexperts_jax.core.text_table import TextTable, print_tables
 from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.expert_mlp import pallas_triton
 from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions
 from anyexperts_jax.ops.expert_mlp.gpu_tile_table import tiles_for
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import GpuShape, Tiles, TritonTile
 from anyexperts_jax.ops.routed_mlp import buffered, gpu
-from anyexperts_jax.report.tables import TextTable
 
 SHAPE = SHAPES["P"]
 REAL = (8.0, 4.8)
@@ -82,7 +82,7 @@ def main(rounds: int) -> None:
     runs = [(run, real) for run in ("forward", "forward+backward") for real in REAL]
     rows = [(name, *(f"{found.milliseconds(f'{name}|{run}|{real}'):.2f}" for run, real in runs)) for name in CANDIDATES]
     columns = ("tiles", *(f"{run} {real:g}" for run, real in runs))
-    print_tables([TextTable(f"ms, {jax.devices()[0].device_kind}", columns, tuple(rows))])
+    print_tables([TextTable(f"ms, {jax.devices()[0].device_kind}", columns, tuple(rows))], Console(highlight=False))
 
 
 if __name__ == "__main__":

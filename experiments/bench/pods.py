@@ -16,16 +16,17 @@ import jax
 from anyexperts_jax.aot.bounds import Bounds, find_bounds
 from anyexperts_jax.aot.chips import chip_peaks
 from anyexperts_jax.aot.collectives import Collective
-from anyexperts_jax.aot.step import CompiledStep, compile_step, state_bytes
+from anyexperts_jax.aot.step import CompiledStep, compile_step
 from anyexperts_jax.aot.step_tables import mesh_text, to_json
 from anyexperts_jax.aot.topology import slice_devices
 from anyexperts_jax.aot.work import Work, count_work
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.models.presets import static_twin
-from anyexperts_jax.report.tables import TextTable
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.train.config import RunConfig, load_config
+from anyexperts_jax.train.fit import state_bytes
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG, RESULTS = ROOT / "pods" / "ling_mini_2.toml", ROOT / "results"

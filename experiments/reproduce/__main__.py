@@ -7,7 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from anyexperts_jax.cli.main import run_command
-from anyexperts_jax.cli.options import add_set, say
+from anyexperts_jax.cli.options import Parser, add_set, positive, positive_number, say, seed
+
+EXAMPLES = """examples:
+  python -m experiments.reproduce figure3 --workers 2 --deadline 3600
+  python -m experiments.reproduce all --only tables --readme README.md"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,8 +27,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.reproduce", description="The paper's tables and figures, over seeds, with verdicts."
+    parser = Parser(
+        prog="python -m experiments.reproduce",
+        description="The paper's tables and figures, over seeds, with verdicts.",
+        epilog=EXAMPLES,
     )
     parser.add_argument(
         "tables",
@@ -33,18 +39,28 @@ def _parser() -> argparse.ArgumentParser:
         help="table1 table2 table3 figure3 figure4 figure5 or all; evomoe-components -routers -diversity -beta "
         "-experts -slots or evomoe; or TOML files",
     )
-    parser.add_argument("--scale", default="tiny", help="tiny: two cores, the default; small: one accelerator")
+    parser.add_argument("--scale", default="tiny", help="tiny: two cores; small: one accelerator")
     parser.add_argument("--runs", type=pathlib.Path, help="where runs are kept (default: runs/reproduce)")
-    parser.add_argument("--workers", type=int, help="runs side by side (default: cores; at --scale small 1)")
-    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="stop then; the same command goes on")
+    parser.add_argument("--workers", type=positive, help="runs side by side (default: cores; at --scale small 1)")
+    parser.add_argument(
+        "--deadline",
+        type=positive_number,
+        metavar="SECONDS",
+        help="stop then; the same command goes on (default: never)",
+    )
     parser.add_argument("--quick", action="store_true", help="few steps and one seed: does it work, not what it says")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", help="make the runs of these alone: a share for each of several hosts"
+        "--seeds",
+        type=seed,
+        nargs="+",
+        help="make the runs of these alone: a share for each of several hosts (default: all)",
     )
     add_set(parser, "override in every run; repeatable")
-    parser.add_argument("--only", choices=("runs", "tables"), help="make the runs alone, or tables of what is done")
+    parser.add_argument(
+        "--only", choices=("runs", "tables"), help="make the runs alone, or tables of what is done (default: both)"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="of tables (default: in experiments/results/reproduce)")
-    parser.add_argument("--readme", type=pathlib.Path, help="also write the block between its markers")
+    parser.add_argument("--readme", type=pathlib.Path, help="also write the block between its markers (default: none)")
     parser.set_defaults(command=run)
     return parser
 

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Mapping
 
-from anyexperts_jax.report.tables import TextTable
+from anyexperts_jax.core.text_table import TextTable
 from experiments.reproduce.claims import BETTER_MARGIN, EQUAL_MARGIN, MIN_SEEDS
 from experiments.reproduce.collect import Results
 from experiments.reproduce.evomoe_claims import APART, evomoe_findings, main_findings

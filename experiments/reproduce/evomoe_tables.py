@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from anyexperts_jax.report.tables import TextTable, figure_text
+from anyexperts_jax.core.text_table import TextTable
+from anyexperts_jax.report.tables import figure_text
 from experiments.reproduce.claims import signed, told
 from experiments.reproduce.collect import Results, mean_score
 from experiments.reproduce.curves import domains_of

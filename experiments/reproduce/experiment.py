@@ -5,15 +5,16 @@ import functools
 import hashlib
 import json
 import pathlib
-import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.core.files import read_text
 from anyexperts_jax.evolution.config import STAGES, EvolveConfig, EvolveRun, load_evolve_config
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.train.config import RunConfig, load_config
+from anyexperts_jax.train.config_files import parse_toml
 from anyexperts_jax.train.strict import build, closest, flatten, merge
 
 TABLES = ("table1", "table2", "table3", "figure3", "figure4", "figure5")
@@ -280,12 +281,7 @@ def run_from_json(text: str) -> Run:
 
 def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...] = ()) -> dict[str, Any]:
     """The file's tables, laid over those of the file beside it that its key `like` names."""
-    try:
-        values = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read experiment {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
+    values = parse_toml(str(path), read_text(path, "experiment"))
     like = values.pop("like", None)
     if like is None:
         return values

@@ -5,8 +5,8 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.data.domain import SPLITS_VERSION
-from anyexperts_jax.report.tables import TextTable
 from experiments.reproduce import tables
 from experiments.reproduce.claims import BETTER_MARGIN, EQUAL_MARGIN, MIN_SEEDS, Claim, all_claims
 from experiments.reproduce.collect import Results

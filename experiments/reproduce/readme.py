@@ -4,7 +4,7 @@ import os
 import pathlib
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.report.tables import TextTable
+from anyexperts_jax.core.text_table import TextTable
 from experiments.reproduce.evomoe_output import evomoe_block, is_evomoe
 from experiments.reproduce.output import MAIN_FIGURE, PAGE_NAME, Page, claims_of, markdown_table, old_splits
 from experiments.reproduce.tables import verdict_table

@@ -11,7 +11,7 @@ import json
 import pathlib
 import statistics
 
-from anyexperts_jax.report.tables import TextTable
+from anyexperts_jax.core.text_table import TextTable
 from experiments.reproduce.collect import load_kept, mean_score
 from experiments.reproduce.output import markdown_table
 from experiments.reproduce.run_result import RunResult, result_from_json

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from anyexperts_jax.report.tables import TextTable, figure_text
+from anyexperts_jax.core.text_table import TextTable
+from anyexperts_jax.report.tables import figure_text
 from experiments.reproduce.claims import FULL, LESS_TEXT, Claim, signed, told
 from experiments.reproduce.collect import Results, mean_score
 from experiments.reproduce.curves import DYNAMIC, SALIENCE, Curve, all_curves, domains_of

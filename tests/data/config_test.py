@@ -15,7 +15,7 @@ from anyexperts_jax.data.domain import DOMAIN_NAMES
         ({"domains": ("nlp", "nlp")}, "names a domain twice"),
         ({"weights": (1.0, 2.0)}, "data.weights has 2 entries for 5 domains"),
         ({"domains": ("nlp",), "weights": (0.0,)}, "data.weights: 0.0 for nlp must be finite and > 0"),
-        ({"domains": ("nlp",), "weights": (float("nan"),)}, "data.weights: nan for nlp"),
+        ({"domains": ("nlp",), "weights": (float("nan"),)}, r"data\.weights\[0\]=nan must be a finite number"),
         ({"folders": ("mine",)}, "data.folders entry 'mine' must read NAME=PATH"),
         ({"folders": ("mine=/x",)}, "data.folders names 'mine', which is not in data.domains"),
         ({"folders": ("nlp=/x", "nlp=/y")}, "data.folders names 'nlp' twice"),

@@ -149,6 +149,8 @@ def test_a_model_must_read_what_is_encoded():
             ModelConfig(vocab_size=256, pad_id=1, eos_id=2),
             "vocab_size=256 is below the tokenizer's 260",
         ),
+        (EncodingSpec(), ModelConfig(pad_id=0), "model.pad_id=0 is not the tokenizer's; set model.pad_id=256"),
+        (EncodingSpec(), ModelConfig(eos_id=256), "model.eos_id=256 is not the tokenizer's; set model.eos_id=259"),
         (EncodingSpec(), ModelConfig(audio=None), "the model has no audio part; set encoding.max_frames=0"),
         (EncodingSpec(), ModelConfig(audio=AudioConfig(frame_features=128)), "makes 160 audio features"),
         (EncodingSpec(patch_size=4), ModelConfig(vision=VisionConfig()), "makes 48 vision features"),

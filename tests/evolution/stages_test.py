@@ -246,7 +246,7 @@ def test_presets_and_their_files_are_strict(tmp_path):
         assert load_evolve_config(path) == run
     assert load_evolve_config("evolve_smoke", ["evolve.trains=all"]).evolve.trains == "all"
     for override, message in (
-        ("evolve.evolution.beta=1", "unknown key evolution.beta"),
+        ("evolve.evolution.beta=1", "unknown key evolve.evolution.beta"),
         ("evolve.trains=both", "trains"),
         ("evolve.diversity=noise", "key diversity='noise' must be one of none, contrastive, local_entropy"),
         ("evolve.upcycle.num_experts=3", "evolve.moe.num_experts=4 is not evolve.upcycle.num_experts=3"),

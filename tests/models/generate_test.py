@@ -7,7 +7,7 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.execution import Execution
-from anyexperts_jax.models.generate import dropless, generate
+from anyexperts_jax.models.generate import Ends, dropless, generate, greedy_tokens
 from models.small import SMALL, forward, random_batch, random_params, small
 
 J = 6
@@ -107,6 +107,43 @@ def test_an_answer_does_not_depend_on_the_other_rows_of_its_batch():
     for b in range(3):
         alone = jax.tree.map(lambda leaf, b=b: leaf[b : b + 1], batch)
         np.testing.assert_array_equal(generate(config, params, alone, max_new_tokens=J)[0], together[b])
+
+
+def test_a_sequence_ends_at_the_models_length():
+    """Beyond it there are no positions the model was trained on."""
+    lengths = (12, 14, 9)
+    params, prompts = lively_params(), random_batch(lengths=lengths, total=14)
+    free = recomputed(SMALL, params, random_batch(lengths=lengths), lengths)
+    assert SMALL.pad_id not in free
+    tokens_BJ = np.asarray(generate(small(max_length=14), params, prompts, max_new_tokens=J))
+    for row, expected, length in zip(tokens_BJ, free, lengths, strict=True):
+        room = 14 - length
+        np.testing.assert_array_equal(row[:room], expected[:room])
+        np.testing.assert_array_equal(row[room:], SMALL.pad_id)
+
+
+@pytest.mark.parametrize(
+    ("max_new_tokens", "room", "steps", "rows"),
+    [
+        (1, (9, 9), 0, [[1], [1]]),
+        (4, (9, 9), 3, [[1, 2, 3, 4], [1, 2, 3, 4]]),
+        (4, (2, 1), 1, [[1, 2, 0, 0], [1, 0, 0, 0]]),
+        (4, (0, 3), 2, [[0, 0, 0, 0], [1, 2, 3, 0]]),
+        (4, (0, -1), 0, [[0, 0, 0, 0], [0, 0, 0, 0]]),
+        (9, (9, 9), 4, [[1, 2, 3, 4, 5, 0, 0, 0, 0]] * 2),  # 5 is the end
+    ],
+)
+def test_no_step_is_taken_whose_token_nobody_reads(max_new_tokens, room, steps, rows):
+    def step(tokens_B, j, live_B, cache):
+        jax.debug.callback(lambda: seen.append(1))
+        return jax.nn.one_hot(jnp.where(live_B, tokens_B + 1, 7), 8), cache
+
+    seen = []
+    ends = Ends(jnp.array(room), stop_ids=(5,), pad_id=0)
+    tokens_BJ = greedy_tokens(step, jax.nn.one_hot(jnp.ones(2), 8), jnp.int32(0), ends, max_new_tokens)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(tokens_BJ, rows)
+    assert len(seen) == steps
 
 
 def test_only_a_dispatch_that_can_drop_is_replaced():

@@ -4,6 +4,7 @@ import pytest
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.models.init import abstract_params
 from anyexperts_jax.models.presets import PRESETS, dense_twin, model_preset, static_twin
+from anyexperts_jax.tokenizers.bytes import BYTES
 
 WITH_EXPERTS = [name for name in PRESETS if name != "tiny_dense"]
 
@@ -16,6 +17,12 @@ def paths(config):
 def test_unknown_presets_are_refused_with_the_known_ones():
     with pytest.raises(UserError, match=r"'tinny' is unknown; valid: tiny, tiny_dense, small, ling_mini_2"):
         model_preset("tinny")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_pads_and_stops_by_the_tokenizers_ids(name):
+    model = model_preset(name)
+    assert (model.pad_id, (model.eos_id,)) == (BYTES.special.pad, BYTES.special.eos)
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)

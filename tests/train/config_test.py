@@ -79,7 +79,7 @@ def test_a_runs_json_loads_as_a_config(tmp_path):
             r"packing='first_fit' with model\.moe\.switches\.balance_scope='sequence': that balance loss is of a row",
         ),
         (["mesh.data=0"], r"mesh\.data=0 must be >= 1"),
-        (["seed=-1"], "seed=-1 must be >= 0"),
+        (["seed=-1"], r"key seed=-1 must be int: in \[0, 2\^32\)"),
         (["optim"], "override 'optim' is not key=value"),
         (["optim..lr=1"], "is not key=value"),
     ],

@@ -1,0 +1,57 @@
+"""How much memory this process can still take on its machine."""
+
+import pathlib
+
+import psutil
+
+_CGROUPS = pathlib.Path("sys/fs/cgroup")
+_NO_LIMIT = 2**60  # version 1 writes a number near 2^63 for none
+
+
+def available_bytes(root: pathlib.Path = pathlib.Path("/")) -> int:
+    """Memory that is free or can be freed at once, within the limits of the cgroups around it (containers, Slurm jobs).
+
+    Args:
+      root: of the file system that tells of the cgroups, for tests.
+    """
+    return min([psutil.virtual_memory().available, *_left_in_cgroups(root)])
+
+
+def _left_in_cgroups(root: pathlib.Path) -> list[int]:
+    """Bytes that each cgroup around this process leaves, of those that have a limit."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux, or no /proc
+        return []
+    left = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        version_2 = controllers == ""
+        if not version_2 and "memory" not in controllers.split(","):
+            continue
+        top = root / _CGROUPS if version_2 else root / _CGROUPS / "memory"
+        names = ("memory.max", "memory.current", "inactive_file")
+        if not version_2:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        inside = top / path.lstrip("/")
+        for group in (inside, *inside.parents):
+            if group == top or top in group.parents:
+                left += _left_in(group, *names)
+    return left
+
+
+def _left_in(group: pathlib.Path, limit: str, usage: str, cache: str) -> list[int]:
+    """The limit less what is used, the page cache that can be dropped apart; nothing where there is no limit.
+
+    In a container the path may be one that only its host sees; such a folder is passed by.
+    """
+    try:
+        text = (group / limit).read_text().strip()
+        if not text.isdecimal() or int(text) >= _NO_LIMIT:
+            return []
+        used = int((group / usage).read_text())
+        numbers = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:
+        return []
+    return [max(0, int(text) - used + int(numbers.get(cache, 0)))]

@@ -1,0 +1,10 @@
+"""`pytest tests/fuzz --fuzz-cases 200` runs so many cases of each test that takes `fuzz_case`, the number of its case.
+
+A case is made from its number alone, so one that fails runs alone by its name. CI runs the first few of each; `make
+fuzz` runs them in full.
+"""
+
+
+def pytest_generate_tests(metafunc):
+    if "fuzz_case" in metafunc.fixturenames:
+        metafunc.parametrize("fuzz_case", range(metafunc.config.getoption("--fuzz-cases")))
