@@ -101,8 +101,7 @@ def test_no_error_is_swallowed_and_no_global_state_is_set(path):
 def test_tables_are_printed_by_the_one_function_that_keeps_figures_whole():
     """`core.text_table.print_tables`, tried on every table in tests/printed_tables_test.py; examples are texts."""
     drawing = {in_package(path) for path in SOURCES if "rich.table" in imported_modules(path)}
-    of_texts = {"anyexperts_jax/data/show.py", "anyexperts_jax/tokenizers/show.py"}  # examples, and tokens
-    assert drawing == {"anyexperts_jax/core/text_table.py"} | of_texts
+    assert drawing == {"anyexperts_jax/core/text_table.py", "anyexperts_jax/data/show.py"}
 
 
 def test_a_deprecated_call_of_ours_fails_a_test():

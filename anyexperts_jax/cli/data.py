@@ -30,8 +30,7 @@ def _mixture(options: argparse.Namespace) -> "DataConfig":
     else:
         from anyexperts_jax.train.config import load_config
 
-        path = pathlib.Path(options.config)
-        config = load_config(path / "config.json" if path.is_dir() else options.config).data
+        config = load_config(options.config).data
     given = named_paths(options.data, "--data")
     folders = config.folder_paths() | given
     default = (*(() if options.config is None else config.domains), *given) or DOMAIN_NAMES
@@ -60,22 +59,24 @@ def run_export(options: argparse.Namespace) -> None:
 
 def add(commands: argparse._SubParsersAction) -> None:
     show_example = "anyexperts data show ocr speech --level 1 --out runs/data"
+    own_example = "anyexperts data show --data mine=folder --split validation"
     export_example = "anyexperts data export nlp folder --split validation --count 500"
     data = add_command(
         commands, "data", "look at the five domains, or write them to disk", (show_example, export_example)
     )
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
     splits = ("train", "validation", "test")
-    show = add_command(actions, "show", "print and draw examples (PNG, WAV)", (show_example,))
+    show = add_command(actions, "show", "print and draw examples (PNG, WAV)", (show_example, own_example))
     show.add_argument("domain", nargs="*", help="domains (default: all of --config and --data, or all five)")
     own = "a domain of your own, in a folder; repeatable"
     show.add_argument("--data", action="append", default=[], metavar="NAME=PATH", help=own)
-    show.add_argument("--config", help="take the domains of a preset, a TOML file or a run")
+    show.add_argument("--config", help="take the domains of a preset, a TOML file or a run (default: none)")
     show.add_argument("--split", default="train", choices=splits, help="that the examples are of")
     show.add_argument("--count", type=int, default=12, help="examples of each domain")
     show.add_argument("--start", type=natural, default=0, help="number of the first one, from 0")
     show.add_argument("--seed", type=seed, help="of generated examples (default: the configuration's, or 0)")
-    show.add_argument("--level", type=int, nargs="+", choices=(1, 2, 3), help="difficulties (default: all three)")
+    levels = "difficulties of generated domains (default: the configuration's, or all three)"
+    show.add_argument("--level", type=int, nargs="+", choices=(1, 2, 3), help=levels)
     show.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/data"), help="for pictures and sound")
     show.set_defaults(command=run_show)
     export = add_command(actions, "export", "write a generated domain as ArrayRecord files", (export_example,))

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import say
+from anyexperts_jax.cli.options import add_command, positive, say
 from anyexperts_jax.core.errors import require
 
 
@@ -26,6 +26,7 @@ def run_train(options: argparse.Namespace) -> None:
 def run_show(options: argparse.Namespace) -> None:
     from rich.console import Console
 
+    from anyexperts_jax.core.text_table import print_tables
     from anyexperts_jax.tokenizers.show import describe, summary, token_table
     from anyexperts_jax.tokenizers.store import open_tokenizer
 
@@ -33,21 +34,21 @@ def run_show(options: argparse.Namespace) -> None:
     print("\n".join(describe(tokenizer)))
     if options.text is not None:
         tokens = tokenizer.encode(options.text)
-        Console().print(token_table(tokenizer, tokens))
+        print_tables([token_table(tokenizer, tokens)], Console(highlight=False), lines=True)
         print(summary(options.text, tokens))
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer on text, or look at one")
-    actions = tokenizer.add_subparsers(title="actions", required=True, metavar="ACTION")
-    train = actions.add_parser(
-        "train",
-        help="byte-level BPE from text files",
-        epilog="example: anyexperts tokenizer train corpus.txt --vocab-size 8192 --out tokenizers/corpus",
+    train_example = "anyexperts tokenizer train corpus.txt --vocab-size 8192 --out tokenizers/corpus"
+    show_example = "anyexperts tokenizer show tokenizers/corpus --text 'Hello world'"
+    tokenizer = add_command(
+        commands, "tokenizer", "train a tokenizer on text, or look at one", (train_example, show_example)
     )
+    actions = tokenizer.add_subparsers(title="actions", required=True, metavar="ACTION")
+    train = add_command(actions, "train", "train byte-level BPE on text files", (train_example,))
     train.add_argument("files", nargs="+", type=pathlib.Path, help="UTF-8 text files, also compressed as .gz")
     train.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="ids, special tokens and bytes included"
+        "--vocab-size", type=positive, required=True, metavar="N", help="ids, special tokens and bytes included"
     )
     train.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="a new folder for tokenizer.json")
     train.add_argument(
@@ -58,10 +59,11 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="further special tokens, as <|im_start|> (default: none)",
     )
     train.set_defaults(command=run_train)
-    show = actions.add_parser(
+    show = add_command(
+        actions,
         "show",
-        help="print its size, special tokens and fingerprint, and what it makes of a text",
-        epilog='example: anyexperts tokenizer show tokenizers/corpus --text "Hello world"',
+        "print its size, special tokens and fingerprint, and what it makes of a text",
+        (show_example,),
     )
     show.add_argument("tokenizer", help="bytes, a folder with tokenizer.json, or a GGUF file")
     show.add_argument("--text", help="a text to cut into tokens (default: none)")

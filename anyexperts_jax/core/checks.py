@@ -27,8 +27,7 @@ def check_field_types(config: Any, prefix: str = "") -> None:
     Raises:
       UserError: naming the first field that is of another type, or a number that int32 or float32 cannot hold.
     """
-    cls: Any = type(config)
-    for name, hint in field_types(cls).items():
+    for name, hint in field_types(type(config)).items():
         _check(hint, getattr(config, name), f"{prefix}{name}")
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Literal
 
 from anyexperts_jax.core.checks import Seed, check_field_types
 from anyexperts_jax.core.errors import comma_list, require, require_one_of
@@ -68,7 +68,7 @@ class DataConfig:
     packing: Packing = "none"  # a training row holds one example, or with first_fit as many as it has room for
     packing_window: int = 64  # rows that are filled at a time; more leave less padding
     tokenizer: str = BYTES_NAME  # "bytes", or the path of a folder with tokenizer.json, or of a GGUF file
-    token_fingerprint: str | None = None  # of that tokenizer: training records it, and refuses another; None: bytes
+    token_fingerprint: str | None = None  # of that tokenizer, which training records and holds to; None: bytes
     encoding: EncodingSpec = dataclasses.field(default_factory=EncodingSpec)
     threads: int = 1  # threads that make batches ahead of time; 0: made when asked for
     prefetch: int = 2  # batches made ahead of time, by threads or by each worker
@@ -90,7 +90,6 @@ class DataConfig:
             require_one_of("data.levels entry", level, LEVELS)
         require(bool(self.tokenizer), f"data.tokenizer is empty; give {BYTES_NAME!r} or a path")
         require(self.train_examples >= 1, f"data.train_examples={self.train_examples} must be >= 1")
-        require_one_of("data.packing", self.packing, get_args(Packing))
         for name in ("packing_window", "prefetch"):
             require(getattr(self, name) >= 1, f"data.{name}={getattr(self, name)} must be >= 1")
         for name in ("threads", "workers"):

@@ -6,14 +6,14 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import comma_list, require
 from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.example import Example
 from anyexperts_jax.data.features import chunks_in_spans, log_mel, stack_frames
 from anyexperts_jax.data.sequence import EncodedSequence, MediaPart, Part, TokenPart, assemble, padded
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.base import Tokenizer, require_fits_vocabulary
 from anyexperts_jax.tokenizers.bytes import BYTES
 from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
 
@@ -126,6 +126,20 @@ def _require_room(example: Example, spec: EncodingSpec, media: int, question: in
     )
 
 
+def require_model_ids(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Refuses a model whose ids are not the tokenizer's, which owns them: with others generation would never stop.
+
+    Raises:
+      UserError: naming the values and what to set.
+    """
+    require_fits_vocabulary(tokenizer, model.vocab_size)
+    special = tokenizer.special
+    wanted = {"pad_id": special.pad, "eos_id": special.eos[0]}
+    wrong = [f"model.{name}={getattr(model, name)}" for name, id in wanted.items() if getattr(model, name) != id]
+    right = comma_list(f"model.{name}={id}" for name, id in wanted.items())
+    require(not wrong, f"{comma_list(wrong)} is not of tokenizer {tokenizer.name!r}; set {right}")
+
+
 def require_fits_model(spec: EncodingSpec, model: ModelConfig, tokenizer: str = BYTES_NAME) -> None:
     """Checks that a model made by `model` reads sequences made by `spec`.
 
@@ -141,10 +155,8 @@ def require_fits_model(spec: EncodingSpec, model: ModelConfig, tokenizer: str = 
         tokenizer != BYTES_NAME or model.vocab_size >= BYTES.vocab_size,
         f"the model's vocab_size={model.vocab_size} is below the tokenizer's {BYTES.vocab_size}",
     )
-    special = BYTES.special  # of another tokenizer they are checked once it is opened
-    for name, value, owned in (("pad_id", model.pad_id, special.pad), ("eos_id", model.eos_id, special.eos[0])):
-        message = f"model.{name}={value} is not the tokenizer's; set model.{name}={owned}"
-        require(tokenizer != BYTES_NAME or value == owned, message)
+    if tokenizer == BYTES_NAME:  # another is read when training starts, and checked there
+        require_model_ids(BYTES, model)
     parts = (
         ("vision", "max_patches", "patch_features", spec.patch_features),
         ("audio", "max_frames", "frame_features", spec.frame_features),

@@ -140,7 +140,7 @@ def describe_evidence(example: Example) -> str:
 
 def _table(examples: Sequence[Numbered], name: str) -> "Table":
     from rich.table import Table
-    from rich.text import Text  # cells that are strings would be read as markup
+    from rich.text import Text
 
     table = Table(title=Text(name), title_justify="left", caption="underlined: evidence in the question")
     table.add_column("#", justify="right", overflow="fold")

@@ -32,8 +32,8 @@ def generate(
     """The most likely continuation of each prompt, token by token, J = max_new_tokens of them.
 
     `eos_id` or one of `stop_ids` ends a sequence and is the last token written; `pad_id` follows. A sequence also ends
-    at the model's `max_length` positions, without such a token. An empty prompt (all padding), and one that has them
-    all, yield padding alone. Compiled once for each configuration and set of shapes.
+    at the model's `max_length` positions, without either. An empty prompt (all padding), and one that has them all,
+    yield padding alone. Compiled once for each configuration and set of shapes.
 
     Nothing is dropped, whatever the configuration: where `stack.execution` has buffers that can overflow ("capacity",
     "exchange"), decoding runs "blocks", the same values wherever those drop nothing. So an answer does not depend on
@@ -51,8 +51,7 @@ def generate(
     require_one_segment(prompt_batch, "generation continues one prompt a row")
     if window is not None:
         check_window(config.moe, window)
-    stops = tuple(sorted({config.eos_id, *stop_ids}))
-    static = (dropless(config), max_new_tokens, stops, placement_of(params))
+    static = (dropless(config), max_new_tokens, tuple(sorted({config.eos_id, *stop_ids})), placement_of(params))
     return _generate(static, params, prompt_batch, window, router_bias_LC)
 
 
@@ -77,7 +76,7 @@ def _generate(
     window: Float[Array, "2"] | None,
     router_bias_LC: Float[Array, "L C"] | None,
 ) -> Int[Array, "B J"]:
-    config, max_new_tokens, stops, placement = static
+    config, max_new_tokens, stop_ids, placement = static
     run: Callable[..., Any] = functools.partial(
         MultimodalModel(config, placement).apply, {"params": params}, window=window, router_bias_LC=router_bias_LC
     )
@@ -90,7 +89,7 @@ def _generate(
     def step(tokens_B: Array, j: Array, live_B: Array, cache: StackCache) -> tuple[Array, StackCache]:
         return run(tokens_B, lengths_B + j, live_B, cache, method="step")
 
-    ends = Ends(room_B, stops, config.pad_id)
+    ends = Ends(room_B, stop_ids, config.pad_id)
     return greedy_tokens(step, logits_BY, cache, ends, max_new_tokens)
 
 
@@ -98,7 +97,7 @@ class Ends(NamedTuple):
     """Where sequences end."""
 
     room_B: Int[Array, "B"]  # tokens each may take, at most
-    stop_ids: tuple[int, ...]  # one of them is the last token of a sequence that ends before
+    stop_ids: tuple[int, ...]  # the last token of one that ends before is one of these
     pad_id: int  # what follows
 
 
@@ -120,8 +119,9 @@ def greedy_tokens(
 
     def choose(j: Array, logits_BY: Array, done_B: Array, tokens_BJ: Array) -> tuple[Array, Array]:
         next_B = jnp.where(done_B, ends.pad_id, jnp.argmax(logits_BY, axis=-1).astype(jnp.int32))
-        stops_B = jnp.isin(next_B, jnp.array(ends.stop_ids))
-        return done_B | stops_B | (j + 1 >= ends.room_B), tokens_BJ.at[:, j].set(next_B)
+        return done_B | jnp.isin(next_B, jnp.array(ends.stop_ids)) | (j + 1 >= ends.room_B), tokens_BJ.at[:, j].set(
+            next_B
+        )
 
     def unfinished(state: tuple[Array, Array, Array, Any]) -> Array:
         j, done_B, _, _ = state

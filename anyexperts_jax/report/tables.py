@@ -45,7 +45,8 @@ def score_table(result: EvaluationResult) -> TextTable:
         cells = [f"{100 * score.score:.1f} ±{figure_text(100 * score.standard_error, '.1f')}" for score in scores]
         rows.append((first.domain, metric_name(first.metric), f"{100 * first.chance:.1f}", *cells))
     columns = ("domain", "metric", "chance", *(f"budget {one.budget:g}" for one in result.budgets))
-    return TextTable(f"Score in percent on {examples_text(result)}", columns, tuple(rows), names=2)
+    title = f"Score in percent on {examples_text(result)}"
+    return TextTable(title, columns, tuple(rows), names=2)
 
 
 def examples_text(result: EvaluationResult) -> str:

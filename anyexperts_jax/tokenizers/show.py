@@ -1,12 +1,8 @@
 """A tokenizer, and what it makes of a text, for people to look at."""
 
-from typing import TYPE_CHECKING
-
 from anyexperts_jax.core.errors import comma_list
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.tokenizers.base import Tokenizer, TokenSpans
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def describe(tokenizer: Tokenizer) -> list[str]:
@@ -27,17 +23,14 @@ def describe(tokenizer: Tokenizer) -> list[str]:
     return [*lines, f"chat templates: {comma_list(templates)}"] if templates else lines
 
 
-def token_table(tokenizer: Tokenizer, tokens: TokenSpans) -> "Table":
+def token_table(tokenizer: Tokenizer, tokens: TokenSpans) -> TextTable:
     """A row a token: its place, id, spelling and the characters it stands for."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("#", "id", "token", "characters")
+    rows = []
     spelled = tokenizer.pieces(tokens.ids_T)
     for i, (id, piece, span) in enumerate(zip(tokens.ids_T, spelled, tokens.offsets_T2, strict=True)):
         characters = "none" if span[0] == span[1] else f"{span[0]} to {span[1]}"
-        table.add_row(str(i), str(id), Text(repr(piece)[1:-1]), characters)  # Text: no markup in what users wrote
-    return table
+        rows.append((str(i), str(id), repr(piece)[1:-1], characters))
+    return TextTable("Tokens of the text", ("#", "id", "token", "characters"), tuple(rows), names=3)
 
 
 def summary(text: str, tokens: TokenSpans) -> str:

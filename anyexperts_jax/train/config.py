@@ -151,13 +151,18 @@ def run_config(name: str, values: dict[str, Any]) -> RunConfig:
     preset, model = values.pop("preset", None), table_in(values, "model", name)
     try:
         base = {} if preset is None else dataclasses.asdict(model_preset(str(preset)))
-        load_plugins(_plugins(values))
-        base |= ids_of_tokenizer(values.get("data"), values.get("model"))
+        _load_plugins(values)
+        base |= ids_of_tokenizer(values.get("data"), model)
         if base:
             values["model"] = merge(base, model)
         return build(RunConfig, values)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
+
+
+def _load_plugins(values: dict[str, Any]) -> None:
+    """Before all else is read: the configuration may name what they register."""
+    load_plugins(_plugins(values))
 
 
 def _plugins(values: dict[str, Any]) -> tuple[str, ...]:
@@ -180,7 +185,7 @@ def from_json(text: str, name: str = "config.json") -> RunConfig:
     values = parse_json_object(text, name)
     try:
         values = move_keys(values)
-        load_plugins(_plugins(values))
+        _load_plugins(values)
         return build(RunConfig, values)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error

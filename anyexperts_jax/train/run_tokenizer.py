@@ -10,13 +10,12 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from anyexperts_jax.core.errors import comma_list, require
+from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.config import DataConfig
+from anyexperts_jax.data.encode import require_model_ids
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.tokenizers.base import (
-    Tokenizer,
     TokenizerRecord,
-    require_fits_vocabulary,
     require_same_tokenizer,
 )
 from anyexperts_jax.tokenizers.bytes import BYTES
@@ -72,20 +71,6 @@ def pinned(data: DataConfig, model: ModelConfig, kept: pathlib.Path, *, begun: b
     require_model_ids(tokenizer, model)
     source = str(kept) if moved else data.tokenizer
     return dataclasses.replace(data, tokenizer=source, token_fingerprint=tokenizer.fingerprint)
-
-
-def require_model_ids(tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Refuses a model whose ids are not the tokenizer's.
-
-    Raises:
-      UserError: naming the values and what to set.
-    """
-    require_fits_vocabulary(tokenizer, model.vocab_size)
-    special = tokenizer.special
-    wanted = {"pad_id": special.pad, "eos_id": special.eos[0]}
-    wrong = [f"model.{name}={getattr(model, name)}" for name, id in wanted.items() if getattr(model, name) != id]
-    right = comma_list(f"model.{name}={id}" for name, id in wanted.items())
-    require(not wrong, f"{comma_list(wrong)} is not of tokenizer {tokenizer.name!r}; set {right}")
 
 
 def keep_tokenizer(data: DataConfig, kept: pathlib.Path) -> None:

@@ -46,7 +46,7 @@ def separation(name, auc) -> Separation:
     )
 
 
-def evaluation(budgets=(2.4, 3.6), general="general", nlp="nlp") -> EvaluationResult:
+def evaluation(general="general", nlp="nlp", budgets=(2.4, 3.6)) -> EvaluationResult:
     """Of the two domains by these names."""
 
     def score(domain, value):

@@ -139,7 +139,7 @@ def test_no_step_is_taken_whose_token_nobody_reads(max_new_tokens, room, steps, 
         return jax.nn.one_hot(jnp.where(live_B, tokens_B + 1, 7), 8), cache
 
     seen = []
-    ends = Ends(jnp.array(room), stop_ids=(5,), pad_id=0)
+    ends = Ends(jnp.array(room), stop_ids=(5, 6), pad_id=0)
     tokens_BJ = greedy_tokens(step, jax.nn.one_hot(jnp.ones(2), 8), jnp.int32(0), ends, max_new_tokens)
     jax.effects_barrier()
     np.testing.assert_array_equal(tokens_BJ, rows)

@@ -2,6 +2,7 @@ import jax
 import pytest
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.data.encode import require_model_ids
 from anyexperts_jax.models.init import abstract_params
 from anyexperts_jax.models.presets import PRESETS, dense_twin, model_preset, static_twin
 from anyexperts_jax.tokenizers.bytes import BYTES
@@ -21,8 +22,7 @@ def test_unknown_presets_are_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_pads_and_stops_by_the_tokenizers_ids(name):
-    model = model_preset(name)
-    assert (model.pad_id, (model.eos_id,)) == (BYTES.special.pad, BYTES.special.eos)
+    require_model_ids(BYTES, model_preset(name))
 
 
 @pytest.mark.parametrize("name", WITH_EXPERTS)
