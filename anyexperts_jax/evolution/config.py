@@ -9,13 +9,12 @@ from typing import Any, Literal, get_args
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.core.files import parse_json_object, read_text
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.train.config import (
     RunConfig,
     names_in,
-    parse_json,
     parse_override,
-    read_text,
     read_toml,
     run_config,
 )
@@ -265,8 +264,10 @@ def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()
     """
     path = pathlib.Path(source)
     if path.suffix == ".json":
-        name, values = str(path), parse_json(read_text(path))
-        values = {**values.get("base", {}), "evolve": values.get("evolve", {})}
+        name, values = str(path), parse_json_object(read_text(path, "config"), str(path))
+        base = values.get("base", {})
+        require(isinstance(base, dict), f"{path}: base is not a JSON object")
+        values = {**base, "evolve": values.get("evolve", {})}
     else:
         name, values = read_toml(source, "evolve config", _presets())
     for override in overrides:

@@ -10,6 +10,7 @@ from importlib.resources.abc import Traversable
 from typing import Any, Literal, get_args
 
 from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.core.files import parse_json_object, read_text
 from anyexperts_jax.core.plugins import load_plugins
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.encode import require_fits_model
@@ -91,25 +92,6 @@ class RunConfig:
         )
 
 
-# What may differ when a run goes on: it moves neither the parameters' shapes nor the order of the data. With another
-# number of steps the learning rate follows the new, longer or shorter, decay from there on.
-FREE_KEYS = (
-    "mesh.",
-    "data.tokenizer",  # a path: the tokenizer itself is told by data.token_fingerprint
-    "data.threads",
-    "data.prefetch",
-    "train.steps",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.eval_every",
-    "train.eval_examples",
-    "train.keep_last",
-    "train.on_nonfinite",
-    "runtime.",
-    "plugins",
-)
-
-
 def preset_names() -> list[str]:
     """The run configurations that come with the package."""
     return names_in(_presets())
@@ -172,8 +154,9 @@ def from_json(text: str, name: str = "config.json") -> RunConfig:
     Raises:
       UserError: when the text is no JSON object, or no configuration of this version.
     """
+    values = parse_json_object(text, name)
     try:
-        values = move_keys(parse_json(text))
+        values = move_keys(values)
         _load_plugins(values)
         return build(RunConfig, values)
     except UserError as error:
@@ -188,7 +171,7 @@ def _read(source: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
     """Name for messages and raw values of a preset or file."""
     path = pathlib.Path(source)
     if path.suffix == ".json":
-        return str(path), dataclasses.asdict(from_json(read_text(path), str(path)))
+        return str(path), dataclasses.asdict(from_json(read_text(path, "config"), str(path)))
     return read_toml(source, "config", _presets())
 
 
@@ -196,7 +179,7 @@ def read_toml(source: str | pathlib.Path, kind: str, presets: Traversable) -> tu
     """Name for messages and raw values of a TOML file, or of one of the folder `presets` by its name."""
     path = pathlib.Path(source)
     if path.suffix == ".toml":
-        return str(path), parse_toml(str(path), read_text(path))
+        return str(path), parse_toml(str(path), read_text(path, "config"))
     known = names_in(presets)
     if str(source) not in known:
         raise UserError(f"no {kind} {str(source)!r}; {closest(str(source), known)}, or a path to a .toml file")
@@ -208,26 +191,10 @@ def names_in(presets: Traversable) -> list[str]:
     return sorted(path.name.removesuffix(".toml") for path in presets.iterdir() if path.name.endswith(".toml"))
 
 
-def read_text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text()
-    except OSError as error:
-        raise UserError(f"cannot read config {path}: {error.strerror}") from error
-
-
-def parse_json(text: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"not valid JSON: {error}") from error
-    require(isinstance(values, dict), "not a JSON object")
-    return values
-
-
 def parse_toml(name: str, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of the latter kinds: numbers too long, tables too deep
         raise UserError(f"{name}: not valid TOML: {error}") from error
 
 
