@@ -7,16 +7,18 @@ PYTEST_ARGS ?=
 WORKERS := -n logical --maxprocesses 4 --dist worksteal  # each takes 2 GB or so
 AOT_TESTS ?= aot
 FUZZ_CASES ?= 200
+KILLS ?= 20
 BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 AOT_BIN := $(AOT_VENV)/bin
 
-.PHONY: help install demo demo-smoke test fuzz test-aot test-notebooks lint types format check clean
+.PHONY: help install demo demo-smoke test fuzz test-kills test-aot test-notebooks lint types format check clean
 
 help:
 	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 8 minutes)"
 	@echo "make demo-smoke  the same in about a minute, too short to learn anything"
 	@echo "make test        install and run the tests"
+	@echo "make test-kills  twenty kills of a run at random moments, twenty resumes, the same bits at the end (some minutes)"
 	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
 	@echo "make fuzz        run configurations broken at random, 200 of each kind"
 	@echo "make test-aot    compile the kernels for TPUs and GPUs that are not here (Linux; 1.2 GB of compilers)"
@@ -49,6 +51,9 @@ test: $(BIN)/.installed-test
 
 fuzz: $(BIN)/.installed-test
 	$(BIN)/python -m pytest tests/fuzz --fuzz-cases $(FUZZ_CASES) $(WORKERS) $(PYTEST_ARGS)
+
+test-kills: $(BIN)/.installed-test
+	PYTHONPATH=.:tests $(BIN)/python tests/train/kills.py --kills $(KILLS)
 
 # An environment of its own: the compilers are large, and nothing else needs them.
 $(AOT_BIN)/.installed: pyproject.toml

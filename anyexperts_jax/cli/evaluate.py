@@ -2,7 +2,7 @@
 
 import argparse
 
-from anyexperts_jax.cli.options import add_command, add_run, positive, positive_number, say
+from anyexperts_jax.cli.options import add_command, add_run, mesh_of, positive, positive_number, say
 
 
 def run(options: argparse.Namespace) -> None:
@@ -11,7 +11,8 @@ def run(options: argparse.Namespace) -> None:
 
     amounts = Options(num_examples=options.examples, calibration_examples=options.calibration_examples)
     asked = (options.run, options.budget, options.domain)
-    evaluate(*asked, which=options.checkpoint, options=amounts, note=say, show=print_evaluation)
+    where = {"which": options.checkpoint, "mesh": mesh_of(options)}
+    evaluate(*asked, **where, options=amounts, note=say, show=print_evaluation)
 
 
 def add(commands: argparse._SubParsersAction) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_command, add_run, positive_number
+from anyexperts_jax.cli.options import add_command, add_run, mesh_of, positive_number
 from anyexperts_jax.core.errors import require
 
 
@@ -12,7 +12,7 @@ def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.evaluate.ask import ask, own_example
     from anyexperts_jax.evaluate.trained import load_trained
 
-    trained = load_trained(options.run, options.checkpoint)
+    trained = load_trained(options.run, options.checkpoint, mesh_of(options))
     data = trained.config.data
     if options.question is not None:
         example = own_example(options.question, data.encoding, image=options.image, audio=options.audio)

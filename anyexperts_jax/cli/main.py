@@ -8,6 +8,7 @@ checkpoint written.
 
 import argparse
 import os
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from anyexperts_jax import __version__
 from anyexperts_jax.cli import bench, compile, config, data, evaluate, evolve, generate, report, tokenizer, train
 from anyexperts_jax.cli.options import Parser
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.files import require_local
 
 SECONDS_FOR_THE_SAME_ERROR = 2.0  # that other processes have to say it as well
 OUTPUTS = ("folder", "out", "json", "run", "runs")  # options that say where a command writes
@@ -42,6 +44,7 @@ def run_command(options: argparse.Namespace) -> int:
             from anyexperts_jax.train.processes import require_alone
 
             require_alone(options.processes)
+        _require_local_paths(options)
         options.command(options)
     except UserError as error:
         code = _fail(str(error), 2)
@@ -68,6 +71,18 @@ def run_command(options: argparse.Namespace) -> int:
 def _fail(message: str, code: int) -> int:
     print(f"anyexperts: {' '.join(message.splitlines())}", file=sys.stderr)
     return code
+
+
+def _require_local_paths(options: argparse.Namespace) -> None:
+    """Looks at every option that is a path, before any of them is used.
+
+    Raises:
+      UserError: for the address of an object store.
+    """
+    for name, value in vars(options).items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, pathlib.Path):
+                require_local(path, name)
 
 
 def _leave_the_others(code: int, after: float = 0.0) -> None:

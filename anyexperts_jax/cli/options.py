@@ -6,9 +6,13 @@ import pathlib
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from anyexperts_jax.core.checks import INT32
+from anyexperts_jax.core.errors import UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,8 +101,39 @@ def add_set(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mesh",
+        nargs="+",
+        metavar="AXIS=SIZE",
+        help="devices to put the model on, as fsdp=4 expert=2, whatever it was trained on (default: the first device)",
+    )
+
+
+def mesh_of(options: argparse.Namespace) -> "Mesh | None":
+    """The mesh that --mesh asks for, None where it is not given.
+
+    Raises:
+      UserError: an unknown axis, a size that is no number, or sizes that do not fit the devices.
+    """
+    if options.mesh is None:
+        return None
+    from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+    from anyexperts_jax.train.config_files import parse_override
+    from anyexperts_jax.train.strict import build, merge
+
+    sizes: dict[str, Any] = {}
+    for text in options.mesh:
+        sizes = merge(sizes, parse_override(text))
+    try:
+        return make_mesh(build(MeshConfig, sizes))
+    except UserError as error:
+        raise UserError(f"--mesh {' '.join(options.mesh)}: {error}") from error
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=pathlib.Path, help="the run's directory")
+    add_mesh(parser)
     parser.add_argument(
         "--checkpoint",
         default="best",

@@ -27,7 +27,8 @@ def check_field_types(config: Any, prefix: str = "") -> None:
     Raises:
       UserError: naming the first field that is of another type, or a number that int32 or float32 cannot hold.
     """
-    for name, hint in field_types(type(config)).items():
+    cls: Any = type(config)
+    for name, hint in field_types(cls).items():
         _check(hint, getattr(config, name), f"{prefix}{name}")
 
 

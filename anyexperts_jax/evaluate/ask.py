@@ -8,12 +8,12 @@ import numpy as np
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.modality import MODALITY_NAMES
-from anyexperts_jax.data.batches import stack
+from anyexperts_jax.data.batches import pad_rows, stack
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.decode import decode_audio, decode_picture
 from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.example import Example, is_unicode
-from anyexperts_jax.evaluate.measure import forward, window_array
+from anyexperts_jax.evaluate.measure import run_at
 from anyexperts_jax.evaluate.scoring import predict
 from anyexperts_jax.evaluate.trained import Trained, own_window, with_room
 from anyexperts_jax.routing.budget import shift_budget
@@ -46,9 +46,10 @@ def ask(trained: Trained, example: Example, budget: float | None = None) -> Repl
         moe = shift_budget(moe, budget)
     window = own_window(moe)
     model = with_room(trained.config.model, window[1])
-    batch = stack([encode(example, trained.config.data.encoding, tokenizer=trained.tokenizer)])
-    (answer,) = predict(trained, model, batch, window, MAX_NEW_TOKENS)
-    output = forward(model, trained.params, trained.router_bias_LC, batch, window_array(window))
+    encoded = stack([encode(example, trained.config.data.encoding, tokenizer=trained.tokenizer)])
+    batch = pad_rows(encoded, trained.whole_rows(1), trained.tokenizer)
+    answer = predict(trained, model, batch, window, MAX_NEW_TOKENS)[0]
+    output = run_at(trained, model, batch, window)
     real_T = np.asarray(output.trace.real_slots_BT)[:, 0].mean(axis=0)
     means_M = np.asarray(by_modality(real_T, batch.modality_BT[0], batch.valid_BT[0]))
     present = {name: float(mean) for name, mean in zip(MODALITY_NAMES, means_M, strict=True) if not np.isnan(mean)}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.checks import check_field_types
@@ -30,6 +31,8 @@ from anyexperts_jax.evaluate.trained import Trained, load_trained, own_window, r
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.routing.budget import calibrate_budget, nearest_budget, shift_budget
 from anyexperts_jax.train.fit import require_room_for_examples
+from anyexperts_jax.train.run_dir import RunDir
+from anyexperts_jax.train.run_lock import run_lock
 
 BUDGET_RATIOS = (0.6, 0.8, 1.0, 1.2)  # of the nominal budget a run was trained with: 4.8 6.4 8.0 9.6 for 8..12
 
@@ -68,6 +71,7 @@ def evaluate(
     domains: Sequence[str] | None = None,
     *,
     which: str = "best",
+    mesh: Mesh | None = None,
     options: Options = Options(),
     note: Callable[[str], None] = lambda line: None,
     show: Callable[[EvaluationResult], None] = lambda result: None,
@@ -80,18 +84,22 @@ def evaluate(
     Args:
       budgets: real experts per token, on average; None: `default_budgets`.
       domains: of the run's mixture; None: all.
+      mesh: of any shape, whatever the run was trained on; None: the first device.
       note: called with a line as each part is done.
       show: called with the result before it is written, so that it is not lost where it cannot be.
 
     Raises:
-      UserError: no such run or checkpoint, an unknown domain, a budget out of reach, or more examples than the memory
-        holds.
-      OSError: the run's directory cannot be written to.
+      UserError: no such run or checkpoint, an unknown domain, a budget out of reach, more examples than the memory
+        holds, a directory that cannot be written to, or another process that evaluates the same run.
+      OSError: no room for the result.
     """
-    trained = load_trained(run_dir, which)
-    result = evaluate_trained(trained, budgets, domains, options=options, note=note)
-    show(result)
-    save_evaluation(result, pathlib.Path(run_dir))
+    root = RunDir(pathlib.Path(run_dir)).root
+    require(root.is_dir(), f"no run in {root}: there is no such folder")
+    with run_lock(root, "evaluate"):
+        trained = load_trained(root, which, mesh)
+        result = evaluate_trained(trained, budgets, domains, options=options, note=note)
+        show(result)
+        save_evaluation(result, root)
     return result
 
 
@@ -147,7 +155,8 @@ def evaluate_trained(
     for budget in budgets:
         windows[budget], realised[budget] = _window(trained, model, validation, budget, options, note)
         note(f"budget {budget:g}: window {_text(windows[budget])} realises {realised[budget]:.3f} on validation")
-    times = time_budgets(trained, model, _mixed_batch(test, options.rows), windows, options.time_rounds)
+    mixed = _mixed_batch(test, trained.whole_rows(options.rows))
+    times = time_budgets(trained, model, mixed, windows, options.time_rounds)
     found = []
     for budget, window in windows.items():
         found.append(_at_budget(trained, model, test, budget, window, realised[budget], times[budget]))
@@ -168,10 +177,10 @@ def evaluate_trained(
 
 
 def load_batches(trained: Trained, domains: Sequence[str], split: str, examples: int, rows: int) -> Batches:
-    """The first `examples` of each domain's split, or all where it has fewer, in batches of `rows`."""
-    data = trained.config.data
+    """The first `examples` of each domain's split, or all where it has fewer, in batches of `trained.whole_rows`."""
+    data, size = trained.config.data, trained.whole_rows(rows)
     there = {name: examples_there(data, name, split, examples) for name in domains}
-    return {name: tuple(eval_batches(data, name, split, rows, count)) for name, count in there.items()}
+    return {name: tuple(eval_batches(data, name, split, size, count)) for name, count in there.items()}
 
 
 def _say_what_is_missing(trained: Trained, names: Sequence[str], options: Options, note: Callable[[str], None]) -> None:

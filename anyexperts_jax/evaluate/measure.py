@@ -40,6 +40,11 @@ class RoutingSample:
     domain_B: tuple[str, ...]
 
 
+def run_at(trained: Trained, model: ModelConfig, batch: Batch, window: Window) -> ModelOutput:
+    """The trained model on one batch of `trained.whole_rows`; `model` is the run's, with room for the window."""
+    return forward(model, trained.params, trained.router_bias_LC, trained.place(batch), window_array(window))
+
+
 def forward(config: ModelConfig, params: Any, router_bias_LC: Array, batch: Batch, window: Array) -> ModelOutput:
     """The model on one batch, compiled once for a configuration whatever the window."""
     return _forward((config, placement_of(params)), params, router_bias_LC, batch, window)
@@ -67,7 +72,7 @@ def sample_routing(trained: Trained, model: ModelConfig, batches: Batches, windo
     dropped = 0.0
     for domain, of_domain in batches.items():
         for batch in of_domain:
-            output = forward(model, trained.params, trained.router_bias_LC, batch, window_array(window))
+            output = run_at(trained, model, batch, window)
             trace = jax.device_get(output.trace)
             load_LME = load_LME + load_by_modality(trace.expert_ids_BTK, np.asarray(batch.modality_BT), E)
             dropped += float(trace.metrics["dropped"].sum())

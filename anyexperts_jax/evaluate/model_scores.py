@@ -14,6 +14,7 @@ from anyexperts_jax.evaluate.measure import Batches, RoutingSample, Window, wind
 from anyexperts_jax.evaluate.trained import Trained
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.train.losses import answer_scores
 
 
@@ -26,8 +27,8 @@ def model_scores(
     answer to know; embedding norm: of the embedded token.
     """
     every = [batch for of_domain in batches.values() for batch in of_domain]
-    arguments = (trained.params, trained.router_bias_LC)
-    norms = [jax.device_get(input_norms(model, *arguments, batch, window_array(window))) for batch in every]
+    arguments = (model, trained.placement, trained.params, trained.router_bias_LC)
+    norms = [jax.device_get(input_norms(*arguments, trained.place(batch), window_array(window))) for batch in every]
     return {
         "router entropy": sample.entropy_LBT.astype(np.float64).mean(axis=0),
         "gradient norm": np.concatenate([gradient_BT for gradient_BT, _ in norms]),
@@ -35,12 +36,12 @@ def model_scores(
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def input_norms(
-    config: ModelConfig, params: Any, router_bias_LC: Array, batch: Batch, window: Array
+    config: ModelConfig, placement: Placement, params: Any, router_bias_LC: Array, batch: Batch, window: Array
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Norms of the gradient of the answers' loss (nats, summed) to each embedded token, and of the embedded token."""
-    module = MultimodalModel(config)
+    module = MultimodalModel(config, placement)
     x_BTD = module.apply({"params": params}, batch, method="embed")
 
     def loss(x_BTD: Array) -> Array:

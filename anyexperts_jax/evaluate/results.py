@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import dacite
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.files import parse_json_object, read_text
+from anyexperts_jax.core.modality import MODALITY_NAMES, NUM_MODALITIES
 from anyexperts_jax.evaluate.importance import Separation
 from anyexperts_jax.train.metrics import plain
 from anyexperts_jax.train.run_dir import write_whole
@@ -16,6 +18,8 @@ from anyexperts_jax.train.run_dir import write_whole
 JSON_NAME = "evaluation.json"
 CSV_NAME = "evaluation.csv"
 _NAN = float("nan")
+_BY_LAYER = ("real_slots_by_layer", "real_slots_LM", "virtual_share_LM", "load_LME", "load_max_over_mean")
+_BY_MODALITY = ("real_slots_LM", "importance_LM", "virtual_share_LM", "load_LME")
 
 Saved = TypeVar("Saved")
 
@@ -137,7 +141,48 @@ def load_evaluation(run_dir: pathlib.Path) -> EvaluationResult | None:
     path = run_dir / JSON_NAME
     if not path.exists():
         return None
-    return read_saved(EvaluationResult, path.read_text(), f"{path} is not an evaluation", "run evaluate again")
+    complaint, advice = f"{path} is not an evaluation", "run evaluate again"
+    result = read_saved(EvaluationResult, read_text(path, "evaluation"), complaint, advice)
+    _require_consistent(result, complaint, advice)
+    return result
+
+
+def _require_consistent(result: EvaluationResult, complaint: str, advice: str) -> None:
+    """Refuses an evaluation whose parts do not fit each other, as no evaluation writes them.
+
+    Raises:
+      UserError: naming the part.
+    """
+    summaries = {"trained": result.trained} | {f"budget {one.budget:g}": one.routing for one in result.budgets}
+    layers = len(result.trained.real_slots_by_layer)
+    faults = [] if result.budgets else ["it has no budgets"]
+    for name, summary in summaries.items():
+        by_layer = {field: getattr(summary, field) for field in _BY_LAYER}
+        faults += [
+            f"{name}: {field} is not of {layers} layers" for field, rows in by_layer.items() if len(rows) != layers
+        ]
+        by_modality = {field: getattr(summary, field) for field in _BY_MODALITY}
+        faults += [
+            f"{name}: {field} is not of {NUM_MODALITIES} modalities"
+            for field, rows in by_modality.items()
+            if any(len(row) != NUM_MODALITIES for row in rows)
+        ]
+        if len(summary.importance_LM) not in (0, layers):
+            faults.append(f"{name}: importance_LM is not of {layers} layers")
+    for one in result.budgets:
+        names = [score.domain for score in one.scores]
+        if not names or names != [score.domain for score in result.budgets[0].scores]:
+            faults.append(f"budget {one.budget:g}: its domains are not those of the first")
+        faults += [
+            f"budget {one.budget:g}: no routing of {n}" for n in names if n not in one.routing.real_slots_by_domain
+        ]
+    faults += [
+        f"separation of {one.modality!r} is not of {layers} layers"
+        for one in result.separations
+        if len(one.auc_by_layer) != layers or one.modality not in MODALITY_NAMES
+    ]
+    if faults:
+        raise UserError(f"{complaint} of this version ({faults[0]}); {advice}")
 
 
 def read_saved(cls: type[Saved], text: str, complaint: str, advice: str) -> Saved:
@@ -148,15 +193,17 @@ def read_saved(cls: type[Saved], text: str, complaint: str, advice: str) -> Save
     """
     try:
         config = dacite.Config(cast=[tuple], type_hooks={float: _read_float}, strict=True)
-        return dacite.from_dict(cls, json.loads(text), config)
-    except (json.JSONDecodeError, dacite.DaciteError, TypeError, AttributeError) as error:
+        return dacite.from_dict(cls, parse_json_object(text, "the text"), config)
+    except (dacite.DaciteError, TypeError, ValueError, AttributeError) as error:  # of dacite's casts too
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{complaint} of this version ({line}); {advice}") from error
 
 
-def _read_float(value: Any) -> float:
-    """JSON has no NaN: undefined figures are null there."""
-    return _NAN if value is None else float(value)
+def _read_float(value: Any) -> Any:
+    """JSON has no NaN: undefined figures are null there. Whatever is no number stays as it is and is refused."""
+    if value is None:
+        return _NAN
+    return float(value) if type(value) in (int, float) else value
 
 
 def _csv_row(budget: BudgetResult, score: DomainScore) -> dict[str, Any]:

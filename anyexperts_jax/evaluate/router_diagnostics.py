@@ -20,6 +20,7 @@ from anyexperts_jax.evaluate.trained import Trained
 from anyexperts_jax.evolution.alone import expert_similarity
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.train.losses import answer_scores
 
 BINS = 40
@@ -48,14 +49,15 @@ def diagnose(trained: Trained, batches: Batches, *, shuffles: int = 3, seed: int
     """Runs the model over all batches once as it is and `shuffles` times with its logits dealt anew."""
     config = trained.config.model
     every = [batch for of_domain in batches.values() for batch in of_domain]
-    probes = [jax.device_get(_probe(config, trained.params, trained.router_bias_LC, batch)) for batch in every]
+    arguments = (config, trained.placement, trained.params, trained.router_bias_LC)
+    probes = [jax.device_get(_probe(*arguments, trained.place(batch))) for batch in every]
     answered = max(sum(float(tokens) for _, tokens, _, _ in probes), 1.0)
     loss = sum(float(nats) for nats, _, _, _ in probes) / answered
     shuffled = []
     for index in range(shuffles):
         key = jax.random.fold_in(jax.random.key(seed), index)
         nats = (
-            _shuffled_nats(config, trained.params, trained.router_bias_LC, batch, jax.random.fold_in(key, b))
+            _shuffled_nats(*arguments, trained.place(batch), jax.random.fold_in(key, b))
             for b, batch in enumerate(every)
         )
         shuffled.append(sum(map(float, nats)) / answered)
@@ -79,19 +81,23 @@ def diagnose(trained: Trained, batches: Batches, *, shuffles: int = 3, seed: int
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _probe(config: ModelConfig, params: Any, router_bias_LC: Array, batch: Batch) -> tuple[Array, Array, Array, Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _probe(
+    config: ModelConfig, placement: Placement, params: Any, router_bias_LC: Array, batch: Batch
+) -> tuple[Array, Array, Array, Array]:
     """Nats and answer tokens in sum, logits [L, B, T, C] and selected experts [L, B, T, K]."""
-    model = MultimodalModel(config)
+    model = MultimodalModel(config, placement)
     output, probed = model.apply({"params": params}, batch, router_bias_LC=router_bias_LC, mutable=["probe"])
     scores = answer_scores(output.logits_BTY, batch.tokens_BT, batch.loss_mask_BT)
     logits_LBTC = probed["probe"]["decoder"]["moe_layers"]["moe"]["logits_BTC"]
     return scores.loss_B.sum(), scores.tokens_B.sum(), logits_LBTC, output.trace.expert_ids_BTK
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _shuffled_nats(config: ModelConfig, params: Any, router_bias_LC: Array, batch: Batch, key: Array) -> Array:
-    apply = MultimodalModel(config).apply
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _shuffled_nats(
+    config: ModelConfig, placement: Placement, params: Any, router_bias_LC: Array, batch: Batch, key: Array
+) -> Array:
+    apply = MultimodalModel(config, placement).apply
     output: Any = apply({"params": params}, batch, router_bias_LC=router_bias_LC, rngs={"shuffle": key})
     return answer_scores(output.logits_BTY, batch.tokens_BT, batch.loss_mask_BT).loss_B.sum()
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from anyexperts_jax.core.batch import Batch
@@ -23,7 +24,7 @@ from anyexperts_jax.evaluate.trained import Trained
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
-from anyexperts_jax.sharding.placement import Placement, placement_of
+from anyexperts_jax.sharding.placement import Placement, is_split, placement_of
 
 
 def time_budgets(
@@ -34,7 +35,7 @@ def time_budgets(
     The reference, whose time is 1, is the budget nearest to the one the run was trained with.
     """
     placement = placement_of(trained.params)
-    arguments = (model, trained.params, trained.router_bias_LC, batch)
+    arguments = (model, trained.params, trained.router_bias_LC, trained.place(batch))
     own = trained.config.model.moe.expected_real_slots
     reference = min(windows, key=lambda budget: abs(budget - own))
     whole, layer = {}, {}
@@ -76,7 +77,18 @@ def _layer(model: ModelConfig, trace: Any, placement: Placement) -> Callable[[],
     rng = np.random.default_rng(0)
     shapes: Sequence[tuple[int, ...]] = ((N, D), (E, D, F), (E, D, F), (E, F, D))
     x_ND, *weights = (jnp.asarray(rng.standard_normal(shape), stack.dtype) for shape in shapes)
-    return functools.partial(_apply, (stack.execution, placement), x_ND, plan, ExpertWeights(*weights))
+    experts = ExpertWeights(*weights)
+    if is_split(placement):
+        x_ND, experts = jax.device_put((x_ND, experts), _layer_shardings(placement))
+    return functools.partial(_apply, (stack.execution, placement), x_ND, plan, experts)
+
+
+def _layer_shardings(placement: Placement) -> Any:
+    """Where a layer on a mesh has its tokens and its weights."""
+    spec, wide = placement.rules.spec, ("expert", "embed", "expert_mlp")
+    axes = (("batch",), wide, wide, ("expert", "expert_mlp", "embed"))
+    places: list[Any] = [NamedSharding(placement.mesh, spec(names)) for names in axes]
+    return places[0], ExpertWeights(*places[1:])
 
 
 @functools.partial(jax.jit, static_argnums=0)

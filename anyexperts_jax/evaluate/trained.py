@@ -7,21 +7,24 @@ import pathlib
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.devices import require_devices
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.sharding.placement import Placement, is_split, placement_of
+from anyexperts_jax.sharding.specs import batch_shards, shard_batch
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.store import open_tokenizer
-from anyexperts_jax.train.checkpoint import Checkpoints
 from anyexperts_jax.train.config import RunConfig
-from anyexperts_jax.train.run_dir import RunDir, load_run
+from anyexperts_jax.train.run_dir import load_checkpoint
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trained:
-    """Configuration, parameters and expert biases [L, C] of a checkpoint."""
+    """Configuration, parameters and expert biases [L, C] of a checkpoint, on one device or on a mesh."""
 
     config: RunConfig
     params: Any
@@ -33,20 +36,35 @@ class Trained:
         """The one it was trained with."""
         return open_tokenizer(self.config.data.tokenizer)
 
+    @property
+    def placement(self) -> Placement:
+        """Where the arrays are."""
+        return placement_of(self.params)
 
-def load_trained(run_dir: str | pathlib.Path, which: str = "best") -> Trained:
-    """The run's best or last checkpoint, on the first device.
+    def whole_rows(self, rows: int) -> int:
+        """At least `rows` sequences, as many as the mesh splits evenly: of every batch, those that fill it up too."""
+        placement = self.placement
+        shards = batch_shards(placement.mesh, placement.rules)
+        return -(-rows // shards) * shards
+
+    def place(self, batch: Batch) -> Batch:
+        """A batch of `whole_rows` where the model takes it."""
+        placement = self.placement
+        return shard_batch(placement.mesh, batch, rules=placement.rules) if is_split(placement) else batch
+
+
+def load_trained(run_dir: str | pathlib.Path, which: str = "best", mesh: Mesh | None = None) -> Trained:
+    """The run's best or last checkpoint, on `mesh` or else on the first device, whatever it was trained on.
+
+    The run may be under way: what is loaded is one checkpoint, with its own step.
 
     Raises:
-      UserError: when there is no run or no checkpoint, or it or the validation loss of any is unreadable.
+      UserError: when there is no run or no checkpoint, it or the validation loss of any is damaged, or the model does
+        not split over the mesh.
     """
     require_devices()
-    config, params, router_bias_LC = load_run(run_dir, which)
-    checkpoints = Checkpoints(RunDir(pathlib.Path(run_dir)).checkpoints, read_only=True)
-    step = checkpoints.best if which == "best" else checkpoints.latest
-    checkpoints.close()
-    assert step is not None  # load_run found one
-    return Trained(config, params, router_bias_LC, step)
+    found = load_checkpoint(run_dir, which, mesh)
+    return Trained(found.config, found.params, found.router_bias_LC, found.step)
 
 
 def require_experts(config: RunConfig, what: str) -> None:

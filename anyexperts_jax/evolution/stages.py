@@ -21,13 +21,15 @@ from anyexperts_jax.evolution.evolve import expert_evolution
 from anyexperts_jax.evolution.upcycle import rerouted_params, upcycle_params
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import init_params, logical_axes
-from anyexperts_jax.train.config import FREE_KEYS, describe_differences
+from anyexperts_jax.train.config import describe_differences
 from anyexperts_jax.train.frozen import only, side_by_side
 from anyexperts_jax.train.loop import TrainResult, train
 from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.recipe import EVERYTHING, Recipe
 from anyexperts_jax.train.run_dir import RunDir, load_run, write_whole
+from anyexperts_jax.train.run_lock import run_lock
 from anyexperts_jax.train.run_tokenizer import pinned, require_same_tokens
+from anyexperts_jax.train.same_run import FREE_KEYS, differing_models, is_among
 from anyexperts_jax.train.strict import differing_keys
 
 
@@ -47,17 +49,21 @@ def evolve(
       UserError: when ROOT holds a run of another configuration, or a stage's predecessor has not reached its end.
       RunStoppedError: as for `train.loop.train`.
     """
-    root = pathlib.Path(root)
+    root = RunDir(pathlib.Path(root)).root
     for name in stages:
         require_one_of("stage", name, STAGES)
     run = _with_tokenizer(run, root)
-    _open(run, root)
+    chosen = [name for name in run.stages if name in stages]
     results = {}
-    for name in [name for name in run.stages if name in stages]:
-        if not RunDir(root / name).checkpoint_steps():
-            _check_predecessor(run, root, name)
-        note(f"stage {name}: {getattr(run.evolve, name).steps} steps in {root / name}")
-        results[name] = train(run.stage(name), root / name, progress=progress, recipe=stage_recipe(run, root, name))
+    with run_lock(root, "train", "evolve"):
+        _require_same_run(run, root)
+        for name in chosen:
+            if not RunDir(root / name).checkpoint_steps() and _predecessor(run, name) not in chosen:
+                _check_predecessor(run, root, name)
+        for name in chosen:
+            note(f"stage {name}: {getattr(run.evolve, name).steps} steps in {root / name}")
+            recipe = dataclasses.replace(stage_recipe(run, root, name), begin=functools.partial(_write, run, root))
+            results[name] = train(run.stage(name), root / name, progress=progress, recipe=recipe)
     return results
 
 
@@ -118,7 +124,8 @@ def _starting_parameters(run: EvolveRun, root: pathlib.Path, name: str) -> Calla
             same_number = config.model.moe.num_experts == wanted.moe.num_experts
             found = dataclasses.replace(config.model, moe=wanted.moe) if same_number else config.model
             _check_model(found, wanted, root / predecessor)
-            return params if config.model == wanted else rerouted_params(params, run.model, key, mesh)
+            same = not differing_models(config.model, wanted)
+            return params if same else rerouted_params(params, run.model, key, mesh)
         _check_model(config.model, wanted, root / predecessor)
         return upcycle_params(params, run.model, upcycle, key, mesh, consume=True)
 
@@ -149,7 +156,7 @@ def _check_predecessor(run: EvolveRun, root: pathlib.Path, name: str) -> None:
 
 
 def _check_model(found: ModelConfig, wanted: ModelConfig, where: pathlib.Path) -> None:
-    differences = differing_keys(wanted, found)
+    differences = differing_models(wanted, found)
     require(not differences, f"the model in {where} is another one: {describe_differences(differences)}")
 
 
@@ -160,8 +167,8 @@ def _with_tokenizer(run: EvolveRun, root: pathlib.Path) -> EvolveRun:
     return dataclasses.replace(run, base=dataclasses.replace(run.base, data=data))
 
 
-def _open(run: EvolveRun, root: pathlib.Path) -> None:
-    """Writes evolve.json, once it is sure that no stage begun is of another configuration.
+def _require_same_run(run: EvolveRun, root: pathlib.Path) -> None:
+    """Refuses a directory in which a stage has begun with another configuration.
 
     Raises:
       UserError: naming the keys that differ, with both values.
@@ -176,11 +183,13 @@ def _open(run: EvolveRun, root: pathlib.Path) -> None:
         if "routing" not in begun:
             free.append("evolve.trains")
         differences = differing_keys(run, load_evolve_config(path))
-        fixed = {key: values for key, values in differences.items() if not key.startswith(tuple(free))}
+        fixed = {key: values for key, values in differences.items() if not is_among(key, tuple(free))}
         require(
             not fixed,
             f"the run in {root} has begun {', '.join(begun)} with another configuration: "
             f"{describe_differences(fixed)}; take another --run",
         )
-    root.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(dataclasses.asdict(run), indent=2) + "\n")
+
+
+def _write(run: EvolveRun, root: pathlib.Path) -> None:
+    write_whole(root / CONFIG_NAME, json.dumps(dataclasses.asdict(run), indent=2) + "\n")

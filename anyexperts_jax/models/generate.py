@@ -16,7 +16,8 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
 from anyexperts_jax.nn.stack import StackCache, empty_stack_cache
 from anyexperts_jax.routing.window import check_window
-from anyexperts_jax.sharding.placement import Placement, placement_of
+from anyexperts_jax.sharding.placement import Placement, is_split, placement_of
+from anyexperts_jax.sharding.specs import shard_batch
 
 
 def generate(
@@ -39,19 +40,27 @@ def generate(
     "exchange"), decoding runs "blocks", the same values wherever those drop nothing. So an answer does not depend on
     the other rows of its batch.
 
+    Where `params` lie on a mesh, the prompts are split over its batch axes, which must divide their number; positions
+    are not split, for decoding takes them one by one.
+
     Args:
       prompt_batch: right-padded prompts, `BOS media question SEP`, of any length each.
       window, router_bias_LC: as for `MultimodalModel`.
       stop_ids: further tokens that end a sequence, as some vocabularies have.
 
     Raises:
-      UserError: when max_new_tokens < 1, the batch does not fit the model, or a row of it has several segments.
+      UserError: when max_new_tokens < 1, the batch does not fit the model or the mesh, or a row of it has several
+        segments.
     """
     require(max_new_tokens >= 1, f"max_new_tokens={max_new_tokens} must be >= 1")
     require_one_segment(prompt_batch, "generation continues one prompt a row")
     if window is not None:
         check_window(config.moe, window)
-    static = (dropless(config), max_new_tokens, tuple(sorted({config.eos_id, *stop_ids})), placement_of(params))
+    placement = placement_of(params)
+    if is_split(placement):
+        placement = dataclasses.replace(placement, rules=dataclasses.replace(placement.rules, length=None))
+        prompt_batch = shard_batch(placement.mesh, prompt_batch, rules=placement.rules)
+    static = (dropless(config), max_new_tokens, tuple(sorted({config.eos_id, *stop_ids})), placement)
     return _generate(static, params, prompt_batch, window, router_bias_LC)
 
 

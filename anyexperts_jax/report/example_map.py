@@ -14,7 +14,7 @@ from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.example import SAMPLE_RATE, Example
 from anyexperts_jax.data.features import HOP
 from anyexperts_jax.data.mixture import examples_there, open_source
-from anyexperts_jax.evaluate.measure import Window, forward, window_array
+from anyexperts_jax.evaluate.measure import Window, run_at
 from anyexperts_jax.evaluate.scoring import predict
 from anyexperts_jax.evaluate.trained import Trained, own_window
 from anyexperts_jax.tokenizers.base import Tokenizer
@@ -46,8 +46,8 @@ class ExampleMap:
 def map_examples(trained: Trained, domain: str, count: int, rows: int, max_new_tokens: int) -> list[ExampleMap]:
     """The first `count` test examples of a domain with their importance and the model's answers, at its own window.
 
-    A folder with fewer gives all it has. `rows`, at least `count`, is the size of the batch they are padded to, so that
-    programs compiled for it serve.
+    A folder with fewer gives all it has. `rows`, at least `count`, is the size of the batch they are padded to, or the
+    next that the mesh splits evenly, so that programs compiled for it serve.
     """
     config = trained.config
     source = open_source(config.data, domain, "test", examples_there(config.data, domain, "test", count))
@@ -56,9 +56,9 @@ def map_examples(trained: Trained, domain: str, count: int, rows: int, max_new_t
     spec = config.data.encoding
     tokenizer = trained.tokenizer
     encoded = [encode(example, spec, tokenizer=tokenizer, domain_index=index) for example in examples]
-    batch = pad_rows(stack(encoded), rows, tokenizer)
+    batch = pad_rows(stack(encoded), trained.whole_rows(rows), tokenizer)
     window: Window = own_window(config.model.moe)
-    output = forward(config.model, trained.params, trained.router_bias_LC, batch, window_array(window))
+    output = run_at(trained, config.model, batch, window)
     importance_LBT = np.asarray(jax.device_get(output.trace.importance_BT))
     said = predict(trained, config.model, batch, window, max_new_tokens)
     tokens_BT, modality_BT = np.asarray(batch.tokens_BT), np.asarray(batch.modality_BT)

@@ -3,17 +3,24 @@
 import base64
 import dataclasses
 import importlib.resources
+import os
 import pathlib
+import shutil
 from collections.abc import Sequence
 
+from jax.sharding import Mesh
+
+from anyexperts_jax.core.errors import require
 from anyexperts_jax.report.sections import Section, sections
-from anyexperts_jax.report.source import ReportSource, gather
+from anyexperts_jax.report.source import ReportSource, gather, require_run
+from anyexperts_jax.train.run_dir import RunDir
+from anyexperts_jax.train.run_lock import run_lock
 
 REPORT_FOLDER = "report"
 PAGE_NAME = "index.html"
 
 
-def report(run_dir: str | pathlib.Path, *, examples: int = 3) -> pathlib.Path:
+def report(run_dir: str | pathlib.Path, *, examples: int = 3, mesh: Mesh | None = None) -> pathlib.Path:
     """Writes RUN/report/index.html and the PNG files beside it; returns the page's path.
 
     The page needs no other file. What a run does not have yet (an evaluation, a checkpoint, records) is named on the
@@ -21,18 +28,31 @@ def report(run_dir: str | pathlib.Path, *, examples: int = 3) -> pathlib.Path:
 
     Args:
       examples: of each domain's test split, the first ones, to draw importance on.
+      mesh: for the checkpoint, whatever it was trained on; None: the first device.
 
     Raises:
-      UserError: when there is no run in `run_dir`, or one of its files is not what this version writes.
+      UserError: when there is no run in `run_dir`, one of its files is not what this version writes, or another process
+        writes its report.
     """
-    source = gather(pathlib.Path(run_dir), examples)
-    folder = pathlib.Path(run_dir) / REPORT_FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.png"):
-        stale.unlink()
-    page = folder / PAGE_NAME
-    page.write_text(render(source, sections(source, folder)))
-    return page
+    root = RunDir(pathlib.Path(run_dir)).root
+    require(examples >= 1, f"examples={examples} must be >= 1")
+    require_run(root)
+    with run_lock(root, "report"):
+        source = gather(root, examples, mesh)
+        fresh = root / f"{REPORT_FOLDER}.new"  # all of it is drawn before the report there loses anything
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            fresh.mkdir()
+            (fresh / PAGE_NAME).write_text(render(source, sections(source, fresh)), encoding="utf-8")
+            folder = root / REPORT_FOLDER
+            folder.mkdir(exist_ok=True)
+            for stale in folder.glob("*.png"):
+                stale.unlink()
+            for path in fresh.iterdir():
+                os.replace(path, folder / path.name)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return folder / PAGE_NAME
 
 
 def render(source: ReportSource, found: Sequence[Section]) -> str:

@@ -4,6 +4,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from jax.sharding import Mesh
+
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.evaluate.evaluate import load_batches
 from anyexperts_jax.evaluate.importance import Separation
@@ -14,6 +16,7 @@ from anyexperts_jax.evaluate.trained import Trained, load_trained, own_window, r
 from anyexperts_jax.models.init import parameter_count
 from anyexperts_jax.report.example_map import ExampleMap, map_examples
 from anyexperts_jax.train.config import RunConfig, load_config
+from anyexperts_jax.train.log_shape import require_complete
 from anyexperts_jax.train.run_dir import RunDir
 from anyexperts_jax.train.run_log import read_records
 
@@ -56,19 +59,26 @@ class ReportSource:
         )
 
 
-def gather(root: pathlib.Path, examples: int) -> ReportSource:
+def require_run(root: pathlib.Path) -> None:
+    """Raises UserError when there is no run in `root`."""
+    path = RunDir(root).config
+    require(path.exists(), f"no run in {root}: there is no {path}")
+
+
+def gather(root: pathlib.Path, examples: int, mesh: Mesh | None = None) -> ReportSource:
     """Reads a run's files, and asks its best checkpoint for `examples` importance maps a domain.
 
     Raises:
       UserError: no run in `root`, or a file of it that is not what this version writes.
     """
-    require(examples >= 1, f"examples={examples} must be >= 1")
     paths = RunDir(root)
-    require(paths.config.exists(), f"no run in {root}: there is no {paths.config}")
+    require_run(root)
     config = load_config(paths.config)
     require_experts(config, f"no report of {root}")
+    records = read_records(paths.metrics) if paths.metrics.exists() else []
+    require_complete(records, paths.metrics)
     evaluation = load_evaluation(root)
-    trained, no_checkpoint = _checkpoint(root)
+    trained, no_checkpoint = _checkpoint(root, mesh)
     routing = None if evaluation is None else evaluation.trained
     separations = () if evaluation is None else evaluation.separations
     measured = 0 if evaluation is None else evaluation.examples_per_domain
@@ -78,7 +88,7 @@ def gather(root: pathlib.Path, examples: int) -> ReportSource:
     return ReportSource(
         root=root,
         config=config,
-        records=read_records(paths.metrics) if paths.metrics.exists() else [],
+        records=records,
         evaluation=evaluation,
         step=None if trained is None else trained.step,
         no_checkpoint=no_checkpoint,
@@ -90,11 +100,17 @@ def gather(root: pathlib.Path, examples: int) -> ReportSource:
     )
 
 
-def _checkpoint(root: pathlib.Path) -> tuple[Trained | None, str]:
-    """The best checkpoint, or why there is none."""
+def _checkpoint(root: pathlib.Path, mesh: Mesh | None) -> tuple[Trained | None, str]:
+    """The best checkpoint, or why there is none yet.
+
+    Raises:
+      UserError: when there is one and it is damaged.
+    """
     try:
-        return load_trained(root), ""
+        return load_trained(root, "best", mesh), ""
     except UserError as error:
+        if RunDir(root).checkpoint_steps():
+            raise
         return None, str(error)
 
 

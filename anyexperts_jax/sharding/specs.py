@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -14,6 +15,7 @@ from anyexperts_jax.core.errors import comma_list, require
 from anyexperts_jax.sharding.rules import ShardingRules
 
 DEFAULT_RULES = ShardingRules()
+_DIMENSIONS = re.compile(r"B(T?)[A-SU-Z0-9]*")
 
 
 def require_automatic(mesh: Mesh) -> None:
@@ -34,11 +36,31 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shardings(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> dict[str, NamedSharding]:
-    """The sharding of every array of a `Batch` by its field: sequences split, and positions where there are any."""
+    """The sharding of every array of a `Batch` by its field: sequences split, and positions where there are any.
+
+    Raises:
+      UserError: a field whose name does not say its dimensions, explicit axes.
+    """
     require_automatic(mesh)
     fields = [field.name for field in dataclasses.fields(Batch)]
-    axes = {name: ("batch", "length") if name.endswith("_BT") else ("batch",) for name in fields}
-    return {name: NamedSharding(mesh, rules.spec(logical)) for name, logical in axes.items()}
+    return {name: NamedSharding(mesh, rules.spec(batch_axes(name))) for name in fields}
+
+
+def batch_axes(field: str) -> tuple[str, ...]:
+    """The logical axes of a batch's array, those that are split: the letters at its name's end are its dimensions.
+
+    B, sequences, comes first, and T, positions, second or not at all: "tokens_BT", "patches_BPX".
+
+    Raises:
+      UserError: for any other name, whose array would stay whole on every device and nobody would see it.
+    """
+    letters = field.rpartition("_")[2]
+    known = bool(_DIMENSIONS.fullmatch(letters)) and "_" in field
+    require(
+        known,
+        f"batch field {field!r}: its name must end in its dimensions, B first and T, if any, second, as in tokens_BT",
+    )
+    return ("batch", "length") if letters[1:2] == "T" else ("batch",)
 
 
 def batch_shards(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> int:

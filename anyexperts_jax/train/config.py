@@ -98,25 +98,6 @@ class RunConfig:
         )
 
 
-# What may differ when a run goes on: it moves neither the parameters' shapes nor the order of the data. With another
-# number of steps the learning rate follows the new, longer or shorter, decay from there on.
-FREE_KEYS = (
-    "mesh.",
-    "data.tokenizer",  # a path: the tokenizer itself is told by data.token_fingerprint
-    "data.threads",
-    "data.prefetch",
-    "train.steps",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.eval_every",
-    "train.eval_examples",
-    "train.keep_last",
-    "train.on_nonfinite",
-    "runtime.",
-    "plugins",
-)
-
-
 def preset_names() -> list[str]:
     """The run configurations that come with the package."""
     return names_in(_presets())

@@ -40,8 +40,8 @@ class TimeReport:
 class Clock:
     """Counts every second of the wall once: for one of PARTS where it is said so, else for the steps.
 
-    "start" is all until the first `begin_steps`: opening files, restoring, making the state. "data" is the wait for a
-    batch while the device had nothing to do; one that is made while a step runs costs nothing.
+    "start" is all until `begin_steps` (reading files, restoring, making the state), and what files are opened after it.
+    "data" is the wait for a batch while the device had nothing to do; one that is made while a step runs costs nothing.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:

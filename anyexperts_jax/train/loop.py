@@ -17,7 +17,7 @@ from rich.console import Console
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.devices import require_devices
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.data.packing import padding_shares
 from anyexperts_jax.data.pipeline import train_iterator
 from anyexperts_jax.models.init import logical_axes
@@ -29,13 +29,15 @@ from anyexperts_jax.train.checkpoint import Checkpoints, quiet_orbax
 from anyexperts_jax.train.config import RunConfig, describe_differences, to_json
 from anyexperts_jax.train.fit import require_fits
 from anyexperts_jax.train.goodput import Clock
+from anyexperts_jax.train.log_shape import require_complete
 from anyexperts_jax.train.metrics import routing_means
 from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.profile import Profiler
 from anyexperts_jax.train.progress import Reporter, status_line
 from anyexperts_jax.train.recipe import EVERYTHING, Recipe
-from anyexperts_jax.train.run_dir import RunDir, open_run_dir
+from anyexperts_jax.train.run_dir import RunDir, open_run_dir, require_run_of
 from anyexperts_jax.train.run_log import NoLog, RunLog, read_records
+from anyexperts_jax.train.run_together import AGAIN, last_good, locked_together, waiting, watch_of
 from anyexperts_jax.train.run_tokenizer import pinned
 from anyexperts_jax.train.runtime import compile_cache
 from anyexperts_jax.train.state import TrainState, abstract_state, create_state, state_from
@@ -95,23 +97,25 @@ def train(
         mesh = make_mesh(config.mesh)
         require_fits(config, mesh, trains_everything=recipe.trainable is None and recipe.optimizer is None)
         require_validation_examples(config)
-        changed = open_run_dir(run_dir, config, writes=processes.is_first())[1]
-        if changed:
-            reporter.note(f"going on with {describe_differences(changed)}")
-        with StopRequests() as requests, quiet_orbax(), compile_cache(config.runtime.compile_cache):
+        with (
+            StopRequests() as requests,
+            quiet_orbax(),
+            compile_cache(config.runtime.compile_cache),
+            locked_together(config, paths),
+        ):
+            changed = require_run_of(paths, config)
+            if changed:
+                reporter.note_later(f"going on with {describe_differences(changed)}")
             return _Run(config, mesh, paths, reporter, requests, recipe).to_the_end()
     except (OSError, ValueError, RuntimeError) as error:
         said, lost = no_room(error), processes.peer_lost(error)
         if said is not None:
             raise DiskFullError(
-                f"cannot write to {paths.root}: {said}; {_last_good(paths)}; free some room and run it again"
+                f"cannot write to {paths.root}: {said}; {last_good(paths)}; free some room and run it again"
             ) from error
         if lost is not None:
-            raise PeerLostError(f"another process is gone ({lost}); {_last_good(paths)}; {_AGAIN}") from error
+            raise PeerLostError(f"another process is gone ({lost}); {last_good(paths)}; {AGAIN}") from error
         raise
-
-
-_AGAIN = "run the same command to go on"
 
 
 class _Run:
@@ -123,33 +127,34 @@ class _Run:
         self.config, self.mesh, self.paths, self.reporter, self.requests = config, mesh, paths, reporter, requests
         self.recipe = recipe
         self.clock = Clock()
-        self.watch = processes.Watch(
-            config.runtime.peer_timeout,
-            lambda what: (
-                f"waited {config.runtime.peer_timeout:g} s (runtime.peer_timeout) for {what}: another process is gone "
-                f"or hangs; {_last_good(paths)}; {_AGAIN}"
-            ),
-        )
+        self.watch = watch_of(config, paths)
         self.apply = (recipe.apply or model_apply)(config.model, Placement(self.mesh))
         self.optimizer = recipe.optimizer or make_optimizer(config.optim, logical_axes(config.model))
         size = config.train.batch_size
         self.iterator = train_iterator(config.data, size, batch_rows(self.mesh, size))
         self.validation = Validation(config, self.apply, self.mesh, self._waiting)
-        with self._waiting("the other processes to open the checkpoints"):
-            self.checkpoints = Checkpoints(paths.checkpoints, config.train.keep_last)
+        self.checkpoints = self._open_checkpoints(read_only=True)
         self.agreement = processes.Agreement()
         self.profiler = Profiler(config.runtime, paths, watches=processes.is_first())
-        self.tokens, self.since = 0.0, time.perf_counter()
-        self.tells_padding = config.data.packing != "none"
+        self.tokens, self.since, self.compiled_in = 0.0, time.perf_counter(), 0.0
+        self.first_rows: Batch | None = None  # of this process's first batch
 
     def to_the_end(self) -> TrainResult:
+        """Reads and checks all there is, compiles the step, and only then writes: what is refused changes nothing."""
         try:
             self._require_same_run()
             state = self._start()
             self.first = int(state.step)
-            self.log: RunLog | NoLog = RunLog(self.paths, self.first) if processes.is_first() else NoLog()
+            records = read_records(self.paths.metrics) if self.paths.metrics.exists() else []
+            done = self.first == self.config.train.steps
+            self._require_validation(records, done)
+            self.clock.begin_steps()
+            batch = None if done else self._next_batch(None)
+            step_fn = None if batch is None else self._compile(state, batch)
+            with self.clock.spending("start"):
+                self._begin_to_write(self.first)
             try:
-                self._steps(state, self.first)
+                self._steps(state, self.first, batch, step_fn)
             finally:
                 self.profiler.close()
                 self.reporter.stop()
@@ -163,14 +168,37 @@ class _Run:
         with self._waiting("the end of the logs"):
             processes.wait_for_all("logs closed")
         records = read_records(self.paths.metrics)
-        validations = [record for record in records if record["kind"] == "validation"]
-        require(len(validations) > 0, f"the run is done, but {self.paths.metrics} has lost its validation records")
+        validations = self._require_validation(records, True)
         self.reporter.times(self.clock.report())
         self.reporter.tables(validations[-1])
         skipped = sum(record["kind"] == "nonfinite" for record in records)
         if skipped:
             self.reporter.note(f"{skipped} steps were not finite and skipped")
         return TrainResult(self.paths.root, self.config.train.steps, validations[-1], skipped)
+
+    def _open_checkpoints(self, *, read_only: bool) -> Checkpoints:
+        with self._waiting("the other processes to open the checkpoints"):
+            return Checkpoints(self.paths.checkpoints, self.config.train.keep_last, read_only=read_only)
+
+    def _require_validation(self, records: list[dict[str, Any]], done: bool) -> list[dict[str, Any]]:
+        """The validation records, without which a run that is done has no result."""
+        require_complete(records, self.paths.metrics)
+        found = [record for record in records if record["kind"] == "validation"]
+        missing = done and not found
+        require(not missing, f"the run is done, but {self.paths.metrics} has lost its validation records")
+        return found
+
+    def _begin_to_write(self, first: int) -> None:
+        """From here on the directory is this run's: its configuration, its logs, what a killed run left goes."""
+        self.reporter.show_notes()
+        if self.recipe.begin is not None and processes.is_first():
+            self.recipe.begin()
+        open_run_dir(self.paths.root, self.config, writes=processes.is_first())
+        self.checkpoints.close()
+        self.checkpoints = self._open_checkpoints(read_only=False)
+        self.log: RunLog | NoLog = RunLog(self.paths, first) if processes.is_first() else NoLog()
+        if self.first_rows is not None and self.config.data.packing != "none":
+            self._tell_padding(self.first_rows)
 
     def _require_same_run(self) -> None:
         numbers = {"the latest checkpoint": self.checkpoints.latest or 0, "the checksum of config.json": 0}
@@ -183,8 +211,7 @@ class _Run:
             )
 
     def _waiting(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Around whatever waits for the other processes, where there are any."""
-        return self.watch.waiting(what) if processes.several() else contextlib.nullcontext()
+        return waiting(self.watch, what)
 
     def _start(self) -> TrainState:
         """The last checkpoint's state, with the data iterator moved to it; or a new one."""
@@ -194,7 +221,7 @@ class _Run:
         if step is None and self.config.train.start_from is not None:
             with self._waiting(f"the checkpoint in {self.config.train.start_from}"):
                 started = warm_start(self.config.train.start_from, model, key, self.mesh, data=self.config.data)
-            self.reporter.note(started.describe(self.config.train.start_from))
+            self.reporter.note_later(started.describe(self.config.train.start_from))
             return state_from(model, self.optimizer, self.mesh, started.params, started.router_bias_LC)
         if step is None:
             return create_state(model, self.optimizer, self.mesh, key)
@@ -205,23 +232,31 @@ class _Run:
         abstract = abstract_state(model, self.optimizer, self.mesh)
         with self._waiting(f"the checkpoint of step {step}"):
             state, data_state = self.checkpoints.restore(step, abstract, self.config)
-        self.iterator.set_state(data_state)
-        self.reporter.note(f"going on from the checkpoint of step {step}")
+        self._restore_data(step, data_state)
+        self.reporter.note_later(f"going on from the checkpoint of step {step}")
         return state
 
-    def _steps(self, state: TrainState, first: int) -> None:
-        """Takes every step left. One step's numbers are read while the next is under way."""
+    def _restore_data(self, step: int, data_state: dict[str, Any]) -> None:
+        """Moves the data iterator to where the checkpoint was written."""
+        try:
+            self.iterator.set_state(data_state)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # as Grain's classes may
+            where = self.paths.checkpoints / str(step) / "data"
+            line = f"{type(error).__name__}: {error}"[:200]
+            raise UserError(f"the data state in {where} is not one of this run's data pipeline ({line})") from error
+
+    def _steps(self, state: TrainState, first: int, batch: Batch | None, step_fn: Any) -> None:
+        """Takes every step left, the first on `batch`. One step's numbers are read while the next is under way."""
         train = self.config.train
-        if first == train.steps:
+        if step_fn is None:
             self.reporter.note(f"all {train.steps} steps are done")
             return
         self.reporter.start(first, train.steps)
-        self.clock.begin_steps()
-        step_fn, pending = None, None
+        self.reporter.note(f"step compiled in {self.compiled_in:.1f} s")
+        self.since = time.perf_counter()
+        pending = None
         for done in range(first + 1, train.steps + 1):
-            batch = self._next_batch(pending)
-            if step_fn is None:
-                step_fn = self._compile(state, batch)
+            batch = batch if done == first + 1 else self._next_batch(pending)
             self.profiler.before(done)
             with self._waiting(f"step {done}"):
                 asked = self.agreement.ask(self.requests.signal_number or 0, self.profiler.asked())
@@ -252,8 +287,8 @@ class _Run:
         """The wait counts as lost where the device had no step to work at meanwhile."""
         start = time.perf_counter()
         rows = next(self.iterator)
-        if self.tells_padding:
-            self._tell_padding(rows)
+        if self.first_rows is None:
+            self.first_rows = rows
         batch = shard_batch(self.mesh, rows, self.config.train.batch_size)
         finite: Any = None if pending is None else pending[1].finite
         if finite is None or finite.is_ready():
@@ -262,7 +297,6 @@ class _Run:
 
     def _tell_padding(self, first: Batch) -> None:
         """Once a process: how much of its first batch is padding, and how much would be without packing."""
-        self.tells_padding = False
         alone, packed = padding_shares(first)
         self.log.write("data", self.first, {"padding_share": packed, "padding_share_unpacked": alone})
         length = first.tokens_BT.shape[1]
@@ -278,16 +312,15 @@ class _Run:
     def _interrupt(self, step: int, signal_number: int) -> None:
         self._finish_checkpoint()
         name = signal.Signals(signal_number).name
-        message = f"stopped by {name} after step {step} of {self.config.train.steps}; {_last_good(self.paths)}"
-        raise RunInterruptedError(f"{message}; {_AGAIN}", signal_number)
+        message = f"stopped by {name} after step {step} of {self.config.train.steps}; {last_good(self.paths)}"
+        raise RunInterruptedError(f"{message}; {AGAIN}", signal_number)
 
     def _compile(self, state: TrainState, batch: Batch) -> Any:
         start = time.perf_counter()
         with self.clock.spending("compile"):
             step_fn = jit_train_step(self.config, self.optimizer, self.apply, self.mesh, self.recipe.trainable)
             compiled = step_fn.lower(state, batch).compile()
-        self.reporter.note(f"step compiled in {time.perf_counter() - start:.1f} s")
-        self.since = time.perf_counter()
+        self.compiled_in = time.perf_counter() - start
         return compiled
 
     def _read(self, step: int, report: StepReport) -> None:
@@ -319,7 +352,7 @@ class _Run:
         if self.config.train.on_nonfinite == "stop":
             self._finish_checkpoint()
             raise NonFiniteError(
-                f"step {step}: {name} is {value}; {_last_good(self.paths)}; "
+                f"step {step}: {name} is {value}; {last_good(self.paths)}; "
                 "lower optim.lr, or set train.on_nonfinite=skip to pass over such steps"
             )
         self.reporter.note(f"step {step} skipped: {name} is {value}")
@@ -339,11 +372,3 @@ class _Run:
         with self.clock.spending("checkpoint"), self._waiting(f"the checkpoint of step {step}"):
             self.checkpoints.save(state, self.iterator.get_state(), self.config, loss)
         self.since += time.perf_counter() - start
-
-
-def _last_good(paths: RunDir) -> str:
-    """Where to go on from, for messages."""
-    steps = paths.checkpoint_steps()
-    return (
-        f"the last good checkpoint is {paths.checkpoints / str(steps[-1])}" if steps else "there is no checkpoint yet"
-    )

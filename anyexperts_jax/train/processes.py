@@ -24,6 +24,7 @@ from anyexperts_jax.train.stops import PeerLostError
 
 AUTO = "auto"
 CLOUD_TPU_PORT = 8482  # where JAX's coordinator listens on TPUs; under Slurm the port follows from the job's number
+_MESSAGE_BYTES = 1024  # of an error that one process tells the others
 HEARTBEAT_MARGIN = 60.0  # seconds JAX's own check is slower than ours: its message is a stack trace
 
 
@@ -168,6 +169,28 @@ def require_agreement(what: str, values: Mapping[str, int], advice: str) -> None
         other = next((index for index, value in enumerate(column) if value != column[0]), None)
         if other is not None:
             raise UserError(f"{what}: {name} is {column[0]} in process 0 and {column[other]} in {other}; {advice}")
+
+
+def share() -> tuple[int, int]:
+    """(index, count) of this process, to take its part of work that is the same in all."""
+    return jax.process_index(), jax.process_count()
+
+
+def raise_together(error: UserError | None) -> None:
+    """Raises in every process what any of them found wrong; every process must come here.
+
+    Raises:
+      UserError: this process's own error, or else the first of another's.
+    """
+    if several():
+        said = np.zeros(_MESSAGE_BYTES, np.uint8)
+        text = np.frombuffer(("" if error is None else str(error)).encode(errors="replace")[:_MESSAGE_BYTES], np.uint8)
+        said[: len(text)] = text
+        others = [row.tobytes().rstrip(b"\0") for row in multihost_utils.process_allgather(said)]
+        first = next(filter(None, others), b"")
+        error = error or (UserError(first.decode(errors="replace")) if first else None)
+    if error is not None:
+        raise error
 
 
 def wait_for_all(name: str) -> None:

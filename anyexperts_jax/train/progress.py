@@ -34,6 +34,7 @@ class Reporter:
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn())
         self._bar = _Bar(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task: Any = None
+        self._later: list[str] = []
         self._last_line = time.monotonic()
 
     def start(self, done: int, steps: int) -> None:
@@ -49,6 +50,15 @@ class Reporter:
 
     def note(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    def note_later(self, line: str) -> None:
+        """Keeps a line until `show_notes`: of a run that is refused before it begins only the reason is shown."""
+        self._later.append(line)
+
+    def show_notes(self) -> None:
+        for line in self._later:
+            self.note(line)
+        self._later = []
 
     def evaluation(self, step: int, record: dict[str, Any]) -> None:
         exact = "  ".join(f"{name} {scores['exact_match']:.0%}" for name, scores in record["domains"].items())
@@ -98,8 +108,8 @@ def domain_table(record: dict[str, Any]) -> TextTable:
     """A row a domain: its loss, and how much of the answers was right."""
     rows = []
     for name, scores in record["domains"].items():
-        right = (f"{scores['token_accuracy']:.1%}", f"{scores['exact_match']:.1%}")
-        rows.append((name, f"{scores['loss']:.3f}", *right, str(scores["examples"])))
+        right = (f"{_number(scores[one]):.1%}" for one in ("token_accuracy", "exact_match"))
+        rows.append((name, f"{_number(scores['loss']):.3f}", *right, str(scores["examples"])))
     columns = ("domain", "loss", "answer tokens right", "answers right", "examples")
     return TextTable("Validation (teacher-forced)", columns, tuple(rows))
 
@@ -111,8 +121,13 @@ def routing_table(record: dict[str, Any]) -> TextTable:
     for layer, real_M in enumerate(real_LM):
         cells = ["-" if np.isnan(real) else f"{real:.2f}" for real in real_M]
         share = "-" if np.isnan(share_LM[layer]).all() else f"{np.nanmean(share_LM[layer]):.1%}"
-        load = f"{record['load_max_over_mean'][layer]:.2f}"
-        rows.append((str(layer), *cells, share, load, f"{record['dropped'][layer]:.0f}"))
+        load = f"{_number(record['load_max_over_mean'][layer]):.2f}"
+        rows.append((str(layer), *cells, share, load, f"{_number(record['dropped'][layer]):.0f}"))
     columns = ("MoE layer", *MODALITY_NAMES, "virtual share", "load max/mean", "dropped")
     realised, nominal = record["mean_real_slots"], record["nominal_real_slots"]
     return TextTable(f"Real experts per token: {realised:.2f} realised, {nominal:.2f} nominal", columns, tuple(rows))
+
+
+def _number(value: float | None) -> float:
+    """JSON has no NaN: undefined figures are null there."""
+    return float("nan") if value is None else value

@@ -26,6 +26,7 @@ class Recipe:
     optimizer: optax.GradientTransformationExtraArgs | None = None  # its `update` takes learning_rate
     apply: Callable[[ModelConfig, Placement], Apply] | None = None  # the model as the loss sees it
     measure: Callable[[TrainState, Validation], dict[str, Any]] | None = None  # more of each validation record
+    begin: Callable[[], None] | None = None  # called once all is checked, before the run's first file is written
 
 
 EVERYTHING = Recipe()  # every parameter of the model, from scratch

@@ -43,13 +43,14 @@ class Table:
 
 def describe(default: Any, name: str = "", meaning: str = "", optional: bool = False) -> Table:
     """The table of a configuration's dataclass, of which `default` is what a file without any key has."""
-    cls = type(default)
+    cls: Any = type(default)
     docs, keys, tables = field_docs(cls), [], []
     for field, hint in field_types(cls).items():
         kind, may_be_none = without_none(hint)
         dotted, value = f"{name}.{field}".lstrip("."), getattr(default, field)
         if dataclasses.is_dataclass(kind):
-            inside = kind() if value is None else value
+            make: Any = kind
+            inside = make() if value is None else value
             said = [text for text in (class_summary(type(inside)), docs.get(field)) if text]
             tables.append(describe(inside, dotted, _in_a_file(". ".join(said)), may_be_none))
         else:

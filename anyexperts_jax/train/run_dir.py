@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -11,19 +12,30 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.core.files import require_local
 from anyexperts_jax.models.init import abstract_params, logical_axes
 from anyexperts_jax.sharding.specs import param_shardings, replicated
 from anyexperts_jax.train.config import RunConfig, load_config, to_json
 from anyexperts_jax.train.run_tokenizer import keep_tokenizer, with_kept_tokenizer
+from anyexperts_jax.train.same_run import require_same_run
 
 WHICH = ("best", "last")
+TRAIN_LOCK = "train.lock"  # held while a process trains in the directory: see train.run_lock
+_STEP = re.compile(r"0|[1-9][0-9]*")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
-    """The paths of a run."""
+    """The paths of a run.
+
+    Raises:
+      UserError: when `root` is the address of an object store.
+    """
 
     root: pathlib.Path
+
+    def __post_init__(self) -> None:
+        require_local(self.root, "run directory")
 
     @property
     def config(self) -> pathlib.Path:
@@ -58,7 +70,26 @@ class RunDir:
 
     def checkpoint_steps(self) -> list[int]:
         """The steps of the checkpoints that are whole, in order."""
-        return sorted(int(path.name) for path in self.checkpoints.glob("*") if path.name.isdigit())
+        return steps_in(self.checkpoints)
+
+
+def steps_in(directory: pathlib.Path) -> list[int]:
+    """The steps of the checkpoints in a directory, in order; what has another name is nothing of ours."""
+    names = os.listdir(directory) if directory.is_dir() else []
+    return sorted(int(name) for name in names if _STEP.fullmatch(name))
+
+
+def require_run_of(paths: RunDir, config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Checks that the run in the directory, if there is one, is of this configuration; returns what differs and may.
+
+    A run without a checkpoint has nothing to go on from: its configuration may be replaced by any other.
+
+    Raises:
+      UserError: naming the keys that differ.
+    """
+    if not (paths.config.exists() and paths.checkpoint_steps()):
+        return {}
+    return require_same_run(config, load_config(paths.config), f"the run in {paths.root}")
 
 
 def open_run_dir(
@@ -66,8 +97,7 @@ def open_run_dir(
 ) -> tuple[RunDir, dict[str, tuple[Any, Any]]]:
     """Makes the directory of a run, or checks that the one there is of the same run; writes config.json.
 
-    A run without a checkpoint has nothing to go on from: its configuration may be replaced by any other. Returns the
-    paths, and what differs from the configuration there and may.
+    Returns the paths, and what differs from the configuration there and may.
 
     Args:
       writes: False: only checks, in a process beside the one that writes.
@@ -75,12 +105,8 @@ def open_run_dir(
     Raises:
       UserError: when it cannot be made or written to, or holds a run of another configuration (naming the keys).
     """
-    from anyexperts_jax.train.checkpoint import require_same_run
-
     paths = RunDir(pathlib.Path(root))
-    changed = {}
-    if paths.config.exists() and paths.checkpoint_steps():
-        changed = require_same_run(config, load_config(paths.config), f"the run in {paths.root}")
+    changed = require_run_of(paths, config)
     try:
         paths.root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -97,21 +123,35 @@ def open_run_dir(
 def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes a file so that whoever looks sees the old or the new one, whole."""
     fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
+    fresh.write_text(text, encoding="utf-8")
     os.replace(fresh, path)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedRun:
+    """One checkpoint of a run: configuration, parameters and expert biases [L, C]."""
+
+    config: RunConfig
+    params: Any
+    router_bias_LC: jax.Array
+    step: int
 
 
 def load_run(
     run_dir: str | pathlib.Path, which: str = "best", mesh: Mesh | None = None
 ) -> tuple[RunConfig, Any, jax.Array]:
-    """Configuration, parameters and expert biases [L, C] of a run's best or last checkpoint.
+    """Configuration, parameters and expert biases [L, C] of a run's best or last checkpoint: see `load_checkpoint`."""
+    found = load_checkpoint(run_dir, which, mesh)
+    return found.config, found.params, found.router_bias_LC
 
-    The configuration's tokenizer is the copy that the run keeps.
 
-    They are put on `mesh`, or else on the first device, whatever they were trained on.
+def load_checkpoint(run_dir: str | pathlib.Path, which: str = "best", mesh: Mesh | None = None) -> LoadedRun:
+    """A run's best or last checkpoint. The run may be under way. The configuration's tokenizer is the copy it keeps.
+
+    The arrays are put on `mesh`, or else on the first device, whatever they were trained on.
 
     Raises:
-      UserError: when there is no run or no checkpoint, or it or the validation loss of any is unreadable.
+      UserError: when there is no run or no checkpoint, or it or the validation loss of any is damaged.
     """
     from anyexperts_jax.train.checkpoint import Checkpoints
 
@@ -125,7 +165,7 @@ def load_run(
         config = checkpoints.config(step)
         config = dataclasses.replace(config, data=with_kept_tokenizer(config.data, paths.tokenizer))
         params, router_bias_LC = checkpoints.restore_model(step, *_abstract_model(config, mesh))
-        return config, params, router_bias_LC
+        return LoadedRun(config, params, router_bias_LC, step)
 
 
 def _abstract_model(config: RunConfig, mesh: Mesh | None) -> tuple[Any, jax.ShapeDtypeStruct]:

@@ -10,7 +10,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.files import parse_json_object
 from anyexperts_jax.core.modality import MODALITY_NAMES
 from anyexperts_jax.train.metrics import plain
 from anyexperts_jax.train.run_dir import RunDir, write_whole
@@ -37,7 +38,7 @@ class RunLog:
         if paths.metrics.exists():
             kept = [json.dumps(record) + "\n" for record in read_records(paths.metrics) if record["step"] <= step]
             write_whole(paths.metrics, "".join(kept))
-        self._file: IO[str] = open(paths.metrics, "a", buffering=1)  # noqa: SIM115 - closed by close()
+        self._file: IO[str] = open(paths.metrics, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._events = _EventFile(paths.tensorboard, step)
 
     def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
@@ -60,16 +61,26 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl. A last line cut short, as a killed run leaves it, is left out.
 
     Raises:
-      UserError: naming the first line that is no record.
+      UserError: naming the first line that is no record, or the file where it cannot be read.
     """
-    records = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        if line.endswith("\n"):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON: {error}") from error
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    records = [_parse_record(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    for number, record in enumerate(records, start=1):
+        step, kind = record.get("step"), record.get("kind")
+        numbered = isinstance(step, int) and not isinstance(step, bool) and step >= 0
+        require(numbered, f"{path}, line {number}: step={step!r} is not a step")
+        require(isinstance(kind, str), f"{path}, line {number}: kind={kind!r} is not the name of a kind of record")
     return records
+
+
+def _parse_record(line: bytes, name: str) -> dict[str, Any]:
+    try:
+        return parse_json_object(line.decode(), name)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from error
 
 
 class _EventFile:

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, init_params, logical_axes
@@ -39,12 +40,12 @@ def init_state(
 
 
 def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The sharding of every array of the state: moments where their parameters are, the rest on every device.
+    """The sharding of every array of the state: moments where their parameters are, numbers on every device.
 
     A moment is known by the parameter's name, at the end of its path in the state.
 
     Raises:
-      UserError: when a parameter does not split over the mesh.
+      UserError: when a parameter does not split over the mesh, or an array of the optimiser's is of no parameter.
     """
     params = abstract_params(model)
     shardings = param_shardings(mesh, logical_axes(model), params)
@@ -57,11 +58,19 @@ def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation,
 
     def place(path: Any, array: Any) -> NamedSharding:
         """That of the parameter whose name the path ends in, along the axes that are as long as the parameter's."""
+        if _is_small(array) or path == _BIAS_PATH:
+            return replicated(mesh)
         keys = _keys(path)
         found = next((places[keys[i:]] for i in range(len(keys)) if keys[i:] in places), None)
-        if found is None or len(found[0]) != len(array.shape):
-            return replicated(mesh)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if found is None:
+            raise UserError(
+                f"{name} of shape {array.shape} would be whole on every device: its path does not end in the name of a "
+                "parameter; give the optimiser a state of trees like the parameters, and of numbers"
+            )
         shape, sharding = found
+        ranks = f"{name} has shape {array.shape}, the parameter it is named after {shape}; give it as many dimensions"
+        require(len(shape) == len(array.shape), ranks)
         axes = (
             axis if ours == theirs else None
             for axis, ours, theirs in zip(sharding.spec, array.shape, shape, strict=True)
@@ -70,6 +79,15 @@ def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation,
 
     shapes = jax.eval_shape(functools.partial(init_state, model, optimizer), params)
     return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+_BIAS_PATH = (jax.tree_util.GetAttrKey("router_bias_LC"),)  # of `TrainState`
+_KEY_DATA = ((2,), (4,))  # shapes of a raw random key
+
+
+def _is_small(array: Any) -> bool:
+    """A number, or a random key: what an optimiser keeps besides trees like the parameters."""
+    return array.ndim == 0 or (array.dtype == jnp.uint32 and array.shape in _KEY_DATA)
 
 
 def _keys(path: Any) -> tuple[str, ...]:

@@ -108,7 +108,8 @@ def file_failure(error: OSError | RuntimeError | MemoryError, output: Any = None
     Writers in C++ raise RuntimeError, which is of a file only where it found no room.
 
     Args:
-      output: where the command writes, which is named if the error does not name its file.
+      output: where the command writes, which is what found no room if the error does not name its file. Any other
+        error may be of any file, one that is read too, and says nothing of this one.
     """
     said = no_room(error)
     if said is not None:
@@ -117,6 +118,8 @@ def file_failure(error: OSError | RuntimeError | MemoryError, output: Any = None
     if isinstance(error, BrokenPipeError):
         return f"cannot write to the standard output: {error.strerror}", 2
     if isinstance(error, OSError):
-        where, said = error.filename or output or "a file", error.strerror or str(error)
-        return f"cannot read or write {where}: {said}; give a path where that is possible", 2
+        if error.filename is None:
+            said = error.strerror or " ".join(str(error).split()) or type(error).__name__
+            return f"cannot read or write a file: {said}", 2
+        return f"cannot read or write {error.filename}: {error.strerror}; give a path where that is possible", 2
     return None

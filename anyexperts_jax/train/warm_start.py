@@ -23,12 +23,12 @@ from anyexperts_jax.sharding.specs import param_shardings, replicated
 from anyexperts_jax.train.config import describe_differences
 from anyexperts_jax.train.run_dir import load_run
 from anyexperts_jax.train.run_tokenizer import require_same_tokens
+from anyexperts_jax.train.same_run import EXECUTION_KEYS, is_among
 from anyexperts_jax.train.strict import differing_keys
 
 _ROUTING = re.compile(r"(.*/)?(router|importance)/")
 # What another model may have another of: how tokens are routed, and how the same values are computed.
-_FREE_STACK = ("dispatch", "expert_mlp", "expert_residuals", "exchange_chunks", "remat", "scan_unroll", "dtype")
-_FREE_KEYS = ("max_length", *(f"stack.{name}" for name in _FREE_STACK))
+_FREE_KEYS = ("moe.", "max_length", "stack.dtype", *EXECUTION_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ def carried_over(
     differences = {
         name: values
         for name, values in differing_keys(model, found).items()
-        if name == "moe.num_experts" or not (name.startswith("moe.") or name in _FREE_KEYS)
+        if name == "moe.num_experts" or not is_among(name, _FREE_KEYS)
     }
     require(
         not differences,

@@ -18,6 +18,7 @@ class Results:
 
     found: Mapping[tuple[str, int], RunResult]  # by variant and seed
     missing: tuple[tuple[str, int], ...] = ()
+    older: tuple[tuple[str, int], ...] = ()  # of `found`, made by an older version of the code or of its defaults
 
     def has(self, *variants: str) -> bool:
         """Whether each of them has a seed."""
@@ -50,21 +51,24 @@ def _one_origin(results: Iterable[RunResult]) -> bool:
 
 
 def collect(runs: Mapping[tuple[str, int], Run], root: pathlib.Path, kept: Mapping[str, RunResult]) -> Results:
-    """Results of runs from their folders under `root`, or else from `kept`, by id.
+    """Results of runs from their folders under `root`, or else from `kept`, by id, or else by the id of old.
 
     Raises:
       UserError: a result.json that is not this version's.
     """
-    found, missing = {}, []
+    found, missing, older = {}, [], []
     for key, run in runs.items():
         path = root / run.id / RESULT_NAME
         if path.exists():
             found[key] = load_result(path)
         elif run.id in kept:
             found[key] = kept[run.id]
+        elif run.older_id in kept:
+            found[key] = kept[run.older_id]
+            older.append(key)
         else:
             missing.append(key)
-    return Results(found, tuple(missing))
+    return Results(found, tuple(missing), tuple(older))
 
 
 def load_kept(folder: pathlib.Path) -> dict[str, RunResult]:

@@ -15,7 +15,9 @@ from anyexperts_jax.evolution.config import STAGES, EvolveConfig, EvolveRun, loa
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.train.config import RunConfig, load_config
 from anyexperts_jax.train.config_files import parse_toml
+from anyexperts_jax.train.moved import MOVED
 from anyexperts_jax.train.strict import build, closest, flatten, merge
+from experiments.reproduce.code_version import CODE_VERSION
 
 TABLES = ("table1", "table2", "table3", "figure3", "figure4", "figure5")
 EVOMOE_TABLES = (
@@ -126,15 +128,22 @@ class Run:
 
     @functools.cached_property
     def id(self) -> str:
-        """Runs with one id are the same run: it hashes what decides the result, and none of `_LABELS`.
+        """Runs with one id are the same run: it hashes all that decides the result, and none of `_LABELS`.
 
-        What has its default is left out, so that a field a later version adds does not make every run another.
+        That is the whole configuration, defaults too, and the version of the code: a default or a computation that
+        changes makes it another run, whose result is not taken from the one before.
         """
+        parts = {name: value for name, value in dataclasses.asdict(self).items() if name not in _LABELS}
+        return _digest({"code": CODE_VERSION, **parts})
+
+    @functools.cached_property
+    def older_id(self) -> str:
+        """The id it had in results that were committed before ids told defaults and the version of the code."""
         apart = ("config", "evolve", "start", *_LABELS)
         others = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
         parts = {"config": _unusual(self.config, RunConfig()), **others}
         if self.evolve is not None:
-            parts["evolve"] = _unusual(self.evolve, EvolveConfig())
+            parts["evolve"] = _unusual(self.evolve, EvolveConfig(), ("model",))  # whose only moved keys are below moe
         if self.start is not None:
             parts["start"] = _unusual(self.start, RunConfig())
         return _digest(parts)
@@ -152,18 +161,21 @@ class Run:
 
 
 def evolve_digest(run: EvolveRun) -> str:
-    """Stages with one digest are the same stages."""
-    return _digest({"config": _unusual(run.base, RunConfig()), "evolve": _unusual(run.evolve, EvolveConfig())})
+    """Stages with one digest are the same stages, of one version of the code."""
+    return _digest({"code": CODE_VERSION, **dataclasses.asdict(run)})
 
 
 def config_digest(config: RunConfig) -> str:
-    """Training runs with one digest are the same."""
-    return _digest(_unusual(config, RunConfig()))
+    """Training runs with one digest are the same, of one version of the code."""
+    return _digest({"code": CODE_VERSION, "config": dataclasses.asdict(config)})
 
 
-def _unusual(config: Any, usual: Any) -> dict[str, Any]:
+def _unusual(config: Any, usual: Any, root: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What differs from the defaults, under the keys of old; `root`: where in a run's configuration `config` stands."""
     known = flatten(usual)
-    return {key: value for key, value in flatten(config).items() if value != known.get(key, _NOTHING)}
+    below = {old[len(root) :]: new[len(root) :] for old, new in MOVED.items() if new[: len(root)] == root}
+    now = {".".join(new): ".".join(old) for old, new in below.items()}
+    return {now.get(key, key): value for key, value in flatten(config).items() if value != known.get(key, _NOTHING)}
 
 
 def _digest(parts: dict[str, Any]) -> str:

@@ -147,12 +147,18 @@ def old_splits(results: Mapping[str, Results]) -> list[str]:
 
 
 def missing_text(results: Mapping[str, Results]) -> str:
-    """Which runs there are not, by variant with their seeds, and in which seeds not all are paired."""
+    """Which runs there are not, by variant with their seeds, how many are older, and which seeds are not all paired."""
     seeds: dict[str, set[int]] = {}
     for name, seed in (key for one in results.values() for key in one.missing):
         seeds.setdefault(name, set()).add(seed)
     names = ", ".join(f"{name} (seeds {' '.join(map(str, sorted(found)))})" for name, found in sorted(seeds.items()))
     said = f"Not run yet, and left out of what follows: {names}." if seeds else "All runs are done."
+    older = {key for one in results.values() for key in one.older}
+    if older:
+        said += (
+            f" {len(older)} of them are of an older version of the code or of its defaults: they are shown until the "
+            "same command has run them again."
+        )
     apart = sorted({seed for one in results.values() for seed in one.apart})
     if apart:
         said += (

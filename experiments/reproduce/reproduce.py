@@ -106,7 +106,8 @@ def write_plans(
     done = {one.id: one for each in results.values() for one in each.found.values()}
     require(len(done) > 0, f"no run of {', '.join(plan.name for plan in found)} is done in {root} or {out}")
     out.mkdir(parents=True, exist_ok=True)
-    save_kept({**kept, **done}, out)
+    replaced = {run.older_id for plan in found for run in plan.runs.values() if run.id in done}
+    save_kept({**{name: one for name, one in kept.items() if name not in replaced}, **done}, out)
     times = _layer_times(results, out, note)
     page = Page(results, command, parameters_of(found), quick, times, _start_steps(found))
     write = write_evomoe_page if is_evomoe(page.results) else write_page

@@ -45,7 +45,7 @@ def config_of(model: ModelConfig) -> RunConfig:
     return RunConfig(model=model, data=DATA, train=TRAIN, optim=OPTIM)
 
 
-def trained(model: ModelConfig = MODEL, seed: int = 0) -> Trained:
+def trained(model: ModelConfig = MODEL, seed: int = 0, config: RunConfig | None = None) -> Trained:
     """Random parameters, the importance network's last layer included, which is zero at the start of training."""
     rng = np.random.default_rng(seed)
 
@@ -55,7 +55,7 @@ def trained(model: ModelConfig = MODEL, seed: int = 0) -> Trained:
 
     params = jax.tree.map(fill, abstract_params(model))
     bias_LC = jnp.zeros((model.stack.num_moe_layers, model.moe.num_columns), jnp.float32)
-    return Trained(config_of(model), params, bias_LC, step=4)
+    return Trained(config or config_of(model), params, bias_LC, step=4)
 
 
 def write_run(root: pathlib.Path, one: Trained) -> pathlib.Path:

@@ -6,16 +6,22 @@ import pathlib
 import pytest
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.strict import flatten
-from experiments.reproduce.collect import load_kept
+from experiments.reproduce import experiment
+from experiments.reproduce.collect import collect, load_kept
 from experiments.reproduce.experiment import (
     TABLES,
+    config_digest,
     load_experiment,
     run_from_json,
     run_to_json,
     runs_of,
     shared,
 )
+from experiments.reproduce.output import missing_text
+from experiments.reproduce.run_folder import prepare
+from experiments.reproduce.run_result import save_result
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "configs"
 MINIMAL = """
@@ -95,8 +101,8 @@ def test_a_like_may_lie_elsewhere_and_have_the_same_name(tmp_path):
     write(tmp_path, MINIMAL)
     (tmp_path / "small").mkdir()
     path = write(tmp_path / "small", 'like = "../one.toml"\ntitle = "small"')
-    experiment, found = load_experiment(path)
-    assert (experiment.title, experiment.base, found) == ("small", "smoke", path)
+    one, found = load_experiment(path)
+    assert (one.title, one.base, found) == ("small", "smoke", path)
 
 
 def test_an_unknown_name_is_told_the_valid_ones(tmp_path, monkeypatch):
@@ -145,12 +151,35 @@ def test_the_variants_of_a_seed_start_from_one_run_that_saw_other_examples(tmp_p
     assert run_from_json(run_to_json(one)).id == one.id
 
 
-def test_a_new_field_with_its_default_does_not_make_every_run_another(tmp_path, monkeypatch):
+def test_a_new_field_with_its_default_finds_committed_results_again(tmp_path, monkeypatch):
     one = load(tmp_path, MINIMAL)["early", 0]
-    before = one.id
+    before = one.older_id
     fuller = lambda config: {**flatten(config), "train.new_field": 3}  # noqa: E731
     monkeypatch.setattr("experiments.reproduce.experiment.flatten", fuller)
-    assert one.id == before
+    assert dataclasses.replace(one).older_id == before
+
+
+def test_another_default_is_another_run(tmp_path, monkeypatch):
+    """No result is taken over from a run that had the same overrides over other defaults."""
+    before = load(tmp_path, 'start = "smoke"\n' + MINIMAL)["early", 0]
+
+    def slower(config):
+        return dataclasses.replace(config, optim=dataclasses.replace(config.optim, b2=0.9))
+
+    older = before.older_id
+    monkeypatch.setattr(experiment, "RunConfig", lambda: slower(RunConfig()))
+    after = dataclasses.replace(before, config=slower(before.config), start=slower(before.start))
+    assert after.older_id == older, "which the ids of old did not tell apart"
+    assert after.id != before.id
+    assert config_digest(after.start) != config_digest(before.start)
+
+
+def test_another_version_of_the_code_is_another_run(tmp_path, monkeypatch):
+    one = load(tmp_path, MINIMAL)["early", 0]
+    before = one.id, config_digest(one.config)
+    monkeypatch.setattr(experiment, "CODE_VERSION", experiment.CODE_VERSION + 1)
+    assert dataclasses.replace(one).id != before[0]
+    assert config_digest(one.config) != before[1]
 
 
 def test_experiments_share_runs(tmp_path):
@@ -203,9 +232,24 @@ def test_the_first_attempt_can_be_made_again():
     assert {run.start for run in runs} == {None}
     made = load_kept(CONFIGS.parent / "results" / "first_attempt")
     assert len(made) >= 60
-    assert set(made) <= {run.id for run in runs}
+    assert set(made) <= {run.older_id for run in runs}
 
 
 def test_quick_shares_runs_too():
     runs = [runs_of(*load_experiment(name, CONFIGS), quick=True) for name in TABLES]
     assert len(shared(runs)) == 28
+
+
+@pytest.mark.slow
+def test_committed_results_are_found_and_told_as_older(committed, tmp_path):
+    """A page can still be made from its records; what a newer run replaces is no longer told."""
+    runs = committed["table3"]
+    kept = load_kept(CONFIGS.parent / "results" / "reproduce")
+    results = collect(runs, tmp_path, kept)
+    assert set(results.found) == set(runs)
+    assert results.missing == ()
+    assert set(results.older) == set(runs)
+    assert f"{len(runs)} of them are of an older version of the code" in missing_text({"table3": results})
+    key, run = next(iter(runs.items()))
+    save_result(dataclasses.replace(results.found[key], id=run.id), prepare(run, tmp_path))
+    assert set(collect(runs, tmp_path, kept).older) == set(runs) - {key}

@@ -1,11 +1,14 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.sharding import specs
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
-from anyexperts_jax.sharding.specs import batch_shardings, batch_shards, param_shardings, replicated
+from anyexperts_jax.sharding.specs import batch_axes, batch_shardings, batch_shards, param_shardings, replicated
 
 AXES = {"embedding": ("vocab", "embed"), "norm": {"scale": ("norm",)}, "up": ("expert", "embed", "expert_mlp")}
 
@@ -44,6 +47,31 @@ def test_params_that_do_not_fit_are_named(axes, shapes, message):
     mesh = make_mesh(MeshConfig(data=-1, expert=2))
     with pytest.raises(UserError, match=message):
         param_shardings(mesh, axes, shapes)
+
+
+@pytest.mark.parametrize(
+    ("field", "axes"),
+    [
+        ("tokens_BT", ("batch", "length")),
+        ("positions_BT3", ("batch", "length")),
+        ("patches_BPX", ("batch",)),
+        ("level_B", ("batch",)),
+    ],
+)
+def test_the_letters_of_a_batch_field_are_its_dimensions(field, axes):
+    assert batch_axes(field) == axes
+
+
+@pytest.mark.parametrize(
+    "field", ["tokens", "tokens_TB", "segments_bt", "patches_BPT", "places_PB", "B", "tokens_B_", "x_BTT"]
+)
+def test_a_batch_field_that_does_not_say_its_dimensions_is_refused(field, monkeypatch):
+    with pytest.raises(UserError, match=f"batch field '{field}': its name must end in its dimensions"):
+        batch_axes(field)
+    other = dataclasses.make_dataclass("Other", ["tokens_BT", field])
+    monkeypatch.setattr(specs, "Batch", other)
+    with pytest.raises(UserError, match=f"batch field '{field}'"):
+        batch_shardings(make_mesh(MeshConfig()))
 
 
 def test_a_batch_splits_over_data_fsdp_and_expert():

@@ -14,6 +14,7 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.train.checkpoint import Checkpoints, require_same_run
 from anyexperts_jax.train.config import TrainConfig
+from anyexperts_jax.train.integrity import CHECKSUMS_NAME
 from anyexperts_jax.train.optim import OptimConfig, make_optimizer
 from anyexperts_jax.train.state import TrainState
 from train.stand_in import linear_params, run_config
@@ -105,6 +106,7 @@ def test_a_checkpoint_of_a_version_that_wrote_all_copies_in_parts_is_read(saved,
     for name in trees:
         shutil.rmtree(saved.directory / "3" / name)
         shutil.copytree(tmp_path / "plain" / "7" / name, saved.directory / "3" / name)
+    (saved.directory / "3" / CHECKSUMS_NAME).unlink()  # that version wrote none
     assert_same(saved.restore(3, abstract(state_at(0)), CONFIG)[0], state)
 
 
@@ -168,13 +170,18 @@ def cut_arrays_short(step_dir):
         "no validation loss",
     ],
 )
-def test_a_damaged_checkpoint_is_one_line_that_says_how_to_go_on(saved, damage):
+@pytest.mark.parametrize("checksums", [True, False], ids=["with checksums", "of an older version"])
+def test_a_damaged_checkpoint_is_one_line_that_says_how_to_go_on(saved, damage, checksums, capfd):
     directory = saved.directory
     damage(directory / "3")
+    if not checksums:
+        (directory / "3" / CHECKSUMS_NAME).unlink()
     message = r"checkpoint 3 in .*checkpoints is unreadable .* move .*/3 away to go on from step 2"
     with pytest.raises(UserError, match=message) as error, opened(directory) as checkpoints:
         checkpoints.restore(3, abstract(state_at(0)), CONFIG)
     assert "\n" not in str(error.value)
+    assert f"({directory / '3'}/" in str(error.value), "the line names what is damaged"
+    assert capfd.readouterr().err == "", "and nothing else is said"
     (directory / "3").rename(directory.parent / "away")
     with opened(directory) as checkpoints:
         assert checkpoints.latest == 2

@@ -2,6 +2,8 @@ import dataclasses
 
 import chex
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 from anyexperts_jax.core.errors import UserError
@@ -37,6 +39,43 @@ def test_the_state_is_born_sharded_with_the_same_values_on_any_mesh(optimizer):
     described = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), states[1])
     abstract = abstract_state(MODEL, optimizer, meshes[1])  # what a checkpoint is restored into
     assert described == jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), abstract)
+
+
+def with_state(optimizer, make):
+    """An optimiser that keeps `make(params)` besides its own state."""
+    inner = optimizer.init
+    return optax.GradientTransformationExtraArgs(lambda params: (inner(params), make(params)), optimizer.update)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda params: {"scale": jnp.ones(8)}, r"opt_state/1/scale of shape \(8,\) would be whole on every device"),
+        (lambda params: jnp.ones((8, 8)), r"opt_state/1 of shape \(8, 8\) would be whole on every device"),
+        (lambda params: jax.tree.leaves(params), r"opt_state/1/0 of shape .* would be whole on every device"),
+        (
+            lambda params: jax.tree.map(lambda p: p.reshape(-1), params),
+            r"opt_state/1/.* has shape \(\d+,\), the parameter it is named after \(\d+, ",
+        ),
+    ],
+    ids=["another name", "no name", "a list", "another rank"],
+)
+def test_a_state_that_is_of_no_parameter_is_refused(optimizer, make, message):
+    with pytest.raises(UserError, match=message):
+        state_shardings(MODEL, with_state(optimizer, make), make_mesh(MeshConfig(data=2, fsdp=4)))
+
+
+def test_numbers_keys_and_rows_of_a_parameter_are_states_too(optimizer):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+
+    def make(params):
+        rows = jax.tree.map(lambda p: p.sum(-1, keepdims=True), params)
+        return {"count": jnp.int32(0), "key": jax.random.key_data(jax.random.key(0)), "rows": rows}
+
+    kept = state_shardings(MODEL, with_state(optimizer, make), mesh).opt_state[1]
+    assert not kept["count"].spec
+    assert not kept["key"].spec
+    assert kept["rows"]["tokens"]["table"].spec == jax.sharding.PartitionSpec("tensor", None)
 
 
 def test_a_model_that_does_not_split_is_refused(optimizer):
