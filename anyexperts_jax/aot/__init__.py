@@ -11,6 +11,5 @@ network      the least time that takes, by the links of the chips
 work         what a step computes and moves, counted from its configuration
 bounds       the least time of a step and the most of the chip's peak that it can use
 fit          what helps a step that does not fit
-chips        the peaks of each chip, from chips.toml
 targets/     what XLA has to know of a GPU to compile for it
 """

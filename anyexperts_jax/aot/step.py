@@ -10,10 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from anyexperts_jax.aot.bounds import Bounds, find_bounds
-from anyexperts_jax.aot.chips import chip_peaks
 from anyexperts_jax.aot.collectives import Collective, read_collectives
 from anyexperts_jax.aot.fit import does_not_fit, temporaries_refused
-from anyexperts_jax.aot.topology import slice_devices
+from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
 from anyexperts_jax.aot.work import Work, count_work
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
@@ -63,7 +62,7 @@ def compile_step(config: RunConfig, topology: str, slices: int = 1) -> CompiledS
         f"set mesh.dcn_data={slices}",
     )
     devices = slice_devices(topology, slices)
-    chip = chip_peaks(topology.partition(":")[0])
+    chip = chip_of_topology(topology)
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
     start = time.perf_counter()
@@ -95,7 +94,7 @@ def describe_step(
       memory: see `CompiledStep`.
       program: the optimised program's text.
     """
-    chip, sizes = chip_peaks(topology.partition(":")[0]), dict(mesh.shape)
+    chip, sizes = chip_of_topology(topology), dict(mesh.shape)
     inner = config.mesh.sizes_inside(mesh.size)
     devices = list(mesh.devices.flat)
     first = [device for device in devices if slice_of(device) == slice_of(devices[0])]

@@ -7,12 +7,13 @@ import math
 
 import jax
 
+from anyexperts_jax.core.hardware import tpu_limits
 from anyexperts_jax.dispatch.capacity import rows_per_expert
 from anyexperts_jax.dispatch.exchange import rows_per_shard
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, logical_axes
 from anyexperts_jax.ops.attention import splash
-from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape, chip_of
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape
 from anyexperts_jax.ops.routed_mlp.tpu import aligned_sizes
 from anyexperts_jax.routing.plan import PlanSpec
 from anyexperts_jax.sharding.rules import as_tuple
@@ -119,7 +120,7 @@ def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) 
     tile = _XLA_TILE
     if device_kind.startswith("TPU"):
         shape = Shape(math.ceil(held / experts), stack.d_model, stack.expert_d_ff, 2)
-        tile = aligned_sizes(chip_of(device_kind), shape).forward.step
+        tile = aligned_sizes(tpu_limits(device_kind), shape).forward.step
     # The last tile of an expert is half empty on average; tiles without a live row are skipped.
     computed = times * held if stack.dispatch == "dense" else rows + times * experts * tile // 2
     return computed, times * held

@@ -4,6 +4,7 @@ import argparse
 import pathlib
 
 from anyexperts_jax.cli.options import say
+from anyexperts_jax.core.shapes import HOST_SHAPES, SHAPES
 
 
 def run_layer(options: argparse.Namespace) -> None:
@@ -38,8 +39,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     actions = bench.add_subparsers(title="actions", required=True, metavar="ACTION")
     layer = actions.add_parser("layer", help="the MoE layer alone, its parts, and its time against the budget")
-    shapes = ["S1", "S2", "S3", "S4"]
-    layer.add_argument("--shape", nargs="+", default=shapes, help="S1 S2 S3 S4 (default), for accelerators A B P P4")
+    larger = " ".join(name for name in SHAPES if name not in HOST_SHAPES)
+    shapes = f"{' '.join(HOST_SHAPES)} (default), for accelerators {larger}"
+    layer.add_argument("--shape", nargs="+", default=list(HOST_SHAPES), help=shapes)
     layer.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="float32, bfloat16 (default: both)")
     layer.add_argument("--rounds", type=int, default=7, help="interleaved rounds; medians are shown (default: 7)")
     layer.add_argument("--repeats", type=int, default=1, help="calls on end a sample, as 10 on a GPU (default: 1)")

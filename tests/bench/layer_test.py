@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.bench import cases, layer
-from anyexperts_jax.bench.cases import LayerShape
 from anyexperts_jax.bench.layer import Timing
 from anyexperts_jax.bench.stopwatch import Rounds, cpu_times, interleaved_rounds, others_load
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.shapes import LayerShape
 from anyexperts_jax.dispatch import apply
 from anyexperts_jax.ops._select import on_one_device
 
