@@ -18,7 +18,7 @@ from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
 from anyexperts_jax.aot.work import count_work, gathered_bytes, token_shards
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.core.hardware import Chip
-from anyexperts_jax.nn.config import Remat
+from anyexperts_jax.core.remat import Remat
 from anyexperts_jax.report.tables import TextTable
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh, slice_of
 from anyexperts_jax.train.config import RunConfig

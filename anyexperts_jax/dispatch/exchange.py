@@ -13,12 +13,11 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.remat import EXCHANGED
 from anyexperts_jax.dispatch.base import DispatchStats, buffer_row_map, sort_slots
 from anyexperts_jax.ops.routed_mlp import routed_mlp
 from anyexperts_jax.ops.row_map import combine_rows, take_rows
 from anyexperts_jax.routing.plan import PlanSpec
-
-EXCHANGED = "exchanged"  # the name of what came from other shards, for checkpoint policies
 
 Experts = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
 

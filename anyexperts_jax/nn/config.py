@@ -4,10 +4,10 @@ import dataclasses
 from typing import Literal, get_args
 
 from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.remat import Remat
 
 Dtype = Literal["float32", "bfloat16"]
 Residuals = Literal["saved", "recomputed"]
-Remat = Literal["none", "full", "routing", "exchanged", "dots"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class StackConfig:
     expert_mlp: str | None = None  # implementation of the expert op; None: the platform's fastest
     expert_residuals: Residuals = "saved"  # what the expert op keeps for its backward pass; see dispatch.moe_apply
     exchange_chunks: int = 1  # of each sequence's positions, that dispatch="exchange" sends one after the other
-    remat: Remat = "none"  # see nn.stack.remat_policy
+    remat: Remat = "none"  # see core.remat.remat_policy
     scan_unroll: int = 1  # MoE layers per iteration of the scan; all of them where memory allows: no layer is copied
     dtype: Dtype = "float32"  # of activations and matmuls; router, norms, softmax and losses are always float32
     param_dtype: Dtype = "float32"

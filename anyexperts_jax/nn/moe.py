@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.remat import ROUTER_LOGITS
 from anyexperts_jax.dispatch.apply import moe_apply_stats
 from anyexperts_jax.nn.config import Dtype, Residuals
 from anyexperts_jax.nn.importance import ImportanceMLP
@@ -101,12 +102,12 @@ class MoE(nn.Module):
             importance_logits_BT = mlp(x_BTD)
         if importance_logits_BT is None:
             importance_logits_BT = jnp.zeros((batch, length), jnp.float32)
-        importance_logits_BT = checkpoint_name(importance_logits_BT, "router_logits")
+        importance_logits_BT = checkpoint_name(importance_logits_BT, ROUTER_LOGITS)
         if config.hsm_site == "block_input":
             x_BTD = modulate(x_BTD, importance(importance_logits_BT), config.alpha)
         x_ND = x_BTD.reshape(batch * length, d_model)
         modality_N = None if modality_BT is None else modality_BT.reshape(-1)
-        logits_NC = checkpoint_name(Router(config, name="router")(x_ND, modality_N), "router_logits")
+        logits_NC = checkpoint_name(Router(config, name="router")(x_ND, modality_N), ROUTER_LOGITS)
         if self.is_mutable_collection("probe") and not self.is_initializing():
             self.sow("probe", "logits_BTC", logits_NC.reshape(batch, length, -1), reduce_fn=lambda _, new: new)
         if self.has_rng("shuffle"):

@@ -7,13 +7,14 @@ from jaxtyping import Array, Bool, Float
 from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.remat import ROUTING
 from anyexperts_jax.routing.importance import importance
 from anyexperts_jax.routing.losses import routing_losses
 from anyexperts_jax.routing.metrics import column_load, routing_metrics
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
 from anyexperts_jax.routing.salience import rank_by_salience
 from anyexperts_jax.routing.scores import probabilities, ranking
-from anyexperts_jax.routing.select import SAVED_NAME, select
+from anyexperts_jax.routing.select import select
 from anyexperts_jax.routing.slots import continuous_slots, round_slots
 from anyexperts_jax.routing.weights import combine_weights
 
@@ -54,7 +55,7 @@ def route(
 
     importance_N = importance(importance_logits_N)
     continuous_N = continuous_slots(config, importance_N, window)
-    slots_N = checkpoint_name(jnp.where(valid_N, round_slots(config, continuous_N, key), 0), SAVED_NAME)
+    slots_N = checkpoint_name(jnp.where(valid_N, round_slots(config, continuous_N, key), 0), ROUTING)
     selection = select(config, *ranking(config, logits_NC, importance_N, bias_C), slots_N)
     weights_NK, virtual_weight_N = combine_weights(config, logits_NC, importance_N, continuous_N, selection)
 
