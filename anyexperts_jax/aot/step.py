@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from anyexperts_jax.aot.bounds import Bounds, find_bounds
@@ -16,8 +15,8 @@ from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
 from anyexperts_jax.aot.work import Work, count_work
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.data.encode import EncodingSpec, encode
-from anyexperts_jax.data.example import Example
+from anyexperts_jax.data.batches import abstract_batch
+from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.models.init import abstract_params, logical_axes
 from anyexperts_jax.sharding.expert_parallel import Placement
 from anyexperts_jax.sharding.mesh import make_mesh, slice_of
@@ -138,14 +137,13 @@ def lower_step(config: RunConfig, mesh: Mesh) -> Any:
     step = jit_train_step(config, optimizer, model_apply(config.model, Placement(mesh)), mesh)
     state = abstract_state(config.model, optimizer, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what is chosen by platform is chosen for the mesh's
-        return step.lower(state, abstract_batch(config.data.encoding, config.train.batch_size, mesh))
+        return step.lower(state, placed_batch(config.data.encoding, config.train.batch_size, mesh))
 
 
-def abstract_batch(spec: EncodingSpec, batch_size: int, mesh: Mesh) -> Batch:
+def placed_batch(spec: EncodingSpec, rows: int, mesh: Mesh) -> Batch:
     """Shape, dtype and sharding of every array of a batch."""
-    fields = encode(Example("nlp", "any", 1, "?", "!", "none"), spec)
-    batch = Batch(**{name: np.broadcast_to(a, (batch_size, *a.shape)) for name, a in fields.items()})
     shardings = batch_shardings(mesh)
     return jax.tree_util.tree_map_with_path(
-        lambda path, a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[path[0].name]), batch
+        lambda path, a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[path[0].name]),
+        abstract_batch(spec, rows),
     )

@@ -11,7 +11,8 @@ from anyexperts_jax.core.hardware import tpu_limits
 from anyexperts_jax.dispatch.capacity import rows_per_expert
 from anyexperts_jax.dispatch.exchange import rows_per_shard
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.models.init import abstract_params, logical_axes
+from anyexperts_jax.models.init import abstract_params, logical_axes, named_leaves
+from anyexperts_jax.models.paths import is_matmul, tower_of
 from anyexperts_jax.ops.attention import splash
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape
 from anyexperts_jax.ops.routed_mlp.tpu import aligned_sizes
@@ -80,17 +81,13 @@ def _dense_flops(config: RunConfig, tokens: int) -> tuple[float, float]:
     """(outside the stack, in it) of the matmuls that are not the routed experts', forward and backward."""
     encoding, outside, inside = config.data.encoding, 0.0, 0.0
     batch = config.train.batch_size
-    for path, array in jax.tree_util.tree_leaves_with_path(abstract_params(config.model)):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not name.endswith("/kernel"):
+    rows_of = {"vision": batch * encoding.max_patches, "audio": batch * encoding.max_frames}
+    for name, array in named_leaves(abstract_params(config.model)).items():
+        if not is_matmul(name):
             continue
-        rows = tokens
-        if name.startswith("vision"):
-            rows = batch * encoding.max_patches
-        elif name.startswith("audio"):
-            rows = batch * encoding.max_frames
-        flops = _FORWARD_AND_BACKWARD * 2.0 * rows * math.prod(array.shape)
-        if name.startswith("decoder"):
+        tower = tower_of(name)
+        flops = _FORWARD_AND_BACKWARD * 2.0 * rows_of.get(tower, tokens) * math.prod(array.shape)
+        if tower == "decoder":
             inside += flops
         else:
             outside += flops

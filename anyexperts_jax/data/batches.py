@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 
 from anyexperts_jax.core.batch import Batch
@@ -74,3 +75,9 @@ def empty_batch(spec: EncodingSpec, rows: int) -> Batch:
         level_B=np.zeros(B, np.int32),
         example_B=np.zeros(B, np.int32),
     )
+
+
+def abstract_batch(spec: EncodingSpec, rows: int) -> Batch:
+    """The shape and type of every array of such a batch, as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    one_row = empty_batch(spec, 1)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype), one_row)
