@@ -7,7 +7,6 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.train.strict import flatten
-from experiments.reproduce.collect import load_kept
 from experiments.reproduce.experiment import (
     TABLES,
     load_experiment,
@@ -193,17 +192,6 @@ def test_the_committed_experiments_compare_like_with_like(committed):
             assert run.start == committed["table3"]["dynamic 8.0", seed].start
             model = dataclasses.replace(run.config.model, moe=default.model.moe)
             assert dataclasses.replace(run.config, model=model) == default
-
-
-@pytest.mark.slow
-def test_the_first_attempt_can_be_made_again():
-    """Its runs are those whose results are committed."""
-    runs = shared([runs_of(*load_experiment(CONFIGS / "first_attempt" / f"{name}.toml")) for name in TABLES])
-    assert len(runs) == 130
-    assert {run.start for run in runs} == {None}
-    made = load_kept(CONFIGS.parent / "results" / "first_attempt")
-    assert len(made) >= 60
-    assert set(made) <= {run.id for run in runs}
 
 
 def test_quick_shares_runs_too():
