@@ -10,13 +10,14 @@ BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 AOT_BIN := $(AOT_VENV)/bin
 
-.PHONY: help install demo demo-smoke test test-aot test-notebooks lint types format check clean
+.PHONY: help install demo demo-smoke test test-aot test-libtpu test-notebooks lint types format check clean
 
 help:
 	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 8 minutes)"
 	@echo "make demo-smoke  the same in about a minute, too short to learn anything"
 	@echo "make test        install and run the tests"
 	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
+	@echo "make test-libtpu  compile one step for TPUs that are not here (Linux; 0.7 GB of compiler)"
 	@echo "make test-aot    compile the kernels for TPUs and GPUs that are not here (Linux; 1.2 GB of compilers)"
 	@echo "make check       lint, format check and types"
 
@@ -55,6 +56,11 @@ $(AOT_BIN)/.installed: pyproject.toml
 $(BIN)/.installed-notebooks: $(BIN)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[test,notebooks]'
 	touch $@
+
+# JAX and the libtpu that the extra pins for this Python: one step compiled, see aot/libtpu.py.
+test-libtpu: $(BIN)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[test,aot]'
+	$(BIN)/python -m pytest -m aot tests/aot/libtpu_test.py
 
 test-notebooks: $(BIN)/.installed-notebooks
 	$(BIN)/python -m pytest tests/colab_test.py $(WORKERS)

@@ -1,6 +1,7 @@
 """Compiling for accelerators that are not here, and reading what the compiler made. Nothing here is a run time.
 
 topology     devices of a TPU that is not attached, and the compiler told to write its schedules down
+libtpu       whether the TPU compiler is there and fits JAX
 report       cycles, matrix unit use, spills and VMEM of each kernel, from those schedules
 kernels      the TPU kernels and the shapes they are compiled at
 gpu          a kernel compiled for a GPU: registers, spills, shared memory, tensor cores

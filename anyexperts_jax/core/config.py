@@ -21,6 +21,7 @@ VirtualOutput = Literal["identity", "zero"]
 Normalisation = Literal["all", "real", "none", "all_raw_gradient"]
 BalanceScope = Literal["batch", "sequence"]
 ImportanceRegulariser = Literal["logit_l2", "mean_target", "salience"]
+SalienceScope = Literal["batch", "device", "sequence"]
 SlotGradient = Literal["none", "straight_through"]
 Overflow = Literal["drop", "fallback"]
 Router = Literal["linear", "per_modality", "per_modality_shared", "dtr", "dtr_shared"]
@@ -38,6 +39,7 @@ _CHOICES = {
     "normalisation": Normalisation,
     "balance_scope": BalanceScope,
     "importance_regulariser": ImportanceRegulariser,
+    "salience_scope": SalienceScope,
     "slot_gradient": SlotGradient,
     "overflow": Overflow,
     "router": Router,
@@ -87,6 +89,7 @@ class AnyExpertsConfig:
     # Mean z^2, or (mean w - importance_target)^2 (reading); salience, our extension: see routing.salience.
     importance_regulariser: ImportanceRegulariser = "logit_l2"
     importance_target: float = 0.5
+    salience_scope: SalienceScope = "batch"  # the tokens that salience ranks one among; see routing.salience
     z_weight: float = 0.0
     slot_gradient: SlotGradient = "none"  # straight_through: our extension, the rounded K_i passes a gradient to w
 

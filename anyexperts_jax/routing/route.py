@@ -12,7 +12,7 @@ from anyexperts_jax.routing.importance import importance
 from anyexperts_jax.routing.losses import routing_losses
 from anyexperts_jax.routing.metrics import column_load, routing_metrics
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
-from anyexperts_jax.routing.salience import rank_by_salience
+from anyexperts_jax.routing.salience import rank_by_salience, token_groups
 from anyexperts_jax.routing.scores import probabilities, ranking
 from anyexperts_jax.routing.select import select
 from anyexperts_jax.routing.slots import continuous_slots, round_slots
@@ -28,6 +28,7 @@ def route(
     *,
     window: Float[ArrayLike, "2"] | None = None,
     num_sequences: int = 1,
+    batch_shards: int | None = None,
     key: Array | None = None,
 ) -> RoutingPlan:
     """Routes N tokens over C = E + V columns (AnyExperts section 2, steps 2 and 4 to 7). All arithmetic in float32.
@@ -40,10 +41,13 @@ def route(
       bias_C: the expert bias, given iff `config.expert_bias`.
       window: (k_min, k_max) in place of the config's: one compiled program for any budget within `slots_bound`.
       num_sequences: tokens are num_sequences contiguous sequences of equal length (for balance_scope="sequence").
+      batch_shards: into how many parts devices cut the sequences; needed for salience_scope="device" and unused
+        otherwise.
       key: random key, needed for slot_rounding="stochastic" and unused otherwise.
 
     Raises:
-      UserError: shapes that do not fit the config or each other; bias_C or key missing; bias_C given but off.
+      UserError: shapes that do not fit the config or each other; bias_C, key or batch_shards missing; bias_C given but
+        off.
     """
     _check_inputs(config, logits_NC, importance_logits_N, valid_N, bias_C, window, num_sequences)
     N = logits_NC.shape[0]
@@ -63,7 +67,8 @@ def route(
     load_SC = column_load(config, selection, num_sequences if config.balance_scope == "sequence" else 1)
     losses = routing_losses(config, logits_NC, importance_logits_N, importance_N, probabilities_NC, load_SC, valid_N)
     if config.importance_regulariser == "salience":
-        weights_NK, losses["importance"] = rank_by_salience(weights_NK, importance_N, valid_N)
+        groups = token_groups(config.salience_scope, num_sequences, batch_shards)
+        weights_NK, losses["importance"] = rank_by_salience(weights_NK, importance_N, valid_N, groups)
     return RoutingPlan(
         expert_ids_NK=jnp.where(selection.real_live_NK, selection.real_ids_NK, config.num_experts),
         weights_NK=weights_NK,
