@@ -12,7 +12,7 @@ BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 AOT_BIN := $(AOT_VENV)/bin
 
-.PHONY: help install demo demo-smoke test fuzz test-kills test-aot test-notebooks lint types format check clean
+.PHONY: help install demo demo-smoke test fuzz test-kills test-aot test-libtpu test-notebooks lint types format check clean
 
 help:
 	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 8 minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test-kills  twenty kills of a run at random moments, twenty resumes, the same bits at the end (some minutes)"
 	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
 	@echo "make fuzz        run configurations broken at random, 200 of each kind"
+	@echo "make test-libtpu  compile one step for TPUs that are not here (Linux; 0.7 GB of compiler)"
 	@echo "make test-aot    compile the kernels for TPUs and GPUs that are not here (Linux; 1.2 GB of compilers)"
 	@echo "make check       lint, format check and types"
 
@@ -65,6 +66,11 @@ $(AOT_BIN)/.installed: pyproject.toml
 $(BIN)/.installed-notebooks: $(BIN)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[test,notebooks]'
 	touch $@
+
+# JAX and the libtpu that the extra pins for this Python: one step compiled, see aot/libtpu.py.
+test-libtpu: $(BIN)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[test,aot]'
+	$(BIN)/python -m pytest -m aot tests/aot/libtpu_test.py
 
 test-notebooks: $(BIN)/.installed-notebooks
 	$(BIN)/python -m pytest tests/colab_test.py $(WORKERS)

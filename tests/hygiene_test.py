@@ -127,6 +127,23 @@ def test_no_file_names_a_package_registry():
         assert not re.search(hosts, path.read_text(errors="ignore")), path
 
 
+def headings(page: pathlib.Path) -> set[str]:
+    """Where a link into a page can point, as GitHub makes it of the headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_link_between_our_pages_leads_somewhere():
+    for page in [path for path in tracked_text_files() if path.suffix == ".md"]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            target, _, heading = link.partition("#")
+            if "://" in link:
+                continue
+            other = page.parent / target if target else page
+            assert other.exists(), f"{in_package(page)} links to {link}"
+            assert not heading or heading in headings(other), f"{in_package(page)}: no heading for {link}"
+
+
 CONFIGS = sorted(
     path
     for folder in ("anyexperts_jax/train/configs", "anyexperts_jax/evolution/configs", "experiments")

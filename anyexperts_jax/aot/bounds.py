@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anyexperts_jax.aot.chips import ChipPeaks
 from anyexperts_jax.aot.collectives import Collective
 from anyexperts_jax.aot.network import network_seconds
 from anyexperts_jax.aot.work import Work
+from anyexperts_jax.core.hardware import Chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ def find_bounds(
     devices: Sequence[Any],
     num_devices: int,
     mesh: Mapping[str, int],
-    chip: ChipPeaks,
+    chip: Chip,
 ) -> Bounds:
     """The bounds of a step.
 

@@ -18,37 +18,16 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, Mesh, NamedSharding, PartitionSpec
 
 from anyexperts_jax.core.errors import UserError, require
-from anyexperts_jax.ops.expert_mlp.gpu_tiles import GPUS, Gpu
+from anyexperts_jax.core.hardware import Gpu
 from anyexperts_jax.sharding.mesh import traced_for
 
 _TARGETS = pathlib.Path(__file__).parent / "targets"
 _TENSOR_CORES = re.compile(r"\b(wgmma|mma\.sync)\b")  # the instructions that multiply matrices
 _BARRIERS = re.compile(r"num_barriers=(\d+)[^)]*\): (\d+)")  # so many arrays of so many, as Mosaic writes it
 _BARRIER_BYTES = 8
-_REGISTERS = 65536  # of a multiprocessor
 _DUMP_VARIABLE = "MOSAIC_GPU_DUMP_TO"
 _INSTALL = "in a checkout, pip install -e '.[aot-gpu]'"
 _PACKAGES = ("jax_cuda13_plugin", "nvidia.cu13")  # what the extra `aot-gpu` installs
-
-
-class Target(NamedTuple):
-    """A GPU to compile for."""
-
-    file: str  # of `targets/`
-    device_kind: str
-    cores: int
-    arch: str  # as ptxas calls it, with the instructions of this architecture alone
-    tensor_cores: str  # the instruction that its kernels are to multiply with
-    gpu: Gpu
-
-    @property
-    def shared_bytes(self) -> int:
-        """The most a block can ask for."""
-        return self.gpu.shared_bytes
-
-
-H100 = Target("h100.txtpb", "NVIDIA H100 80GB HBM3", 132, "sm_90a", "wgmma", GPUS["H100"])
-A100 = Target("a100.txtpb", "NVIDIA A100-SXM4-80GB", 108, "sm_80", "mma.sync", GPUS["A100"])
 
 
 class KernelReport(NamedTuple):
@@ -63,16 +42,16 @@ class KernelReport(NamedTuple):
     tma: bool  # True: tiles are copied by the tensor memory accelerator
 
 
-def complaints(report: KernelReport, target: Target) -> list[str]:
-    """What keeps a kernel from running well on `target`, or from being launched at all."""
+def complaints(report: KernelReport, gpu: Gpu) -> list[str]:
+    """What keeps a kernel from running well on `gpu`, or from being launched at all."""
     rules = {
         f"spills {report.spill_bytes} bytes": report.spill_bytes > 0,
-        f"multiplies with {report.tensor_cores}, not {target.tensor_cores}": report.tensor_cores != target.tensor_cores,
-        f"{report.shared_bytes} bytes of shared memory, {target.shared_bytes} are there": (
-            report.shared_bytes > target.shared_bytes
+        f"multiplies with {report.tensor_cores}, not {gpu.matmul}": report.tensor_cores != gpu.matmul,
+        f"{report.shared_bytes} bytes of shared memory, {gpu.limits.shared_bytes} are there": (
+            report.shared_bytes > gpu.limits.shared_bytes
         ),
-        f"{report.threads} threads of {report.registers} registers, {_REGISTERS} are there": (
-            report.threads * report.registers > _REGISTERS
+        f"{report.threads} threads of {report.registers} registers, {gpu.registers} are there": (
+            report.threads * report.registers > gpu.registers
         ),
     }
     return [text for text, broken in rules.items() if broken]
@@ -83,7 +62,7 @@ def missing_packages() -> list[str]:
     return [name for name in _PACKAGES if not _installed(name)]
 
 
-def compile_kernel(fn: Callable[..., Any], args: tuple[Any, ...], target: Target = H100) -> KernelReport:
+def compile_kernel(fn: Callable[..., Any], args: tuple[Any, ...], gpu: Gpu) -> KernelReport:
     """Compiles `fn`, which calls one kernel, and reads the report.
 
     Args:
@@ -93,28 +72,28 @@ def compile_kernel(fn: Callable[..., Any], args: tuple[Any, ...], target: Target
       UserError: packages are missing, `fn` calls no kernel or several, or the compiler refuses the kernel.
     """
     missing = missing_packages()
-    require(not missing, f"compiling for {target.device_kind} needs {', '.join(missing)}: {_INSTALL}")
+    require(not missing, f"compiling for {gpu.device} needs {', '.join(missing)}: {_INSTALL}")
     with tempfile.TemporaryDirectory() as folder, _mosaic_dump(folder):
-        lowered = _lower(fn, args, target)
+        lowered = _lower(fn, args, gpu)
         lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
         texts = {path: path.read_text() for path in sorted(pathlib.Path(folder).glob("*.ptx"))}
         kernels = [path for path, text in texts.items() if _TENSOR_CORES.search(text)]
         require(len(kernels) == 1, f"{len(kernels)} kernels with matmuls were compiled where one was expected")
-        return _read(kernels[0], target)
+        return _read(kernels[0], gpu)
 
 
-def compile_for(fn: Callable[..., Any], args: tuple[Any, ...], target: Target = H100) -> Any:
-    """`fn` jitted and compiled for `target`.
+def compile_for(fn: Callable[..., Any], args: tuple[Any, ...], gpu: Gpu) -> Any:
+    """`fn` jitted and compiled for `gpu`.
 
     Args:
       args: trees of `jax.ShapeDtypeStruct`s.
     """
-    return _lower(fn, args, target).compile()
+    return _lower(fn, args, gpu).compile()
 
 
-def abstract_gpu(target: Target = H100) -> contextlib.AbstractContextManager[Any]:
-    """Within it, traces are for one `target`."""
-    return traced_for(AbstractDevice(device_kind=target.device_kind, num_cores=target.cores, platform="gpu"))
+def abstract_gpu(gpu: Gpu) -> contextlib.AbstractContextManager[Any]:
+    """Within it, traces are for one `gpu`."""
+    return traced_for(AbstractDevice(device_kind=gpu.device, num_cores=gpu.multiprocessors, platform="gpu"))
 
 
 @contextlib.contextmanager
@@ -141,33 +120,33 @@ def _dynamic_shared_bytes(folder: pathlib.Path, kernel: str) -> int:
     return _number(rf"\b{kernel}\b.*shared_memory: (\d+)", launches)
 
 
-def _lower(fn: Callable[..., Any], args: tuple[Any, ...], target: Target) -> Any:
-    sharding = NamedSharding(Mesh(np.array(_topology(target).devices[:1]), ("x",)), PartitionSpec())
+def _lower(fn: Callable[..., Any], args: tuple[Any, ...], gpu: Gpu) -> Any:
+    sharding = NamedSharding(Mesh(np.array(_topology(gpu).devices[:1]), ("x",)), PartitionSpec())
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
-    with abstract_gpu(target):
+    with abstract_gpu(gpu):
         return jax.jit(fn).lower(*placed)
 
 
-def gpu_devices(slices: int, nodes: int, per_node: int, target: Target = H100) -> list[Any]:
+def gpu_devices(gpu: Gpu, slices: int, nodes: int, per_node: int) -> list[Any]:
     """`slices` times `nodes` nodes of GPUs, to compile for.
 
     Raises:
       UserError: packages are missing.
     """
     missing = missing_packages()
-    require(not missing, f"compiling for {target.device_kind} needs {', '.join(missing)}: {_INSTALL}")
-    return list(_topology(target, f"{slices}x{nodes}x{per_node}").devices)
+    require(not missing, f"compiling for {gpu.device} needs {', '.join(missing)}: {_INSTALL}")
+    return list(_topology(gpu, f"{slices}x{nodes}x{per_node}").devices)
 
 
 @functools.cache
-def _topology(target: Target, shape: str = "1x1x1") -> Any:
-    config = (_TARGETS / target.file).read_text()
+def _topology(gpu: Gpu, shape: str = "1x1x1") -> Any:
+    config = (_TARGETS / gpu.target).read_text()
     return topologies.get_topology_desc(topology_name="gpu", platform="cuda", target_config=config, topology=shape)
 
 
-def _read(ptx: pathlib.Path, target: Target) -> KernelReport:
+def _read(ptx: pathlib.Path, gpu: Gpu) -> KernelReport:
     text = ptx.read_text()
-    command = [_tool("ptxas"), "-v", f"-arch={target.arch}", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
+    command = [_tool("ptxas"), "-v", f"-arch={gpu.arch}", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
     done = subprocess.run(command, capture_output=True, text=True)
     require(done.returncode == 0, f"ptxas refuses the kernel: {' '.join(done.stderr.split())[:300]}")
     kernel = _first(r"\.entry\s+(\w+)", text)

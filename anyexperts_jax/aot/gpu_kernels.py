@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from anyexperts_jax.aot.gpu import A100, H100, KernelReport, Target, compile_kernel, complaints
+from anyexperts_jax.aot.gpu import KernelReport, compile_kernel, complaints
+from anyexperts_jax.aot.kernels import SHAPES as EXPERTS
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.hardware import Gpu, gpus
 from anyexperts_jax.ops.aligned_rows import num_aligned_rows
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
 from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows, TokenRows
@@ -27,34 +29,30 @@ class Shape(NamedTuple):
 
 
 BLOCK = 128  # of the aligned buffer, by the tiles of every GPU and dtype
-# 49152, 32768 and 65536 rows, and a quarter more room than that; P is the paper's layer, compiled dropless too.
-SHAPES = {
-    "A": Shape(64, 960, 2048, 1408),
-    "B": Shape(128, 320, 2048, 768),
-    "P": Shape(256, 320, 2048, 512),
-    "P dropless": Shape(256, BLOCK, 2048, 512, num_aligned_rows(65536, 256, BLOCK) // BLOCK),
-}
+SHAPES = {name: Shape(one.experts, one.capacity, one.width, one.hidden) for name, one in EXPERTS.items()}
+SHAPES["P dropless"] = SHAPES["P"]._replace(  # the paper's layer, without buffers too
+    capacity=BLOCK, blocks=num_aligned_rows(EXPERTS["P"].rows, EXPERTS["P"].experts, BLOCK) // BLOCK
+)
 DTYPES = ("bfloat16", "float32")
-TARGETS = {"H100": H100, "A100": A100}
 MODULES = {"pallas_triton": pallas_triton, "pallas_gpu": pallas_gpu}
 
 Case = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def triton_cases(shape: Shape, dtype: str, target: Target = H100) -> dict[str, Case]:
-    """Every Triton kernel as (function, abstract operands), with the tiles it would run with on `target`."""
-    return cases_of("pallas_triton", tiles_of("pallas_triton", shape, dtype, target), shape, dtype)
+def triton_cases(shape: Shape, dtype: str, gpu: Gpu) -> dict[str, Case]:
+    """Every Triton kernel as (function, abstract operands), with the tiles it would run with on `gpu`."""
+    return cases_of("pallas_triton", tiles_of("pallas_triton", shape, dtype, gpu), shape, dtype)
 
 
 def mosaic_cases(shape: Shape) -> dict[str, Case]:
     """The same of the Mosaic GPU kernels, in bfloat16."""
-    return cases_of("pallas_gpu", tiles_of("pallas_gpu", shape, "bfloat16", H100), shape, "bfloat16")
+    return cases_of("pallas_gpu", tiles_of("pallas_gpu", shape, "bfloat16", gpus()["h100"]), shape, "bfloat16")
 
 
-def tiles_of(implementation: str, shape: Shape, dtype: str, target: Target) -> Tiles:
+def tiles_of(implementation: str, shape: Shape, dtype: str, gpu: Gpu) -> Tiles:
     """Those that the implementation would run with."""
     itemsize = jnp.dtype(dtype).itemsize
-    return tiles_for(implementation, target.device_kind, GpuShape(shape.width, shape.hidden, itemsize))
+    return tiles_for(implementation, gpu.device, GpuShape(shape.width, shape.hidden, itemsize))
 
 
 def cases_of(implementation: str, tiles: Tiles, shape: Shape, dtype: str) -> dict[str, Case]:
@@ -89,14 +87,14 @@ def _integers(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def cases() -> Iterator[tuple[str, Case, Target]]:
-    """("target/implementation/shape/dtype/kernel", case, target) of every kernel, the Mosaic ones on Hopper alone."""
+def cases() -> Iterator[tuple[str, Case, Gpu]]:
+    """("GPU/implementation/shape/dtype/kernel", case, GPU) of every kernel, the Mosaic ones on Hopper alone."""
     for name, shape in SHAPES.items():
         for kernel, case in mosaic_cases(shape).items():
-            yield f"H100/pallas_gpu/{name}/bfloat16/{kernel}", case, H100
-    for (target_name, target), (name, shape), dtype in itertools.product(TARGETS.items(), SHAPES.items(), DTYPES):
-        for kernel, case in triton_cases(shape, dtype, target).items():
-            yield f"{target_name}/pallas_triton/{name}/{dtype}/{kernel}", case, target
+            yield f"H100/pallas_gpu/{name}/bfloat16/{kernel}", case, gpus()["h100"]
+    for gpu, (name, shape), dtype in itertools.product(gpus().values(), SHAPES.items(), DTYPES):
+        for kernel, case in triton_cases(shape, dtype, gpu).items():
+            yield f"{gpu.limits.name}/pallas_triton/{name}/{dtype}/{kernel}", case, gpu
 
 
 def reports() -> Iterator[tuple[str, KernelReport]]:
@@ -105,8 +103,8 @@ def reports() -> Iterator[tuple[str, KernelReport]]:
     Raises:
       UserError: a kernel spills, misses the tensor cores or does not fit: no table is made of such.
     """
-    for name, case, target in cases():
-        report = compile_kernel(*case, target)
-        found = complaints(report, target)
+    for name, case, gpu in cases():
+        report = compile_kernel(*case, gpu)
+        found = complaints(report, gpu)
         require(not found, f"{name}: {'; '.join(found)}; change its tile")
         yield name, report

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from anyexperts_jax.core.shapes import KERNEL_SHAPES, LayerShape
+from anyexperts_jax.core.shapes import SHAPES as LAYERS
 from anyexperts_jax.ops.expert_mlp import expert_mlp
 
 
@@ -24,11 +26,11 @@ class ExpertShape(NamedTuple):
         return math.ceil(1.25 * self.rows / self.experts)
 
 
-SHAPES = {
-    "A": ExpertShape(64, 2048, 1408, 49152),
-    "B": ExpertShape(128, 2048, 768, 32768),
-    "P": ExpertShape(256, 2048, 512, 65536),  # the paper's
-}
+def _experts_of(layer: LayerShape) -> ExpertShape:
+    return ExpertShape(layer.experts, layer.width, layer.hidden, layer.rows)
+
+
+SHAPES = {name: _experts_of(LAYERS[name]) for name in KERNEL_SHAPES}
 
 
 def arguments(shape: ExpertShape, dtype: Any = jnp.bfloat16) -> list[jax.ShapeDtypeStruct]:

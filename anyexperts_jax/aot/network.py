@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from anyexperts_jax.aot.chips import ChipPeaks
 from anyexperts_jax.aot.collectives import DCN, Collective, groups_of
+from anyexperts_jax.core.hardware import Chip, Tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Cuts:
     capacity_P: np.ndarray
 
 
-def cuts_of(devices: Sequence[Any], chip: ChipPeaks) -> Cuts:
+def cuts_of(devices: Sequence[Any], chip: Chip) -> Cuts:
     """The parts of a slice of `devices`, which are in the mesh's order."""
-    return _node_cuts(devices, chip) if chip.is_gpu else _torus_cuts(devices, chip)
+    return _torus_cuts(devices, chip) if isinstance(chip, Tpu) else _node_cuts(devices, chip)
 
 
-def _torus_cuts(devices: Sequence[Any], chip: ChipPeaks) -> Cuts:
+def _torus_cuts(devices: Sequence[Any], chip: Tpu) -> Cuts:
     coords = np.array([device.coords for device in devices])
     shape = [int(length) for length in coords.max(0) - coords.min(0) + 1]
     coords = coords - coords.min(0)
@@ -53,7 +53,7 @@ def _torus_cuts(devices: Sequence[Any], chip: ChipPeaks) -> Cuts:
     return Cuts(np.array(inside), np.maximum(np.array(capacity), 1.0))  # one chip alone has no links, and owes nothing
 
 
-def _node_cuts(devices: Sequence[Any], chip: ChipPeaks) -> Cuts:
+def _node_cuts(devices: Sequence[Any], chip: Chip) -> Cuts:
     nodes = np.array([device.process_index for device in devices])
     alone = np.eye(len(devices), dtype=bool)
     names = np.unique(nodes)
@@ -90,7 +90,7 @@ def owed_bytes(row: Collective, mesh: Mapping[str, int], cuts: Cuts) -> np.ndarr
 
 
 def network_seconds(
-    rows: Sequence[Collective], devices: Sequence[Any], mesh: Mapping[str, int], chip: ChipPeaks
+    rows: Sequence[Collective], devices: Sequence[Any], mesh: Mapping[str, int], chip: Chip
 ) -> tuple[tuple[float, ...], float, float]:
     """(least seconds of each row on its own, of all inside a slice together, of all between slices together).
 

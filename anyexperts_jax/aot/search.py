@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from anyexperts_jax.aot.bounds import find_bounds
-from anyexperts_jax.aot.chips import ChipPeaks, chip_peaks
 from anyexperts_jax.aot.collectives import Collective
 from anyexperts_jax.aot.fit import kept_bytes
 from anyexperts_jax.aot.step import CompiledStep, check_batch, compile_step
 from anyexperts_jax.aot.step_tables import mesh_text, to_json
-from anyexperts_jax.aot.topology import slice_devices
+from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
 from anyexperts_jax.aot.work import count_work, gathered_bytes, token_shards
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.hardware import Chip
+from anyexperts_jax.core.remat import Remat
 from anyexperts_jax.core.text_table import TextTable
-from anyexperts_jax.nn.config import Remat
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh, slice_of
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.fit import state_bytes
@@ -63,7 +63,7 @@ def search(
 def candidates(config: RunConfig, topology: str, slices: int) -> list[tuple[float, RunConfig]]:
     """(estimated bound in seconds, configuration) of every sensible mesh and remat policy, the best first."""
     devices = slice_devices(topology, slices)
-    chip, found = chip_peaks(topology.partition(":")[0]), []
+    chip, found = chip_of_topology(topology), []
     for sizes in meshes(config, len(devices) // slices):
         remats = (
             REMATS
@@ -97,7 +97,7 @@ def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
                 yield dataclasses.replace(given, data=rest // fsdp, fsdp=fsdp, expert=expert, tensor=tensor)
 
 
-def estimated_bound(config: RunConfig, chip: ChipPeaks, devices: Sequence[Any], state: int) -> float:
+def estimated_bound(config: RunConfig, chip: Chip, devices: Sequence[Any], state: int) -> float:
     """Seconds: the bound that the collectives which must be there give.
 
     Args:

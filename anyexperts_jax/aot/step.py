@@ -6,19 +6,17 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from anyexperts_jax.aot.bounds import Bounds, find_bounds
-from anyexperts_jax.aot.chips import chip_peaks
 from anyexperts_jax.aot.collectives import Collective, read_collectives
 from anyexperts_jax.aot.fit import does_not_fit, temporaries_refused
-from anyexperts_jax.aot.topology import slice_devices
+from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
 from anyexperts_jax.aot.work import Work, count_work
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.data.encode import EncodingSpec, encode
-from anyexperts_jax.data.example import Example
+from anyexperts_jax.data.batches import abstract_batch
+from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.models.init import abstract_params, logical_axes
 from anyexperts_jax.sharding.mesh import make_mesh, slice_of
 from anyexperts_jax.sharding.placement import Placement
@@ -64,7 +62,7 @@ def compile_step(config: RunConfig, topology: str, slices: int = 1) -> CompiledS
         f"set mesh.dcn_data={slices}",
     )
     devices = slice_devices(topology, slices)
-    chip = chip_peaks(topology.partition(":")[0])
+    chip = chip_of_topology(topology)
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
     start = time.perf_counter()
@@ -96,7 +94,7 @@ def describe_step(
       memory: see `CompiledStep`.
       program: the optimised program's text.
     """
-    chip, sizes = chip_peaks(topology.partition(":")[0]), dict(mesh.shape)
+    chip, sizes = chip_of_topology(topology), dict(mesh.shape)
     inner = config.mesh.sizes_inside(mesh.size)
     devices = list(mesh.devices.flat)
     first = [device for device in devices if slice_of(device) == slice_of(devices[0])]
@@ -133,14 +131,13 @@ def lower_step(config: RunConfig, mesh: Mesh) -> Any:
     step = jit_train_step(config, optimizer, model_apply(config.model, Placement(mesh)), mesh)
     state = abstract_state(config.model, optimizer, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what is chosen by platform is chosen for the mesh's
-        return step.lower(state, abstract_batch(config.data.encoding, config.train.batch_size, mesh))
+        return step.lower(state, placed_batch(config.data.encoding, config.train.batch_size, mesh))
 
 
-def abstract_batch(spec: EncodingSpec, batch_size: int, mesh: Mesh) -> Batch:
+def placed_batch(spec: EncodingSpec, rows: int, mesh: Mesh) -> Batch:
     """Shape, dtype and sharding of every array of a batch."""
-    fields = encode(Example("nlp", "any", 1, "?", "!", "none"), spec)
-    batch = Batch(**{name: np.broadcast_to(a, (batch_size, *a.shape)) for name, a in fields.items()})
     shardings = batch_shardings(mesh)
     return jax.tree_util.tree_map_with_path(
-        lambda path, a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[path[0].name]), batch
+        lambda path, a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[path[0].name]),
+        abstract_batch(spec, rows),
     )

@@ -1,7 +1,6 @@
 """TPUs that are not attached, as libtpu describes them to a compiler."""
 
 import contextlib
-import importlib.util
 import os
 import pathlib
 import re
@@ -13,12 +12,11 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, Mesh, NamedSharding, PartitionSpec
 
-from anyexperts_jax.aot.chips import GPUS
+from anyexperts_jax.aot.libtpu import require_libtpu
+from anyexperts_jax.core import hardware
 from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.core.hardware import Gpu, Tpu, gpus, tpus
 from anyexperts_jax.sharding.mesh import traced_for
-
-NO_LIBTPU = "libtpu is not installed; in a checkout, pip install -e '.[aot]' (Linux only)"
-TOPOLOGIES = {"v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}
 
 _DUMP_FLAG = "--xla_jf_dump_to="
 _PASSES = ".*(pre-delay|packed-bundles-post-ra|post-bundle-packing-post-ra).*"  # the files `report` reads
@@ -31,10 +29,6 @@ _ENVIRONMENT = {
 }
 
 
-def has_compiler() -> bool:
-    return importlib.util.find_spec("libtpu") is not None
-
-
 def open_compiler(directory: pathlib.Path) -> None:
     """Has libtpu, once it is loaded, write its schedules into `directory`.
 
@@ -42,9 +36,9 @@ def open_compiler(directory: pathlib.Path) -> None:
     of a TPU topology in the process.
 
     Raises:
-      UserError: libtpu is not installed, or the process has already told it another directory.
+      UserError: libtpu is not installed or does not fit JAX, or the process has already told it another directory.
     """
-    require(has_compiler(), NO_LIBTPU)
+    require_libtpu()
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     flag = f"{_DUMP_FLAG}{directory}"
     require(
@@ -58,28 +52,39 @@ def open_compiler(directory: pathlib.Path) -> None:
 
 def devices(chip: str) -> list[Any]:
     """One chip's devices, to compile for."""
-    require_one_of("chip", chip, TOPOLOGIES)
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices)
+    require_one_of("chip", chip, tpus())
+    require_libtpu()
+    name = f"{chip}:{tpus()[chip].smallest}"
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+
+
+def chip_of_topology(topology: str) -> Tpu | Gpu:
+    """The chip of "v5p:8x8x8" and the like.
+
+    Raises:
+      UserError: an unknown chip.
+    """
+    return hardware.chip(topology.partition(":")[0])
 
 
 def slice_devices(topology: str, slices: int = 1) -> list[Any]:
     """The devices of a slice such as "v5p:8x8x8", or of several alike, to compile for. "h100:2x8" are two nodes.
 
     Raises:
-      UserError: an unknown chip or shape, or the chip's compiler is not installed.
+      UserError: an unknown chip or shape, or the chip's compiler is not installed or does not fit JAX.
     """
     require(slices >= 1, f"slices={slices} must be >= 1")
     chip, _, shape = topology.partition(":")
     lengths = [int(length) for length in shape.split("x")] if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else []
-    dimensions = 2 if chip in GPUS else TOPOLOGIES.get(chip, "").partition(":")[2].count("x") + 1
-    known = f"{comma_list(TOPOLOGIES)}, {comma_list(GPUS)}"
+    dimensions = {name: tpu.smallest.count("x") + 1 for name, tpu in tpus().items()} | dict.fromkeys(gpus(), 2)
+    known = comma_list(dimensions)
     form = f"CHIP:SHAPE with CHIP of {known}, as v5e:4x4, v5p:8x8x8 or h100:2x8 (nodes x GPUs of a node)"
-    require(len(lengths) == dimensions > 1, f"topology {topology!r} is not of the form {form}")
-    if chip in GPUS:
+    require(len(lengths) == dimensions.get(chip, 0) > 0, f"topology {topology!r} is not of the form {form}")
+    if chip in gpus():
         from anyexperts_jax.aot.gpu import gpu_devices
 
-        return gpu_devices(slices, lengths[0], lengths[1])
-    require(has_compiler(), NO_LIBTPU)
+        return gpu_devices(gpus()[chip], slices, lengths[0], lengths[1])
+    require_libtpu()
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     try:

@@ -7,12 +7,14 @@ import math
 
 import jax
 
+from anyexperts_jax.core.hardware import tpu_limits
 from anyexperts_jax.dispatch.capacity import rows_per_expert
 from anyexperts_jax.dispatch.exchange import rows_per_shard
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.models.init import abstract_params, logical_axes
+from anyexperts_jax.models.init import abstract_params, logical_axes, named_leaves
+from anyexperts_jax.models.paths import is_matmul, tower_of
 from anyexperts_jax.ops.attention import splash
-from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape, chip_of
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape
 from anyexperts_jax.ops.routed_mlp.tpu import aligned_sizes
 from anyexperts_jax.routing.plan import PlanSpec
 from anyexperts_jax.sharding.rules import as_tuple
@@ -79,17 +81,13 @@ def _dense_flops(config: RunConfig, tokens: int) -> tuple[float, float]:
     """(outside the stack, in it) of the matmuls that are not the routed experts', forward and backward."""
     encoding, outside, inside = config.data.encoding, 0.0, 0.0
     batch = config.train.batch_size
-    for path, array in jax.tree_util.tree_leaves_with_path(abstract_params(config.model)):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not name.endswith("/kernel"):
+    rows_of = {"vision": batch * encoding.max_patches, "audio": batch * encoding.max_frames}
+    for name, array in named_leaves(abstract_params(config.model)).items():
+        if not is_matmul(name):
             continue
-        rows = tokens
-        if name.startswith("vision"):
-            rows = batch * encoding.max_patches
-        elif name.startswith("audio"):
-            rows = batch * encoding.max_frames
-        flops = _FORWARD_AND_BACKWARD * 2.0 * rows * math.prod(array.shape)
-        if name.startswith("decoder"):
+        tower = tower_of(name)
+        flops = _FORWARD_AND_BACKWARD * 2.0 * rows_of.get(tower, tokens) * math.prod(array.shape)
+        if tower == "decoder":
             inside += flops
         else:
             outside += flops
@@ -119,7 +117,7 @@ def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) 
     tile = _XLA_TILE
     if device_kind.startswith("TPU"):
         shape = Shape(math.ceil(held / experts), stack.d_model, stack.expert_d_ff, 2)
-        tile = aligned_sizes(chip_of(device_kind), shape).forward.step
+        tile = aligned_sizes(tpu_limits(device_kind), shape).forward.step
     # The last tile of an expert is half empty on average; tiles without a live row are skipped.
     computed = times * held if execution.dispatch == "dense" else rows + times * experts * tile // 2
     return computed, times * held

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.registries import IMPLEMENTATIONS
+from anyexperts_jax.core.shapes import LayerShape
 from anyexperts_jax.dispatch.apply import moe_apply, moe_apply_stats
 from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.expert_mlp import expert_mlp
@@ -22,30 +23,6 @@ from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
 from anyexperts_jax.routing.route import route
 
 Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerShape:
-    """One MoE layer: N tokens of width D through K of E experts of width F."""
-
-    tokens: int
-    width: int
-    hidden: int
-    experts: int
-    slots: int
-
-
-SHAPES = {
-    "S1": LayerShape(4096, 512, 512, 32, 8),
-    "S2": LayerShape(2048, 1024, 704, 64, 6),
-    "S3": LayerShape(1024, 2048, 768, 128, 8),
-    "S4": LayerShape(16, 2048, 768, 128, 8),  # decoding
-    # what an accelerator is for; P is the paper's layer, P4 the same for four times the tokens, 1024 an expert
-    "A": LayerShape(6144, 2048, 1408, 64, 8),
-    "B": LayerShape(4096, 2048, 768, 128, 8),
-    "P": LayerShape(8192, 2048, 512, 256, 8),
-    "P4": LayerShape(32768, 2048, 512, 256, 8),
-}
 
 
 def operands(shape: LayerShape, dtype: str, seed: int = 0) -> tuple[Array, Weights]:

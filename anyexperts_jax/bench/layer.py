@@ -17,18 +17,18 @@ from typing import Any, TypeVar
 import jax
 
 from anyexperts_jax.bench import cases as bench_cases
-from anyexperts_jax.bench.cases import SHAPES, Compiled, LayerShape
+from anyexperts_jax.bench.cases import Compiled
 from anyexperts_jax.bench.output import environment, markdown, write_files
 from anyexperts_jax.bench.peers import PEER, has_transformers, transformers_layer
 from anyexperts_jax.bench.stopwatch import Rounds, interleaved_rounds
 from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.shapes import HOST_SHAPES, SHAPES, LayerShape
 from anyexperts_jax.core.text_table import TextTable
 
 DTYPES = ("float32", "bfloat16")
 BUDGETS = (8.0, 7.2, 6.4, 5.6, 4.8, 4.0)
 BUDGET_SLOTS = 12  # the paper's k_max: the static width of slot arrays in the budget sweep
 BUDGET_SHAPES = ("S1", "A", "P", "P4")
-HOST_SHAPES = ("S1", "S2", "S3", "S4")  # the others are for accelerators
 ONE_EXPERT = "one expert, same rows"
 RAGGED_DOT = "jax.lax.ragged_dot"
 RAGGED_LIMIT = 4 * 2**30  # bytes it takes on a GPU for a matmul's left side; at P they would be 64 GiB

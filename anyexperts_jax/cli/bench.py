@@ -4,6 +4,7 @@ import argparse
 import pathlib
 
 from anyexperts_jax.cli.options import add_command, positive, say
+from anyexperts_jax.core.shapes import HOST_SHAPES, SHAPES
 
 
 def run_layer(options: argparse.Namespace) -> None:
@@ -52,10 +53,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "time the MoE layer alone, its parts, and its time against the budget",
         (layer_example, "anyexperts bench layer --dtype bfloat16 --shape P --repeats 10 --out runs/bench"),
     )
-    shapes = ["S1", "S2", "S3", "S4"]
-    layer.add_argument(
-        "--shape", nargs="+", default=shapes, help="S1 S2 S3 S4, for accelerators A B P P4 (default: S1 S2 S3 S4)"
-    )
+    larger, here = " ".join(name for name in SHAPES if name not in HOST_SHAPES), " ".join(HOST_SHAPES)
+    shapes = f"{here}, for accelerators {larger} (default: {here})"
+    layer.add_argument("--shape", nargs="+", default=list(HOST_SHAPES), help=shapes)
     dtypes = ["float32", "bfloat16"]
     layer.add_argument("--dtype", nargs="+", default=dtypes, help="float32, bfloat16 (default: both)")
     layer.add_argument("--rounds", type=positive, default=7, help="interleaved rounds; medians are shown")

@@ -17,6 +17,7 @@ VirtualLogits = Literal["free", "tied"]
 VirtualOutput = Literal["identity", "zero"]
 Normalisation = Literal["all", "real", "none", "all_raw_gradient"]
 BalanceScope = Literal["batch", "sequence"]
+SalienceScope = Literal["batch", "device", "sequence"]
 SlotGradient = Literal["none", "straight_through"]
 
 _CHOICES = {
@@ -30,6 +31,7 @@ _CHOICES = {
     "virtual_output": VirtualOutput,
     "normalisation": Normalisation,
     "balance_scope": BalanceScope,
+    "salience_scope": SalienceScope,
     "slot_gradient": SlotGradient,
 }
 
@@ -56,6 +58,7 @@ class Switches:
     # Mean z^2, or (mean w - importance_target)^2; salience is an extension of ours, see routing.salience.
     importance_regulariser: str = "logit_l2"  # an entry of REGULARISERS: logit_l2, mean_target, salience
     importance_target: float = 0.5  # of the mean importance, for mean_target
+    salience_scope: SalienceScope = "batch"  # the tokens that salience ranks one among; see routing.salience
     slot_gradient: SlotGradient = "none"  # straight_through, an extension of ours: the rounded K_i has a gradient
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Bool
 from numpy import ndarray
@@ -92,3 +93,9 @@ def empty_batch(spec: EncodingSpec, rows: int, tokenizer: Tokenizer = BYTES) -> 
         patches_BPX=np.zeros((rows, spec.max_patches, spec.patch_features), np.float32),
         frames_BSX=np.zeros((rows, spec.max_frames, spec.frame_features), np.float32),
     )
+
+
+def abstract_batch(spec: EncodingSpec, rows: int) -> Batch:
+    """The shape and type of every array of such a batch, as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    one_row = empty_batch(spec, 1)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype), one_row)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.remat import EXCHANGED
 from anyexperts_jax.dispatch.base import DispatchStats, buffer_row_map, sort_slots
 from anyexperts_jax.dispatch.blocks import dispatch_blocks
 from anyexperts_jax.dispatch.execution import Execution
@@ -25,8 +25,6 @@ from anyexperts_jax.ops.row_map import combine_rows, take_rows
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import parts
-
-EXCHANGED = "exchanged"  # the name of what came from other devices, for checkpoint policies
 
 
 class OwnTokens(NamedTuple):

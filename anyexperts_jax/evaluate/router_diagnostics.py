@@ -20,6 +20,7 @@ from anyexperts_jax.evaluate.trained import Trained
 from anyexperts_jax.evolution.alone import expert_similarity
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.models.paths import moe_probe
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.train.losses import answer_scores
 
@@ -89,7 +90,7 @@ def _probe(
     model = MultimodalModel(config, placement)
     output, probed = model.apply({"params": params}, batch, router_bias_LC=router_bias_LC, mutable=["probe"])
     scores = answer_scores(output.logits_BTY, batch.tokens_BT, batch.loss_mask_BT)
-    logits_LBTC = probed["probe"]["decoder"]["moe_layers"]["moe"]["logits_BTC"]
+    logits_LBTC = moe_probe(probed)["logits_BTC"]
     return scores.loss_B.sum(), scores.tokens_B.sum(), logits_LBTC, output.trace.expert_ids_BTK
 
 

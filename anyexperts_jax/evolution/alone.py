@@ -13,24 +13,13 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.models.init import logical_axes
+from anyexperts_jax.models.init import named_leaves, params_of_leaves
+from anyexperts_jax.models.paths import ROUTER_KERNEL, is_a, leaves_of
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.train.state import TrainState
 from anyexperts_jax.train.step import Apply, model_apply
 from anyexperts_jax.train.validation import Validation
-
-
-def expert_leaves(model: ModelConfig) -> Any:
-    """A tree of bools: which parameters are experts' weights, [L, E, ...]."""
-    return jax.tree.map(lambda axes: "expert" in axes, logical_axes(model), is_leaf=lambda x: isinstance(x, tuple))
-
-
-def router_leaves(model: ModelConfig) -> Any:
-    """A tree of bools: which parameters are the routers'."""
-    axes = logical_axes(model)
-    is_router = lambda path, _: any(getattr(key, "key", None) == "router" for key in path)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(is_router, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def apply_alone(model: ModelConfig, placement: Placement | None = None, expert: int = 0) -> Apply:
@@ -50,16 +39,13 @@ def apply_alone(model: ModelConfig, placement: Placement | None = None, expert: 
 
 def expert_alone(model: ModelConfig, params: Any, expert: Array | int) -> Any:
     """Parameters of the model whose only expert is `expert`, 0 for the first."""
-    chosen = jax.tree.map(
-        lambda is_expert, w: jax.lax.dynamic_slice_in_dim(w, expert, 1, axis=1) if is_expert else w,
-        expert_leaves(model),
-        params,
-    )
-    decoder = dict(chosen["decoder"])
-    blocks = {name: part for name, part in decoder["moe_layers"].items() if name != "importance"}
-    moe = {name: part for name, part in blocks["moe"].items() if name != "importance"}
-    moe["router"] = {"kernel": jnp.zeros((model.stack.num_moe_layers, model.stack.d_model, 1), jnp.float32)}
-    return {**chosen, "decoder": {**decoder, "moe_layers": {**blocks, "moe": moe}}}
+
+    def chosen(name: str, weight: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(weight, expert, 1, axis=1) if is_a("expert", name) else weight
+
+    leaves = {name: chosen(name, weight) for name, weight in named_leaves(params).items()}
+    leaves[ROUTER_KERNEL] = jnp.zeros((model.stack.num_moe_layers, model.stack.d_model, 1), jnp.float32)
+    return params_of_leaves(alone_model(model), leaves)
 
 
 def alone_model(model: ModelConfig) -> ModelConfig:
@@ -83,7 +69,7 @@ def expert_products(experts: list[Float[Array, "L E _ _"]]) -> tuple[Float[Array
 
 def expert_similarity(model: ModelConfig, params: Any) -> tuple[Float[np.ndarray, "E E"], Float[np.ndarray, "E E"]]:
     """(distance, cosine) between experts over all layers' weights; distance relative to expert 1's norm."""
-    flags, leaves = jax.tree.leaves(expert_leaves(model)), jax.tree.leaves(params)
+    flags, leaves = jax.tree.leaves(leaves_of(model, "expert")), jax.tree.leaves(params)
     products, squares = expert_products([leaf for flag, leaf in zip(flags, leaves, strict=True) if flag])
     products_EE, squares_EE = np.asarray(products, np.float64), np.asarray(squares, np.float64)
     norm_E = np.sqrt(np.diag(products_EE))

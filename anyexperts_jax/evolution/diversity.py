@@ -14,6 +14,7 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.evolution.config import Diversity
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.models.paths import moe_probe
 from anyexperts_jax.routing.losses import masked_mean
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.placement import Placement
@@ -32,7 +33,7 @@ def diversity_apply(kind: Diversity, weight: float, config: ModelConfig, placeme
         rngs = None if key is None else {"routing": key}
         options: dict[str, Any] = {"router_bias_LC": router_bias_LC, "window": window, "mutable": ["probe"]}
         output, probed = model.apply({"params": params}, batch, rngs=rngs, **options)
-        seen, trace = probed["probe"]["decoder"]["moe_layers"]["moe"], output.trace
+        seen, trace = moe_probe(probed), output.trace
         valid_BT = jnp.asarray(batch.valid_BT)
         if kind == "local_entropy":
             loss_L = jax.vmap(local_entropy, (0, None))(seen["logits_BTC"], valid_BT)

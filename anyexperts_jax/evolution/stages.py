@@ -14,13 +14,14 @@ import jax
 from jax.sharding import Mesh
 
 from anyexperts_jax.core.errors import require, require_one_of
-from anyexperts_jax.evolution.alone import apply_alone, expert_leaves, expert_measure, router_leaves
+from anyexperts_jax.evolution.alone import apply_alone, expert_measure
 from anyexperts_jax.evolution.config import CONFIG_NAME, STAGES, EvolveRun, load_evolve_config
 from anyexperts_jax.evolution.diversity import diversity_apply
 from anyexperts_jax.evolution.evolve import expert_evolution
 from anyexperts_jax.evolution.upcycle import rerouted_params, upcycle_params
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import init_params, logical_axes
+from anyexperts_jax.models.paths import leaves_of
 from anyexperts_jax.train.config import describe_differences
 from anyexperts_jax.train.frozen import only, side_by_side
 from anyexperts_jax.train.loop import TrainResult, train
@@ -72,7 +73,7 @@ def stage_recipe(run: EvolveRun, root: pathlib.Path, name: str) -> Recipe:
     model, config = run.model, run.stage(name)
     if name == "warm_up" and not run.evolve.evolve_in_warm_up:
         return EVERYTHING
-    experts, routers = expert_leaves(model), router_leaves(model)
+    experts, routers = leaves_of(model, "expert"), leaves_of(model, "router")
     start = _starting_parameters(run, root, name)
     axes = logical_axes(model)
 

@@ -3,7 +3,6 @@
 Leaf by leaf: what a leaf of the new model was made from is freed before the next is made.
 """
 
-import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -17,12 +16,8 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.evolution.config import UpcycleConfig
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, init_leaves, logical_axes, named_leaves, params_of_leaves
+from anyexperts_jax.models.paths import dense_twins, expert_weight, is_routing
 from anyexperts_jax.sharding.specs import param_shardings
-
-_EXPERT_WEIGHT = re.compile(r"decoder/moe_layers/moe/experts/w_(gate|up|down)_E[DF][DF]")
-_BEFORE = re.compile(r"decoder/moe_layers/before_(\d+)/(.*)")
-_ROUTING = re.compile(r"decoder/moe_layers/(.*/)?(router|importance)/")
-_ROUTED = re.compile(r"decoder/moe_layers/(self_attention/.*|norm/.*)")
 
 
 def upcycle_params(
@@ -48,7 +43,7 @@ def upcycled_leaves(
     wanted = named_leaves(abstract_params(model))
     shardings = named_leaves(param_shardings(mesh, logical_axes(model), abstract_params(model)))
     for name, shape in wanted.items():
-        sources = _sources(model, name)
+        sources = dense_twins(model, name)
         missing = [source for source in sources if source not in dense]
         require(not missing, f"the dense parameters have no {', '.join(missing[:3])}: they are of another model")
         taken = [dense.pop(source) if consume else dense[source] for source in sources]
@@ -70,32 +65,18 @@ def rerouted_params(params: Any, model: ModelConfig, key: Array, mesh: Mesh) -> 
     They are those that `upcycle_params` gives the model from the same key.
     """
     known, wanted = named_leaves(params), named_leaves(abstract_params(model))
-    new = tuple(name for name in wanted if _ROUTING.search(name))
+    new = tuple(name for name in wanted if is_routing(name))
     shardings = named_leaves(param_shardings(mesh, logical_axes(model), abstract_params(model)))
     make = jax.jit(lambda key: init_leaves(model, key, new), out_shardings={name: shardings[name] for name in new})
     return params_of_leaves(model, {**known, **make(key)})
 
 
-def _sources(model: ModelConfig, name: str) -> list[str]:
-    """The dense parameters that parameter `name` is made from; none: it is new."""
-    stack = model.stack
-    layers = [stack.num_dense_layers + group * stack.moe_every for group in range(stack.num_moe_layers)]
-    last = stack.moe_every - 1
-    if weight := _EXPERT_WEIGHT.fullmatch(name):
-        return [f"decoder/dense_{layer + last}/mlp/{weight[1]}/kernel" for layer in layers]
-    if before := _BEFORE.fullmatch(name):
-        return [f"decoder/dense_{layer + int(before[1])}/{before[2]}" for layer in layers]
-    if routed := _ROUTED.fullmatch(name):
-        return [f"decoder/dense_{layer + last}/{routed[1]}" for layer in layers]
-    return [] if name.startswith("decoder/moe_layers/") else [name]
-
-
 def _maker(model: ModelConfig, upcycle: UpcycleConfig, name: str) -> Any:
     """(key, sources) -> the parameter."""
-    weight = _EXPERT_WEIGHT.fullmatch(name)
+    weight = expert_weight(name)
     if weight is not None:
-        return lambda key, sources: initial_experts(upcycle, key, weight[1], jnp.stack(sources))
-    if _sources(model, name):
+        return lambda key, sources: initial_experts(upcycle, key, weight, jnp.stack(sources))
+    if dense_twins(model, name):
         return lambda key, sources: jnp.stack(sources)
     return lambda key, sources: init_leaves(model, key, (name,))[name]
 

@@ -5,11 +5,11 @@ from typing import Literal, get_args
 
 from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.remat import Remat
 from anyexperts_jax.dispatch.execution import Execution
 
 Dtype = Literal["float32", "bfloat16"]
 MOST_LAYERS = 1000  # of a stack or an encoder: some are traced one by one, and more would not compile in a day
-Remat = Literal["none", "full", "routing", "exchanged", "dots"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class StackConfig:
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     execution: Execution = dataclasses.field(default_factory=Execution)  # how the MoE layers are computed
-    remat: Remat = "none"  # what the backward pass computes again; see nn.stack.remat_policy
+    remat: Remat = "none"  # what the backward pass computes again; see core.remat.remat_policy
     scan_unroll: int = 1  # MoE layers per iteration of the scan; all of them where memory allows: no layer is copied
     dtype: Dtype = "float32"  # of activations and matmuls; router, norms, softmax and losses are always float32
     param_dtype: Dtype = "float32"  # of the weights

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.initializers import FanIn
+from anyexperts_jax.core.remat import ROUTER_LOGITS
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.dispatch.apply import apply_plan
 from anyexperts_jax.dispatch.execution import Execution, require_capacity_for
@@ -27,6 +28,7 @@ from anyexperts_jax.routing.route import Window, route
 from anyexperts_jax.routing.routers.shuffle import shuffled_logits
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.placement import Placement
+from anyexperts_jax.sharding.specs import batch_shards
 
 
 @register_dataclass
@@ -127,12 +129,12 @@ class MoE(nn.Module):
             logits_BT = ImportanceMLP(self.config.switches.importance_mlp, self.norm_eps, name="importance")(x_BTD)
         if logits_BT is None:
             logits_BT = jnp.zeros(x_BTD.shape[:2], jnp.float32)
-        return checkpoint_name(logits_BT, "router_logits")
+        return checkpoint_name(logits_BT, ROUTER_LOGITS)
 
     def _plan(self, x_ND: Array, importance_logits_BT: Array, context: MoEContext) -> RoutingPlan:
         config, (batch, _) = self.config, importance_logits_BT.shape
         modality_N = None if context.modality_BT is None else context.modality_BT.reshape(-1)
-        logits_NC = checkpoint_name(Router(config, name="router")(x_ND, modality_N), "router_logits")
+        logits_NC = checkpoint_name(Router(config, name="router")(x_ND, modality_N), ROUTER_LOGITS)
         self._probe("logits_BTC", logits_NC.reshape(batch, -1, logits_NC.shape[1]))
         if self.has_rng("shuffle"):
             logits_NC = shuffled_logits(self.make_rng("shuffle"), logits_NC, config.num_experts)
@@ -150,6 +152,7 @@ class MoE(nn.Module):
             bias_C,
             window=context.window,
             num_sequences=batch,
+            batch_shards=1 if self.placement is None else batch_shards(self.placement.mesh, self.placement.rules),
             key=self.make_rng("routing") if rounds_stochastically else None,
         )
 

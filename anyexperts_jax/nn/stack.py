@@ -1,20 +1,16 @@
 """The stack of blocks: the only scan and the only rematerialisation."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
-import jax
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import require_one_of
+from anyexperts_jax.core.remat import remat_policy
 from anyexperts_jax.core.tree import register_dataclass
-from anyexperts_jax.dispatch.exchange import EXCHANGED
 from anyexperts_jax.nn.attention import KVCache, empty_cache
 from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock, MoEBlockCache, dense_blocks
-from anyexperts_jax.nn.config import Remat, StackConfig
+from anyexperts_jax.nn.config import StackConfig
 from anyexperts_jax.routing.trace import RoutingTrace, empty_trace
 from anyexperts_jax.sharding.placement import Placement
 
@@ -39,31 +35,6 @@ def empty_stack_cache(config: StackConfig, batch_size: int, length: int) -> Stac
 
     blocks = MoEBlockCache(cache(config.num_moe_layers, config.moe_every - 1), cache(config.num_moe_layers))
     return StackCache(cache(config.num_dense_layers), blocks)
-
-
-def remat_policy(name: Remat) -> Callable[..., Any]:
-    """What the backward pass keeps of a block's forward pass.
-
-    full: the block's input and the selected experts' indices; the rest is computed again.
-    routing: the router's logits too.
-    exchanged: those and the rows that came from other devices, so that no row travels again.
-    dots: the router's logits and every matmul's result.
-    Selected indices are always kept: computed again under another fusion, near-ties would choose other experts.
-
-    Raises:
-      UserError: for an unknown name, and for "none", under which nothing is computed again.
-    """
-    policies = jax.checkpoint_policies
-    kept = {
-        "full": policies.save_only_these_names("routing"),
-        "routing": policies.save_only_these_names("routing", "router_logits"),
-        "exchanged": policies.save_only_these_names("routing", "router_logits", EXCHANGED),
-        "dots": policies.save_from_both_policies(
-            policies.save_only_these_names("routing", "router_logits"), policies.dots_with_no_batch_dims_saveable
-        ),
-    }
-    require_one_of("remat", name, kept)
-    return kept[name]
 
 
 class Stack(nn.Module):

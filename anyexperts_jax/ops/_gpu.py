@@ -1,9 +1,8 @@
 """Which GPU a trace is for, and the refusal where there is none."""
 
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.hardware import gpu_limits
 from anyexperts_jax.ops._select import device_kind, is_nvidia, platform
-
-_HOPPER = ("H100", "H200", "H800", "H20")  # GH200 contains H200
 
 
 def gpu_kind() -> str | None:
@@ -16,7 +15,7 @@ def gpu_kind() -> str | None:
 
 def is_hopper(kind: str | None) -> bool:
     """True for the GPUs of compute capability 9.0, known by name: a deviceless compile knows no more of them."""
-    return kind is not None and any(name in kind for name in _HOPPER)
+    return gpu_limits(kind).wgmma
 
 
 def require_nvidia(implementation: str) -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from anyexperts_jax.routing.select import SAVED_NAME
+from anyexperts_jax.core.remat import ROUTING
 
 
 def routing_losses(
@@ -31,7 +31,7 @@ def balance_loss(
     """
     S, C = load_SC.shape
     share_SC = load_SC / jnp.maximum(load_SC.sum(axis=1, keepdims=True), 1)
-    share_SC = checkpoint_name(jax.lax.stop_gradient(share_SC), SAVED_NAME)
+    share_SC = checkpoint_name(jax.lax.stop_gradient(share_SC), ROUTING)
     valid_ST = valid_N.reshape(S, -1)
     tokens_S1 = valid_ST.sum(axis=1, keepdims=True, dtype=jnp.float32)
     probabilities_STC = jnp.where(valid_ST[..., None], probabilities_NC.reshape(S, -1, C), 0)

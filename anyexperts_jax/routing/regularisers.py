@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.routing.losses import masked_mean
-from anyexperts_jax.routing.salience import rank_by_salience
+from anyexperts_jax.routing.salience import rank_by_salience, token_groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Importances:
     importance_N: Float[Array, "N"]  # w = sigmoid(z)
     weights_NK: Float[Array, "N K"]  # combine weights of the real slots
     valid_N: Bool[Array, "N"]
+    num_sequences: int = 1  # the tokens are so many contiguous sequences
+    batch_shards: int | None = None  # parts into which devices cut the sequences; None: not known
 
 
 Regulariser = Callable[[Importances], tuple[Float[Array, "N K"], Float[Array, ""]]]
@@ -43,4 +45,6 @@ def mean_target(seen: Importances) -> tuple[Float[Array, "N K"], Float[Array, ""
 
 def salience(seen: Importances) -> tuple[Float[Array, "N K"], Float[Array, ""]]:
     """Importance learns the token's rank by what its experts do to the loss, an extension of ours."""
-    return rank_by_salience(seen.weights_NK, seen.importance_N, seen.valid_N)
+    scope = seen.config.switches.salience_scope
+    groups = token_groups(scope, seen.num_sequences, seen.batch_shards)
+    return rank_by_salience(seen.weights_NK, seen.importance_N, seen.valid_N, groups)

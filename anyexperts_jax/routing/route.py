@@ -11,13 +11,14 @@ from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.registries import REGULARISERS
+from anyexperts_jax.core.remat import ROUTING
 from anyexperts_jax.routing.importance import importance
 from anyexperts_jax.routing.losses import routing_losses
 from anyexperts_jax.routing.metrics import column_load, routing_metrics
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
 from anyexperts_jax.routing.regularisers import Importances
 from anyexperts_jax.routing.scores import probabilities, ranking
-from anyexperts_jax.routing.select import SAVED_NAME, select
+from anyexperts_jax.routing.select import select
 from anyexperts_jax.routing.slots import continuous_slots, round_slots
 from anyexperts_jax.routing.weights import combine_weights
 from anyexperts_jax.routing.window import Window, budget_in_force, check_window
@@ -32,6 +33,7 @@ def route(
     *,
     window: Window | None = None,
     num_sequences: int = 1,
+    batch_shards: int | None = None,
     key: Array | None = None,
 ) -> RoutingPlan:
     """Routes N tokens over C = E + V columns (AnyExperts section 2, steps 2 and 4 to 7). All arithmetic in float32.
@@ -48,11 +50,12 @@ def route(
         program for any budget within `slots_bound`, but buffers of a fixed size then follow the config's budget.
       num_sequences: tokens are num_sequences contiguous sequences of equal length: for balance_scope="sequence", and
         for dispatch, which drops the latest positions of all sequences first.
+      batch_shards: into how many parts devices cut the sequences; needed for salience_scope="device" alone.
       key: random key, needed for slot_rounding="stochastic" and unused otherwise.
 
     Raises:
-      UserError: shapes that do not fit the config or each other; bias_C or key missing; bias_C given but off; a window
-        that is reversed, not finite or out of reach.
+      UserError: shapes that do not fit the config or each other; bias_C, key or batch_shards missing; bias_C given but
+        off; a window that is reversed, not finite or out of reach.
     """
     given = _Given(
         as_array("logits_NC", logits_NC),
@@ -71,7 +74,7 @@ def route(
 
     importance_N = importance(importance_logits_N)
     continuous_N = continuous_slots(config, importance_N, window)
-    slots_N = checkpoint_name(jnp.where(valid_N, round_slots(config, continuous_N, key), 0), SAVED_NAME)
+    slots_N = checkpoint_name(jnp.where(valid_N, round_slots(config, continuous_N, key), 0), ROUTING)
     selection = select(config, *ranking(config, logits_NC, importance_N, bias_C), slots_N)
     weights_NK, virtual_weight_N = combine_weights(config, logits_NC, importance_N, continuous_N, selection)
 
@@ -79,7 +82,7 @@ def route(
     load_SC = column_load(config, selection, num_sequences if config.switches.balance_scope == "sequence" else 1)
     losses = routing_losses(logits_NC, probabilities_NC, load_SC, valid_N)
     regularise = REGULARISERS[config.switches.importance_regulariser]
-    seen = Importances(config, importance_logits_N, importance_N, weights_NK, valid_N)
+    seen = Importances(config, importance_logits_N, importance_N, weights_NK, valid_N, num_sequences, batch_shards)
     weights_NK, losses["importance"] = regularise(seen)
     return RoutingPlan(
         expert_ids_NK=jnp.where(selection.real_live_NK, selection.real_ids_NK, config.num_experts),

@@ -8,10 +8,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.remat import ROUTING
 from anyexperts_jax.routing.groups import limit_to_groups
 from anyexperts_jax.routing.slots import virtual_cap
-
-SAVED_NAME = "routing"  # rematerialisation policies save arrays of this name, so top-k never flips in the recompute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +69,7 @@ def select(
     real_slots_N = slots_N - virtual_slots_N
     real_last_N, virtual_last_N = _last(real_NK, real_slots_N), _last(virtual_NJ, virtual_slots_N)
     last_is_virtual_N = (virtual_slots_N > 0) & ((real_slots_N == 0) | (virtual_last_N <= real_last_N))
-    save = lambda array: checkpoint_name(array, SAVED_NAME)  # noqa: E731
+    save = lambda array: checkpoint_name(array, ROUTING)  # noqa: E731
     return Selection(
         real_ids_NK=save(real_ids_NK),
         virtual_ids_NJ=save(virtual_ids_NJ),

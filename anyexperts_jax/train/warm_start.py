@@ -6,8 +6,7 @@ everything else is as it was learned.
 
 import dataclasses
 import pathlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, init_leaves, logical_axes, named_leaves, params_of_leaves
+from anyexperts_jax.models.paths import is_routing, short_name
 from anyexperts_jax.sharding.specs import param_shardings, replicated
 from anyexperts_jax.train.config import describe_differences
 from anyexperts_jax.train.run_dir import load_run
@@ -26,7 +26,6 @@ from anyexperts_jax.train.run_tokenizer import require_same_tokens
 from anyexperts_jax.train.same_run import EXECUTION_KEYS, is_among
 from anyexperts_jax.train.strict import differing_keys
 
-_ROUTING = re.compile(r"(.*/)?(router|importance)/")
 # What another model may have another of: how tokens are routed, and how the same values are computed.
 _FREE_KEYS = ("moe.", "max_length", "stack.dtype", *EXECUTION_KEYS)
 
@@ -44,7 +43,7 @@ class WarmStart:
         """One line of what goes on and what is new."""
         amounts = f"{len(jax.tree.leaves(self.params)) - len(self.new)} parameters go on"
         parts = (("new", self.new), ("left out", self.left))
-        told = [f"{what}: {comma_list(_without_stack(names))}" for what, names in parts if names]
+        told = [f"{what}: {comma_list(map(short_name, names))}" for what, names in parts if names]
         return f"starting from {run_dir}: " + "; ".join([amounts, *told])
 
 
@@ -93,7 +92,7 @@ def carried_over(
     known, wanted = named_leaves(params), named_leaves(abstract_params(model))
     fits = {name for name, leaf in wanted.items() if name in known and known[name].shape == leaf.shape}
     new = tuple(name for name in wanted if name not in fits)
-    wrong = [name for name in new if not _ROUTING.match(name)]
+    wrong = [name for name in new if not is_routing(name)]
     require(not wrong, f"its parameters do not fit: {', '.join(wrong[:3])}")
 
     def fresh(key: Array, taken: dict[str, Array], bias_LX: Array) -> tuple[dict[str, Array], Array]:
@@ -107,11 +106,6 @@ def carried_over(
     made, bias_LC = jax.jit(fresh, out_shardings=places)(key, taken, router_bias_LC)
     left = tuple(name for name in known if name not in wanted)
     return WarmStart(params_of_leaves(model, {**known, **made}), bias_LC, new, left)
-
-
-def _without_stack(names: Sequence[str]) -> list[str]:
-    """The names as users say them: "moe/router/kernel"."""
-    return [name.removeprefix("decoder/moe_layers/") for name in names]
 
 
 def _with_other_columns(model: ModelConfig, known: Mapping[str, Array]) -> list[str]:

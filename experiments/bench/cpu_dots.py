@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from anyexperts_jax.bench.cases import SHAPES, LayerShape
-from anyexperts_jax.bench.layer import HOST_SHAPES
 from anyexperts_jax.bench.output import environment, markdown
 from anyexperts_jax.bench.stopwatch import interleaved_rounds
+from anyexperts_jax.core.shapes import HOST_SHAPES, SHAPES, LayerShape
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.ops._dots import dot, row_contraction
 

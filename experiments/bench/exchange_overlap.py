@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from anyexperts_jax.aot.chips import chip_peaks
-from anyexperts_jax.aot.topology import slice_devices
+from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.models.presets import model_preset
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
@@ -115,13 +114,13 @@ def gain_table() -> TextTable:
     head = ("pod", "exchange, ms", "experts, ms", "other arithmetic, ms", "gain at most", "two chunks' padding, ms")
     body = []
     for pod in PODS:
-        step, chip = json.loads(path_of(pod).read_text()), chip_peaks(pod.topology.partition(":")[0])
-        if not pod.topology.startswith(("v", "tpu")):
+        step, chip = json.loads(path_of(pod).read_text()), chip_of_topology(pod.topology)
+        if chip.is_gpu:
             continue
         rows = zip(step["collectives"], step["bounds"]["collectives"], strict=True)
         exchange = sum(seconds for row, seconds in rows if (row["kind"], row["axes"]) == ("all-to-all", ["expert"]))
         real, extra = step["work"]["real_flops"]["experts"], step["work"]["extra_flops"]["expert padding"]
-        peak = step["devices"] * chip.tflops * 1e12
+        peak = step["devices"] * chip.flops
         experts, padding = AGAIN * (real + extra) / peak, AGAIN * extra / peak
         other = step["bounds"]["arithmetic"] - experts
         gain = min(experts, exchange) / (exchange + experts + other)

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from anyexperts_jax.bench.cases import SHAPES, budget_plan, compiled, operands, with_backward
+from anyexperts_jax.bench.cases import budget_plan, compiled, operands, with_backward
 from anyexperts_jax.bench.layer import compile_together
 from anyexperts_jax.bench.stopwatch import interleaved_rounds
+from anyexperts_jax.core.hardware import gpus
+from anyexperts_jax.core.shapes import SHAPES
 from anyexperts_jax.core.text_table import TextTable, print_tables
 from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.expert_mlp import pallas_triton
@@ -31,7 +33,7 @@ SLOTS = 12
 REPEATS = 6  # calls a sample
 WRITTEN_OUT = "written out"
 
-_OURS = tiles_for("pallas_triton", "NVIDIA H100", GpuShape(SHAPE.width, SHAPE.hidden, 2))
+_OURS = tiles_for("pallas_triton", gpus()["h100"].device, GpuShape(SHAPE.width, SHAPE.hidden, 2))
 _FIRST = _OURS._replace(  # what was there before anything ran on a GPU
     gate_up=TritonTile(128, 128, 64, 8, 3),
     down=TritonTile(128, 128, 64, 8, 4),

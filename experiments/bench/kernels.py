@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from anyexperts_jax.aot import kernels, report, topology
+from anyexperts_jax.core.hardware import tpus
 from anyexperts_jax.ops.expert_mlp import pallas_tpu, reference, tpu_grid
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import TpuSizes
 from experiments.bench import tpu_model, tpu_peers, tpu_table
@@ -172,7 +173,7 @@ def load(result: pathlib.Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chip", nargs="+", default=list(topology.TOPOLOGIES), choices=topology.TOPOLOGIES)
+    parser.add_argument("--chip", nargs="+", default=list(tpus()), choices=tpus())
     parser.add_argument("--shape", nargs="+", default=list(kernels.SHAPES), choices=kernels.SHAPES)
     parser.add_argument("--what", nargs="+", default=list(WHAT), choices=WHAT)
     parser.add_argument("--part", nargs="+", default=list(PARTS), choices=PARTS)

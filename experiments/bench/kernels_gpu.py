@@ -12,7 +12,8 @@ import sys
 
 import jax
 
-from anyexperts_jax.aot.gpu_kernels import SHAPES, TARGETS, reports
+from anyexperts_jax.aot.gpu_kernels import SHAPES, reports
+from anyexperts_jax.core.hardware import gpus
 
 COMMAND = "python experiments/bench/kernels_gpu.py"
 COLUMNS = ("kernel", "registers", "spilled bytes", "shared KiB", "threads", "tensor cores", "TMA")
@@ -22,7 +23,7 @@ def main(folder: pathlib.Path) -> None:
     kernels = {name: report._asdict() for name, report in reports()}
     result = {
         "command": COMMAND,
-        "targets": {name: target.device_kind for name, target in TARGETS.items()},
+        "targets": {gpu.limits.name: gpu.device for gpu in gpus().values()},
         "jax": jax.__version__,
         "note": "static: read from compiler output, nothing was run",
         "shapes": {name: shape._asdict() for name, shape in SHAPES.items()},
@@ -37,13 +38,14 @@ def as_markdown(result: dict) -> str:
     shapes = "; ".join(
         f"{name}: E {s['experts']}, {_rows(s)}, D {s['width']}, F {s['hidden']}" for name, s in result["shapes"].items()
     )
+    limits = ", ".join(f"{gpu.shared_kib} KiB on an {gpu.limits.name}" for gpu in gpus().values())
     lines = [
         "# GPU kernels (static)",
         "",
         f"`{result['command']}`, JAX {result['jax']}. Read from ptxas and XLA; nothing was run, no figure is a time.",
         "Registers are per thread (the limit is 255; the 168 of the Mosaic kernels is their share of 65536 among 384",
         "threads, handed from the copying warpgroup to the multiplying ones at run time), shared memory per block",
-        '(the limit is 227 KiB on an H100, 163 KiB on an A100). "kept" is the forward kernel when a gradient follows.',
+        f'(the limit is {limits}). "kept" is the forward kernel when a gradient follows.',
         "The Mosaic kernels (`pallas_gpu`) take bfloat16 alone: wgmma wants float32 operands contiguous along the",
         "contraction, which the weights are in one direction only; float32 goes through `pallas_triton`.",
         f"{shapes}.",

@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from anyexperts_jax.aot import report, topology
+from anyexperts_jax.core.hardware import tpus
+from anyexperts_jax.core.shapes import SHAPES
 from anyexperts_jax.ops.routed_mlp import pallas_combine
 from anyexperts_jax.ops.row_map import RowMap, sum_rows
 
 COMMAND = "JAX_PLATFORMS=cpu python experiments/bench/permute_combine.py"
-TOKENS, SLOTS, WIDTH = 8192, 8, 2048
-ROWS = TOKENS * SLOTS
-CHIPS = {"v5e": (1.5, 819), "v6e": (1.75, 1640)}  # GHz, GB/s
+LAYER = SHAPES["P"]
+TOKENS, SLOTS, WIDTH, ROWS = LAYER.tokens, LAYER.slots, LAYER.width, LAYER.rows
+CHIPS = ("v5e", "v6e")
 ROW_BYTES = 2 * WIDTH  # bfloat16
 SUM_BYTES = 4 * WIDTH * TOKENS  # float32
 PAIRS = 2  # a row of bfloat16 is read from HBM with its neighbour
@@ -108,7 +110,7 @@ def bound(span, tests):
 
 
 def rows_of(chip, directory):
-    clock, bandwidth = CHIPS[chip]
+    clock, bandwidth = tpus()[chip].clock_ghz, tpus()[chip].hbm_gbs
     for name, (function, arguments, programs) in cases().items():
         for path in directory.glob("*"):
             path.unlink()

@@ -14,11 +14,10 @@ import pathlib
 import jax
 
 from anyexperts_jax.aot.bounds import Bounds, find_bounds
-from anyexperts_jax.aot.chips import chip_peaks
 from anyexperts_jax.aot.collectives import Collective
 from anyexperts_jax.aot.step import CompiledStep, compile_step
 from anyexperts_jax.aot.step_tables import mesh_text, to_json
-from anyexperts_jax.aot.topology import slice_devices
+from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
 from anyexperts_jax.aot.work import Work, count_work
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.text_table import TextTable
@@ -117,7 +116,7 @@ def row_of(case: Case, base: Case, *, derive: bool = False) -> Row | None:
         for row in step["collectives"]
     )
     state = state_bytes(config, mesh)
-    chip = chip_peaks(case.topology.partition(":")[0])
+    chip = chip_of_topology(case.topology)
     bounds = find_bounds(work, state, rows, list(mesh.devices.flat), len(devices), sizes, chip)
     return Row(case, config, step, derived, rows, work, bounds, state)
 
@@ -195,8 +194,9 @@ everything else fully sharded.
   the rows of the exchange buffers, which the budget sizes. Temporaries are given for compiled programs alone; the
   state, which follows from the shardings, for all.
 - A bound is the least time that the arithmetic, the memory traffic that cannot be avoided, or the links of the slice
-  leave, at the peaks in `anyexperts_jax/aot/chips.toml`. MFU at most: real FLOPs over peak in the largest of them, with
-  perfect overlap and every kernel at its peak. It rises as the budget falls where the network binds: fewer rows travel.
+  leave, at the peaks in `anyexperts_jax/core/hardware.toml`. MFU at most: real FLOPs over peak in the largest of them,
+  with perfect overlap and every kernel at its peak. It rises as the budget falls where the network binds: fewer rows
+  travel.
 - Static top-8 and a budget of 8.0 send and compute alike; they differ in who gets the slots.{missing}
 """
 

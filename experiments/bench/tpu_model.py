@@ -12,29 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from anyexperts_jax.aot.kernels import ExpertShape
+from anyexperts_jax.core.hardware import tpus
 from anyexperts_jax.ops.expert_mlp.tiles import deal_tiles, list_tiles
 from anyexperts_jax.ops.expert_mlp.tpu_grid import Block, chunk_rows
-from anyexperts_jax.ops.expert_mlp.tpu_sizes import CHIPS, KernelSizes, TpuSizes
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import KernelSizes, TpuSizes
 
 ITEMSIZE = 2  # bfloat16
 OURS = ("forward", "forward_kept", "backward", "weights")
 _OUT_BUFFERS = 2
-
-
-class Speed(NamedTuple):
-    """Public figures of a device."""
-
-    ghz: float
-    hbm_gb_per_s: float
-    tflop_per_s: float  # bfloat16
-
-
-SPEEDS = {
-    "v5e": Speed(1.5, 819, 197),
-    "v5p": Speed(1.75, 2765, 459),
-    "v6e": Speed(1.75, 1640, 918),
-    "tpu7x": Speed(2.2, 3690, 1153),  # half a chip: each of its cores is a device
-}
 
 
 class Steps(NamedTuple):
@@ -56,8 +41,8 @@ def draw_counts(shape: ExpertShape) -> np.ndarray:
 
 def time_us(steps: Steps, chip: str) -> float:
     """Microseconds until the last copy of the last step has left."""
-    per_byte = 1e-3 * steps.cores / SPEEDS[chip].hbm_gb_per_s
-    per_cycle = 1e-3 / SPEEDS[chip].ghz
+    per_byte = 1e-3 * steps.cores / tpus()[chip].hbm_gbs
+    per_cycle = 1e-3 / tpus()[chip].clock_ghz
     arrived, left = [0.0] * len(steps.cycles), [0.0] * len(steps.cycles)
     free = end = 0.0  # of the copies, of the last step
 
@@ -85,7 +70,7 @@ def floor_us(chip: str, shape: ExpertShape, counts: np.ndarray, part: str) -> fl
     matmuls, matrices = (6, 6) if part == "backward" else (3, 3)
     values = {"forward": 2 * D, "forward_kept": 2 * D + 2 * F, "backward": 3 * D + 2 * F}[part]
     moved = ITEMSIZE * (matrices * D * F * int((counts > 0).sum()) + rows * values)
-    return max(2 * matmuls * D * F * rows / SPEEDS[chip].tflop_per_s * 1e-6, moved / SPEEDS[chip].hbm_gb_per_s * 1e-3)
+    return max(2 * matmuls * D * F * rows / tpus()[chip].tflops * 1e-6, moved / tpus()[chip].hbm_gbs * 1e-3)
 
 
 def own_sizes(call: str, sizes: TpuSizes) -> KernelSizes:
@@ -97,7 +82,7 @@ def our_steps(
     call: str, chip: str, shape: ExpertShape, sizes: TpuSizes, summary: dict[str, Any], counts: np.ndarray
 ) -> list[Steps]:
     """The steps of each core in one of our kernels, from its compiled summary."""
-    own, cores = own_sizes(call, sizes), CHIPS[chip].cores
+    own, cores = own_sizes(call, sizes), tpus()[chip].cores
     capacity = -(-shape.capacity // 16) * 16  # as `expert_mlp` pads it
     listed = list_tiles(jnp.asarray(counts), capacity, own.block)
     traffic = _traffic(call, shape, own)

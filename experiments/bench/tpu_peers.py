@@ -16,6 +16,7 @@ import numpy as np
 
 from anyexperts_jax.aot.kernels import ExpertShape
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.hardware import tpus
 from experiments.bench.tpu_model import ITEMSIZE, Steps
 
 _SUBLANES = 16  # rows of bfloat16 that are moved together
@@ -153,6 +154,6 @@ def _megablox_steps(chip: str, m: Matmul, summary: dict[str, Any], counts: np.nd
 
 def _share(chip: str, turns: int, cycles: np.ndarray, read: np.ndarray, written: np.ndarray, ahead: int) -> list[Steps]:
     """Cores share the turns, the axis these kernels call parallel: where there is one turn, one core works."""
-    cores = 2 if chip == "v5p" and turns > 1 else 1
+    cores = min(tpus()[chip].cores, turns)
     turns = -(-turns // cores)
     return [Steps(np.tile(cycles, turns), np.tile(read, turns), np.tile(written, turns), ahead, cores)]

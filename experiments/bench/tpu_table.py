@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from anyexperts_jax.aot import kernels, topology
+from anyexperts_jax.aot import kernels
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.hardware import tpus
 from anyexperts_jax.ops.expert_mlp import tpu_size_table as size_table
-from anyexperts_jax.ops.expert_mlp.tpu_sizes import CHIPS, Shape, TpuSizes
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape, TpuSizes
 from experiments.bench import tpu_model, tpu_peers
 
 BUDGETS = {"8.0": 1.0, "4.8": 0.6}  # real experts per token: share of the rows
@@ -23,13 +24,15 @@ def rows_of(shape: kernels.ExpertShape) -> int:
 
 
 def sizes_for(chip: str, shape: kernels.ExpertShape) -> TpuSizes:
-    return size_table.sizes_for(CHIPS[chip], Shape(rows_of(shape), shape.width, shape.hidden, tpu_model.ITEMSIZE))
+    return size_table.sizes_for(
+        tpus()[chip].limits, Shape(rows_of(shape), shape.width, shape.hidden, tpu_model.ITEMSIZE)
+    )
 
 
 def rows(programs: dict[str, Any]) -> list[dict[str, Any]]:
     """One entry a chip, shape, part and library: ns of model time a kept row at each budget, and their ratio."""
     found = []
-    for chip in topology.TOPOLOGIES:
+    for chip in tpus():
         for name in kernels.SHAPES:
             for part in PARTS:
                 found += _floor(chip, name, part)
@@ -88,7 +91,7 @@ def _peer(programs: dict[str, Any], chip: str, name: str, part: str, library: st
             return _unread(chip, name, part, library, {"": {"unread": str(error)}})
         us = [tpu_model.longest_us(one, chip) for one in steps]
         times[budget] = sum(us), int(counts.sum())
-        idle = [CHIPS[chip].cores // one[0].cores for one in steps]
+        idle = [tpus()[chip].cores // one[0].cores for one in steps]
         halved[budget] = sum(u / n for u, n in zip(us, idle, strict=True)), int(counts.sum())
     entries = [_entry(chip, name, part, library, times)]
     if halved != times:  # no kernel can do better than twice as well with a second core
@@ -116,7 +119,7 @@ def _unread(chip: str, name: str, part: str, who: str, found: dict[str, Any]) ->
 
 def golden(kept: dict[str, Any]) -> dict[str, Any]:
     """What our kernels take: {"kernels": {chip: {shape: {kernel: figures}}}}."""
-    table: dict[str, Any] = {chip: {name: {} for name in kernels.SHAPES} for chip in topology.TOPOLOGIES}
+    table: dict[str, Any] = {chip: {name: {} for name in kernels.SHAPES} for chip in tpus()}
     for key, program in kept["programs"].items():
         chip, name, who, call = key.split("/", 3)
         one = program["found"]
@@ -150,7 +153,7 @@ between cores, and where they are one tile one core does all the work."""
 def _missing(entries: list[dict[str, Any]]) -> list[str]:
     """Lines that name what was not compiled."""
     have = {(row["who"], row["part"], row["chip"], row["shape"]) for row in entries}
-    places = list(itertools.product(topology.TOPOLOGIES, kernels.SHAPES))
+    places = list(itertools.product(tpus(), kernels.SHAPES))
     wanted = [("ours", part) for part in PARTS] + [(w, p) for w in LIBRARIES for p in ("forward", "backward")]
     wanted += [(f"xla {call}", "forward") for call in ("ragged_dot", "einsum")]
     lines = []

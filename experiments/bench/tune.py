@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from anyexperts_jax.aot import kernels, topology
+from anyexperts_jax.aot import kernels
+from anyexperts_jax.core.hardware import tpus
 from anyexperts_jax.ops.expert_mlp import tpu_size_table
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import (
-    CHIPS,
     KERNELS,
     KernelSizes,
     Shape,
@@ -49,7 +49,7 @@ def candidates(chip: str, name: str, kernel: str) -> list[TpuSizes]:
     No steps below 64 rows: more than four passes make a program that instruction memory may not hold, of which the
     figures say nothing."""
     shape = class_of(name)
-    base = choose_sizes(CHIPS[chip], shape)
+    base = choose_sizes(tpus()[chip].limits, shape)
     own: KernelSizes = getattr(base, kernel)
     whole = -(-shape.capacity // own.step) * own.step
     found = [own]
@@ -64,7 +64,7 @@ def candidates(chip: str, name: str, kernel: str) -> list[TpuSizes]:
         found += [dataclasses.replace(one, inner=inner) for one in found]
     fitting = []
     for sizes in found:
-        if sizes not in fitting and kernel_bytes(kernel, shape, sizes) <= block_budget(CHIPS[chip]):
+        if sizes not in fitting and kernel_bytes(kernel, shape, sizes) <= block_budget(tpus()[chip].limits):
             fitting.append(sizes)
     return [dataclasses.replace(base, **{kernel: sizes}) for sizes in fitting]
 
@@ -121,7 +121,7 @@ def table(programs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """({chip: entries}, {chip/shape/kernel: what was compared})."""
     chips: dict[str, Any] = {}
     compared = {}
-    for chip in topology.TOPOLOGIES:
+    for chip in tpus():
         chips[chip] = []
         for name in kernels.SHAPES:
             shape = class_of(name)
@@ -135,7 +135,7 @@ def table(programs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chip", nargs="+", default=list(topology.TOPOLOGIES), choices=topology.TOPOLOGIES)
+    parser.add_argument("--chip", nargs="+", default=list(tpus()), choices=tpus())
     parser.add_argument("--shape", nargs="+", default=list(kernels.SHAPES), choices=kernels.SHAPES)
     parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=KERNELS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="compile nothing more after so long")

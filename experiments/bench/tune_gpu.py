@@ -23,9 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from anyexperts_jax.aot.gpu import KernelReport, Target, compile_kernel, complaints
-from anyexperts_jax.aot.gpu_kernels import BLOCK, SHAPES, TARGETS, Shape, cases_of
+from anyexperts_jax.aot.gpu import KernelReport, compile_kernel, complaints
+from anyexperts_jax.aot.gpu_kernels import BLOCK, SHAPES, Shape, cases_of
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.hardware import Gpu, gpus
 from anyexperts_jax.ops.expert_mlp import gpu_tile_table
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import GpuShape, Tile, Tiles, TritonTile, choose_tiles, shared_bytes
 
@@ -70,12 +71,12 @@ def shapes(implementation: str) -> dict[str, Shape]:
 
 def candidates(kernel: str, gpu: str, implementation: str, dtype: str) -> Iterator[Tile]:
     """Fastest first."""
-    target, itemsize = TARGETS[gpu], jnp.dtype(dtype).itemsize
+    target, itemsize = gpus()[gpu.lower()], jnp.dtype(dtype).itemsize
     _, measured = MEASURED.get((gpu, implementation, dtype), ("", None))
     if measured is not None:
         yield getattr(measured, kernel)
-    tile = getattr(choose_tiles(implementation, target.gpu, GpuShape(2048, 2048, itemsize)), kernel)
-    if shared_bytes(kernel, tile, itemsize) <= target.shared_bytes:
+    tile = getattr(choose_tiles(implementation, target.limits, GpuShape(2048, 2048, itemsize)), kernel)
+    if shared_bytes(kernel, tile, itemsize) <= target.limits.shared_bytes:
         yield tile
     while tile.n > 64 or tile.stages > 2:
         tile = dataclasses.replace(tile, n=max(64, tile.n // 2), stages=max(2, tile.stages - 1))
@@ -87,7 +88,7 @@ def label(tile: Tile) -> str:
 
 
 def try_tile(
-    kernel: str, tile: Tile, target: Target, implementation: str, dtype: str
+    kernel: str, tile: Tile, target: Gpu, implementation: str, dtype: str
 ) -> tuple[dict[str, KernelReport], dict[str, str]]:
     """({shape: report}, {shape: what is wrong})."""
     reports, wrong = {}, {}
@@ -111,7 +112,7 @@ def choose(kernel: str, gpu: str, implementation: str, dtype: str) -> tuple[Tile
     """(the first candidate of which nothing is wrong, {label: what the compiler said})."""
     said: dict[str, str] = {}
     for tile in candidates(kernel, gpu, implementation, dtype):
-        reports, wrong = try_tile(kernel, tile, TARGETS[gpu], implementation, dtype)
+        reports, wrong = try_tile(kernel, tile, gpus()[gpu.lower()], implementation, dtype)
         if not wrong:
             registers = max(report.registers for report in reports.values())
             shared = max(report.shared_bytes for report in reports.values())
@@ -152,8 +153,8 @@ def main() -> None:
         gpus.setdefault(gpu, []).append(fields)
         print(json.dumps(tried[f"{gpu}/{implementation}/{dtype}"], indent=1), flush=True)
     compiled = {
-        name: {"device": target.device_kind, "compute capability": target.gpu.compute_capability}
-        for name, target in TARGETS.items()
+        target.limits.name: {"device": target.device, "compute capability": target.capability}
+        for target in gpus().values()
     }
     packages = ("jax", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
     provenance = {

@@ -14,10 +14,11 @@ from anyexperts_jax.core.modality import MODALITY_NAMES
 from anyexperts_jax.evaluate.evaluate import load_batches
 from anyexperts_jax.evaluate.router_diagnostics import RouterDiagnostics, diagnose
 from anyexperts_jax.evaluate.trained import Trained, load_trained
-from anyexperts_jax.evolution.alone import alone_model, expert_alone, expert_leaves
+from anyexperts_jax.evolution.alone import alone_model, expert_alone
 from anyexperts_jax.evolution.config import EvolveRun, upcycled_model
 from anyexperts_jax.evolution.upcycle import upcycle_params
 from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.paths import leaves_of
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.train.run_dir import RunDir
 from anyexperts_jax.train.run_log import read_records
@@ -89,7 +90,7 @@ def _drift(dense: Trained, trained: Trained) -> float:
     """The distance of expert 1 from the dense FFN, over its own norm."""
 
     def first(of: Trained) -> np.ndarray:
-        flags, leaves = jax.tree.leaves(expert_leaves(of.config.model)), jax.tree.leaves(of.params)
+        flags, leaves = jax.tree.leaves(leaves_of(of.config.model, "expert")), jax.tree.leaves(of.params)
         kept = [leaf[:, 0] for flag, leaf in zip(flags, leaves, strict=True) if flag]
         return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in kept])
 

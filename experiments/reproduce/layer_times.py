@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anyexperts_jax.bench.cases import SHAPES
 from anyexperts_jax.bench.stopwatch import interleaved_rounds
 from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.shapes import SHAPES
 from anyexperts_jax.core.versions import device_text, versions
 from anyexperts_jax.evaluate.results import read_saved
 from anyexperts_jax.nn.moe import MoE

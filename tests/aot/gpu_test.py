@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from anyexperts_jax.aot.gpu import H100, compile_for, compile_kernel, complaints, missing_packages
+from anyexperts_jax.aot.gpu import compile_for, compile_kernel, complaints, missing_packages
 from anyexperts_jax.aot.gpu_kernels import SHAPES, cases, triton_cases
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.hardware import gpus
 from anyexperts_jax.dispatch.apply import moe_apply
 from anyexperts_jax.ops.expert_mlp import pallas_triton
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import TritonTile
@@ -25,6 +26,7 @@ TABLE = json.loads(
     (pathlib.Path(__file__).resolve().parents[2] / "experiments" / "results" / "kernels_gpu.json").read_text()
 )["kernels"]
 REGISTER_SLACK = 16  # what another version of the compiler may add
+H100 = gpus()["h100"]
 CASES = {name: (case, target) for name, case, target in cases()}
 
 pytestmark = [
@@ -49,26 +51,26 @@ def test_takes_no_more_than_the_table_says(name):
 
 
 def test_the_check_sees_a_tile_that_spills():
-    _, operands = triton_cases(SHAPES["A"], "bfloat16")["d_gate_up"]
+    _, operands = triton_cases(SHAPES["A"], "bfloat16", H100)["d_gate_up"]
     tile = TritonTile(m=128, n=128, k=64, warps=8, stages=4)
-    report = compile_kernel(lambda *a: pallas_triton.d_gate_up(*a, tile=tile, interpret=False), operands)
+    report = compile_kernel(lambda *a: pallas_triton.d_gate_up(*a, tile=tile, interpret=False), operands, H100)
     assert report.spill_bytes > 0
     with pytest.raises(AssertionError):
         check(report, TABLE["H100/pallas_triton/A/bfloat16/d_gate_up"], H100)
 
 
 def test_a_tile_that_does_not_fit_is_refused_by_the_compiler():
-    _, operands = triton_cases(SHAPES["A"], "bfloat16")["down"]
+    _, operands = triton_cases(SHAPES["A"], "bfloat16", H100)["down"]
     tile = TritonTile(m=128, n=128, k=64, warps=8, stages=9)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"[Ss]hared memory"):
-        compile_kernel(lambda *a: pallas_triton.down(*a, tile=tile, zeros=True, interpret=False), operands)
+        compile_kernel(lambda *a: pallas_triton.down(*a, tile=tile, zeros=True, interpret=False), operands, H100)
 
 
 def test_two_kernels_are_not_read_as_one():
-    kernels = triton_cases(SHAPES["P"], "bfloat16")
+    kernels = triton_cases(SHAPES["P"], "bfloat16", H100)
     (first, operands), (second, others) = kernels["down"], kernels["d_w_down"]
     with pytest.raises(UserError, match=r"^2 kernels with matmuls were compiled where one was expected$"):
-        compile_kernel(lambda *a: (first(*a[:3]), second(*a[3:])), (*operands, *others))
+        compile_kernel(lambda *a: (first(*a[:3]), second(*a[3:])), (*operands, *others), H100)
 
 
 @pytest.mark.parametrize("implementation", ["pallas_triton", "pallas_gpu"])
@@ -84,6 +86,7 @@ def test_a_whole_layer_compiles_forward_and_backward(implementation, dispatch):
         return y, *pull(y)
 
     operands = make_operands(40, dtype=jnp.bfloat16, width=72, hidden=48)
-    program = compile_for(layer, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (plan, *operands)))
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (plan, *operands))
+    program = compile_for(layer, abstract, H100)
     mosaic = program.as_text().count("mosaic_gpu")
     assert (mosaic > 0) == (implementation == "pallas_gpu")

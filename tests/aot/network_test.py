@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from anyexperts_jax.aot.chips import chip_peaks
 from anyexperts_jax.aot.collectives import Collective
 from anyexperts_jax.aot.network import network_seconds
+from anyexperts_jax.core.hardware import chip
 
-CHIP = dataclasses.replace(chip_peaks("v5p"), link_gbs=1.0, wraps_at=8, dcn_gbs=0.5)
+CHIP = dataclasses.replace(chip("v5p"), link_gbs=1.0, wraps_at=8, dcn_gbs=0.5)
 SIZE = 800  # bytes of a device
 W = 1e9
 
@@ -76,9 +76,9 @@ def test_between_slices_the_data_centre_carries_it():
 
 
 def test_a_node_of_gpus_shares_its_adapters_and_a_gpu_its_switch():
-    chip = dataclasses.replace(chip_peaks("h100"), link_gbs=4.0, dcn_gbs=0.5)
+    gpu = dataclasses.replace(chip("h100"), link_gbs=4.0, dcn_gbs=0.5)
     nodes = [SimpleNamespace(process_index=i // 4) for i in range(8)]
-    (inside,), _, _ = seconds("all-to-all", ("expert",), nodes, {"fsdp": 2, "expert": 4}, chip)
+    (inside,), _, _ = seconds("all-to-all", ("expert",), nodes, {"fsdp": 2, "expert": 4}, gpu)
     assert inside == pytest.approx(3 / 4 * SIZE / 4e9)
-    (across,), _, _ = seconds("all-to-all", ("expert",), nodes, {"fsdp": 1, "expert": 8}, chip)
+    (across,), _, _ = seconds("all-to-all", ("expert",), nodes, {"fsdp": 1, "expert": 8}, gpu)
     assert across == pytest.approx(4 * 4 * SIZE / 8 / (4 * 0.5e9))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from anyexperts_jax.aot import report, topology
+from anyexperts_jax.aot import libtpu, report, topology
 from anyexperts_jax.core.errors import UserError
 
 UNITS = "== CAPACITY:\na head\n 2 1 1 1 1 1 1 1 1 1 1\n== UTILIZATION:\n"
@@ -50,7 +50,7 @@ def test_an_unknown_chip_is_refused():
 
 
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(topology, "has_compiler", lambda: False)
+    monkeypatch.setattr(libtpu, "has_libtpu", lambda: False)
     said = r"^libtpu is not installed; in a checkout, pip install -e '\.\[aot\]' \(Linux only\)$"
     with pytest.raises(UserError, match=said):
         topology.open_compiler(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 
 from anyexperts_jax.aot import step as step_module
 from anyexperts_jax.aot.gpu import missing_packages
-from anyexperts_jax.aot.step import abstract_batch, compile_step
+from anyexperts_jax.aot.step import compile_step, placed_batch
 from anyexperts_jax.aot.topology import slice_devices
 from anyexperts_jax.cli import main as cli
 from anyexperts_jax.core.errors import UserError
@@ -20,9 +20,9 @@ needs_libtpu = pytest.mark.usefixtures("schedules")
 EXCHANGE = ["mesh.data=-1", "mesh.expert=4", "model.stack.execution.dispatch=exchange"]
 
 
-def test_the_abstract_batch_is_what_the_pipeline_gives():
+def test_the_placed_batch_is_what_the_pipeline_gives():
     config = load_config("smoke", [])
-    batch = abstract_batch(config.data.encoding, 8, make_mesh(config.mesh))
+    batch = placed_batch(config.data.encoding, 8, make_mesh(config.mesh))
     assert batch.tokens_BT.shape == (8, config.data.encoding.max_length)
     assert batch.patches_BPX.shape[1:] == (config.data.encoding.max_patches, config.data.encoding.patch_features)
     assert batch.domain_B.shape == (8,)

@@ -13,7 +13,7 @@ import pathlib
 import pytest
 
 from anyexperts_jax.aot import kernels
-from anyexperts_jax.ops.expert_mlp.tpu_sizes import CHIPS
+from anyexperts_jax.core.hardware import tpus
 from experiments.bench import tpu_model, tpu_table
 from experiments.bench.kernels import our_task
 from experiments.bench.tune import static_ns
@@ -25,7 +25,7 @@ OCCUPANCY_SLACK = 0.03
 PROGRAMS = [
     pytest.param(chip, shape, kernel, marks=[] if (c + s + k) % len(kernels.SHAPES) == 0 else [pytest.mark.slow])
     for (c, chip), (s, shape), (k, kernel) in itertools.product(
-        enumerate(CHIPS), enumerate(kernels.SHAPES), enumerate(tpu_model.OURS)
+        enumerate(tpus()), enumerate(kernels.SHAPES), enumerate(tpu_model.OURS)
     )
 ]
 
@@ -54,7 +54,7 @@ def test_takes_no_more_than_the_golden_file_says(chip, shape, kernel, schedules)
         "occupancy": summary["passes"][-1]["occupancy"],
         "ns_per_row": static_ns(chip, shape, kernel, sizes, summary),
     }
-    assert found["vmem_bytes"] <= CHIPS[chip].vmem_bytes
+    assert found["vmem_bytes"] <= tpus()[chip].limits.vmem_bytes
     worse = regressions(GOLDEN["kernels"][chip][shape][kernel], found)
     assert not worse, (
         f"{chip}/{shape}/{kernel} with libtpu {importlib.metadata.version('libtpu')} is worse than with "

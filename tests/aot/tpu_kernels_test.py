@@ -5,8 +5,9 @@ import pytest
 
 from anyexperts_jax.aot import kernels, report, topology
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.hardware import tpus
 from anyexperts_jax.ops.expert_mlp import expert_mlp
-from anyexperts_jax.ops.expert_mlp.tpu_sizes import CHIPS, KernelSizes, TpuSizes
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import KernelSizes, TpuSizes
 from anyexperts_jax.ops.expert_mlp.vjp_tpu import TpuOptions, expert_mlp_pallas_tpu
 
 NAMES = {"expert_mlp_forward", "expert_mlp_backward", "expert_mlp_backward_weights"}
@@ -18,7 +19,7 @@ def test_the_papers_layer_fits_in_vmem(chip, schedules):
     reports = report.compile_report(chip, kernels.forward_backward, kernels.arguments(kernels.SHAPES["P"]), schedules)
     assert {one.name for one in reports} == NAMES
     for one in reports:
-        assert one.vmem_bytes <= CHIPS[chip].vmem_bytes, one.name
+        assert one.vmem_bytes <= tpus()[chip].limits.vmem_bytes, one.name
         assert one.occupancy > 0.9, one.name
 
 
@@ -30,7 +31,9 @@ def test_every_form_compiles(chip, dtype, columns, residuals, schedules):
     """Weights whole or in part, float32, gate and up computed again, rows that are no multiple of a block."""
     rows = KernelSizes(128, 128, 64, columns)
     weights = KernelSizes(128, 128, 64, 128)
-    options = TpuOptions(residuals, TpuSizes(rows, rows, weights, CHIPS[chip].cores, CHIPS[chip].vmem_bytes))
+    options = TpuOptions(
+        residuals, TpuSizes(rows, rows, weights, tpus()[chip].limits.cores, tpus()[chip].limits.vmem_bytes)
+    )
 
     def forward_backward(x, counts, w_gate, w_up, w_down, d_y):
         def op(x, *weights):

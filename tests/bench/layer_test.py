@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.bench import cases, layer
-from anyexperts_jax.bench.cases import LayerShape
 from anyexperts_jax.bench.layer import Timing
 from anyexperts_jax.bench.stopwatch import Rounds, cpu_times, interleaved_rounds, others_load
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.shapes import LayerShape
 from anyexperts_jax.dispatch import apply
 
 TINY = LayerShape(tokens=24, width=8, hidden=8, experts=16, slots=3)

@@ -11,7 +11,7 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.evolution import stages
-from anyexperts_jax.evolution.alone import apply_alone, expert_leaves, router_leaves
+from anyexperts_jax.evolution.alone import apply_alone
 from anyexperts_jax.evolution.config import (
     EvolutionConfig,
     EvolveConfig,
@@ -23,6 +23,7 @@ from anyexperts_jax.evolution.config import (
 )
 from anyexperts_jax.evolution.stages import evolve
 from anyexperts_jax.models.init import abstract_params, named_leaves
+from anyexperts_jax.models.paths import leaves_of
 from anyexperts_jax.models.presets import dense_twin
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.train.run_dir import load_run
@@ -75,7 +76,7 @@ def test_what_a_stage_does_not_train_is_bit_for_bit_the_stage_befores(done):
     root, results = done
     assert set(results) == {"warm_up", "evolving", "routing"}
     model = a_run().model
-    experts, routers = chosen(expert_leaves(model)), chosen(router_leaves(model))
+    experts, routers = chosen(leaves_of(model, "expert")), chosen(leaves_of(model, "router"))
     assert len(experts) == 3
     assert len(routers) == 7
     dense, evolved, routed = (trained(root, stage) for stage in ("warm_up", "evolving", "routing"))
@@ -97,7 +98,7 @@ def test_what_a_stage_does_not_train_is_bit_for_bit_the_stage_befores(done):
 def test_the_optimiser_has_state_for_what_trains_alone(done):
     root, _ = done
     run = a_run()
-    for stage, wanted in (("evolving", expert_leaves(run.model)), ("routing", router_leaves(run.model))):
+    for stage, wanted in (("evolving", leaves_of(run.model, "expert")), ("routing", leaves_of(run.model, "router"))):
         recipe = stages.stage_recipe(run, root, stage)
         params = abstract_params(run.model)
         state = jax.eval_shape(recipe.optimizer.init, params)
@@ -109,7 +110,7 @@ def test_the_optimiser_has_state_for_what_trains_alone(done):
 
 def test_stage_three_trains_the_routers_they_and_the_experts_or_everything(tmp_path):
     model = a_run().model
-    experts, routers = chosen(expert_leaves(model)), chosen(router_leaves(model))
+    experts, routers = chosen(leaves_of(model, "expert")), chosen(leaves_of(model, "router"))
     for trains, wanted in (("router", routers), ("moe", routers | experts)):
         recipe = stages.stage_recipe(a_run(trains=trains), tmp_path, "routing")
         assert chosen(recipe.trainable) == wanted
@@ -201,7 +202,7 @@ def test_stage_three_may_have_another_routing_policy_than_stage_two(done, tmp_pa
     fresh = stages.upcycle_params(
         load_run(root / "warm_up", "last", mesh)[1], a_run(moe=linear).model, UpcycleConfig(), jax.random.key(0), mesh
     )
-    routers = chosen(router_leaves(a_run(moe=linear).model))
+    routers = chosen(leaves_of(a_run(moe=linear).model, "router"))
     assert routers == {"decoder/moe_layers/moe/router/kernel"}
     for name, leaf in named_leaves(start).items():
         wanted = named_leaves(fresh)[name] if name in routers else evolved[name]
@@ -223,7 +224,7 @@ def test_experts_can_evolve_in_stage_one_where_all_else_trains(tmp_path):
     evolve(run, tmp_path, progress=False)
     after = trained(tmp_path, "warm_up")
     begun = stages.stage_recipe(run, tmp_path, "warm_up").start(make_mesh(MeshConfig(data=8)))
-    experts, routers = chosen(expert_leaves(run.model)), chosen(router_leaves(run.model))
+    experts, routers = chosen(leaves_of(run.model, "expert")), chosen(leaves_of(run.model, "router"))
     for name, leaf in named_leaves(begun).items():
         assert np.array_equal(after[name], leaf) == (name in routers), name
     for name in experts:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.aot import kernels
-from anyexperts_jax.ops.expert_mlp.tpu_sizes import CHIPS
+from anyexperts_jax.core.hardware import tpus
 from experiments.bench import tpu_model, tpu_peers, tpu_table
 from experiments.bench.tpu_model import Steps
 
@@ -80,14 +80,14 @@ def test_peers_move_every_row_and_every_expert_once_a_turn():
 def test_every_figure_is_of_a_kernel_that_fits_in_vmem(place):
     chip, shape, _, call = place.split("/")
     found = RESULT["programs"][place]["found"]
-    assert 0 < found["vmem_bytes"] <= CHIPS[chip].vmem_bytes, AGAIN
+    assert 0 < found["vmem_bytes"] <= tpus()[chip].limits.vmem_bytes, AGAIN
     golden = GOLDEN["kernels"][chip][shape][call]
     assert golden["vmem_bytes"] == found["vmem_bytes"], f"golden and result file differ: {AGAIN}"
     assert golden["occupancy"] == found["passes"][-1]["occupancy"], f"golden and result file differ: {AGAIN}"
 
 
 def test_the_files_hold_every_kernel_at_the_sizes_in_use():
-    for chip in CHIPS:
+    for chip in tpus():
         for name, shape in kernels.SHAPES.items():
             assert set(GOLDEN["kernels"][chip][name]) == set(tpu_model.OURS)
             for call in tpu_model.OURS:
@@ -105,6 +105,12 @@ def test_no_time_is_below_its_floor_and_fewer_rows_take_less():
             floor = floors[row["chip"], row["shape"], row["part"]]
             assert all(row[f"ns_{budget}"] >= floor[f"ns_{budget}"] for budget in tpu_table.BUDGETS), row
             assert 0.55 < row["ratio"] < 1, row
+
+
+def test_the_floors_are_those_of_the_table_of_chips():
+    for row in RESULT["rows"]:
+        if row["who"] == "floor":
+            assert tpu_table._floor(row["chip"], row["shape"], row["part"]) == [row], AGAIN
 
 
 def test_the_files_say_that_they_are_static():

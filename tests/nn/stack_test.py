@@ -10,10 +10,11 @@ import pytest
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.remat import remat_policy
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.nn.block import BlockContext
 from anyexperts_jax.nn.config import AttentionConfig, StackConfig
-from anyexperts_jax.nn.stack import Stack, remat_policy
+from anyexperts_jax.nn.stack import Stack
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.sharding.placement import Placement
 from nn.layers import FAST_COMPILE, equations, random_params, run

@@ -224,17 +224,6 @@ def test_the_committed_experiments_compare_like_with_like(committed):
             assert dataclasses.replace(run.config, model=model) == default
 
 
-@pytest.mark.slow
-def test_the_first_attempt_can_be_made_again():
-    """Its runs are those whose results are committed."""
-    runs = shared([runs_of(*load_experiment(CONFIGS / "first_attempt" / f"{name}.toml")) for name in TABLES])
-    assert len(runs) == 130
-    assert {run.start for run in runs} == {None}
-    made = load_kept(CONFIGS.parent / "results" / "first_attempt")
-    assert len(made) >= 60
-    assert set(made) <= {run.older_id for run in runs}
-
-
 def test_quick_shares_runs_too():
     runs = [runs_of(*load_experiment(name, CONFIGS), quick=True) for name in TABLES]
     assert len(shared(runs)) == 28

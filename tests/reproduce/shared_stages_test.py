@@ -10,6 +10,7 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from experiments.reproduce import shared_stages
+from experiments.reproduce.collect import load_kept
 from experiments.reproduce.experiment import (
     EVOMOE_TABLES,
     GROUPS,
@@ -49,9 +50,11 @@ def test_the_committed_experiments_share_their_runs(committed):
 
 
 @pytest.mark.slow
-def test_their_slots_share_a_run_with_the_other_papers_first_attempt(every):
-    table3 = runs_of(*load_experiment(CONFIGS / "first_attempt" / "table3.toml"))
-    assert every["dynamic 8.0", 0].id == table3["dynamic 8.0", 0].id
+def test_their_slots_are_the_runs_whose_results_are_committed(every):
+    made = load_kept(CONFIGS.parent / "results" / "reproduce" / "evomoe")
+    for seed in SEEDS:
+        assert made[every["dynamic 8.0", seed].id].name == "dynamic 8.0"
+        assert made[every["dynamic 8.0, DTR", seed].id].name == "dynamic 8.0, DTR"
 
 
 @pytest.mark.slow

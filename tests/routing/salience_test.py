@@ -2,11 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy.stats import rankdata
 
+from anyexperts_jax.aot.collectives import read_collectives
 from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.routing.route import route
-from anyexperts_jax.routing.salience import midranks, rank_by_salience
+from anyexperts_jax.routing.salience import midranks, rank_by_salience, token_groups
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 
 WEIGHTS = jnp.array([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]], jnp.float32)
 SLOPES = jnp.array([[2.0, 2.0], [3.0, 9.0], [4.0, 0.0]], jnp.float32)  # of the loss in each weight
@@ -69,6 +73,83 @@ def test_midranks_are_those_of_scipy_and_average_one_half(seed):
     ranks = np.asarray(midranks(jnp.asarray(values), jnp.asarray(valid)))[valid]
     np.testing.assert_allclose(ranks, (rankdata(values[valid]) - 0.5) / valid.sum(), atol=1e-6)
     assert ranks.mean() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_groups_are_ranked_apart():
+    values, valid = jnp.arange(12.0).reshape(3, 4) % 5, jnp.arange(12).reshape(3, 4) % 4 > 0
+    apart = np.stack([midranks(*own) for own in zip(values, valid, strict=True)])
+    np.testing.assert_array_equal(midranks(values, valid), apart)
+
+
+def test_a_tokens_gradient_is_that_of_its_group():
+    """Saliences 2, 9, 1, 1: among the first two ranks 1/4 and 3/4, among the last two a tie."""
+    weights, slopes = (jnp.concatenate([own, own[2:]]) for own in (WEIGHTS, SLOPES))
+
+    def loss(importance):
+        weighted, importance_loss = rank_by_salience(weights, importance, jnp.ones(4, bool), 2)
+        return (slopes * weighted).sum() + importance_loss
+
+    grad = jax.grad(loss)(jnp.full(4, 0.5))
+    np.testing.assert_allclose(grad, 2 * (0.5 - np.array([1 / 4, 3 / 4, 1 / 2, 1 / 2])) / 4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("scope", "groups"), [("batch", 1), ("sequence", 12), ("device", 4)], ids=["batch", "sequence", "device"]
+)
+def test_a_scope_is_a_number_of_groups(scope, groups):
+    assert token_groups(scope, 12, 4) == groups
+    assert token_groups(scope, 1, 4) == 1, "a lone sequence is not split"
+
+
+def test_ranks_of_a_devices_tokens_need_the_number_of_devices():
+    config = AnyExpertsConfig(
+        num_experts=4, num_virtual=1, k_min=2, k_max=4, importance_regulariser="salience", salience_scope="device"
+    )
+    with pytest.raises(UserError, match=r'^salience_scope="device" needs batch_shards, .*: 1 on one device$'):
+        route(config, jnp.zeros((2, 5)), jnp.zeros(2))
+    assert route(config, jnp.zeros((2, 5)), jnp.zeros(2), batch_shards=1).slots_N.shape == (2,)
+
+
+def importance_gradient(scope, slopes, batch_shards=2):
+    """To z [4 sequences, 8 positions], of a loss that feels a token by its own slope."""
+    config = AnyExpertsConfig(
+        num_experts=4, num_virtual=1, k_min=2, k_max=4, importance_regulariser="salience", salience_scope=scope
+    )
+
+    def loss(z):
+        plan = route(config, jnp.zeros((32, 5)), z, num_sequences=4, batch_shards=batch_shards)
+        return (plan.weights_NK.sum(1) * slopes).sum() + plan.losses["importance"]
+
+    return np.asarray(jax.grad(loss)(jnp.zeros(32)))
+
+
+@pytest.mark.parametrize(("scope", "felt"), [("batch", 32), ("device", 16), ("sequence", 8)])
+def test_a_target_depends_on_the_tokens_of_its_scope_alone(scope, felt):
+    slopes = np.random.default_rng(0).uniform(1, 2, 32).astype(np.float32)
+    others = slopes.copy()
+    others[-8:] *= 10  # of the last sequence
+    changed = importance_gradient(scope, slopes)[:-8] != importance_gradient(scope, others)[:-8]
+    assert changed[:-felt].sum() == 0
+    assert changed.any() == (felt > 8)
+
+
+@pytest.mark.parametrize(("scope", "gathered"), [("batch", 4 * 16 * 8), ("device", 0), ("sequence", 0)])
+def test_on_a_mesh_the_batchs_saliences_are_gathered_and_no_others(scope, gathered):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
+    operands = [jax.ShapeDtypeStruct(size, jnp.float32, sharding=sharding) for size in ((16, 8), (16, 8, 2))]
+
+    def loss(importance_BT, weights_BTK):
+        groups = token_groups(scope, 16, 8)
+        weighted, own = rank_by_salience(
+            weights_BTK.reshape(-1, 2), importance_BT.reshape(-1), jnp.ones(16 * 8, bool), groups
+        )
+        return (weighted**2).sum() + own
+
+    program = jax.jit(jax.grad(loss)).lower(*operands).compile().as_text()
+    sent = {row.kind: row.bytes for row in read_collectives(program, dict(mesh.shape))}
+    assert sent.get("all-gather", 0) == gathered
+    assert sum(sent.values()) - gathered <= 8, "nothing else but sums of a number"
 
 
 def test_importance_learns_which_tokens_the_loss_feels():

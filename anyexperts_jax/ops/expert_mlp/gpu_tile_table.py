@@ -9,14 +9,12 @@ import importlib.resources
 from typing import Any
 
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.hardware import GpuLimits, gpu_limits, gpus
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import (
-    GPUS,
     TILES,
-    Gpu,
     GpuShape,
     Tiles,
     choose_tiles,
-    gpu_of,
     shared_bytes,
 )
 from anyexperts_jax.ops.expert_mlp.size_table import parse_entries
@@ -59,7 +57,7 @@ def tiles_for(implementation: str, kind: str | None, shape: GpuShape, table: Tab
     Raises:
       UserError: the package's table is broken.
     """
-    gpu = gpu_of(kind)
+    gpu = gpu_limits(kind)
     for entry in (load_table() if table is None else table).get(gpu.name, ()):
         if entry.holds(implementation, shape):
             return entry.tiles
@@ -79,10 +77,11 @@ def parse_table(text: str) -> Table:
       UserError: not JSON, fields that are missing or unknown, a GPU or an implementation that is unknown, tiles that
         make no sense or do not fit in the GPU's shared memory.
     """
-    return parse_entries(text, FILE, "gpu", GPUS, lambda name, fields: _entry(GPUS[name], fields), _REMEDY)
+    known = {gpu.limits.name: gpu.limits for gpu in gpus().values()}
+    return parse_entries(text, FILE, "gpu", known, lambda name, fields: _entry(known[name], fields), _REMEDY)
 
 
-def _entry(gpu: Gpu, fields: Any) -> Entry:
+def _entry(gpu: GpuLimits, fields: Any) -> Entry:
     try:
         kind = TILES[fields["implementation"]]
         tiles = Tiles(**{kernel: kind(**tile) for kernel, tile in fields["tiles"].items()})

@@ -2,34 +2,10 @@
 below what any GPU has. `gpu_tile_table` has better ones for the shapes it knows."""
 
 import dataclasses
-import re
 from typing import Any, NamedTuple
 
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.ops._gpu import is_hopper
-
-_KIB = 1024
-
-
-class Gpu(NamedTuple):
-    """What a choice of tiles needs to know of a GPU."""
-
-    name: str
-    compute_capability: str
-    shared_bytes: int  # of shared memory, the most a block of threads can ask for
-    wgmma: bool  # multiplies with Hopper's instructions
-
-
-GPUS = {"H100": Gpu("H100", "9.0", 227 * _KIB, True), "A100": Gpu("A100", "8.0", 163 * _KIB, False)}
-UNKNOWN_GPU = Gpu("", "", 99 * _KIB, False)  # as little as any since Ampere has
-_A100 = re.compile(r"\bA[18]00\b")  # no A1000
-
-
-def gpu_of(kind: str | None) -> Gpu:
-    """The GPU of a device kind as JAX names it, all Hopper GPUs as the H100; of an unknown one, the least any has."""
-    if is_hopper(kind):
-        return GPUS["H100"]
-    return GPUS["A100"] if kind is not None and _A100.search(kind) else UNKNOWN_GPU
+from anyexperts_jax.core.hardware import GpuLimits, gpu_limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +91,10 @@ _M = 128  # everywhere: experts' rows begin at multiples of it
 _WARPS = 8
 _THREAD_VALUES = 64  # of sums, or of what is read last, in a thread's 255 registers
 _MOST_STAGES = {TritonTile: 4, MosaicTile: 5}
-_BARRIER_BYTES = _KIB  # far more than Mosaic's barriers take
+_BARRIER_BYTES = 1024  # far more than Mosaic's barriers take
 
 
-def choose_tiles(implementation: str, gpu: Gpu, shape: GpuShape) -> Tiles:
+def choose_tiles(implementation: str, gpu: GpuLimits, shape: GpuShape) -> Tiles:
     """Tiles for any shape: few enough sums a thread that widths of any kind spill nothing, and as many stages as fit in
     the shared memory that even the smallest GPU has, or in Hopper's. No wider than the shape asks for.
 
@@ -138,15 +114,15 @@ def shared_bytes(kernel: str, tile: Tile, itemsize: int) -> int:
     return steps + itemsize * (1 + use.read_last) * tile.m * tile.n + _BARRIER_BYTES
 
 
-def _triton_tile(kernel: str, gpu: Gpu, shape: GpuShape) -> TritonTile:
+def _triton_tile(kernel: str, gpu: GpuLimits, shape: GpuShape) -> TritonTile:
     use: _Use = getattr(_USES, kernel)
     most = _THREAD_VALUES * 32 * _WARPS // (_M * max(use.sums, use.read_last))
     k = (128 if gpu.wgmma else 64) // shape.itemsize
     tile = TritonTile(_M, _columns(use, shape, 16, most), k, _WARPS, 1)
-    return _deepest(kernel, tile, gpu.shared_bytes if gpu.wgmma else UNKNOWN_GPU.shared_bytes, shape)
+    return _deepest(kernel, tile, gpu.shared_bytes if gpu.wgmma else gpu_limits(None).shared_bytes, shape)
 
 
-def _mosaic_tile(kernel: str, gpu: Gpu, shape: GpuShape) -> MosaicTile:
+def _mosaic_tile(kernel: str, gpu: GpuLimits, shape: GpuShape) -> MosaicTile:
     tile = MosaicTile(_M, _columns(getattr(_USES, kernel), shape, 64, 128), 64, 1)
     return _deepest(kernel, tile, gpu.shared_bytes, shape)
 

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.hardware import TpuLimits, tpus
 from anyexperts_jax.ops.expert_mlp.size_table import parse_entries
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import (
-    CHIPS,
     KERNELS,
-    Chip,
     KernelSizes,
     Shape,
     TpuSizes,
@@ -52,7 +51,7 @@ class Entry:
 Table = dict[str, tuple[Entry, ...]]
 
 
-def sizes_for(chip: Chip, shape: Shape, table: Table | None = None) -> TpuSizes:
+def sizes_for(chip: TpuLimits, shape: Shape, table: Table | None = None) -> TpuSizes:
     """The table's sizes, cut to the shape's capacity, or those of the heuristic.
 
     Args:
@@ -82,7 +81,7 @@ def parse_table(text: str) -> Table:
       UserError: not JSON, fields that are missing or unknown, a chip that is unknown, sizes that make no sense or do
         not fit in the chip's VMEM.
     """
-    return parse_entries(text, FILE, "chip", CHIPS, _entry, _REMEDY)
+    return parse_entries(text, FILE, "chip", tpus(), _entry, _REMEDY)
 
 
 def _entry(chip: str, fields: Any) -> Entry:
@@ -95,7 +94,7 @@ def _entry(chip: str, fields: Any) -> Entry:
     require(
         not too_much,
         f"{FILE}: {', '.join(too_much)} bytes of VMEM at {entry.shape} on {chip}, more than "
-        f"{int(block_budget(CHIPS[chip]))}; {_REMEDY}",
+        f"{int(block_budget(tpus()[chip].limits))}; {_REMEDY}",
     )
     return entry
 
@@ -103,7 +102,7 @@ def _entry(chip: str, fields: Any) -> Entry:
 def _bytes(chip: str, entry: Entry) -> Iterator[tuple[str, int, bool]]:
     for kernel in KERNELS:
         taken = kernel_bytes(kernel, entry.shape, getattr(entry, kernel))
-        yield kernel, taken, taken <= block_budget(CHIPS[chip])
+        yield kernel, taken, taken <= block_budget(tpus()[chip].limits)
 
 
 def _cut(sizes: KernelSizes, capacity: int) -> KernelSizes:

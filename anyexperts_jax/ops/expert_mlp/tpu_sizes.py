@@ -6,41 +6,9 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.hardware import TpuLimits
 
-_MIB = 2**20
-
-
-class Chip(NamedTuple):
-    """What a choice of sizes needs to know of a TPU."""
-
-    vmem_bytes: int  # of one core
-    cores: int  # that share a device: each takes a part of every kernel
-    name: str = ""
-
-    @property
-    def vmem_limit(self) -> int:
-        """What a kernel may take; the compiler keeps the rest."""
-        return self.vmem_bytes * 15 // 16
-
-
-CHIPS = {
-    "v5e": Chip(128 * _MIB, 1, "v5e"),
-    "v5p": Chip(64 * _MIB, 2, "v5p"),
-    "v6e": Chip(128 * _MIB, 1, "v6e"),
-    "tpu7x": Chip(64 * _MIB, 1, "tpu7x"),
-}
-UNKNOWN_CHIP = Chip(16 * _MIB, 1)  # as little as any TPU has
 KERNELS = ("forward", "backward", "weights")
-_KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "tpu7x",
-    "TPU v7x": "tpu7x",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +59,7 @@ class Shape(NamedTuple):
     itemsize: int
 
 
-def chip_of(device_kind: str) -> Chip:
-    """The chip of a device kind as JAX names it; of an unknown one, the least any TPU has."""
-    return CHIPS[_KINDS[device_kind]] if device_kind in _KINDS else UNKNOWN_CHIP
-
-
-def choose_sizes(chip: Chip, shape: Shape) -> TpuSizes:
+def choose_sizes(chip: TpuLimits, shape: Shape) -> TpuSizes:
     """Sizes for a shape.
 
     One fused kernel wherever an expert's weights fit in VMEM twice, the next expert's being fetched meanwhile; else
@@ -111,7 +74,7 @@ def choose_sizes(chip: Chip, shape: Shape) -> TpuSizes:
     return TpuSizes(**both, weights=weights, cores=chip.cores, vmem_bytes=chip.vmem_limit)
 
 
-def block_budget(chip: Chip) -> float:
+def block_budget(chip: TpuLimits) -> float:
     """Bytes of VMEM for blocks and scratch."""
     return _SHARE_FOR_BLOCKS * chip.vmem_bytes
 
@@ -137,7 +100,7 @@ def _row_candidates(shape: Shape) -> Iterator[KernelSizes]:
             yield KernelSizes(block, _SLAB if block > _SLAB and _SLAB % step == 0 else block, step, columns)
 
 
-def _weights_candidates(chip: Chip, shape: Shape) -> Iterator[KernelSizes]:
+def _weights_candidates(chip: TpuLimits, shape: Shape) -> Iterator[KernelSizes]:
     """Whole columns first; two parts at least where two cores share the work."""
     step = min(_SUM_STEP, _round_up(shape.capacity, 16))
     for columns in _column_counts(shape.hidden // chip.cores):

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.hardware import tpu_limits
 from anyexperts_jax.ops._checks import check_dtype, check_residuals
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops._select import device_kind, platform
 from anyexperts_jax.ops.expert_mlp import pallas_tpu
 from anyexperts_jax.ops.expert_mlp.tpu_size_table import sizes_for
-from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape, TpuSizes, chip_of
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape, TpuSizes
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 LANES, _SUBLANES = 128, 16
@@ -112,7 +113,7 @@ def _sizes(x_ECD: Array, w_gate_EDF: Array, options: TpuOptions) -> TpuSizes:
         return options.sizes
     _, capacity, width = x_ECD.shape
     shape = Shape(capacity, width, w_gate_EDF.shape[2], x_ECD.dtype.itemsize)
-    return sizes_for(chip_of(device_kind()), shape)
+    return sizes_for(tpu_limits(device_kind()), shape)
 
 
 def _pad_rows(a_ECD: Array) -> Array:

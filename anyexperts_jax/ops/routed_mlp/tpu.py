@@ -11,10 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from anyexperts_jax.core.hardware import TpuLimits, tpu_limits
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops._select import device_kind
 from anyexperts_jax.ops.expert_mlp import pallas_tpu
-from anyexperts_jax.ops.expert_mlp.tpu_sizes import Chip, KernelSizes, Shape, TpuSizes, chip_of, choose_sizes
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import KernelSizes, Shape, TpuSizes, choose_sizes
 from anyexperts_jax.ops.expert_mlp.vjp_tpu import LANES, TpuOptions, require_kernels
 from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.routed_mlp import buffered, pallas_combine
@@ -47,13 +48,13 @@ def routed_mlp_pallas_tpu(
     if sizes is None:
         num_experts, padded, hidden = experts.gate_EDF.shape
         shape = Shape(math.ceil(weights_NK.size / num_experts), padded, hidden, x_ND.dtype.itemsize)
-        sizes = aligned_sizes(chip_of(device_kind()), shape)
+        sizes = aligned_sizes(tpu_limits(device_kind()), shape)
     kernels = _kernels(sizes, options.interpret)
     y_ND = buffered.routed_mlp(x_ND, weights_NK, order, experts, kernels=kernels, block=buffer_block(sizes))
     return y_ND[:, :width]
 
 
-def aligned_sizes(chip: Chip, shape: Shape) -> TpuSizes:
+def aligned_sizes(chip: TpuLimits, shape: Shape) -> TpuSizes:
     """Sizes for experts with `shape.capacity` slots each on average, real or not.
 
     A block is the largest power of two up to half of that: the last block of an expert is half empty on average, and

@@ -5,18 +5,19 @@ import json
 import pytest
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.hardware import tpu_limits, tpus
 from anyexperts_jax.ops.expert_mlp import tpu_size_table
 from anyexperts_jax.ops.expert_mlp.tpu_size_table import load_table, parse_table, sizes_for
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import (
-    CHIPS,
     KERNELS,
-    UNKNOWN_CHIP,
     Shape,
     block_budget,
     choose_sizes,
     kernel_bytes,
 )
 
+CHIPS = {name: tpu.limits for name, tpu in tpus().items()}
+UNKNOWN_CHIP = tpu_limits(None)
 SHAPES = {"A": Shape(960, 2048, 1408, 2), "B": Shape(320, 2048, 768, 2), "P": Shape(320, 2048, 512, 2)}
 SIZES = {"block": 256, "slab": 256, "step": 128, "columns": None}
 SMALL = {"capacity": 256, "over": 128, "width": 512, "hidden": 512, "itemsize": 2}

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.hardware import tpus
 from anyexperts_jax.dispatch.base import sort_slots
-from anyexperts_jax.ops.expert_mlp.tpu_sizes import CHIPS, Shape
+from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape
 from anyexperts_jax.ops.routed_mlp import routed_mlp, tpu
 from tests.dispatch import plans
 from tests.ops.routed_mlp.interpret import check_races, options
@@ -56,11 +57,11 @@ def test_a_slot_of_weight_zero_has_its_gradient_and_a_wrong_weight_is_found():
 # Sizes and refusals.
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", tpus())
 @pytest.mark.parametrize("slots", [1, 40, 128, 384, 1000, 10**5])
 def test_any_load_has_sizes_whose_blocks_fit_each_other(chip, slots):
     for width, hidden, itemsize in ((2048, 512, 2), (2048, 1408, 2), (4096, 14336, 2), (1024, 640, 4)):
-        sizes = tpu.aligned_sizes(CHIPS[chip], Shape(slots, width, hidden, itemsize))
+        sizes = tpu.aligned_sizes(tpus()[chip].limits, Shape(slots, width, hidden, itemsize))
         assert tpu.buffer_block(sizes) == max(sizes.forward.block, sizes.backward.block, sizes.weights.block)
         assert 16 <= tpu.buffer_block(sizes) <= max(16, slots / 2)
 

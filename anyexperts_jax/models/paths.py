@@ -1,0 +1,98 @@
+"""Where a model's parameters are: their names, and which of them are of which kind.
+
+A name is the path of `models.init.named_leaves`, as "decoder/moe_layers/moe/router/kernel". Parameters of the repeated
+blocks are stacked over layers under "decoder/moe_layers"; leading dense blocks are "decoder/dense_0" and so on. The
+modules of `nn` and `models` choose these names; code outside them asks here.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.init import logical_axes
+
+Kind = Literal["expert", "router", "importance"]
+Tower = Literal["text", "decoder", "vision", "audio"]
+
+MOE_LAYERS = "decoder/moe_layers/"
+ROUTER_KERNEL = f"{MOE_LAYERS}moe/router/kernel"  # [L, D, C], of a linear router
+_KINDS: dict[Kind, re.Pattern[str]] = {
+    "expert": re.compile(r"(.*/)?moe/experts/.*"),
+    "router": re.compile(r"(.*/)?moe/router/.*"),
+    "importance": re.compile(r"(.*/)?importance/.*"),  # in the mixture, or in the block where it modulates the stream
+}
+_EXPERT_WEIGHT = re.compile(rf"{MOE_LAYERS}moe/experts/w_(gate|up|down)_E[DF][DF]")
+_DENSE_BEFORE = re.compile(rf"{MOE_LAYERS}before_(\d+)/(.*)")
+_MOE_BLOCK = re.compile(rf"{MOE_LAYERS}((self_attention|norm)/.*)")
+
+
+def is_a(kind: Kind, name: str) -> bool:
+    """Whether a parameter is an expert's weight [L, E, ...], a router's, or an importance network's."""
+    return _KINDS[kind].fullmatch(name) is not None
+
+
+def is_routing(name: str) -> bool:
+    """Whether a parameter belongs to the routing policy: a router's or an importance network's."""
+    return is_a("router", name) or is_a("importance", name)
+
+
+def leaves_of(model: ModelConfig, kind: Kind) -> Any:
+    """A tree of bools in the parameters' structure: which of them are of the kind."""
+    return _named_map(lambda name: is_a(kind, name), logical_axes(model))
+
+
+def is_matmul(name: str) -> bool:
+    """Whether a parameter is a dense matrix that every position goes through: no expert's, no table of embeddings."""
+    return name.endswith("/kernel")
+
+
+def tower_of(name: str) -> Tower:
+    """The part of the model that a parameter is in: an encoder, the stack of blocks, or what is around it ("text")."""
+    top = name.partition("/")[0]
+    towers: dict[str, Tower] = {"vision": "vision", "audio": "audio", "decoder": "decoder"}
+    return towers.get(top, "text")
+
+
+def short_name(name: str) -> str:
+    """The name as users say it: "moe/router/kernel"."""
+    return name.removeprefix(MOE_LAYERS)
+
+
+def expert_weight(name: str) -> str | None:
+    """ "gate", "up" or "down" where the parameter is that matrix of the experts."""
+    found = _EXPERT_WEIGHT.fullmatch(name)
+    return found and found[1]
+
+
+def dense_name(layer: int, rest: str) -> str:
+    """A parameter of dense block number `layer`, as "decoder/dense_3/mlp/up/kernel"."""
+    return f"decoder/dense_{layer}/{rest}"
+
+
+def dense_twins(model: ModelConfig, name: str) -> list[str]:
+    """The parameters of the same model without experts that stand where this one does, one for each layer stacked in
+    it; empty for what the dense model has not. An expert's matrix stands where the dense block's does."""
+    stack = model.stack
+    first_of_group = [stack.num_dense_layers + group * stack.moe_every for group in range(stack.num_moe_layers)]
+    last = stack.moe_every - 1
+    if weight := expert_weight(name):
+        return [dense_name(layer + last, f"mlp/{weight}/kernel") for layer in first_of_group]
+    if before := _DENSE_BEFORE.fullmatch(name):
+        return [dense_name(layer + int(before[1]), before[2]) for layer in first_of_group]
+    if block := _MOE_BLOCK.fullmatch(name):
+        return [dense_name(layer + last, block[1]) for layer in first_of_group]
+    return [] if name.startswith(MOE_LAYERS) else [name]
+
+
+def moe_probe(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the collection "probe" holds of the mixtures, stacked over layers: "logits_BTC" and "output_BTD"."""
+    return variables["probe"]["decoder"]["moe_layers"]["moe"]
+
+
+def _named_map(function: Callable[[str], Any], tree: Any) -> Any:
+    """`function` of each leaf's name in its place; tuples are leaves."""
+    name = lambda path, _: function(jax.tree_util.keystr(path, simple=True, separator="/"))  # noqa: E731
+    return jax.tree_util.tree_map_with_path(name, tree, is_leaf=lambda node: isinstance(node, tuple))
