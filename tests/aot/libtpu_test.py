@@ -60,7 +60,7 @@ def test_this_jax_names_its_own():
 @pytest.mark.usefixtures("schedules")
 def test_the_pair_compiles_a_step_that_exchanges():
     """With a pair that does not fit, libtpu 0.0.52 and JAX 0.10.2, this very step is an internal error of XLA's."""
-    settings = ["mesh.data=1", "mesh.expert=4", "model.stack.dispatch=exchange", "model.stack.num_layers=2"]
+    settings = ["mesh.data=1", "mesh.expert=4", "model.stack.execution.dispatch=exchange", "model.stack.num_layers=2"]
     step = compile_step(load_config("smoke", settings), "v5p:2x2x1")
     assert {(row.kind, row.axes) for row in step.collectives} >= {("all-to-all", ("expert",))}
 
