@@ -173,7 +173,7 @@ def test_an_evolve_run_that_cannot_begin_leaves_no_directory(tmp_path, capsys, m
         (("report", "nowhere"), "no run in nowhere"),
         (("generate", "nowhere"), "no run in nowhere"),
         (("generate", "run", "--index", "-1"), "--index=-1"),
-        (("generate", "run", "--question", "x", "--audio", "none.wav"), "cannot read the sound none.wav"),
+        (("generate", "run", "--question", "x", "--audio", "none.wav"), "cannot read the sound in none.wav"),
     ],
 )
 def test_a_question_to_a_run_that_it_cannot_answer(run, tmp_path, capsys, command, message):
