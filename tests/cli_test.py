@@ -153,7 +153,7 @@ def test_a_full_disk_is_one_line_and_exit_code_4_in_every_command(file, tmp_path
 
 
 def test_an_error_of_ours_is_not_taken_for_a_file(monkeypatch):
-    def fail(options):
+    def fail(options, **where):
         raise RuntimeError("a fault in the program")
 
     monkeypatch.setattr("anyexperts_jax.report.page.report", fail)
@@ -173,7 +173,7 @@ def test_unknown_commands_exit_with_2(capsys):
     [MemoryError("Unable to allocate 3.00 TiB for an array"), RuntimeError("RESOURCE_EXHAUSTED: 3.00 TiB\nat line 1")],
 )
 def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
-    def fail(options):
+    def fail(options, **where):
         raise error
 
     monkeypatch.setattr("anyexperts_jax.report.page.report", fail)

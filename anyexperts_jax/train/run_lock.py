@@ -92,14 +92,13 @@ def _acquire(root: pathlib.Path, path: pathlib.Path) -> int:
             if no_room(error):
                 raise
             raise UserError(f"cannot write to the run directory {root}: {error.strerror}") from error
-        try:
+        with contextlib.ExitStack() as closing:
+            closing.callback(os.close, descriptor)  # unless it is handed on
             _take(root, descriptor)
             if _is_at(path, descriptor):
+                closing.pop_all()
                 return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # its holder has removed it meanwhile: what is locked is no longer the file others see
+            # Its holder has removed it meanwhile: what is locked is no longer the file others see.
 
 
 def _take(root: pathlib.Path, descriptor: int) -> None:

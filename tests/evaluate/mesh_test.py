@@ -10,6 +10,7 @@ from train.stand_in import run_config
 
 from anyexperts_jax.cli import main as cli
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.evaluate.evaluate import Options, evaluate_trained, load_batches
 from anyexperts_jax.evaluate.router_diagnostics import diagnose
 from anyexperts_jax.evaluate.trained import load_trained
@@ -19,7 +20,7 @@ from evaluate.stand_in import trained, write_run
 
 ROWS = 3  # which the mesh does not split evenly
 OPTIONS = Options(num_examples=ROWS, calibration_examples=ROWS, time_rounds=1, calibrated=False, model_baselines=True)
-MODEL = dataclasses.replace(SMALL, stack=dataclasses.replace(SMALL.stack, dispatch="blocks"))
+MODEL = dataclasses.replace(SMALL, stack=dataclasses.replace(SMALL.stack, execution=Execution("blocks")))
 SPREAD = MeshConfig(data=1, fsdp=2, expert=2, sequence=2)
 
 

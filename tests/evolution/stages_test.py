@@ -249,7 +249,7 @@ def test_presets_and_their_files_are_strict(tmp_path):
     for override, message in (
         ("evolve.evolution.beta=1", "unknown key evolve.evolution.beta"),
         ("evolve.trains=both", "trains"),
-        ("evolve.diversity=noise", "key diversity='noise' must be one of none, contrastive, local_entropy"),
+        ("evolve.diversity=noise", "key evolve.diversity='noise' must be one of none, contrastive, local_entropy"),
         ("evolve.upcycle.num_experts=3", "evolve.moe.num_experts=4 is not evolve.upcycle.num_experts=3"),
         ("evolve.warm_up.warmup_steps=-1", "stage warm_up: optim.warmup_steps=-1"),
         ("model.stack.num_dense_layers=1", "starts from a dense model"),

@@ -57,7 +57,7 @@ def test_a_picture_and_a_sequence_far_too_large_are_refused():
     encoding = ["data.encoding.max_length=1000000", "model.max_length=1000000"]
     with pytest.raises(UserError, match=r"the attention of data.encoding.max_length=1000000 positions 3,725.3 GiB"):
         require_fits(load_config("smoke", encoding), ONE)
-    picture = ["data.encoding.max_patches=100000000", "model.vision.max_places=100000000"]
+    picture = ["data.encoding.max_patches=100000000"]
     with pytest.raises(UserError, match=r"a batch of train.batch_size=8 sequences 572.2 GiB"):
         require_fits(load_config("smoke", picture), ONE)
 

@@ -148,7 +148,7 @@ def test_a_single_value_stands_for_a_list_of_one(key, value):
         ("optim.lr=inf", "key optim.lr=inf must be float: a finite number"),
         ("optim.eps=1e-50", "key optim.eps=1e-50 must be float: 0, or between 1.2e-38 and 3.4e38 in size (float32)"),
         ("model=3", "key model=3 must be a table"),
-        ("model.vision=true", "key model.vision=True must be VisionConfig or none: a table of patch_features, max_pl"),
+        ("model.vision=true", "key model.vision=True must be VisionConfig or none: a table of patch_features, place_"),
         ("preset=[]", "model preset='[]' is unknown; valid: tiny"),
         ("optim.lr=1\n[train]", "has several lines"),
         (f"seed={'9' * 5000}", "override seed: Exceeds the limit"),
