@@ -141,7 +141,10 @@ def gpu_devices(gpu: Gpu, slices: int, nodes: int, per_node: int) -> list[Any]:
 @functools.cache
 def _topology(gpu: Gpu, shape: str = "1x1x1") -> Any:
     config = (_TARGETS / gpu.target).read_text()
-    return topologies.get_topology_desc(topology_name="gpu", platform="cuda", target_config=config, topology=shape)
+    try:
+        return topologies.get_topology_desc(topology_name="gpu", platform="cuda", target_config=config, topology=shape)
+    except NotImplementedError as error:  # the plugin is registered nowhere: it has printed why
+        raise UserError(f"JAX's plugin for GPUs did not load ({error}); compile with JAX_PLATFORMS=cpu") from error
 
 
 def _read(ptx: pathlib.Path, gpu: Gpu) -> KernelReport:

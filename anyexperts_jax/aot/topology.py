@@ -50,6 +50,15 @@ def open_compiler(directory: pathlib.Path) -> None:
     os.environ.update(_ENVIRONMENT, LIBTPU_INIT_ARGS=flags.strip())
 
 
+def use_no_device() -> None:
+    """Keeps JAX from looking for accelerators, unless the user has said which it may use; before its first use.
+
+    Compiling for devices that are not here needs none, and plugins complain, or do not load, where they find none.
+    """
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+
+
 def devices(chip: str) -> list[Any]:
     """One chip's devices, to compile for."""
     require_one_of("chip", chip, tpus())

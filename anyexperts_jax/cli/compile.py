@@ -13,11 +13,13 @@ def run(options: argparse.Namespace) -> None:
 
     from anyexperts_jax.aot import search, step, step_tables
     from anyexperts_jax.aot.fit import require_fits
+    from anyexperts_jax.aot.topology import use_no_device
     from anyexperts_jax.core.text_table import print_tables
     from anyexperts_jax.train.config import load_config
 
     console = Console(highlight=False)
     config = load_config(options.config, options.set, options.plugin)
+    use_no_device()
     if options.search:
         say(f"compiling train steps of {options.config} for {options.topology}; nothing is run")
         tried = search.search(config, options.topology, options.slices, options.limit, note=say)

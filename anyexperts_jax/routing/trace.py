@@ -49,7 +49,7 @@ def empty_trace(config: AnyExpertsConfig, num_sequences: int, length: int) -> Ro
         tokens = num_sequences * length
         bias_C = jnp.zeros(config.num_columns) if config.expert_bias else None
         rounding = config.with_switches(slot_rounding="round")  # stochastic rounding would need a key
-        plan = route(rounding, jnp.zeros((tokens, config.num_columns)), jnp.zeros(tokens), None, bias_C)
+        plan = route(rounding, jnp.zeros((tokens, config.num_columns)), jnp.zeros(tokens), None, bias_C, batch_shards=1)
         return RoutingTrace.from_plan(plan, num_sequences)
 
     return jax.tree.map(lambda layer: jnp.zeros((0, *layer.shape), layer.dtype), jax.eval_shape(one_layer))

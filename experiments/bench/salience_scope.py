@@ -18,9 +18,9 @@ from jax.sharding import NamedSharding
 from anyexperts_jax.aot.collectives import read_collectives
 from anyexperts_jax.aot.topology import slice_devices
 from anyexperts_jax.bench.stopwatch import interleaved_rounds
-from anyexperts_jax.core.config import SalienceScope
+from anyexperts_jax.core.switches import SalienceScope
+from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.core.versions import versions
-from anyexperts_jax.report.tables import TextTable
 from anyexperts_jax.routing.salience import midranks, rank_by_salience, token_groups
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.sharding.specs import DEFAULT_RULES, batch_shards

@@ -5,8 +5,10 @@ import pathlib
 
 import pytest
 
+from anyexperts_jax.aot import gpu
 from anyexperts_jax.aot.gpu import KernelReport, complaints
 from anyexperts_jax.aot.gpu_kernels import cases
+from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.hardware import gpus
 
 RESULTS = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "results"
@@ -36,6 +38,18 @@ def test_the_page_shows_the_table():
 
 
 A100, H100 = gpus()["a100"], gpus()["h100"]
+
+
+def test_a_plugin_that_does_not_load_is_one_line(monkeypatch):
+    def not_registered(**options):
+        raise NotImplementedError(f"topology not implemented for {options['platform']}")
+
+    monkeypatch.setattr(gpu, "missing_packages", list)
+    monkeypatch.setattr(gpu.topologies, "get_topology_desc", not_registered)
+    with pytest.raises(UserError, match=r"^JAX's plugin for GPUs did not load \(.*for cuda\); compile with JAX_PLATF"):
+        gpu.gpu_devices(gpus()["a100"], 1, 1, 3)
+
+
 GOOD = KernelReport("k", 384, 168, 0, 227 * 1024, "wgmma", True)
 
 

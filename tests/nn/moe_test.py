@@ -14,6 +14,8 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.nn.moe import MoE, MoEContext
 from anyexperts_jax.routing.route import route
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.placement import Placement
 from nn import layers
 from nn.layers import run
 
@@ -211,3 +213,24 @@ def test_the_answer_alone_moves_importance_router_and_virtual_bias():
     grads = jax.jit(jax.grad(loss), compiler_options=layers.FAST_COMPILE)(random_params(layer()))
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
         assert float(np.abs(grad).max()) > 0, jax.tree_util.keystr(path)
+
+
+def test_a_devices_own_tokens_are_those_of_the_placement():
+    """Two devices with a sequence each rank by sequence, one device by batch."""
+
+    def gradient(scope, placement=None):
+        policy = {"importance_regulariser": "salience", "salience_scope": scope}
+        moe = layer(policy, placement=placement)
+
+        def loss(params):
+            y_BTD, trace = moe.apply({"params": params}, X_BTD)
+            return (jnp.arange(1.0, D + 1) * y_BTD**2).sum() + 100 * trace.losses["importance"]
+
+        return jax.jit(jax.grad(loss))(random_params(layer()))["importance"]
+
+    two = Placement(make_mesh(MeshConfig(data=2), jax.devices()[:2]))
+    close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-6)
+    close(gradient("device", two), gradient("sequence"))
+    close(gradient("device"), gradient("batch"))
+    apart = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), gradient("sequence"), gradient("batch"))
+    assert max(jax.tree.leaves(apart)) > 1e-3
