@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from anyexperts_jax.core.initializers import Constant, FanIn, Normal, Param
     from anyexperts_jax.core.registries import DISPATCHERS, IMPLEMENTATIONS, REGULARISERS, ROUTERS, TOKENIZERS
     from anyexperts_jax.core.switches import Switches
+    from anyexperts_jax.data.domain import example_generator
+    from anyexperts_jax.data.example import Example
+    from anyexperts_jax.data.source import FolderFormat
     from anyexperts_jax.dispatch.apply import apply_plan, moe_apply, moe_apply_stats
     from anyexperts_jax.dispatch.base import DispatchStats
     from anyexperts_jax.dispatch.execution import Execution
@@ -31,11 +34,14 @@ _HOMES = {
     "AnyExpertsConfig": "core.config",
     "Constant": "core.initializers",
     "DISPATCHERS": "core.registries",
+    "DOMAINS": "core.registries",
     "DispatchStats": "dispatch.base",
+    "Example": "data.example",
     "Execution": "dispatch.execution",
     "ExpertOps": "ops.experts",
     "ExpertWeights": "ops.experts",
     "FanIn": "core.initializers",
+    "FolderFormat": "data.source",
     "IMPLEMENTATIONS": "core.registries",
     "Importances": "routing.regularisers",
     "MeshConfig": "sharding.mesh",
@@ -48,12 +54,14 @@ _HOMES = {
     "ROUTERS": "core.registries",
     "Router": "routing.routers.base",
     "RoutingPlan": "routing.plan",
+    "SOURCES": "core.registries",
     "Switches": "core.switches",
     "TOKENIZERS": "core.registries",
     "Tokenizer": "tokenizers.base",
     "UserError": "core.errors",
     "apply_plan": "dispatch.apply",
     "calibrate_budget": "routing.budget",
+    "example_generator": "data.domain",
     "expert_mlp": "ops.expert_mlp.api",
     "make_mesh": "sharding.mesh",
     "moe_apply": "dispatch.apply",
@@ -64,17 +72,21 @@ _HOMES = {
 
 __all__ = [
     "DISPATCHERS",
+    "DOMAINS",
     "IMPLEMENTATIONS",
     "REGULARISERS",
     "ROUTERS",
+    "SOURCES",
     "TOKENIZERS",
     "AnyExpertsConfig",
     "Constant",
     "DispatchStats",
+    "Example",
     "Execution",
     "ExpertOps",
     "ExpertWeights",
     "FanIn",
+    "FolderFormat",
     "Importances",
     "MeshConfig",
     "MoE",
@@ -90,6 +102,7 @@ __all__ = [
     "__version__",
     "apply_plan",
     "calibrate_budget",
+    "example_generator",
     "expert_mlp",
     "make_mesh",
     "moe_apply",

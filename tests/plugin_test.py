@@ -35,6 +35,13 @@ def test_a_dispatcher_of_ones_own_gives_the_oracles_values(plugin):
     np.testing.assert_allclose(mine, ax.moe_apply(x_ND, plan, *weights, dispatch="dense"), rtol=1e-4, atol=1e-4)
 
 
+def _pairs(folder):
+    folder.mkdir()
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.csv").write_text("".join(f"say {word},{word}\n" for word in ("one", "two", "six", "ten")))
+    return folder
+
+
 @pytest.mark.slow
 def test_ten_steps_through_the_command_line(plugin, tmp_path):
     mine = [
@@ -42,7 +49,10 @@ def test_ten_steps_through_the_command_line(plugin, tmp_path):
         "model.moe.switches.importance_regulariser=near_half",
         "model.stack.execution.dispatch=loop_over_experts",
         "model.stack.execution.implementation=mine",
+        'data.domains=["coins", "pairs"]',
+        f"data.folders=pairs={_pairs(tmp_path / 'pairs')}",
         "train.steps=10",
+        "train.eval_examples=4",
     ]
     settings = [word for setting in mine for word in ("--set", setting)]
     run = tmp_path / "run"
@@ -51,6 +61,8 @@ def test_ten_steps_through_the_command_line(plugin, tmp_path):
     assert recorded["plugins"] == ["my_experts"]
     assert recorded["model"]["moe"]["router"] == "by_size"
     assert main(["evaluate", str(run), "--examples", "2", "--calibration-examples", "2"]) == 0
+    domains = json.loads((run / "evaluation.json").read_text())["budgets"][0]["scores"]
+    assert [score["domain"] for score in domains] == ["coins", "pairs"]
 
 
 @pytest.mark.parametrize(

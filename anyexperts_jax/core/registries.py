@@ -61,3 +61,24 @@ TOKENIZERS: Registry[Any] = Registry(
         "huggingface": "anyexperts_jax.tokenizers.huggingface:HuggingFaceTokenizer",
     },
 )
+
+# data.domain.Domain, as a class or a function that makes one: a family of questions, generated
+DOMAINS: Registry[Any] = Registry(
+    "domain",
+    {
+        "general": "anyexperts_jax.data.five_domains.general:General",
+        "ocr": "anyexperts_jax.data.five_domains.ocr:Ocr",
+        "nlp": "anyexperts_jax.data.five_domains.nlp:Nlp",
+        "speech": "anyexperts_jax.data.five_domains.speech:Speech",
+        "video": "anyexperts_jax.data.five_domains.video:Video",
+    },
+)
+
+# data.source.FolderFormat: what reads a user's domain from a folder
+SOURCES: Registry[Any] = Registry(
+    "source",
+    {
+        "array_record": "anyexperts_jax.data.array_records:FORMAT",
+        "huggingface": "anyexperts_jax.data.huggingface:FORMAT",
+    },
+)

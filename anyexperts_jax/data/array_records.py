@@ -21,7 +21,7 @@ import numpy as np
 from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
 from anyexperts_jax.data.domain import METRICS, SPLITS, Metric
 from anyexperts_jax.data.example import Example
-from anyexperts_jax.data.source import Source
+from anyexperts_jax.data.source import FolderFormat, Source
 
 MANIFEST = "dataset.json"
 _VERSION = 1
@@ -164,3 +164,6 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     require(version == _VERSION, f"{path} has version {version!r}; this package reads version {_VERSION}")
     require_one_of(f"{path}: metric", metric, METRICS)
     return manifest
+
+
+FORMAT = FolderFormat(MANIFEST, is_folder, ArrayRecordSource)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from anyexperts_jax.core.checks import Seed, check_field_types
 from anyexperts_jax.core.errors import comma_list, require, require_one_of
+from anyexperts_jax.core.registries import DOMAINS
 from anyexperts_jax.data.domain import DOMAIN_NAMES
 from anyexperts_jax.data.example import LEVELS
 from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
@@ -76,10 +77,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_field_types(self, "data.")
-        require(len(self.domains) > 0, f"data.domains is empty; valid: {comma_list(DOMAIN_NAMES)}")
+        require(len(self.domains) > 0, f"data.domains is empty; valid: {comma_list(DOMAINS)}")
         require(len(set(self.domains)) == len(self.domains), f"data.domains={self.domains} names a domain twice")
         folders = self.folder_paths()
-        valid = tuple(dict.fromkeys((*DOMAIN_NAMES, *folders)))
+        valid = tuple(dict.fromkeys((*DOMAINS.names(), *folders)))
         for name in self.domains:
             require_one_of("data.domains entry", name, valid)
         for name in folders:

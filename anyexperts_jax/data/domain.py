@@ -1,7 +1,6 @@
 """What a domain is, and the registry of the five."""
 
 import functools
-import importlib
 import zlib
 from collections.abc import Sequence
 from typing import Literal, Protocol, cast, runtime_checkable
@@ -9,6 +8,7 @@ from typing import Literal, Protocol, cast, runtime_checkable
 import numpy as np
 
 from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.registries import DOMAINS
 from anyexperts_jax.data.example import LEVELS, Example
 
 SPLITS = ("train", "validation", "test")
@@ -18,14 +18,7 @@ SPLITS_VERSION = 2
 METRICS = ("exact", "anls", "wer")
 Metric = Literal["exact", "anls", "wer"]
 
-_CLASSES = {
-    "general": "General",
-    "ocr": "Ocr",
-    "nlp": "Nlp",
-    "speech": "Speech",
-    "video": "Video",
-}
-DOMAIN_NAMES = tuple(_CLASSES)
+DOMAIN_NAMES = DOMAINS.names()  # those that come with the package
 
 
 @runtime_checkable
@@ -54,14 +47,12 @@ class Domain(Protocol):
 
 @functools.cache
 def domain(name: str) -> Domain:
-    """The domain called `name`, one of DOMAIN_NAMES.
+    """The domain called `name`, of DOMAINS.
 
     Raises:
       UserError: when there is none of that name.
     """
-    require_one_of("domain", name, DOMAIN_NAMES)
-    module = importlib.import_module(f"anyexperts_jax.data.five_domains.{name}")
-    return cast(Domain, getattr(module, _CLASSES[name])())
+    return cast(Domain, DOMAINS[name]())
 
 
 def example_generator(

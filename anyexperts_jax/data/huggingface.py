@@ -27,6 +27,7 @@ from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.data.decode import decode_audio, decode_picture, decode_video
 from anyexperts_jax.data.domain import Metric
 from anyexperts_jax.data.example import LEVELS, Example
+from anyexperts_jax.data.source import FolderFormat
 
 MARKERS = ("dataset_dict.json",)  # what `DatasetDict.save_to_disk` leaves in the folder
 _ONE_TYPE = "any"  # the question type where the dataset names none
@@ -256,3 +257,6 @@ def _typed(value: Any, dtype: Any) -> Any:
 def _said(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split())[:200] or type(error).__name__
+
+
+FORMAT = FolderFormat(" or ".join(MARKERS), is_folder, HuggingFaceSource)

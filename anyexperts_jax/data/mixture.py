@@ -2,11 +2,11 @@
 
 import pathlib
 
-from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
-from anyexperts_jax.data import array_records, huggingface
+from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.core.registries import SOURCES
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.domain import SPLITS
-from anyexperts_jax.data.source import GeneratedSource, Source
+from anyexperts_jax.data.source import FolderFormat, GeneratedSource, Source
 
 
 def open_source(config: DataConfig, name: str, split: str, examples: int | None = None) -> Source:
@@ -44,18 +44,16 @@ def examples_there(config: DataConfig, name: str, split: str, most: int) -> int:
 
 
 def open_folder(path: pathlib.Path, split: str) -> Source:
-    """The examples of `split` in a folder of ArrayRecord files, or of a Hugging Face dataset saved to disk.
+    """The examples of `split` in a folder of one of the kinds in SOURCES.
 
     Raises:
-      UserError: when the folder is missing, empty, or neither.
+      UserError: when the folder is missing, empty, or of none of them.
     """
     require(path.is_dir(), f"the data directory {path} does not exist")
     require(any(path.iterdir()), f"the data directory {path} is empty")
-    if array_records.is_folder(path):
-        return array_records.ArrayRecordSource(path, split)
-    if huggingface.is_folder(path):
-        return huggingface.HuggingFaceSource(path, split)
-    raise UserError(
-        f"the data directory {path} has neither {array_records.MANIFEST} (ArrayRecord) nor "
-        f"{comma_list(huggingface.MARKERS)} (Hugging Face)"
-    )
+    formats: list[FolderFormat] = [SOURCES[name] for name in SOURCES]
+    for one in formats:
+        if one.is_folder(path):
+            return one.open(path, split)
+    markers = [f"{one.marker} ({name})" for name, one in zip(SOURCES, formats, strict=True)]
+    raise UserError(f"the data directory {path} has neither {' nor '.join(markers)}")

@@ -1,6 +1,8 @@
 """What the pipeline reads from: the examples of one domain and split by number, as Grain's sources are."""
 
 import dataclasses
+import pathlib
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from anyexperts_jax.data.domain import Metric, domain
@@ -20,6 +22,20 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderFormat:
+    """A kind of folder that a user's domain can be read from, an entry of `core.registries.SOURCES`.
+
+    marker: the file, or the files, by which `is_folder` knows it; for messages.
+    is_folder: whether a folder, which exists and is not empty, is of this kind.
+    open: (folder, split) -> its examples. Raises UserError where it cannot be read or has no such split.
+    """
+
+    marker: str
+    is_folder: Callable[[pathlib.Path], bool]
+    open: Callable[[pathlib.Path, str], Source]
 
 
 @dataclasses.dataclass(frozen=True)

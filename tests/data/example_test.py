@@ -64,7 +64,6 @@ def test_what_does_not_fit_is_refused(changes, message):
         ),
         (example_module._require_samples, (AUDIO.astype(np.int16),), "d/q: audio of int16"),
     ],
-    ids=str,
 )
 def test_what_tests_cannot_pass_is_refused_outside_of_them(check, arguments, message):
     """There the annotations of `Example` are checked first."""

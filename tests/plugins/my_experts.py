@@ -1,4 +1,6 @@
-"""What a user's own package might hold: a router, an importance regulariser, a dispatcher and an implementation."""
+"""What a user's own package might hold: one thing of every kind that a registry takes."""
+
+import csv
 
 import jax.numpy as jnp
 
@@ -42,3 +44,40 @@ def loop_over_experts(x_ND, plan, experts, execution, placement=None):
 
 ax.DISPATCHERS.register("loop_over_experts", loop_over_experts)
 ax.IMPLEMENTATIONS.register("mine", ax.ExpertOps(REFERENCE.expert_mlp, REFERENCE.routed_mlp))
+
+
+class Coins:
+    """How many coins: a domain of text alone."""
+
+    name = "coins"
+    question_types = ("count",)
+    metric = "exact"
+
+    def example(self, split, index, seed=0, levels=(1, 2, 3)):
+        rng, level = ax.example_generator(self.name, split, index, seed, levels)
+        count = int(rng.integers(1, 10))
+        return ax.Example(f"{'o' * count}: how many?", str(count), "count", level)
+
+
+ax.DOMAINS.register("coins", Coins)
+
+
+class Pairs:
+    """Questions and answers, a line each."""
+
+    question_types = ("any",)
+    metric = "exact"
+
+    def __init__(self, folder, split):
+        with open(folder / f"{split}.csv", newline="") as file:
+            self.rows = list(csv.reader(file))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        question, answer = self.rows[index]
+        return ax.Example(question, answer, "any", 1)
+
+
+ax.SOURCES.register("pairs", ax.FolderFormat("train.csv", lambda folder: (folder / "train.csv").is_file(), Pairs))
