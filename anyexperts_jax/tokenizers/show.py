@@ -30,7 +30,7 @@ def token_table(tokenizer: Tokenizer, tokens: TokenSpans) -> TextTable:
     for i, (id, piece, span) in enumerate(zip(tokens.ids_T, spelled, tokens.offsets_T2, strict=True)):
         characters = "none" if span[0] == span[1] else f"{span[0]} to {span[1]}"
         rows.append((str(i), str(id), repr(piece)[1:-1], characters))
-    return TextTable("Tokens of the text", ("#", "id", "token", "characters"), tuple(rows), names=3)
+    return TextTable("Tokens of the text", ("#", "id", "token", "characters"), tuple(rows), names=4)
 
 
 def summary(text: str, tokens: TokenSpans) -> str:

@@ -155,6 +155,8 @@ def test_unknown_shape_and_dtype():
         layer.bench_layer(("S1",), ("float16",))
     with pytest.raises(UserError, match=r"^rounds=0 must be >= 1$"):
         layer.bench_layer(("S1",), timing=Timing(rounds=0))
+    with pytest.raises(UserError, match=r"^repeats=0 must be >= 1$"):
+        layer.bench_layer(("S1",), timing=Timing(repeats=0))
 
 
 @pytest.mark.parity

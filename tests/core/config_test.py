@@ -1,4 +1,5 @@
 import dataclasses
+import time
 
 import pytest
 
@@ -56,6 +57,25 @@ def test_importance_is_used_by_a_window_by_iar_and_by_modulation(k_max, iar, hsm
 
 def test_experts_in_reach_after_group_limiting():
     assert AnyExpertsConfig(num_groups=8, groups_kept=4).experts_in_reach == 128
+
+
+@pytest.mark.parametrize("cap_rounding", ["round", "floor"])
+@pytest.mark.parametrize("rho_max", [0.0, 0.2, 0.29, 0.5, 0.95])
+def test_more_slots_never_are_fewer_real_ones(rho_max, cap_rounding):
+    """So the ends of the window say what a token can need, and millions of slots are checked at once."""
+    virtual = 3 if rho_max else 0
+    config = AnyExpertsConfig(num_virtual=virtual, k_min=1, k_max=60, rho_max=rho_max, cap_rounding=cap_rounding)
+    real = [slots - cap for slots, cap in enumerate(config.virtual_caps)]
+    assert real == sorted(real)
+    assert config.virtual_caps == tuple(map(config.virtual_cap, range(61)))
+
+
+def test_millions_of_slots_are_checked_at_once():
+    start = time.process_time()
+    with pytest.raises(UserError, match=r"k_max=20000000.0 exceeds num_experts \+ num_virtual = 320"):
+        AnyExpertsConfig(k_max=2e7)
+    AnyExpertsConfig(num_experts=30_000_000, k_max=2e7)
+    assert time.process_time() - start < 1
 
 
 def test_halves_round_up():

@@ -28,6 +28,8 @@ from anyexperts_jax.data.domain import DOMAIN_NAMES
         ({"packing_window": 0}, "data.packing_window=0 must be >= 1"),
         ({"threads": -1}, "data.threads=-1 must be >= 0"),
         ({"workers": -2}, "data.workers=-2 must be >= 0"),
+        ({"workers": 100_000}, "data.workers=100000 must be <= 1024"),
+        ({"seed": 2**32}, r"data.seed=4294967296 must be in \[0, 2\^32\)"),
     ],
 )
 def test_bad_values_are_refused(change, message):

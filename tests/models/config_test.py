@@ -15,6 +15,7 @@ from anyexperts_jax.models.config import AudioConfig, ModelConfig, VisionConfig
         (ModelConfig, {"eos_id": -1}, r"eos_id=-1 must be in \[0, vocab_size=260\)"),
         (VisionConfig, {"place_frequencies": 0}, "vision.place_frequencies=0 must be >= 1"),
         (VisionConfig, {"num_layers": -1}, "vision.num_layers=-1 must be >= 0"),
+        (VisionConfig, {"num_layers": 10**6}, "vision.num_layers=1000000 must be <= 1000"),
         (AudioConfig, {"frame_features": 0}, "audio.frame_features=0 must be >= 1"),
     ],
 )

@@ -168,6 +168,8 @@ def test_layers_have_their_own_parameters_and_biases():
     ("fields", "message"),
     [
         ({"num_layers": 0, "num_dense_layers": 0}, "num_layers=0 must be >= 1"),
+        ({"num_layers": 1_000_000}, "num_layers=1000000 must be <= 1000"),
+        ({"scan_unroll": 1_000_000}, "scan_unroll=1000000 must be <= 1000"),
         ({"num_dense_layers": 5}, r"num_dense_layers=5 must be in \[0, num_layers=4\]"),
         ({"moe_every": 2}, "moe_every=2 must divide num_layers - num_dense_layers = 3; set num_dense_layers"),
         ({"moe_every": 0}, "moe_every=0 must be >= 1"),

@@ -1,0 +1,34 @@
+import jax
+import pytest
+
+from anyexperts_jax.core.devices import require_devices
+from anyexperts_jax.core.errors import UserError
+
+
+def test_where_there_is_a_device_nothing_is_said():
+    require_devices()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            AssertionError(),
+            "JAX finds no device of JAX_PLATFORMS=cuda; unset it",
+        ),  # JAX 0.12 without a plug-in
+        (
+            RuntimeError("Unable to initialize backend 'tpu': no libtpu.so\n(set JAX_PLATFORMS='' to choose)"),
+            "JAX finds no device of JAX_PLATFORMS=cuda (Unable to initialize backend 'tpu': no libtpu.so); unset it",
+        ),
+    ],
+)
+def test_without_one_it_is_one_line(error, said, monkeypatch):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr("anyexperts_jax.core.devices.jax.config", type("Config", (), {"jax_platforms": "cuda"}))
+    with pytest.raises(UserError) as refused:
+        require_devices()
+    assert str(refused.value).startswith(said)
+    assert "\n" not in str(refused.value)
