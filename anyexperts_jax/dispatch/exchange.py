@@ -14,6 +14,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.remat import EXCHANGED
 from anyexperts_jax.dispatch.base import DispatchStats, buffer_row_map, sort_slots
 from anyexperts_jax.dispatch.blocks import dispatch_blocks

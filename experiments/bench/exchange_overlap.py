@@ -18,7 +18,10 @@ from jax.sharding import NamedSharding
 
 from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
 from anyexperts_jax.core.text_table import TextTable
+from anyexperts_jax.dispatch.apply import apply_plan
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.presets import model_preset
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.sharding.placement import Placement
