@@ -20,7 +20,8 @@ from evaluate.stand_in import trained, write_run
 
 ROWS = 3  # which the mesh does not split evenly
 OPTIONS = Options(num_examples=ROWS, calibration_examples=ROWS, time_rounds=1, calibrated=False, model_baselines=True)
-MODEL = dataclasses.replace(SMALL, stack=dataclasses.replace(SMALL.stack, execution=Execution("blocks")))
+STACK = dataclasses.replace(SMALL.stack, execution=Execution("blocks"))
+MODEL = dataclasses.replace(SMALL, stack=STACK, vocab_size=260, pad_id=256, eos_id=259)
 SPREAD = MeshConfig(data=1, fsdp=2, expert=2, sequence=2)
 
 

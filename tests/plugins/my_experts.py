@@ -56,7 +56,8 @@ class Coins:
     def example(self, split, index, seed=0, levels=(1, 2, 3)):
         rng, level = ax.example_generator(self.name, split, index, seed, levels)
         count = int(rng.integers(1, 10))
-        return ax.Example(f"{'o' * count}: how many?", str(count), "count", level)
+        question = f"{'o' * count}: how many?"
+        return ax.Example(self.name, "count", level, question, str(count), f"{split}:{count}")
 
 
 ax.DOMAINS.register("coins", Coins)
@@ -77,7 +78,7 @@ class Pairs:
 
     def __getitem__(self, index):
         question, answer = self.rows[index]
-        return ax.Example(question, answer, "any", 1)
+        return ax.Example("pairs", "any", 1, question, answer, f"line:{index}")
 
 
 ax.SOURCES.register("pairs", ax.FolderFormat("train.csv", lambda folder: (folder / "train.csv").is_file(), Pairs))
