@@ -1,5 +1,6 @@
 """Arrays as callers hold them: JAX's, NumPy's, or nested lists of numbers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,3 +25,18 @@ def as_array(name: str, value: Any) -> jax.Array:
     number = array.dtype.kind in "biuf" or jnp.issubdtype(array.dtype, jnp.floating)
     require(number, f"{name} holds {array.dtype}; it must be an array of numbers")
     return jnp.asarray(array)
+
+
+def vary_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """`arrays`, each varying over every mesh axis of a `shard_map` that one of them varies over.
+
+    Within `jax.shard_map(check_vma=True)` JAX tracks over which axes a value differs from device to device, and wants
+    the two ends of a loop's carry, or an operand and its gradient, to agree. Elsewhere this changes nothing. The
+    gradient of an array that became varying here is summed over the axes by JAX.
+    """
+    axes = [jax.typeof(array).mat.varying for array in arrays]
+    every: frozenset[Any] = frozenset().union(*axes)
+    return [
+        jax.lax.pcast(array, tuple(every - own), to="varying") if every - own else array
+        for array, own in zip(arrays, axes, strict=True)
+    ]

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from anyexperts_jax.core.derivatives import Differentiable
+
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
@@ -18,7 +20,7 @@ class Contraction:
     precision: jax.lax.Precision | None = None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(Differentiable, num_static=1)
 def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], how: Contraction) -> Float[Array, "..."]:
     """x times kernel over x's last and the kernel's first `num_in` axes.
 
@@ -42,9 +44,6 @@ def _contract_backward(how: Contraction, residuals: tuple[Array, Array], d_y: Ar
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
-contract.defvjp(_contract_forward, _contract_backward)
-
-
 def _forward_dot(x: Array, kernel: Array, how: Contraction) -> Array:
     return _dot(x, kernel, (_last(x, how.num_in), tuple(range(how.num_in))), how, how.out_dtype)
 
@@ -63,3 +62,6 @@ def _dot(
         precision=how.precision,
         preferred_element_type=jnp.dtype(out_dtype),
     )
+
+
+contract.defvjp(_contract_forward, _contract_backward, definition=_forward_dot)
