@@ -23,7 +23,7 @@ from jax.extend.core import Primitive, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
 from anyexperts_jax.core.arrays import vary_alike
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import UserError, require
 
 T = TypeVar("T")
 Leaves = Sequence[Any]
@@ -115,10 +115,12 @@ class _Call:
           UserError: there is none.
         """
         definition = self.rules.definition
-        require(definition is not None, self.rules.refusal)
+        if definition is None:
+            raise UserError(self.rules.refusal)
 
         def defined(*values: Any) -> list[Any]:
-            return jax.tree.leaves(definition(*self.operands(_replaced(leaves, moving, values)), *self.static))  # type: ignore[misc]
+            operands = self.operands(_replaced(leaves, moving, values))
+            return jax.tree.leaves(definition(*operands, *self.static))
 
         return defined
 

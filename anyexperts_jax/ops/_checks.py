@@ -7,6 +7,10 @@ from jax import Array
 
 from anyexperts_jax.core.errors import require, require_one_of
 
+KERNELS_HAVE_GRAD_ALONE = (
+    "the Pallas implementations have first derivatives in reverse mode alone, by jax.grad; for jvp, jacfwd, hessian or "
+    "gradients of gradients use implementation='xla' or implementation='reference'"
+)
 RESIDUALS = ("saved", "recomputed")
 
 

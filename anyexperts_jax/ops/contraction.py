@@ -31,7 +31,7 @@ def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], how: Contracti
 
 
 def _contract_forward(x: Array, kernel: Array, how: Contraction) -> tuple[Array, tuple[Array, Array]]:
-    # The dot itself, not `contract`: remat's "dots" policy sees no dots inside a custom_vjp call.
+    # The dot itself, not `contract`: remat's "dots" policy sees no dots inside a `Differentiable` call.
     return _forward_dot(x, kernel, how), (x, kernel)
 
 

@@ -5,7 +5,7 @@ transpose is again a gather. A token's K slots are summed by K fused multiply-ad
 exists. What a row without a slot holds is read by nobody's result.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -34,9 +34,11 @@ def _take_rows_backward(row_map: RowMap, d_x_RD: Float[Array, "R D"]) -> tuple[A
     return sum_rows(d_x_RD, row_map.held_NK, row_map).astype(d_x_RD.dtype), None
 
 
-take_rows.defvjp(
-    lambda *operands: (take_rows.run(*operands), operands[1]), _take_rows_backward, definition=take_rows.run
-)
+def _take_rows_forward(x_ND: Float[Array, "N D"], row_map: RowMap) -> tuple[Array, RowMap]:
+    return take_rows.run(x_ND, row_map), row_map
+
+
+take_rows.defvjp(_take_rows_forward, _take_rows_backward, definition=take_rows.run)
 
 
 @Differentiable
@@ -56,9 +58,11 @@ def _combine_rows_backward(
     return d_y_RD, d_weights_NK, None
 
 
-combine_rows.defvjp(
-    lambda *operands: (sum_rows(*operands), operands), _combine_rows_backward, definition=combine_rows.run
-)
+def _combine_rows_forward(*operands: Any) -> tuple[Array, tuple[Any, ...]]:
+    return sum_rows(*operands), operands
+
+
+combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward, definition=combine_rows.run)
 
 
 def sum_rows(y_RD: Float[Array, "R D"], weights_NK: Shaped[Array, "N K"], row_map: RowMap) -> Float[Array, "N D"]:
