@@ -13,6 +13,7 @@ higher orders need flows through the three steps of `_Derivative`, which take th
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -30,7 +31,7 @@ Leaves = Sequence[Any]
 
 
 class Differentiable(Generic[T]):
-    """`run(*operands, *static)`: operands are pytrees of arrays, the last `num_static` arguments anything else.
+    """`run(*operands, *static)`: operands are pytrees of arrays, the last `num_static` parameters anything else.
 
     Used like `jax.custom_vjp`: as a decorator, followed by `defvjp`.
     """
@@ -39,6 +40,7 @@ class Differentiable(Generic[T]):
         self.run = run
         self.num_static = num_static
         self.rules: _Rules | None = None
+        self.signature = inspect.signature(run)
         functools.update_wrapper(self, run)
 
     def defvjp(self, forward: Callable[..., Any], backward: Callable[..., Any], **beyond: Any) -> None:
@@ -52,8 +54,11 @@ class Differentiable(Generic[T]):
         """
         self.rules = _Rules(forward, backward, **beyond)
 
-    def __call__(self, *args: Any) -> T:
+    def __call__(self, *args: Any, **named: Any) -> T:
         assert self.rules is not None, f"{self.run} has no derivatives yet"
+        bound = self.signature.bind(*args, **named)
+        bound.apply_defaults()
+        args = bound.args
         count = len(args) - self.num_static
         leaves, tree = jax.tree.flatten(args[:count])
         call = _Call(self.run, self.rules, args[count:], tree)
