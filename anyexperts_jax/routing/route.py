@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
@@ -9,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from anyexperts_jax.core.arrays import as_array
 from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import require, shown
 from anyexperts_jax.core.registries import REGULARISERS
 from anyexperts_jax.core.remat import ROUTING
 from anyexperts_jax.routing.importance import importance
@@ -64,6 +65,7 @@ def route(
         None if bias_C is None else as_array("bias_C", bias_C),
     )
     _check_inputs(config, given, num_sequences)
+    _check_key(key)
     in_force = None if window is None else check_window(config, window)
     N = given.logits_NC.shape[0]
     valid_N = jnp.ones(N, bool) if given.valid_N is None else given.valid_N
@@ -103,6 +105,15 @@ def route(
             num_sequences=num_sequences,
         ),
     )
+
+
+def _check_key(key: object) -> None:
+    """Raises `UserError` unless `key` is None or a random key, of the new kind or of the old."""
+    if key is None:
+        return
+    new = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    old = isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.ndim == 1
+    require(new or old, f"key={shown(key)} is no random key; pass jax.random.key(0)")
 
 
 class _Given(NamedTuple):
