@@ -163,7 +163,7 @@ class MoE(nn.Module):
 
     def _plan(self, x_ND: Array, importance_logits_BT: Array, context: MoEContext) -> RoutingPlan:
         config, (batch, _) = self.config, importance_logits_BT.shape
-        modality_N = None if context.modality_BT is None else context.modality_BT.reshape(-1)
+        modality_N = None if context.modality_BT is None else jnp.asarray(context.modality_BT).reshape(-1)
         logits_NC = checkpoint_name(Router(config, name="router")(x_ND, modality_N), ROUTER_LOGITS)
         self._probe("logits_BTC", logits_NC.reshape(batch, -1, logits_NC.shape[1]))
         if self.has_rng("shuffle"):

@@ -5,9 +5,10 @@ import dataclasses
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from numbers import Real
 
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import UserError, require, shown
 
 _STEPS_PER_SLOT = 256  # resolution of a calibrated window: 0.004 slots
 
@@ -170,6 +171,8 @@ def _window(config: AnyExpertsConfig) -> str:
 
 
 def _check_target(target_real: float) -> None:
+    number = isinstance(target_real, Real) and not isinstance(target_real, bool)
+    require(number, f"target_real={shown(target_real)} must be a number of real experts per token, > 0")
     require(
         math.isfinite(target_real) and target_real > 0,
         f"target_real={target_real} must be a number of real experts per token, > 0",

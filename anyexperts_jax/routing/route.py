@@ -1,5 +1,6 @@
 """`route`: router and importance logits in, `RoutingPlan` out. Pure, and token by token but for losses and metrics."""
 
+from numbers import Integral
 from typing import NamedTuple
 
 import jax
@@ -58,6 +59,7 @@ def route(
       UserError: shapes that do not fit the config or each other; bias_C, key or batch_shards missing; bias_C given but
         off; a window that is reversed, not finite or out of reach.
     """
+    require(isinstance(config, AnyExpertsConfig), f"config={shown(config)} must be an AnyExpertsConfig")
     given = _Given(
         as_array("logits_NC", logits_NC),
         as_array("importance_logits_N", importance_logits_N),
@@ -147,6 +149,7 @@ def _check_inputs(config: AnyExpertsConfig, given: _Given, num_sequences: int) -
         require(bias_C is None, "bias_C is given but expert_bias=False; set expert_bias=True or leave bias_C out")
     if bias_C is not None:
         require(bias_C.shape == (C,), f"bias_C has shape {bias_C.shape}; need ({C},)")
+    require(isinstance(num_sequences, Integral), f"num_sequences={shown(num_sequences)} must be a whole number")
     require(
         num_sequences >= 1 and N % num_sequences == 0,
         f"num_sequences={num_sequences} must divide the number of tokens, {N}",
