@@ -27,6 +27,12 @@ def as_array(name: str, value: Any) -> jax.Array:
     kinds = (jnp.bool_, jnp.integer, jnp.floating)
     real = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
     require(real, f"{name} holds {value.dtype}; it must be an array of real numbers")
+    if isinstance(value, jax.Array):
+        return value
+    if value.dtype.kind in "iu":
+        limits = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
+        fits = not value.size or (limits.min <= value.min() and value.max() <= limits.max)
+        require(fits, f"{name} holds integers that {limits.dtype} cannot hold")
     return jnp.asarray(value)
 
 
@@ -53,10 +59,10 @@ def require_ids(name: str, array: jax.Array, count: int, meaning: str) -> None:
         return
     ids = np.asarray(array)
     wrong = ids[(ids < 0) | (ids >= count)]
-    require(not wrong.size, f"{name} holds {wrong[:1].tolist()[0] if wrong.size else 0}; {meaning}, 0 to {count - 1}")
+    require(not wrong.size, f"{name} holds {', '.join(map(str, wrong[:1]))}; {meaning}, 0 to {count - 1}")
 
 
-def vary_alike(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+def vary_alike(arrays: Sequence[Any]) -> list[Any]:
     """`arrays`, each varying over every mesh axis of a `shard_map` that one of them varies over.
 
     Within `jax.shard_map(check_vma=True)` JAX tracks over which axes a value differs from device to device, and wants

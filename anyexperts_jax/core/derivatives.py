@@ -233,7 +233,7 @@ class _Step:
 
     def bind(self, values: Leaves, avals: tuple[Any, ...]) -> list[Any]:
         """The results, whose types are `avals`."""
-        return _step.bind(*values, step=self, avals=avals)
+        return list(_step.bind(*values, step=self, avals=avals))
 
     def batched(self, size: int, axes: Sequence[int | None]) -> "_Step":
         """The same step over a batch: of values along `axes`, of results along their first axis."""

@@ -9,13 +9,13 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.core.arrays import as_array, as_floats, require_ids, vary_tree_alike
 from anyexperts_jax.core.batch import ArrayLike
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import require, shown
 from anyexperts_jax.core.registries import DISPATCHERS
 from anyexperts_jax.dispatch.base import DispatchStats, add_virtual_output
 from anyexperts_jax.dispatch.execution import Execution, resolve_implementation
 from anyexperts_jax.ops._checks import check_expert_weights
 from anyexperts_jax.ops.experts import ExpertWeights, as_expert_weights
-from anyexperts_jax.routing.plan import DISPATCHED, RoutingPlan
+from anyexperts_jax.routing.plan import DISPATCHED, PlanSpec, RoutingPlan
 from anyexperts_jax.sharding.placement import Placement
 
 
@@ -61,6 +61,7 @@ def moe_apply_stats(
     require(not unknown, f"unknown argument {', '.join(unknown)}; valid: placement, num_sequences, {', '.join(fields)}")
     _require_plan(plan)
     if num_sequences is not None:
+        require(isinstance(num_sequences, Integral), f"num_sequences={shown(num_sequences)} must be a whole number")
         plan = dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, num_sequences=num_sequences))
     experts = as_expert_weights((w_gate_EDF, w_up_EDF, w_down_EFD))
     return apply_plan(x_ND, plan, experts, Execution(**execution), placement)
@@ -76,9 +77,8 @@ def apply_plan(
     """What `moe_apply_stats` documents, for those who hold the weights and the execution as one value each."""
     _require_plan(plan)
     x_ND, experts = as_floats("x_ND", x_ND), as_expert_weights(experts)
-    plan = plan.replace_arrays(*(as_array(f"plan.{name}", getattr(plan, name)) for name in DISPATCHED))
-    _check(x_ND, plan, experts)
-    arrays = [getattr(plan, name) for name in DISPATCHED]
+    arrays = [as_array(f"plan.{name}", getattr(plan, name)) for name in DISPATCHED]
+    _check(x_ND, arrays, plan.spec, experts)
     x_ND, arrays, experts = vary_tree_alike((x_ND, arrays, experts))
     plan = plan.replace_arrays(*arrays)
     execution = resolve_implementation(execution, placement, x_ND.dtype)
@@ -90,12 +90,12 @@ def _require_plan(plan: object) -> None:
     require(isinstance(plan, RoutingPlan), f"plan is a {type(plan).__name__}; it must be a RoutingPlan, as route gives")
 
 
-def _check(x_ND: Array, plan: RoutingPlan, experts: ExpertWeights) -> None:
+def _check(x_ND: Array, arrays: list[Array], spec: PlanSpec, experts: ExpertWeights) -> None:
     require(x_ND.ndim == 2, f"x_ND has shape {x_ND.shape}; it must be [N, D]")
-    ids_NK, weights_NK, virtual_weight_N = (getattr(plan, name) for name in DISPATCHED)
+    ids_NK, weights_NK, virtual_weight_N = arrays
     require(ids_NK.ndim == 2, f"plan.expert_ids_NK has shape {ids_NK.shape}; it must be [N, K]")
-    require_ids("plan.expert_ids_NK", ids_NK, plan.spec.num_experts + 1, "ids are those of the experts, or E for none")
-    tokens, planned, sequences = x_ND.shape[0], ids_NK.shape[0], plan.spec.num_sequences
+    require_ids("plan.expert_ids_NK", ids_NK, spec.num_experts + 1, "ids are those of the experts, or E for none")
+    tokens, planned, sequences = x_ND.shape[0], ids_NK.shape[0], spec.num_sequences
     require(tokens == planned, f"x_ND holds {tokens} tokens, the plan {planned}")
     for name, array, shape in (
         ("weights_NK", weights_NK, ids_NK.shape),
@@ -105,8 +105,5 @@ def _check(x_ND: Array, plan: RoutingPlan, experts: ExpertWeights) -> None:
         require(fits, f"plan.{name} is {array.dtype}{list(array.shape)}; it must hold floats, {list(shape)}")
     check_expert_weights(x_ND, *experts)
     held = experts.gate_EDF.shape[0]
-    require(
-        held == plan.spec.num_experts, f"the weights hold {held} experts, the plan routes to {plan.spec.num_experts}"
-    )
-    require(isinstance(sequences, Integral), f"num_sequences={sequences!r} must be a whole number")
+    require(held == spec.num_experts, f"the weights hold {held} experts, the plan routes to {spec.num_experts}")
     require(sequences >= 1 and tokens % sequences == 0, f"num_sequences={sequences} must divide the {tokens} tokens")

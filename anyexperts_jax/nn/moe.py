@@ -29,6 +29,7 @@ from anyexperts_jax.routing.plan import RoutingPlan
 from anyexperts_jax.routing.route import Window, route
 from anyexperts_jax.routing.routers.shuffle import shuffled_logits
 from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.routing.window import check_window
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import batch_shards
 
@@ -45,24 +46,26 @@ class MoEContext:
     importance_logits_BT: Float[ArrayLike, "B T"] | None = None  # where the caller has computed them
 
 
-def _checked(context: MoEContext | None, fields: dict[str, Any], shape: tuple[int, ...]) -> MoEContext:
+def _checked(config: AnyExpertsConfig, context: Any, fields: dict[str, Any], shape: tuple[int, ...]) -> MoEContext:
     """The context with `fields` in place of its own, as JAX arrays; `shape` is [B, T].
 
     Raises:
-      UserError: an unknown field, or an array of another shape.
+      UserError: an unknown field, an array of another shape, or a window that makes no sense.
     """
     context = MoEContext() if context is None else context
     require(isinstance(context, MoEContext), f"context is a {type(context).__name__}; it must be a MoEContext")
     names = [field.name for field in dataclasses.fields(MoEContext)]
     for name in fields:
         require_one_of("argument", name, names)
-    context = dataclasses.replace(context, **fields)
-    given = {name: getattr(context, name) for name in names if name != "window"}
+    given = {name: getattr(context, name) for name in names} | fields
+    window = given.pop("window")
+    if window is not None:
+        check_window(config, window)
     arrays = {name: as_array(name, value) for name, value in given.items() if value is not None}
-    for name in arrays.keys() - {"bias_C"}:
-        message = f"{name} has shape {arrays[name].shape}; it must be {shape}, one for every token of x_BTD"
-        require(arrays[name].shape == shape, message)
-    return dataclasses.replace(context, **arrays)
+    for name, array in arrays.items():
+        message = f"{name} has shape {array.shape}; it must be {shape}, one for every token of x_BTD"
+        require(name == "bias_C" or array.shape == shape, message)
+    return MoEContext(window=window, **arrays)
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -128,7 +131,7 @@ class MoE(nn.Module):
         """
         x_BTD = as_floats("x_BTD", x_BTD)
         self._check(x_BTD)
-        context = _checked(context, fields, x_BTD.shape[:2])
+        context = _checked(self.config, context, fields, x_BTD.shape[:2])
         batch, length, d_model = x_BTD.shape
         importance_logits_BT = self._importance_logits(x_BTD, context)
         if self.config.switches.hsm_site == "block_input":

@@ -70,7 +70,7 @@ def _from_state(box: NamedAxes, state: Any) -> NamedAxes:
     return box.replace_boxed(serialization.from_state_dict(box.value, value))
 
 
-serialization.register_serialization_state(NamedAxes, _to_state, _from_state)
+serialization.register_serialization_state(NamedAxes, _to_state, _from_state, override=True)
 
 
 def named(init: Initializer, names: Sequence[str]) -> Callable[..., Any]:

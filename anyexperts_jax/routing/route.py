@@ -1,7 +1,7 @@
 """`route`: router and importance logits in, `RoutingPlan` out. Pure, and token by token but for losses and metrics."""
 
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ class _Given(NamedTuple):
     bias_C: Array | None
 
 
-def _check_inputs(config: AnyExpertsConfig, given: _Given, num_sequences: int) -> None:
+def _check_inputs(config: AnyExpertsConfig, given: _Given, num_sequences: Any) -> None:
     C, (logits_NC, importance_logits_N, valid_N, bias_C) = config.num_columns, given
     require(
         logits_NC.ndim == 2 and logits_NC.shape[1] == C,

@@ -15,12 +15,21 @@ from anyexperts_jax.dispatch.apply import apply_plan
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.ops.expert_mlp import expert_mlp
 from anyexperts_jax.ops.experts import ExpertWeights
+from anyexperts_jax.routing.plan import DISPATCHED
 from tests.dispatch.plans import EXPERTS, PLANS, capacity_of, make_operands
 
 PLAN = PLANS["random"]
 TOKENS = PLAN.expert_ids_NK.shape[0]
 X, *WEIGHTS = make_operands(TOKENS)
 FORMS = ("blocks", "capacity", "dense")
+
+
+def plan_with(**arrays):
+    """A plan with arrays that nobody has checked."""
+    plan = dataclasses.replace(PLAN)
+    for name, array in arrays.items():
+        object.__setattr__(plan, name, array)
+    return plan
 
 
 def how(dispatch):
@@ -38,7 +47,7 @@ def strided(array):
 @pytest.mark.parametrize("dispatch", FORMS)
 def test_arrays_as_callers_hold_them(dispatch, hold):
     expected = moe_apply(X, PLAN, *WEIGHTS, **how(dispatch))
-    plan = PLAN.replace_arrays(*map(np.asarray, (PLAN.expert_ids_NK, PLAN.weights_NK, PLAN.virtual_weight_N)))
+    plan = plan_with(**{name: np.asarray(getattr(PLAN, name)) for name in DISPATCHED})
     held = [hold(a) for a in (X, *WEIGHTS)]
     y_ND, stats = unchecked(moe_apply_stats)(held[0], plan, *held[1:], **how(dispatch))
     np.testing.assert_allclose(y_ND, expected, rtol=1e-5, atol=1e-5)
@@ -70,11 +79,11 @@ def test_expert_mlp_takes_numpy():
         ({"x_ND": X[:, :3]}, "x has width 3, the experts 6"),
         ({"plan": (1, 2)}, "plan is a tuple; it must be a RoutingPlan, as route gives"),
         (
-            {"plan": dataclasses.replace(PLAN, expert_ids_NK=PLAN.expert_ids_NK - 1)},
+            {"plan": plan_with(expert_ids_NK=np.where(PLAN.expert_ids_NK == 0, -1, PLAN.expert_ids_NK))},
             "plan.expert_ids_NK holds -1; ids are those of the experts, or E for none, 0 to 5",
         ),
         (
-            {"plan": dataclasses.replace(PLAN, weights_NK=PLAN.weights_NK[:, :1])},
+            {"plan": plan_with(weights_NK=PLAN.weights_NK[:, :1])},
             r"plan.weights_NK is float32\[12, 1\]; it must hold floats, \[12, 3\]",
         ),
         ({"num_sequences": 2.5}, "num_sequences=2.5 must be a whole number"),

@@ -47,6 +47,6 @@ def expert_mlp(
     )
     check_counts("counts_E", counts_E, x_ECD.shape[0])
     check_residuals(residuals)
-    ops = IMPLEMENTATIONS[implementation or default_implementation(x_ECD.dtype)]
+    ops = IMPLEMENTATIONS[default_implementation(x_ECD.dtype) if implementation is None else implementation]
     operands = vary_alike([x_ECD, counts_E, *experts])
     return ops.expert_mlp(*operands, residuals=residuals)
