@@ -32,7 +32,7 @@ def as_array(name: str, value: Any) -> jax.Array:
     if value.dtype.kind in "iu":
         limits = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
         fits = not value.size or (limits.min <= value.min() and value.max() <= limits.max)
-        require(fits, f"{name} holds integers that {limits.dtype} cannot hold")
+        require(bool(fits), f"{name} holds integers that {limits.dtype} cannot hold")
     return jnp.asarray(value)
 
 

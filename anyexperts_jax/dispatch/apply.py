@@ -63,8 +63,7 @@ def moe_apply_stats(
     if num_sequences is not None:
         require(isinstance(num_sequences, Integral), f"num_sequences={shown(num_sequences)} must be a whole number")
         plan = dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, num_sequences=num_sequences))
-    experts = as_expert_weights((w_gate_EDF, w_up_EDF, w_down_EFD))
-    return apply_plan(x_ND, plan, experts, Execution(**execution), placement)
+    return _apply(x_ND, plan, (w_gate_EDF, w_up_EDF, w_down_EFD), Execution(**execution), placement)
 
 
 def apply_plan(
@@ -76,6 +75,13 @@ def apply_plan(
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
     """What `moe_apply_stats` documents, for those who hold the weights and the execution as one value each."""
     _require_plan(plan)
+    require(isinstance(execution, Execution), f"execution={shown(execution)} must be an Execution")
+    return _apply(x_ND, plan, experts, execution, placement)
+
+
+def _apply(
+    x_ND: Any, plan: RoutingPlan, experts: Any, execution: Execution, placement: Placement | None
+) -> tuple[Array, DispatchStats]:
     x_ND, experts = as_floats("x_ND", x_ND), as_expert_weights(experts)
     arrays = [as_array(f"plan.{name}", getattr(plan, name)) for name in DISPATCHED]
     _check(x_ND, arrays, plan.spec, experts)

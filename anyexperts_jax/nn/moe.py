@@ -46,6 +46,9 @@ class MoEContext:
     importance_logits_BT: Float[ArrayLike, "B T"] | None = None  # where the caller has computed them
 
 
+_KINDS = {"valid_BT": (jnp.bool_, "bools"), "modality_BT": (jnp.integer, "integers")}
+
+
 def _checked(config: AnyExpertsConfig, context: Any, fields: dict[str, Any], shape: tuple[int, ...]) -> MoEContext:
     """The context with `fields` in place of its own, as JAX arrays; `shape` is [B, T].
 
@@ -63,6 +66,8 @@ def _checked(config: AnyExpertsConfig, context: Any, fields: dict[str, Any], sha
         check_window(config, window)
     arrays = {name: as_array(name, value) for name, value in given.items() if value is not None}
     for name, array in arrays.items():
+        kind, meaning = _KINDS.get(name, (jnp.floating, "floats"))
+        require(jnp.issubdtype(array.dtype, kind), f"{name} is {array.dtype}; it must hold {meaning}")
         message = f"{name} has shape {array.shape}; it must be {shape}, one for every token of x_BTD"
         require(name == "bias_C" or array.shape == shape, message)
     return MoEContext(window=window, **arrays)

@@ -259,7 +259,7 @@ def test_numpy_arrays_are_taken():
             "modality_BT holds 4; router='per_modality' tells 4 modalities apart",
         ),
         ({}, {"modality_BT": jnp.full((B, T), -1)}, "modality_BT holds -1; router='per_modality' tells 4 "),
-        ({}, {"modality_BT": jnp.zeros((B, T))}, r"modality_BT is float32\[10\]; it must hold integers"),
+        ({}, {"modality_BT": jnp.zeros((B, T))}, "modality_BT is float32; it must hold integers"),
         ({}, {"valid": jnp.ones((B, T), bool)}, "argument='valid' is unknown; valid: valid_BT, modality_BT, window"),
         ({}, {"context": 3}, "context is a int; it must be a MoEContext"),
         ({"dtype": "float8"}, {}, "dtype='float8' is unknown; valid: float32, bfloat16"),
