@@ -59,11 +59,10 @@ def moe_apply_stats(
     fields = [field.name for field in dataclasses.fields(Execution)]
     unknown = [name for name in execution if name not in fields]
     require(not unknown, f"unknown argument {', '.join(unknown)}; valid: placement, num_sequences, {', '.join(fields)}")
-    _require_plan(plan)
     if num_sequences is not None:
         require(isinstance(num_sequences, Integral), f"num_sequences={shown(num_sequences)} must be a whole number")
-        plan = dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, num_sequences=num_sequences))
-    return _apply(x_ND, plan, (w_gate_EDF, w_up_EDF, w_down_EFD), Execution(**execution), placement)
+    experts = (w_gate_EDF, w_up_EDF, w_down_EFD)
+    return _apply((x_ND, plan, experts), Execution(**execution), placement, num_sequences)
 
 
 def apply_plan(
@@ -74,26 +73,24 @@ def apply_plan(
     placement: Placement | None = None,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
     """What `moe_apply_stats` documents, for those who hold the weights and the execution as one value each."""
-    _require_plan(plan)
     require(isinstance(execution, Execution), f"execution={shown(execution)} must be an Execution")
-    return _apply(x_ND, plan, experts, execution, placement)
+    return _apply((x_ND, plan, experts), execution, placement)
 
 
 def _apply(
-    x_ND: Any, plan: RoutingPlan, experts: Any, execution: Execution, placement: Placement | None
+    given: tuple[Any, Any, Any], execution: Execution, placement: Placement | None, num_sequences: int | None = None
 ) -> tuple[Array, DispatchStats]:
-    x_ND, experts = as_floats("x_ND", x_ND), as_expert_weights(experts)
+    """`apply_plan` on (x_ND, plan, experts) as the caller holds them."""
+    x_ND, plan, experts = as_floats("x_ND", given[0]), given[1], as_expert_weights(given[2])
+    require(isinstance(plan, RoutingPlan), f"plan is a {type(plan).__name__}; it must be a RoutingPlan, as route gives")
+    spec = plan.spec if num_sequences is None else dataclasses.replace(plan.spec, num_sequences=num_sequences)
     arrays = [as_array(f"plan.{name}", getattr(plan, name)) for name in DISPATCHED]
-    _check(x_ND, arrays, plan.spec, experts)
+    _check(x_ND, arrays, spec, experts)
     x_ND, arrays, experts = vary_tree_alike((x_ND, arrays, experts))
-    plan = plan.replace_arrays(*arrays)
+    plan = dataclasses.replace(plan, spec=spec, **dict(zip(DISPATCHED, arrays, strict=True)))
     execution = resolve_implementation(execution, placement, x_ND.dtype)
     y_ND, stats = DISPATCHERS[execution.dispatch](x_ND, plan, experts, execution, placement)
     return add_virtual_output(y_ND, x_ND, plan), stats
-
-
-def _require_plan(plan: object) -> None:
-    require(isinstance(plan, RoutingPlan), f"plan is a {type(plan).__name__}; it must be a RoutingPlan, as route gives")
 
 
 def _check(x_ND: Array, arrays: list[Array], spec: PlanSpec, experts: ExpertWeights) -> None:

@@ -46,7 +46,7 @@ class MoEContext:
     importance_logits_BT: Float[ArrayLike, "B T"] | None = None  # where the caller has computed them
 
 
-_KINDS = {"valid_BT": (jnp.bool_, "bools"), "modality_BT": (jnp.integer, "integers")}
+_KINDS: dict[str, tuple[Any, str]] = {"valid_BT": (jnp.bool_, "bools"), "modality_BT": (jnp.integer, "integers")}
 
 
 def _checked(config: AnyExpertsConfig, context: Any, fields: dict[str, Any], shape: tuple[int, ...]) -> MoEContext:

@@ -38,10 +38,5 @@ class RoutingPlan:
     metrics: dict[str, Array]  # "load_C", "router_entropy", "mean_slots", "mean_real_slots", "virtual_share", ...
     spec: PlanSpec = dataclasses.field(metadata={"static": True})
 
-    def replace_arrays(self, expert_ids_NK: Array, weights_NK: Array, virtual_weight_N: Array) -> "RoutingPlan":
-        """The plan with other arrays of those in `DISPATCHED`."""
-        arrays = dict(zip(DISPATCHED, (expert_ids_NK, weights_NK, virtual_weight_N), strict=True))
-        return dataclasses.replace(self, **arrays)  # type: ignore[arg-type]
-
 
 DISPATCHED = ("expert_ids_NK", "weights_NK", "virtual_weight_N")  # what dispatch reads of a plan

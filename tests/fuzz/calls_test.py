@@ -227,7 +227,7 @@ CALLS = (call_moe_apply, call_moe_apply, call_expert_mlp, call_route, call_layer
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.filterwarnings("ignore:overflow|ignore:invalid value")
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 def test_a_call_is_right_or_ends_in_one_line(fuzz_case):
     rng = np.random.default_rng([24, fuzz_case])
     refusal = _refusal(CALLS[fuzz_case % len(CALLS)], rng)
