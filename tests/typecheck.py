@@ -14,3 +14,10 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
     if function.__module__.endswith(("config", "switches", "execution")):
         return function
     return beartype(conf=_CONF)(function)
+
+
+def unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function without this check, which refuses wrong types and shapes before the function can."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function

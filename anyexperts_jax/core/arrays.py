@@ -1,26 +1,88 @@
 """Arrays as callers hold them: JAX's, NumPy's, or nested lists of numbers."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import UserError, comma_list, require
+
+T = TypeVar("T")
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # what experts compute in
 
 
 def as_array(name: str, value: Any) -> jax.Array:
     """`value` as a JAX array of the dtype JAX gives it: float32 for NumPy's float64 unless x64 is enabled.
 
     Raises:
-      UserError: naming the argument, where it is no array of numbers or bools.
+      UserError: naming the argument, where it is no array of real numbers or bools.
     """
-    if isinstance(value, jax.Array):  # tracers too
+    if not isinstance(value, jax.Array):  # tracers are
+        try:
+            value = np.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name} is no array: {' '.join(str(error).split())}") from error
+    kinds = (jnp.bool_, jnp.integer, jnp.floating)
+    real = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    require(real, f"{name} holds {value.dtype}; it must be an array of real numbers")
+    if isinstance(value, jax.Array):
         return value
-    try:
-        array = np.asarray(value)
-    except ValueError as error:
-        raise UserError(f"{name} is no array: {error}") from error
-    number = array.dtype.kind in "biuf" or jnp.issubdtype(array.dtype, jnp.floating)
-    require(number, f"{name} holds {array.dtype}; it must be an array of numbers")
-    return jnp.asarray(array)
+    if value.dtype.kind in "iu":
+        limits = np.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
+        fits = not value.size or (limits.min <= value.min() and value.max() <= limits.max)
+        require(bool(fits), f"{name} holds integers that {limits.dtype} cannot hold")
+    return jnp.asarray(value)
+
+
+def as_floats(name: str, value: Any) -> jax.Array:
+    """`as_array` of a dtype that experts compute in; nothing is cast.
+
+    Raises:
+      UserError: another dtype, such as an integer or an 8-bit float.
+    """
+    array = as_array(name, value)
+    require(array.dtype.name in FLOATS, f"{name} is {array.dtype}; it must be one of {comma_list(FLOATS)}: cast it")
+    return array
+
+
+def require_ids(name: str, array: jax.Array, count: int, meaning: str) -> None:
+    """Refuses what is no array of ids in [0, count): traced values, which nobody knows yet, pass.
+
+    Raises:
+      UserError: naming the argument, an id that is out of range and what `meaning` says of it.
+    """
+    integers = jnp.issubdtype(array.dtype, jnp.integer)
+    require(integers, f"{name} is {array.dtype}{list(array.shape)}; it must hold integers")
+    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable or not array.size:
+        return
+    ids = np.asarray(array)
+    wrong = ids[(ids < 0) | (ids >= count)]
+    require(not wrong.size, f"{name} holds {', '.join(map(str, wrong[:1]))}; {meaning}, 0 to {count - 1}")
+
+
+def vary_alike(arrays: Sequence[Any]) -> list[Any]:
+    """`arrays`, each varying over every mesh axis of a `shard_map` that one of them varies over.
+
+    Within `jax.shard_map(check_vma=True)` JAX tracks over which axes a value differs from device to device, and wants
+    the two ends of a loop's carry, or an operand and its gradient, to agree. Elsewhere this changes nothing. The
+    gradient of an array that became varying here is summed over the axes by JAX.
+    """
+    axes = [jax.typeof(array).mat.varying for array in arrays]
+    every: frozenset[Any] = frozenset().union(*axes)
+    return [
+        jax.lax.pcast(array, tuple(every - own), to="varying") if every - own else array
+        for array, own in zip(arrays, axes, strict=True)
+    ]
+
+
+def vary_tree_alike(tree: T, *others: jax.Array) -> T:
+    """`vary_alike` for a tree of arrays and `others`, without those."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, vary_alike([*leaves, *others])[: len(leaves)])
+
+
+def zeros_varying_as(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros for the carry of a loop over parts of `like`; see `vary_alike`."""
+    return vary_alike([jnp.zeros(shape, dtype), like])[0]

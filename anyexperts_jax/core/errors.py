@@ -22,7 +22,7 @@ def require_one_of(name: str, value: Any, valid: Collection[Any]) -> None:
 
 def shown(value: Any) -> str:
     """A value as Python writes it, without the middle where it is long: for messages of one line."""
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 100 else f"{text[:70]}...{text[-20:]}"
 
 

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from anyexperts_jax.core.errors import UserError, require, require_one_of
 
@@ -34,7 +34,7 @@ class Registry(Generic[T]):
         require(not taken, f"{self.kind} {name!r} is registered already; choose another name")
         self._entries[name] = entry
 
-    def check(self, field: str, name: str) -> None:
+    def check(self, field: str, name: Any) -> None:
         """Raises `UserError` naming `field`, the value and the valid names unless `name` is registered."""
         require_one_of(field, name, self.names())
 
@@ -42,7 +42,7 @@ class Registry(Generic[T]):
         """In the order of registration."""
         return tuple(self._entries)
 
-    def __getitem__(self, name: str) -> T:
+    def __getitem__(self, name: Any) -> T:
         """The entry of that name.
 
         Raises:

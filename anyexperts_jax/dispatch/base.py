@@ -38,14 +38,14 @@ def sort_slots(expert_ids_NK: Int[Array, "N K"], num_experts: int, num_sequences
     positions = tokens // num_sequences
     ids_R = expert_ids_NK.reshape(num_sequences, positions, k).swapaxes(0, 1).reshape(-1)
     order_R = _stable_order(ids_R, num_experts)
-    places_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size), unique_indices=True)
+    places_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size, dtype=jnp.int32), unique_indices=True)
     places_NK = places_R.reshape(positions, num_sequences, k).swapaxes(0, 1).reshape(tokens, k)
     position, sequence, rank = jnp.unravel_index(order_R, (positions, num_sequences, k))
     counts_E = jnp.zeros(num_experts, jnp.int32).at[ids_R].add(1, mode="drop")
     return SlotOrder(
         slots_R=(sequence * positions + position) * k + rank,
         places_NK=places_NK,
-        starts_E=jnp.cumsum(counts_E) - counts_E,
+        starts_E=jnp.cumsum(counts_E, dtype=jnp.int32) - counts_E,
         counts_E=counts_E,
     )
 
@@ -64,7 +64,7 @@ def buffer_row_map(
 ) -> RowMap:
     """Row e * capacity + c serves slot `first` + c of those with id e in `ids_NK`, of which `order` is the order."""
     num_ids, k = order.counts_E.shape[0], ids_NK.shape[1]
-    place_C = first + jnp.arange(capacity)
+    place_C = first + jnp.arange(capacity, dtype=jnp.int32)
     place_EC = jnp.minimum(order.starts_E[:, None] + place_C, order.slots_R.size - 1)
     slots_R = order.slots_R[place_EC.reshape(-1)]
     id_NK = jnp.minimum(ids_NK, num_ids - 1)

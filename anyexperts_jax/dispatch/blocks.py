@@ -58,4 +58,4 @@ def apply_slots(
     """(weighted sum of each token's experts in float32, stats) of the tokens that one device has."""
     order = sort_slots(expert_ids_NK, experts.gate_EDF.shape[0])
     y_ND = routed_mlp(x_ND, weights_NK, order, experts, **execution.op_options)
-    return y_ND, DispatchStats(dropped=jnp.zeros((), jnp.int32), rows=order.counts_E.sum())
+    return y_ND, DispatchStats(dropped=jnp.zeros((), jnp.int32), rows=order.counts_E.sum(dtype=jnp.int32))

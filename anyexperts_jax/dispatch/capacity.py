@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from anyexperts_jax.core.arrays import vary_tree_alike
 from anyexperts_jax.dispatch.base import DispatchStats, buffer_row_map, sort_slots
 from anyexperts_jax.dispatch.blocks import dispatch_blocks
 from anyexperts_jax.dispatch.execution import Execution
@@ -41,7 +42,10 @@ def dispatch_capacity(
 
     # Rematerialised: a `cond` keeps the residuals of both branches, and the exact one is seldom taken.
     exact = jax.checkpoint(lambda x_ND, plan, experts: dispatch_blocks(x_ND, plan, experts, execution, placement))
-    return jax.lax.cond(stats.dropped > 0, lambda: exact(x_ND, plan, experts), lambda: (y_ND, stats))
+    through_buffers = vary_tree_alike((y_ND, stats), x_ND)
+    return jax.lax.cond(
+        stats.dropped > 0, lambda: vary_tree_alike(exact(x_ND, plan, experts), x_ND), lambda: through_buffers
+    )
 
 
 def _through_buffers(
@@ -59,4 +63,4 @@ def _through_buffers(
     y_ECD = split_buffers(expert_mlp(x_ECD, kept_E, *experts, **execution.op_options), placement)
     y_ND = combine_rows(y_ECD.reshape(-1, x_ND.shape[1]), plan.weights_NK, row_map)
     rows = jnp.asarray(num_experts * capacity, jnp.int32)
-    return y_ND, DispatchStats(dropped=(order.counts_E - kept_E).sum(), rows=rows)
+    return y_ND, DispatchStats(dropped=(order.counts_E - kept_E).sum(dtype=jnp.int32), rows=rows)

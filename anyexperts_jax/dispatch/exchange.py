@@ -121,7 +121,7 @@ def exchange_slots(
         returned_RD = checkpoint_name(_swap(y_RD.astype(own.x_ND.dtype), axis), EXCHANGED)
         return combine_rows(returned_RD, own.weights_NK, row_map)
 
-    y_ND, dropped = exchange(0), jnp.maximum(order.counts_E - rows, 0).sum()
+    y_ND, dropped = exchange(0), jnp.maximum(order.counts_E - rows, 0).sum(dtype=jnp.int32)
     most_slots = num_tokens * min(shard_NK.shape[1], own_experts)
     if execution.overflow == "fallback" and most_slots > rows:
         # A round is entered by all devices of the mesh or by none: one that skipped an all-to-all, or a reduction that
@@ -132,9 +132,9 @@ def exchange_slots(
         def add_round(y_ND: Array, first: Array) -> tuple[Array, None]:
             return lax.cond(first < most_anywhere, lambda: y_ND + further(first), lambda: y_ND), None
 
-        y_ND, _ = lax.scan(add_round, y_ND, jnp.arange(rows, most_slots, rows))
+        y_ND, _ = lax.scan(add_round, y_ND, jnp.arange(rows, most_slots, rows, dtype=jnp.int32))
         dropped = jnp.zeros_like(dropped)
-    return y_ND, DispatchStats(dropped=dropped, rows=order.counts_E.sum() - dropped)
+    return y_ND, DispatchStats(dropped=dropped, rows=order.counts_E.sum(dtype=jnp.int32) - dropped)
 
 
 def _swap(a: Array, axis: str) -> Array:

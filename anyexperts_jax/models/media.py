@@ -1,14 +1,13 @@
 """What the encoders read, and which row of it each position of a sequence reads back."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.batch import ArrayLike, Batch
+from anyexperts_jax.core.derivatives import Differentiable
 from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.core.tree import register_dataclass
 
@@ -83,7 +82,7 @@ def row_values(media_BT: Bool[Array, "B T"], values_BT: Int[Array, "B T"], num_r
     return zeros_BR.at[sequences_B1, rows_BT].set(values_BT, mode="drop")
 
 
-@jax.custom_vjp
+@Differentiable
 def place_rows(
     x_BTD: Float[Array, "B T D"], media_BT: Bool[Array, "B T"], encoded_BRD: Float[Array, "B R D"]
 ) -> Float[Array, "B T D"]:
@@ -103,13 +102,13 @@ def _place_forward(x_BTD: Array, media_BT: Array, encoded_BRD: Array) -> tuple[A
     positions_BR = jnp.where(
         used_rows(media_BT, num_rows), row_values(media_BT, positions_BT, num_rows), media_BT.shape[1]
     )
-    return place_rows(x_BTD, media_BT, encoded_BRD), (media_BT, positions_BR)
+    return place_rows.run(x_BTD, media_BT, encoded_BRD), (media_BT, positions_BR)
 
 
-def _place_backward(residuals: tuple[Array, Array], d_BTD: Array) -> tuple[Array, Any, Array]:
+def _place_backward(residuals: tuple[Array, Array], d_BTD: Array) -> tuple[Array, None, Array]:
     media_BT, positions_BR = residuals
     d_encoded_BRD = _take_rows(d_BTD, positions_BR, 0)
-    return jnp.where(media_BT[:, :, None], 0, d_BTD), np.zeros(media_BT.shape, jax.dtypes.float0), d_encoded_BRD
+    return jnp.where(media_BT[:, :, None], 0, d_BTD), None, d_encoded_BRD
 
 
 def _take_rows(rows_BRD: Array, places_BT: Array, fill: float) -> Array:
@@ -117,4 +116,4 @@ def _take_rows(rows_BRD: Array, places_BT: Array, fill: float) -> Array:
     return jax.vmap(lambda rows, places: rows.at[places].get(mode="fill", fill_value=fill))(rows_BRD, places_BT)
 
 
-place_rows.defvjp(_place_forward, _place_backward)
+place_rows.defvjp(_place_forward, _place_backward, definition=place_rows.run)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from anyexperts_jax.core.derivatives import Differentiable
 from anyexperts_jax.nn.config import Dtype
 from anyexperts_jax.nn.linear import Linear
 
@@ -32,7 +33,7 @@ def _plain_gated(gate: Array, up: Array) -> Array:
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
 
 
-@jax.custom_vjp
+@Differentiable
 def gated(gate: Float[Array, "*rest F"], up: Float[Array, "*rest F"]) -> Float[Array, "*rest F"]:
     """silu(gate) * up, computed in float32 and returned in up's dtype."""
     return _plain_gated(gate, up)
@@ -44,4 +45,4 @@ def _gated_backward(operands: tuple[Array, Array], d_hidden: Array) -> tuple[Arr
     return jax.lax.optimization_barrier(backward(d_hidden))
 
 
-gated.defvjp(lambda gate, up: (_plain_gated(gate, up), (gate, up)), _gated_backward)
+gated.defvjp(lambda gate, up: (_plain_gated(gate, up), (gate, up)), _gated_backward, definition=_plain_gated)

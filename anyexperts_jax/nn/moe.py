@@ -1,7 +1,7 @@
 """The mixture-of-experts layer: parameters here, policy in `routing`, movement in `dispatch`, compute in `ops`."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import flax.linen as nn
 import jax
@@ -9,8 +9,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from anyexperts_jax.core.arrays import as_array, as_floats
+from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.core.initializers import FanIn
 from anyexperts_jax.core.remat import ROUTER_LOGITS
 from anyexperts_jax.core.tree import register_dataclass
@@ -27,6 +29,7 @@ from anyexperts_jax.routing.plan import RoutingPlan
 from anyexperts_jax.routing.route import Window, route
 from anyexperts_jax.routing.routers.shuffle import shuffled_logits
 from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.routing.window import check_window
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import batch_shards
 
@@ -36,11 +39,43 @@ from anyexperts_jax.sharding.specs import batch_shards
 class MoEContext:
     """What a MoE layer sees beside the tokens. Every field may be left out."""
 
-    valid_BT: Bool[Array, "B T"] | None = None  # False at padding: no slots, no output, no say in the losses
-    modality_BT: Int[Array, "B T"] | None = None  # ids in [0, router_modalities), for routers that tell them apart
+    valid_BT: Bool[ArrayLike, "B T"] | None = None  # False at padding: no slots, no output, no say in the losses
+    modality_BT: Int[ArrayLike, "B T"] | None = None  # ids in [0, router_modalities), for routers that tell them apart
     window: Window | None = None  # (k_min, k_max) in place of the configuration's
-    bias_C: Float[Array, "C"] | None = None  # the expert bias of loss-free balancing, needed iff `expert_bias`
-    importance_logits_BT: Float[Array, "B T"] | None = None  # where the caller has computed them
+    bias_C: Float[ArrayLike, "C"] | None = None  # the expert bias of loss-free balancing, needed iff `expert_bias`
+    importance_logits_BT: Float[ArrayLike, "B T"] | None = None  # where the caller has computed them
+
+
+_KINDS: dict[str, tuple[Any, str]] = {"valid_BT": (jnp.bool_, "bools"), "modality_BT": (jnp.integer, "integers")}
+
+
+def _checked(config: AnyExpertsConfig, context: Any, fields: dict[str, Any], shape: tuple[int, ...]) -> MoEContext:
+    """The context with `fields` in place of its own, as JAX arrays; `shape` is [B, T].
+
+    Raises:
+      UserError: an unknown field, an array of another shape, or a window that makes no sense.
+    """
+    context = MoEContext() if context is None else context
+    require(isinstance(context, MoEContext), f"context is a {type(context).__name__}; it must be a MoEContext")
+    names = [field.name for field in dataclasses.fields(MoEContext)]
+    for name in fields:
+        require_one_of("argument", name, names)
+    given = {name: getattr(context, name) for name in names} | fields
+    window = given.pop("window")
+    if window is not None:
+        check_window(config, window)
+    arrays = {name: as_array(name, value) for name, value in given.items() if value is not None}
+    for name, array in arrays.items():
+        kind, meaning = _KINDS.get(name, (jnp.floating, "floats"))
+        require(jnp.issubdtype(array.dtype, kind), f"{name} is {array.dtype}; it must hold {meaning}")
+        message = f"{name} has shape {array.shape}; it must be {shape}, one for every token of x_BTD"
+        require(name == "bias_C" or array.shape == shape, message)
+    return MoEContext(window=window, **arrays)
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of a dtype given as its name or, as users of Flax have it, as `jnp.bfloat16`."""
+    return dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
 
 
 class Experts(nn.Module):
@@ -86,7 +121,7 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], context: MoEContext | None = None, **fields: Any
+        self, x_BTD: Float[ArrayLike, "B T D"], context: MoEContext | None = None, **fields: Any
     ) -> tuple[Float[Array, "B T D"], RoutingTrace]:
         """Returns the layer's output, without a residual connection, and what the router did.
 
@@ -99,8 +134,9 @@ class MoE(nn.Module):
         Raises:
           UserError: shapes that do not fit, or a capacity that cannot hold every token's slots.
         """
-        context = dataclasses.replace(context or MoEContext(), **fields)
+        x_BTD = as_floats("x_BTD", x_BTD)
         self._check(x_BTD)
+        context = _checked(self.config, context, fields, x_BTD.shape[:2])
         batch, length, d_model = x_BTD.shape
         importance_logits_BT = self._importance_logits(x_BTD, context)
         if self.config.switches.hsm_site == "block_input":
@@ -121,6 +157,8 @@ class MoE(nn.Module):
     def _check(self, x_BTD: Array) -> None:
         require(x_BTD.ndim == 3, f"x_BTD has shape {x_BTD.shape}; it must be [B, T, D]: add a batch axis, x[None]")
         require(self.d_ff >= 1, f"d_ff={self.d_ff} must be >= 1")
+        for name in ("dtype", "param_dtype"):
+            require_one_of(name, _dtype_name(getattr(self, name)), get_args(Dtype))
         require_capacity_for(self.config, self.execution)
 
     def _importance_logits(self, x_BTD: Array, context: MoEContext) -> Float[Array, "B T"]:
@@ -133,7 +171,7 @@ class MoE(nn.Module):
 
     def _plan(self, x_ND: Array, importance_logits_BT: Array, context: MoEContext) -> RoutingPlan:
         config, (batch, _) = self.config, importance_logits_BT.shape
-        modality_N = None if context.modality_BT is None else context.modality_BT.reshape(-1)
+        modality_N = None if context.modality_BT is None else jnp.asarray(context.modality_BT).reshape(-1)
         logits_NC = checkpoint_name(Router(config, name="router")(x_ND, modality_N), ROUTER_LOGITS)
         self._probe("logits_BTC", logits_NC.reshape(batch, -1, logits_NC.shape[1]))
         if self.has_rng("shuffle"):

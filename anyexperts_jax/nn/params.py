@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+from flax import serialization
 from flax.core import meta
+from jax.sharding import PartitionSpec
 
 from anyexperts_jax.core.axes import LOGICAL_AXES
 from anyexperts_jax.core.errors import require, require_one_of
@@ -35,12 +37,18 @@ class NamedAxes(meta.AxisMetadata[Any]):
         return NamedAxes(val, self.names, self.init)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "NamedAxes":
-        names = (*self.names[:index], params[nn.PARTITION_NAME], *self.names[index:])
+        """For `nn.scan` and `nn.vmap`: the new axis is "layers" unless their `metadata_params` name another."""
+        names = (*self.names[:index], params.get(nn.PARTITION_NAME, "layers"), *self.names[index:])
         return NamedAxes(self.value, names, self.init)
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "NamedAxes":
         del params
         return NamedAxes(self.value, (*self.names[:index], *self.names[index + 1 :]), self.init)
+
+    def get_partition_spec(self) -> PartitionSpec:
+        """The logical axes, for `nn.get_partition_spec`. `nn.logical_to_mesh` makes mesh axes of them, by rules such as
+        `dataclasses.asdict(ShardingRules()).items()`."""
+        return PartitionSpec(*self.names)
 
     def to_nnx_metadata(self) -> dict[str, Any]:
         """What `flax.nnx.bridge.ToNNX` keeps on the variable."""
@@ -50,6 +58,19 @@ class NamedAxes(meta.AxisMetadata[Any]):
     def from_nnx_metadata(cls, metadata: dict[str, Any]) -> "NamedAxes":
         """The box back from the variable's metadata, whose other entries are NNX's own."""
         return cls(metadata["value"], metadata["names"], metadata["init"])
+
+
+def _to_state(box: NamedAxes) -> dict[str, Any]:
+    return {"value": serialization.to_state_dict(box.value)}
+
+
+def _from_state(box: NamedAxes, state: Any) -> NamedAxes:
+    """The value from what `_to_state` made or from an array that was unboxed; names and initialiser are the box's."""
+    value = state["value"] if isinstance(state, dict) else state
+    return box.replace_boxed(serialization.from_state_dict(box.value, value))
+
+
+serialization.register_serialization_state(NamedAxes, _to_state, _from_state, override=True)
 
 
 def named(init: Initializer, names: Sequence[str]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.arrays import require_ids
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.initializers import Constant
@@ -18,7 +19,7 @@ class Router(nn.Module):
     learned and stands V times.
 
     Raises:
-      UserError: when the router tells modalities apart and no modality ids are given.
+      UserError: when the router tells modalities apart and no modality ids are given, or one that is out of range.
     """
 
     config: AnyExpertsConfig
@@ -31,6 +32,9 @@ class Router(nn.Module):
         if modality_N is None and router.needs_modality:
             require(self.is_initializing(), f"router={config.router!r} needs each token's modality: modality_BT")
             modality_N = jnp.zeros(x_ND.shape[0], jnp.int32)
+        if modality_N is not None and router.needs_modality:
+            meaning = f"router={config.router!r} tells {config.router_modalities} modalities apart"
+            require_ids("modality_BT", modality_N, config.router_modalities, meaning)
         declared = router.params(config, x_ND.shape[-1], config.num_experts + learned)
         params = {
             name: self.param(name, named(one.init, one.axes), one.shape, jnp.float32) for name, one in declared.items()

@@ -5,15 +5,20 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.arrays import FLOATS
+from anyexperts_jax.core.errors import comma_list, require, require_one_of
 
+KERNELS_HAVE_GRAD_ALONE = (
+    "the Pallas implementations have first derivatives in reverse mode alone, by jax.grad; for jvp, jacfwd, hessian or "
+    "gradients of gradients use implementation='xla' or implementation='reference'"
+)
 RESIDUALS = ("saved", "recomputed")
 
 
 def check_expert_weights(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> None:
     """Raises `UserError` unless the weights are [E, D, F], [E, D, F], [E, F, D] of x's width D and dtype."""
     weights = {"w_gate_EDF": w_gate, "w_up_EDF": w_up, "w_down_EFD": w_down}
-    require(jnp.issubdtype(x.dtype, jnp.floating), f"x is {x.dtype}; it must be floating")
+    require(x.dtype.name in FLOATS, f"x is {x.dtype}; it must be one of {comma_list(FLOATS)}: cast it")
     for name, weight in weights.items():
         require(weight.dtype == x.dtype, f"{name} is {weight.dtype} and x is {x.dtype}; cast one of them")
     require(w_gate.ndim == 3, f"w_gate_EDF has shape {w_gate.shape}; it must be [E, D, F]")

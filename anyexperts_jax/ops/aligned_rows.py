@@ -23,7 +23,7 @@ def num_aligned_rows(num_slots: int, num_experts: int, block: int) -> int:
 def aligned_starts(counts_E: Int[Array, "E"], block: int) -> Int[Array, "E"]:
     """First row of each expert, experts packed as tightly as blocks allow."""
     sizes_E = -(-counts_E // block) * block
-    return jnp.cumsum(sizes_E) - sizes_E
+    return jnp.cumsum(sizes_E, dtype=jnp.int32) - sizes_E
 
 
 def align_rows(order: SlotOrder, block: int) -> tuple[RowMap, Int[Array, "E"]]:
@@ -55,7 +55,7 @@ def experts_of_blocks(
     starts_E: Int[Array, "E"], counts_E: Int[Array, "E"], num_blocks: int, block: int
 ) -> Int[Array, "num_blocks"]:
     """The expert that each block of `block` rows belongs to; any expert where it holds no live row."""
-    first_row_B1 = jnp.arange(num_blocks)[:, None] * block
+    first_row_B1 = jnp.arange(num_blocks, dtype=jnp.int32)[:, None] * block
     own_BE = (first_row_B1 >= starts_E) & (first_row_B1 < starts_E + counts_E)
     return jnp.argmax(own_BE, axis=1)
 
@@ -64,6 +64,6 @@ def rows_of_blocks(
     starts_E: Int[Array, "E"], counts_E: Int[Array, "E"], num_blocks: int, block: int
 ) -> Int[Array, "num_blocks"]:
     """How many rows of each block are live; they are its first ones."""
-    first_row_B1 = jnp.arange(num_blocks)[:, None] * block
+    first_row_B1 = jnp.arange(num_blocks, dtype=jnp.int32)[:, None] * block
     rest_BE = jnp.where(first_row_B1 >= starts_E, starts_E + counts_E - first_row_B1, 0)
     return jnp.clip(rest_BE, 0, block).max(axis=1)

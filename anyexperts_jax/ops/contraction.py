@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from anyexperts_jax.core.derivatives import Differentiable
+
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
@@ -18,7 +20,7 @@ class Contraction:
     precision: jax.lax.Precision | None = None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(Differentiable, num_static=1)
 def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], how: Contraction) -> Float[Array, "..."]:
     """x times kernel over x's last and the kernel's first `num_in` axes.
 
@@ -29,7 +31,7 @@ def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], how: Contracti
 
 
 def _contract_forward(x: Array, kernel: Array, how: Contraction) -> tuple[Array, tuple[Array, Array]]:
-    # The dot itself, not `contract`: remat's "dots" policy sees no dots inside a custom_vjp call.
+    # The dot itself, not `contract`: remat's "dots" policy sees no dots inside a `Differentiable` call.
     return _forward_dot(x, kernel, how), (x, kernel)
 
 
@@ -40,9 +42,6 @@ def _contract_backward(how: Contraction, residuals: tuple[Array, Array], d_y: Ar
     d_x = _dot(d_y, kernel, (_last(d_y, num_out), _last(kernel, num_out)), how, "float32")
     d_kernel = _dot(x, d_y, (rows, rows), how, "float32")
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
-
-
-contract.defvjp(_contract_forward, _contract_backward)
 
 
 def _forward_dot(x: Array, kernel: Array, how: Contraction) -> Array:
@@ -63,3 +62,6 @@ def _dot(
         precision=how.precision,
         preferred_element_type=jnp.dtype(out_dtype),
     )
+
+
+contract.defvjp(_contract_forward, _contract_backward, definition=_forward_dot)

@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float
+
+from anyexperts_jax.core.arrays import as_floats
+from anyexperts_jax.core.errors import require, shown
 
 
 class ExpertWeights(NamedTuple):
@@ -13,6 +16,18 @@ class ExpertWeights(NamedTuple):
     gate_EDF: Float[Array, "E D F"]
     up_EDF: Float[Array, "E D F"]
     down_EFD: Float[Array, "E F D"]
+
+
+def as_expert_weights(weights: Any) -> ExpertWeights:
+    """(gate, up, down) as JAX arrays.
+
+    Raises:
+      UserError: not three, or one that is no array of a dtype experts compute in.
+    """
+    names = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
+    three = isinstance(weights, (tuple, list)) and len(weights) == len(names)
+    require(three, f"the experts' weights are {shown(weights)}; they must be ExpertWeights(gate_EDF, up_EDF, down_EFD)")
+    return ExpertWeights(*map(as_floats, names, weights))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,12 @@ transpose is again a gather. A token's K slots are summed by K fused multiply-ad
 exists. What a row without a slot holds is read by nobody's result.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from anyexperts_jax.core.derivatives import Differentiable
 from anyexperts_jax.ops._dots import wide_dtype
 
 
@@ -24,7 +24,7 @@ class RowMap(NamedTuple):
     held_NK: Bool[Array, "N K"]  # False: an empty slot, or one that found no room
 
 
-@jax.custom_vjp
+@Differentiable
 def take_rows(x_ND: Float[Array, "N D"], row_map: RowMap) -> Float[Array, "R D"]:
     """Each row's token; zero in rows without one."""
     return jnp.where(row_map.live_R[:, None], x_ND[row_map.tokens_R], 0)
@@ -34,10 +34,14 @@ def _take_rows_backward(row_map: RowMap, d_x_RD: Float[Array, "R D"]) -> tuple[A
     return sum_rows(d_x_RD, row_map.held_NK, row_map).astype(d_x_RD.dtype), None
 
 
-take_rows.defvjp(lambda x_ND, row_map: (take_rows(x_ND, row_map), row_map), _take_rows_backward)
+def _take_rows_forward(x_ND: Float[Array, "N D"], row_map: RowMap) -> tuple[Array, RowMap]:
+    return take_rows.run(x_ND, row_map), row_map
 
 
-@jax.custom_vjp
+take_rows.defvjp(_take_rows_forward, _take_rows_backward, definition=take_rows.run)
+
+
+@Differentiable
 def combine_rows(y_RD: Float[Array, "R D"], weights_NK: Float[Array, "N K"], row_map: RowMap) -> Float[Array, "N D"]:
     """The sum over each token's held slots of weight * row, accumulated and returned in float32 at least."""
     return sum_rows(y_RD, weights_NK, row_map)
@@ -54,7 +58,11 @@ def _combine_rows_backward(
     return d_y_RD, d_weights_NK, None
 
 
-combine_rows.defvjp(lambda *operands: (combine_rows(*operands), operands), _combine_rows_backward)
+def _combine_rows_forward(*operands: Any) -> tuple[Array, tuple[Any, ...]]:
+    return sum_rows(*operands), operands
+
+
+combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward, definition=combine_rows.run)
 
 
 def sum_rows(y_RD: Float[Array, "R D"], weights_NK: Shaped[Array, "N K"], row_map: RowMap) -> Float[Array, "N D"]:

@@ -5,9 +5,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from numbers import Real
+from typing import Any
 
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import UserError, require, shown
 
 _STEPS_PER_SLOT = 256  # resolution of a calibrated window: 0.004 slots
 
@@ -21,7 +23,7 @@ def shift_budget(config: AnyExpertsConfig, target_real: float) -> AnyExpertsConf
     Raises:
       UserError: no window of this width has that nominal budget; says which budgets have one.
     """
-    _check_target(target_real)
+    target_real = _checked_target(target_real)
     shift = _shift_to(config, target_real)
     step = _step(config)
     if step == 1 and shift.denominator != 1:
@@ -47,7 +49,7 @@ def nearest_budget(config: AnyExpertsConfig, target_real: float) -> float:
     Raises:
       UserError: when `target_real` is not a number > 0.
     """
-    _check_target(target_real)
+    target_real = _checked_target(target_real)
     step, share, middle = _step(config), _real_share(config), _middle(config)
     shift = _shift_to(config, target_real)
     if step == 1:
@@ -85,7 +87,7 @@ def calibrate_budget(
     Raises:
       UserError: no window realises it within tolerance; says what the nearest ones, or the outermost ones, realise.
     """
-    _check_target(target_real)
+    target_real = _checked_target(target_real)
     require(tolerance > 0, f"tolerance={tolerance} must be > 0")
     search = _Search.start(config, target_real)
     while search.low <= search.high:
@@ -169,11 +171,11 @@ def _window(config: AnyExpertsConfig) -> str:
     return f"[{config.k_min:g}, {config.k_max:g}]"
 
 
-def _check_target(target_real: float) -> None:
-    require(
-        math.isfinite(target_real) and target_real > 0,
-        f"target_real={target_real} must be a number of real experts per token, > 0",
-    )
+def _checked_target(target_real: Any) -> float:
+    number = isinstance(target_real, Real) and not isinstance(target_real, bool)
+    valid = number and math.isfinite(target_real) and target_real > 0
+    require(valid, f"target_real={shown(target_real)} must be a number of real experts per token, > 0")
+    return float(target_real)
 
 
 def _exact(x: float) -> Fraction:

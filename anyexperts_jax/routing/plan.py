@@ -37,3 +37,6 @@ class RoutingPlan:
     losses: dict[str, Float[Array, ""]]  # "balance", "importance", "z": unweighted float32 scalars
     metrics: dict[str, Array]  # "load_C", "router_entropy", "mean_slots", "mean_real_slots", "virtual_share", ...
     spec: PlanSpec = dataclasses.field(metadata={"static": True})
+
+
+DISPATCHED = ("expert_ids_NK", "weights_NK", "virtual_weight_N")  # what dispatch reads of a plan

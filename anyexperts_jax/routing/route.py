@@ -1,7 +1,9 @@
 """`route`: router and importance logits in, `RoutingPlan` out. Pure, and token by token but for losses and metrics."""
 
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
@@ -9,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 from anyexperts_jax.core.arrays import as_array
 from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import require, shown
 from anyexperts_jax.core.registries import REGULARISERS
 from anyexperts_jax.core.remat import ROUTING
 from anyexperts_jax.routing.importance import importance
@@ -57,6 +59,7 @@ def route(
       UserError: shapes that do not fit the config or each other; bias_C, key or batch_shards missing; bias_C given but
         off; a window that is reversed, not finite or out of reach.
     """
+    require(isinstance(config, AnyExpertsConfig), f"config={shown(config)} must be an AnyExpertsConfig")
     given = _Given(
         as_array("logits_NC", logits_NC),
         as_array("importance_logits_N", importance_logits_N),
@@ -64,6 +67,7 @@ def route(
         None if bias_C is None else as_array("bias_C", bias_C),
     )
     _check_inputs(config, given, num_sequences)
+    _check_key(key)
     in_force = None if window is None else check_window(config, window)
     N = given.logits_NC.shape[0]
     valid_N = jnp.ones(N, bool) if given.valid_N is None else given.valid_N
@@ -105,6 +109,15 @@ def route(
     )
 
 
+def _check_key(key: object) -> None:
+    """Raises `UserError` unless `key` is None or a random key, of the new kind or of the old."""
+    if key is None:
+        return
+    new = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    old = isinstance(key, jax.Array) and key.dtype == jnp.uint32 and key.ndim == 1
+    require(new or old, f"key={shown(key)} is no random key; pass jax.random.key(0)")
+
+
 class _Given(NamedTuple):
     """The caller's arrays, as JAX arrays."""
 
@@ -114,7 +127,7 @@ class _Given(NamedTuple):
     bias_C: Array | None
 
 
-def _check_inputs(config: AnyExpertsConfig, given: _Given, num_sequences: int) -> None:
+def _check_inputs(config: AnyExpertsConfig, given: _Given, num_sequences: Any) -> None:
     C, (logits_NC, importance_logits_N, valid_N, bias_C) = config.num_columns, given
     require(
         logits_NC.ndim == 2 and logits_NC.shape[1] == C,
@@ -136,6 +149,7 @@ def _check_inputs(config: AnyExpertsConfig, given: _Given, num_sequences: int) -
         require(bias_C is None, "bias_C is given but expert_bias=False; set expert_bias=True or leave bias_C out")
     if bias_C is not None:
         require(bias_C.shape == (C,), f"bias_C has shape {bias_C.shape}; need ({C},)")
+    require(isinstance(num_sequences, Integral), f"num_sequences={shown(num_sequences)} must be a whole number")
     require(
         num_sequences >= 1 and N % num_sequences == 0,
         f"num_sequences={num_sequences} must divide the number of tokens, {N}",

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from anyexperts_jax.core.derivatives import Differentiable
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.switches import SalienceScope
 from anyexperts_jax.routing.losses import masked_mean
@@ -52,7 +53,7 @@ def token_groups(scope: SalienceScope, num_sequences: int, batch_shards: int | N
     return math.gcd(num_sequences, batch_shards)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(Differentiable, num_static=1)
 def rank_by_salience(
     weights_NK: Float[Array, "N K"],
     importance_N: Float[Array, "N"],
@@ -72,7 +73,7 @@ def rank_by_salience(
 def _forward(
     weights_NK: Array, importance_N: Array, valid_N: Array, groups: int
 ) -> tuple[tuple[Array, Array], tuple[Array, Array, Array]]:
-    return rank_by_salience(weights_NK, importance_N, valid_N, groups), (weights_NK, importance_N, valid_N)
+    return rank_by_salience.run(weights_NK, importance_N, valid_N, groups), (weights_NK, importance_N, valid_N)
 
 
 def _backward(groups: int, saved: tuple[Array, Array, Array], grads: tuple[Array, Array]) -> tuple[Array, Array, None]:
@@ -84,7 +85,14 @@ def _backward(groups: int, saved: tuple[Array, Array, Array], grads: tuple[Array
     return weights_grad_NK, jnp.where(valid_N, 2 * loss_grad * (importance_N - rank_N) / tokens, 0), None
 
 
-rank_by_salience.defvjp(_forward, _backward)
+rank_by_salience.defvjp(
+    _forward,
+    _backward,
+    definition=rank_by_salience.run,
+    refusal="importance_regulariser='salience' knows a token's rank in the backward pass alone: use jax.grad, or "
+    "another regulariser for jvp and jacfwd",
+    plain_backward=True,
+)
 
 
 def midranks(values_GM: Float[Array, "*G M"], valid_GM: Bool[Array, "*G M"]) -> Float[Array, "*G M"]:

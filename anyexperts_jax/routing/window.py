@@ -1,6 +1,7 @@
 """The slot window (k_min, k_max) that replaces the configuration's: one checkpoint at any budget."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from anyexperts_jax.core.errors import UserError, require
 Window = Float[ArrayLike, "2"] | Sequence[float]
 
 
-def check_window(config: AnyExpertsConfig, window: Window) -> tuple[float, float] | None:
+def check_window(config: AnyExpertsConfig, window: Any) -> tuple[float, float] | None:
     """(k_min, k_max) of a concrete window; None for one that is traced, whose values nobody knows yet.
 
     A traced window is clipped to [1, slots_bound] where it is used. Whoever makes the array it is traced from checks it

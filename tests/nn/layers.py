@@ -2,10 +2,12 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
+from typecheck import unchecked
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
@@ -38,6 +40,11 @@ def initial_params(module, *args, seed=0, **kwargs):
     """The module's own initial parameters."""
     init = jax.jit(lambda key: module.init(key, *args, **kwargs)["params"], compiler_options=FAST_COMPILE)
     return jax.tree.map(lambda box: box.value, init(jax.random.key(seed)), is_leaf=lambda n: hasattr(n, "names"))
+
+
+def without_type_check(cls):
+    """A Flax module that sees wrong types and shapes: without the tests' run-time check of its call."""
+    return type(cls.__name__, (cls,), {"__call__": nn.compact(unchecked(cls.__call__))})
 
 
 def equations(jaxpr):

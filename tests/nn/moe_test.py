@@ -2,11 +2,12 @@ import dataclasses
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from flax.nnx import bridge
 
 from anyexperts_jax.core.config import AnyExpertsConfig
@@ -234,3 +235,71 @@ def test_a_devices_own_tokens_are_those_of_the_placement():
     close(gradient("device"), gradient("batch"))
     apart = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), gradient("sequence"), gradient("batch"))
     assert max(jax.tree.leaves(apart)) > 1e-3
+
+
+def test_numpy_arrays_are_taken():
+    moe, held = layer(), np.repeat(np.asarray(X_BTD, np.float64), 2, axis=1)[:, ::2]
+    params = random_params(moe)
+    valid = np.ones((B, T), bool)
+    y_BTD, _ = moe.apply({"params": params}, held, valid_BT=valid)
+    np.testing.assert_allclose(y_BTD, apply(moe, params, X_BTD)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "given", "message"),
+    [
+        (
+            {},
+            {"modality_BT": jnp.zeros((B, T + 1), int)},
+            r"modality_BT has shape \(2, 6\); it must be \(2, 5\), ",
+        ),
+        (
+            {},
+            {"modality_BT": jnp.full((B, T), 4)},
+            "modality_BT holds 4; router='per_modality' tells 4 modalities apart",
+        ),
+        ({}, {"modality_BT": jnp.full((B, T), -1)}, "modality_BT holds -1; router='per_modality' tells 4 "),
+        ({}, {"modality_BT": jnp.zeros((B, T))}, "modality_BT is float32; it must hold integers"),
+        ({}, {"valid": jnp.ones((B, T), bool)}, "argument='valid' is unknown; valid: valid_BT, modality_BT, window"),
+        ({}, {"context": 3}, "context is a int; it must be a MoEContext"),
+        ({"dtype": "float8"}, {}, "dtype='float8' is unknown; valid: float32, bfloat16"),
+    ],
+)
+def test_what_makes_no_sense_ends_in_one_line(fields, given, message):
+    moe = layers.without_type_check(MoE)(dataclasses.replace(CONFIG, router="per_modality"), F, **fields)
+    params = layers.random_params(layer({"router": "per_modality"}), X_BTD, modality_BT=jnp.zeros((B, T), int))
+    with pytest.raises(UserError, match=f"^{message}"):
+        moe.apply({"params": params}, X_BTD, **{"modality_BT": jnp.zeros((B, T), int), **given})
+
+
+def test_the_input_is_an_array_of_three_axes():
+    for x, message in ((X_BTD[0], "x_BTD has shape"), (X_BTD.astype(int), "x_BTD is int32; it must be one of float16")):
+        with pytest.raises(UserError, match=f"^{message}"):
+            layers.without_type_check(MoE)(CONFIG, F).init(jax.random.key(0), x)
+
+
+def test_users_stack_layers_by_a_scan_of_their_own():
+    scanned = nn.scan(MoE, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+    stack = scanned(CONFIG, F, execution=Execution("dense"))
+    boxed = jax.jit(stack.init)(jax.random.key(0), X_BTD)
+    y_BTD, traces = stack.apply(boxed, X_BTD)
+    assert y_BTD.shape == X_BTD.shape
+    assert traces.slots_BT.shape == (2, B, T)
+    gate = boxed["params"]["experts"]["w_gate_EDF"]
+    assert gate.names == ("layers", "expert", "embed", "expert_mlp")
+    assert serialization.to_bytes(boxed)
+    for i in range(2):  # each layer has weights of its own, and the stack is the layers one after the other
+        own = jax.tree.map(lambda a, i=i: a[i], nn.unbox(boxed["params"]))
+        expected = layer().apply({"params": own}, X_BTD if not i else expected)[0]
+    np.testing.assert_allclose(y_BTD, expected, atol=1e-5)
+
+
+def test_hessian_of_the_layer_is_that_of_the_dense_reference():
+    moe, oracle = layer(execution=Execution("blocks", "xla")), layer(execution=Execution("dense", "reference"))
+    params = random_params(moe)
+
+    def curvature(moe):
+        loss = lambda t: jnp.sin(moe.apply({"params": params}, X_BTD * (1 + t))[0]).sum()  # noqa: E731
+        return jax.jit(jax.hessian(loss))(0.0)
+
+    np.testing.assert_allclose(curvature(moe), curvature(oracle), rtol=1e-3)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from typecheck import unchecked
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
@@ -238,12 +239,12 @@ class TestTransformations:
 )
 def test_bad_input_is_refused_by_name(columns, arguments, message):
     with pytest.raises(UserError, match=message):
-        _unchecked(route)(CONFIG, LOGITS[:, :columns], Z, **arguments)
+        unchecked(route)(CONFIG, LOGITS[:, :columns], Z, **arguments)
 
 
 def test_mismatched_arrays_are_refused_by_name():
     with_bias = dataclasses.replace(CONFIG, expert_bias=True)
-    check = _unchecked(route)
+    check = unchecked(route)
     with pytest.raises(UserError, match=r"importance_logits_N has shape \(11,\); need \(12,\)"):
         check(CONFIG, LOGITS, Z[:11])
     with pytest.raises(UserError, match="expert_bias=True needs bias_C"):
@@ -267,7 +268,7 @@ def test_mismatched_arrays_are_refused_by_name():
 )
 def test_a_window_that_makes_no_sense_is_refused(window, message):
     with pytest.raises(UserError, match=message):
-        _unchecked(route)(CONFIG, LOGITS, Z, window=window)
+        unchecked(route)(CONFIG, LOGITS, Z, window=window)
 
 
 def test_windows_and_arrays_as_callers_hold_them_give_one_plan():
@@ -276,14 +277,14 @@ def test_windows_and_arrays_as_callers_hold_them_give_one_plan():
     twice = np.repeat(np.asarray(LOGITS, np.float64), 2, axis=0)[::2]
     assert not twice.flags["C_CONTIGUOUS"]
     for logits, z, window in ((twice, np.asarray(Z, np.float64), (2, 3)), (LOGITS.tolist(), Z.tolist(), [2, 3])):
-        plan = _unchecked(route)(CONFIG, logits, z, window=window)
+        plan = unchecked(route)(CONFIG, logits, z, window=window)
         np.testing.assert_array_equal(plan.expert_ids_NK, expected.expert_ids_NK)
         np.testing.assert_allclose(plan.weights_NK, expected.weights_NK, rtol=1e-6)
     assert plan.spec.expected_real_slots == (1 - CONFIG.rho_max) * 2.5, "buffers follow the window in force"
 
 
-def _unchecked(function):
-    """The function without the tests' run-time type check, which refuses wrong shapes before it can."""
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function
+@pytest.mark.parametrize("key", [0, np.uint32([0, 1]), jnp.zeros(3), "seed"])
+def test_what_is_no_random_key_is_refused(key):
+    config = dataclasses.replace(CONFIG, slot_rounding="stochastic")
+    with pytest.raises(UserError, match=r"^key=.* is no random key; pass jax\.random\.key\(0\)"):
+        unchecked(route)(config, LOGITS, Z, key=key)

@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-import jax
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from anyexperts_jax.core.derivatives import Differentiable
 from anyexperts_jax.ops.attention import by_example
 
 
@@ -18,7 +18,7 @@ class _Residuals(NamedTuple):
     softmax: by_example.Softmax
 
 
-@jax.custom_vjp
+@Differentiable
 def attention_by_example(
     queries_BTHA: Float[Array, "B T H A"],
     keys_BSGA: Float[Array, "B S G A"],
@@ -62,7 +62,7 @@ def _backward(residuals: _Residuals, d_mean_BTHA: Array) -> tuple[Array | None, 
     return *lax.map(run, (residuals, d_mean_BTHA)), None
 
 
-attention_by_example.defvjp(_forward, _backward)
+attention_by_example.defvjp(_forward, _backward, definition=attention_by_example.run)
 
 
 def _grouped(a_THA: Float[Array, "T H A"], kv_heads: int) -> Float[Array, "G J T A"]:

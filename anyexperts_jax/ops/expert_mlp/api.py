@@ -2,18 +2,21 @@
 
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.arrays import as_array, as_floats, vary_alike
+from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.registries import IMPLEMENTATIONS
 from anyexperts_jax.ops._checks import check_counts, check_expert_weights, check_residuals
 from anyexperts_jax.ops._select import default_implementation
+from anyexperts_jax.ops.experts import as_expert_weights
 
 
 def expert_mlp(
-    x_ECD: Float[Array, "E C D"],
-    counts_E: Int[Array, "E"],
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
+    x_ECD: Float[ArrayLike, "E C D"],
+    counts_E: Int[ArrayLike, "E"],
+    w_gate_EDF: Float[ArrayLike, "E D F"],
+    w_up_EDF: Float[ArrayLike, "E D F"],
+    w_down_EFD: Float[ArrayLike, "E F D"],
     implementation: str | None = None,
     *,
     residuals: str = "saved",
@@ -21,7 +24,7 @@ def expert_mlp(
     """(silu(x w_gate) * (x w_up)) w_down for the first `counts_E[e]` rows of expert e.
 
     Rows at or past an expert's count come out zero and get zero gradient, whatever they hold. Sums are accumulated
-    in float32; the result has x's dtype.
+    in float32; the result has x's dtype. Arrays may be JAX's or NumPy's.
 
     Args:
       implementation: "pallas_tpu", "pallas_gpu" (Hopper, bfloat16), "pallas_triton" (NVIDIA GPUs; bfloat16, and
@@ -34,13 +37,16 @@ def expert_mlp(
     Raises:
       UserError: shapes or dtypes that do not fit, an unknown implementation, or one that cannot run here.
     """
+    x_ECD, counts_E = as_floats("x_ECD", x_ECD), as_array("counts_E", counts_E)
+    experts = as_expert_weights((w_gate_EDF, w_up_EDF, w_down_EFD))
     require(x_ECD.ndim == 3, f"x_ECD has shape {x_ECD.shape}; it must be [E, C, D]")
-    check_expert_weights(x_ECD, w_gate_EDF, w_up_EDF, w_down_EFD)
+    check_expert_weights(x_ECD, *experts)
     require(
-        x_ECD.shape[0] == w_gate_EDF.shape[0],
-        f"x_ECD holds {x_ECD.shape[0]} experts, the weights {w_gate_EDF.shape[0]}",
+        x_ECD.shape[0] == experts.gate_EDF.shape[0],
+        f"x_ECD holds {x_ECD.shape[0]} experts, the weights {experts.gate_EDF.shape[0]}",
     )
     check_counts("counts_E", counts_E, x_ECD.shape[0])
     check_residuals(residuals)
-    ops = IMPLEMENTATIONS[implementation or default_implementation(x_ECD.dtype)]
-    return ops.expert_mlp(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, residuals=residuals)
+    ops = IMPLEMENTATIONS[default_implementation(x_ECD.dtype) if implementation is None else implementation]
+    operands = vary_alike([x_ECD, counts_E, *experts])
+    return ops.expert_mlp(*operands, residuals=residuals)

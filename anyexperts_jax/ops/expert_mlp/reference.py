@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from anyexperts_jax.core.arrays import zeros_varying_as
 from anyexperts_jax.ops._dots import dot, wide_dtype
 from anyexperts_jax.ops._swiglu import swiglu
 
@@ -47,6 +48,6 @@ def aligned_mlp(
         hidden_RF = swiglu(dot("RD,DF->RF", own_RD, w_gate_DF), dot("RD,DF->RF", own_RD, w_up_DF), x_RD.dtype)
         return jnp.where(own_R1, dot("RF,FD->RD", hidden_RF, w_down_FD), y_RD), None
 
-    zeros_RD = jnp.zeros(x_RD.shape, wide_dtype(x_RD.dtype))
+    zeros_RD = zeros_varying_as(x_RD, x_RD.shape, wide_dtype(x_RD.dtype))
     y_RD, _ = jax.lax.scan(add_expert, zeros_RD, (starts_E, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD))
     return y_RD.astype(x_RD.dtype)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.derivatives import Differentiable
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.ops._checks import check_dtype
+from anyexperts_jax.ops._checks import KERNELS_HAVE_GRAD_ALONE, check_dtype
 from anyexperts_jax.ops._gpu import gpu_kind, require_hopper, require_nvidia
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
@@ -118,8 +119,8 @@ def differentiable(kernels: Kernels) -> Any:
         x_ECD, d_y_ECD = kernels.clean(x_ECD, rows), kernels.clean(d_y_ECD, rows)
         return d_x_ECD, None, *weights_backward(kernels, x_ECD, rows, d_hidden, d_y_ECD, options)
 
-    call = jax.custom_vjp(run, nondiff_argnums=(5,))
-    call.defvjp(run_forward, run_backward)
+    call = Differentiable(run, num_static=1)
+    call.defvjp(run_forward, run_backward, refusal=KERNELS_HAVE_GRAD_ALONE)
     return call
 
 

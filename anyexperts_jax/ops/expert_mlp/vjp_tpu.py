@@ -4,13 +4,13 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.derivatives import Differentiable
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.hardware import tpu_limits
-from anyexperts_jax.ops._checks import check_dtype, check_residuals
+from anyexperts_jax.ops._checks import KERNELS_HAVE_GRAD_ALONE, check_dtype, check_residuals
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops._select import device_kind, platform
 from anyexperts_jax.ops.expert_mlp import pallas_tpu
@@ -66,7 +66,7 @@ def require_kernels(dtype: jnp.dtype, options: TpuOptions) -> None:
     check_dtype("pallas_tpu", dtype, DTYPES, instead="xla")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(Differentiable, num_static=1)
 def _expert_mlp(
     x_ECD: Array, counts_E: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array, options: TpuOptions
 ) -> Array:
@@ -93,7 +93,7 @@ def _backward(options: TpuOptions, residuals: tuple, d_y_ECD: Array) -> tuple[Ar
     return gradients[0], None, *gradients[1:]
 
 
-_expert_mlp.defvjp(_forward, _backward)
+_expert_mlp.defvjp(_forward, _backward, refusal=KERNELS_HAVE_GRAD_ALONE)
 
 
 def _run(

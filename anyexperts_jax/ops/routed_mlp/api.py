@@ -43,5 +43,5 @@ def routed_mlp(
         f"weights_NK has shape {weights_NK.shape}, the order is of {order.places_NK.shape} slots",
     )
     check_residuals(residuals)
-    ops = IMPLEMENTATIONS[implementation or default_implementation(x_ND.dtype)]
+    ops = IMPLEMENTATIONS[default_implementation(x_ND.dtype) if implementation is None else implementation]
     return ops.routed_mlp(x_ND, weights_NK, order, experts, residuals=residuals)

@@ -12,10 +12,11 @@ over the buffer longer than the gather.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.derivatives import Differentiable
+from anyexperts_jax.ops._checks import KERNELS_HAVE_GRAD_ALONE
 from anyexperts_jax.ops._dots import wide_dtype
 from anyexperts_jax.ops.aligned_rows import align_rows
 from anyexperts_jax.ops.experts import ExpertWeights
@@ -70,7 +71,7 @@ def routed_mlp(
         y_RD, kept = kernels.forward(kernels.take(x_ND, row_map.tokens_R), starts_E, order.counts_E, experts, keep=keep)
         return kernels.combine(y_RD, weights_NK, row_map), kept
 
-    @jax.custom_vjp
+    @Differentiable
     def run(x_ND: Array, weights_NK: Array, order: SlotOrder, experts: Experts) -> Array:
         return forward(x_ND, weights_NK, order, experts, keep=False)[0]
 
@@ -81,7 +82,7 @@ def routed_mlp(
     def run_backward(residuals: tuple, d_y_ND: Array) -> tuple[Any, ...]:
         return backward(kernels, block, residuals, d_y_ND)
 
-    run.defvjp(run_forward, run_backward)
+    run.defvjp(run_forward, run_backward, refusal=KERNELS_HAVE_GRAD_ALONE)
     return run(x_ND, weights_NK, order, experts)
 
 

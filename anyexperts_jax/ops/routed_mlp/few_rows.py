@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.arrays import zeros_varying_as
 from anyexperts_jax.ops._dots import from_bits, to_bits, wide_dtype
 from anyexperts_jax.ops._swiglu import swiglu
 from anyexperts_jax.ops.experts import ExpertWeights
@@ -29,7 +30,7 @@ def few_rows(
     w_gate_EDF, w_up_EDF, w_down_EFD = experts
     ends_E = order.starts_E + order.counts_E
     last_live = jnp.argmax(jnp.where(order.counts_E > 0, ends_E, 0))
-    expert_R = jnp.searchsorted(ends_E, jnp.arange(order.slots_R.size), side="right")
+    expert_R = jnp.searchsorted(ends_E, jnp.arange(order.slots_R.size, dtype=jnp.int32), side="right")
     expert_R = jnp.minimum(expert_R, last_live)  # places past the real slots read what was read anyway
     x_RD = x_ND[order.slots_R // weights_NK.shape[1]]
     gate_RF, up_RF = _own_expert(x_RD, expert_R, w_gate_EDF, w_up_EDF)
@@ -55,5 +56,5 @@ def _own_expert(
             )
         return totals
 
-    zeros = tuple(jnp.zeros((x_RI.shape[0], w.shape[2]), wide) for w in weights_EIJ)
+    zeros = tuple(zeros_varying_as(x_RI, (x_RI.shape[0], w.shape[2]), wide) for w in weights_EIJ)
     return lax.fori_loop(0, x_RI.shape[1] // step, add_step, zeros)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
+from anyexperts_jax.core.arrays import zeros_varying_as
 from anyexperts_jax.ops._dots import dot, from_bits, row_contraction, to_bits, wide_dtype
 from anyexperts_jax.ops._swiglu import swiglu, swiglu_vjp
 from anyexperts_jax.ops.experts import ExpertWeights
@@ -85,9 +86,10 @@ def forward(
         return lax.fori_loop(1, -(-count // block), run_block, buffers)
 
     widths = (x_ND.shape[1], *([experts.gate_EDF.shape[2]] * 2 if keep else []))
-    empty = tuple(jnp.zeros((tokens_R.size, width), to_bits(jnp.zeros((), dtype)).dtype) for width in widths)
-    live_E = jnp.argsort(order.counts_E == 0, stable=True)
-    y_RD, *kept = lax.fori_loop(0, (order.counts_E > 0).sum(), run_expert, empty)
+    bits = to_bits(jnp.zeros((), dtype)).dtype
+    empty = tuple(zeros_varying_as(x_ND, (tokens_R.size, width), bits) for width in widths)
+    live_E = jnp.argsort(order.counts_E == 0, stable=True).astype(jnp.int32)
+    y_RD, *kept = lax.fori_loop(0, (order.counts_E > 0).sum(dtype=jnp.int32), run_expert, empty)
     return sum_slots(y_RD, order, dtype), Kept(*kept) if keep else None
 
 
@@ -107,7 +109,7 @@ def backward(
 
     def compute(size: int, start: Array, count: Array, e: Array) -> tuple[Array, ...]:
         w_gate_DF, w_up_DF, w_down_FD = _load(experts, e)
-        own_B1 = (jnp.arange(size) < count)[:, None]
+        own_B1 = (jnp.arange(size, dtype=jnp.int32) < count)[:, None]
 
         def own(rows: Array) -> Array:
             return jnp.where(own_B1, from_bits(rows, dtype), 0)
@@ -149,11 +151,11 @@ def backward(
             lax.dynamic_update_index_in_dim(total, a, e, 0) for total, a in zip(gradients[2:], own, strict=True)
         )
 
-    d_x_RD = jnp.zeros((tokens_R.size, x_ND.shape[1]), to_bits(jnp.zeros((), dtype)).dtype)
-    zeros = (jnp.zeros_like(to_bits(w)) for w in experts)
-    gradients = (d_x_RD, jnp.zeros((tokens_R.size, 1), wide), *zeros)
-    live_E = jnp.argsort(order.counts_E == 0, stable=True)
-    d_x_RD, d_weight_R1, *totals = lax.fori_loop(0, (order.counts_E > 0).sum(), run_expert, gradients)
+    d_x_RD = zeros_varying_as(x_ND, (tokens_R.size, x_ND.shape[1]), to_bits(jnp.zeros((), dtype)).dtype)
+    zeros = (zeros_varying_as(x_ND, w.shape, to_bits(w).dtype) for w in experts)
+    gradients = (d_x_RD, zeros_varying_as(x_ND, (tokens_R.size, 1), wide), *zeros)
+    live_E = jnp.argsort(order.counts_E == 0, stable=True).astype(jnp.int32)
+    d_x_RD, d_weight_R1, *totals = lax.fori_loop(0, (order.counts_E > 0).sum(dtype=jnp.int32), run_expert, gradients)
     d_gate, d_up, d_down = (from_bits(w, dtype) for w in totals)
     d_weights_NK = jnp.where(order.held_NK, d_weight_R1[order.places_NK, 0], 0).astype(weights_NK.dtype)
     return sum_slots(d_x_RD, order, dtype).astype(dtype), d_weights_NK, Experts(d_gate, d_up, d_down)
@@ -172,7 +174,7 @@ def _further_sizes(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 def _size_index(sizes: tuple[int, ...], count: Array) -> Array:
     """The smallest size that holds `count` rows, or else the largest."""
-    return jnp.searchsorted(jnp.asarray(sizes), jnp.minimum(count, sizes[-1]))
+    return jnp.searchsorted(jnp.asarray(sizes, jnp.int32), jnp.minimum(count, sizes[-1]))
 
 
 def _rows(a_NI: Shaped[Array, "N I"], tokens_B: Int[Array, "B"]) -> Shaped[Array, "B I"]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from anyexperts_jax.core.arrays import zeros_varying_as
 from anyexperts_jax.ops._dots import dot, wide_dtype
 from anyexperts_jax.ops._swiglu import swiglu
 from anyexperts_jax.ops.experts import ExpertWeights
@@ -20,7 +21,7 @@ def routed_mlp(
     tokens_R = order.slots_R // weights_NK.shape[1]
     weight_R1 = weights_NK.reshape(-1)[order.slots_R][:, None].astype(wide)
     x_RD = x_ND[tokens_R]
-    place_R = jnp.arange(tokens_R.size)
+    place_R = jnp.arange(tokens_R.size, dtype=jnp.int32)
 
     def add_expert(y_RD: Array, expert: tuple[Array, ...]) -> tuple[Array, None]:
         start, count, w_gate_DF, w_up_DF, w_down_FD = expert
@@ -30,5 +31,5 @@ def routed_mlp(
         return y_RD + jnp.where(own_R1, weight_R1 * dot("RF,FD->RD", hidden_RF, w_down_FD), 0), None
 
     each = (order.starts_E, order.counts_E, *experts)
-    y_RD, _ = jax.lax.scan(add_expert, jnp.zeros(x_RD.shape, wide), each)
+    y_RD, _ = jax.lax.scan(add_expert, zeros_varying_as(x_RD, x_RD.shape, wide), each)
     return jnp.zeros(x_ND.shape, wide).at[tokens_R].add(y_RD)

@@ -1,14 +1,14 @@
 """The XLA implementation with its own derivative."""
 
-import jax
 from jaxtyping import Array, Float
 
+from anyexperts_jax.core.derivatives import Differentiable
 from anyexperts_jax.ops.experts import ExpertWeights
-from anyexperts_jax.ops.routed_mlp import loop, xla
+from anyexperts_jax.ops.routed_mlp import loop, reference, xla
 from anyexperts_jax.ops.slot_order import SlotOrder
 
 
-@jax.custom_vjp
+@Differentiable
 def routed_mlp_xla(
     x_ND: Float[Array, "N D"],
     weights_NK: Float[Array, "N K"],
@@ -29,4 +29,4 @@ def _backward(residuals: tuple, d_y_ND: Array) -> tuple[Array, Array, None, Expe
     return d_x_ND, d_weights_NK, None, ExpertWeights(*d_experts)
 
 
-routed_mlp_xla.defvjp(_forward, _backward)
+routed_mlp_xla.defvjp(_forward, _backward, definition=reference.routed_mlp)
