@@ -10,6 +10,7 @@ from models.small import FAST_COMPILE
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.base import sort_slots
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.routed_mlp import routed_mlp, xla
 from anyexperts_jax.ops.routed_mlp.few_rows import few_rows
 from anyexperts_jax.ops.routed_mlp.loop import row_sizes
@@ -21,7 +22,7 @@ compiled = functools.partial(jax.jit, static_argnums=2, compiler_options=FAST_CO
 def total(plan, operands, implementation):
     x, *weights = operands
     order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
-    return routed_mlp(x, plan.weights_NK, order, *weights, implementation)
+    return routed_mlp(x, plan.weights_NK, order, ExpertWeights(*weights), implementation=implementation)
 
 
 run = compiled(total)
@@ -50,7 +51,7 @@ def test_few_rows_equal_the_loop():
     plan = PLANS["experts without tokens"]
     x, *weights = make_operands(6)
     order = sort_slots(plan.expert_ids_NK, EXPERTS)
-    y_RD = few_rows(x, plan.weights_NK, order, tuple(weights))
+    y_RD = few_rows(x, plan.weights_NK, order, ExpertWeights(*weights))
     expected = run(plan, (x, *weights), "xla")
     np.testing.assert_allclose(y_RD[order.places_NK].sum(1), expected, rtol=1e-5, atol=1e-5)
 
@@ -114,7 +115,7 @@ def test_the_shape_decides_the_form(monkeypatch):
     for tokens, slots, experts in ((4, 2, 8), (4096, 8, 32)):  # 1 and 1024 rows an expert
         weights_NK = jnp.zeros((tokens, slots))
         order = sort_slots(jnp.zeros((tokens, slots), jnp.int32), experts)
-        weights = (jnp.zeros((experts, 4, 3)), jnp.zeros((experts, 4, 3)), jnp.zeros((experts, 3, 4)))
+        weights = ExpertWeights(jnp.zeros((experts, 4, 3)), jnp.zeros((experts, 4, 3)), jnp.zeros((experts, 3, 4)))
         for keep in (False, True):
             xla.forward(jnp.zeros((tokens, 4)), weights_NK, order, weights, keep=keep)
     assert taken == ["few_rows", "loop", "loop", "loop"]
@@ -148,4 +149,4 @@ def test_an_order_of_other_slots_is_refused():
     x, *weights = make_operands(12)
     order = sort_slots(PLANS["random"].expert_ids_NK, EXPERTS)
     with pytest.raises(UserError, match=r"^weights_NK has shape \(12, 2\), the order is of \(12, 3\) slots$"):
-        routed_mlp(x, jnp.zeros((12, 2)), order, *weights)
+        routed_mlp(x, jnp.zeros((12, 2)), order, ExpertWeights(*weights))

@@ -25,6 +25,7 @@ VALUES = {
     "importance_regulariser": "salience",
     "importance_target": 0.25,
     "slot_gradient": "straight_through",
+    "salience_scope": "device",
 }
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anyexperts_jax.ops.aligned_rows import aligned_starts, num_aligned_rows
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.routed_mlp.buffered import AlignedKernels
 from tests.ops.expert_mlp.cases import Operands, Results
 
@@ -15,14 +16,14 @@ class Buffer(NamedTuple):
     x_RD: jax.Array
     starts_E: jax.Array
     counts_E: jax.Array
-    experts: tuple[jax.Array, ...]
+    experts: ExpertWeights
     d_y_RD: jax.Array
 
 
 # What is wrong with the operands of kernels and must not pass their checks.
 FAULTS = {
-    "gate and up swapped": lambda b: b._replace(experts=(b.experts[1], b.experts[0], b.experts[2])),
-    "experts swapped": lambda b: b._replace(experts=tuple(w[::-1] for w in b.experts)),
+    "gate and up swapped": lambda b: b._replace(experts=ExpertWeights(b.experts[1], b.experts[0], b.experts[2])),
+    "experts swapped": lambda b: b._replace(experts=ExpertWeights(*(w[::-1] for w in b.experts))),
     "a count too many": lambda b: b._replace(counts_E=b.counts_E + 1),
     "a count too few": lambda b: b._replace(counts_E=jnp.maximum(b.counts_E - 1, 0)),
     "starts of others": lambda b: b._replace(starts_E=b.starts_E[::-1]),
@@ -40,7 +41,7 @@ def to_buffer(operands: Operands, block: int) -> Buffer:
             whole[start : start + count] = np.asarray(a, np.float64)[e, :count]
         return jnp.asarray(whole, a.dtype)
 
-    return Buffer(flat(x), jnp.asarray(starts), counts, tuple(experts), flat(d_y))
+    return Buffer(flat(x), jnp.asarray(starts), counts, ExpertWeights(*experts), flat(d_y))
 
 
 def run_kernels(kernels: AlignedKernels, buffer: Buffer, *, keep: bool = True, take: bool = False) -> Results:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.dispatch.base import sort_slots
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.routed_mlp import buffered, routed_mlp
 from tests.dispatch.plans import EXPERTS, PLANS, make_operands, make_plan
 from tests.ops.routed_mlp.plain_kernels import PLAIN, live_rows
@@ -16,7 +17,9 @@ from tests.ops.routed_mlp.plain_kernels import PLAIN, live_rows
 def value_and_gradients(op, plan, operands):
     @jax.jit
     def run(order, slot_weights, x, *weights):
-        y, pull = jax.vjp(lambda x, slot_weights, *w: op(x, slot_weights, order, *w), x, slot_weights, *weights)
+        y, pull = jax.vjp(
+            lambda x, slot_weights, *w: op(x, slot_weights, order, ExpertWeights(*w)), x, slot_weights, *weights
+        )
         return y, *pull(jnp.cos(y))
 
     order = jax.jit(functools.partial(sort_slots, num_experts=plan.spec.num_experts))(plan.expert_ids_NK)

@@ -10,6 +10,7 @@ import pytest
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.routed_mlp import gpu, routed_mlp
 from tests.dispatch import plans
 from tests.ops.expert_mlp import pallas_gpu_test as mosaic
@@ -104,4 +105,4 @@ def test_what_cannot_run_is_refused(implementation):
     x, *weights = plans.make_operands(12)
     order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
     with pytest.raises(UserError, match=rf"^implementation='{implementation}' needs an? \w+ GPU and this runs on cpu"):
-        routed_mlp(x, plan.weights_NK, order, *weights, implementation)
+        routed_mlp(x, plan.weights_NK, order, ExpertWeights(*weights), implementation=implementation)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from anyexperts_jax.dispatch.base import sort_slots
+from anyexperts_jax.ops.experts import ExpertWeights
 
 
 def value_and_gradients(plan, operands, run):
@@ -11,7 +12,7 @@ def value_and_gradients(plan, operands, run):
 
     def total(x, slot_weights, *weights):
         order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
-        y = run(x, slot_weights, order, *weights)
+        y = run(x, slot_weights, order, ExpertWeights(*weights))
         return jnp.sin(y).sum(), y
 
     x, *weights = operands

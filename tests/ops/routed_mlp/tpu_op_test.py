@@ -12,6 +12,7 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.hardware import tpus
 from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.routed_mlp import routed_mlp, tpu
 from tests.dispatch import plans
 from tests.ops.routed_mlp.interpret import check_races, options
@@ -72,4 +73,4 @@ def test_what_cannot_run_is_refused():
     order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
     message = r"^implementation='pallas_tpu' needs a TPU and the platform is 'cpu'; use implementation='xla'$"
     with pytest.raises(UserError, match=message):
-        routed_mlp(x, plan.weights_NK, order, *weights, "pallas_tpu")
+        routed_mlp(x, plan.weights_NK, order, ExpertWeights(*weights), implementation="pallas_tpu")
