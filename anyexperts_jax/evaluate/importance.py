@@ -7,7 +7,7 @@ The background of a modality is its other tokens in the sequences that have evid
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -41,6 +41,11 @@ class Separation:
     mean_evidence: float
     mean_background: float
     baselines: Mapping[str, float]  # AUC of what needs no training, by name (`baseline_scores`)
+    # Importance's AUC minus the AUC of contrast, paired: both are computed on the same drawn sequences. NaN in files
+    # of versions that did not measure it.
+    contrast_lead: float = math.nan
+    contrast_lead_low: float = math.nan
+    contrast_lead_high: float = math.nan
 
 
 def roc_auc(score_N: Float[ndarray, "N"], positive_N: Bool[ndarray, "N"]) -> float:
@@ -122,7 +127,16 @@ def _separation(
     positive_N = evidence_BT[token_BT]
     score_N = mean_BT[token_BT]
     sequence_N = np.nonzero(token_BT)[0]
-    low, high = _bootstrap_interval(score_N, positive_N, sequence_N, draws, seed)
+    contrast_N = baselines["contrast"][token_BT] if "contrast" in baselines else np.full(len(score_N), math.nan)
+
+    def auc(rows: ndarray) -> float:
+        return roc_auc(score_N[rows], positive_N[rows])
+
+    def lead(rows: ndarray) -> float:
+        return auc(rows) - roc_auc(contrast_N[rows], positive_N[rows])
+
+    low, high = _bootstrap_interval(auc, sequence_N, draws, seed)
+    lead_low, lead_high = _bootstrap_interval(lead, sequence_N, draws, seed)
     return Separation(
         modality=MODALITY_NAMES[modality],
         sequences=len(np.unique(sequence_N)),
@@ -136,6 +150,9 @@ def _separation(
         mean_evidence=_mean(score_N[positive_N]),
         mean_background=_mean(score_N[~positive_N]),
         baselines={name: roc_auc(value_BT[token_BT], positive_N) for name, value_BT in baselines.items()},
+        contrast_lead=lead(np.arange(len(score_N))),
+        contrast_lead_low=lead_low,
+        contrast_lead_high=lead_high,
     )
 
 
@@ -146,16 +163,16 @@ def _auc_within(score_N: ndarray, positive_N: ndarray, sequence_N: ndarray) -> f
 
 
 def _bootstrap_interval(
-    score_N: ndarray, positive_N: ndarray, sequence_N: ndarray, draws: int, seed: int
+    statistic: Callable[[ndarray], float], sequence_N: ndarray, draws: int, seed: int
 ) -> tuple[float, float]:
-    """2.5th and 97.5th percentile of the AUC when whole sequences are drawn with replacement."""
-    rng = np.random.default_rng([seed, len(score_N)])
+    """2.5th and 97.5th percentile of `statistic(rows)` when whole sequences are drawn with replacement."""
+    rng = np.random.default_rng([seed, len(sequence_N)])
     rows = [np.nonzero(sequence_N == b)[0] for b in np.unique(sequence_N)]
-    aucs = []
+    found = []
     for _ in range(draws):
         drawn = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
-        aucs.append(roc_auc(score_N[drawn], positive_N[drawn]))
-    defined = [auc for auc in aucs if not math.isnan(auc)]
+        found.append(statistic(drawn))
+    defined = [value for value in found if not math.isnan(value)]
     if not defined:
         return math.nan, math.nan
     low, high = np.quantile(defined, (0.025, 0.975))

@@ -50,6 +50,9 @@ class DomainScore:
     wer: float | None  # word errors over words, lower is better; for metric wer
     by_question: dict[str, GroupScore]
     by_level: dict[str, GroupScore]
+    # Each example's score, in the test split's order, so that budgets can be compared question by question. Empty in
+    # files of versions that did not keep them.
+    example_scores: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,6 +60,7 @@ def score_domain(
         wer=corpus_wer(*map(list, zip(*pairs, strict=True))) if source.metric == "wer" else None,
         by_question=table.groups([types[i] for i in rows]),
         by_level=table.groups([levels[i] for i in rows]),
+        example_scores=tuple(float(one) for one in scores),
     )
 
 

@@ -1,6 +1,9 @@
 """Does it learn to allocate? The questions a run has to answer, each with a figure and what is wanted."""
 
 import dataclasses
+import math
+
+import numpy as np
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.evaluate.results import BudgetResult, EvaluationResult
@@ -8,6 +11,7 @@ from anyexperts_jax.evaluate.results import BudgetResult, EvaluationResult
 BUDGET_TOLERANCE = 0.05  # of the realised average, relative to the asked one
 LOAD_LIMIT = 2.0  # busiest expert over the mean
 CHANCE_MARGIN = 3.0  # standard errors above chance
+DRAWS = 1000  # of the bootstrap over questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,8 @@ def verdicts(result: EvaluationResult, moe: AnyExpertsConfig) -> list[Verdict]:
     return [
         *_scores(usual),
         *_separations(result),
+        *_contrast(result),
+        *_budget_effect(result),
         *_budgets(result),
         _virtual_share(result, moe),
         _load(result),
@@ -58,6 +64,43 @@ def _separations(result: EvaluationResult) -> list[Verdict]:
         )
         for one in result.separations
     ]
+
+
+def _contrast(result: EvaluationResult) -> list[Verdict]:
+    """A patch's contrast needs no training: importance that finds the answer no better than it has learned nothing."""
+    return [
+        Verdict(
+            f"{one.modality}: importance beats contrast, difference of AUC",
+            f"{one.contrast_lead:+.3f} ({one.contrast_lead_low:+.3f} to {one.contrast_lead_high:+.3f})",
+            "interval above 0",
+            one.contrast_lead_low > 0,
+        )
+        for one in result.separations
+        if not math.isnan(one.contrast_lead_low)
+    ]
+
+
+def _budget_effect(result: EvaluationResult) -> list[Verdict]:
+    """Whether more experts change the answers: the paired difference between the largest and the smallest budget."""
+    few, many = (pick(result.budgets, key=lambda one: one.budget) for pick in (min, max))
+    if few.budget == many.budget:
+        return []
+    found = []
+    for low, high in zip(few.scores, many.scores, strict=True):
+        gain_N = np.subtract(high.example_scores, low.example_scores)
+        if len(gain_N) == 0:  # a file of a version that kept no score of single examples
+            continue
+        drawn = np.random.default_rng(len(gain_N)).integers(len(gain_N), size=(DRAWS, len(gain_N)))
+        below, above = np.quantile(gain_N[drawn].mean(axis=1), (0.025, 0.975))
+        found.append(
+            Verdict(
+                f"{low.domain}: budget changes the score, {many.budget:g} over {few.budget:g}",
+                f"{gain_N.mean():+.1%} ({below:+.1%} to {above:+.1%})",
+                "interval above 0",
+                bool(below > 0),
+            )
+        )
+    return found
 
 
 def _budgets(result: EvaluationResult) -> list[Verdict]:

@@ -115,6 +115,25 @@ def test_the_interval_holds_the_auc_and_is_narrower_with_more_sequences():
     assert widths[1] < widths[0] / 2
 
 
+def test_the_lead_over_contrast_is_the_difference_of_the_two_aucs_and_paired():
+    rng = np.random.default_rng(0)
+    evidence_BT = np.tile(np.arange(20) < 5, (30, 1))
+    noise_BT = rng.normal(size=(30, 20))
+    contrast_BT = noise_BT + evidence_BT
+    importance_LBT = np.stack([noise_BT + 2 * evidence_BT])
+
+    def lead(contrast_BT):
+        modality_BT = np.zeros((30, 20), int)
+        baselines = {"contrast": contrast_BT}
+        return separations(importance_LBT, np.ones_like(evidence_BT), evidence_BT, modality_BT, baselines)[0]
+
+    one = lead(contrast_BT)
+    assert one.contrast_lead == pytest.approx(one.auc - one.baselines["contrast"])
+    assert 0 < one.contrast_lead_low < one.contrast_lead < one.contrast_lead_high
+    itself = lead(importance_LBT[0])  # drawn apart, the two would differ by chance
+    assert (itself.contrast_lead_low, itself.contrast_lead, itself.contrast_lead_high) == (0, 0, 0)
+
+
 def test_no_evidence_no_separation():
     evidence_BT = np.zeros((2, 5), bool)
     assert separate(np.full((1, 2, 5), 0.5), evidence_BT, np.zeros((2, 5), int)) == ()
