@@ -1,6 +1,7 @@
 """Time against the budget: the whole model, and one MoE layer's experts on each budget's own routing.
 
-One program serves all budgets, so what differs is the data alone. Runs are interleaved (A B A B), medians reported.
+One program serves all budgets, so what differs is the data alone; where dispatch has buffers each budget has a program
+with buffers of its own size. Runs are interleaved (A B A B), medians reported.
 """
 
 import functools
@@ -20,7 +21,7 @@ from anyexperts_jax.dispatch.apply import apply_plan
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.evaluate.measure import Window, forward, window_array
 from anyexperts_jax.evaluate.results import BudgetTime
-from anyexperts_jax.evaluate.trained import Trained
+from anyexperts_jax.evaluate.trained import Trained, at_window
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
@@ -35,13 +36,14 @@ def time_budgets(
     The reference, whose time is 1, is the budget nearest to the one the run was trained with.
     """
     placement = placement_of(trained.params)
-    arguments = (model, trained.params, trained.router_bias_LC, trained.place(batch))
+    arguments = (trained.params, trained.router_bias_LC, trained.place(batch))
     own = trained.config.model.moe.expected_real_slots
     reference = min(windows, key=lambda budget: abs(budget - own))
     whole, layer = {}, {}
     for budget, window in windows.items():
-        whole[budget] = functools.partial(forward, *arguments, window_array(window))
-        layer[budget] = _layer(model, whole[budget]().trace, placement)
+        own_model = at_window(model, window)
+        whole[budget] = functools.partial(forward, own_model, *arguments, window_array(window))
+        layer[budget] = _layer(own_model, whole[budget]().trace, placement)
     whole_seconds, layer_seconds = interleaved(whole, rounds), interleaved(layer, rounds)
     return {
         budget: BudgetTime(
