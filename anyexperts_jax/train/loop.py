@@ -131,7 +131,7 @@ class _Run:
         self.apply = (recipe.apply or model_apply)(config.model, Placement(self.mesh))
         self.optimizer = recipe.optimizer or make_optimizer(config.optim, logical_axes(config.model))
         size = config.train.batch_size
-        self.iterator = train_iterator(config.data, size, batch_rows(self.mesh, size))
+        self.iterator = train_iterator(config.data, size, batch_rows(self.mesh, size), plugins=config.plugins)
         self.validation = Validation(config, self.apply, self.mesh, self._waiting)
         self.checkpoints = self._open_checkpoints(read_only=True)
         self.agreement = processes.Agreement()
