@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from anyexperts_jax.dispatch.apply import apply_plan, moe_apply, moe_apply_stats
     from anyexperts_jax.dispatch.base import DispatchStats
     from anyexperts_jax.dispatch.execution import Execution
+    from anyexperts_jax.evaluate.run import Run, load_run
+    from anyexperts_jax.evaluate.run import train_run as train
+    from anyexperts_jax.evaluate.token_routing import TokenRouting
     from anyexperts_jax.nn.moe import MoE, MoEContext
     from anyexperts_jax.ops.expert_mlp.api import expert_mlp
     from anyexperts_jax.ops.experts import ExpertOps, ExpertWeights
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
     from anyexperts_jax.sharding.placement import Placement
     from anyexperts_jax.tokenizers.base import Tokenizer
+    from anyexperts_jax.train.config import RunConfig
 
 _HOMES = {
     "AnyExpertsConfig": "core.config",
@@ -54,20 +58,25 @@ _HOMES = {
     "ROUTERS": "core.registries",
     "Router": "routing.routers.base",
     "RoutingPlan": "routing.plan",
+    "Run": "evaluate.run",
+    "RunConfig": "train.config",
     "SOURCES": "core.registries",
     "Switches": "core.switches",
     "TOKENIZERS": "core.registries",
+    "TokenRouting": "evaluate.token_routing",
     "Tokenizer": "tokenizers.base",
     "UserError": "core.errors",
     "apply_plan": "dispatch.apply",
     "calibrate_budget": "routing.budget",
     "example_generator": "data.domain",
     "expert_mlp": "ops.expert_mlp.api",
+    "load_run": "evaluate.run",
     "make_mesh": "sharding.mesh",
     "moe_apply": "dispatch.apply",
     "moe_apply_stats": "dispatch.apply",
     "route": "routing.route",
     "shift_budget": "routing.budget",
+    "train_run": "evaluate.run",  # which the package `train` is when it is called
 }
 
 __all__ = [
@@ -96,7 +105,10 @@ __all__ = [
     "Placement",
     "Router",
     "RoutingPlan",
+    "Run",
+    "RunConfig",
     "Switches",
+    "TokenRouting",
     "Tokenizer",
     "UserError",
     "__version__",
@@ -104,17 +116,21 @@ __all__ = [
     "calibrate_budget",
     "example_generator",
     "expert_mlp",
+    "load_run",
     "make_mesh",
     "moe_apply",
     "moe_apply_stats",
     "route",
     "shift_budget",
+    "train",
 ]
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":
+        return importlib.import_module(f"{__name__}.train")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -85,6 +85,49 @@ def test_files_and_functions_stay_small(path):
             assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
 
 
+DEFINED = {
+    node.name
+    for path in SOURCES
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.FunctionDef | ast.ClassDef)
+}
+MOST_POSITIONAL = 5
+MANY_POSITIONAL = {  # kernels and their rules, called with the operands of one Pallas call or one VJP, in its order
+    "ops/attention/vjp.py": "backward of the reference: saved operands and cotangent",
+    "ops/expert_mlp/gpu_tile_table.py": "columns of a table's line",
+    "ops/expert_mlp/pallas_gpu.py": "Ref arguments of device code, which takes no keywords for them",
+    "ops/expert_mlp/pallas_tpu.py": "Ref arguments of device code",
+    "ops/expert_mlp/pallas_triton.py": "Ref arguments of device code",
+    "ops/expert_mlp/tpu_grid.py": "what one copy into VMEM needs",
+    "ops/expert_mlp/tpu_size_table.py": "columns of a table's line",
+    "ops/expert_mlp/vjp_gpu.py": "operands of a kernel",
+    "ops/expert_mlp/vjp_tpu.py": "operands of a kernel",
+    "ops/routed_mlp/gpu.py": "operands of a kernel",
+    "ops/routed_mlp/vjp.py": "backward of the XLA form: saved operands and cotangent",
+}
+
+
+def called_by_position(node: ast.Call) -> tuple[str, int]:
+    """The name of what is called, and how many arguments without a name it gets; through a `partial` too."""
+    called, count = node.func, len(node.args)
+    name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+    if name == "partial" and node.args:
+        inner = node.args[0]
+        return getattr(inner, "attr", getattr(inner, "id", "")), count - 1
+    for argument in node.args:  # a tuple that is unpacked on the spot hides nothing
+        if isinstance(argument, ast.Starred) and isinstance(argument.value, ast.Tuple | ast.List):
+            count += len(argument.value.elts) - 1
+    return name, count
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=in_package)
+def test_calls_of_ours_name_their_arguments_past_the_fifth(path):
+    excepted = str(path.relative_to(PACKAGE)) in MANY_POSITIONAL
+    calls = [called_by_position(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    many = [(name, n) for name, n in calls if n > MOST_POSITIONAL and (name in DEFINED or name == "cls")]
+    assert bool(many) == excepted, f"calls by position: {many}" if many else "needs no exception any more"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=in_package)
 def test_no_error_is_swallowed_and_no_global_state_is_set(path):
     text = path.read_text()

@@ -1,5 +1,6 @@
 """A user's own package adds to the registries, without a change to ours."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -13,6 +14,8 @@ import anyexperts_jax as ax
 from anyexperts_jax.cli.main import main
 from anyexperts_jax.core.plugins import load_plugins
 from anyexperts_jax.core.registry import Registry, registers
+from anyexperts_jax.data.config import DataConfig, EncodingSpec
+from anyexperts_jax.data.pipeline import train_iterator
 
 PLUGINS = pathlib.Path(__file__).parent / "plugins"
 
@@ -80,11 +83,60 @@ def test_an_unknown_name_is_refused_before_there_is_a_run(arguments, message, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_a_plugin_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "broken_plugin.py").write_text("import anyexperts_jax as ax\nax.ROUTERS.register('linear', None)\n")
+BROKEN = {
+    "import anyexperts_jax as ax\nax.ROUTERS.register('linear', None)\n": (
+        "broken_plugin.py:2: router 'linear' is registered already; choose another name"
+    ),
+    "\nint('x')\n": "broken_plugin.py:2: ValueError: invalid literal for int() with base 10: 'x'",
+    "import os\nos.nothing\n": "broken_plugin.py:2: AttributeError: module 'os' has no attribute 'nothing'",
+    "{}['key']\n": "broken_plugin.py:1: KeyError: 'key'",
+    "assert 1 > 2, 'two\\nlines'\n": "broken_plugin.py:1: AssertionError: two lines",
+    "open('/no/such/file')\n": "broken_plugin.py:1: FileNotFoundError: [Errno 2] No such file or directory: '/no/su",
+    "class Own(Exception): pass\n\nraise Own('mine')\n": "broken_plugin.py:3: Own: mine",
+    "import sys\nsys.exit(3)\n": "broken_plugin.py:2: SystemExit: 3",
+    "x = (\n": "broken_plugin.py:1: SyntaxError: '(' was never closed",
+    "import no_such_module\n": "broken_plugin.py:1: ModuleNotFoundError: No module named 'no_such_module'",
+    "import numpy\nnumpy.zeros(-1)\n": "broken_plugin.py:2: ValueError: negative dimensions are not allowed",
+    "import json\njson.loads('{')\n": "broken_plugin.py:2: JSONDecodeError: Expecting property name",
+    "import broken_helper\n": "broken_helper.py:3: ZeroDivisionError: division by zero",
+}
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    assert main(["train", "smoke", "--run", str(tmp_path / "run"), "--plugin", "broken_plugin"]) == 2
-    assert "router 'linear' is registered already; choose another name" in capsys.readouterr().err
+    (tmp_path / "broken_helper.py").write_text("\n\n1 / 0\n")
+    yield tmp_path
+    for name in ("broken_plugin", "broken_helper"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(("source", "message"), BROKEN.items(), ids=range(len(BROKEN)))
+def test_a_plugin_that_fails_is_one_line(broken, source, message, capsys):
+    (broken / "broken_plugin.py").write_text(source)
+    assert main(["train", "smoke", "--run", str(broken / "run"), "--plugin", "broken_plugin"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"anyexperts: config smoke: plugin 'broken_plugin' fails at {broken}/{message}")
+    assert said.count("\n") == 1
+    assert not (broken / "run").exists()
+
+
+def test_what_a_registered_module_raises_is_said_with_its_line(broken):
+    with pytest.raises(ax.UserError) as error:
+        Registry("thing", {"late": "broken_helper:x"})["late"]
+    said = f"thing 'late' fails at {broken}/broken_helper.py:3: ZeroDivisionError: division by zero"
+    assert str(error.value) == said
+
+
+def test_worker_processes_import_the_plugins(plugin):
+    """A process of its own knows no domain but those that its own imports register."""
+    config = DataConfig(domains=("coins",), encoding=EncodingSpec(max_patches=0, max_frames=0), threads=0)
+    iterators = [
+        train_iterator(dataclasses.replace(config, workers=workers), 2, plugins=["my_experts"]) for workers in (0, 1)
+    ]
+    ours, theirs = (next(iterator) for iterator in iterators)
+    np.testing.assert_array_equal(ours.tokens_BT, theirs.tokens_BT)
+    iterators[1].close()
 
 
 def test_a_registry_loads_what_it_names_when_it_is_asked_for():

@@ -48,4 +48,4 @@ def find_bounds(
     hbm = (2 * state + work.hbm_bytes) / (chip.hbm_gbs * 1e9)
     longest = max(arithmetic, hbm, network, between)
     mfu = sum(work.real_flops.values()) / num_devices / chip.flops / longest
-    return Bounds(arithmetic, hbm, network, between, alone, mfu)
+    return Bounds(arithmetic=arithmetic, hbm=hbm, network=network, between_slices=between, collectives=alone, mfu=mfu)

@@ -32,7 +32,7 @@ def require_fits(config: RunConfig, topology: str, mesh: dict[str, int], memory:
     """Raises `UserError` where a compiled step takes more than the memory of a device."""
     if sum(memory.values()) > hbm:
         state = memory["state and batch"]
-        raise does_not_fit(config, mesh, topology, hbm, state, sum(memory.values()) - state)
+        raise does_not_fit(config, mesh, topology, hbm=hbm, state=state, temporaries=sum(memory.values()) - state)
 
 
 def does_not_fit(

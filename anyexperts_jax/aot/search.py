@@ -108,7 +108,15 @@ def estimated_bound(config: RunConfig, chip: Chip, devices: Sequence[Any], state
     inner = config.mesh.sizes_inside(len(devices))
     first = [device for device in devices if slice_of(device) == slice_of(devices[0])]
     work = count_work(config, sizes, devices[0].device_kind)
-    return find_bounds(work, state, _expected(config, sizes), first, len(devices), inner, chip).step
+    return find_bounds(
+        work,
+        state,
+        collectives=_expected(config, sizes),
+        devices=first,
+        num_devices=len(devices),
+        mesh=inner,
+        chip=chip,
+    ).step
 
 
 def _expected(config: RunConfig, mesh: dict[str, int]) -> list[Collective]:

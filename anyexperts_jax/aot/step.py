@@ -73,7 +73,7 @@ def compile_step(config: RunConfig, topology: str, slices: int = 1) -> CompiledS
         wanted = temporaries_refused(str(error))
         if wanted is None:
             raise
-        raise does_not_fit(config, dict(mesh.shape), topology, chip.hbm, state, wanted) from error
+        raise does_not_fit(config, dict(mesh.shape), topology, hbm=chip.hbm, state=state, temporaries=wanted) from error
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
     memory = {
@@ -82,7 +82,7 @@ def compile_step(config: RunConfig, topology: str, slices: int = 1) -> CompiledS
         "results not in place": stats.output_size_in_bytes - stats.alias_size_in_bytes,
         "program": stats.generated_code_size_in_bytes,
     }
-    return describe_step(config, topology, mesh, memory, compiled.as_text(), seconds)
+    return describe_step(config, topology, mesh, memory=memory, program=compiled.as_text(), seconds=seconds)
 
 
 def describe_step(
@@ -110,7 +110,15 @@ def describe_step(
         hbm=chip.hbm,
         collectives=collectives,
         work=work,
-        bounds=find_bounds(work, memory["state and batch"], collectives, first, len(devices), inner, chip),
+        bounds=find_bounds(
+            work,
+            memory["state and batch"],
+            collectives=collectives,
+            devices=first,
+            num_devices=len(devices),
+            mesh=inner,
+            chip=chip,
+        ),
         seconds=seconds,
     )
 

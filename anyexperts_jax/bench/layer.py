@@ -240,7 +240,18 @@ def time_budgets(
         for real in BUDGETS:
             own = f"{real:g}"
             ratio, ideal = found.ratio(own, first), real / BUDGETS[0]
-            rows.append(BudgetTime(name, dtype, _run(backward), form, real, found.milliseconds(own), ratio, ideal))
+            rows.append(
+                BudgetTime(
+                    name,
+                    dtype,
+                    run=_run(backward),
+                    form=form,
+                    real=real,
+                    milliseconds=found.milliseconds(own),
+                    ratio=ratio,
+                    ideal=ideal,
+                )
+            )
     return rows
 
 
@@ -303,4 +314,4 @@ def layer_tables(bench: LayerBench) -> list[TextTable]:
 def write_bench(bench: LayerBench, folder: pathlib.Path, command: str) -> tuple[pathlib.Path, ...]:
     """Writes bench_layer.json, .csv (the comparison) and .md to `folder` and returns their paths."""
     text = markdown("One MoE layer", command, bench.environment, layer_tables(bench))
-    return write_files(folder, "bench_layer", command, bench, bench.layers, text)
+    return write_files(folder, "bench_layer", command, bench=bench, rows=bench.layers, text=text)

@@ -234,4 +234,4 @@ def step_table(bench: StepBench) -> TextTable:
 def write_bench(bench: StepBench, folder: pathlib.Path, command: str) -> tuple[pathlib.Path, ...]:
     """Writes bench_step.json, .csv and .md to `folder` and returns their paths."""
     text = markdown("One train step", command, bench.environment, [step_table(bench)])
-    return write_files(folder, "bench_step", command, bench, bench.steps, text)
+    return write_files(folder, "bench_step", command, bench=bench, rows=bench.steps, text=text)

@@ -1,17 +1,17 @@
 """Modules of the user's that a run imports first, so that they can add to the registries."""
 
-import importlib
 import sys
 from collections.abc import Iterable
 
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.users_code import import_users
 
 
 def load_plugins(modules: Iterable[str]) -> None:
     """Imports each module, from the current directory too.
 
     Raises:
-      UserError: a module that is not there, or that raises an error when it is imported.
+      UserError: a module that is not there, or that raises anything when it is imported: its file, line and error.
     """
     for name in modules:
         if name in sys.modules:
@@ -20,11 +20,9 @@ def load_plugins(modules: Iterable[str]) -> None:
         require(dotted, f"plugin {name!r} is no module's name; give one as `import` takes it, as my_package.routers")
         sys.path.append("")  # where the command was started: an installed command does not look there
         try:
-            importlib.import_module(name)
+            import_users(name, f"plugin {name!r} fails")
         except ModuleNotFoundError as error:
             missing = f"plugin {name!r} cannot be imported: {error}"
             raise UserError(f"{missing}; start the command in its folder, or install it") from error
-        except (ImportError, SyntaxError, AttributeError, TypeError, NameError) as error:
-            raise UserError(f"plugin {name!r} fails when it is imported: {type(error).__name__}: {error}") from error
         finally:
             sys.path.remove("")

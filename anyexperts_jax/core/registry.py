@@ -2,9 +2,11 @@
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, Generic, TypeVar, cast
 
 from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.core.users_code import import_users
 
 T = TypeVar("T")
 
@@ -64,11 +66,17 @@ class Registry(Generic[T]):
     def _load(self, name: str, where: str) -> object:
         module_name, _, attribute = where.partition(":")
         try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:  # another error of the module's own is not the user's: let it show
+            module = _imported(module_name, f"{self.kind} {name!r} fails")
+        except ModuleNotFoundError as error:
             raise UserError(f"{self.kind} {name!r} cannot be loaded from {where}: {error}") from error
         require(hasattr(module, attribute), f"{self.kind} {name!r}: module {module_name} defines no {attribute!r}")
         return getattr(module, attribute)
+
+
+def _imported(module: str, what: str) -> ModuleType:
+    """A module of ours, whose errors are faults and show as they are, or one of the user's, whose errors are theirs."""
+    ours = module.partition(".")[0] == __name__.partition(".")[0]
+    return importlib.import_module(module) if ours else import_users(module, what)
 
 
 def registers(registry: Registry[T], name: str) -> Callable[[T], T]:

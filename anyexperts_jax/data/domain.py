@@ -65,6 +65,12 @@ def example_generator(
 
     Raises:
       UserError: when split, index, seed or levels are out of range.
+
+    Example:
+        >>> import anyexperts_jax as ax
+        >>> rng, level = ax.example_generator("coins", "train", index=7, seed=0, levels=(1, 2))
+        >>> 1 <= int(rng.integers(1, 10)) < 10, level in (1, 2)
+        (True, True)
     """
     require_one_of("split", split, SPLITS)
     require(index >= 0, f"index={index} must be >= 0")

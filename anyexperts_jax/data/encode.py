@@ -67,7 +67,7 @@ def patches(pixels: UInt8[ndarray, "F H W 3"], patch_size: int) -> Float32[ndarr
     """Square patches, frame by frame and row by row; each its pixels row by row, in [-1, 1]."""
     frames, height, width, _ = pixels.shape
     rows, columns = height // patch_size, width // patch_size
-    grid = pixels.reshape(frames, rows, patch_size, columns, patch_size, 3).swapaxes(2, 3)
+    grid = pixels.reshape((frames, rows, patch_size, columns, patch_size, 3)).swapaxes(2, 3)
     return grid.reshape(frames * rows * columns, -1).astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
@@ -104,7 +104,9 @@ def _visual(
     if evidence is not None:
         share = evidence.reshape(frames, rows, size, columns, size).mean(axis=(2, 4)).reshape(count)
     time, row, column = np.unravel_index(np.arange(count), (frames, rows, columns))
-    return MediaPart(modality, patches(pixels, size), share >= spec.patch_evidence, time, row, column)
+    return MediaPart(
+        modality, patches(pixels, size), share >= spec.patch_evidence, time=time, grid_row=row, grid_column=column
+    )
 
 
 def _audio(example: Example, spec: EncodingSpec, audio: np.ndarray) -> MediaPart:
@@ -114,7 +116,7 @@ def _audio(example: Example, spec: EncodingSpec, audio: np.ndarray) -> MediaPart
     require(count <= spec.max_frames, f"{where} makes {count} chunks, more than encoding.max_frames={spec.max_frames}")
     evidence = chunks_in_spans(example.audio_evidence, count, spec.frames_per_chunk)
     nowhere = np.zeros(count, np.int64)
-    return MediaPart(Modality.AUDIO, features, evidence, np.arange(count), nowhere, nowhere)
+    return MediaPart(Modality.AUDIO, features, evidence, time=np.arange(count), grid_row=nowhere, grid_column=nowhere)
 
 
 def _require_room(example: Example, spec: EncodingSpec, media: int, question: int, answer: int) -> None:

@@ -9,6 +9,7 @@ say which row an example lands in, so every process encodes every example, and p
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from absl import flags
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.plugins import load_plugins
 from anyexperts_jax.data.batches import empty_batch, pad_rows, stack
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
 from anyexperts_jax.data.encode import encode_example
@@ -92,11 +94,16 @@ def _examples_at(examples: grain.MapDataset, batch_size: int, held: tuple[int, .
     return examples if len(held) == batch_size else grain.MapDataset.source(_Rows(examples, batch_size, held))
 
 
-def train_dataset(config: DataConfig, batch_size: int, rows: Sequence[int] | None = None) -> grain.IterDataset:
+def train_dataset(
+    config: DataConfig, batch_size: int, rows: Sequence[int] | None = None, *, plugins: Sequence[str] = ()
+) -> grain.IterDataset:
     """The endless training batches: all `batch_size` rows of each, or of each the `rows` that one process makes.
 
     After a pass over a domain its examples come again, in another order; before that none comes twice, in whatever
     process.
+
+    Args:
+      plugins: modules that register domains or sources; worker processes import them before they make an example.
 
     Raises:
       UserError: when a number is out of range, or a folder or tokenizer is missing or empty.
@@ -110,14 +117,16 @@ def train_dataset(config: DataConfig, batch_size: int, rows: Sequence[int] | Non
     mixed = grain.MapDataset.mix(parts, config.shares())
     if not packs:
         batches = _examples_at(mixed, batch_size, held).batch(len(held), drop_remainder=True, batch_fn=stack)
-        return _made_ahead(batches, config, config.prefetch)
-    sequences = _made_ahead(mixed, config, config.prefetch * batch_size)  # a batch's, at least
+        return _made_ahead(batches, config, config.prefetch, plugins)
+    sequences = _made_ahead(mixed, config, config.prefetch * batch_size, plugins)  # a batch's, at least
     packed = PackedSequences(sequences, Size.of_row(config.encoding), config.packing_window)
     own_rows = lambda row_B: stack([padded(row_B[row], config.encoding) for row in held])  # noqa: E731
     return packed.batch(batch_size, drop_remainder=True, batch_fn=own_rows)
 
 
-def _made_ahead(elements: grain.MapDataset, config: DataConfig, count: int) -> grain.IterDataset:
+def _made_ahead(
+    elements: grain.MapDataset, config: DataConfig, count: int, plugins: Sequence[str]
+) -> grain.IterDataset:
     """The elements, up to `count` of them made before they are asked for: by threads, or by each worker process."""
     threads = 0 if config.workers else config.threads
     dataset = elements.to_iter_dataset(
@@ -130,12 +139,19 @@ def _made_ahead(elements: grain.MapDataset, config: DataConfig, count: int) -> g
     ):  # Grain reads absl flags to start workers; outside of an absl app nobody parsed them
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=count)
-    return dataset.mp_prefetch(options)
+    return dataset.mp_prefetch(options, functools.partial(_start_worker, tuple(plugins)))
 
 
-def train_iterator(config: DataConfig, batch_size: int, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
+def _start_worker(plugins: tuple[str, ...], index: int, count: int) -> None:
+    """A fresh process knows nothing of what its parent registered."""
+    load_plugins(plugins)
+
+
+def train_iterator(
+    config: DataConfig, batch_size: int, rows: Sequence[int] | None = None, *, plugins: Sequence[str] = ()
+) -> grain.DatasetIterator:
     """An iterator over `train_dataset`: `next`, `get_state` (JSON, the same for all rows) and `set_state`."""
-    return iter(train_dataset(config, batch_size, rows))
+    return iter(train_dataset(config, batch_size, rows, plugins=plugins))
 
 
 def eval_batches(

@@ -27,7 +27,16 @@ def moe_apply(
     w_down_EFD: Float[ArrayLike, "E F D"],
     **how: Any,
 ) -> Float[Array, "N D"]:
-    """`moe_apply_stats` without the stats."""
+    """`moe_apply_stats` without the stats.
+
+    Example:
+        >>> import anyexperts_jax as ax, numpy as np
+        >>> rng, config = np.random.default_rng(0), ax.AnyExpertsConfig(num_experts=4, num_virtual=1, k_min=1, k_max=3)
+        >>> plan = ax.route(config, rng.normal(size=(16, 5)), rng.normal(size=16))
+        >>> gate_EDF, up_EDF, down_EFD = rng.normal(size=(3, 4, 8, 8)).astype("float32")
+        >>> ax.moe_apply(rng.normal(size=(16, 8)), plan, gate_EDF, up_EDF, down_EFD).shape
+        (16, 8)
+    """
     return moe_apply_stats(x_ND, plan, w_gate_EDF, w_up_EDF, w_down_EFD, **how)[0]
 
 
@@ -55,6 +64,15 @@ def moe_apply_stats(
 
     Raises:
       UserError: an unknown field or value of `Execution`, or shapes, dtypes or sizes that do not fit.
+
+    Example:
+        >>> import anyexperts_jax as ax, numpy as np
+        >>> rng, config = np.random.default_rng(0), ax.AnyExpertsConfig(num_experts=4, num_virtual=1, k_min=1, k_max=3)
+        >>> plan = ax.route(config, rng.normal(size=(16, 5)), rng.normal(size=16))
+        >>> gate_EDF, up_EDF, down_EFD = rng.normal(size=(3, 4, 8, 8)).astype("float32")
+        >>> y_ND, stats = ax.moe_apply_stats(rng.normal(size=(16, 8)), plan, gate_EDF, up_EDF, down_EFD)
+        >>> int(stats.dropped)
+        0
     """
     fields = [field.name for field in dataclasses.fields(Execution)]
     unknown = [name for name in execution if name not in fields]
@@ -72,7 +90,18 @@ def apply_plan(
     execution: Execution,
     placement: Placement | None = None,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
-    """What `moe_apply_stats` documents, for those who hold the weights and the execution as one value each."""
+    """What `moe_apply_stats` documents, for those who hold the weights and the execution as one value each.
+
+    Example:
+        >>> import anyexperts_jax as ax, numpy as np
+        >>> rng, config = np.random.default_rng(0), ax.AnyExpertsConfig(num_experts=4, num_virtual=1, k_min=1, k_max=3)
+        >>> plan = ax.route(config, rng.normal(size=(16, 5)), rng.normal(size=16))
+        >>> gate_EDF, up_EDF, down_EFD = rng.normal(size=(3, 4, 8, 8)).astype("float32")
+        >>> experts, how = ax.ExpertWeights(gate_EDF, up_EDF, down_EFD), ax.Execution("blocks", residuals="recomputed")
+        >>> y_ND, stats = ax.apply_plan(rng.normal(size=(16, 8)), plan, experts, how)
+        >>> y_ND.shape, int(stats.dropped)
+        ((16, 8), 0)
+    """
     require(isinstance(execution, Execution), f"execution={shown(execution)} must be an Execution")
     return _apply((x_ND, plan, experts), execution, placement)
 

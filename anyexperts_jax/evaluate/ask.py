@@ -32,11 +32,14 @@ class Reply:
     window: tuple[float, float]
 
 
-def ask(trained: Trained, example: Example, budget: float | None = None) -> Reply:
+def ask(
+    trained: Trained, example: Example, budget: float | None = None, *, max_new_tokens: int = MAX_NEW_TOKENS
+) -> Reply:
     """Greedy answer to the example's question; its own answer is not shown to the model.
 
     Args:
       budget: nominal real experts per token (`routing.budget.shift_budget`); None: the window it was trained with.
+      max_new_tokens: of the answer, at most, its end included.
 
     Raises:
       UserError: when the example does not fit the model, or the budget is out of reach.
@@ -48,7 +51,7 @@ def ask(trained: Trained, example: Example, budget: float | None = None) -> Repl
     model = with_room(trained.config.model, window[1])
     encoded = stack([encode(example, trained.config.data.encoding, tokenizer=trained.tokenizer)])
     batch = pad_rows(encoded, trained.whole_rows(1), trained.tokenizer)
-    answer = predict(trained, model, batch, window, MAX_NEW_TOKENS)[0]
+    answer = predict(trained, model, batch, window, max_new_tokens)[0]
     output = run_at(trained, model, batch, window)
     real_T = np.asarray(output.trace.real_slots_BT)[:, 0].mean(axis=0)
     means_M = np.asarray(by_modality(real_T, batch.modality_BT[0], batch.valid_BT[0]))
@@ -56,14 +59,17 @@ def ask(trained: Trained, example: Example, budget: float | None = None) -> Repl
     return Reply(answer, present, window)
 
 
-def own_example(
-    question: str, spec: EncodingSpec, *, image: pathlib.Path | None = None, audio: pathlib.Path | None = None
-) -> Example:
+def own_example(question: str, spec: EncodingSpec, *, image: Any = None, audio: Any = None) -> Example:
     """The user's question about a picture or a sound of theirs, or about nothing but itself.
+
+    Args:
+      image: a path, a picture of Pillow's, or pixels [H, W, 3]: see `data.decode.decode_picture`.
+      audio: a path, or mono samples at SAMPLE_RATE: see `data.decode.decode_audio`.
 
     Raises:
       UserError: when the question is not valid text, or a file cannot be read or does not fit the run's sequences.
     """
+    require(isinstance(question, str), f"the question is a {type(question).__name__}; it must be a str")
     require(bool(question), "the question is empty")
     require(is_unicode(question), f"the question {question!r} is not valid UTF-8; give it in that encoding")
     require(image is None or audio is None, "give --image or --audio, not both")
@@ -71,16 +77,22 @@ def own_example(
     if image is not None:
         media["image"] = _read_image(image, spec)
     if audio is not None:
-        media["audio"] = decode_audio(audio, str(audio))
+        media["audio"] = decode_audio(*_named(audio, "the audio"))
     return Example(
         domain="own", question_type="own", level=1, question=question, answer=_UNKNOWN, source="user", **media
     )
 
 
-def _read_image(path: pathlib.Path, spec: EncodingSpec) -> np.ndarray:
+def _named(value: Any, name: str) -> tuple[Any, str]:
+    """The value with its name for messages: a path is its own."""
+    path = isinstance(value, str | pathlib.Path)
+    return (pathlib.Path(value), str(value)) if path else (value, name)
+
+
+def _read_image(image: Any, spec: EncodingSpec) -> np.ndarray:
     """RGB pixels, scaled to the largest square of whole patches the run's sequences hold."""
     from PIL import Image
 
     side = int(spec.max_patches**0.5) * spec.patch_size
     require(side > 0, "this run reads no images: data.encoding.max_patches=0")
-    return np.asarray(Image.fromarray(decode_picture(path, str(path))).resize((side, side)))
+    return np.asarray(Image.fromarray(decode_picture(*_named(image, "the image"))).resize((side, side)))

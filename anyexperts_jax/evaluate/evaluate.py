@@ -15,6 +15,7 @@ from anyexperts_jax.core.errors import UserError, require, require_one_of
 from anyexperts_jax.core.versions import device_text, versions
 from anyexperts_jax.data.mixture import examples_there, open_source
 from anyexperts_jax.data.pipeline import eval_batches
+from anyexperts_jax.dispatch.execution import require_capacity_for
 from anyexperts_jax.evaluate.measure import (
     Batches,
     Window,
@@ -142,7 +143,8 @@ def evaluate_trained(
     for name in names:
         require_one_of("domain", name, trained.config.data.domains)
     for budget in budgets:
-        shift_budget(moe, budget)  # refuses a budget out of reach before anything is measured
+        # Before anything is measured: a budget out of reach, or one that the buffers cannot serve, is refused.
+        require_capacity_for(shift_budget(moe, budget), trained.config.model.stack.execution)
     amounts = f"{options.num_examples} and {options.calibration_examples} examples of {len(names)} domains"
     every = (options.num_examples + options.calibration_examples) * len(names)
     require_room_for_examples(trained.config.data.encoding, every, amounts)
@@ -151,16 +153,17 @@ def evaluate_trained(
     note(f"{options.num_examples} test and {options.calibration_examples} validation examples of {', '.join(names)}")
     _say_what_is_missing(trained, names, options, note)
     model = with_room(trained.config.model, max(_most_slots(moe, budget) for budget in budgets))
-    windows, realised = {}, {}
+    calibrated = []
     for budget in budgets:
-        windows[budget], realised[budget] = _window(trained, model, validation, budget, options, note)
-        note(f"budget {budget:g}: window {_text(windows[budget])} realises {realised[budget]:.3f} on validation")
+        calibrated.append(_calibrated(trained, model, validation, budget, options=options, note=note))
+        window, realised = calibrated[-1].window, calibrated[-1].realised
+        note(f"budget {budget:g}: window {_text(window)} realises {realised:.3f} on validation")
     mixed = _mixed_batch(test, trained.whole_rows(options.rows))
-    times = time_budgets(trained, model, mixed, windows, options.time_rounds)
+    times = time_budgets(trained, model, mixed, {one.budget: one.window for one in calibrated}, options.time_rounds)
     found = []
-    for budget, window in windows.items():
-        found.append(_at_budget(trained, model, test, budget, window, realised[budget], times[budget]))
-        note(f"budget {budget:g}: {_score_line(found[-1])}")
+    for one in calibrated:
+        found.append(_at_budget(trained, model, test, one, times[one.budget]))
+        note(f"budget {one.budget:g}: {_score_line(found[-1])}")
     own = own_window(moe)
     sample = sample_routing(trained, with_room(model, own[1]), test, own)
     wanted = options.model_baselines and moe.uses_importance
@@ -191,19 +194,30 @@ def _say_what_is_missing(trained: Trained, names: Sequence[str], options: Option
                 note(f"{name} has {there} {split} examples, fewer than {wanted}: all of them are taken")
 
 
-def _window(
+@dataclasses.dataclass(frozen=True)
+class _Calibrated:
+    """A budget, its window, and what that realises on the validation examples."""
+
+    budget: float
+    window: Window
+    realised: float
+
+
+def _calibrated(
     trained: Trained,
     model: ModelConfig,
     batches: Batches,
     budget: float,
+    *,
     options: Options,
     note: Callable[[str], None],
-) -> tuple[Window, float]:
-    """The window for a budget, and what it realises on `batches`."""
+) -> _Calibrated:
     if options.calibrated:
-        return calibrate(trained, model, batches, budget, options.tolerance, note)
-    window = own_window(shift_budget(trained.config.model.moe, budget))
-    return window, mean_real_slots(trained, model, batches, window)
+        window, realised = calibrate(trained, model, batches, budget, tolerance=options.tolerance, note=note)
+    else:
+        window = own_window(shift_budget(trained.config.model.moe, budget))
+        realised = mean_real_slots(trained, model, batches, window)
+    return _Calibrated(budget, window, realised)
 
 
 def calibrate(
@@ -211,6 +225,7 @@ def calibrate(
     model: ModelConfig,
     batches: Batches,
     budget: float,
+    *,
     tolerance: float = 0.01,
     note: Callable[[str], None] = lambda line: None,
 ) -> tuple[Window, float]:
@@ -246,12 +261,10 @@ def _at_budget(
     trained: Trained,
     model: ModelConfig,
     test: Batches,
-    budget: float,
-    window: Window,
-    realised: float,
+    calibrated: _Calibrated,
     time: BudgetTime,
 ) -> BudgetResult:
-    moe = trained.config.model.moe
+    moe, window = trained.config.model.moe, calibrated.window
     sample = sample_routing(trained, model, test, window)
     length = max(longest_answer(batches) for batches in test.values())
     scores = []
@@ -260,9 +273,9 @@ def _at_budget(
         source = open_source(trained.config.data, name, "test")
         scores.append(score_domain(name, source, batches, said, tokenizer=trained.tokenizer))
     return BudgetResult(
-        budget=float(budget),
+        budget=float(calibrated.budget),
         nominal=(1 - moe.rho_max) * sum(window) / 2,
-        realised_validation=realised,
+        realised_validation=calibrated.realised,
         routing=summarise(sample, moe, window),
         scores=tuple(scores),
         time=time,

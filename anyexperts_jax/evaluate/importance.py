@@ -110,7 +110,17 @@ def separations(
         with_evidence_B = (token_BT & evidence_BT).any(axis=1)
         if with_evidence_B.any():
             token_BT = token_BT & with_evidence_B[:, None]
-            found.append(_separation(modality, importance_LBT, token_BT, evidence_BT, baselines, draws, seed))
+            found.append(
+                _separation(
+                    modality,
+                    importance_LBT,
+                    token_BT,
+                    evidence_BT=evidence_BT,
+                    baselines=baselines,
+                    draws=draws,
+                    seed=seed,
+                )
+            )
     return tuple(found)
 
 

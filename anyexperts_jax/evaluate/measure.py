@@ -16,7 +16,7 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.modality import MODALITY_NAMES, NUM_MODALITIES
 from anyexperts_jax.evaluate.importance import Separation, baseline_scores, candidates, separations
 from anyexperts_jax.evaluate.results import RoutingSummary
-from anyexperts_jax.evaluate.trained import Trained
+from anyexperts_jax.evaluate.trained import Trained, at_window
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
 from anyexperts_jax.sharding.placement import Placement, placement_of
@@ -42,11 +42,15 @@ class RoutingSample:
 
 def run_at(trained: Trained, model: ModelConfig, batch: Batch, window: Window) -> ModelOutput:
     """The trained model on one batch of `trained.whole_rows`; `model` is the run's, with room for the window."""
+    model = at_window(model, window)
     return forward(model, trained.params, trained.router_bias_LC, trained.place(batch), window_array(window))
 
 
 def forward(config: ModelConfig, params: Any, router_bias_LC: Array, batch: Batch, window: Array) -> ModelOutput:
-    """The model on one batch, compiled once for a configuration whatever the window."""
+    """The model on one batch, compiled once for a configuration whatever the window.
+
+    Buffers of dispatch have the size of the configuration's budget, not of the window's: see `trained.at_window`.
+    """
     return _forward((config, placement_of(params)), params, router_bias_LC, batch, window)
 
 

@@ -11,7 +11,7 @@ from numpy import ndarray
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.evaluate.measure import Batches, RoutingSample, Window, window_array
-from anyexperts_jax.evaluate.trained import Trained
+from anyexperts_jax.evaluate.trained import Trained, at_window
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
 from anyexperts_jax.sharding.placement import Placement
@@ -27,7 +27,7 @@ def model_scores(
     answer to know; embedding norm: of the embedded token.
     """
     every = [batch for of_domain in batches.values() for batch in of_domain]
-    arguments = (model, trained.placement, trained.params, trained.router_bias_LC)
+    arguments = (at_window(model, window), trained.placement, trained.params, trained.router_bias_LC)
     norms = [jax.device_get(input_norms(*arguments, trained.place(batch), window_array(window))) for batch in every]
     return {
         "router entropy": sample.entropy_LBT.astype(np.float64).mean(axis=0),

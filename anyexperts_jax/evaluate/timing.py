@@ -1,6 +1,7 @@
 """Time against the budget: the whole model, and one MoE layer's experts on each budget's own routing.
 
-One program serves all budgets, so what differs is the data alone. Runs are interleaved (A B A B), medians reported.
+One program serves all budgets, so what differs is the data alone; where dispatch has buffers each budget has a program
+with buffers of its own size. Runs are interleaved (A B A B), medians reported.
 """
 
 import functools
@@ -19,11 +20,12 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.dispatch.apply import apply_plan
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.evaluate.measure import Window, forward, window_array
+from anyexperts_jax.evaluate.plans import plan_of
 from anyexperts_jax.evaluate.results import BudgetTime
-from anyexperts_jax.evaluate.trained import Trained
+from anyexperts_jax.evaluate.trained import Trained, at_window
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.ops.experts import ExpertWeights
-from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
+from anyexperts_jax.routing.plan import RoutingPlan
 from anyexperts_jax.sharding.placement import Placement, is_split, placement_of
 
 
@@ -35,13 +37,14 @@ def time_budgets(
     The reference, whose time is 1, is the budget nearest to the one the run was trained with.
     """
     placement = placement_of(trained.params)
-    arguments = (model, trained.params, trained.router_bias_LC, trained.place(batch))
+    arguments = (trained.params, trained.router_bias_LC, trained.place(batch))
     own = trained.config.model.moe.expected_real_slots
     reference = min(windows, key=lambda budget: abs(budget - own))
     whole, layer = {}, {}
     for budget, window in windows.items():
-        whole[budget] = functools.partial(forward, *arguments, window_array(window))
-        layer[budget] = _layer(model, whole[budget]().trace, placement)
+        own_model = at_window(model, window)
+        whole[budget] = functools.partial(forward, own_model, *arguments, window_array(window))
+        layer[budget] = _layer(own_model, whole[budget]().trace, placement)
     whole_seconds, layer_seconds = interleaved(whole, rounds), interleaved(layer, rounds)
     return {
         budget: BudgetTime(
@@ -71,7 +74,7 @@ def interleaved(calls: Mapping[float, Callable[[], Any]], rounds: int) -> dict[f
 def _layer(model: ModelConfig, trace: Any, placement: Placement) -> Callable[[], Array]:
     """Dispatch, experts and combine of the last MoE layer, as this trace routed it. Time does not see the values, so
     activations and weights are random and combine weights equal."""
-    plan = _plan(model, jax.tree.map(lambda leaf: leaf[-1], trace))
+    plan = plan_of(model, jax.tree.map(lambda leaf: leaf[-1], trace))
     stack, E = model.stack, model.moe.num_experts
     D, F, N = stack.d_model, stack.expert_d_ff, plan.slots_N.shape[0]
     rng = np.random.default_rng(0)
@@ -94,30 +97,3 @@ def _layer_shardings(placement: Placement) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(static: tuple[Execution, Placement], x_ND: Array, plan: RoutingPlan, experts: ExpertWeights) -> Array:
     return apply_plan(x_ND, plan, experts, *static)[0]
-
-
-def _plan(model: ModelConfig, trace: Any) -> RoutingPlan:
-    """The plan behind one layer's trace, but for its weights: 1 over the slots."""
-    moe = model.moe
-    ids_NK = trace.expert_ids_BTK.reshape(-1, trace.expert_ids_BTK.shape[-1])
-    slots_N, real_N, virtual_N = (
-        leaf.reshape(-1) for leaf in (trace.slots_BT, trace.real_slots_BT, trace.virtual_slots_BT)
-    )
-    share_N = 1 / jnp.maximum(slots_N, 1).astype(jnp.float32)
-    return RoutingPlan(
-        expert_ids_NK=ids_NK,
-        weights_NK=jnp.where(ids_NK < moe.num_experts, share_N[:, None], 0.0),
-        virtual_weight_N=virtual_N * share_N,
-        importance_N=trace.importance_BT.reshape(-1),
-        slots_N=slots_N,
-        real_slots_N=real_N,
-        virtual_slots_N=virtual_N,
-        losses={},
-        metrics={},
-        spec=PlanSpec(
-            num_experts=moe.num_experts,
-            expected_real_slots=moe.expected_real_slots,
-            virtual_output=moe.switches.virtual_output,
-            num_sequences=trace.slots_BT.shape[0],
-        ),
-    )

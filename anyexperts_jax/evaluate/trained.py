@@ -13,6 +13,7 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.devices import require_devices
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.dispatch.execution import BUFFERED
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.sharding.placement import Placement, is_split, placement_of
 from anyexperts_jax.sharding.specs import batch_shards, shard_batch
@@ -83,7 +84,7 @@ def own_window(moe: AnyExpertsConfig) -> tuple[float, float]:
 def with_room(config: ModelConfig, k_max: float) -> ModelConfig:
     """The same model with slot arrays wide enough for windows up to `k_max`, or as wide as its experts allow.
 
-    Its own window moves up with it, so that capacity buffers are sized for the largest budget. Parameters fit both.
+    Its own window moves up with it; `at_window` gives buffers the size of the window in force. Parameters fit both.
     """
     moe = config.moe
     if k_max <= moe.k_max:
@@ -95,3 +96,18 @@ def with_room(config: ModelConfig, k_max: float) -> ModelConfig:
         except UserError:
             continue  # more slots than columns or experts in reach
     return config
+
+
+def at_window(config: ModelConfig, window: tuple[float, float]) -> ModelConfig:
+    """The configuration to run at `window`, so that what is measured there depends on no other window of the command.
+
+    Where dispatch has buffers ("capacity", "exchange") their size follows the configuration's own budget, so it gets
+    the window as its own: one program for each window. Elsewhere it stays, and one program serves all windows.
+
+    Raises:
+      UserError: when the model cannot have the window.
+    """
+    if config.stack.execution.dispatch not in BUFFERED:
+        return config
+    moe = dataclasses.replace(config.moe, k_min=float(window[0]), k_max=float(window[1]))
+    return dataclasses.replace(config, moe=moe)

@@ -132,7 +132,9 @@ class MultimodalModel(nn.Module):
         x_BTD = self.tokens(tokens_B[:, None]) + self.modality(modality_BT)
         mask_BTS = causal_mask(positions_BT, cache.length)
         rotation = rotations(self.config.stack.attention, positions_BT)
-        context = BlockContext(positions_BT, live_B[:, None], mask_BTS, rotation, window, modality_BT)
+        context = BlockContext(
+            positions_BT, live_B[:, None], mask_BTS, rotation=rotation, window=window, modality_BT=modality_BT
+        )
         x_BTD, _, written = self._decode(x_BTD, context, router_bias_LC, cache)
         return self._logits(x_BTD[:, 0]), cast(StackCache, written)
 

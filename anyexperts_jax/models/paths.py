@@ -88,7 +88,7 @@ def dense_twins(model: ModelConfig, name: str) -> list[str]:
 
 
 def moe_probe(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the collection "probe" holds of the mixtures, stacked over layers: "logits_BTC" and "output_BTD"."""
+    """What the collection "probe" holds of the mixtures, stacked over layers: "logits_BTC", "output_BTD" and so on."""
     return variables["probe"]["decoder"]["moe_layers"]["moe"]
 
 

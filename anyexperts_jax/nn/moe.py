@@ -106,7 +106,15 @@ class MoE(nn.Module):
     Usable on its own: `MoE(config, d_ff=512).init(key, x_BTD)`. `apply` takes the rng "routing" when
     `slot_rounding="stochastic"` in training; without it the slots are rounded half up. For diagnostics alone: with the
     rng "shuffle" every token's logits are dealt anew to the real experts, and a mutable collection "probe" gets them
-    as they were, and what the routed experts put out.
+    as they were, the combine weights, and what the routed experts put out.
+
+    Example:
+        >>> import anyexperts_jax as ax, jax
+        >>> layer = ax.MoE(ax.AnyExpertsConfig(num_experts=8, num_virtual=2, k_min=2, k_max=4), d_ff=16)
+        >>> x_BTD = jax.random.normal(jax.random.key(0), (2, 16, 8))
+        >>> y_BTD, trace = layer.apply(layer.init(jax.random.key(1), x_BTD), x_BTD)
+        >>> y_BTD.shape, trace.expert_ids_BTK.shape
+        ((2, 16, 8), (2, 16, 4))
     """
 
     config: AnyExpertsConfig
@@ -170,7 +178,7 @@ class MoE(nn.Module):
         return checkpoint_name(logits_BT, ROUTER_LOGITS)
 
     def _plan(self, x_ND: Array, importance_logits_BT: Array, context: MoEContext) -> RoutingPlan:
-        config, (batch, _) = self.config, importance_logits_BT.shape
+        config, (batch, length) = self.config, importance_logits_BT.shape
         modality_N = None if context.modality_BT is None else jnp.asarray(context.modality_BT).reshape(-1)
         logits_NC = checkpoint_name(Router(config, name="router")(x_ND, modality_N), ROUTER_LOGITS)
         self._probe("logits_BTC", logits_NC.reshape(batch, -1, logits_NC.shape[1]))
@@ -182,7 +190,7 @@ class MoE(nn.Module):
         rounds_stochastically = config.switches.slot_rounding == "stochastic" and self.has_rng("routing")
         if config.switches.slot_rounding == "stochastic" and not rounds_stochastically:
             config = config.with_switches(slot_rounding="round")
-        return route(
+        plan = route(
             config,
             logits_NC,
             importance_logits_BT.reshape(-1),
@@ -193,6 +201,9 @@ class MoE(nn.Module):
             batch_shards=1 if self.placement is None else batch_shards(self.placement.mesh, self.placement.rules),
             key=self.make_rng("routing") if rounds_stochastically else None,
         )
+        self._probe("weights_BTK", plan.weights_NK.reshape(batch, length, -1))
+        self._probe("virtual_weight_BT", plan.virtual_weight_N.reshape(batch, length))
+        return plan
 
     def _probe(self, name: str, value: Array) -> None:
         if self.is_mutable_collection("probe") and not self.is_initializing():

@@ -63,7 +63,15 @@ def map_examples(trained: Trained, domain: str, count: int, rows: int, max_new_t
     said = predict(trained, config.model, batch, window, max_new_tokens)
     tokens_BT, modality_BT = np.asarray(batch.tokens_BT), np.asarray(batch.modality_BT)
     return [
-        lay_out(example, said[i], tokens_BT[i], modality_BT[i], importance_LBT[:, i], spec, tokenizer=tokenizer)
+        lay_out(
+            example,
+            said[i],
+            tokens_T=tokens_BT[i],
+            modality_T=modality_BT[i],
+            importance_LT=importance_LBT[:, i],
+            spec=spec,
+            tokenizer=tokenizer,
+        )
         for i, example in enumerate(examples)
     ]
 

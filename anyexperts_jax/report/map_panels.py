@@ -56,7 +56,7 @@ def draw_image(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
     step = 0.96 * width / len(panels)
     for i, (title, heat_RC, scale) in enumerate(panels):
         axes = drawn.add_axes((left + 0.02 * width + i * step, bottom, 0.96 * step, height * 0.82), anchor="S")
-        _paint_frame(axes, image, evidence, heat_RC, one.patch_size, scale)
+        _paint_frame(axes, image, evidence, heat_RC, patch_size=one.patch_size, scale=scale)
         text = title if scale is None else f"{title}\n{scale}"
         axes.set_title(text, fontsize=8, weight="bold" if i == 1 else "normal", loc="center")
 
@@ -130,7 +130,7 @@ def draw_audio(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
     picture = drawn.add_axes((left + 0.08 * width, bottom + 0.15 * height, 0.89 * width, 0.49 * height), sharex=bars)
     scale, value_S = _mean_scale(maps), one.chunks_LS.mean(axis=0)
     starts = np.arange(len(value_S)) * one.chunk_seconds
-    _draw_bars(bars, value_S, scale, starts, one.chunk_seconds, np.zeros(len(value_S), bool))
+    _draw_bars(bars, value_S, scale, starts, step=one.chunk_seconds, marked=np.zeros(len(value_S), bool))
     _note(bars, f"mean of layers, a bar a token of {1000 * one.chunk_seconds:.0f} ms, {scale}")
 
     seconds, top = len(audio) / SAMPLE_RATE, SAMPLE_RATE / 2000
@@ -169,7 +169,7 @@ def draw_video(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
     scale, bar_scale = _mean_scale(maps), scale_of([_frame_means(other) for other in maps])
     marked_F = np.zeros(frames, bool) if evidence is None else np.asarray(evidence.any(axis=(1, 2)))
     bars = drawn.add_axes((left + 0.08 * width, bottom + 0.7 * height, 0.89 * width, 0.22 * height))
-    _draw_bars(bars, _frame_means(one), bar_scale, np.arange(frames) + 0.04, 1.0, marked_F)
+    _draw_bars(bars, _frame_means(one), bar_scale, np.arange(frames) + 0.04, step=1.0, marked=marked_F)
     bars.set_xlim(0, frames)
     bars.set_xticks([])
     _note(bars, f"mean of layers, a bar a frame, {bar_scale}; on the patches, {scale}")
@@ -178,7 +178,7 @@ def draw_video(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
         x = left + (0.08 + 0.89 * (frame + 0.04) / frames) * width
         for row, heat_RC in enumerate((patches_LFRC[:, frame].mean(axis=0), None)):
             place = (x, bottom + (0.01 + 0.34 * row) * height, 0.89 * 0.92 / frames * width, 0.32 * height)
-            _paint_frame(drawn.add_axes(place), video[frame], marks, heat_RC, one.patch_size, scale)
+            _paint_frame(drawn.add_axes(place), video[frame], marks, heat_RC, patch_size=one.patch_size, scale=scale)
 
 
 def _frame_means(one: ExampleMap) -> Float[ndarray, " F"]:

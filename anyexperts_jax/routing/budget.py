@@ -22,6 +22,13 @@ def shift_budget(config: AnyExpertsConfig, target_real: float) -> AnyExpertsConf
 
     Raises:
       UserError: no window of this width has that nominal budget; says which budgets have one.
+
+    Example:
+        >>> import anyexperts_jax as ax
+        >>> config = ax.AnyExpertsConfig(k_min=8, k_max=12, rho_max=0.2)
+        >>> low = ax.shift_budget(config, 4.8)
+        >>> low.k_min, low.k_max
+        (4.0, 8.0)
     """
     target_real = _checked_target(target_real)
     shift = _shift_to(config, target_real)
@@ -86,6 +93,13 @@ def calibrate_budget(
 
     Raises:
       UserError: no window realises it within tolerance; says what the nearest ones, or the outermost ones, realise.
+
+    Example:
+        >>> import anyexperts_jax as ax
+        >>> config = ax.AnyExpertsConfig(k_min=8, k_max=12, rho_max=0.2)
+        >>> realised = lambda moe: 0.9 * moe.expected_real_slots  # stands for a measurement on data
+        >>> ax.calibrate_budget(config, realised, 7.2).k_max
+        12.0
     """
     target_real = _checked_target(target_real)
     require(tolerance > 0, f"tolerance={tolerance} must be > 0")
@@ -123,7 +137,9 @@ class _Search:
         first, last = _shift_range(config)
         low, high = math.ceil(first / step), math.floor(last / step)
         nominal = round((_exact(target) / _real_share(config) - _middle(config)) / step)
-        return cls(target, step, float(_real_share(config) * step), low, high, min(max(nominal, low), high))
+        return cls(
+            target, step, float(_real_share(config) * step), low=low, high=high, position=min(max(nominal, low), high)
+        )
 
     def record(self, candidate: AnyExpertsConfig, realised: float) -> None:
         """Rules out the windows on the far side of the measured one and moves to the next position."""

@@ -32,7 +32,14 @@ def route_reference(
     uniform_N = np.full(N, np.nan) if uniform_N is None else uniform_N.astype(np.float64)
     window = (config.k_min, config.k_max) if window is None else window
     tokens = [
-        _Token(config, logits_NC[i].astype(np.float64), float(importance_logits_N[i]), bias_C, window, uniform_N[i])
+        _Token(
+            config,
+            logits_NC[i].astype(np.float64),
+            float(importance_logits_N[i]),
+            bias_C=bias_C,
+            window=window,
+            uniform=uniform_N[i],
+        )
         for i in range(N)
     ]
     K = config.slots_bound

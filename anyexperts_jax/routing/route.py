@@ -58,6 +58,14 @@ def route(
     Raises:
       UserError: shapes that do not fit the config or each other; bias_C, key or batch_shards missing; bias_C given but
         off; a window that is reversed, not finite or out of reach.
+
+    Example:
+        >>> import anyexperts_jax as ax, numpy as np
+        >>> config = ax.AnyExpertsConfig(num_experts=8, num_virtual=2, k_min=2, k_max=4)
+        >>> logits_NC = np.random.default_rng(0).normal(size=(16, config.num_columns))
+        >>> plan = ax.route(config, logits_NC, np.zeros(16))  # importance 1/2: three slots a token
+        >>> plan.expert_ids_NK.shape, int(plan.slots_N.sum())
+        ((16, 4), 48)
     """
     require(isinstance(config, AnyExpertsConfig), f"config={shown(config)} must be an AnyExpertsConfig")
     given = _Given(
@@ -86,7 +94,15 @@ def route(
     load_SC = column_load(config, selection, num_sequences if config.switches.balance_scope == "sequence" else 1)
     losses = routing_losses(logits_NC, probabilities_NC, load_SC, valid_N)
     regularise = REGULARISERS[config.switches.importance_regulariser]
-    seen = Importances(config, importance_logits_N, importance_N, weights_NK, valid_N, num_sequences, batch_shards)
+    seen = Importances(
+        config,
+        logits_N=importance_logits_N,
+        importance_N=importance_N,
+        weights_NK=weights_NK,
+        valid_N=valid_N,
+        num_sequences=num_sequences,
+        batch_shards=batch_shards,
+    )
     weights_NK, losses["importance"] = regularise(seen)
     return RoutingPlan(
         expert_ids_NK=jnp.where(selection.real_live_NK, selection.real_ids_NK, config.num_experts),

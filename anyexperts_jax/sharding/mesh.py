@@ -83,6 +83,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Raises:
       UserError: sizes that do not fit the devices, or slices that the devices are not.
+
+    Example:
+        >>> import anyexperts_jax as ax, jax
+        >>> mesh = ax.make_mesh(ax.MeshConfig(data=1), jax.devices()[:1])
+        >>> mesh.axis_names
+        ('data', 'fsdp', 'expert', 'tensor', 'sequence')
     """
     devices = tuple(jax.devices() if devices is None else devices)
     sizes = config.sizes(len(devices))
@@ -91,7 +97,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         return Mesh(_near_together(tuple(sizes.values()), devices), tuple(sizes), axis_types=axis_types)
     across, inside = (config.dcn_data, config.dcn_fsdp), tuple(config.sizes_inside(len(devices)).values())
     blocks = [_near_together(inside, part) for part in split_into_slices(devices, config.slices)]
-    grid = np.stack(blocks).reshape(*across, *inside).transpose(0, 2, 1, 3, 4, 5, 6)
+    grid = np.stack(blocks).reshape(*across, *inside).transpose((0, 2, 1, 3, 4, 5, 6))
     return Mesh(grid.reshape(tuple(sizes.values())), tuple(sizes), axis_types=axis_types)
 
 

@@ -1,1 +1,24 @@
-"""Training: the run's configuration, the pure step, checkpoints, logs and the loop that ties them together."""
+"""Training: the run's configuration, the pure step, checkpoints, logs and the loop that ties them together.
+
+Called, as `anyexperts_jax.train(config)`, the package trains a model: `help(anyexperts_jax.evaluate.run.train_run)`.
+"""
+
+import sys
+import types
+from typing import Any
+
+
+class _Package(types.ModuleType):
+    """The package, which is also the function of the public API that has its name.
+
+    Python binds `anyexperts_jax.train` to this package as soon as anything in it is imported, so a function of that
+    name could not stay there.
+    """
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        import anyexperts_jax
+
+        return anyexperts_jax.train_run(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Package

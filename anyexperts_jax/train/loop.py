@@ -106,7 +106,7 @@ def train(
             changed = require_run_of(paths, config)
             if changed:
                 reporter.note_later(f"going on with {describe_differences(changed)}")
-            return _Run(config, mesh, paths, reporter, requests, recipe).to_the_end()
+            return _Run(config, mesh, paths, reporter=reporter, requests=requests, recipe=recipe).to_the_end()
     except (OSError, ValueError, RuntimeError) as error:
         said, lost = no_room(error), processes.peer_lost(error)
         if said is not None:
@@ -131,7 +131,7 @@ class _Run:
         self.apply = (recipe.apply or model_apply)(config.model, Placement(self.mesh))
         self.optimizer = recipe.optimizer or make_optimizer(config.optim, logical_axes(config.model))
         size = config.train.batch_size
-        self.iterator = train_iterator(config.data, size, batch_rows(self.mesh, size))
+        self.iterator = train_iterator(config.data, size, batch_rows(self.mesh, size), plugins=config.plugins)
         self.validation = Validation(config, self.apply, self.mesh, self._waiting)
         self.checkpoints = self._open_checkpoints(read_only=True)
         self.agreement = processes.Agreement()

@@ -117,7 +117,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads, sums, losses = accumulate(apply, moe, train.accumulation, state, batch, key, trainable)
+        grads, sums, losses = accumulate(
+            apply, moe, train.accumulation, state=state, batch=batch, key=key, trainable=trainable
+        )
         scalars = {
             **losses,
             "grad_norm": optax.tree.norm(grads).astype(jnp.float32),

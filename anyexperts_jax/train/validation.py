@@ -75,7 +75,9 @@ class Validation:
             data, train = self._config.data, self._config.train
             rows = batch_rows(self.mesh, train.batch_size)
             self._batches[name] = list(
-                eval_batches(data, name, "validation", train.batch_size, train.eval_examples, rows)
+                eval_batches(
+                    data, name, "validation", batch_size=train.batch_size, num_examples=train.eval_examples, rows=rows
+                )
             )
         size = self._config.train.batch_size
         parts = [

@@ -63,7 +63,7 @@ def warm_start(
     try:
         if data is not None:
             require_same_tokens(data, config.data, "it")
-        return carried_over(params, router_bias_LC, config.model, model, key, mesh)
+        return carried_over(params, router_bias_LC, found=config.model, model=model, key=key, mesh=mesh)
     except UserError as error:
         raise UserError(f"train.start_from={run_dir}: {error}") from error
 

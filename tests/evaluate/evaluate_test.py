@@ -334,7 +334,7 @@ def test_a_low_window_is_evaluated_and_says_at_which_budgets():
 def test_equal_importance_ends_at_the_nearest_window_with_a_note(one, test_batches):
     level = dataclasses.replace(one, params=jax.tree.map(lambda leaf: leaf * 0, one.params))
     notes: list[str] = []
-    window, realised = calibrate(level, ROOMY, test_batches, 3.3, 0.01, notes.append)
+    window, realised = calibrate(level, ROOMY, test_batches, 3.3, tolerance=0.01, note=notes.append)
     assert len(notes) == 1
     assert "no window realises target_real=3.3" in notes[0]
     assert realised == mean_real_slots(level, ROOMY, test_batches, window)

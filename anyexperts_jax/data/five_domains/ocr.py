@@ -49,10 +49,41 @@ class _Difficulty:
 
 
 _DIFFICULTIES = {
-    1: _Difficulty((_PLAIN,), 0, 0, (32, 32), 32, 1, rows=2, value_digits=1, kinds=("table",), everything=False),
-    2: _Difficulty(_COLOURED, 1, 6, (20, 24), 1, 2, rows=3, value_digits=2, kinds=("table", "chart"), everything=False),
+    1: _Difficulty(
+        (_PLAIN,),
+        shift=0,
+        noise=0,
+        sign_cell=(32, 32),
+        sign_grid=32,
+        sign_characters=1,
+        rows=2,
+        value_digits=1,
+        kinds=("table",),
+        everything=False,
+    ),
+    2: _Difficulty(
+        _COLOURED,
+        shift=1,
+        noise=6,
+        sign_cell=(20, 24),
+        sign_grid=1,
+        sign_characters=2,
+        rows=3,
+        value_digits=2,
+        kinds=("table", "chart"),
+        everything=False,
+    ),
     3: _Difficulty(
-        _COLOURED, 2, 12, (16, 20), 1, 3, rows=4, value_digits=2, kinds=("table", "chart", "receipt"), everything=True
+        _COLOURED,
+        shift=2,
+        noise=12,
+        sign_cell=(16, 20),
+        sign_grid=1,
+        sign_characters=3,
+        rows=4,
+        value_digits=2,
+        kinds=("table", "chart", "receipt"),
+        everything=True,
     ),
 }
 

@@ -92,11 +92,11 @@ def _scene(rng: np.random.Generator, split: str, level: int, kind: str) -> tuple
         scan, colour = digits.draw_scan(rng, split, int(values[i])), COLOUR_NAMES[colours[i]]
         if kind == "which":
             top, left = (int(x) for x in rng.integers(0, 2, size=2) * _FREE)  # on the grid of patches
-            actors.append(_Actor(scan, colour, first, end, top, left))
+            actors.append(_Actor(scan, colour, first=first, end=end, top=top, left=left))
             answers.append(str(actors[-1].digit))
         else:
             way = tuple(WAYS)[ways[i]]
-            actors.append(_walk(rng, scan, colour, first, end, way))
+            actors.append(_walk(rng, scan, colour, first=first, end=end, way=way))
             answers.append(way)
     return actors, answers
 
@@ -108,7 +108,8 @@ def _when_scene(rng: np.random.Generator, split: str, level: int) -> tuple[list[
     for i in range(1 if level == 1 else 2):
         scan, colour, time = digits.draw_scan(rng, split, int(values[i])), COLOUR_NAMES[colours[i]], TIMES[times[i]]
         top, left = (int(x) for x in rng.integers(0, _FREE + 1, size=2))
-        actors.append(_Actor(scan, colour, *_THIRDS[time], top, left))
+        first, end = _THIRDS[time]
+        actors.append(_Actor(scan, colour, first=first, end=end, top=top, left=left))
         answers.append(time)
     return actors, answers
 
@@ -122,7 +123,7 @@ def _walk(rng: np.random.Generator, scan: int, colour: str, first: int, end: int
     across = int(rng.integers(0, _FREE + 1))
     along = start if down + right > 0 else _FREE - start
     top, left = (along, across) if down else (across, along)
-    return _Actor(scan, colour, first, end, top, left, (down * pixels, right * pixels))
+    return _Actor(scan, colour, first=first, end=end, top=top, left=left, step=(down * pixels, right * pixels))
 
 
 def _film(rng: np.random.Generator, actors: list[_Actor], asked: _Actor, level: int) -> tuple[np.ndarray, np.ndarray]:

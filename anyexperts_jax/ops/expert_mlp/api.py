@@ -36,6 +36,13 @@ def expert_mlp(
 
     Raises:
       UserError: shapes or dtypes that do not fit, an unknown implementation, or one that cannot run here.
+
+    Example:
+        >>> import anyexperts_jax as ax, numpy as np
+        >>> x_ECD, gate_EDF, up_EDF, down_EFD = np.ones((4, 2, 8, 8), "float32")
+        >>> y_ECD = ax.expert_mlp(x_ECD, np.array([8, 3]), gate_EDF, up_EDF, down_EFD)
+        >>> (y_ECD != 0).any(axis=2).sum(axis=1).tolist()  # rows in use of two experts
+        [8, 3]
     """
     x_ECD, counts_E = as_floats("x_ECD", x_ECD), as_array("counts_E", counts_E)
     experts = as_expert_weights((w_gate_EDF, w_up_EDF, w_down_EFD))

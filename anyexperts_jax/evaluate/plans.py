@@ -1,0 +1,34 @@
+"""The plan behind a trace, to run dispatch again as a model's layer routed it."""
+
+import jax.numpy as jnp
+
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
+from anyexperts_jax.routing.trace import RoutingTrace
+
+
+def plan_of(model: ModelConfig, trace: RoutingTrace) -> RoutingPlan:
+    """The plan behind one layer's trace, but for its weights: 1 over the slots."""
+    moe = model.moe
+    ids_NK = trace.expert_ids_BTK.reshape(-1, trace.expert_ids_BTK.shape[-1])
+    slots_N, real_N, virtual_N = (
+        leaf.reshape(-1) for leaf in (trace.slots_BT, trace.real_slots_BT, trace.virtual_slots_BT)
+    )
+    share_N = 1 / jnp.maximum(slots_N, 1).astype(jnp.float32)
+    return RoutingPlan(
+        expert_ids_NK=ids_NK,
+        weights_NK=jnp.where(ids_NK < moe.num_experts, share_N[:, None], 0.0),
+        virtual_weight_N=virtual_N * share_N,
+        importance_N=trace.importance_BT.reshape(-1),
+        slots_N=slots_N,
+        real_slots_N=real_N,
+        virtual_slots_N=virtual_N,
+        losses={},
+        metrics={},
+        spec=PlanSpec(
+            num_experts=moe.num_experts,
+            expected_real_slots=moe.expected_real_slots,
+            virtual_output=moe.switches.virtual_output,
+            num_sequences=trace.slots_BT.shape[0],
+        ),
+    )
