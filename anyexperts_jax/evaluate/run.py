@@ -98,13 +98,13 @@ class Run:
     """A trained model with all that belongs to it, from `load_run` or `train`; on one device or on a mesh.
 
     Nothing of it changes: what its methods find they return. Attributes: `config`, the `RunConfig`; `model`, the Flax
-    module (`run.model.apply({"params": run.params}, batch)`); `params`; `router_bias_LC` [L, C], the expert biases;
+    module of `run.config.model`; `params`; `router_bias_LC` [L, C], the expert biases;
     `tokenizer`; `data`, a `RunData`; `step`, the checkpoint's.
 
     Example:
-        >>> import anyexperts_jax as ax
+        >>> import anyexperts_jax as ax, jax
         >>> run = ax.load_run("runs/smoke")
-        >>> output = run.model.apply({"params": run.params}, run.data.batch("nlp", rows=2))
+        >>> output = jax.jit(run.model.apply)({"params": run.params}, run.data.batch("nlp", rows=2))
         >>> output.logits_BTY.shape, run.step  # sequences, positions, vocabulary
         ((2, 128, 260), 3)
     """

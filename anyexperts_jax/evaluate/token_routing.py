@@ -38,7 +38,7 @@ class TokenRouting:
     expert_ids_LBTK: Int[ndarray, "L B T K"]
     weights_LBTK: Float[ndarray, "L B T K"]  # combine weight of each real slot
     dropped_LBTK: Bool[ndarray, "L B T K"]  # real slots that found no room in the buffers of dispatch
-    slots_LBT: Int[ndarray, "L B T"]  # K of the token: real and virtual slots
+    slots_LBT: Int[ndarray, "L B T"]  # of the token, real and virtual
     real_slots_LBT: Int[ndarray, "L B T"]
     virtual_slots_LBT: Int[ndarray, "L B T"]
     virtual_weight_LBT: Float[ndarray, "L B T"]  # combine weight of all virtual slots of the token

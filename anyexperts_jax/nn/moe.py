@@ -112,7 +112,7 @@ class MoE(nn.Module):
         >>> import anyexperts_jax as ax, jax
         >>> layer = ax.MoE(ax.AnyExpertsConfig(num_experts=8, num_virtual=2, k_min=2, k_max=4), d_ff=16)
         >>> x_BTD = jax.random.normal(jax.random.key(0), (2, 16, 8))
-        >>> y_BTD, trace = layer.apply(layer.init(jax.random.key(1), x_BTD), x_BTD)
+        >>> (y_BTD, trace), variables = layer.init_with_output(jax.random.key(1), x_BTD)
         >>> y_BTD.shape, trace.expert_ids_BTK.shape
         ((2, 16, 8), (2, 16, 4))
     """

@@ -16,6 +16,7 @@ class _Package(types.ModuleType):
     """
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Trains a model and returns it as a `Run`: see `anyexperts_jax.evaluate.run.train_run`."""
         import anyexperts_jax
 
         return anyexperts_jax.train_run(*arguments, **options)

@@ -30,6 +30,13 @@ def model_of(dispatch):
     return dataclasses.replace(MODEL, stack=stack, moe=MOE)
 
 
+def on_four_devices(one):
+    mesh = make_mesh(MeshConfig(data=1, expert=4), jax.devices()[:4])
+    shardings = param_shardings(mesh, logical_axes(one.config.model), one.params)
+    bias_LC = jax.device_put(one.router_bias_LC, replicated(mesh))
+    return dataclasses.replace(one, params=jax.device_put(one.params, shardings), router_bias_LC=bias_LC)
+
+
 def test_what_a_budget_drops_is_the_same_alone_and_beside_others(monkeypatch):
     """The whole command but for answers and times, which drop nothing and are compiled at length."""
     monkeypatch.setattr(evaluation, "predict", lambda trained, model, batch, *how: [""] * len(batch.tokens_BT))
@@ -45,11 +52,7 @@ def test_what_a_budget_drops_is_the_same_alone_and_beside_others(monkeypatch):
 
 
 def test_what_an_exchange_drops_does_not_depend_on_the_room():
-    one = trained(model_of("exchange"))
-    mesh = make_mesh(MeshConfig(data=1, expert=4), jax.devices()[:4])
-    shardings = param_shardings(mesh, logical_axes(one.config.model), one.params)
-    bias_LC = jax.device_put(one.router_bias_LC, replicated(mesh))
-    one = dataclasses.replace(one, params=jax.device_put(one.params, shardings), router_bias_LC=bias_LC)
+    one = on_four_devices(trained(model_of("exchange")))
     window = own_window(shift_budget(MOE, 4.8))
     batches = load_batches(one, ("general",), "test", 4, 4)
     roomy = with_room(one.config.model, own_window(shift_budget(MOE, 12.0))[1])
