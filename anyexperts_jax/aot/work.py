@@ -57,7 +57,7 @@ def count_work(config: RunConfig, mesh: dict[str, int], device_kind: str = "") -
     shared, blocks = _dense_flops(config, tokens)
     pairs = tokens * (config.data.encoding.max_length + 1) / 2  # of a query and a key that it sees
     scores = _FORWARD_AND_BACKWARD * 4 * pairs * stack.attention.num_heads * stack.attention.head_dim * stack.num_layers
-    fits = splash.takes(config.data.encoding.max_length, stack.attention.head_dim)
+    fits = splash.supports(config.data.encoding.max_length, stack.attention.head_dim)
     skips = fits and device_kind.startswith("TPU") and mesh["sequence"] == 1
     computed, buffers = _rows(config, mesh, device_kind, rows)
     again = 0.0 if stack.remat == "none" else 1 / _FORWARD_AND_BACKWARD

@@ -143,7 +143,7 @@ def test_a_segment_sees_itself_alone():
     expected_BTT = np.zeros((2, 6, 6), bool)
     for b, t, s in np.ndindex(2, 6, 6):
         expected_BTT[b, t, s] = segment_BT[b, t] == segment_BT[b, s] and (b == 1 or s < 5)
-    np.testing.assert_array_equal(mask.in_any_order(), expected_BTT)
+    np.testing.assert_array_equal(mask.without_causality(), expected_BTT)
     np.testing.assert_array_equal(mask.dense(), expected_BTT & np.tri(6, dtype=bool))
 
 
@@ -184,7 +184,7 @@ def test_cudnn_is_an_attached_gpus_default_in_16_bits_and_refused_elsewhere(monk
         attention(*rows, mask.dense(), "cudnn")
     bf16 = jnp.dtype(jnp.bfloat16)
     assert default_implementation(4096, 64, bf16, causal=True) != "cudnn"
-    monkeypatch.setattr(cudnn, "is_there", lambda: True)
+    monkeypatch.setattr(cudnn, "is_available", lambda: True)
     assert default_implementation(4096, 64, bf16, causal=True) == "cudnn"
     for length, width, dtype, causal in [
         (4096, 64, bf16, False),

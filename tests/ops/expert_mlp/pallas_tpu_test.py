@@ -132,12 +132,12 @@ def test_a_stale_list_of_tiles_is_found(monkeypatch):
 
 @pytest.mark.slow
 def test_a_copy_that_stops_short_is_found(monkeypatch):
-    whole = tpu_grid.Copied.each
+    whole = tpu_grid.Copied.for_each_chunk
 
     def first_chunk(copied, *where):
         whole(copied._replace(block=copied.block._replace(rows=copied.chunk)), *where)
 
-    monkeypatch.setattr(tpu_grid.Copied, "each", first_chunk)
+    monkeypatch.setattr(tpu_grid.Copied, "for_each_chunk", first_chunk)
     op = functools.partial(expert_mlp_pallas_tpu, options=FUSED)
     with pytest.raises(AssertionError):
         check_kernels(make_operands((0, 17, 3)), FUSED, jax.jit(functools.partial(run, op)))
@@ -145,7 +145,7 @@ def test_a_copy_that_stops_short_is_found(monkeypatch):
 
 @pytest.mark.slow
 def test_an_unmasked_weight_gradient_is_found(monkeypatch):
-    monkeypatch.setattr(pallas_tpu.Slab, "mask", lambda slab, value: value)
+    monkeypatch.setattr(tpu_grid.Slab, "mask", lambda slab, value: value)
     op = functools.partial(expert_mlp_pallas_tpu, options=FUSED)
     with pytest.raises(AssertionError):
         check_kernels(make_operands((0, 17, 3)), FUSED, jax.jit(functools.partial(run, op)))
