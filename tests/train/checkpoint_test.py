@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_one_line_that_says_how_to_go_on(saved, damage, 
     damage(directory / "3")
     if not checksums:
         (directory / "3" / CHECKSUMS_NAME).unlink()
-    message = r"checkpoint 3 in .*checkpoints is unreadable .* move .*/3 away to go on from step 2"
+    message = r"checkpoint 3 in .*checkpoints is unreadable .* move .*/3 away to resume from step 2"
     with pytest.raises(UserError, match=message) as error, opened(directory) as checkpoints:
         checkpoints.restore(3, abstract(state_at(0)), CONFIG)
     assert "\n" not in str(error.value)

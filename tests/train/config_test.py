@@ -76,7 +76,7 @@ def test_a_runs_json_loads_as_a_config(tmp_path):
         (["model.vision.max_places=72"], r"key model\.vision\.max_places is gone: a patch has a row and a column now"),
         (
             ["data.packing=first_fit", "model.moe.switches.balance_scope=sequence"],
-            r"packing='first_fit' with model\.moe\.switches\.balance_scope='sequence': that balance loss is of a row",
+            r"packing='first_fit' with model\.moe\.switches\.balance_scope='sequence': that balance loss is computed",
         ),
         (["mesh.data=0"], r"mesh\.data=0 must be >= 1"),
         (["seed=-1"], r"key seed=-1 must be int: in \[0, 2\^32\)"),

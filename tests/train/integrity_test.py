@@ -161,7 +161,7 @@ def test_arrays_must_be_finite_whatever_the_checksums_say(tmp_path, value):
         checkpoints.wait()
         checkpoints.close()
     folder = tmp_path / "checkpoints" / "2"
-    message = r"checkpoint 2 in .* is no use: params/table is not finite; move .*/2 away to go on from step 1$"
+    message = r"checkpoint 2 in .* is unusable: params/table is not finite; move .*/2 away to resume from step 1$"
     for checksums in (True, False):
         if not checksums:
             (folder / CHECKSUMS_NAME).unlink()
@@ -196,9 +196,7 @@ def test_a_checkpoint_that_the_run_removes_meanwhile_is_not_called_damaged(folde
     (folder.parent.parent / TRAIN_LOCK).touch()
     monkeypatch.setattr(module.time, "sleep", lambda seconds: shutil.rmtree(folder))
     os.unlink(folder / "params" / "_METADATA")  # the removal has begun
-    with pytest.raises(
-        UserError, match=r"checkpoint 2 in .* was removed by the run that is under way; run this again$"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint 2 in .* was deleted by the running training; run this again$"):
         restore(folder)
 
 
