@@ -47,7 +47,7 @@ def a_run(mesh=MESH, moe=TOP_1, routing=STAGE, **fields) -> EvolveRun:
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory):
-    """The runs here compile the same few programs."""
+    """Caches compiled programs, because all runs here compile the same few."""
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -191,7 +191,7 @@ def test_stage_two_has_the_dense_models_loss_before_its_first_step(done):
 
 @pytest.mark.slow
 def test_stage_three_may_have_another_routing_policy_than_stage_two(done, tmp_path):
-    """Stage II runs expert 1 alone: the routers begin as they would have, and nothing else moves."""
+    """Stage II uses expert 1 only, so the routers get their usual initial values and everything else is kept."""
     root, _ = done
     linear = dataclasses.replace(TOP_1, router="linear")
     (tmp_path / "warm_up").symlink_to(root / "warm_up")

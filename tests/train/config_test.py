@@ -42,7 +42,7 @@ def test_a_file_overrides_parts_of_a_model_preset(tmp_path):
 
 
 def test_a_run_with_a_table_of_places_is_refused_with_what_to_do():
-    """A run's config.json of the version that numbered places, one number for positions of many pictures."""
+    """A config.json of the version that numbered the places of patches with a single index."""
     path = pathlib.Path(__file__).parents[2] / "experiments" / "results" / "demo" / "config.json"
     with pytest.raises(UserError, match=r"demo/config\.json: key model\.vision\.max_places is gone: .*trained again$"):
         load_config(path)

@@ -1,4 +1,4 @@
-"""Damage is what was looked at and found: with checksums to the bit, without them as far as it shows."""
+"""Only verified damage is reported: with checksums every bit, without them what cannot be read."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def folder(written, tmp_path):
-    """A copy of checkpoint 2, beside one of checkpoint 1."""
+    """A copy of checkpoint 2, next to one of checkpoint 1."""
     return shutil.copytree(written, tmp_path / "checkpoints") / "2"
 
 
@@ -48,7 +48,7 @@ def restore(folder):
 
 
 def flip(path):
-    """Another value in one bit of the file's middle."""
+    """Flips one bit in the middle of the file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

@@ -38,7 +38,7 @@ def compile_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(compile_cache):
-    """Every run here compiles the same few programs; the processes below share them as well."""
+    """Caches compiled programs, which all runs and processes here share."""
     settings = {"jax_compilation_cache_dir": str(compile_cache), "jax_persistent_cache_min_compile_time_secs": 0.0}
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
@@ -192,7 +192,7 @@ def nan_in_step(poisoned):
 
 
 def example_of_step(step):
-    """An example that training step `step` (1-based) and no other of the first six sees."""
+    """An example that only training step `step` (1-based) of the first six uses."""
     iterator = loop.train_iterator(run_config().data, 8)
     return [int(np.asarray(next(iterator).example_B)[0]) for _ in range(6)][step - 1]
 
@@ -328,7 +328,8 @@ def wait_for(process, condition):
 
 @pytest.mark.slow
 def test_a_killed_and_a_stopped_run_go_on_bit_for_bit(tmp_path, start):
-    """The first process is killed, the second finds the disk full, the third finishes that run and an unbroken one."""
+    """The first process is killed, the second finds the disk full, the third finishes that run and an uninterrupted
+    one."""
     config = run_config(steps=200, checkpoint_every=20, eval_every=100)
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     process = start(config, broken)

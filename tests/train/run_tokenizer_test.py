@@ -1,4 +1,4 @@
-"""A run's tokenizer: whose ids the model has, the copy in the run, and another one refused."""
+"""A run's tokenizer: its ids match the model, the run keeps a copy, and a different one is rejected."""
 
 import dataclasses
 import shutil
@@ -23,7 +23,7 @@ from train.stand_in import DATA, MODEL, run_config
 
 
 def trained_on(folder, examples):
-    """A tokenizer trained on questions of the domain, called as its folder."""
+    """A tokenizer trained on questions of the domain, named after its folder."""
     source = open_source(DATA, "nlp", "train")
     save_tokenizer(train_tokenizer([source[i].question for i in examples], 320, name=folder.name), folder)
     return folder

@@ -1,4 +1,4 @@
-"""The table of GPU tiles: what it holds, what it falls back to, and how it fails."""
+"""The table of GPU tiles: its entries, its fallback, and its errors."""
 
 import dataclasses
 import importlib.resources

@@ -51,7 +51,7 @@ def test_fused_kernels(counts):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["around a block", "no rows at all"])
 def test_kernels_that_keep_a_part_of_the_columns(name):
-    """384 columns in threes of 128 or, past the array's end, twos of 256."""
+    """384 columns as three blocks of 128, or as two of 256 that reach beyond the array."""
     chosen = options(columns=256, weight_columns=128) if name == "around a block" else PAIR
     check_kernels(make_operands(COUNTS[name], width=256, hidden=384), chosen)
 

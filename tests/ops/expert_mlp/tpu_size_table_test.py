@@ -1,4 +1,4 @@
-"""The table of block sizes: what it holds, what it falls back to, and how it fails."""
+"""The table of block sizes: its entries, its fallback, and its errors."""
 
 import json
 
