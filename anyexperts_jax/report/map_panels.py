@@ -131,7 +131,7 @@ def draw_audio(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
     scale, value_S = _mean_scale(maps), one.chunks_LS.mean(axis=0)
     starts = np.arange(len(value_S)) * one.chunk_seconds
     _draw_bars(bars, value_S, scale, starts, step=one.chunk_seconds, marked=np.zeros(len(value_S), bool))
-    _note(bars, f"mean of layers, a bar a token of {1000 * one.chunk_seconds:.0f} ms, {scale}")
+    _note(bars, f"mean of layers, one bar per token of {1000 * one.chunk_seconds:.0f} ms, {scale}")
 
     seconds, top = len(audio) / SAMPLE_RATE, SAMPLE_RATE / 2000
     picture.imshow(_spectrogram(audio), aspect="auto", origin="lower", cmap="gray_r", extent=(0, seconds, 0, top))

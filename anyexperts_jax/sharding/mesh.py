@@ -96,7 +96,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if config.slices == 1:
         return Mesh(_device_grid(tuple(sizes.values()), devices), tuple(sizes), axis_types=axis_types)
     across, inside = (config.dcn_data, config.dcn_fsdp), tuple(config.sizes_inside(len(devices)).values())
-    blocks = [_near_together(inside, part) for part in split_into_slices(devices, config.slices)]
+    blocks = [_device_grid(inside, part) for part in split_into_slices(devices, config.slices)]
+    # [dcn_data, dcn_fsdp, data, fsdp, ...] to [dcn_data, data, dcn_fsdp, fsdp, ...]: within an axis, the devices of one
+    # slice stay adjacent, so that collectives do as much as possible inside a slice.
     grid = np.stack(blocks).reshape(*across, *inside).transpose((0, 2, 1, 3, 4, 5, 6))
     return Mesh(grid.reshape(tuple(sizes.values())), tuple(sizes), axis_types=axis_types)
 
