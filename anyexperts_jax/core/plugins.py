@@ -11,7 +11,7 @@ def load_plugins(modules: Iterable[str]) -> None:
     """Imports each module; the current directory is searched too.
 
     Raises:
-      UserError: a module that is not there, or that raises anything when it is imported: its file, line and error.
+      UserError: for a module that does not exist or that raises an error on import; the message has its file and line.
     """
     for name in modules:
         if name in sys.modules:

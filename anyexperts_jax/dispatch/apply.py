@@ -64,7 +64,7 @@ def moe_apply_stats(
       execution: fields of `Execution`: dispatch="capacity", implementation="xla", residuals="recomputed" and so on.
 
     Raises:
-      UserError: an unknown field or value of `Execution`, or shapes, dtypes or sizes that do not fit.
+      UserError: for an unknown field or value of `Execution`, and for shapes, dtypes or sizes that do not fit.
 
     Example:
         >>> import anyexperts_jax as ax, numpy as np
@@ -91,7 +91,7 @@ def apply_plan(
     execution: Execution,
     placement: Placement | None = None,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
-    """What `moe_apply_stats` documents, for those who hold the weights and the execution as one value each.
+    """`moe_apply_stats` for callers that hold the weights and the execution as one value each.
 
     Example:
         >>> import anyexperts_jax as ax, numpy as np

@@ -104,10 +104,10 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """One AnyExperts layer: a token's importance decides how many experts it gets (AnyExperts section 2).
 
-    Usable on its own: `MoE(config, d_ff=512).init(key, x_BTD)`. `apply` takes the rng "routing" when
-    `slot_rounding="stochastic"` in training; without it the slots are rounded half up. For diagnostics alone: with the
-    rng "shuffle" every token's logits are dealt anew to the real experts, and a mutable collection "probe" gets them
-    as they were, the combine weights, and what the routed experts put out.
+    It can be used on its own: `MoE(config, d_ff=512).init(key, x_BTD)`. For `slot_rounding="stochastic"`, training
+    passes the rng "routing" to `apply`; without it the slots are rounded half up. For diagnostics only: the rng
+    "shuffle" shuffles every token's logits among the real experts, and a mutable collection "probe" records the logits
+    before that, the combine weights and the output of the routed experts.
 
     Example:
         >>> import anyexperts_jax as ax, jax

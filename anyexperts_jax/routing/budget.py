@@ -23,7 +23,7 @@ def shift_budget(config: AnyExpertsConfig, target_real: float) -> AnyExpertsConf
     `calibrate_budget`.
 
     Raises:
-      UserError: no window of this width has that nominal budget; says which budgets have one.
+      UserError: if no window of this width has that nominal budget; the message gives budgets that exist.
 
     Example:
         >>> import anyexperts_jax as ax
@@ -94,7 +94,8 @@ def calibrate_budget(
       tolerance: relative; 0.01 accepts 7.92 to 8.08 for 8.
 
     Raises:
-      UserError: no window realises it within tolerance; says what the nearest ones, or the outermost ones, realise.
+      UserError: if no window realises it within the tolerance; the message gives what the nearest or outermost windows
+        realise.
 
     Example:
         >>> import anyexperts_jax as ax

@@ -57,8 +57,8 @@ def route(
       key: random key; required for slot_rounding="stochastic" and unused otherwise.
 
     Raises:
-      UserError: shapes that do not fit the config or each other; bias_C, key or batch_shards missing; bias_C given but
-        off; a window that is reversed, not finite or out of reach.
+      UserError: for shapes that do not fit the config or each other; if bias_C, key or batch_shards is missing, or
+        bias_C is given without need; for a window that is reversed, not finite or out of reach.
 
     Example:
         >>> import anyexperts_jax as ax, numpy as np
@@ -77,6 +77,19 @@ def route(
     )
     _check_inputs(config, given, num_sequences)
     _check_key(key)
+    return _route(config, given, window, num_sequences=num_sequences, batch_shards=batch_shards, key=key)
+
+
+def _route(
+    config: AnyExpertsConfig,
+    given: "_Given",
+    window: Window | None,
+    *,
+    num_sequences: int,
+    batch_shards: int | None,
+    key: Array | None,
+) -> RoutingPlan:
+    """`route` on checked arrays."""
     in_force = None if window is None else check_window(config, window)
     N = given.logits_NC.shape[0]
     valid_N = jnp.ones(N, bool) if given.valid_N is None else given.valid_N

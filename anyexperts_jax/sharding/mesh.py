@@ -82,7 +82,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The mesh over `devices`, by default all of them. Every mesh has all five axes, so rules need not check for them.
 
     Raises:
-      UserError: sizes that do not fit the devices, or slices that the devices are not.
+      UserError: if the sizes do not fit the number of devices, or the slices are not those the devices are in.
 
     Example:
         >>> import anyexperts_jax as ax, jax

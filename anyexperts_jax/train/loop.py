@@ -107,8 +107,8 @@ def train(
         ):
             changed = require_run_of(paths, config)
             if changed:
-                reporter.note_later(f"going on with {describe_differences(changed)}")
-            return _Run(config, mesh, paths, reporter=reporter, requests=requests, recipe=recipe).to_the_end()
+                reporter.note_later(f"continuing with {describe_differences(changed)}")
+            return _Run(config, mesh, paths, reporter=reporter, requests=requests, recipe=recipe).run()
     except (OSError, ValueError, RuntimeError) as error:
         said, lost = no_room(error), processes.peer_lost(error)
         if said is not None:

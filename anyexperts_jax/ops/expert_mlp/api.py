@@ -35,7 +35,7 @@ def expert_mlp(
         keeps only the operands.
 
     Raises:
-      UserError: shapes or dtypes that do not fit, an unknown implementation, or one that cannot run here.
+      UserError: for shapes or dtypes that do not fit, an unknown implementation, or one that cannot run here.
 
     Example:
         >>> import anyexperts_jax as ax, numpy as np
