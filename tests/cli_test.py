@@ -148,7 +148,7 @@ def test_a_full_disk_is_one_line_and_exit_code_4_in_every_command(file, tmp_path
     """Found by the writer of records, which is not Python's, and by Python, which then does not name the file."""
     (tmp_path / file).symlink_to("/dev/full")
     assert cli.main(["data", "export", "nlp", str(tmp_path), "--count", "2"]) == 4
-    line = f"anyexperts: cannot write to {tmp_path}: No space left on device; free some room and run it again"
+    line = f"anyexperts: cannot write to {tmp_path}: No space left on device; free some space and run it again"
     assert one_line(capsys) == line
 
 

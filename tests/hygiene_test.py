@@ -95,9 +95,9 @@ MOST_POSITIONAL = 5
 MANY_POSITIONAL = {  # kernels and their rules, called with the operands of one Pallas call or one VJP, in its order
     "ops/attention/vjp.py": "backward of the reference: saved operands and cotangent",
     "ops/expert_mlp/gpu_tile_table.py": "columns of a table's line",
-    "ops/expert_mlp/pallas_gpu.py": "Ref arguments of device code, which takes no keywords for them",
-    "ops/expert_mlp/pallas_tpu.py": "Ref arguments of device code",
+    "ops/expert_mlp/mosaic_bodies.py": "Ref arguments of device code, which takes no keywords for them",
     "ops/expert_mlp/pallas_triton.py": "Ref arguments of device code",
+    "ops/expert_mlp/tpu_bodies.py": "Ref arguments of device code",
     "ops/expert_mlp/tpu_grid.py": "what one copy into VMEM needs",
     "ops/expert_mlp/tpu_size_table.py": "columns of a table's line",
     "ops/expert_mlp/vjp_gpu.py": "operands of a kernel",

@@ -1,4 +1,4 @@
-"""The least time that a step can take on a chip, and the share of the chip's peak that is then useful work."""
+"""Lower bounds on the time of a step on a chip, and the model FLOPs utilisation (MFU) at that time."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,18 +12,18 @@ from anyexperts_jax.core.hardware import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Seconds that a step needs at least, were nothing else in its way. None is a time: nothing was run."""
+    """Lower bounds on a step, in seconds, each as if nothing else limited it. They are not measured times."""
 
     arithmetic: float  # all FLOPs at the chip's peak
     hbm: float  # the state read and written once, weights read in each pass, logits
     network: float  # all collectives inside a slice
-    between_slices: float  # those over the data-centre network
-    collectives: tuple[float, ...]  # of each row of collectives on its own
-    mfu: float  # the real FLOPs' share of the peak if the step took its largest bound
+    between_slices: float  # collectives over the data-centre network
+    collectives: tuple[float, ...]  # each row of collectives by itself
+    mfu: float  # the real FLOPs as a share of the peak, if the step takes its largest bound
 
     @property
     def step(self) -> float:
-        """The largest: what the step cannot beat however well it overlaps them."""
+        """The largest bound: the step cannot be faster, even with perfect overlap."""
         return max(self.arithmetic, self.hbm, self.network, self.between_slices)
 
 
@@ -40,8 +40,8 @@ def find_bounds(
 
     Args:
       state: bytes of the train state on one device.
-      devices: of one slice, in the order of `mesh`, the mesh inside it.
-      num_devices: of all slices.
+      devices: the devices of one slice, in the order of `mesh`, the mesh inside the slice.
+      num_devices: the number of devices in all slices.
     """
     alone, network, between = network_seconds(collectives, devices, mesh, chip)
     arithmetic = work.flops / num_devices / chip.flops

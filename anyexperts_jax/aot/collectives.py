@@ -1,7 +1,7 @@
-"""What a compiled program sends between devices: every collective, how often it runs, its bytes and its mesh axes.
+"""The collectives of a compiled program: how often each runs, its bytes and its mesh axes.
 
-Read from the text of the optimised program. Loops are multiplied out by their trip counts; of a conditional each
-branch counts once, so rounds that a step may skip are in the sum.
+They are read from the text of the optimised program. Loops count with their trip counts. Each branch of a conditional
+counts once, so rounds that a step may skip are included.
 """
 
 import dataclasses
@@ -43,21 +43,21 @@ class Collective:
     """One kind of collective over one set of mesh axes."""
 
     kind: str
-    axes: tuple[str, ...]  # empty: groups that are not those of any mesh axes
-    count: int  # runs a step
-    bytes: int  # a step and device: the larger of what goes in and what comes out, in sum
+    axes: tuple[str, ...]  # empty: the groups match no set of mesh axes
+    count: int  # runs per step
+    bytes: int  # per step and device: the larger of input and output, summed over the runs
 
 
 def read_collectives(program: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """The collectives of an optimised program's text, by kind and axes, the most bytes first.
+    """The collectives in the text of an optimised program, by kind and axes, largest first.
 
-    A program of several slices names the devices of one; what it sends to other slices is over the axis `DCN`.
+    A program for several slices numbers the devices of one slice; its transfers to other slices get the axis `DCN`.
 
     Args:
       mesh: the sizes of the mesh axes inside a slice, slowest first; devices are numbered in that order.
 
     Raises:
-      UserError: a collective in a loop whose trip count the text does not tell.
+      UserError: for a collective in a loop of unknown trip count.
     """
     bodies = _computations(program)
     runs = _runs(bodies)
@@ -71,7 +71,7 @@ def read_collectives(program: str, mesh: Mapping[str, int]) -> list[Collective]:
             chain = _CHAIN.search(line)
             if row is None or (chain and (chain[1], str(_CHANNEL.findall(line))) in seen):
                 continue
-            if chain:  # the same collective, written out in each of the steps it overlaps with
+            if chain:  # one collective is written out again in each of the steps it overlaps with: count it once
                 seen.add((chain[1], str(_CHANNEL.findall(line))))
             times = runs[name]
             if times is None:
@@ -85,7 +85,7 @@ def read_collectives(program: str, mesh: Mapping[str, int]) -> list[Collective]:
 def _collective(
     line: str, computation: str, axes: Mapping[frozenset[tuple[int, ...]], tuple[str, ...]]
 ) -> Collective | None:
-    """The collective that an instruction is, run once; None for any other instruction."""
+    """The collective of an instruction, for one run; None if the instruction is something else."""
     sent = _SEND.match(line)
     if sent:
         return Collective(sent[2].lower().replace("_", "-"), (DCN,), 1, _bytes(sent[1], "send", True, 1))
@@ -95,7 +95,7 @@ def _collective(
     groups = _groups(line)
     if all(len(group) < 2 for group in groups):
         return None
-    # So named by XLA for TPUs: of the sum each device keeps its share alone.
+    # XLA's name on TPUs for an all-reduce of which each device keeps only its share.
     scattered = found[2] == "all-reduce" and computation.startswith("all-reduce-scatter")
     kind = "reduce-scatter" if scattered else found[2]
     size = _bytes(found[1], found[2], bool(found[3]), len(groups[0]))
@@ -103,14 +103,14 @@ def _collective(
 
 
 def _computations(program: str) -> dict[str, str]:
-    """The text of every computation by its name."""
+    """The text of every computation, by name."""
     headers = list(_COMPUTATION.finditer(program))
     ends = [header.start() for header in headers[1:]] + [len(program)]
     return {header[1]: program[header.start() : end] for header, end in zip(headers, ends, strict=True)}
 
 
 def _runs(bodies: dict[str, str]) -> dict[str, int | None]:
-    """How often a step runs each computation; None: the data decide."""
+    """How often a step runs each computation; None if that depends on the data."""
     callers: dict[str, list[tuple[str, int | None]]] = {name: [] for name in bodies}
     for name, body in bodies.items():
         for line in _INSTRUCTION.findall(body):
@@ -156,7 +156,7 @@ def _itemsize(dtype: str) -> int:
 
 
 def _groups(line: str) -> tuple[tuple[int, ...], ...]:
-    """The device numbers of each group that a collective runs in."""
+    """The device numbers of each group of a collective."""
     if named := _NAMED.search(line):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']*)'=(\d+)", named[1])}
         return groups_of(sizes, re.findall(r"'([^']*)'", named[2]))
@@ -171,7 +171,7 @@ def _groups(line: str) -> tuple[tuple[int, ...], ...]:
 
 
 def groups_of(sizes: Mapping[str, int], axes: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """The groups of devices that differ along `axes` alone."""
+    """The groups of devices that differ only along `axes`."""
     ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
     names = list(sizes)
     ids = np.moveaxis(ids, [names.index(axis) for axis in axes], range(-len(axes), 0)) if axes else ids[..., None]

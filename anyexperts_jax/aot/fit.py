@@ -1,4 +1,4 @@
-"""Whether a step fits a device's memory, and what would help most where it does not."""
+"""Checks that a step fits into a device's memory, and suggests what helps most if it does not."""
 
 import dataclasses
 import re
@@ -14,14 +14,14 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """A change of the configuration, and the bytes of a device's memory it saves, estimated."""
+    """A change of the configuration, and an estimate of the bytes it saves per device."""
 
     change: str
     saves: float
 
 
 def temporaries_refused(message: str) -> float | None:
-    """Bytes of temporaries that the compiler wanted when it gave up; None: it failed for another reason."""
+    """The bytes of temporaries in the compiler's out-of-memory message; None for any other error."""
     found = _OUT_OF_MEMORY.search(message)
     if found is None:
         return None
@@ -29,7 +29,7 @@ def temporaries_refused(message: str) -> float | None:
 
 
 def require_fits(config: RunConfig, topology: str, mesh: dict[str, int], memory: Mapping[str, int], hbm: int) -> None:
-    """Raises `UserError` where a compiled step takes more than the memory of a device."""
+    """Raises `UserError` if a compiled step needs more memory than a device has."""
     if sum(memory.values()) > hbm:
         state = memory["state and batch"]
         raise does_not_fit(config, mesh, topology, hbm=hbm, state=state, temporaries=sum(memory.values()) - state)
@@ -38,7 +38,7 @@ def require_fits(config: RunConfig, topology: str, mesh: dict[str, int], memory:
 def does_not_fit(
     config: RunConfig, mesh: dict[str, int], topology: str, hbm: float, state: float, temporaries: float
 ) -> UserError:
-    """One line: by how much, and the two knobs that help most."""
+    """The error with the excess and the two changes that help most."""
     best = [
         f"{knob.change} (about {knob.saves / 2**30:.1f} GiB less)" for knob in knobs(config, mesh, state, temporaries)
     ]
@@ -51,8 +51,8 @@ def does_not_fit(
 
 
 def knobs(config: RunConfig, mesh: dict[str, int], state: float, temporaries: float) -> list[Knob]:
-    """What saves memory, most first. State goes with the devices it is split over, temporaries with the sequences a
-    device computes at a time and with what is kept for the backward pass."""
+    """The changes that save memory, the largest first. The state shrinks with the number of devices it is split over,
+    temporaries with the sequences that a device computes at a time and with what is kept for the backward pass."""
     train, stack, length = config.train, config.model.stack, config.data.encoding.max_length
     kept = kept_bytes(config, mesh, stack.remat)
     found = []
@@ -80,7 +80,7 @@ def _divides(config: RunConfig, mesh: dict[str, int]) -> bool:
 
 
 def kept_bytes(config: RunConfig, mesh: dict[str, int], remat: str) -> float:
-    """Bytes that a device keeps of all layers for the backward pass under a remat policy, estimated."""
+    """An estimate of the bytes that a device keeps for the backward pass, over all layers, under a remat policy."""
     stack, moe, attention = config.model.stack, config.model.moe, config.model.stack.attention
     itemsize = 2 if stack.dtype == "bfloat16" else 4
     rows = moe.expected_real_slots * stack.execution.capacity_factor

@@ -1,4 +1,4 @@
-"""Compiles a kernel for a GPU that is not here and reads what it takes of the chip. All figures are static."""
+"""Compiles a kernel for a GPU that is not attached and reads the resources it needs. All figures are static."""
 
 import contextlib
 import functools
@@ -22,16 +22,16 @@ from anyexperts_jax.core.hardware import Gpu
 from anyexperts_jax.sharding.mesh import traced_for
 
 _TARGETS = pathlib.Path(__file__).parent / "targets"
-_TENSOR_CORES = re.compile(r"\b(wgmma|mma\.sync)\b")  # the instructions that multiply matrices
-_BARRIERS = re.compile(r"num_barriers=(\d+)[^)]*\): (\d+)")  # so many arrays of so many, as Mosaic writes it
+_TENSOR_CORES = re.compile(r"\b(wgmma|mma\.sync)\b")  # the instructions for matmuls
+_BARRIERS = re.compile(r"num_barriers=(\d+)[^)]*\): (\d+)")  # barriers per array and number of arrays, in Mosaic's dump
 _BARRIER_BYTES = 8
 _DUMP_VARIABLE = "MOSAIC_GPU_DUMP_TO"
 _INSTALL = "in a checkout, pip install -e '.[aot-gpu]'"
-_PACKAGES = ("jax_cuda13_plugin", "nvidia.cu13")  # what the extra `aot-gpu` installs
+_PACKAGES = ("jax_cuda13_plugin", "nvidia.cu13")  # installed by the extra `aot-gpu`
 
 
 class KernelReport(NamedTuple):
-    """What one kernel takes of the chip."""
+    """The resources of one kernel."""
 
     kernel: str
     threads: int
@@ -43,7 +43,7 @@ class KernelReport(NamedTuple):
 
 
 def complaints(report: KernelReport, gpu: Gpu) -> list[str]:
-    """What keeps a kernel from running well on `gpu`, or from being launched at all."""
+    """Everything that makes a kernel slow on `gpu`, or prevents its launch."""
     rules = {
         f"spills {report.spill_bytes} bytes": report.spill_bytes > 0,
         f"multiplies with {report.tensor_cores}, not {gpu.matmul}": report.tensor_cores != gpu.matmul,
@@ -58,7 +58,7 @@ def complaints(report: KernelReport, gpu: Gpu) -> list[str]:
 
 
 def missing_packages() -> list[str]:
-    """The packages a deviceless compile needs and does not find."""
+    """The packages that a deviceless compile needs and that are not installed."""
     return [name for name in _PACKAGES if not _installed(name)]
 
 
@@ -69,7 +69,7 @@ def compile_kernel(fn: Callable[..., Any], args: tuple[Any, ...], gpu: Gpu) -> K
       args: trees of `jax.ShapeDtypeStruct`s.
 
     Raises:
-      UserError: packages are missing, `fn` calls no kernel or several, or the compiler refuses the kernel.
+      UserError: if packages are missing, `fn` calls no kernel or several, or the compiler rejects the kernel.
     """
     missing = missing_packages()
     require(not missing, f"compiling for {gpu.device} needs {', '.join(missing)}: {_INSTALL}")
@@ -92,13 +92,13 @@ def compile_for(fn: Callable[..., Any], args: tuple[Any, ...], gpu: Gpu) -> Any:
 
 
 def abstract_gpu(gpu: Gpu) -> contextlib.AbstractContextManager[Any]:
-    """Within it, traces are for one `gpu`."""
+    """A context in which traces are for one `gpu`."""
     return traced_for(AbstractDevice(device_kind=gpu.device, num_cores=gpu.multiprocessors, platform="gpu"))
 
 
 @contextlib.contextmanager
 def _mosaic_dump(folder: str) -> Iterator[None]:
-    """Has Mosaic GPU, which compiles while it is lowered and knows no option for this, write what it makes."""
+    """Makes Mosaic GPU dump its output. It compiles during lowering and has only an environment variable for this."""
     before = os.environ.get(_DUMP_VARIABLE)
     os.environ[_DUMP_VARIABLE] = folder
     try:
@@ -111,7 +111,7 @@ def _mosaic_dump(folder: str) -> Iterator[None]:
 
 
 def _dynamic_shared_bytes(folder: pathlib.Path, kernel: str) -> int:
-    """Shared memory asked for at launch: Mosaic states its kernel's, XLA that of each kernel it knows by name."""
+    """The shared memory requested at launch: Mosaic dumps its kernel's, XLA that of each kernel by name."""
     for path in folder.glob("*.resources.txt"):
         text = path.read_text()
         barriers = sum(int(each) * int(times) for each, times in _BARRIERS.findall(text))
@@ -128,10 +128,10 @@ def _lower(fn: Callable[..., Any], args: tuple[Any, ...], gpu: Gpu) -> Any:
 
 
 def gpu_devices(gpu: Gpu, slices: int, nodes: int, per_node: int) -> list[Any]:
-    """`slices` times `nodes` nodes of GPUs, to compile for.
+    """The devices of `slices` times `nodes` nodes of GPUs, to compile for.
 
     Raises:
-      UserError: packages are missing.
+      UserError: if packages are missing.
     """
     missing = missing_packages()
     require(not missing, f"compiling for {gpu.device} needs {', '.join(missing)}: {_INSTALL}")
@@ -143,7 +143,7 @@ def _topology(gpu: Gpu, shape: str = "1x1x1") -> Any:
     config = (_TARGETS / gpu.target).read_text()
     try:
         return topologies.get_topology_desc(topology_name="gpu", platform="cuda", target_config=config, topology=shape)
-    except NotImplementedError as error:  # the plugin is registered nowhere: it has printed why
+    except NotImplementedError as error:  # the plugin did not register itself, and has printed the reason
         raise UserError(f"JAX's plugin for GPUs did not load ({error}); compile with JAX_PLATFORMS=cpu") from error
 
 
@@ -170,7 +170,7 @@ def _installed(name: str) -> bool:
 
 
 def _tool(name: str) -> str:
-    """The wheel's own tool first: it understands the PTX that the wheel's XLA writes, which an older one may not."""
+    """Finds a CUDA tool, the wheel's own first: an older one may not understand the PTX of the wheel's XLA."""
     spec = importlib.util.find_spec("nvidia.cu13")
     folders = list(spec.submodule_search_locations or ()) if spec else []
     for path in (*(str(pathlib.Path(folder) / "bin" / name) for folder in folders), shutil.which(name)):

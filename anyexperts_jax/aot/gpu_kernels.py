@@ -1,4 +1,4 @@
-"""The kernels and the shapes that are compiled for GPUs, and the table of what they take."""
+"""The kernels and shapes that are compiled for GPUs, and the table of their resources."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -22,13 +22,13 @@ class Shape(NamedTuple):
     """Sizes of one call of the expert MLP."""
 
     experts: int
-    capacity: int  # rows of a buffer, or of a block
+    capacity: int  # rows of an expert's buffer, or of a block
     width: int
     hidden: int
-    blocks: int | None = None  # of the block-aligned buffer; None: each expert has a buffer
+    blocks: int | None = None  # blocks of the block-aligned buffer; None: each expert has a buffer
 
 
-BLOCK = 128  # of the aligned buffer, by the tiles of every GPU and dtype
+BLOCK = 128  # block of the aligned buffer, which the tiles of all GPUs and dtypes give
 SHAPES = {name: Shape(one.experts, one.capacity, one.width, one.hidden) for name, one in EXPERTS.items()}
 SHAPES["P dropless"] = SHAPES["P"]._replace(  # the paper's layer, without buffers too
     capacity=BLOCK, blocks=num_aligned_rows(EXPERTS["P"].rows, EXPERTS["P"].experts, BLOCK) // BLOCK
@@ -45,12 +45,12 @@ def triton_cases(shape: Shape, dtype: str, gpu: Gpu) -> dict[str, Case]:
 
 
 def mosaic_cases(shape: Shape) -> dict[str, Case]:
-    """The same of the Mosaic GPU kernels, in bfloat16."""
+    """The same for the Mosaic GPU kernels, in bfloat16."""
     return cases_of("pallas_gpu", tiles_of("pallas_gpu", shape, "bfloat16", gpus()["h100"]), shape, "bfloat16")
 
 
 def tiles_of(implementation: str, shape: Shape, dtype: str, gpu: Gpu) -> Tiles:
-    """Those that the implementation would run with."""
+    """The tiles that the implementation would run with."""
     itemsize = jnp.dtype(dtype).itemsize
     return tiles_for(implementation, gpu.device, GpuShape(shape.width, shape.hidden, itemsize))
 
@@ -59,12 +59,12 @@ def cases_of(implementation: str, tiles: Tiles, shape: Shape, dtype: str) -> dic
     """Every kernel of "pallas_triton" or "pallas_gpu" with these tiles, as (function, abstract operands)."""
     k: Any = MODULES[implementation]
     e, c, d, f, blocks = shape
-    b, ends = (e, (e, c)) if blocks is None else (blocks, (1, blocks * c))  # ends: as a sum over rows sees them
+    b, ends = (e, (e, c)) if blocks is None else (blocks, (1, blocks * c))  # ends: the layout for sums over rows
     sizes = ((b, c, d), (b, c, f), (*ends, d), (*ends, f), (e, d, f), (e, f, d))
     operands: tuple[Any, ...] = tuple(jax.ShapeDtypeStruct(s, dtype) for s in sizes)
     x_BCD, hidden_BCF, x_ERD, hidden_ERF, w_in_EDF, w_down_EFD = operands
     tokens: Any = jax.ShapeDtypeStruct((b * c, d), dtype)
-    if blocks is not None and k is pallas_triton:  # reads tokens where they are; as many of them as there are rows
+    if blocks is not None and k is pallas_triton:  # Triton reads the tokens in place
         x_BCD, x_ERD = (TokenRows(tokens, _integers(*x.shape[:2])) for x in (x_BCD, x_ERD))
     rows = GpuRows(*(_integers(n) for n in (b, b, e, e)))
 
@@ -88,7 +88,7 @@ def _integers(*shape: int) -> Any:
 
 
 def cases() -> Iterator[tuple[str, Case, Gpu]]:
-    """("GPU/implementation/shape/dtype/kernel", case, GPU) of every kernel, the Mosaic ones on Hopper alone."""
+    """("GPU/implementation/shape/dtype/kernel", case, GPU) of every kernel; those of Mosaic on Hopper only."""
     for name, shape in SHAPES.items():
         for kernel, case in mosaic_cases(shape).items():
             yield f"H100/pallas_gpu/{name}/bfloat16/{kernel}", case, gpus()["h100"]
@@ -101,7 +101,7 @@ def reports() -> Iterator[tuple[str, KernelReport]]:
     """(name, report) of every case, compiled one after the other.
 
     Raises:
-      UserError: a kernel spills, misses the tensor cores or does not fit: no table is made of such.
+      UserError: if a kernel spills, misses the tensor cores or does not fit, so that no table contains one that does.
     """
     for name, case, gpu in cases():
         report = compile_kernel(*case, gpu)

@@ -1,4 +1,4 @@
-"""The expert kernels at the shapes they are studied at, forward and backward in one program."""
+"""The expert kernels at the studied shapes, forward and backward in one program."""
 
 import math
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from anyexperts_jax.ops.expert_mlp import expert_mlp
 
 
 class ExpertShape(NamedTuple):
-    """Experts, width, expert width, and the rows that all experts together get."""
+    """Experts, width, expert width, and the rows of all experts together."""
 
     experts: int
     width: int
@@ -22,7 +22,7 @@ class ExpertShape(NamedTuple):
 
     @property
     def capacity(self) -> int:
-        """Rows of a buffer: a quarter more than an expert's share."""
+        """Rows of an expert's buffer: a quarter more than its share."""
         return math.ceil(1.25 * self.rows / self.experts)
 
 
@@ -44,7 +44,7 @@ def arguments(shape: ExpertShape, dtype: Any = jnp.bfloat16) -> list[jax.ShapeDt
 def forward_backward(
     x_ECD: Array, counts_E: Array, w_gate_EDF: Array, w_up_EDF: Array, w_down_EFD: Array, d_y_ECD: Array
 ) -> tuple[Array, ...]:
-    """y and the four gradients, by the implementation that the platform in use picks."""
+    """y and the four gradients, by the default implementation of the platform in use."""
     y_ECD, pull = jax.vjp(
         lambda x_ECD, *weights: expert_mlp(x_ECD, counts_E, *weights), x_ECD, w_gate_EDF, w_up_EDF, w_down_EFD
     )

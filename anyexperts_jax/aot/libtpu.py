@@ -1,7 +1,7 @@
-"""Whether the TPU compiler is there, and whether it fits the JAX that is.
+"""Checks that the TPU compiler, libtpu, is installed and fits the installed JAX.
 
-JAX writes programs in a form that its own release of libtpu reads. With another one small programs compile, and larger
-ones end, after minutes, in an internal error of XLA's.
+JAX writes programs in a format for its own release of libtpu. With another release, small programs compile, but larger
+ones end in an internal XLA error after minutes.
 """
 
 import importlib.metadata
@@ -11,7 +11,7 @@ import re
 from anyexperts_jax.core.errors import require
 
 NO_LIBTPU = "libtpu is not installed; in a checkout, pip install -e '.[aot]' (Linux only)"
-# By JAX's first two numbers, releases beside its own that compiled every kernel and step of experiments/results.
+# Other releases, by JAX's first two version numbers, that compiled every kernel and step of experiments/results.
 _ALSO_FIT = {"0.12": ("0.0.52",)}
 _PIN = re.compile(r"libtpu==(\d+(?:\.\d+)*)(?:\.\*)?\s*;.*\btpu\b")
 
@@ -34,6 +34,6 @@ def require_libtpu() -> None:
 
 
 def own_release(requirements: list[str]) -> str | None:
-    """The libtpu that a JAX with these requirements names as its own, as "0.0.42"; None where it names none."""
+    """The libtpu release that JAX's requirements pin, such as "0.0.42"; None if they pin none."""
     pins = [pin[1] for pin in map(_PIN.match, requirements) if pin]
     return pins[0] if pins else None

@@ -1,8 +1,8 @@
-"""The least time that collectives take on a chip's network, whatever the algorithm.
+"""A lower bound on the time of collectives on a chip's network, for any algorithm.
 
-Any part of the slice must get, through the links that lead into it, what its devices need from outside. For a TPU
-the parts are a chip, and the blocks between two planes across a dimension of the torus; for GPUs a device, and a node.
-A step cannot be faster than the part that takes longest to get what all collectives together owe it.
+The devices of any part of a slice must receive what they need from outside through the links into that part. For TPUs
+the parts are single chips and the blocks between two planes across a dimension of the torus; for GPUs single devices
+and nodes. A step cannot be faster than the part that takes longest to receive the data of all collectives.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from anyexperts_jax.core.hardware import Chip, Tpu
 
 @dataclasses.dataclass(frozen=True)
 class Cuts:
-    """Parts of a slice: which devices each holds, in the mesh's order, and the bytes/s that can enter it."""
+    """Parts of a slice: the devices in each, in the mesh's order, and the bandwidth into it in bytes/s."""
 
     inside_PN: np.ndarray
     capacity_P: np.ndarray
 
 
 def cuts_of(devices: Sequence[Any], chip: Chip) -> Cuts:
-    """The parts of a slice of `devices`, which are in the mesh's order."""
+    """The parts of a slice with these devices, given in the mesh's order."""
     return _torus_cuts(devices, chip) if isinstance(chip, Tpu) else _node_cuts(devices, chip)
 
 
@@ -50,7 +50,7 @@ def _torus_cuts(devices: Sequence[Any], chip: Tpu) -> Cuts:
                 borders = 2 if ring else (first > 0) + (last < length)
                 inside.append(np.isin(coords[:, axis], planes))
                 capacity.append(borders * across * chip.link_gbs * 1e9)
-    return Cuts(np.array(inside), np.maximum(np.array(capacity), 1.0))  # one chip alone has no links, and owes nothing
+    return Cuts(np.array(inside), np.maximum(np.array(capacity), 1.0))  # 1: a single chip has no links, but no traffic
 
 
 def _node_cuts(devices: Sequence[Any], chip: Chip) -> Cuts:
@@ -68,7 +68,7 @@ def _node_cuts(devices: Sequence[Any], chip: Chip) -> Cuts:
 
 
 def owed_bytes(row: Collective, mesh: Mapping[str, int], cuts: Cuts) -> np.ndarray:
-    """Bytes that must enter each part of `cuts` for one row of collectives, over a whole step."""
+    """The bytes per step that must enter each part of `cuts` for one row of collectives."""
     count = cuts.inside_PN.shape[1]
     groups_GN = np.array(groups_of(mesh, row.axes)) if row.axes else np.arange(count).reshape(-1, 2)
     size = groups_GN.shape[1]
@@ -84,7 +84,7 @@ def owed_bytes(row: Collective, mesh: Mapping[str, int], cuts: Cuts) -> np.ndarr
         owed_PG = touched_PG * np.maximum(inside_PG, outside_PG) * share
     elif row.kind == "all-gather":
         owed_PG = touched_PG * outside_PG * share
-    else:  # who sends to whom is not read
+    else:  # for permutes the pairs of devices are not read, so nothing is bounded
         owed_PG = np.zeros_like(inside_PG, dtype=float)
     return owed_PG.sum(1)
 
@@ -92,10 +92,10 @@ def owed_bytes(row: Collective, mesh: Mapping[str, int], cuts: Cuts) -> np.ndarr
 def network_seconds(
     rows: Sequence[Collective], devices: Sequence[Any], mesh: Mapping[str, int], chip: Chip
 ) -> tuple[tuple[float, ...], float, float]:
-    """(least seconds of each row on its own, of all inside a slice together, of all between slices together).
+    """(least seconds of each row by itself, of all collectives inside a slice, of all between slices).
 
     Args:
-      devices: of one slice, in the mesh's order.
+      devices: the devices of one slice, in the mesh's order.
       mesh: the sizes of the mesh's axes inside one slice.
     """
     cuts = cuts_of(devices, chip)

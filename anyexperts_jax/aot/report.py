@@ -1,8 +1,8 @@
-"""What libtpu's schedules say of each kernel. All figures are static: read from the compiler, not measured.
+"""Reads libtpu's schedules of each kernel. All figures are static: they come from the compiler and are not measured.
 
-A schedule is a list of bundles, one a cycle unless the core waits for a copy. Loops are told by branches back, and
-code that a step may skip by branches forward: the passes of a kernel over a tile's rows are such code, each with its
-own matmuls, so a step takes the cycles of its pass and of what all steps share.
+A schedule is a list of bundles, one per cycle unless the core waits for a copy. Backward branches mark loops, forward
+branches mark code that a step may skip. The passes of a kernel over a tile's rows are such code, each with its own
+matmuls; so a step takes the cycles of its pass plus those that all steps share.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _UTILISATION = "-pre-delay_hlo-static-per-bundle-utilization.txt"  # before empt
 _SCHEDULE = "-packed-bundles-post-ra.txt"
 _ALLOCATIONS = "-post-bundle-packing-post-ra.txt"
 _MATMUL, _SPILL, _FILL = 0, 9, 7  # columns of the utilisation table
-_DELAY_SLOTS = 4  # bundles after a branch that run whether it is taken or not
+_DELAY_SLOTS = 4  # bundles after a branch that always run, whether it is taken or not
 _BRANCH = re.compile(r"sbr\.rel(?:\.\w+)? *(?:\([^)]*\))? *target bundleno = (\d+)")
 _NUMBER = re.compile(r"^ *(0x[0-9a-f]+|0) ")
 _VMEM = re.compile(
@@ -30,7 +30,7 @@ _VMEM = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A stretch of a kernel that holds matmuls and is run or skipped as a whole, other such stretches left out."""
+    """A section of a kernel that has matmuls and is run or skipped as a whole, without nested sections of this kind."""
 
     cycles: int
     matmul_cycles: float  # with every matrix unit of the core busy
@@ -42,7 +42,7 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class KernelReport:
-    """One kernel: `passes` in order of their matmuls, the cycles that each step takes besides, and those of the parts
+    """One kernel: `passes` in order of their matmuls, the additional cycles of every step, and the cycles of parts
     without matmuls that a step may skip."""
 
     name: str
@@ -56,7 +56,7 @@ class KernelReport:
 
     @property
     def occupancy(self) -> float:
-        """Of the largest pass."""
+        """The occupancy of the largest pass."""
         return self.passes[-1].occupancy if self.passes else 0.0
 
     def summary(self) -> dict[str, Any]:
@@ -84,10 +84,10 @@ def compile_report(
     arguments: Sequence[jax.ShapeDtypeStruct],
     directory: pathlib.Path,
 ) -> list[KernelReport]:
-    """Compiles for `chip` and reports every program with matmuls that the compiler scheduled.
+    """Compiles for `chip` and reports on every program with matmuls.
 
     Args:
-      directory: where `topology.open_compiler` told libtpu to write; emptied first.
+      directory: the directory given to `topology.open_compiler`; it is emptied first.
     """
     for path in directory.glob("*"):
         path.unlink()
@@ -98,7 +98,7 @@ def compile_report(
 
 
 def read_reports(directory: pathlib.Path) -> list[KernelReport]:
-    """The reports of all programs with matmuls whose schedules lie in `directory`."""
+    """The reports of all programs with matmuls whose schedules are in `directory`."""
     reports = (_read(path) for path in sorted(directory.glob(f"*{_UTILISATION}")))
     return [report for report in reports if report.passes]
 
@@ -128,14 +128,14 @@ def _one(directory: pathlib.Path, stem: str, suffix: str) -> pathlib.Path:
 
 
 def _read_utilisation(path: pathlib.Path) -> tuple[list[int], list[list[int]]]:
-    """(units of each kind in the core, units of each kind used by each bundle)."""
+    """(number of units of each kind in the core, units of each kind used by each bundle)."""
     head, _, table = path.read_text().partition("== UTIL")
     rows = [[int(word) for word in line.split()] for line in table.splitlines()[1:] if line.strip()]
     return [int(word) for word in head.splitlines()[2].split()], rows
 
 
 def _spans(schedule: str, bundles: int) -> _Span:
-    """The nesting of loops and of code that branches skip. Branches that cross one another are left out."""
+    """The nesting of loops and skippable code. Branches that cross each other are ignored."""
     root, spans, place = _Span(0, bundles, "program"), [], 0
     for line in schedule.splitlines():
         number = _NUMBER.match(line)
@@ -156,7 +156,7 @@ def _spans(schedule: str, bundles: int) -> _Span:
 
 
 def _passes(root: _Span, rows: list[list[int]], units: list[int]) -> tuple[list[Pass], int]:
-    """(the innermost spans that hold matmuls, the cycles around them that every step takes)."""
+    """(the innermost spans with matmuls, the cycles around them that every step takes)."""
 
     def matmuls(span: _Span) -> int:
         return sum(row[_MATMUL] for row in rows[span.start : span.end])
@@ -166,7 +166,7 @@ def _passes(root: _Span, rows: list[list[int]], units: list[int]) -> tuple[list[
         return inner or ([span] if matmuls(span) else [])
 
     def shared(span: _Span) -> int:
-        """Bundles of `span` outside of passes and of what is skipped."""
+        """The bundles of `span` that are neither in a pass nor skippable."""
         gone = sum(child.end - child.start for child in span.children if child.kind == "skipped" or child in found)
         within = [child for child in span.children if child.kind == "loop" and child not in found]
         return span.end - span.start - gone - sum(c.end - c.start for c in within) + sum(map(shared, within))

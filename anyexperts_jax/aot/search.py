@@ -1,7 +1,7 @@
-"""`anyexperts compile --search`: meshes and remat policies tried by compiling, ranked by the bound on a step's time.
+"""`anyexperts compile --search`: compiles meshes and remat policies, and ranks them by the bound on a step's time.
 
-More combinations are possible than one wants to compile, so those go first whose bound, estimated from the
-configuration alone, is the smallest.
+There are more combinations than one wants to compile, so those with the smallest bound, estimated from the
+configuration, go first.
 """
 
 import dataclasses
@@ -33,18 +33,18 @@ class Tried:
     """One mesh and remat policy."""
 
     config: RunConfig
-    estimate: float  # seconds of the bound, before compiling
-    step: CompiledStep | None  # None: it does not fit, or the compiler refused it
+    estimate: float  # the bound in seconds, estimated before compiling
+    step: CompiledStep | None  # None: it does not fit, or the compiler rejected it
     refusal: str = ""
 
 
 def search(
     config: RunConfig, topology: str, slices: int, limit: int, note: Callable[[str], None] = lambda line: None
 ) -> list[Tried]:
-    """The `limit` candidates that look best, compiled; those that fit first, by their bound.
+    """Compiles the `limit` most promising candidates. Returns those that fit first, by their bound.
 
     Raises:
-      UserError: no mesh is possible, or `limit` < 1.
+      UserError: if no mesh is possible, or `limit` < 1.
     """
     require(limit >= 1, f"limit={limit} must be >= 1")
     found = candidates(config, topology, slices)
@@ -61,7 +61,7 @@ def search(
 
 
 def candidates(config: RunConfig, topology: str, slices: int) -> list[tuple[float, RunConfig]]:
-    """(estimated bound in seconds, configuration) of every sensible mesh and remat policy, the best first."""
+    """(estimated bound in seconds, configuration) of every sensible mesh and remat policy, best first."""
     devices = slice_devices(topology, slices)
     chip, found = chip_of_topology(topology), []
     for sizes in meshes(config, len(devices) // slices):
@@ -86,7 +86,7 @@ def candidates(config: RunConfig, topology: str, slices: int) -> list[tuple[floa
 
 
 def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
-    """Meshes of one slice whose axes divide experts, heads and width; `sequence` and the slices as configured."""
+    """The meshes of one slice whose axes divide experts, heads and width. `sequence` and slices stay as configured."""
     model, given = config.model, config.mesh
     heads = math.gcd(model.stack.attention.num_kv_heads, model.stack.attention.num_heads)
     experts = _divisors(model.moe.num_experts) if model.stack.execution.dispatch == "exchange" else [1]
@@ -98,10 +98,10 @@ def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
 
 
 def estimated_bound(config: RunConfig, chip: Chip, devices: Sequence[Any], state: int) -> float:
-    """Seconds: the bound that the collectives which must be there give.
+    """The bound in seconds, from the collectives that the configuration implies.
 
     Args:
-      devices: in the mesh's order.
+      devices: all devices, in the mesh's order.
       state: bytes of the train state on one of them.
     """
     sizes = config.mesh.sizes(len(devices))
@@ -120,7 +120,8 @@ def estimated_bound(config: RunConfig, chip: Chip, devices: Sequence[Any], state
 
 
 def _expected(config: RunConfig, mesh: dict[str, int]) -> list[Collective]:
-    """Rows exchanged, weights gathered and their gradients scattered, and what tensor parallelism sums."""
+    """The expected collectives: rows exchanged, weights gathered, gradients scattered, and sums of tensor
+    parallelism."""
     stack, train = config.model.stack, config.train
     itemsize = 2 if stack.dtype == "bfloat16" else 4
     again = stack.remat != "none"

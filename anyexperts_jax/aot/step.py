@@ -1,4 +1,4 @@
-"""The train step of a configuration, compiled for TPUs or GPUs that are not here."""
+"""Compiles the train step of a configuration for TPUs or GPUs that are not attached."""
 
 import dataclasses
 import math
@@ -30,15 +30,15 @@ from anyexperts_jax.train.step import jit_train_step, model_apply
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler says of one train step, and the bounds that follow. Static: nothing was run."""
+    """The compiler's figures for one train step, and the bounds that follow. Nothing was run."""
 
     topology: str
     slices: int
     devices: int
     mesh: dict[str, int]
     parameters: int
-    memory: dict[str, int]  # bytes a device: "state and batch", "temporaries", "results not in place", "program"
-    hbm: int  # bytes a device has
+    memory: dict[str, int]  # bytes per device: "state and batch", "temporaries", "results not in place", "program"
+    hbm: int  # bytes of a device's memory
     collectives: tuple[Collective, ...]
     work: Work
     bounds: Bounds
@@ -46,15 +46,16 @@ class CompiledStep:
 
     @property
     def free(self) -> float:
-        """The share of a device's memory that is left; negative where the step does not fit."""
+        """The free share of a device's memory; negative if the step does not fit."""
         return 1 - sum(self.memory.values()) / self.hbm
 
 
 def compile_step(config: RunConfig, topology: str, slices: int = 1) -> CompiledStep:
-    """Compiles the step that `train` would run on a slice such as "v5e:4x4", on several, or on nodes of GPUs.
+    """Compiles the step that `train` would run, for one slice such as "v5e:4x4", several slices, or nodes of GPUs.
 
     Raises:
-      UserError: no compiler, no such slice, a configuration that does not fit its devices, or out of memory.
+      UserError: if there is no compiler or no such slice, or the configuration does not fit the devices or their
+      memory.
     """
     require(
         config.mesh.slices == slices,
@@ -88,11 +89,11 @@ def compile_step(config: RunConfig, topology: str, slices: int = 1) -> CompiledS
 def describe_step(
     config: RunConfig, topology: str, mesh: Mesh, memory: dict[str, int], program: str, seconds: float
 ) -> CompiledStep:
-    """The figures of a step from what its compiler gave.
+    """The figures of a step from its compiler's output.
 
     Args:
       memory: see `CompiledStep`.
-      program: the optimised program's text.
+      program: the text of the optimised program.
     """
     chip, sizes = chip_of_topology(topology), dict(mesh.shape)
     inner = config.mesh.sizes_inside(mesh.size)
@@ -124,7 +125,7 @@ def describe_step(
 
 
 def check_batch(config: RunConfig, mesh: Mesh) -> None:
-    """Raises `UserError` unless every device gets as many sequences as any other."""
+    """Raises `UserError` unless all devices get the same number of sequences."""
     shards = batch_shards(mesh)
     require(
         config.train.batch_size % (shards * config.train.accumulation) == 0,
@@ -134,11 +135,11 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
 
 
 def lower_step(config: RunConfig, mesh: Mesh) -> Any:
-    """The train step traced for the devices of `mesh`, which need not be here."""
+    """Traces and lowers the train step for the devices of `mesh`, which need not be attached."""
     optimizer = make_optimizer(config.optim, logical_axes(config.model))
     step = jit_train_step(config, optimizer, model_apply(config.model, Placement(mesh)), mesh)
     state = abstract_state(config.model, optimizer, mesh)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what is chosen by platform is chosen for the mesh's
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # implementations are chosen for the mesh's platform
         return step.lower(state, placed_batch(config.data.encoding, config.train.batch_size, mesh))
 
 

@@ -1,4 +1,4 @@
-"""A compiled step's figures as tables and as JSON. All are static: read from the compiler, nothing was run."""
+"""The figures of a compiled step as tables and as JSON. All are static: nothing was run."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ from anyexperts_jax.core.versions import versions
 
 
 def step_tables(step: CompiledStep) -> list[TextTable]:
-    """A device's memory, what devices send each other, the FLOPs, and the bounds that follow."""
+    """Tables of a device's memory, the collectives, the FLOPs, and the bounds that follow."""
     return [_memory_table(step), _collectives_table(step), _work_table(step), _bounds_table(step)]
 
 

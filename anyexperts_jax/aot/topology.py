@@ -1,4 +1,4 @@
-"""TPUs that are not attached, as libtpu describes them to a compiler."""
+"""TPUs that are not attached, described by libtpu for compilation."""
 
 import contextlib
 import os
@@ -30,13 +30,13 @@ _ENVIRONMENT = {
 
 
 def open_compiler(directory: pathlib.Path) -> None:
-    """Has libtpu, once it is loaded, write its schedules into `directory`.
+    """Makes libtpu dump its schedules into `directory`.
 
-    libtpu reads environment variables when it is first used, so this sets them, and it must come before any other use
-    of a TPU topology in the process.
+    This sets environment variables that libtpu reads on its first use, so it must be called before any other use of a
+    TPU topology in the process.
 
     Raises:
-      UserError: libtpu is not installed or does not fit JAX, or the process has already told it another directory.
+      UserError: if libtpu is not installed or does not fit JAX, or the process has already set another directory.
     """
     require_libtpu()
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
@@ -51,16 +51,16 @@ def open_compiler(directory: pathlib.Path) -> None:
 
 
 def use_no_device() -> None:
-    """Keeps JAX from looking for accelerators, unless the user has said which it may use; before its first use.
+    """Keeps JAX from looking for accelerators, unless the user has chosen a platform. Call it before JAX's first use.
 
-    Compiling for devices that are not here needs none, and plugins complain, or do not load, where they find none.
+    Compiling for devices that are not attached needs none, and plugins complain, or fail to load, if they find none.
     """
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
 
 
 def devices(chip: str) -> list[Any]:
-    """One chip's devices, to compile for."""
+    """The devices of one chip, to compile for."""
     require_one_of("chip", chip, tpus())
     require_libtpu()
     name = f"{chip}:{tpus()[chip].smallest}"
@@ -68,19 +68,19 @@ def devices(chip: str) -> list[Any]:
 
 
 def chip_of_topology(topology: str) -> Tpu | Gpu:
-    """The chip of "v5p:8x8x8" and the like.
+    """The chip of a topology such as "v5p:8x8x8".
 
     Raises:
-      UserError: an unknown chip.
+      UserError: for an unknown chip.
     """
     return hardware.chip(topology.partition(":")[0])
 
 
 def slice_devices(topology: str, slices: int = 1) -> list[Any]:
-    """The devices of a slice such as "v5p:8x8x8", or of several alike, to compile for. "h100:2x8" are two nodes.
+    """The devices of one or several equal slices such as "v5p:8x8x8", to compile for. "h100:2x8" is two nodes.
 
     Raises:
-      UserError: an unknown chip or shape, or the chip's compiler is not installed or does not fit JAX.
+      UserError: for an unknown chip or shape, or if the chip's compiler is not installed or does not fit JAX.
     """
     require(slices >= 1, f"slices={slices} must be >= 1")
     chip, _, shape = topology.partition(":")
@@ -104,8 +104,8 @@ def slice_devices(topology: str, slices: int = 1) -> list[Any]:
 
 @contextlib.contextmanager
 def mesh_of(chip: str) -> Iterator[NamedSharding]:
-    """In here, code that asks for the platform or the device kind hears of `chip`. Yields the sharding that places an
-    abstract argument on its first device."""
+    """A context in which traced code sees one device of `chip`. Yields the sharding that places an abstract argument on
+    that device."""
     device = devices(chip)[0]
     described = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
     with traced_for(described):

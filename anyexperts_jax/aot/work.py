@@ -1,5 +1,5 @@
-"""What a train step has to compute and to move, counted from its configuration. Multiplications and additions of
-matmuls alone; everything else is small beside them.
+"""The work of a train step, counted from its configuration: the FLOPs of its matmuls, next to which all other
+operations are small, and the bytes it must move.
 """
 
 import dataclasses
@@ -21,21 +21,21 @@ from anyexperts_jax.sharding.rules import as_tuple
 from anyexperts_jax.sharding.specs import DEFAULT_RULES
 from anyexperts_jax.train.config import RunConfig
 
-_FORWARD_AND_BACKWARD = 3  # a matmul has two gradients, each as large as itself
-_SPLASH = (2 + 7, 2 + 4)  # matmuls of scores' size that splash attention computes, and that are needed
-_XLA_TILE = 128  # rows, for lack of a figure
+_FORWARD_AND_BACKWARD = 3  # a matmul has two gradients, each with as many FLOPs
+_SPLASH = (2 + 7, 2 + 4)  # matmuls over all scores: those that splash attention computes, and those that are needed
+_XLA_TILE = 128  # rows; an assumption, as XLA does not tell
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Of one step, all devices together."""
+    """The work of one step, over all devices."""
 
     real_flops: dict[str, float]  # "experts", "attention" (scores and their use), "dense" (every other matmul)
     extra_flops: dict[str, float]  # "expert padding", "masked attention", "computed again"
     rows_real: int  # expert rows at the configured budget, all layers
     rows_computed: int  # with the padding of each expert's last tile
-    rows_buffers: int  # that the buffers hold, and that travel with dispatch="exchange"
-    hbm_bytes: float  # least that a device must read and write, the state left out
+    rows_buffers: int  # rows of the buffers, which dispatch="exchange" sends
+    hbm_bytes: float  # least bytes that a device must read and write, without the state
 
     @property
     def flops(self) -> float:
@@ -43,10 +43,10 @@ class Work:
 
 
 def count_work(config: RunConfig, mesh: dict[str, int], device_kind: str = "") -> Work:
-    """The work of the step on a mesh of such sizes, at the nominal budget, every position valid.
+    """The work of a step on a mesh of these sizes, at the nominal budget and without padding.
 
     Args:
-      device_kind: of a TPU, as JAX names it, whose tiles the expert kernels use; "" takes tiles of 128 rows.
+      device_kind: the TPU, as JAX names it, whose tiles the expert kernels use; "" assumes tiles of 128 rows.
     """
     model = config.model
     stack, moe = model.stack, model.moe
@@ -55,9 +55,9 @@ def count_work(config: RunConfig, mesh: dict[str, int], device_kind: str = "") -
     rows = round(moe.expected_real_slots * tokens * layers)
     row_flops = _FORWARD_AND_BACKWARD * 6 * stack.d_model * stack.expert_d_ff
     shared, blocks = _dense_flops(config, tokens)
-    pairs = tokens * (config.data.encoding.max_length + 1) / 2  # of a query and a key that it sees
+    pairs = tokens * (config.data.encoding.max_length + 1) / 2  # pairs of a query and a key it attends to
     scores = _FORWARD_AND_BACKWARD * 4 * pairs * stack.attention.num_heads * stack.attention.head_dim * stack.num_layers
-    fits = splash.takes(config.data.encoding.max_length, stack.attention.head_dim)
+    fits = splash.supports(config.data.encoding.max_length, stack.attention.head_dim)
     skips = fits and device_kind.startswith("TPU") and mesh["sequence"] == 1
     computed, buffers = _rows(config, mesh, device_kind, rows)
     again = 0.0 if stack.remat == "none" else 1 / _FORWARD_AND_BACKWARD
@@ -78,7 +78,7 @@ def count_work(config: RunConfig, mesh: dict[str, int], device_kind: str = "") -
 
 
 def _dense_flops(config: RunConfig, tokens: int) -> tuple[float, float]:
-    """(outside the stack, in it) of the matmuls that are not the routed experts', forward and backward."""
+    """FLOPs of all matmuls except the routed experts', forward and backward: (outside the stack, inside it)."""
     encoding, outside, inside = config.data.encoding, 0.0, 0.0
     batch = config.train.batch_size
     rows_of = {"vision": batch * encoding.max_patches, "audio": batch * encoding.max_frames}
@@ -97,7 +97,7 @@ def _dense_flops(config: RunConfig, tokens: int) -> tuple[float, float]:
 
 
 def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) -> tuple[int, int]:
-    """(expert rows that kernels compute, rows that the buffers hold), all layers and devices."""
+    """(expert rows that kernels compute, rows of the buffers), over all layers and devices."""
     stack, moe = config.model.stack, config.model.moe
     shards = token_shards(mesh)
     tokens = config.train.batch_size * config.data.encoding.max_length // (shards * config.train.accumulation)
@@ -118,13 +118,14 @@ def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) 
     if device_kind.startswith("TPU"):
         shape = Shape(math.ceil(held / experts), stack.d_model, stack.expert_d_ff, 2)
         tile = aligned_sizes(tpu_limits(device_kind), shape).forward.step
-    # The last tile of an expert is half empty on average; tiles without a live row are skipped.
+    # An expert's last tile is half empty on average; tiles without live rows are skipped.
     computed = times * held if execution.dispatch == "dense" else rows + times * experts * tile // 2
     return computed, times * held
 
 
 def _least_bytes(config: RunConfig, mesh: dict[str, int]) -> float:
-    """Weights read in each pass, as gathered and in the compute dtype; logits and their gradient written and read."""
+    """The least bytes moved: gathered weights in the compute dtype, read in each pass; logits and their gradient,
+    written and read."""
     passes = 2 if config.model.stack.remat == "none" else 3
     weights = gathered_bytes(config.model, mesh)
     positions = config.train.batch_size * config.data.encoding.max_length / token_shards(mesh)
@@ -133,9 +134,9 @@ def _least_bytes(config: RunConfig, mesh: dict[str, int]) -> float:
 
 
 def gathered_bytes(model: ModelConfig, mesh: dict[str, int]) -> float:
-    """Bytes of a device's weights once those split over `fsdp` are gathered, in the compute dtype.
+    """Bytes of a device's weights, in the compute dtype, after gathering those split over `fsdp`.
 
-    With dispatch="blocks" a device needs all experts, and those split over `expert` are gathered too.
+    With dispatch="blocks" a device needs all experts, so those split over `expert` are gathered too.
     """
     gathered = {"embed", "expert"} if model.stack.execution.dispatch == "blocks" else {"embed"}
     itemsize = 2 if model.stack.dtype == "bfloat16" else 4
@@ -148,5 +149,5 @@ def gathered_bytes(model: ModelConfig, mesh: dict[str, int]) -> float:
 
 
 def token_shards(mesh: dict[str, int]) -> int:
-    """Into how many parts the positions of a batch are split."""
+    """The number of parts into which the positions of a batch are split."""
     return math.prod(mesh[axis] for axis in (*as_tuple(DEFAULT_RULES.batch), *as_tuple(DEFAULT_RULES.length)))

@@ -1,1 +1,1 @@
-"""Times of the layer and of the train step, side by side with their peers in one run."""
+"""Benchmarks of the layer and of the train step, interleaved with other libraries in one run."""

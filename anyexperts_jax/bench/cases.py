@@ -1,4 +1,4 @@
-"""What the layer benchmark runs: shapes, operands, routing and compiled calls."""
+"""The cases of the layer benchmark: operands, routing and compiled calls."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ Weights = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F 
 def operands(shape: LayerShape, dtype: str, seed: int = 0) -> tuple[Array, Weights]:
     """(x_ND, (w_gate_EDF, w_up_EDF, w_down_EFD)), unit normal tokens, weights scaled by their fan-in."""
     E, D, F = shape.experts, shape.width, shape.hidden
-    keys = jax.random.split(jax.random.key(seed, impl="rbg"), 4)  # up to 800M numbers: threefry would take long
+    keys = jax.random.split(jax.random.key(seed, impl="rbg"), 4)  # threefry is slow for up to 800M numbers
     sizes = ((shape.tokens, D), (E, D, F), (E, D, F), (E, F, D))
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -41,16 +41,18 @@ def operands(shape: LayerShape, dtype: str, seed: int = 0) -> tuple[Array, Weigh
 
 
 def top_k_plan(shape: LayerShape, seed: int = 0) -> RoutingPlan:
-    """Plain top-k over random logits: K real slots for every token, the routing all libraries can run."""
+    """Top-k over random logits, with K real slots for every token: the routing that every library can run."""
     config = AnyExpertsConfig.static_top_k(shape.experts, shape.slots)
     logits_NC = np.random.default_rng(seed).standard_normal((shape.tokens, shape.experts)).astype(np.float32)
     return jax.jit(route, static_argnums=0)(config, logits_NC, np.zeros(shape.tokens, np.float32))
 
 
 def budget_plan(shape: LayerShape, slots_bound: int, real: float, seed: int = 0) -> RoutingPlan:
-    """Random distinct experts, floor(real) or one more for each token so that the average is `real`; the rest empty.
+    """Random distinct experts: each token has floor(real) or one more, so that the average is `real`. Other slots are
+    empty.
 
-    Equal weights; a fifth of the weight is virtual. All budgets' plans have one shape: one program runs them all.
+    Weights are equal, and a fifth of the weight is virtual. Plans of all budgets have the same shape, so that one
+    program runs them all.
     """
     rng = np.random.default_rng(seed)
     N, E = shape.tokens, shape.experts
@@ -73,20 +75,20 @@ def budget_plan(shape: LayerShape, slots_bound: int, real: float, seed: int = 0)
 
 
 def implementations() -> list[str]:
-    """The names that both expert ops know; whether one can run here, the op says."""
+    """The names of all implementations of the expert ops. The op itself checks whether one can run here."""
     return list(IMPLEMENTATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled call and the memory it needs beside its operands and results."""
+    """A compiled call and the memory it needs in addition to its operands and results."""
 
     call: Callable[[], Any]
     temporary_mib: float
 
 
 def temporary_mib(program: jax.stages.Compiled) -> float:
-    """Memory a program needs beside its operands and results; NaN where the backend does not say."""
+    """Memory a program needs in addition to operands and results; NaN if the backend does not report it."""
     memory = program.memory_analysis()
     return math.nan if memory is None else memory.temp_size_in_bytes / 2**20
 
@@ -105,7 +107,7 @@ def layer(
     *,
     backward: bool,
 ) -> Compiled:
-    """moe_apply; with `backward`, gradients of x, the slots' weights and the experts too."""
+    """`moe_apply`; with `backward` also the gradients of x, the combine weights and the experts."""
 
     def forward(x_ND: Array, plan: RoutingPlan, weights: Weights) -> Array:
         return moe_apply(x_ND, plan, *weights, dispatch=dispatch, implementation=implementation)
@@ -120,7 +122,7 @@ def layer(
 
 
 def with_backward(function: Callable[..., Array]) -> Callable[..., Any]:
-    """(the result, the gradients of its sum with respect to every operand)."""
+    """Returns (the result, the gradients of its sum by every operand)."""
 
     def run(*operands: Any) -> Any:
         y, pullback = jax.vjp(function, *operands)
@@ -130,7 +132,7 @@ def with_backward(function: Callable[..., Array]) -> Callable[..., Any]:
 
 
 def ragged_layer(plan: RoutingPlan, x_ND: Array, weights: Weights, *, backward: bool) -> Compiled:
-    """What a user of plain JAX writes: slots sorted by expert, three `jax.lax.ragged_dot`, the weighted sum back."""
+    """The layer in plain JAX: slots sorted by expert, three `jax.lax.ragged_dot`, and the weighted sum."""
 
     def forward(x_ND: Array, weights_NK: Array, weights: Weights) -> Array:
         w_gate_EDF, w_up_EDF, w_down_EFD = weights
@@ -146,12 +148,12 @@ def ragged_layer(plan: RoutingPlan, x_ND: Array, weights: Weights, *, backward: 
 
 
 def ragged_bytes(shape: LayerShape) -> int:
-    """What XLA makes of a ragged_dot's left side on a GPU, in bfloat16: every row once for each expert."""
+    """Bytes of a ragged_dot's left operand as XLA expands it on a GPU, in bfloat16: every row once per expert."""
     return 2 * shape.tokens * shape.slots * shape.experts * shape.width
 
 
 def capacity_drops(plan: RoutingPlan, x_ND: Array, weights: Weights) -> float:
-    """The share of real slots that the capacity form drops."""
+    """The share of real slots that dispatch="capacity" drops."""
     _, stats = jax.jit(functools.partial(moe_apply_stats, dispatch="capacity"))(x_ND, plan, *weights)
     return float(stats.dropped) / float(plan.real_slots_N.sum())
 
@@ -159,7 +161,8 @@ def capacity_drops(plan: RoutingPlan, x_ND: Array, weights: Weights) -> float:
 def one_expert(
     shape: LayerShape, x_ND: Array, weights: Weights, implementation: str | None = None, *, backward: bool
 ) -> Compiled:
-    """As many rows through one expert, nothing moved: a yardstick, no bound, as blocks that stay in cache beat it."""
+    """The same number of rows through one expert, without dispatch. A reference but not a bound: blocks that stay in
+    the cache are faster."""
     rows = shape.tokens * shape.slots
     x_1RD = jnp.tile(x_ND, (shape.slots, 1))[None]
 
@@ -173,11 +176,11 @@ def one_expert(
 def layer_parts(
     shape: LayerShape, x_ND: Array, weights: Weights, implementation: str | None = None, seed: int = 0
 ) -> dict[str, Compiled]:
-    """A whole AnyExperts layer, and each of its parts but the experts alone.
+    """A whole AnyExperts layer, and all of its parts except for the experts.
 
-    "layer" is router matmul, `route` and dropless `moe_apply`; "route" the first two; "sort" the slots' order;
-    "gather" and "combine" what moving rows costs on its own, an upper bound, as the layer does both in its loop.
-    The policy is the paper's: window [K, K + 2], a quarter as many virtual experts as real ones.
+    "layer" is the router matmul, `route` and dropless `moe_apply`; "route" is the first two; "sort" is sorting the
+    slots; "gather" and "combine" move rows, which is an upper bound, because the layer does both inside its loop. The
+    policy is the paper's: window [K, K + 2], and a quarter as many virtual experts as real ones.
     """
     config = AnyExpertsConfig(
         num_experts=shape.experts, num_virtual=shape.experts // 4, k_min=shape.slots, k_max=shape.slots + 2

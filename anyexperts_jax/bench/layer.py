@@ -1,8 +1,8 @@
-"""`anyexperts bench layer`: one MoE layer's time beside transformers', its parts, and time against the budget.
+"""`anyexperts bench layer`: the time of one MoE layer and that of transformers, of its parts, and by budget.
 
     anyexperts bench layer --out experiments/results
 
-All rows of a table run in turn (A B A B), medians are reported, and ratios are medians of ratios within a round.
+All rows of a table are interleaved (A B A B). Times are medians, and ratios are medians of the ratios within a round.
 """
 
 import concurrent.futures
@@ -27,27 +27,28 @@ from anyexperts_jax.core.text_table import TextTable
 
 DTYPES = ("float32", "bfloat16")
 BUDGETS = (8.0, 7.2, 6.4, 5.6, 4.8, 4.0)
-BUDGET_SLOTS = 12  # the paper's k_max: the static width of slot arrays in the budget sweep
+BUDGET_SLOTS = 12  # the paper's k_max, the static width of slot arrays in the budget sweep
 BUDGET_SHAPES = ("S1", "A", "P", "P4")
 ONE_EXPERT = "one expert, same rows"
 RAGGED_DOT = "jax.lax.ragged_dot"
-RAGGED_LIMIT = 4 * 2**30  # bytes it takes on a GPU for a matmul's left side; at P they would be 64 GiB
+RAGGED_LIMIT = 4 * 2**30  # most bytes of a ragged_dot's expanded operand on a GPU; at P it would be 64 GiB
 PARTS = ("route", "sort", "gather", "combine")
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerTime:
-    """One row of the comparison. `ratio` is time over transformers' in the same round; None where it did not run."""
+    """One row of the comparison. `ratio` is relative to transformers' time in the same round; None if that did not
+    run."""
 
     shape: str
     dtype: str
     run: str  # forward, forward+backward
-    form: str  # with the implementation where it is not the platform's choice
+    form: str  # includes the implementation if it is not the default
     milliseconds: float
     ratio: float | None
-    temporary_mib: float | None  # memory beside operands and results; XLA's own figure, so ours only
-    dropped: float  # share of the slots that found no room
-    others_load: float | None  # cores that other processes kept busy meanwhile: figures above 0.1 are noisy
+    temporary_mib: float | None  # memory besides operands and results, as XLA reports it, so only for JAX programs
+    dropped: float  # share of slots that were dropped
+    others_load: float | None  # cores kept busy by other processes; times are noisy above 0.1
 
     def line(self) -> str:
         return f"{self.shape} {self.dtype} {self.run}, {self.form}: {_milliseconds(self.milliseconds)} ms"
@@ -55,7 +56,7 @@ class LayerTime:
 
 @dataclasses.dataclass(frozen=True)
 class PartTime:
-    """A part of a whole AnyExperts layer's forward pass; "overhead" is all but the experts."""
+    """A part of an AnyExperts layer's forward pass. "overhead" is everything except the experts."""
 
     shape: str
     dtype: str
@@ -69,7 +70,7 @@ class PartTime:
 
 @dataclasses.dataclass(frozen=True)
 class BudgetTime:
-    """Time of moe_apply at an average number of real experts; ratios are to the first budget."""
+    """The time of moe_apply at a budget; ratios are relative to the first budget."""
 
     shape: str
     dtype: str
@@ -78,7 +79,7 @@ class BudgetTime:
     real: float
     milliseconds: float
     ratio: float
-    ideal: float  # real over the first budget's
+    ideal: float  # real experts relative to the first budget
 
     def line(self) -> str:
         where = f"{self.shape} {self.dtype} {self.run}, {self.form} at {self.real:g} real"
@@ -90,7 +91,7 @@ Row = TypeVar("Row", LayerTime, PartTime, BudgetTime)
 
 @dataclasses.dataclass(frozen=True)
 class LayerBench:
-    """All tables of one run, and what they were made with."""
+    """All tables of one run, and the environment that produced them."""
 
     environment: dict[str, Any]
     layers: tuple[LayerTime, ...]
@@ -102,8 +103,8 @@ class LayerBench:
 class Timing:
     """How a comparison is timed.
 
-    patience: seconds to wait, before each comparison, for other processes to leave the machine alone.
-    repeats: calls a sample (`stopwatch.interleaved_rounds`).
+    patience: seconds to wait, before each comparison, until the machine is otherwise idle.
+    repeats: calls per sample (`stopwatch.interleaved_rounds`).
     """
 
     rounds: int = 7
@@ -121,15 +122,15 @@ def bench_layer(
     implementations: Sequence[str | None] = (None,),
     note: Callable[[str], None] = lambda line: None,
 ) -> LayerBench:
-    """Runs every table. Needs about 12 GB for S3's backward pass in float32; S1 alone runs in 3.
+    """Runs every table. The float32 backward pass of S3 needs about 12 GB; S1 needs 3.
 
     Args:
-      implementations: of the expert ops, side by side in the comparison; the other tables are of the first. None is
-        the platform's choice.
-      note: called with a line for every row, as soon as it is measured.
+      implementations: the implementations of the expert ops to compare; the other tables use the first. None is the
+        platform's default.
+      note: called with a line for every row when it is measured.
 
     Raises:
-      UserError: an unknown shape, dtype or implementation, one that cannot run here, rounds or repeats < 1.
+      UserError: for an unknown shape, dtype or implementation, one that cannot run here, or rounds or repeats < 1.
     """
     for name in shapes:
         require_one_of("shape", name, list(SHAPES))
@@ -157,7 +158,7 @@ def bench_layer(
 
 
 def _noted(note: Callable[[str], None], rows: list[Row]) -> list[Row]:
-    """The rows, each noted; what they were measured with is freed."""
+    """Notes and returns the rows, after freeing the arrays and programs they were measured with."""
     gc.collect()
     for row in rows:
         note(row.line())
@@ -173,8 +174,8 @@ def compare_layers(
     *,
     backward: bool,
 ) -> list[LayerTime]:
-    """Plain top-k, which every library runs: ours in two forms, one expert on as many rows, and, where they run,
-    transformers and `jax.lax.ragged_dot` (on the CPU 20 times as long and more, so not there)."""
+    """Compares plain top-k, which every library runs: ours in two forms, one expert on the same number of rows, and, if
+    available, transformers and `jax.lax.ragged_dot` (not on a CPU, where it takes at least 20 times as long)."""
     plan = bench_cases.top_k_plan(shape)
     x_ND, weights = bench_cases.operands(shape, dtype)
     how = {"backward": backward}
@@ -212,7 +213,7 @@ def compare_layers(
 def time_parts(
     name: str, shape: LayerShape, dtype: str, timing: Timing, implementation: str | None = None
 ) -> list[PartTime]:
-    """The parts of a whole AnyExperts layer, forward. The experts' part is what the other parts leave."""
+    """The forward times of the parts of an AnyExperts layer. The experts' part is the rest after all others."""
     x_ND, weights = bench_cases.operands(shape, dtype)
     found = timing.run(_calls(bench_cases.layer_parts(shape, x_ND, weights, implementation)))
     milliseconds = {part: found.milliseconds(part) for part in found.seconds}
@@ -224,7 +225,7 @@ def time_parts(
 def time_budgets(
     name: str, shape: LayerShape, dtype: str, timing: Timing, implementation: str | None = None, *, backward: bool
 ) -> list[BudgetTime]:
-    """moe_apply at each average of real experts: dropless one program for all, capacity one for each budget."""
+    """moe_apply at each budget. Dropless uses one program for all budgets, capacity one for each."""
     x_ND, weights = bench_cases.operands(shape, dtype)
     plans = {real: bench_cases.budget_plan(shape, BUDGET_SLOTS, real) for real in BUDGETS}
     first = f"{BUDGETS[0]:g}"
@@ -256,7 +257,7 @@ def time_budgets(
 
 
 def compile_together(cases: Mapping[str, Callable[[], Compiled]]) -> dict[str, Compiled]:
-    """Every case compiled, as many at once as there are cores: the compilers of GPUs use one each."""
+    """Compiles all cases in parallel, one per core: GPU compilers are single-threaded."""
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         found = {name: pool.submit(case) for name, case in cases.items()}
         return {name: one.result() for name, one in found.items()}

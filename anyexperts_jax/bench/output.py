@@ -1,4 +1,4 @@
-"""Where benchmark tables go beside the terminal: JSON, CSV and Markdown files."""
+"""Writes benchmark results to JSON, CSV and Markdown files."""
 
 import csv
 import dataclasses
@@ -13,19 +13,20 @@ from anyexperts_jax.core.versions import device_text, versions
 
 
 def environment(rounds: int) -> dict[str, Any]:
-    """What a run's figures depend on; call it before the run, for the load of others on the machine."""
+    """The environment that a run's figures depend on. Call it before the run: it includes the load of other
+    processes."""
     return {
         "versions": versions(),
         "device": device_text(),
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],
         "rounds": rounds,
-        "malloc": os.environ.get("GLIBC_TUNABLES", ""),  # large pages, see __main__: for both sides of every comparison
+        "malloc": os.environ.get("GLIBC_TUNABLES", ""),  # large pages (see __main__), for all sides of a comparison
     }
 
 
 def markdown(title: str, command: str, environment: dict[str, Any], tables: Sequence[TextTable]) -> str:
-    """The tables with the command and the machine they come from."""
+    """The tables in Markdown, with the command and the machine that produced them."""
     packages = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     lines = [
         f"# {title}",

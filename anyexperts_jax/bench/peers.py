@@ -1,4 +1,4 @@
-"""transformers' mixture-of-experts layer and train step, to run beside ours (extra `parity`)."""
+"""The mixture-of-experts layer and train step of transformers, for comparison with ours (extra `parity`)."""
 
 import importlib.util
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from jaxtyping import Array
 if TYPE_CHECKING:
     from anyexperts_jax.bench.step import StepSize
 
-IMPLEMENTATION = "grouped_mm"  # dropless, its fastest on CPU but for few shapes
+IMPLEMENTATION = "grouped_mm"  # dropless, and its fastest on a CPU except for a few shapes
 PEER = f"transformers {IMPLEMENTATION}"
 
 
 def has_transformers() -> bool:
-    """Whether transformers can run where JAX does."""
+    """Whether transformers can run on the device that JAX uses."""
     if not all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers")):
         return False
     return jax.default_backend() == "cpu" or (jax.default_backend() == "gpu" and _has_cuda())
@@ -30,7 +30,7 @@ def _has_cuda() -> bool:
 
 
 class _Result:
-    """A tensor that `jax.block_until_ready` waits for."""
+    """Wraps a tensor so that `jax.block_until_ready` waits for it."""
 
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
@@ -48,7 +48,7 @@ def _device() -> str:
 
 
 def _tensor(array: Array) -> Any:
-    """The array as a tensor of its own, on the same device."""
+    """Copies the array to a tensor on the same device."""
     import torch
 
     return torch.from_dlpack(array).clone()
@@ -62,9 +62,9 @@ def transformers_layer(
     *,
     backward: bool,
 ) -> Callable[[], Any]:
-    """A call that runs Qwen3MoeExperts once, in the operands' dtype and where they are.
+    """A call that runs Qwen3MoeExperts once, in the operands' dtype and on their device.
 
-    With `backward`, gradients of x, the slots' weights and the experts too.
+    With `backward` it also computes the gradients of x, the combine weights and the experts.
 
     Args:
       weights: w_gate_EDF, w_up_EDF, w_down_EFD.
@@ -107,8 +107,8 @@ def transformers_layer(
 def transformers_step(size: "StepSize", tokens_BT: np.ndarray) -> tuple[Callable[[], Any], int]:
     """(a call that takes one AdamW step of Qwen3MoeForCausalLM with its balance loss, number of parameters).
 
-    Parameters and moments are in the size's dtype, where ours are float32: `torch.autocast` leaves grouped_mm in
-    float32, a matmul an expert, and takes three times as long on an H100.
+    Parameters and moments have the size's dtype, whereas ours are float32. `torch.autocast` is no alternative: it runs
+    grouped_mm in float32 with one matmul per expert, which takes three times as long on an H100.
     """
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

@@ -1,10 +1,10 @@
-"""`anyexperts bench step`: a whole train step beside transformers', at a size that is trained in minutes on a CPU.
+"""`anyexperts bench step`: a whole train step compared with transformers', at a size that a CPU trains in minutes.
 
     anyexperts bench step --out experiments/results
 
-The model is text alone, with what Qwen3MoE has and in its sizes. A step is forward, backward, clipping and AdamW on the
-same tokens, every position predicted, matmuls in the size's dtype; our parameters are float32, transformers' in that
-dtype too.
+The model is text only and has the structure and sizes of Qwen3MoE. A step is forward, backward, clipping and AdamW on
+the same tokens, with a loss at every position and matmuls in the size's dtype. Our parameters are float32; those of
+transformers have that dtype too.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """One row. `ratio` is tokens per second over transformers' in the same round; None where it did not run."""
+    """One row. `ratio` is tokens per second relative to transformers in the same round; None if that did not run."""
 
     form: str
     parameters: int
@@ -83,19 +83,20 @@ class StepTime:
     tokens_per_second: float
     ratio: float | None
     temporary_mib: float | None
-    others_load: float | None  # cores that other processes kept busy meanwhile
+    others_load: float | None  # cores kept busy by other processes
 
 
 @dataclasses.dataclass(frozen=True)
 class StepBench:
-    """The table of one run, and what it was made with."""
+    """The table of one run, and the environment that produced it."""
 
     environment: dict[str, Any]
     steps: tuple[StepTime, ...]
 
 
 def step_forms(size: StepSize) -> dict[str, RunConfig]:
-    """Ours: plain top-k in both forms, and AnyExperts at the paper's top and bottom budgets, scaled to `slots`."""
+    """Our forms: plain top-k in two dispatches, and AnyExperts at the paper's highest and lowest budget, scaled to
+    `slots`."""
     static = AnyExpertsConfig.static_top_k(size.experts, size.slots)
     paper = AnyExpertsConfig(
         num_experts=size.experts, num_virtual=size.experts // 4, k_min=size.slots, k_max=size.slots + 4
@@ -136,14 +137,14 @@ def bench_step(
     patience: float = 0.0,
     note: Callable[[str], None] = lambda line: None,
 ) -> StepBench:
-    """Times every form's step in turn, on the same random tokens.
+    """Times the steps of all forms, interleaved, on the same random tokens.
 
     Args:
-      patience: seconds to wait for other processes to leave the machine alone.
+      patience: seconds to wait until the machine is otherwise idle.
       note: called with a line of progress.
 
     Raises:
-      UserError: an unknown size, or rounds < 1.
+      UserError: for an unknown size, or rounds < 1.
     """
     require(rounds >= 1, f"rounds={rounds} must be >= 1")
     if isinstance(size, str):
@@ -180,11 +181,11 @@ def bench_step(
 
 
 def own_step(config: RunConfig, tokens_BT: np.ndarray, states: States) -> tuple[Callable[[], Any], int, float]:
-    """(a call that takes one train step, number of parameters, MiB beside state and batch).
+    """(a call that takes one train step, number of parameters, MiB besides state and batch).
 
     Args:
-      states: the train states by their arrays' shapes. Forms that agree in these train one state in turn: a state for
-        each would not fit a GPU at the larger size.
+      states: the train states, by the shapes of their arrays. Forms with equal shapes share one state, because at the
+        larger size one state per form would not fit a GPU.
     """
     optimizer = make_optimizer(config.optim, logical_axes(config.model))
 
@@ -208,7 +209,7 @@ def own_step(config: RunConfig, tokens_BT: np.ndarray, states: States) -> tuple[
 
 
 def text_batch(tokens_BT: np.ndarray) -> Batch:
-    """Text alone, without padding; every position predicts the next."""
+    """A batch of text without padding, in which every position predicts the next token."""
     loss_mask_BT = np.ones(tokens_BT.shape, bool)
     loss_mask_BT[:, -1] = False
     return jax.tree.map(jnp.asarray, make_batch(tokens_BT, loss_mask_BT=loss_mask_BT))

@@ -1,7 +1,7 @@
-"""Times that can be compared: everything is run in turn, A B A B, so that a busy machine slows all alike.
+"""Comparable times: all calls are interleaved, A B A B, so that a busy machine slows all of them alike.
 
-Not quite alike, though: a library that splits each matmul evenly over the cores waits for the slowest, so the load of
-other processes is measured too, and a benchmark can wait for it to go away.
+This is not exact: a library that splits each matmul evenly over the cores waits for the slowest core. So the load of
+other processes is measured too, and a benchmark can wait until it ends.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ _QUIET = 0.1  # cores
 
 
 class CpuTimes(NamedTuple):
-    """Seconds since some start."""
+    """Seconds since an arbitrary start."""
 
     wall: float
-    busy: float  # of all cores, in all processes
-    own: float  # in this process
+    busy: float  # CPU seconds of all cores in all processes
+    own: float  # CPU seconds of this process
 
 
 def cpu_times() -> CpuTimes | None:
-    """None where the system does not tell (no /proc)."""
+    """The current CPU times; None if the system has no /proc."""
     if not _STAT.exists():
         return None
     user, nice, system, _idle, _iowait, *rest = (int(ticks) for ticks in _STAT.read_text().split("\n")[0].split()[1:9])
@@ -37,7 +37,7 @@ def cpu_times() -> CpuTimes | None:
 
 
 def others_load(start: CpuTimes | None) -> float | None:
-    """The cores that other processes kept busy since `start`, on average."""
+    """The mean number of cores that other processes kept busy since `start`."""
     now = cpu_times()
     if start is None or now is None or now.wall <= start.wall:
         return None
@@ -45,7 +45,7 @@ def others_load(start: CpuTimes | None) -> float | None:
 
 
 def wait_for_quiet(patience: float) -> None:
-    """Returns when other processes leave the machine alone for two seconds, or after `patience` seconds."""
+    """Waits until other processes are idle for two seconds, at most `patience` seconds."""
     deadline = time.perf_counter() + patience
     while time.perf_counter() < deadline:
         start = cpu_times()
@@ -57,17 +57,17 @@ def wait_for_quiet(patience: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Rounds:
-    """Seconds of each call in each round, and the cores that other processes kept busy meanwhile."""
+    """The seconds of each call in each round, and the mean number of cores that other processes kept busy."""
 
     seconds: dict[str, list[float]]
     others_load: float | None
 
     def milliseconds(self, name: str) -> float:
-        """The median."""
+        """The median time."""
         return 1e3 * statistics.median(self.seconds[name])
 
     def ratio(self, name: str, reference: str) -> float:
-        """The median over rounds of time over the reference's in the same round: noise that lasts a round cancels."""
+        """The median over rounds of the time relative to the reference in the same round, where slow noise cancels."""
         pairs = zip(self.seconds[name], self.seconds[reference], strict=True)
         return statistics.median(own / other for own, other in pairs)
 
@@ -75,14 +75,14 @@ class Rounds:
 def interleaved_rounds(
     calls: Mapping[str, Callable[[], Any]], rounds: int, patience: float = 0.0, repeats: int = 1
 ) -> Rounds:
-    """Warms every call up, waits for quiet up to `patience` seconds, and runs all of them in turn `rounds` times.
+    """Warms up every call, waits up to `patience` seconds for an idle machine, and runs all in turn `rounds` times.
 
-    A turn begins with a call that is not timed. What comes next is as in a loop of one program: a virtual machine may
-    have given memory that a call has freed back to its host while the others ran, and the next call pays for it.
+    Each turn starts with an untimed call. While the others ran, a virtual machine may have returned freed memory to its
+    host; the untimed call pays for getting it back, so that the timed one behaves as in a loop of one program.
 
     Args:
-      repeats: a call is made so many times on end and the time is theirs over their number: an accelerator then has
-        its next work waiting, as in training, and the host's time to start a call hides behind the one before.
+      repeats: calls per sample, made back to back; the sample is their mean. So an accelerator always has work queued,
+        as in training, and the host's launch time is hidden.
     """
     for call in calls.values():
         jax.block_until_ready(call())

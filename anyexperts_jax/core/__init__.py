@@ -14,8 +14,10 @@ One letter means one thing everywhere: in names (`x_BTD`), annotations (`Float[A
     X  features of a patch or frame   Y  vocabulary entries (tokenizer ids)
     Z  a hypernetwork's code          Q  rank of the maps a hypernetwork generates
 
-Terms: `importance` w in (0, 1), one per token and layer; `slots` K_i; `real_slots` and `virtual_slots` that add up
-to them; `capacity_factor`, `dispatch`, `combine`, `load` as in the mixture-of-experts literature; `dropped`, slots
-that found no room; `segment`, one of the examples packed into a row; `item`, one picture, video or sound of a row;
-`window`, the pair (k_min, k_max); `budget`, the average number of real slots per token.
+Terms: `importance` w in (0, 1), one per token and layer; `slots` K_i, which a token splits into `real_slots` and
+`virtual_slots`; `capacity_factor`, `dispatch`, `combine`, `load` as in the mixture-of-experts literature; `dropped`,
+slots that exceed an expert's capacity; `segment`, one of the examples packed into a row; `item`, one picture, video or
+sound in a row; `window`, the pair (k_min, k_max); `budget`, the average number of real slots per token.
+
+docs/glossary.md has the same as a table, with the other terms of the field.
 """

@@ -1,4 +1,4 @@
-"""Arrays as callers hold them: JAX's, NumPy's, or nested lists of numbers."""
+"""Converts what callers pass (JAX arrays, NumPy arrays, nested lists) to JAX arrays, and checks it."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -14,12 +14,12 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")  # what experts compute i
 
 
 def as_array(name: str, value: Any) -> jax.Array:
-    """`value` as a JAX array of the dtype JAX gives it: float32 for NumPy's float64 unless x64 is enabled.
+    """Converts `value` to a JAX array, by JAX's dtype rules: float64 becomes float32 unless x64 is enabled.
 
     Raises:
-      UserError: naming the argument, where it is no array of real numbers or bools.
+      UserError: naming the argument, if it is not an array of real numbers or bools.
     """
-    if not isinstance(value, jax.Array):  # tracers are
+    if not isinstance(value, jax.Array):  # a tracer is a jax.Array and must not reach NumPy
         try:
             value = np.asarray(value)
         except (TypeError, ValueError) as error:
@@ -37,10 +37,10 @@ def as_array(name: str, value: Any) -> jax.Array:
 
 
 def as_floats(name: str, value: Any) -> jax.Array:
-    """`as_array` of a dtype that experts compute in; nothing is cast.
+    """`as_array`, which also requires a dtype that experts compute in. Nothing is cast.
 
     Raises:
-      UserError: another dtype, such as an integer or an 8-bit float.
+      UserError: for any other dtype, such as an integer or an 8-bit float.
     """
     array = as_array(name, value)
     require(array.dtype.name in FLOATS, f"{name} is {array.dtype}; it must be one of {comma_list(FLOATS)}: cast it")
@@ -48,10 +48,10 @@ def as_floats(name: str, value: Any) -> jax.Array:
 
 
 def require_ids(name: str, array: jax.Array, count: int, meaning: str) -> None:
-    """Refuses what is no array of ids in [0, count): traced values, which nobody knows yet, pass.
+    """Checks that `array` holds ids in [0, count). Traced values pass: they are not known yet.
 
     Raises:
-      UserError: naming the argument, an id that is out of range and what `meaning` says of it.
+      UserError: naming the argument, the first id that is out of range, and `meaning`, what the ids stand for.
     """
     integers = jnp.issubdtype(array.dtype, jnp.integer)
     require(integers, f"{name} is {array.dtype}{list(array.shape)}; it must hold integers")
@@ -63,11 +63,11 @@ def require_ids(name: str, array: jax.Array, count: int, meaning: str) -> None:
 
 
 def vary_alike(arrays: Sequence[Any]) -> list[Any]:
-    """`arrays`, each varying over every mesh axis of a `shard_map` that one of them varies over.
+    """Makes `arrays` vary over the same mesh axes of a `shard_map`: all that any of them varies over.
 
-    Within `jax.shard_map(check_vma=True)` JAX tracks over which axes a value differs from device to device, and wants
-    the two ends of a loop's carry, or an operand and its gradient, to agree. Elsewhere this changes nothing. The
-    gradient of an array that became varying here is summed over the axes by JAX.
+    Within `jax.shard_map(check_vma=True)` JAX tracks the axes over which a value differs from device to device. It
+    requires a loop's carry to start and end with the same axes, and an operand and its gradient to agree. Outside of
+    `shard_map` this changes nothing. JAX sums the gradient of an array that became varying here over the new axes.
     """
     axes = [jax.typeof(array).mat.varying for array in arrays]
     every: frozenset[Any] = frozenset().union(*axes)
@@ -78,11 +78,11 @@ def vary_alike(arrays: Sequence[Any]) -> list[Any]:
 
 
 def vary_tree_alike(tree: T, *others: jax.Array) -> T:
-    """`vary_alike` for a tree of arrays and `others`, without those."""
+    """`vary_alike` for a tree of arrays together with `others`; returns the tree alone."""
     leaves, structure = jax.tree.flatten(tree)
     return jax.tree.unflatten(structure, vary_alike([*leaves, *others])[: len(leaves)])
 
 
 def zeros_varying_as(like: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Zeros for the carry of a loop over parts of `like`; see `vary_alike`."""
+    """Zeros to start the carry of a loop over parts of `like`, varying over the same axes; see `vary_alike`."""
     return vary_alike([jnp.zeros(shape, dtype), like])[0]

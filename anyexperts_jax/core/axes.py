@@ -1,4 +1,4 @@
-"""Logical names of parameter axes: what an axis means. `sharding.rules` says which mesh axis it lives on."""
+"""Logical names of parameter axes: what an axis means. `sharding.rules` maps them to mesh axes."""
 
 LOGICAL_AXES = (
     "vocab",  # tokenizer ids
@@ -10,7 +10,7 @@ LOGICAL_AXES = (
     "expert",  # real experts E
     "expert_mlp",  # expert FFN width F
     "router",  # router columns C
-    "modality",  # one slice a modality M, of routers that tell them apart
+    "modality",  # M, one slice per modality, in routers with per-modality weights
     "router_hidden",  # a hypernetwork's code Z
     "router_rank",  # rank of the maps a hypernetwork generates Q
     "importance",  # hidden width of the importance MLP

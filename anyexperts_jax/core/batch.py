@@ -23,10 +23,10 @@ class Batch:
     the j-th image or video position of a row reads row j of `patches_BPX`, the j-th audio position row j of
     `frames_BSX`. P, S and X are fixed by the encoding spec, so every batch of a run has the same shapes.
 
-    A *segment* is one packed example: its positions see one another and no other segment's. Segments are numbered
-    from 0 in the order they lie in the row; padding continues the last one, and `valid_BT` alone says what padding is.
-    An *item* is one picture, video or sound: its patches or frames see one another in the encoder and no other item's.
-    Items of a row are numbered from 0 over all kinds and segments.
+    A *segment* is one packed example: its positions attend to one another and to no other segment. Segments are
+    numbered from 0 in row order. Padding carries the last segment's number, so only `valid_BT` marks padding.
+    An *item* is one picture, video or sound: in the encoder its patches or frames attend to one another and to no other
+    item. The items of a row are numbered from 0, over all kinds and segments.
     """
 
     tokens_BT: Int[ArrayLike, "B T"]
@@ -43,18 +43,17 @@ class Batch:
     patch_item_BP: Int[ArrayLike, "B P"]  # item of the patch
     frames_BSX: Float[ArrayLike, "B S XA"]  # float32 stacked log-mel frames, rows past the sequence's own are zero
     frame_item_BS: Int[ArrayLike, "B S"]  # item of the frame
-    domain_B: Int[ArrayLike, "B"]  # index into the domain names of the mixture; this and the next: of the first segment
+    domain_B: Int[ArrayLike, "B"]  # index into the mixture's domain names; domain to example describe the first segment
     question_B: Int[ArrayLike, "B"]  # index into the domain's question types
     level_B: Int[ArrayLike, "B"]  # difficulty, 1 to 3
     example_B: Int[ArrayLike, "B"]  # index of the example in its domain and split
 
 
 def make_batch(tokens_BT: Int[ArrayLike, "B T"], **fields: Any) -> Batch:
-    """The batch of these fields, by their names in `Batch`.
+    """Makes a batch of `tokens_BT` and any other fields of `Batch`, given by name.
 
-    Fields left out are those of one example a row: text at every position, all of it valid, none of it in the loss;
-    no patch and no frame. Where patches or frames are given without coordinates, they are of item 0, at row and
-    column 0.
+    The fields left out describe one text example per row: every position is valid, none is in the loss, and there are
+    no patches or frames. Patches or frames given without coordinates belong to item 0, at row 0 and column 0.
     """
     B, T = tokens_BT.shape
     patches_BPX = fields.get("patches_BPX", np.zeros((B, 0, 0), np.float32))
@@ -84,10 +83,10 @@ def make_batch(tokens_BT: Int[ArrayLike, "B T"], **fields: Any) -> Batch:
 
 
 def require_one_segment(batch: Batch, why: str) -> None:
-    """Refuses packed rows where each must be one example. Inside `jit`, where nobody knows, it refuses nothing.
+    """Checks that every row holds one example. Inside `jit`, where values are not known, nothing is checked.
 
     Raises:
-      UserError: saying why, and how many segments a row has.
+      UserError: for packed rows; the message gives the number of segments and `why`.
     """
     if isinstance(batch.segment_BT, jax.core.Tracer):
         return

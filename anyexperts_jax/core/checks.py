@@ -1,8 +1,8 @@
-"""Checks that frozen configurations share: what a field may hold is read from its annotation.
+"""Type checks shared by the frozen configurations. The annotation of a field says what it may hold.
 
-A configuration's numbers end up as int32 and float32 in JAX, so an int is one that int32 holds and a float one that
-float32 holds; `Seed` is the exception. Fields are bool, int, float, str, a Literal, a dataclass, a tuple of one of
-them, and each may also be None.
+JAX turns a configuration's numbers into int32 and float32, so an int must fit int32 and a float must fit float32;
+`Seed` is the exception. A field is a bool, int, float, str, Literal, dataclass, or a tuple of one of these, and
+may be optional.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from anyexperts_jax.core.errors import comma_list, require, require_one_of, shown
 
 INT32 = range(-(2**31), 2**31)
-Seed = Annotated[int, range(2**32)]  # JAX takes a seed modulo 2^32, so two that differ by that would be one run
+Seed = Annotated[int, range(2**32)]  # JAX takes seeds modulo 2^32: two beyond that could silently be the same run
 _SMALLEST, _LARGEST = (float(limit) for limit in (np.finfo(np.float32).smallest_normal, np.finfo(np.float32).max))
 
 
@@ -25,7 +25,7 @@ def check_field_types(config: Any, prefix: str = "") -> None:
     """Checks every field of a dataclass against its annotation; `prefix` goes before the field's name in the message.
 
     Raises:
-      UserError: naming the first field that is of another type, or a number that int32 or float32 cannot hold.
+      UserError: naming the first field whose type is wrong, or whose number does not fit int32 or float32.
     """
     cls: Any = type(config)
     for name, hint in field_types(cls).items():
@@ -34,20 +34,20 @@ def check_field_types(config: Any, prefix: str = "") -> None:
 
 @functools.cache
 def field_types(cls: type) -> dict[str, Any]:
-    """The annotation of every field, `Annotated` ranges included."""
+    """The annotation of every field, including `Annotated` ranges."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def without_none(hint: Any) -> tuple[Any, bool]:
-    """The type itself, and whether None is allowed beside it."""
+    """Splits an annotation into the type itself and whether it is optional."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     (kind,) = (option for option in options if option is not type(None))
     return kind, len(options) > 1
 
 
 def type_name(hint: Any) -> str:
-    """The type as a reader of a configuration file knows it: "int", "float or none", "list of str", "add | off"."""
+    """The type in the words of a configuration file: "int", "float or none", "list of str", "add | off"."""
     kind, optional = without_none(hint)
     if get_origin(kind) is Literal:
         name = " | ".join(map(str, get_args(kind)))
@@ -61,7 +61,7 @@ def type_name(hint: Any) -> str:
 
 
 def broken_rule(kind: Any, value: Any) -> str | None:
-    """What a single value of type `kind` must be, to follow "must be"; None where `value` is one."""
+    """The rule that a single value of type `kind` breaks, phrased to follow "must be"; None if it breaks none."""
     if get_origin(kind) is Literal:
         matches = any(type(value) is type(choice) and value == choice for choice in get_args(kind))
         return None if matches else f"one of {comma_list(get_args(kind))}"
@@ -105,7 +105,7 @@ def _broken_float_rule(value: Any) -> str | None:
         return "a finite number"
     try:
         size = abs(float(value))
-    except OverflowError:  # a whole number past 1e308
+    except OverflowError:  # an integer beyond 1e308
         size = math.inf
     if not math.isfinite(size):
         return "a finite number"

@@ -1,4 +1,4 @@
-"""`AnyExpertsConfig`: the method of one MoE layer, checked when it is made."""
+"""`AnyExpertsConfig`: the method of one MoE layer, validated on construction."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ SWITCH_NAMES = frozenset(field.name for field in dataclasses.fields(Switches))
 
 
 def _takes_flat_switches(cls: type[T]) -> type[T]:
-    """Lets the constructor, and `dataclasses.replace`, take a switch by its own name: `iar="off"` for
+    """Lets the constructor and `dataclasses.replace` take switches by name: `iar="off"` instead of
     `switches=Switches(iar="off")`."""
     init: Callable[..., None] = cls.__init__  # type: ignore[misc]
 
@@ -41,10 +41,10 @@ def _takes_flat_switches(cls: type[T]) -> type[T]:
 class AnyExpertsConfig:
     """The method of one MoE layer: AnyExperts (arXiv 2511.18314); the defaults are the paper's main model.
 
-    A token of importance w gets K = round(k_min + w (k_max - k_min)) slots, at most rho_max K of them virtual; the
+    A token of importance w gets K = round(k_min + w (k_max - k_min)) slots, of which at most rho_max K are virtual. The
     window [k_min, k_max] may be fractional. `expected_real_slots`, the nominal budget, is (1 - rho_max) times the
-    window's middle. What the paper leaves open is a switch of `switches`, whose names the constructor also takes
-    directly: `AnyExpertsConfig(iar="off")`. How a layer is executed is no part of the method: `dispatch.Execution`.
+    middle of the window. `switches` holds what the paper leaves open; the constructor also takes them directly, as in
+    `AnyExpertsConfig(iar="off")`. How a layer is executed is not part of the method: see `dispatch.Execution`.
 
     Raises:
       UserError: (a ValueError) naming the value and the rule it breaks.
@@ -62,15 +62,15 @@ class AnyExpertsConfig:
 
     scores: Scores = "softmax"  # of the router's logits
     scaling_factor: float = 1.0  # on the combine weights (Ling-mini-2.0: 2.5)
-    expert_bias: bool = False  # loss-free balancing: a bias on the ranking, moved by rule and not by gradient
-    expert_bias_rate: float = 0.001  # by which that bias moves each step
-    num_groups: int = 1  # group-limited routing: equal groups of real experts
+    expert_bias: bool = False  # loss-free load balancing: a selection bias, updated by a rule instead of a gradient
+    expert_bias_rate: float = 0.001  # step size of the expert bias
+    num_groups: int = 1  # group-limited routing: the real experts are split into this many equal groups
     groups_kept: int = 1  # groups a token may choose from: the best by the sum of their top two
 
-    router: str = "linear"  # where the logits come from, an entry of ROUTERS; the dtr ones are EvoMoE's
-    router_modalities: int = NUM_MODALITIES  # M of the routers that tell modalities apart
+    router: str = "linear"  # what computes the logits, an entry of ROUTERS; the dtr ones are EvoMoE's
+    router_modalities: int = NUM_MODALITIES  # M, of routers with per-modality weights
     router_hidden: int = 128  # Z, the width of a hypernetwork's code (reading: hidden x rank fits the added parameters)
-    router_rank: int = 16  # Q, of the maps a hypernetwork generates (reading)
+    router_rank: int = 16  # Q, the rank of the maps a hypernetwork generates (reading)
     router_gelu: bool = False  # a GELU between a hypernetwork's two maps; EvoMoE's equation (5) has none
 
     switches: Switches = dataclasses.field(default_factory=Switches)  # what the paper leaves open, and ablations
@@ -90,52 +90,53 @@ class AnyExpertsConfig:
 
     @classmethod
     def static_top_k(cls, num_experts: int, k: int, **fields: object) -> "AnyExpertsConfig":
-        """Plain top-k routing through the same interface: k real slots for every token, importance unused."""
+        """Standard top-k routing through the same interface: every token gets k real slots; importance is unused."""
         window = {"num_experts": num_experts, "num_virtual": 0, "k_min": k, "k_max": k, "rho_max": 0.0}
         unused = {"hsm_site": "off", "iar": "off", "importance_weight": 0.0}
         return cls(**{**window, **unused, **fields})  # type: ignore[arg-type]
 
     def with_switches(self, **switches: Any) -> "AnyExpertsConfig":
-        """The same method with other switches."""
+        """A copy with these switches replaced."""
         return dataclasses.replace(self, switches=dataclasses.replace(self.switches, **switches))
 
     @property
     def num_columns(self) -> int:
-        """C, the router's columns."""
+        """C, the number of router columns."""
         return self.num_experts + self.num_virtual
 
     @property
     def slots_bound(self) -> int:
-        """K, the most slots any token can get: the static width of slot arrays."""
+        """K, the most slots a token can get, and so the static width of slot arrays."""
         return math.ceil(self.k_max) if self.switches.slot_rounding == "stochastic" else round_half_up(self.k_max)
 
     @property
     def virtual_caps(self) -> tuple[int, ...]:
-        """Virtual slots allowed at each number of slots 0..slots_bound. Exact in rho_max's decimal digits."""
+        """The cap on virtual slots for each number of slots 0..slots_bound."""
         return tuple(map(self.virtual_cap, range(self.slots_bound + 1)))
 
     def virtual_cap(self, slots: int) -> int:
-        """Virtual slots allowed at this number of slots."""
+        """The cap on virtual slots of a token with this many slots."""
+        # Exact arithmetic on the decimal digits: in binary floating point 0.3 * 5 + 0.5 may land on either side of 2.
         half = Fraction(1, 2) if self.switches.cap_rounding == "round" else Fraction(0)
         return min(math.floor(Fraction(str(self.rho_max)) * slots + half), self.num_virtual)
 
     @property
     def expected_real_slots(self) -> float:
-        """The nominal budget: real experts per token at mean importance 0.5 with the cap filled (reading)."""
+        """The nominal budget: real experts per token if the mean importance is 0.5 and the cap is filled (reading)."""
         return (1 - self.rho_max) * (self.k_min + self.k_max) / 2
 
     @property
     def uses_importance(self) -> bool:
-        """Whether the policy reads importance. Where not, importance has no effect on the output.
+        """Whether the method reads importance. If False, importance has no effect on the output.
 
-        Where it does, the effect may still be none: a tilt that all columns share cancels in the softmax, as with
-        iar="add" and no virtual experts, and with alpha=0 nothing is modulated.
+        If True, the effect can still be zero: a tilt that all columns share cancels in the softmax (iar="add" without
+        virtual experts), and alpha=0 modulates nothing.
         """
         return self.k_min != self.k_max or self.switches.iar != "off" or self.switches.hsm_site != "off"
 
     @property
     def experts_in_reach(self) -> int:
-        """Real experts a token can choose among after group limiting."""
+        """Real experts that group limiting leaves a token to choose from."""
         return self.num_experts // self.num_groups * self.groups_kept
 
     def _check_window(self) -> None:
@@ -152,7 +153,7 @@ class AnyExpertsConfig:
             bound <= self.num_columns,
             f"k_max={self.k_max} exceeds num_experts + num_virtual = {self.num_columns}",
         )
-        real_most = bound - self.virtual_cap(bound)  # k - virtual_cap(k) never falls: rho_max < 1
+        real_most = bound - self.virtual_cap(bound)  # checking k_max is enough: k - cap(k) never falls, as rho_max < 1
         require(
             real_most <= self.experts_in_reach,
             f"k_max={self.k_max} can need {real_most} real experts of {self.experts_in_reach} in reach; "
@@ -179,5 +180,5 @@ class AnyExpertsConfig:
 
 
 def round_half_up(x: float) -> int:
-    """The package's one rounding of slot counts: halves go up (Python's and NumPy's go to even)."""
+    """Rounds halves up, as all slot counts in this package are; Python and NumPy round halves to even."""
     return math.floor(x + 0.5)

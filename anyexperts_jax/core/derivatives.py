@@ -1,14 +1,15 @@
-"""`Differentiable`: a function with a fast backward pass of its own, and every other derivative by its definition.
+"""`Differentiable`: a function with a custom backward pass, whose other derivatives come from a plain definition.
 
-`jax.custom_vjp` knows reverse mode to first order and nothing else: `jvp`, and what is built on it, is an error of
-JAX's. Here `jax.grad` runs the program that it runs with `custom_vjp`. All other derivatives (`jvp`, `jacfwd`,
-`hessian`, gradients of gradients) are JAX's own of a plain definition of the function or, where there is none, one line
-that says what to use instead.
+`jax.custom_vjp` supports first-order reverse mode only: `jvp` and everything built on it raises an error. Here
+`jax.grad` runs the same program as under `custom_vjp`. For all other derivatives (`jvp`, `jacfwd`, `hessian`, gradients
+of gradients) JAX differentiates a plain definition of the function. Without a definition, one line says what to use
+instead.
 
-How: the function is a `jax.custom_jvp` whose tangent is a step of its own, linear in the operands' tangents. Evaluated,
-as forward mode does, that step is the definition's tangent. Transposed, as reverse mode does, it is the backward pass.
-The forward pass sees its operands through `stop_gradient`, so JAX never differentiates its loops and kernels. What
-higher orders need flows through the three steps of `_Derivative`, which take the operands themselves.
+How it works: the function is a `jax.custom_jvp` whose tangent is computed by a custom primitive, linear in the tangents
+of the operands. Forward mode evaluates the primitive, which gives the tangent of the definition. Reverse mode
+transposes it, which gives the custom backward pass. The forward pass sees its operands through `stop_gradient`, so JAX
+never differentiates its loops and kernels. Higher orders flow through the three steps of `_Derivative`, which take the
+operands themselves.
 """
 
 import dataclasses
@@ -31,9 +32,9 @@ Leaves = Sequence[Any]
 
 
 class Differentiable(Generic[T]):
-    """`run(*operands, *static)`: operands are pytrees of arrays, the last `num_static` parameters anything else.
+    """A function `run(*operands, *static)`: operands are pytrees of arrays, the last `num_static` parameters static.
 
-    Used like `jax.custom_vjp`: as a decorator, followed by `defvjp`.
+    Use it like `jax.custom_vjp`: as a decorator, followed by `defvjp`.
     """
 
     def __init__(self, run: Callable[..., T], num_static: int = 0) -> None:
@@ -48,8 +49,8 @@ class Differentiable(Generic[T]):
 
         Args:
           forward: (*operands, *static) -> (what `run` returns, residuals).
-          backward: (*static, residuals, gradients of the outputs) -> a tuple with each operand's gradient, None for an
-            operand without one.
+          backward: (*static, residuals, gradients of the outputs) -> a tuple of the operands' gradients, None for an
+            operand that has none.
           beyond: the other fields of `_Rules`.
         """
         self.rules = _Rules(forward, backward, **beyond)
@@ -71,11 +72,12 @@ class Differentiable(Generic[T]):
 class _Rules:
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    # as `run`, in operations that JAX differentiates any number of times; None: `jax.grad` is all there is
+    # `run` in operations that JAX can differentiate any number of times. None: only `jax.grad` works.
     definition: Callable[..., Any] | None = None
-    # the message of the `UserError` for forward mode, and without a definition for all but `jax.grad`; empty: none
+    # The message of the `UserError` for forward mode and, without a definition, for everything but `jax.grad`. Empty:
+    # forward mode is allowed.
     refusal: str = ""
-    # derivatives of the gradients are JAX's own of `forward` and `backward`, not the definition's
+    # JAX differentiates `forward` and `backward` for derivatives of the gradients, instead of the definition.
     plain_backward: bool = False
 
 
@@ -98,7 +100,7 @@ class _Call:
         """The rule of the `custom_jvp`: (outputs, their tangents)."""
         out, derivative, kept = self.forward(leaves)
         attached = derivative.attach(leaves, out)
-        # A residual that is an output is kept as such: a scan would keep a second copy of it.
+        # A residual that is also an output is replaced by that output: a scan would store a second copy of it.
         kept = [own if (place := _place(out, own)) is None else attached[place] for own in kept]
         out_tangents = derivative.tangents([*leaves, *kept], attached, tangents, self.rules.refusal)
         return tuple(jax.tree.unflatten(derivative.out_tree, own) for own in (attached, out_tangents))
@@ -117,7 +119,7 @@ class _Call:
         """The definition as a function of the `moving` leaves, those it is differentiated by.
 
         Raises:
-          UserError: there is none.
+          UserError: if there is no definition.
         """
         definition = self.rules.definition
         if definition is None:
@@ -132,16 +134,16 @@ class _Call:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Derivative:
-    """The derivative at one point, given the values there: the operands' leaves, then the residuals that are none."""
+    """The derivative at a point: the leaves of the operands, then the residuals that are not among these leaves."""
 
     call: _Call
     num_leaves: int
-    places: tuple[int | None, ...]  # which leaf a residual is; None: the next of those kept
+    places: tuple[int | None, ...]  # for each residual the leaf that it is, or None: the next one of `kept`
     residual_tree: Any
     out_tree: Any
 
     def tangents(self, point: Leaves, out: Leaves, tangents: Leaves, refusal: str = "") -> list[Any]:
-        """The outputs' tangents, linear in those of the operands; `refusal` is the error where they are evaluated."""
+        """The tangents of the outputs, linear in those of the operands. Evaluating them raises `refusal`, if any."""
         count, moving = len(point), _moving(tangents)
         avals = tuple(jax.typeof(leaf).to_tangent_aval() for leaf in out)
         if not moving:
@@ -155,7 +157,7 @@ class _Derivative:
         def differentiate(values: Leaves, tangents: Leaves) -> list[Any]:
             point, given, terms = values[:count], values[count:], []
             if _moving(tangents[count:]):
-                # Another tangent of the same kind, to be transposed into the same backward pass.
+                # The step is linear in the given tangents, so its tangent is the step itself: one backward pass.
                 d_given = [_instantiate(*pair) for pair in zip(given, tangents[count:], strict=True)]
                 terms.append(step.bind([*point, *d_given], avals))
             if _moving(tangents[: self.num_leaves]):
@@ -173,9 +175,10 @@ class _Derivative:
         return step.bind([*point, *vary_alike([tangents[i] for i in moving])], avals)
 
     def attach(self, leaves: Leaves, out: Leaves) -> list[Any]:
-        """The forward pass's outputs, with their derivative.
+        """The outputs of the forward pass with their derivative attached.
 
-        That computes the residuals again: were they at hand here, a rematerialised forward pass would make them too.
+        The derivative recomputes the residuals. Passing them in would make a rematerialised forward pass compute them
+        as well.
         """
 
         def tangents(leaves: Leaves, out: Leaves, tangents: Leaves) -> list[Any]:
@@ -185,7 +188,7 @@ class _Derivative:
         return _attach(leaves, out, tangents)
 
     def gradients(self, moving: tuple[int, ...], point: Leaves, gradients: Leaves) -> list[Any]:
-        """The gradients of the moving leaves: the backward pass, whose own derivatives are the definition's."""
+        """The gradients of the moving leaves, by the backward pass; their derivatives come from the definition."""
         count = len(point)
         if self.call.rules.plain_backward:
             return self._backward(moving, point, gradients)
@@ -201,7 +204,7 @@ class _Derivative:
 
             return _attach([*point[: self.num_leaves], *gradients], [gradient], tangents)[0]
 
-        # One by one, so that work for a gradient which nobody uses is left out.
+        # Attached one by one, so that JAX can drop the work for gradients that are not used.
         results = self._backward(moving, fixed[:count], fixed[count:])
         return [attached(i, gradient) for i, gradient in zip(moving, results, strict=True)]
 
@@ -221,9 +224,9 @@ class _Derivative:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Step:
-    """A function of a list of arrays with rules of its own for JAX's transformations.
+    """A function of a list of arrays with custom rules for JAX's transformations.
 
-    A primitive and not a `custom_jvp`, whose rule JAX 0.10 drops where it cuts a scan into two.
+    It is a primitive and not a `custom_jvp`, because JAX 0.10 drops the rule of a `custom_jvp` when it splits a scan.
     """
 
     evaluate: Callable[[Leaves], Sequence[Any]]  # values -> results
@@ -236,7 +239,7 @@ class _Step:
         return list(_step.bind(*values, step=self, avals=avals))
 
     def batched(self, size: int, axes: Sequence[int | None]) -> "_Step":
-        """The same step over a batch: of values along `axes`, of results along their first axis."""
+        """The step over a batch that lies along `axes` of the values and along the first axis of the results."""
         axes = list(axes)
 
         def evaluate(values: Leaves) -> Sequence[Any]:
@@ -268,12 +271,12 @@ class _Step:
 
 
 def _unbatched(gradient: Any, axis: int | None) -> Any:
-    """A batch of gradients as the gradient of a value that has its batch along `axis`, or is the same for all."""
+    """The gradient of a value batched along `axis`, from a batch of gradients; None: a value that the batch shares."""
     return gradient.sum(0) if axis is None else jnp.moveaxis(gradient, 0, axis)
 
 
 def _attach(point: Leaves, out: Leaves, tangents: Callable[[Leaves, Leaves, Leaves], Sequence[Any]]) -> list[Any]:
-    """`out` as it is, but with a derivative by the values in `point`: what made it was given none.
+    """Returns `out` unchanged but differentiable by `point`; it was computed behind `stop_gradient`.
 
     tangents: (point, out, tangents of the point) -> the tangents of `out`.
     """
@@ -324,7 +327,7 @@ mlir.register_lowering(_step, mlir.lower_fun(_evaluate, multiple_results=True))
 
 
 def _moving(tangents: Leaves) -> tuple[int, ...]:
-    """Where there is a tangent: neither a symbolic zero nor that of an integer."""
+    """Indices of the tangents that are not trivially zero: neither symbolic zeros nor those of integers."""
 
     def stands(tangent: Any) -> bool:
         return isinstance(tangent, (SymbolicZero, ad.Zero)) or tangent.dtype == jax.dtypes.float0
@@ -341,7 +344,7 @@ def _instantiate(value: Any, tangent: Any) -> Any:
 
 
 def _jvp(function: Callable[..., Any], values: Leaves, tangents: Leaves) -> list[Any]:
-    """The tangents of what `function` returns, where some of its arguments have none."""
+    """`jax.jvp` of `function` for arguments of which some have no tangent; returns the tangents alone."""
     moving = _moving(tangents)
 
     def of_moving(*moved: Any) -> Any:

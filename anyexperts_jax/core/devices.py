@@ -1,4 +1,4 @@
-"""Whether JAX has a device to run on."""
+"""Checks that JAX has a device to run on."""
 
 import jax
 
@@ -6,14 +6,14 @@ from anyexperts_jax.core.errors import UserError
 
 
 def require_devices() -> None:
-    """Starts JAX's backend, for errors that every later call would raise in words of its own.
+    """Starts JAX's backend now, so that a missing device gives one clear error instead of many obscure ones later.
 
     Raises:
-      UserError: when JAX finds no device of the platforms it was told, as in JAX_PLATFORMS=cuda without a GPU.
+      UserError: when JAX finds no device of the requested platforms, as with JAX_PLATFORMS=cuda without a GPU.
     """
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # JAX asserts that there is one, where a plug-in is not installed
+    except (RuntimeError, AssertionError) as error:  # an AssertionError if the platform's plugin is not installed
         asked = jax.config.jax_platforms
         said = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS=")[0]
         raise UserError(

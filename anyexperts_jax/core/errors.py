@@ -15,13 +15,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_one_of(name: str, value: Any, valid: Collection[Any]) -> None:
-    """Raises `UserError` naming the value and the valid ones unless `value` is among them."""
-    if value not in list(valid):  # a list: what cannot be hashed is no member either
+    """Raises `UserError`, listing the valid values, unless `value` is one of them."""
+    if value not in list(valid):  # in a list, because `value` may not be hashable
         raise UserError(f"{name}={value!r} is unknown; valid: {comma_list(valid)}")
 
 
 def shown(value: Any) -> str:
-    """A value as Python writes it, without the middle where it is long: for messages of one line."""
+    """The `repr` of a value for one-line messages: long ones are shortened in the middle."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 100 else f"{text[:70]}...{text[-20:]}"
 

@@ -1,7 +1,7 @@
-"""What every field of a configuration means, from the comments beside it in the source.
+"""Reads the meaning of every configuration field from the comments beside it in the source.
 
-So the meaning stands where the field is declared and nowhere else: `anyexperts config` prints it, and documentation
-can be made from it.
+The meaning is written once, where the field is declared. `anyexperts config` prints it, and documentation can be
+generated from it.
 """
 
 import ast
@@ -14,9 +14,9 @@ import tokenize
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
-    """The meaning of every field of a dataclass that has a comment: the lines above it, then those beside it.
+    """The comments of a dataclass's fields by field name: the lines directly above a field, then those beside it.
 
-    A comment above that a blank line or another field parts from the field is not its own.
+    A comment above that is separated from the field by a blank line or another field does not belong to it.
     """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__[:-1]):
@@ -33,13 +33,13 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def class_summary(cls: type) -> str:
-    """The first sentence of a class's docstring, without its full stop."""
+    """The first sentence of a class's docstring, without the full stop."""
     paragraph = (inspect.getdoc(cls) or "").partition("\n\n")[0]
     return " ".join(paragraph.split()).partition(". ")[0].removesuffix(".")
 
 
 def _comments(source: str) -> dict[int, tuple[bool, str]]:
-    """By line: whether there is nothing else on it, and the comment's text."""
+    """Comments by line number: whether the comment is alone on its line, and its text."""
     found = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:

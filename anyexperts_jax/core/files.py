@@ -1,4 +1,4 @@
-"""Paths and text files that users name. Whatever is wrong with one ends in one line that names it."""
+"""Paths and text files given by users. Every fault in one becomes a one-line error that names it."""
 
 import json
 import os
@@ -14,16 +14,16 @@ _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 def require_local(path: str | os.PathLike[str], what: str) -> pathlib.Path:
-    """`path`, once it is known to mean a place in the file system of this machine.
+    """Checks that `path` is a path in this machine's file system and returns it.
 
-    `pathlib` makes the relative folder "gs:" of "gs://bucket/run", so the address of an object store would work and
-    leave its files in the wrong place.
+    `pathlib` reads "gs://bucket/run" as a relative path with a folder "gs:", so without the check an object store's
+    address would be accepted and the files written to the wrong place.
 
     Args:
       what: names the path in the message, as in "run directory".
 
     Raises:
-      UserError: for the address of an object store or of anything else with a scheme, and for a NUL character.
+      UserError: for the address of an object store or anything else with a scheme, and for a NUL character.
     """
     text = os.fspath(path)
     require("\0" not in text, f"{what} {text!r} has a NUL character in it; no file system takes that")
@@ -38,10 +38,10 @@ def require_local(path: str | os.PathLike[str], what: str) -> pathlib.Path:
 
 
 def require_printable(path: pathlib.Path, what: str) -> None:
-    """Refuses a name for something new that no message could show in one line, or that is no text.
+    """Checks that the path of something new can be printed on one line.
 
     Raises:
-      UserError: when a part of the absolute path has control characters (a newline, a tab) or is not UTF-8.
+      UserError: if the absolute path has control characters (a newline, a tab) or is not UTF-8.
     """
     text = str(path.absolute())
     clean = not _CONTROL.search(text) and not any("\ud800" <= character <= "\udfff" for character in text)
@@ -55,7 +55,7 @@ def read_text(path: pathlib.Path, what: str) -> str:
       what: names the file in messages, as in "config".
 
     Raises:
-      UserError: when it cannot be read or is not UTF-8.
+      UserError: if it cannot be read or is not UTF-8.
     """
     require_local(path, what)
     try:
@@ -70,10 +70,10 @@ def read_text(path: pathlib.Path, what: str) -> str:
 
 
 def parse_json(text: str, name: str) -> Any:
-    """The value of a JSON text; `name` begins the message.
+    """Parses a JSON text; `name` begins the message of an error.
 
     Raises:
-      UserError: when it is not JSON, or is nested too deeply or has numbers too long to read.
+      UserError: if it is not JSON, is nested too deeply or has numbers that are too long.
     """
     try:
         return json.loads(text)
@@ -82,10 +82,10 @@ def parse_json(text: str, name: str) -> Any:
 
 
 def parse_json_object(text: str, name: str) -> dict[str, Any]:
-    """The same, of a text that must be a JSON object.
+    """Parses a text that must be a JSON object.
 
     Raises:
-      UserError: as `parse_json`, or when it is a number, a list or another value.
+      UserError: as `parse_json`, or if it is a number, a list or another value.
     """
     values = parse_json(text, name)
     require(isinstance(values, dict), f"{name}: not a JSON object")

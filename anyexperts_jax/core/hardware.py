@@ -1,4 +1,4 @@
-"""The chips of `hardware.toml`, the one table of what a chip can do. The file says where each figure comes from."""
+"""The chips of `hardware.toml`, the project's only table of chips. The file gives the source of each figure."""
 
 import dataclasses
 import functools
@@ -14,30 +14,30 @@ _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 
 
 class TpuLimits(NamedTuple):
-    """What bounds the block sizes of a TPU kernel."""
+    """The hardware limits on a TPU kernel's block sizes."""
 
-    vmem_bytes: int  # of one core
-    cores: int  # that share a device: each takes a part of every kernel
+    vmem_bytes: int  # per core
+    cores: int  # per device; the cores share the work of every kernel
     name: str = ""  # "" for a device kind that is not in the table
 
     @property
     def vmem_limit(self) -> int:
-        """What a kernel may take; the compiler keeps the rest."""
+        """Bytes of VMEM a kernel may use; the rest is left to the compiler's own buffers."""
         return self.vmem_bytes * 15 // 16
 
 
 class GpuLimits(NamedTuple):
-    """What bounds the tiles of a GPU kernel."""
+    """The hardware limits on a GPU kernel's tiles."""
 
     name: str  # "" for a device kind that is not in the table
     compute_capability: str
-    shared_bytes: int  # of shared memory, the most a block of threads can ask for
-    wgmma: bool  # multiplies with Hopper's instructions
+    shared_bytes: int  # the most shared memory a thread block can request
+    wgmma: bool  # whether matmuls use Hopper's warpgroup instructions
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device can do at most, in the units of `hardware.toml`."""
+    """One device's peak figures, in the units of `hardware.toml`."""
 
     name: str
     platform: str
@@ -51,12 +51,12 @@ class Chip:
 
     @property
     def flops(self) -> float:
-        """FLOP/s."""
+        """Peak FLOP/s."""
         return self.tflops * 1e12
 
     @property
     def hbm(self) -> int:
-        """Bytes."""
+        """Bytes of device memory."""
         return round(self.hbm_gib * _GIB)
 
     @property
@@ -64,7 +64,7 @@ class Chip:
         return self.platform == "gpu"
 
     def has_kind(self, device_kind: str) -> bool:
-        """Whether kernels on a device of this kind, as JAX names it, get the sizes of this chip."""
+        """Whether a device kind, as JAX names it, is this chip, so that its kernels use this chip's sizes."""
         return any(re.fullmatch(pattern, device_kind) for pattern in self.kinds)
 
 
@@ -85,7 +85,7 @@ class Tpu(Chip):
 
 @dataclasses.dataclass(frozen=True)
 class Gpu(Chip):
-    """A GPU of NVIDIA's."""
+    """An NVIDIA GPU."""
 
     capability: str
     arch: str
@@ -105,10 +105,10 @@ C = TypeVar("C", bound=Chip)
 
 
 def chip(name: str) -> Tpu | Gpu:
-    """The chip "v5e", "h100" and so on.
+    """Looks up a chip by name: "v5e", "h100" and so on.
 
     Raises:
-      UserError: an unknown chip; lists the known ones.
+      UserError: for an unknown name; lists the known ones.
     """
     table: dict[str, Tpu | Gpu] = {**tpus(), **gpus()}
     require_one_of("chip", name, table)
@@ -128,14 +128,14 @@ def gpus() -> dict[str, Gpu]:
 
 
 def tpu_limits(device_kind: str | None) -> TpuLimits:
-    """The limits on a device kind as JAX names it; of an unknown one or None, those that any TPU keeps."""
+    """The limits of a device kind as JAX names it. None or an unknown kind: limits that fit any TPU."""
     found = _of_kind(tpus(), device_kind)
     least = _table()["least"]
     return TpuLimits(least["vmem_mib"] * _MIB, least["cores"]) if found is None else found.limits
 
 
 def gpu_limits(device_kind: str | None) -> GpuLimits:
-    """The limits on a device kind as JAX names it; of an unknown one or None, those that any GPU since Ampere keeps."""
+    """The limits of a device kind as JAX names it. None or an unknown kind: limits that fit any GPU since Ampere."""
     found = _of_kind(gpus(), device_kind)
     return GpuLimits("", "", _table()["least"]["shared_kib"] * _KIB, wgmma=False) if found is None else found.limits
 

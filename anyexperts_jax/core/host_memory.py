@@ -1,27 +1,27 @@
-"""How much memory this process can still take on its machine."""
+"""Measures how much host memory this process can still allocate."""
 
 import pathlib
 
 import psutil
 
 _CGROUPS = pathlib.Path("sys/fs/cgroup")
-_NO_LIMIT = 2**60  # version 1 writes a number near 2^63 for none
+_NO_LIMIT = 2**60  # cgroup version 1 writes a number near 2^63 for "no limit"
 
 
 def available_bytes(root: pathlib.Path = pathlib.Path("/")) -> int:
-    """Memory that is free or can be freed at once, within the limits of the cgroups around it (containers, Slurm jobs).
+    """Memory that is free or can be reclaimed at once, within the cgroup limits of containers and Slurm jobs.
 
     Args:
-      root: of the file system that tells of the cgroups, for tests.
+      root: of the file system that holds the cgroup files; tests pass their own.
     """
     return min([psutil.virtual_memory().available, *_left_in_cgroups(root)])
 
 
 def _left_in_cgroups(root: pathlib.Path) -> list[int]:
-    """Bytes that each cgroup around this process leaves, of those that have a limit."""
+    """Bytes left in each cgroup around this process that has a limit."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # no Linux, or no /proc
+    except OSError:  # not Linux, or no /proc
         return []
     left = []
     for line in lines:
@@ -42,9 +42,9 @@ def _left_in_cgroups(root: pathlib.Path) -> list[int]:
 
 
 def _left_in(group: pathlib.Path, limit: str, usage: str, cache: str) -> list[int]:
-    """The limit less what is used, the page cache that can be dropped apart; nothing where there is no limit.
+    """The limit minus the memory in use, not counting page cache that can be dropped. Empty if there is no limit.
 
-    In a container the path may be one that only its host sees; such a folder is passed by.
+    In a container the cgroup path may exist on the host only; such a folder is skipped.
     """
     try:
         text = (group / limit).read_text().strip()

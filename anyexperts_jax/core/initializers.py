@@ -1,4 +1,4 @@
-"""Initial values of parameters, and `Param`, the declaration of one."""
+"""Initializers, and `Param`, the declaration of a parameter."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """One value everywhere."""
+    """Fills the array with one value."""
 
     value: float
 
@@ -21,7 +21,7 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class Normal:
-    """Normal around zero."""
+    """Normal distribution with mean zero."""
 
     scale: float
 
@@ -50,7 +50,7 @@ Initializer = Constant | Normal  # (key, shape, dtype) -> values
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """The declaration of one parameter: its shape, the logical name of each axis (`core.axes`) and initial values."""
+    """The declaration of one parameter: its shape, the logical names of its axes (`core.axes`) and its initializer."""
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Modality ids that travel with every token."""
+"""The modality ids that every token carries."""
 
 import enum
 

@@ -1,11 +1,12 @@
-"""Names that users choose, where something else would read them as its own marks."""
+"""Escapes names chosen by users for places that give some characters a meaning, such as paths."""
 
 import re
 
 
 def file_name(name: str) -> str:
-    """A part of a file's name: letters and digits of any script stay, what paths and shells read goes to %XX.
+    """Turns a name into part of a file name. Letters and digits of any script stay; what paths and shells interpret
+    becomes %XX.
 
-    file_name("[/red]") is "%5B%2Fred%5D". Different names give different parts.
+    file_name("[/red]") is "%5B%2Fred%5D". Different names give different results.
     """
     return re.sub(r"[^\w .+,=@~-]", lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), name)

@@ -1,4 +1,4 @@
-"""Modules of the user's that a run imports first, so that they can add to the registries."""
+"""Plugins: modules of the user that are imported before a run, so that they can add to the registries."""
 
 import sys
 from collections.abc import Iterable
@@ -8,17 +8,17 @@ from anyexperts_jax.core.users_code import import_users
 
 
 def load_plugins(modules: Iterable[str]) -> None:
-    """Imports each module, from the current directory too.
+    """Imports each module; the current directory is searched too.
 
     Raises:
-      UserError: a module that is not there, or that raises anything when it is imported: its file, line and error.
+      UserError: for a module that does not exist or that raises an error on import; the message has its file and line.
     """
     for name in modules:
         if name in sys.modules:
             continue
         dotted = all(part.isidentifier() for part in name.split("."))
         require(dotted, f"plugin {name!r} is no module's name; give one as `import` takes it, as my_package.routers")
-        sys.path.append("")  # where the command was started: an installed command does not look there
+        sys.path.append("")  # the current directory: unlike `python -m`, an installed command does not search it
         try:
             import_users(name, f"plugin {name!r} fails")
         except ModuleNotFoundError as error:

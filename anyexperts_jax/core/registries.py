@@ -1,14 +1,14 @@
-"""Every extension point: one registry for each thing that a user's own package may add.
+"""All extension points: one registry for each kind of thing that a user's own package may add.
 
-The built-in entries are named by where they are defined and load when they are used, so that this module, which the
-configuration needs to check names, imports none of them.
+Built-in entries are "module:attribute" strings that load on first use. So the configuration can check names against
+this module without importing what they stand for.
 """
 
 from typing import Any
 
 from anyexperts_jax.core.registry import Registry
 
-# routing.routers.base.Router: where the router's logits come from
+# routing.routers.base.Router: what computes the router's logits
 ROUTERS: Registry[Any] = Registry(
     "router",
     {
@@ -20,7 +20,7 @@ ROUTERS: Registry[Any] = Registry(
     },
 )
 
-# routing.regularisers.Regulariser: what holds the importance, and with it the budget, in place
+# routing.regularisers.Regulariser: what keeps the importance, and so the budget, from drifting
 REGULARISERS: Registry[Any] = Registry(
     "importance regulariser",
     {
@@ -30,7 +30,7 @@ REGULARISERS: Registry[Any] = Registry(
     },
 )
 
-# ops.experts.ExpertOps: what computes the experts, on rows in buffers and on tokens
+# ops.experts.ExpertOps: what computes the experts, either on buffered rows or directly on tokens
 IMPLEMENTATIONS: Registry[Any] = Registry(
     "implementation",
     {
@@ -62,7 +62,7 @@ TOKENIZERS: Registry[Any] = Registry(
     },
 )
 
-# data.domain.Domain, as a class or a function that makes one: a family of questions, generated
+# data.domain.Domain, as a class or a function that makes one: a family of generated questions
 DOMAINS: Registry[Any] = Registry(
     "domain",
     {

@@ -1,4 +1,4 @@
-"""`Registry`: the things of one kind that a configuration names, and the place where a user adds their own."""
+"""`Registry`: named things of one kind for the configuration to refer to, and the place to add one's own."""
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,9 +14,9 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Named entries of one kind, such as routers or dispatchers.
 
-    An entry is the thing itself or "module:attribute", which is imported when it is first asked for, so that a kernel's
-    compiler or an optional package loads only where it is used. A package of the user's adds an entry when it is
-    imported, and `--plugin my_package` imports it before the configuration is read:
+    An entry is the thing itself or "module:attribute", imported on first use, so that a kernel's compiler or an
+    optional package loads only when it is needed. A user's package adds an entry when it is imported, and
+    `--plugin my_package` imports it before the configuration is read:
 
         from anyexperts_jax import DISPATCHERS
         DISPATCHERS.register("mine", my_dispatcher)
@@ -30,25 +30,25 @@ class Registry(Generic[T]):
         """Adds an entry under a new name.
 
         Raises:
-          UserError: the name is taken by another entry.
+          UserError: if the name belongs to another entry.
         """
         taken = name in self._entries and self._entries[name] is not entry
         require(not taken, f"{self.kind} {name!r} is registered already; choose another name")
         self._entries[name] = entry
 
     def check(self, field: str, name: Any) -> None:
-        """Raises `UserError` naming `field`, the value and the valid names unless `name` is registered."""
+        """Raises `UserError`, with `field` and the registered names, unless `name` is registered."""
         require_one_of(field, name, self.names())
 
     def names(self) -> tuple[str, ...]:
-        """In the order of registration."""
+        """The names of all entries, in the order of registration."""
         return tuple(self._entries)
 
     def __getitem__(self, name: Any) -> T:
-        """The entry of that name.
+        """The entry of that name, imported if need be.
 
         Raises:
-          UserError: an unknown name, or an entry whose module is missing or does not define it.
+          UserError: for an unknown name, or an entry whose module is missing or does not define it.
         """
         self.check(self.kind, name)
         entry = self._entries[name]
@@ -74,13 +74,14 @@ class Registry(Generic[T]):
 
 
 def _imported(module: str, what: str) -> ModuleType:
-    """A module of ours, whose errors are faults and show as they are, or one of the user's, whose errors are theirs."""
+    """Imports a module. Errors in our own modules are bugs and keep their traceback; those in a user's become one line.
+    """
     ours = module.partition(".")[0] == __name__.partition(".")[0]
     return importlib.import_module(module) if ours else import_users(module, what)
 
 
 def registers(registry: Registry[T], name: str) -> Callable[[T], T]:
-    """A decorator that registers what it decorates and returns it unchanged."""
+    """A decorator that registers an object under `name` and returns it unchanged."""
 
     def register(entry: T) -> T:
         registry.register(name, entry)

@@ -1,6 +1,6 @@
-"""Rematerialisation: the names of arrays that may be kept for the backward pass, and the policies that keep them.
+"""Rematerialisation: the names of arrays that can be saved for the backward pass, and the policies that save them.
 
-An array gets its name from `jax.ad_checkpoint.checkpoint_name` where it is computed. `nn.stack` alone rematerialises.
+`jax.ad_checkpoint.checkpoint_name` names an array where it is computed. Only `nn.stack` rematerialises.
 """
 
 from collections.abc import Callable
@@ -10,24 +10,25 @@ import jax
 
 from anyexperts_jax.core.errors import require_one_of
 
-ROUTING = "routing"  # who was chosen: every policy keeps it, so that top-k never flips in the second computation
-ROUTER_LOGITS = "router_logits"  # the router's and the importance network's
-EXCHANGED = "exchanged"  # rows, and their experts, that came from other devices
+ROUTING = "routing"  # the selected experts; every policy saves them, so that a recomputed top-k cannot differ
+ROUTER_LOGITS = "router_logits"  # the logits of the router and of the importance network
+EXCHANGED = "exchanged"  # the rows received from other devices, and their experts
 
 Remat = Literal["none", "full", "routing", "exchanged", "dots"]
 
 
 def remat_policy(name: Remat) -> Callable[..., Any]:
-    """What the backward pass keeps of a block's forward pass.
+    """The checkpoint policy of a name: what is saved of a block's forward pass for its backward pass.
 
-    full: the block's input and the selected experts' indices; the rest is computed again.
-    routing: the router's logits too.
-    exchanged: those and the rows that came from other devices, so that no row travels again.
-    dots: the router's logits and every matmul's result.
-    Selected indices are always kept: computed again under another fusion, near-ties would choose other experts.
+    full: the block's input and the selected experts' indices; everything else is recomputed.
+    routing: these and the router's logits.
+    exchanged: these and the rows received from other devices, so that the all-to-all is not repeated.
+    dots: the router's logits and the result of every matmul.
+    The selected indices are always saved: a recomputation may be fused differently, and rounding would then break
+    near-ties the other way and send tokens to other experts than in the forward pass.
 
     Raises:
-      UserError: for an unknown name, and for "none", under which nothing is computed again.
+      UserError: for an unknown name, and for "none", under which nothing is recomputed.
     """
     policies = jax.checkpoint_policies
     with_logits = policies.save_only_these_names(ROUTING, ROUTER_LOGITS)

@@ -1,11 +1,11 @@
-"""The MoE layers that benchmarks time, kernels are compiled for and tables of block sizes hold: each size once."""
+"""The MoE layer shapes that benchmarks time, kernels are compiled for and block-size tables list: each once."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-    """One MoE layer: N tokens of width D through K of E experts of width F."""
+    """One MoE layer: N tokens of width D, each through K of E experts of width F."""
 
     tokens: int
     width: int
@@ -15,7 +15,7 @@ class LayerShape:
 
     @property
     def rows(self) -> int:
-        """Rows that all experts together get."""
+        """Rows that all experts receive together."""
         return self.tokens * self.slots
 
 
@@ -24,7 +24,7 @@ SHAPES = {
     "S2": LayerShape(2048, 1024, 704, 64, 6),
     "S3": LayerShape(1024, 2048, 768, 128, 8),
     "S4": LayerShape(16, 2048, 768, 128, 8),  # decoding
-    # What an accelerator is for. P is the paper's layer; P4 is the same for four times the tokens, 1024 an expert.
+    # Sizes for an accelerator. P is the paper's layer; P4 is P with four times the tokens: 1024 rows per expert.
     "A": LayerShape(6144, 2048, 1408, 64, 8),
     "B": LayerShape(4096, 2048, 768, 128, 8),
     "P": LayerShape(8192, 2048, 512, 256, 8),

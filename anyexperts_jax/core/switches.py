@@ -1,4 +1,4 @@
-"""`Switches`: what the public text of AnyExperts leaves open, and the paper's ablations."""
+"""`Switches`: choices that the AnyExperts paper leaves open, and its ablations."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -38,7 +38,7 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Switches:
-    """The ablation switches of AnyExperts. Each default is our reading of the paper; README has them side by side.
+    """The ablation switches of AnyExperts. Each default is our reading of the paper; README compares them.
 
     Raises:
       UserError: naming the value and the valid ones.
@@ -46,20 +46,20 @@ class Switches:
 
     importance_mlp: ImportanceMLP = "default"  # wide: hidden width x 4; deep: two more hidden layers
     hsm_site: HsmSite = "block_input"  # where h' replaces h: after the norm, or on the residual stream
-    slot_rounding: SlotRounding = "round"  # half up; stochastic: up with the fraction as probability
+    slot_rounding: SlotRounding = "round"  # round: halves go up; stochastic: up with the fraction as probability
     cap_rounding: CapRounding = "round"  # of rho_max * K_i, half up; floor holds the cap for every token
     iar: Iar = "add"  # importance-aware routing: how w tilts the logits or scores
     selection: Selection = "logits"  # rank by logits or by scores, after IAR, plus the expert bias
-    virtual_logits: VirtualLogits = "free"  # tied: one column stands V times
+    virtual_logits: VirtualLogits = "free"  # tied: all virtual experts share one column
     virtual_bias_init: float = 1.0  # initial bias of the virtual logits: centres the IAR gap at w = 0.5
-    virtual_output: VirtualOutput = "identity"  # of a virtual expert: the block's input, or nothing
+    virtual_output: VirtualOutput = "identity"  # what a virtual expert returns: the block's input, or zero
     normalisation: Normalisation = "all"  # of the combine weights; see routing.weights.combine_weights
-    balance_scope: BalanceScope = "batch"  # over which the balance loss counts the load
+    balance_scope: BalanceScope = "batch"  # the tokens over which the balance loss counts the load
     # Mean z^2, or (mean w - importance_target)^2; salience is an extension of ours, see routing.salience.
     importance_regulariser: str = "logit_l2"  # an entry of REGULARISERS: logit_l2, mean_target, salience
     importance_target: float = 0.5  # of the mean importance, for mean_target
-    salience_scope: SalienceScope = "batch"  # the tokens that salience ranks one among; see routing.salience
-    slot_gradient: SlotGradient = "none"  # straight_through, an extension of ours: the rounded K_i has a gradient
+    salience_scope: SalienceScope = "batch"  # the tokens among which salience ranks a token; see routing.salience
+    slot_gradient: SlotGradient = "none"  # straight_through, an extension of ours: gives the rounded K_i a gradient
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -1,4 +1,4 @@
-"""Tables of finished texts, and how a terminal of any width shows them with every figure whole."""
+"""Tables of text, and how to print them at any terminal width without cutting a figure."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_NARROWEST = 8  # columns of the terminal that a folded text gets at least
+_NARROWEST = 8  # the least width of a column of wrapped text, in terminal columns
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTable:
-    """A table of finished texts. The first `names` columns say what a row is of; the others hold figures."""
+    """A table of formatted texts. The first `names` columns label the row; the others hold figures."""
 
     title: str
     columns: tuple[str, ...]
@@ -22,10 +22,10 @@ class TextTable:
 
 
 def fold(table: TextTable, width: int) -> list[TextTable]:
-    """The table as one or several that each fit `width`: blocks of its columns, each after the names of the rows.
+    """Splits a table into blocks of columns that fit `width`; each block repeats the row labels.
 
-    Names may take half of the width, and break where they are longer. A block has at least one column; one that is
-    wider still breaks too.
+    Labels may take half of the width and wrap if they are longer. A block has at least one column, which wraps if it is
+    too wide by itself.
     """
     names = min(sum(_widths(table)[: table.names]), width // 2)
     figures = _widths(table)[table.names :]
@@ -43,7 +43,7 @@ def fold(table: TextTable, width: int) -> list[TextTable]:
 
 
 def to_rich(table: TextTable, width: int, *, lines: bool = False) -> "Table":
-    """For a terminal of `width` columns: headings break between words, texts where they must, and nothing is cut.
+    """Draws the table for a terminal of `width` columns: headings wrap between words, and no text is cut.
 
     Args:
       lines: draw lines between columns.
@@ -66,7 +66,7 @@ def to_rich(table: TextTable, width: int, *, lines: bool = False) -> "Table":
 
 
 def print_tables(tables: Iterable[TextTable], console: "Console", *, lines: bool = False) -> None:
-    """Prints each with its title above it, folded to the console's width."""
+    """Prints each table below its title, folded to the console's width."""
     from rich.text import Text
 
     for table in tables:
@@ -76,7 +76,7 @@ def print_tables(tables: Iterable[TextTable], console: "Console", *, lines: bool
 
 
 def _block(table: TextTable, start: int, stop: int) -> TextTable:
-    """The names, and the figures from column `start` to `stop`."""
+    """The row labels and the figures of columns `start` to `stop`."""
 
     def take(row: tuple[str, ...]) -> tuple[str, ...]:
         return (*row[: table.names], *row[table.names + start : table.names + stop])
@@ -85,7 +85,7 @@ def _block(table: TextTable, start: int, stop: int) -> TextTable:
 
 
 def _widths(table: TextTable) -> list[int]:
-    """Of each column the widest text, and of its heading the widest word."""
+    """The width of each column: its widest text, or the widest word of its heading."""
     from rich.cells import cell_len
 
     cells = zip(*table.rows, strict=True) if table.rows else ((),) * len(table.columns)
@@ -94,5 +94,5 @@ def _widths(table: TextTable) -> list[int]:
 
 
 def _frame(names: int, figures: int) -> int:
-    """Columns of the terminal that padding and lines take."""
+    """Terminal columns taken by padding and lines."""
     return 3 * (names + figures) + 1

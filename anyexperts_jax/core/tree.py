@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 def register_dataclass(cls: type[T]) -> type[T]:
-    """Registers a dataclass as a pytree; fields with `metadata={"static": True}` belong to the structure.
+    """Registers a dataclass as a pytree; fields with `metadata={"static": True}` belong to the tree's structure.
 
-    Unlike `jax.tree_util.register_dataclass`, rebuilding does not run `__init__`: what JAX and users map over a tree
-    (shapes, shardings, axis numbers, None) need not fit the annotations of the fields.
+    Unlike with `jax.tree_util.register_dataclass`, unflattening does not run `__init__`: JAX and users put other things
+    into a tree (shapes, shardings, axis numbers, None) that would fail the checks of the fields' annotations.
     """
     data = tuple(f.name for f in dataclasses.fields(cls) if not f.metadata.get("static"))  # type: ignore[arg-type]
     static = tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("static"))  # type: ignore[arg-type]

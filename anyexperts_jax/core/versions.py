@@ -1,4 +1,4 @@
-"""What a result was made with."""
+"""The software and device that produced a result."""
 
 import importlib.metadata
 import platform
@@ -17,7 +17,7 @@ def device_text() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide a result; packages that are not installed are left out."""
+    """The versions of Python and of the packages that affect a result. Packages that are not installed are left out."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

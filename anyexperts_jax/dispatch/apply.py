@@ -1,4 +1,4 @@
-"""`moe_apply`: the plan carried out on the tokens."""
+"""`moe_apply`: applies a routing plan to the tokens."""
 
 import dataclasses
 from numbers import Integral
@@ -51,19 +51,20 @@ def moe_apply_stats(
     num_sequences: int | None = None,
     **execution: Any,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
-    """(sum over each token's slots of weight * expert(x) or, for virtual slots, weight * x; stats).
+    """Returns (y_ND, stats): y sums weight * expert(x) over a token's real slots, and weight * x over its virtual
+    slots.
 
-    Differentiable in x, the weights, `plan.weights_NK` and `plan.virtual_weight_N`. Accumulates in float32, returns
-    x's dtype. Arrays, the plan's too, may be JAX's or NumPy's of any layout.
+    Differentiable in x, the experts' weights, `plan.weights_NK` and `plan.virtual_weight_N`. Accumulates in float32 and
+    returns x's dtype. All arrays, including the plan's, may be JAX's or NumPy's of any layout.
 
     Args:
       placement: the mesh the arrays lie on; None: one device.
-      num_sequences: N = num_sequences * T, sequence after sequence; overflow takes the latest positions of all. None:
-        as `route` was told.
+      num_sequences: N = num_sequences * T, sequence after sequence; overflow drops the latest positions of all
+        sequences first. None: the number that `route` was given.
       execution: fields of `Execution`: dispatch="capacity", implementation="xla", residuals="recomputed" and so on.
 
     Raises:
-      UserError: an unknown field or value of `Execution`, or shapes, dtypes or sizes that do not fit.
+      UserError: for an unknown field or value of `Execution`, and for shapes, dtypes or sizes that do not fit.
 
     Example:
         >>> import anyexperts_jax as ax, numpy as np
@@ -90,7 +91,7 @@ def apply_plan(
     execution: Execution,
     placement: Placement | None = None,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
-    """What `moe_apply_stats` documents, for those who hold the weights and the execution as one value each.
+    """`moe_apply_stats` for callers that hold the weights and the execution as one value each.
 
     Example:
         >>> import anyexperts_jax as ax, numpy as np
@@ -109,7 +110,7 @@ def apply_plan(
 def _apply(
     given: tuple[Any, Any, Any], execution: Execution, placement: Placement | None, num_sequences: int | None = None
 ) -> tuple[Array, DispatchStats]:
-    """`apply_plan` on (x_ND, plan, experts) as the caller holds them."""
+    """`apply_plan` on (x_ND, plan, experts) as the caller gave them, before any conversion."""
     x_ND, plan, experts = as_floats("x_ND", given[0]), given[1], as_expert_weights(given[2])
     require(isinstance(plan, RoutingPlan), f"plan is a {type(plan).__name__}; it must be a RoutingPlan, as route gives")
     spec = plan.spec if num_sequences is None else dataclasses.replace(plan.spec, num_sequences=num_sequences)

@@ -1,5 +1,5 @@
-"""What the index-based forms share: one sort of the slots, and the rows a buffer has for them. The gathers each way
-are `ops.row_map`'s."""
+"""The common part of the index-based dispatchers: sorting the slots by expert, and assigning them to rows of a buffer.
+`ops.row_map` has the gathers for dispatch and combine."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,28 +16,29 @@ _INT32_LIMIT = 2**31
 
 
 class DispatchStats(NamedTuple):
-    """What a dispatch did with the real slots."""
+    """Counts of a dispatch."""
 
-    dropped: Int[Array, ""]  # int32, real slots that found no room
-    rows: Int[Array, ""]  # int32, rows the expert matmuls were given, padding included
+    dropped: Int[Array, ""]  # int32, real slots that exceeded a capacity
+    rows: Int[Array, ""]  # int32, rows of the expert matmuls, including padding
 
 
-# What an entry of `core.registries.DISPATCHERS` is: (x_ND, plan, experts, execution, placement) -> (y_ND, stats).
-# y is the weighted sum of each token's real experts in float32 at least, without the virtual ones, and the stats are
-# those of all devices in sum. With placement=None, or a mesh of one device, everything lies on one device.
+# An entry of `core.registries.DISPATCHERS`: (x_ND, plan, experts, execution, placement) -> (y_ND, stats). y is the
+# weighted sum of each token's real experts in float32 or wider, without the virtual ones; the stats are summed over all
+# devices. With placement=None, or a mesh of one device, everything lies on one device.
 Dispatcher = Callable[..., tuple[Float[Array, "N D"], DispatchStats]]
 
 
 def sort_slots(expert_ids_NK: Int[Array, "N K"], num_experts: int, num_sequences: int = 1) -> SlotOrder:
-    """Sorts all slots by (expert, position, sequence, rank), where N = num_sequences * T lies sequence after sequence.
+    """Sorts all slots by (expert, position, sequence, rank). N = num_sequences * T, sequence after sequence.
 
-    Position goes before sequence so that whoever cuts an expert's slots short cuts late positions, of every
-    sequence alike: no token is dropped because of a later one.
+    Position is sorted before sequence, so that a capacity drops the latest positions of all sequences first. So no
+    token is dropped because of a later one, as causality requires.
     """
     tokens, k = expert_ids_NK.shape
     positions = tokens // num_sequences
     ids_R = expert_ids_NK.reshape(num_sequences, positions, k).swapaxes(0, 1).reshape(-1)
     order_R = _stable_order(ids_R, num_experts)
+    # The inverse permutation. Integers with unique indices are the one thing scattered here: no order, no gradient.
     places_R = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size, dtype=jnp.int32), unique_indices=True)
     places_NK = places_R.reshape(positions, num_sequences, k).swapaxes(0, 1).reshape(tokens, k)
     position, sequence, rank = jnp.unravel_index(order_R, (positions, num_sequences, k))
@@ -51,7 +52,8 @@ def sort_slots(expert_ids_NK: Int[Array, "N K"], num_experts: int, num_sequences
 
 
 def _stable_order(ids_R: Int[Array, "R"], num_experts: int) -> Int[Array, "R"]:
-    """argsort by id. Id and slot packed into one int32 key sort several times faster than a pair of arrays."""
+    """argsort by id. Packing id and slot into one int32 key sorts several times faster than sorting a pair of arrays,
+    and makes the keys unique, so that the sort need not be stable."""
     bits = max(1, (ids_R.size - 1).bit_length())
     if (num_experts + 1) << bits > _INT32_LIMIT:
         return jnp.argsort(ids_R, stable=True).astype(jnp.int32)
@@ -62,7 +64,12 @@ def _stable_order(ids_R: Int[Array, "R"], num_experts: int) -> Int[Array, "R"]:
 def buffer_row_map(
     order: SlotOrder, ids_NK: Int[Array, "N K"], capacity: int, first: Int[Array, ""] | int = 0
 ) -> RowMap:
-    """Row e * capacity + c serves slot `first` + c of those with id e in `ids_NK`, of which `order` is the order."""
+    """The map in which row e * capacity + c holds slot number `first` + c of the slots with id e, in the sorted order.
+
+    Args:
+      order: the order of the slots by `ids_NK`.
+      ids_NK: the expert, or the device, of each slot.
+    """
     num_ids, k = order.counts_E.shape[0], ids_NK.shape[1]
     place_C = first + jnp.arange(capacity, dtype=jnp.int32)
     place_EC = jnp.minimum(order.starts_E[:, None] + place_C, order.slots_R.size - 1)
@@ -80,7 +87,7 @@ def buffer_row_map(
 
 
 def add_virtual_output(y_ND: Float[Array, "N D"], x_ND: Float[Array, "N D"], plan: RoutingPlan) -> Float[Array, "N D"]:
-    """The real experts' sum and the virtual ones' share, in x's dtype."""
+    """Adds the virtual experts' output to the sum of the real experts; returns x's dtype."""
     if plan.spec.virtual_output == "identity":
         y_ND = y_ND + plan.virtual_weight_N[:, None].astype(y_ND.dtype) * x_ND.astype(y_ND.dtype)
     return y_ND.astype(x_ND.dtype)

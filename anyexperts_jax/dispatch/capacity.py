@@ -1,4 +1,5 @@
-"""Buffers of C rows an expert, [E, C, D]: static shapes, which shard. Overflow is dropped and counted."""
+"""Dispatch into buffers of C rows per expert, [E, C, D]: static shapes that XLA can partition. Overflow is dropped and
+counted, or computed exactly."""
 
 import math
 
@@ -19,7 +20,7 @@ from anyexperts_jax.sharding.placement import Placement
 
 
 def rows_per_expert(spec: PlanSpec, capacity_factor: float, num_tokens: int) -> int:
-    """C: capacity_factor times an expert's share of the budget's real slots, at least 1 and at most N."""
+    """C = capacity_factor times an expert's share of the budget's real slots, at least 1 and at most N."""
     share = spec.expected_real_slots * num_tokens / spec.num_experts
     return min(num_tokens, max(1, math.ceil(capacity_factor * share)))
 
@@ -31,16 +32,16 @@ def dispatch_capacity(
     execution: Execution,
     placement: Placement | None = None,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
-    """A `dispatch.base.Dispatcher`: an expert's slots past its buffer add nothing, or all is computed by `blocks`.
+    """A `dispatch.base.Dispatcher`. Slots beyond an expert's capacity are dropped, or the layer falls back to `blocks`.
 
-    On a mesh the buffers lie where the experts are and XLA moves the rows.
+    On a mesh the buffers are split like the experts, and XLA moves the rows.
     """
     capacity = rows_per_expert(plan.spec, execution.capacity_factor, x_ND.shape[0])
     y_ND, stats = _through_buffers(x_ND, plan, experts, (capacity, execution), placement)
     if execution.overflow == "drop":
         return y_ND, stats
 
-    # Rematerialised: a `cond` keeps the residuals of both branches, and the exact one is seldom taken.
+    # Rematerialised: a `cond` allocates the residuals of both branches, and the exact one is rarely taken.
     exact = jax.checkpoint(lambda x_ND, plan, experts: dispatch_blocks(x_ND, plan, experts, execution, placement))
     through_buffers = vary_tree_alike((y_ND, stats), x_ND)
     return jax.lax.cond(

@@ -1,4 +1,4 @@
-"""Every expert on every token, those a token did not choose weighted zero: the oracle for values and gradients."""
+"""Every expert on every token, with weight zero if not selected: the oracle for values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def dispatch_dense(
     execution: Execution,
     placement: Placement | None = None,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
-    """A `dispatch.base.Dispatcher`. On a mesh XLA splits it."""
+    """A `dispatch.base.Dispatcher`. On a mesh XLA partitions it."""
     del placement
     num_experts, tokens = plan.spec.num_experts, x_ND.shape[0]
     chosen_NKE = jax.nn.one_hot(plan.expert_ids_NK, num_experts, dtype=plan.weights_NK.dtype)

@@ -1,4 +1,4 @@
-"""`Execution`: how a MoE layer is computed, never what."""
+"""`Execution`: how a MoE layer is computed, as opposed to what it computes."""
 
 import dataclasses
 from typing import Any, Literal, get_args
@@ -14,12 +14,12 @@ from anyexperts_jax.sharding.placement import Placement, is_split
 
 Residuals = Literal["saved", "recomputed"]
 Overflow = Literal["drop", "fallback"]
-BUFFERED = ("capacity", "exchange")  # dispatchers whose buffers have a size, so that slots can overflow
+BUFFERED = ("capacity", "exchange")  # dispatchers with buffers of a fixed size, which can overflow
 
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How experts are computed. No field changes the result of a layer that drops nothing.
+    """How experts are computed. As long as nothing is dropped, no field changes the result.
 
     Raises:
       UserError: naming the value and the valid ones.
@@ -27,10 +27,10 @@ class Execution:
 
     dispatch: str = "blocks"  # how rows move between tokens and experts, an entry of DISPATCHERS
     implementation: str | None = None  # of the expert ops, an entry of IMPLEMENTATIONS; None: the device's fastest
-    residuals: Residuals = "saved"  # gate and up kept for the backward pass, or computed again there
-    capacity_factor: float = 1.25  # rows of a buffer over the rows that the budget expects in it
-    overflow: Overflow = "drop"  # what does not fit: dropped and counted, or computed exactly in further passes
-    exchange_chunks: int = 1  # into which dispatch="exchange" cuts a device's positions, to send one beside another
+    residuals: Residuals = "saved"  # saved: keep gate and up for the backward pass; recomputed: recompute them there
+    capacity_factor: float = 1.25  # rows of a buffer, relative to the rows that the budget expects in it
+    overflow: Overflow = "drop"  # slots beyond the capacity: dropped and counted, or computed exactly in extra passes
+    exchange_chunks: int = 1  # parts of a device's positions that dispatch="exchange" sends separately, to overlap them
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -44,12 +44,12 @@ class Execution:
 
     @property
     def op_options(self) -> dict[str, Any]:
-        """What the expert ops take of it."""
+        """The options that the expert ops take."""
         return {"implementation": self.implementation, "residuals": self.residuals}
 
 
 def require_capacity_for(config: AnyExpertsConfig, execution: Execution) -> None:
-    """Refuses buffers that cannot hold the real slots that every token gets.
+    """Checks that buffers can hold at least the real slots that every token gets.
 
     Raises:
       UserError: naming the capacity factor and the slots.
@@ -57,7 +57,7 @@ def require_capacity_for(config: AnyExpertsConfig, execution: Execution) -> None
     if execution.dispatch not in BUFFERED:
         return
     fewest = int(config.k_min)
-    least = fewest - config.virtual_cap(fewest)  # k - virtual_cap(k) never falls: rho_max < 1
+    least = fewest - config.virtual_cap(fewest)  # checking k_min is enough: k - cap(k) never falls, as rho_max < 1
     room = execution.capacity_factor * config.expected_real_slots
     require(
         room >= least,
@@ -67,11 +67,11 @@ def require_capacity_for(config: AnyExpertsConfig, execution: Execution) -> None
 
 
 def resolve_implementation(execution: Execution, placement: Placement | None, dtype: jnp.dtype) -> Execution:
-    """`execution` with the implementation that runs. Whoever builds a model on a mesh can show it once.
+    """`execution` with the implementation that will run, so that a model on a mesh can report it once.
 
-    The kernels of the device where `dispatch` computes each device's own part, by `blocks` and `exchange` everywhere
-    and by the others on one device. "capacity" and "dense" on several devices are cut into parts by XLA, which cannot
-    cut a kernel, so they run its implementation.
+    `blocks` and `exchange` compute each device's part separately, and so use the device's kernels everywhere.
+    "capacity" and "dense" do so on one device only: on several, XLA partitions them, and it cannot partition a kernel,
+    so they use the "xla" implementation.
     """
     if execution.implementation is not None:
         return execution

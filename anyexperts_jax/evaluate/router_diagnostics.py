@@ -17,7 +17,7 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.modality import NUM_MODALITIES
 from anyexperts_jax.evaluate.measure import Batches, load_by_modality
 from anyexperts_jax.evaluate.trained import Trained
-from anyexperts_jax.evolution.alone import expert_similarity
+from anyexperts_jax.evolution.single_expert import expert_similarity
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
 from anyexperts_jax.models.paths import moe_probe

@@ -1,1 +1,1 @@
-"""EvoMoE (arXiv 2505.23830): experts evolved from one dense FFN, and a router trained for them, stage by stage."""
+"""EvoMoE (arXiv 2505.23830): evolves experts from one dense FFN and trains a router for them, in stages."""

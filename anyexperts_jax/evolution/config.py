@@ -1,4 +1,4 @@
-"""What an EvoMoE run is made of: how experts begin, how they evolve, and the three stages."""
+"""The configuration of an EvoMoE run: how experts are initialised, how they evolve, and the three stages."""
 
 import dataclasses
 import importlib.resources
@@ -27,24 +27,25 @@ CONFIG_NAME = "evolve.json"  # in the directory of an EvoMoE run
 
 @dataclasses.dataclass(frozen=True)
 class UpcycleConfig:
-    """Which layers get experts, how many, and how they differ at the start.
+    """Upcycling: which layers get experts, how many, and how the experts differ at the start.
 
-    "copy": not at all, the model computes what the dense one did wherever combine weights sum to one. The others are
-    baselines for diversity; expert 1 always is the dense FFN itself (our reading). "noise": normal noise. "dropout":
-    single weights at zero, the others scaled up. "random_subset": a random part of the FFN's units drawn anew, with
-    the mean and standard deviation of the weights they replace (as in Drop-Upcycling).
+    "copy": they do not differ, so the model computes the same as the dense one if combine weights sum to one. The other
+    choices are baselines for diversity, in which expert 1 is always the dense FFN itself (our reading). "noise": adds
+    normal noise. "dropout": sets single weights to zero and scales up the others. "random_subset": reinitialises a
+    random part of the FFN's units with the mean and standard deviation of the weights they replace (as in
+    Drop-Upcycling).
 
     Raises:
       UserError: naming the value and the rule it breaks.
     """
 
-    num_experts: int = 4  # N, the dense FFN's own copy among them
-    moe_every: int = 2  # alternating layers, the second of each two (EvoMoE does not say which)
+    num_experts: int = 4  # N, including the exact copy of the dense FFN
+    moe_every: int = 2  # every moe_every-th layer gets experts: the second of each two (EvoMoE does not say which)
     num_dense_layers: int = 0  # leading layers that stay dense
     init: ExpertInit = "copy"  # how experts 2 to N differ from the dense FFN at the start
-    noise: float = 0.1  # standard deviation over the weights' root mean square
-    dropped: float = 0.1  # share of weights at zero
-    redrawn: float = 0.5  # share of units drawn anew
+    noise: float = 0.1  # standard deviation relative to the root mean square of the weights
+    dropped: float = 0.1  # share of weights set to zero
+    redrawn: float = 0.5  # share of units that are reinitialised
 
     def __post_init__(self) -> None:
         check_field_types(self, "upcycle.")
@@ -65,11 +66,11 @@ class EvolutionConfig:
     """
 
     mode: EvolutionMode = "ema"  # how equation (1) is read; see evolution.evolve.follow
-    # Lower ends of the ranges from which the betas of experts 2, 3, 4 are drawn anew at each step (paper).
+    # Lower ends of the ranges from which the betas of experts 2, 3, 4 are drawn at every step (paper).
     beta_low: tuple[float, ...] = (0.9, 0.8, 0.7)
     beta_high: tuple[float, ...] = (0.99, 0.89, 0.79)  # the upper ends of those ranges
-    fixed_beta: float | None = None  # one beta for all of them, and no draw
-    snapshots: tuple[float, ...] = ()  # share of the stage's steps after which each stays as it is; []: none does
+    fixed_beta: float | None = None  # one beta for all of them, instead of random ones
+    snapshots: tuple[float, ...] = ()  # for each, the share of the stage's steps after which it is frozen; []: never
 
     def __post_init__(self) -> None:
         check_field_types(self, "evolution.")
@@ -86,7 +87,7 @@ class EvolutionConfig:
         )
 
     def check(self, num_experts: int) -> None:
-        """Raises UserError unless there is a range of beta, and a snapshot if any, for each of the N - 1 followers."""
+        """Raises UserError unless each of the N - 1 followers has a range of beta, and a snapshot if there are any."""
         followers = num_experts - 1
         if self.fixed_beta is None:
             require(
@@ -101,10 +102,10 @@ class EvolutionConfig:
 
 
 def upcycled_model(dense: ModelConfig, upcycle: UpcycleConfig, moe: AnyExpertsConfig) -> ModelConfig:
-    """The dense model's configuration with experts as wide as its FFN in the layers `upcycle` names.
+    """The dense model's configuration with experts, as wide as its FFN, in the layers that `upcycle` selects.
 
     Raises:
-      UserError: when the model has experts already, its layers do not fit `moe_every`, or `moe` has another number of
+      UserError: if the model already has experts, its layers do not fit `moe_every`, or `moe` has another number of
         experts.
     """
     require(
@@ -131,17 +132,17 @@ def upcycled_model(dense: ModelConfig, upcycle: UpcycleConfig, moe: AnyExpertsCo
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One stage's training; what it does not name is the run's.
+    """The training options of one stage; all others are the run's.
 
     Raises:
       UserError: naming the value and the rule it breaks.
     """
 
-    steps: int = 1000  # optimiser steps; 0: the stage is left out
-    lr: float = 1e-3  # learning rate at its highest, after the warm-up
+    steps: int = 1000  # optimiser steps; 0 skips the stage
+    lr: float = 1e-3  # peak learning rate, after the warm-up
     batch_size: int = 32  # sequences per step
-    warmup_steps: int = 0  # steps in which the learning rate rises linearly from 0
-    final_lr_fraction: float = 0.0  # share of lr that is left at the end; a floor keeps evolved experts apart
+    warmup_steps: int = 0  # steps over which the learning rate rises linearly from 0
+    final_lr_fraction: float = 0.0  # final learning rate as a fraction of lr; above 0 it keeps evolved experts apart
 
     def __post_init__(self) -> None:
         check_field_types(self, "a stage's ")
@@ -149,32 +150,36 @@ class StageConfig:
 
 
 def _top_1() -> AnyExpertsConfig:
-    """Stage III's routing: top-1 by DTR, balance loss 0.001 (EvoMoE, equation 9).
+    """The routing of stage III: top-1 by DTR, balance loss 0.001 (EvoMoE, equation 9).
 
-    The weight's value is 1 and its gradient the score's (our reading): the evolved experts keep their scale, and the
-    router learns from the answer.
+    The combine weight has the value 1 and the gradient of the score (our reading). So the evolved experts keep their
+    scale, and the router still learns from the task loss.
     """
     return AnyExpertsConfig.static_top_k(4, 1, router="dtr", normalisation="all_raw_gradient", balance_weight=0.001)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvolveConfig:
-    """The table `evolve`: the experts, and the three stages.
+    """The table `evolve`: the experts and the three stages.
 
     Raises:
-      UserError: when its parts do not fit each other.
+      UserError: if its parts do not fit each other.
     """
 
     upcycle: UpcycleConfig = dataclasses.field(default_factory=UpcycleConfig)
     evolution: EvolutionConfig = dataclasses.field(default_factory=EvolutionConfig)
-    moe: AnyExpertsConfig = dataclasses.field(default_factory=_top_1)  # variable slots too, for an AnyExperts model
-    trains: Trains = "router"  # in stage III: the routers alone (paper), they and the experts, or everything
-    diversity: Diversity = "none"  # a loss of stage III: see evolution.diversity
+    moe: AnyExpertsConfig = dataclasses.field(
+        default_factory=_top_1
+    )  # may have variable slots, for an AnyExperts model
+    trains: Trains = "router"  # in stage III: the routers only (paper), routers and experts, or everything
+    diversity: Diversity = "none"  # an auxiliary loss of stage III; see evolution.diversity
     diversity_weight: float = 0.01  # weight of that loss
-    evolve_in_warm_up: bool = False  # experts evolve in stage I, where all else trains too; stage II has no steps
+    evolve_in_warm_up: bool = (
+        False  # experts evolve in stage I while everything else trains; stage II has no steps then
+    )
     warm_up: StageConfig = dataclasses.field(default_factory=StageConfig)  # I: the dense model
-    evolving: StageConfig = dataclasses.field(default_factory=StageConfig)  # II; no steps: stage III starts from copies
-    routing: StageConfig = dataclasses.field(default_factory=StageConfig)  # III; no steps: the run ends before it
+    evolving: StageConfig = dataclasses.field(default_factory=StageConfig)  # II; steps=0: stage III starts from copies
+    routing: StageConfig = dataclasses.field(default_factory=StageConfig)  # III; steps=0: the run ends before it
 
     def __post_init__(self) -> None:
         check_field_types(self, "evolve.")
@@ -198,10 +203,10 @@ class EvolveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvolveRun:
-    """A whole EvoMoE run: the dense model's run, from which every stage's is made, and the table `evolve`.
+    """A whole EvoMoE run: the run of the dense model, from which the stages' runs are derived, and the table `evolve`.
 
     Raises:
-      UserError: when its parts do not fit each other, as every stage's run must.
+      UserError: if its parts do not fit each other, or a stage's run is invalid.
     """
 
     base: RunConfig
@@ -219,23 +224,23 @@ class EvolveRun:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Those that have steps, in order."""
+        """The stages that have steps, in order."""
         return tuple(name for name in STAGES if getattr(self.evolve, name).steps)
 
     @property
     def model(self) -> ModelConfig:
-        """The model with experts, of stages II and III."""
+        """The model with experts, as in stages II and III."""
         return upcycled_model(self.base.model, self.evolve.upcycle, self.evolve.moe)
 
     def stage(self, name: str) -> RunConfig:
-        """The run of one stage; a stage of no steps has one of one, that is never begun."""
+        """The run of one stage. A stage without steps gets a run of one step, which is never started."""
         require_one_of("stage", name, STAGES)
         own: StageConfig = getattr(self.evolve, name)
         rates = {key: getattr(own, key) for key in ("lr", "warmup_steps", "final_lr_fraction")}
         amounts: dict[str, Any] = {"steps": max(own.steps, own.warmup_steps + 1), "batch_size": own.batch_size}
         dense = name == "warm_up" and not self.evolve.evolve_in_warm_up
         if not dense:
-            amounts["start_from"] = None  # it starts from experts made here
+            amounts["start_from"] = None  # it starts from upcycled experts
         model = self.base.model if dense else self.model
         try:
             return dataclasses.replace(
@@ -249,15 +254,15 @@ class EvolveRun:
 
 
 def evolve_preset_names() -> list[str]:
-    """The EvoMoE runs that come with the package."""
+    """The names of the EvoMoE runs that come with the package."""
     return names_in(_presets())
 
 
 def describes_evolution(source: str | pathlib.Path) -> bool:
-    """Whether `load_evolve_config` reads that preset, file or run, rather than `train.config.load_config`.
+    """Whether a preset, file or run is for `load_evolve_config` and not for `train.config.load_config`.
 
     Raises:
-      UserError: when it is a TOML file that cannot be read.
+      UserError: if it is a TOML file that cannot be read.
     """
     path = pathlib.Path(source)
     if str(source) in evolve_preset_names() or path.name == CONFIG_NAME or (path / CONFIG_NAME).exists():
@@ -266,9 +271,10 @@ def describes_evolution(source: str | pathlib.Path) -> bool:
 
 
 def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()) -> EvolveRun:
-    """The EvoMoE run of a preset's name, a TOML file, or a run: its directory or its evolve.json.
+    """Loads an EvoMoE run from the name of a preset, a TOML file, a run directory or its evolve.json.
 
-    The file is as for `train.config.load_config`, with one more table, `evolve`. Overrides too: "evolve.trains=all".
+    The file is like that of `train.config.load_config`, with an additional table `evolve`. Overrides can set its keys
+    too: "evolve.trains=all".
 
     Raises:
       UserError: one line with file, key and valid keys or values.
@@ -294,14 +300,14 @@ def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()
 
 
 def _method(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The table evolve.moe, of before too: what it said of buffers is now the whole run's, which drops nothing unless
-    model.stack.execution says so."""
+    """The table evolve.moe, also of earlier versions. Their buffer options are removed: model.stack.execution has them
+    now, for the whole run, and drops nothing by default."""
     method = {key: value for key, value in table.items() if key not in ("capacity_factor", "overflow")}
     return move_keys(method, ("model", "moe"))
 
 
 def _parse_evolve_json(name: str, text: str) -> dict[str, Any]:
-    """The tables of an evolve.json as a TOML file has them: those of the base run, and `evolve`."""
+    """The tables of an evolve.json in the layout of a TOML file: those of the base run, and `evolve`."""
     values = parse_json_object(text, name)
     return {**table_in(values, "base", name), "evolve": table_in(values, "evolve", name)}
 

@@ -1,6 +1,6 @@
-"""Losses that keep experts or routing apart: EvoMoE's comparisons "contrastive" and "local entropy", in stage III.
+"""Diversity losses of stage III: EvoMoE's baselines "contrastive" and "local entropy".
 
-The paper names them and prints their scores, not their formulas; both are our reading.
+The paper gives their names and scores but not their formulas; both are our reading.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ TEMPERATURE = 0.1
 
 
 def diversity_apply(kind: Diversity, weight: float, config: ModelConfig, placement: Placement | None = None) -> Apply:
-    """The model with `weight` times the loss `kind` of each layer beside its trace's other losses, as "diversity"."""
+    """The model whose trace has an additional loss "diversity": `weight` times the loss `kind` of each layer."""
     model = MultimodalModel(config, placement)
 
     def apply(
@@ -47,7 +47,7 @@ def diversity_apply(kind: Diversity, weight: float, config: ModelConfig, placeme
 
 
 def local_entropy(logits_BTC: Float[Array, "B T C"], valid_BT: Bool[Array, "B T"]) -> Float[Array, ""]:
-    """The mean entropy of valid tokens' routing, in nats: every token is to be sure (as in LIMoE, arXiv 2206.02770)."""
+    """The mean routing entropy of valid tokens, in nats: rewards confident routing (as in LIMoE, arXiv 2206.02770)."""
     log_BTC = jax.nn.log_softmax(logits_BTC.astype(jnp.float32))
     entropy_BT = -(jnp.exp(log_BTC) * log_BTC).sum(-1)
     return masked_mean(entropy_BT.ravel(), valid_BT.ravel())
@@ -56,9 +56,11 @@ def local_entropy(logits_BTC: Float[Array, "B T C"], valid_BT: Bool[Array, "B T"
 def contrast(
     output_BTD: Float[Array, "B T D"], expert_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"], num_experts: int
 ) -> Float[Array, ""]:
-    """How badly a token's output tells its expert: cross entropy, in nats, over cosines to the experts' mean outputs.
+    """The contrastive loss: cross entropy, in nats, of a token's expert over its output's cosines to the experts'
+    means.
 
-    An output is to lie near its own expert's mean and far from the others'; experts without a token have no part.
+    It pulls an output towards its own expert's mean output and away from the others'. Experts without tokens do not
+    count.
     """
     y_ND = output_BTD.astype(jnp.float32).reshape(-1, output_BTD.shape[-1])
     y_ND = y_ND / jnp.sqrt((y_ND**2).sum(-1, keepdims=True) + 1e-12)

@@ -1,17 +1,17 @@
-"""Expert evolution (EvoMoE, stage II): expert 1 trains, the others are made from it at every step.
+"""Expert evolution (EvoMoE, stage II): expert 1 trains, and the others are derived from it at every step.
 
-Equation (1) as printed, theta_n <- beta theta_1 + (1 - beta) grad(theta_1), cannot be what was run: a row of the paper
-with beta = 0 equals expert 1 to the digit, where this gives raw gradients, and the text speaks of an exponential moving
-average. So "ema" is the default (our reading):
+Equation (1) as printed, theta_n <- beta theta_1 + (1 - beta) grad(theta_1), cannot be what the authors ran: for beta =
+0 it gives raw gradients, but the paper's row for beta = 0 equals expert 1 to the digit, and the text speaks of an
+exponential moving average. So "ema" is the default (our reading):
 
     ema      theta_n <- beta theta_n + (1 - beta) theta_1'          theta_1' is expert 1 after the optimiser's step
     lag      theta_n <- beta theta_1 + (1 - beta) theta_1'
     literal  theta_n <- beta theta_1 + (1 - beta) grad(theta_1)
 
-An average with beta <= 0.99 remembers at most some hundred steps. With a learning rate that falls to zero expert 1
-stops and the others catch up with it: they end alike (experiments/results/evolution_equation_one.md). What keeps them
-apart is a rate that does not fall so far (the stage's `final_lr_fraction`) or `snapshots`: an expert stops following
-while the rate is still high.
+An average with beta <= 0.99 remembers a few hundred steps at most. If the learning rate decays to zero, expert 1 stops
+and the others catch up with it, so that all end up equal (experiments/results/evolution_equation_one.md). Two options
+keep them apart: a learning rate that decays less (the stage's `final_lr_fraction`), or `snapshots`, which freeze an
+expert while the rate is still high.
 """
 
 from typing import Any, NamedTuple
@@ -25,17 +25,17 @@ from anyexperts_jax.evolution.config import EvolutionConfig, EvolutionMode
 
 
 class EvolutionState(NamedTuple):
-    """State of `expert_evolution`: nothing of experts 2 to N but their parameters, which are elsewhere."""
+    """The state of `expert_evolution`. Experts 2 to N have no state besides their parameters."""
 
-    key: UInt32[Array, "2"]  # of the draws of beta
+    key: UInt32[Array, "2"]  # for the draws of beta
     step: Int[Array, ""]
-    inner: Any  # the optimiser's, of expert 1 alone
+    inner: Any  # the optimiser state of expert 1
 
 
 def draw_betas(
     config: EvolutionConfig, num_experts: int, key: UInt32[Array, "2"], step: Int[Array, ""]
 ) -> Float[Array, "J"]:
-    """Step `step`'s beta of each evolved expert, J = num_experts - 1 of them, uniform in its own range."""
+    """The beta of each of the J = num_experts - 1 evolved experts at a step, uniform in the expert's own range."""
     if config.fixed_beta is not None:
         return jnp.full(num_experts - 1, config.fixed_beta, jnp.float32)
     low_J, high_J = jnp.asarray(config.beta_low, jnp.float32), jnp.asarray(config.beta_high, jnp.float32)
@@ -44,12 +44,12 @@ def draw_betas(
 
 
 def follow(mode: EvolutionMode, beta: Array, follower: Array, before: Array, after: Array, gradient: Array) -> Array:
-    """The evolved expert's next weights, in float32. All but `mode` broadcast against each other.
+    """The next weights of an evolved expert, in float32. All arguments but `mode` broadcast against each other.
 
     Args:
-      follower: its weights.
-      before, after: expert 1's, before and after the optimiser's step.
-      gradient: of the loss with respect to `before`.
+      follower: the expert's weights.
+      before, after: expert 1's weights before and after the optimiser's step.
+      gradient: the gradient of the loss by `before`.
     """
     first = {"ema": follower, "lag": before, "literal": before}[mode]
     second = gradient if mode == "literal" else after
@@ -65,18 +65,18 @@ def expert_evolution(
     key: UInt32[Array, "2"],
     axis: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optax transformation that trains expert 1 by `inner` and lets experts 2 to N follow.
+    """An optax transformation that trains expert 1 with `inner` and makes experts 2 to N follow it.
 
-    Every parameter it sees holds N experts along `axis` (1 for layers stacked by scan); of the gradients only expert
-    1's part counts. `inner` sees and has state for expert 1 alone; its updates must be final, learning rate included.
-    Extra arguments go to it; where `finite` is among them and False, the state stays as it is.
+    Every parameter must hold N experts along `axis` (1 for layers stacked by scan). Only expert 1's part of the
+    gradients is used. `inner` sees expert 1 only and has state for it only; its updates must be final, with the
+    learning rate applied. It gets the extra arguments; if these contain finite=False, the state does not change.
 
     Args:
-      steps: of the whole stage, which `config.snapshots` are shares of.
-      key: raw key data, as `jax.random.key_data` gives it; it lives in the state.
+      steps: the steps of the whole stage; `config.snapshots` are fractions of it.
+      key: raw key data, as returned by `jax.random.key_data`; it is kept in the state.
 
     Raises:
-      UserError: when the ranges of beta do not fit the number of experts.
+      UserError: if the ranges of beta do not fit the number of experts.
     """
     config.check(num_experts)
     inner_extra = optax.with_extra_args_support(inner)

@@ -1,6 +1,6 @@
-"""EvoMoE's three stages, each a run of its own in the run's directory, from the end of the one before.
+"""EvoMoE's three stages. Each is a run in a subdirectory and starts from the end of the one before.
 
-I warm-up: the dense model. II evolution: expert 1 trains and the others follow. III routing: the routers train.
+I warm-up: the dense model trains. II evolution: expert 1 trains and the others follow. III routing: the routers train.
 """
 
 import dataclasses
@@ -14,22 +14,22 @@ import jax
 from jax.sharding import Mesh
 
 from anyexperts_jax.core.errors import require, require_one_of
-from anyexperts_jax.evolution.alone import apply_alone, expert_measure
 from anyexperts_jax.evolution.config import CONFIG_NAME, STAGES, EvolveRun, load_evolve_config
 from anyexperts_jax.evolution.diversity import diversity_apply
 from anyexperts_jax.evolution.evolve import expert_evolution
+from anyexperts_jax.evolution.single_expert import expert_measure, single_expert_apply
 from anyexperts_jax.evolution.upcycle import rerouted_params, upcycle_params
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import init_params, logical_axes
 from anyexperts_jax.models.paths import leaves_of
 from anyexperts_jax.train.config import describe_differences
-from anyexperts_jax.train.frozen import only, side_by_side
+from anyexperts_jax.train.frozen import combine_optimizers, train_only
 from anyexperts_jax.train.loop import TrainResult, train
 from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.recipe import EVERYTHING, Recipe
 from anyexperts_jax.train.run_dir import RunDir, load_run, write_whole
 from anyexperts_jax.train.run_lock import run_lock
-from anyexperts_jax.train.run_tokenizer import pinned, require_same_tokens
+from anyexperts_jax.train.run_tokenizer import pin_tokenizer, require_same_tokens
 from anyexperts_jax.train.same_run import FREE_KEYS, differing_models, is_among
 from anyexperts_jax.train.strict import differing_keys
 
@@ -42,12 +42,12 @@ def evolve(
     progress: bool = True,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, TrainResult]:
-    """Runs the stages in order, each into ROOT/STAGE; what is done is not done again, what was stopped goes on.
+    """Runs the stages in order, each in ROOT/STAGE. Finished stages are skipped, interrupted ones are resumed.
 
-    Returns how each stage that has steps ended. `note` is called with a line as each begins.
+    Returns the result of each stage that has steps. `note` is called with a line when a stage starts.
 
     Raises:
-      UserError: when ROOT holds a run of another configuration, or a stage's predecessor has not reached its end.
+      UserError: if ROOT holds a run of another configuration, or the predecessor of a stage is not finished.
       RunStoppedError: as for `train.loop.train`.
     """
     root = RunDir(pathlib.Path(root)).root
@@ -69,7 +69,7 @@ def evolve(
 
 
 def stage_recipe(run: EvolveRun, root: pathlib.Path, name: str) -> Recipe:
-    """How a stage departs from plain training: where it starts, what trains, by which rule, and what is measured."""
+    """How a stage differs from plain training: its start, what is trained, the update rule and what is measured."""
     model, config = run.model, run.stage(name)
     if name == "warm_up" and not run.evolve.evolve_in_warm_up:
         return EVERYTHING
@@ -78,7 +78,7 @@ def stage_recipe(run: EvolveRun, root: pathlib.Path, name: str) -> Recipe:
     axes = logical_axes(model)
 
     def adamw(trained: Any) -> Any:
-        return only(make_optimizer(config.optim, _selected_axes(axes, trained)), trained)
+        return train_only(make_optimizer(config.optim, _selected_axes(axes, trained)), trained)
 
     if name != "routing":
         evolution = expert_evolution(
@@ -88,12 +88,12 @@ def stage_recipe(run: EvolveRun, root: pathlib.Path, name: str) -> Recipe:
             steps=config.train.steps,
             key=jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1)),
         )
-        trained, optimizer = experts, only(evolution, experts)
+        trained, optimizer = experts, train_only(evolution, experts)
         if name == "warm_up":
             others = jax.tree.map(lambda expert, router: not (expert or router), experts, routers)
             trained = jax.tree.map(lambda router: not router, routers)
-            optimizer = side_by_side(optimizer, experts, adamw(others), others)
-        return Recipe(start, trained, optimizer, apply_alone, expert_measure(model))
+            optimizer = combine_optimizers(optimizer, experts, adamw(others), others)
+        return Recipe(start, trained, optimizer, single_expert_apply, expert_measure(model))
     apply = None
     if run.evolve.diversity != "none":
         apply = functools.partial(diversity_apply, run.evolve.diversity, run.evolve.diversity_weight)
@@ -106,7 +106,7 @@ def stage_recipe(run: EvolveRun, root: pathlib.Path, name: str) -> Recipe:
 
 
 def _selected_axes(axes: Any, trained: Any) -> Any:
-    """Logical axes of what is trained, None elsewhere: the optimiser's weight decay must not look for the rest."""
+    """The logical axes of trained parameters, None for others: the mask of weight decay must match what is trained."""
     return jax.tree.map(lambda kept, names: names if kept else None, trained, axes)
 
 
@@ -114,14 +114,16 @@ def _starting_parameters(run: EvolveRun, root: pathlib.Path, name: str) -> Calla
     key, upcycle, early = jax.random.key(run.base.seed), run.evolve.upcycle, run.evolve.evolve_in_warm_up
 
     def start(mesh: Mesh) -> Any:
-        if name == "warm_up":  # experts that evolve from the first step on
+        if name == "warm_up":  # the experts evolve from the first step on
             dense = init_params(run.base.model, key)
             return upcycle_params(dense, run.model, upcycle, key, mesh, consume=True)
         predecessor = _predecessor(run, name)
         config, params, _ = load_run(root / predecessor, "last", mesh)
         require_same_tokens(run.base.data, config.data, f"stage {predecessor}")
         wanted = run.stage(predecessor).model
-        if predecessor == "evolving" or early:  # expert 1 ran alone: which routing policy it had is nothing to it
+        if (
+            predecessor == "evolving" or early
+        ):  # only expert 1 was used, so the routing policy of that stage is irrelevant
             same_number = config.model.moe.num_experts == wanted.moe.num_experts
             found = dataclasses.replace(config.model, moe=wanted.moe) if same_number else config.model
             _check_model(found, wanted, root / predecessor)
@@ -158,18 +160,18 @@ def _check_predecessor(run: EvolveRun, root: pathlib.Path, name: str) -> None:
 
 def _check_model(found: ModelConfig, wanted: ModelConfig, where: pathlib.Path) -> None:
     differences = differing_models(wanted, found)
-    require(not differences, f"the model in {where} is another one: {describe_differences(differences)}")
+    require(not differences, f"the model in {where} is a different one: {describe_differences(differences)}")
 
 
 def _with_tokenizer(run: EvolveRun, root: pathlib.Path) -> EvolveRun:
-    """The run with the fingerprint of its tokenizer, which the stages share."""
+    """The run with its tokenizer's fingerprint filled in; all stages share the tokenizer."""
     first = RunDir(root / run.stages[0])
-    data = pinned(run.base.data, run.base.model, first.tokenizer, begun=bool(first.checkpoint_steps()))
+    data = pin_tokenizer(run.base.data, run.base.model, first.tokenizer, begun=bool(first.checkpoint_steps()))
     return dataclasses.replace(run, base=dataclasses.replace(run.base, data=data))
 
 
 def _require_same_run(run: EvolveRun, root: pathlib.Path) -> None:
-    """Refuses a directory in which a stage has begun with another configuration.
+    """Checks that the stages in the directory were started with this configuration.
 
     Raises:
       UserError: naming the keys that differ, with both values.

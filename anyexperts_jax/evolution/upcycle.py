@@ -1,6 +1,6 @@
-"""A mixture of experts from a dense model: every expert starts as the layer's dense FFN (sparse upcycling).
+"""Sparse upcycling: makes a mixture of experts from a dense model; every expert starts as the layer's dense FFN.
 
-Leaf by leaf: what a leaf of the new model was made from is freed before the next is made.
+It goes leaf by leaf and frees the sources of each before making the next, so that two models never fill the memory.
 """
 
 import zlib
@@ -23,14 +23,14 @@ from anyexperts_jax.sharding.specs import param_shardings
 def upcycle_params(
     dense_params: Any, model: ModelConfig, upcycle: UpcycleConfig, key: Array, mesh: Mesh, *, consume: bool = False
 ) -> Any:
-    """Parameters of `model` (see `config.upcycled_model`) from the dense model's, on `mesh`.
+    """The parameters of `model` (see `config.upcycled_model`) on `mesh`, made from the dense model's.
 
     Args:
-      key: of the router's initial values and of what makes experts differ.
-      consume: free the dense parameters on the way; they are of no use afterwards.
+      key: for the router's initial values and the differences between experts.
+      consume: frees the dense parameters on the way; they cannot be used afterwards.
 
     Raises:
-      UserError: when the dense parameters are of another model.
+      UserError: if the dense parameters belong to another model.
     """
     leaves = upcycled_leaves(named_leaves(dense_params), model, upcycle, key, mesh, consume=consume)
     return params_of_leaves(model, dict(leaves))
@@ -39,7 +39,7 @@ def upcycle_params(
 def upcycled_leaves(
     dense: dict[str, Array], model: ModelConfig, upcycle: UpcycleConfig, key: Array, mesh: Mesh, *, consume: bool
 ) -> Iterator[tuple[str, Array]]:
-    """Name and value of one parameter after the other; with `consume`, its sources are freed before it comes."""
+    """Yields the name and value of each parameter; with `consume`, its sources are freed before that."""
     wanted = named_leaves(abstract_params(model))
     shardings = named_leaves(param_shardings(mesh, logical_axes(model), abstract_params(model)))
     for name, shape in wanted.items():
@@ -60,9 +60,9 @@ def upcycled_leaves(
 
 
 def rerouted_params(params: Any, model: ModelConfig, key: Array, mesh: Mesh) -> Any:
-    """`params`, of a model with these experts and another routing policy, with the policy's own parameters new.
+    """`params` of a model with the same experts and another routing policy, with new parameters for this policy.
 
-    They are those that `upcycle_params` gives the model from the same key.
+    The new ones equal those that `upcycle_params` makes from the same key.
     """
     known, wanted = named_leaves(params), named_leaves(abstract_params(model))
     new = tuple(name for name in wanted if is_routing(name))
@@ -72,7 +72,7 @@ def rerouted_params(params: Any, model: ModelConfig, key: Array, mesh: Mesh) -> 
 
 
 def _maker(model: ModelConfig, upcycle: UpcycleConfig, name: str) -> Any:
-    """(key, sources) -> the parameter."""
+    """The function (key, sources) -> parameter."""
     weight = expert_weight(name)
     if weight is not None:
         return lambda key, sources: initial_experts(upcycle, key, weight, jnp.stack(sources))
@@ -84,9 +84,9 @@ def _maker(model: ModelConfig, upcycle: UpcycleConfig, name: str) -> Any:
 def initial_experts(
     upcycle: UpcycleConfig, key: Array, weight: str, dense_LXY: Float[Array, "L X Y"]
 ) -> Float[Array, "L E X Y"]:
-    """Every layer's E experts from its dense FFN's "gate", "up" or "down" matrix.
+    """Makes every layer's E experts from the "gate", "up" or "down" matrix of its dense FFN.
 
-    A layer's expert draws the same units anew in all three matrices.
+    With "random_subset", an expert reinitialises the same units in all three matrices.
     """
     layers, experts = dense_LXY.shape[0], upcycle.num_experts
 
@@ -110,6 +110,8 @@ def _perturbed(upcycle: UpcycleConfig, key: Array, weight: str, dense_XY: Array)
     if upcycle.init == "dropout":
         kept_XY = jax.random.bernoulli(own, 1 - upcycle.dropped, wide_XY.shape)
         return jnp.where(kept_XY, wide_XY / (1 - upcycle.dropped), 0)
+    # A unit is a column of gate and up and a row of down. The permutation's key does not depend on the matrix, so that
+    # the same units are replaced in all three.
     units_axis = 0 if weight == "down" else 1
     units = wide_XY.shape[units_axis]
     redrawn_F = jax.random.permutation(jax.random.fold_in(key, 0), units) < round(upcycle.redrawn * units)

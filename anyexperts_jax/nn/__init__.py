@@ -1,4 +1,4 @@
-"""Thin Flax Linen shells: they declare parameters and call the pure functions below; losses are returned."""
+"""Thin Flax Linen modules: they declare parameters, call the pure functions of the lower layers and return losses."""
 
 from anyexperts_jax.nn.moe import MoE
 

@@ -1,4 +1,4 @@
-"""Grouped-query attention with rotary positions and an explicit key/value cache."""
+"""Grouped-query attention with rotary position embeddings and an explicit key/value cache."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ Rotations = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the positions seen so far; slot s of an example holds its position s."""
+    """Keys and values of the positions so far. Entry s of an example holds its position s."""
 
     keys_BSGA: Float[Array, "*L B S G A"]
     values_BSGA: Float[Array, "*L B S G A"]
@@ -33,7 +33,7 @@ def empty_cache(config: AttentionConfig, batch_size: int, length: int, dtype: Dt
 
 
 def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotations:
-    """Cosines and sines of each position's rotation angles, float32."""
+    """Cosines and sines of the rotation angles of each position, float32."""
     half = config.rotary_dim // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies
@@ -41,7 +41,7 @@ def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotat
 
 
 def rotate(x_BTHA: Float[Array, "B T H A"], rotation: Rotations) -> Float[Array, "B T H A"]:
-    """Rotates pairs (i, i + half) of the leading part of the head width; the rest passes (RoFormer, half-split)."""
+    """Rotates the pairs (i, i + half) of the leading part of the head width (RoFormer, half-split); the rest passes."""
     cos, sin = (part[:, :, None, :] for part in rotation)
     half = cos.shape[-1]
     first, second, rest = x_BTHA[..., :half], x_BTHA[..., half : 2 * half], x_BTHA[..., 2 * half :]
@@ -50,14 +50,14 @@ def rotate(x_BTHA: Float[Array, "B T H A"], rotation: Rotations) -> Float[Array,
 
 
 class Attention(nn.Module):
-    """Softmax attention in float32; keys and values of G heads serve H / G query heads each."""
+    """Attention with a float32 softmax. Each of the G key/value heads serves H / G query heads."""
 
     config: AttentionConfig
-    residual_scale: float = 1.0  # of the output projection's initial values
+    residual_scale: float = 1.0  # scale of the output projection's initial values
     norm_eps: float = 1e-6
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
-    placement: Placement | None = None  # of the arrays; None: on one device
+    placement: Placement | None = None  # where the arrays lie; None: on one device
 
     @nn.compact
     def __call__(
@@ -70,8 +70,8 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """Attends from each position t to the positions s with `mask[b, t, s]`.
 
-        With a cache, keys and values are written at `positions_BT` first and S is the cache's length; without one
-        S is T. Returns the output and the cache written.
+        With a cache, keys and values are first written to it at `positions_BT`, and S is the cache's length; without
+        one S is T. Returns the output and the updated cache.
         """
         config = self.config
         queries = self._heads(config.num_heads, "heads", "query")(x_BTD)

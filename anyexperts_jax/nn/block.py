@@ -25,15 +25,15 @@ from anyexperts_jax.sharding.placement import Placement
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockContext:
-    """What every block of a stack sees alike."""
+    """The inputs that all blocks of a stack share."""
 
-    positions_BT: Int[Array, "B T"]  # where a cache is written
+    positions_BT: Int[Array, "B T"]  # where the cache is written
     valid_BT: Bool[Array, "B T"]
-    mask: Bool[Array, "B T S"] | CausalMask  # position t attends to s
+    mask: Bool[Array, "B T S"] | CausalMask  # True: position t attends to s
     rotation: Rotations | None = None
     window: Float[Array, "2"] | None = None
-    modality_BT: Int[Array, "B T"] | None = None  # for routers that tell modalities apart
-    segment_BT: Int[Array, "B T"] | None = None  # for layers that tell packed examples apart; the mask does already
+    modality_BT: Int[Array, "B T"] | None = None  # for routers with per-modality weights
+    segment_BT: Int[Array, "B T"] | None = None  # for layers that separate packed examples; attention uses the mask
 
 
 def _norm(config: StackConfig, name: str) -> RMSNorm:
@@ -84,7 +84,7 @@ class DenseBlock(nn.Module):
 def dense_blocks(
     config: StackConfig, placement: Placement | None, block: type[nn.Module], name: str, count: int
 ) -> Callable[[Array, BlockContext, KVCache | None], tuple[Array, KVCache | None]]:
-    """`count` dense blocks one after the other, named `name`_0 and so on, with a cache stacked over them."""
+    """`count` dense blocks in sequence, named `name`_0 and so on, with a cache stacked over them."""
 
     def run(x_BTD: Array, context: BlockContext, cache: KVCache | None) -> tuple[Array, KVCache | None]:
         written = []
@@ -102,7 +102,7 @@ def dense_blocks(
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoEBlockCache:
-    """The cache of a MoE block, and of the dense blocks before it, stacked; of all MoE blocks, stacked once more."""
+    """The cache of a MoE block and, stacked, of the dense blocks before it. For all MoE blocks it is stacked again."""
 
     before: KVCache
     moe: KVCache
@@ -111,7 +111,7 @@ class MoEBlockCache:
 class MoEBlock(nn.Module):
     """`moe_every` - 1 dense blocks, then attention and the experts.
 
-    With `hsm_site="residual"` h' = h + alpha w h replaces the stream before the experts.
+    With `hsm_site="residual"`, h' = h + alpha w h replaces the residual stream before the experts.
     """
 
     config: StackConfig

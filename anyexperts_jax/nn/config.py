@@ -1,4 +1,4 @@
-"""Shape of the decoder stack. The routing policy stays in `core.config.AnyExpertsConfig`."""
+"""The configuration of the decoder stack. `core.config.AnyExpertsConfig` holds the routing policy."""
 
 import dataclasses
 from typing import Literal, get_args
@@ -9,7 +9,7 @@ from anyexperts_jax.core.remat import Remat
 from anyexperts_jax.dispatch.execution import Execution
 
 Dtype = Literal["float32", "bfloat16"]
-MOST_LAYERS = 1000  # of a stack or an encoder: some are traced one by one, and more would not compile in a day
+MOST_LAYERS = 1000  # per stack or encoder: some layers are traced one by one, and more would take days to compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class AttentionConfig:
     num_kv_heads: int = 2  # G, key/value heads; divides num_heads
     head_dim: int = 32  # A, width of a head
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
-    rope_fraction: float = 1.0  # share of a head's width that is rotated, the leading part
+    rope_fraction: float = 1.0  # leading fraction of a head's width that is rotated
     qk_norm: bool = False  # RMSNorm over the head width of queries and keys
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class AttentionConfig:
 class StackConfig:
     """The decoder's blocks: `num_dense_layers` with a dense FFN, then every `moe_every`-th with a mixture of experts.
 
-    With num_dense_layers = num_layers the model is dense, and the routing policy has no effect.
+    With num_dense_layers = num_layers the model is dense and the routing policy has no effect.
 
     Raises:
       UserError: naming the value and the rule it breaks.
@@ -61,15 +61,15 @@ class StackConfig:
     d_model: int = 128  # D, width of the residual stream
     num_layers: int = 4  # layers, dense and MoE together
     num_dense_layers: int = 1  # leading layers without experts
-    moe_every: int = 1  # of the layers after those, each moe_every-th is a mixture of experts, the others are dense
+    moe_every: int = 1  # after those, every moe_every-th layer is a mixture of experts; the others are dense
     d_ff: int = 384  # FFN width of the dense layers
     expert_d_ff: int = 32  # F, hidden width of an expert
-    num_shared_experts: int = 1  # experts, each F wide, on every token, beside the routed ones
+    num_shared_experts: int = 1  # shared experts, each F wide, that every token uses in addition to the routed ones
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     execution: Execution = dataclasses.field(default_factory=Execution)  # how the MoE layers are computed
-    remat: Remat = "none"  # what the backward pass computes again; see core.remat.remat_policy
-    scan_unroll: int = 1  # MoE layers per iteration of the scan; all of them where memory allows: no layer is copied
+    remat: Remat = "none"  # what the backward pass recomputes; see core.remat.remat_policy
+    scan_unroll: int = 1  # MoE layers per scan iteration; unrolling all saves copies of the layers' parameters
     dtype: Dtype = "float32"  # of activations and matmuls; router, norms, softmax and losses are always float32
     param_dtype: Dtype = "float32"  # of the weights
 
@@ -96,10 +96,10 @@ class StackConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        """L of router arrays."""
+        """L, the number of MoE layers."""
         return (self.num_layers - self.num_dense_layers) // self.moe_every
 
     @property
     def residual_scale(self) -> float:
-        """Initial scale of every projection back into the residual stream, so that its sum stays near one."""
+        """Initial scale of every projection into the residual stream, so that the stream's variance stays near one."""
         return (2 * self.num_layers) ** -0.5

@@ -12,7 +12,7 @@ from anyexperts_jax.sharding.placement import Placement
 
 
 class Embedding(nn.Module):
-    """A table of `num_rows` learned vectors. An id past the table reads NaN, so that it cannot go unnoticed."""
+    """A table of `num_rows` learned vectors. An id out of range gives NaN, so that it cannot go unnoticed."""
 
     num_rows: int
     features: int
@@ -20,7 +20,7 @@ class Embedding(nn.Module):
     std: float = 1.0
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
-    placement: Placement | None = None  # of the arrays; None: on one device
+    placement: Placement | None = None  # where the arrays lie; None: on one device
     id_axes: tuple[str, ...] = ("batch", "length")  # logical axes of the ids, for the placement
 
     def setup(self) -> None:
@@ -31,5 +31,5 @@ class Embedding(nn.Module):
         return take_embeddings(self.table, ids, self.placement, self.id_axes).astype(self.dtype)
 
     def logits(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest Y"]:
-        """Inner products with every row (a tied output head), accumulated in float32."""
+        """Inner products with all rows (a tied output head), accumulated in float32."""
         return jnp.einsum("...d,yd->...y", x, self.table.astype(self.dtype), preferred_element_type=jnp.float32)

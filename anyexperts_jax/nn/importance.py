@@ -1,4 +1,4 @@
-"""The network that scores each token's importance."""
+"""The network that computes each token's importance logit."""
 
 import flax.linen as nn
 import jax
@@ -14,11 +14,11 @@ class ImportanceMLP(nn.Module):
     """RMSNorm, Linear(D / 4), SiLU, Linear(1), in float32 (AnyExperts section 2, step 1; the sizes are our reading).
 
     "wide" has four times the hidden width, "deep" two more hidden layers. The last map starts at zero, so that every
-    token begins at importance 1/2.
+    token starts with importance 1/2.
 
-    Of a token in bfloat16, matmuls take float32 apart into three bfloat16 products on a TPU and one TF32 product on a
-    GPU, no coarser than the token; with six, as for a token in float32, this network would cost a fourth of what the
-    paper's eight experts do.
+    For bfloat16 tokens the float32 matmuls use precision HIGH: three bfloat16 products on a TPU, one TF32 product on a
+    GPU. That is no coarser than the tokens. With HIGHEST, six products, as for float32 tokens, this network would cost
+    a fourth of the paper's eight experts.
     """
 
     form: Form = "default"

@@ -18,7 +18,7 @@ class Linear(nn.Module):
     axes: AxisNames  # of the kernel: inputs, then outputs
     num_in: int = 1
     use_bias: bool = False
-    scale: float = 1.0  # of the initial standard deviation, scale / sqrt(fan-in)
+    scale: float = 1.0  # the initial standard deviation is scale / sqrt(fan-in)
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
     out_dtype: Dtype | None = None  # None: dtype

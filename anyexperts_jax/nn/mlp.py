@@ -1,4 +1,4 @@
-"""The dense SwiGLU feed-forward network, of dense layers and shared experts."""
+"""The dense SwiGLU feed-forward network of dense layers and shared experts."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), without biases."""
 
     d_ff: int
-    residual_scale: float = 1.0  # of the down projection's initial values
+    residual_scale: float = 1.0  # scale of the down projection's initial values
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
 
@@ -41,7 +41,7 @@ def gated(gate: Float[Array, "*rest F"], up: Float[Array, "*rest F"]) -> Float[A
 
 def _gated_backward(operands: tuple[Array, Array], d_hidden: Array) -> tuple[Array, Array]:
     _, backward = jax.vjp(_plain_gated, *operands)
-    # Each is read by two dots. Without the barrier XLA's CPU backend computes them anew for both.
+    # Each gradient is read by two dots. Without the barrier XLA's CPU backend fuses it into both and computes it twice.
     return jax.lax.optimization_barrier(backward(d_hidden))
 
 

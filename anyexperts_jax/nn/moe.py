@@ -1,4 +1,5 @@
-"""The mixture-of-experts layer: parameters here, policy in `routing`, movement in `dispatch`, compute in `ops`."""
+"""The mixture-of-experts layer: its parameters. `routing` has the policy, `dispatch` the data movement, `ops` the
+compute."""
 
 import dataclasses
 from typing import Any, get_args
@@ -37,23 +38,23 @@ from anyexperts_jax.sharding.specs import batch_shards
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoEContext:
-    """What a MoE layer sees beside the tokens. Every field may be left out."""
+    """The inputs of a MoE layer other than the tokens. All fields are optional."""
 
-    valid_BT: Bool[ArrayLike, "B T"] | None = None  # False at padding: no slots, no output, no say in the losses
-    modality_BT: Int[ArrayLike, "B T"] | None = None  # ids in [0, router_modalities), for routers that tell them apart
-    window: Window | None = None  # (k_min, k_max) in place of the configuration's
-    bias_C: Float[ArrayLike, "C"] | None = None  # the expert bias of loss-free balancing, needed iff `expert_bias`
-    importance_logits_BT: Float[ArrayLike, "B T"] | None = None  # where the caller has computed them
+    valid_BT: Bool[ArrayLike, "B T"] | None = None  # False at padding: no slots, no output, not counted in the losses
+    modality_BT: Int[ArrayLike, "B T"] | None = None  # ids in [0, router_modalities), for per-modality routers
+    window: Window | None = None  # (k_min, k_max), overrides the configuration's
+    bias_C: Float[ArrayLike, "C"] | None = None  # the expert bias of loss-free balancing; required if `expert_bias`
+    importance_logits_BT: Float[ArrayLike, "B T"] | None = None  # if the caller has computed them
 
 
 _KINDS: dict[str, tuple[Any, str]] = {"valid_BT": (jnp.bool_, "bools"), "modality_BT": (jnp.integer, "integers")}
 
 
 def _checked(config: AnyExpertsConfig, context: Any, fields: dict[str, Any], shape: tuple[int, ...]) -> MoEContext:
-    """The context with `fields` in place of its own, as JAX arrays; `shape` is [B, T].
+    """The context with `fields` replaced, converted to JAX arrays and checked; `shape` is [B, T].
 
     Raises:
-      UserError: an unknown field, an array of another shape, or a window that makes no sense.
+      UserError: for an unknown field, an array of another shape, or an invalid window.
     """
     context = MoEContext() if context is None else context
     require(isinstance(context, MoEContext), f"context is a {type(context).__name__}; it must be a MoEContext")
@@ -74,12 +75,12 @@ def _checked(config: AnyExpertsConfig, context: Any, fields: dict[str, Any], sha
 
 
 def _dtype_name(dtype: Any) -> str:
-    """The name of a dtype given as its name or, as users of Flax have it, as `jnp.bfloat16`."""
+    """The name of a dtype, given as a name or, as is usual in Flax, as `jnp.bfloat16`."""
     return dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
 
 
 class Experts(nn.Module):
-    """The weights of E SwiGLU experts, in the compute dtype."""
+    """The weights of E SwiGLU experts; the call returns them in the compute dtype."""
 
     num_experts: int
     d_ff: int
@@ -101,12 +102,12 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """One AnyExperts layer: each token gets as many experts as its importance asks for (AnyExperts section 2).
+    """One AnyExperts layer: a token's importance decides how many experts it gets (AnyExperts section 2).
 
-    Usable on its own: `MoE(config, d_ff=512).init(key, x_BTD)`. `apply` takes the rng "routing" when
-    `slot_rounding="stochastic"` in training; without it the slots are rounded half up. For diagnostics alone: with the
-    rng "shuffle" every token's logits are dealt anew to the real experts, and a mutable collection "probe" gets them
-    as they were, the combine weights, and what the routed experts put out.
+    It can be used on its own: `MoE(config, d_ff=512).init(key, x_BTD)`. For `slot_rounding="stochastic"`, training
+    passes the rng "routing" to `apply`; without it the slots are rounded half up. For diagnostics only: the rng
+    "shuffle" shuffles every token's logits among the real experts, and a mutable collection "probe" records the logits
+    before that, the combine weights and the output of the routed experts.
 
     Example:
         >>> import anyexperts_jax as ax, jax
@@ -118,10 +119,10 @@ class MoE(nn.Module):
     """
 
     config: AnyExpertsConfig
-    d_ff: int  # F, of one expert
-    num_shared_experts: int = 0  # each F wide, on every token
+    d_ff: int  # F, width of one expert
+    num_shared_experts: int = 0  # shared experts, each F wide, that every token uses
     execution: Execution = Execution()
-    residual_scale: float = 1.0  # of the down projections' initial values
+    residual_scale: float = 1.0  # scale of the down projections' initial values
     norm_eps: float = 1e-6
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
@@ -131,16 +132,16 @@ class MoE(nn.Module):
     def __call__(
         self, x_BTD: Float[ArrayLike, "B T D"], context: MoEContext | None = None, **fields: Any
     ) -> tuple[Float[Array, "B T D"], RoutingTrace]:
-        """Returns the layer's output, without a residual connection, and what the router did.
+        """Returns the layer's output, without a residual connection, and the trace of its routing.
 
         Args:
           x_BTD: normalised input.
           context: padding, modalities, window, expert bias. With `hsm_site="residual"` the caller modulates its
             residual stream and passes the importance logits.
-          fields: of `MoEContext`, in place of the context's: `layer.apply(params, x_BTD, valid_BT=valid_BT)`.
+          fields: fields of `MoEContext` that override the context's: `layer.apply(params, x_BTD, valid_BT=valid_BT)`.
 
         Raises:
-          UserError: shapes that do not fit, or a capacity that cannot hold every token's slots.
+          UserError: for shapes that do not fit, or a capacity that cannot hold every token's slots.
         """
         x_BTD = as_floats("x_BTD", x_BTD)
         self._check(x_BTD)

@@ -1,4 +1,4 @@
-"""Parameters that carry their initialiser and the logical names of their axes."""
+"""Boxes for parameters that carry their initialiser and the logical names of their axes."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,10 +20,10 @@ AxisNames = tuple[str, ...]
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NamedAxes(meta.AxisMetadata[Any]):
-    """A parameter in a box with its axis names and initialiser.
+    """A parameter boxed with its axis names and initialiser.
 
-    `init` is that of one layer where `names` begins with "layers". Unboxing never adds a sharding constraint,
-    unlike `flax.linen.Partitioned`.
+    If `names` starts with "layers", `init` is the initialiser of one layer. Unboxing never adds a sharding constraint,
+    unlike with `flax.linen.Partitioned`.
     """
 
     value: Any
@@ -37,7 +37,7 @@ class NamedAxes(meta.AxisMetadata[Any]):
         return NamedAxes(val, self.names, self.init)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "NamedAxes":
-        """For `nn.scan` and `nn.vmap`: the new axis is "layers" unless their `metadata_params` name another."""
+        """Called by `nn.scan` and `nn.vmap`: the new axis is "layers" unless their `metadata_params` name another."""
         names = (*self.names[:index], params.get(nn.PARTITION_NAME, "layers"), *self.names[index:])
         return NamedAxes(self.value, names, self.init)
 
@@ -46,17 +46,17 @@ class NamedAxes(meta.AxisMetadata[Any]):
         return NamedAxes(self.value, (*self.names[:index], *self.names[index + 1 :]), self.init)
 
     def get_partition_spec(self) -> PartitionSpec:
-        """The logical axes, for `nn.get_partition_spec`. `nn.logical_to_mesh` makes mesh axes of them, by rules such as
+        """The logical axes, for `nn.get_partition_spec`. `nn.logical_to_mesh` maps them to mesh axes, by rules such as
         `dataclasses.asdict(ShardingRules()).items()`."""
         return PartitionSpec(*self.names)
 
     def to_nnx_metadata(self) -> dict[str, Any]:
-        """What `flax.nnx.bridge.ToNNX` keeps on the variable."""
+        """The metadata that `flax.nnx.bridge.ToNNX` stores on the variable."""
         return vars(self).copy()
 
     @classmethod
     def from_nnx_metadata(cls, metadata: dict[str, Any]) -> "NamedAxes":
-        """The box back from the variable's metadata, whose other entries are NNX's own."""
+        """Rebuilds the box from the variable's metadata; other entries belong to NNX."""
         return cls(metadata["value"], metadata["names"], metadata["init"])
 
 
@@ -65,7 +65,7 @@ def _to_state(box: NamedAxes) -> dict[str, Any]:
 
 
 def _from_state(box: NamedAxes, state: Any) -> NamedAxes:
-    """The value from what `_to_state` made or from an array that was unboxed; names and initialiser are the box's."""
+    """Restores the value from the state made by `_to_state` or from an unboxed array; the rest is kept from `box`."""
     value = state["value"] if isinstance(state, dict) else state
     return box.replace_boxed(serialization.from_state_dict(box.value, value))
 
@@ -74,10 +74,10 @@ serialization.register_serialization_state(NamedAxes, _to_state, _from_state, ov
 
 
 def named(init: Initializer, names: Sequence[str]) -> Callable[..., Any]:
-    """The initialiser `init` with logical axis names on what it makes.
+    """Wraps the initialiser `init` so that the parameters it makes carry logical axis names.
 
     Raises:
-      UserError: for a name outside `core.axes.LOGICAL_AXES`, or another number of names than axes.
+      UserError: for a name that is not in `core.axes.LOGICAL_AXES`, or a number of names that differs from the axes'.
     """
     for name in names:
         require_one_of("axis name", name, LOGICAL_AXES)

@@ -1,4 +1,4 @@
-"""The routers' parameters; what they are and compute is in `routing.routers`."""
+"""The router as a module: declares the parameters of an entry of ROUTERS; `routing.routers` computes the logits."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ from anyexperts_jax.nn.params import named
 class Router(nn.Module):
     """Router logits over E real and V virtual columns, in float32 whatever the compute dtype.
 
-    `config.router` names the entry of ROUTERS that computes them. With `virtual_logits="tied"` one virtual column is
-    learned and stands V times.
+    `config.router` names the entry of ROUTERS that computes them. With `virtual_logits="tied"` a single virtual column
+    is learned and repeated V times.
 
     Raises:
-      UserError: when the router tells modalities apart and no modality ids are given, or one that is out of range.
+      UserError: if the router depends on modalities, and no modality ids are given or one is out of range.
     """
 
     config: AnyExpertsConfig

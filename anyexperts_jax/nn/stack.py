@@ -1,4 +1,4 @@
-"""The stack of blocks: the only scan and the only rematerialisation."""
+"""The stack of blocks. Scan over layers and rematerialisation happen here and nowhere else."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ class StackCache:
 
     @property
     def length(self) -> int:
-        """Positions there is room for."""
+        """The number of positions that the cache can hold."""
         return self.dense.keys_BSGA.shape[2]
 
 
@@ -38,7 +38,7 @@ def empty_stack_cache(config: StackConfig, batch_size: int, length: int) -> Stac
 
 
 class Stack(nn.Module):
-    """Leading dense blocks one after the other, then the MoE blocks by `scan` over stacked parameters."""
+    """Leading dense blocks in sequence, then the MoE blocks as a `scan` over stacked parameters."""
 
     config: StackConfig
     moe: AnyExpertsConfig
@@ -52,7 +52,7 @@ class Stack(nn.Module):
         router_bias_LC: Float[Array, "L C"] | None = None,
         cache: StackCache | None = None,
     ) -> tuple[Float[Array, "B T D"], RoutingTrace, StackCache | None]:
-        """Returns the last block's output, the routing traces stacked over MoE layers, and the cache written."""
+        """Returns the last block's output, the routing traces stacked over MoE layers, and the updated cache."""
         dense_block, moe_block = self._blocks()
         leading = dense_blocks(self.config, self.placement, dense_block, "dense", self.config.num_dense_layers)
         x_BTD, dense_cache = leading(x_BTD, context, None if cache is None else cache.dense)
@@ -76,6 +76,7 @@ class Stack(nn.Module):
         if self.config.remat == "none":
             return DenseBlock, MoEBlock
         policy = remat_policy(self.config.remat)
-        # A loop keeps XLA from merging the two computations; where the scan is unrolled a barrier must.
+        # XLA's CSE would merge the recomputation with the original and so undo remat. A loop prevents that; if the scan
+        # is unrolled, barriers must.
         unrolled = self.config.scan_unroll > 1
         return nn.remat(DenseBlock, policy=policy), nn.remat(MoEBlock, policy=policy, prevent_cse=unrolled)

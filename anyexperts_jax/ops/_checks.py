@@ -1,4 +1,4 @@
-"""Checks that every op over expert weights makes."""
+"""Argument checks shared by the ops over expert weights."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ from jax import Array
 from anyexperts_jax.core.arrays import FLOATS
 from anyexperts_jax.core.errors import comma_list, require, require_one_of
 
-KERNELS_HAVE_GRAD_ALONE = (
-    "the Pallas implementations have first derivatives in reverse mode alone, by jax.grad; for jvp, jacfwd, hessian or "
+KERNELS_SUPPORT_GRAD_ONLY = (
+    "the Pallas implementations support first-order reverse mode (jax.grad) only; for jvp, jacfwd, hessian or "
     "gradients of gradients use implementation='xla' or implementation='reference'"
 )
 RESIDUALS = ("saved", "recomputed")
 
 
 def check_expert_weights(x: Array, w_gate: Array, w_up: Array, w_down: Array) -> None:
-    """Raises `UserError` unless the weights are [E, D, F], [E, D, F], [E, F, D] of x's width D and dtype."""
+    """Raises `UserError` unless the weights are [E, D, F], [E, D, F] and [E, F, D], with x's width D and dtype."""
     weights = {"w_gate_EDF": w_gate, "w_up_EDF": w_up, "w_down_EFD": w_down}
     require(x.dtype.name in FLOATS, f"x is {x.dtype}; it must be one of {comma_list(FLOATS)}: cast it")
     for name, weight in weights.items():
@@ -32,7 +32,7 @@ def check_expert_weights(x: Array, w_gate: Array, w_up: Array, w_down: Array) ->
 
 
 def check_counts(name: str, counts: Array, num_experts: int) -> None:
-    """Raises `UserError` unless `counts` is an integer vector over the experts."""
+    """Raises `UserError` unless `counts` is a vector of one integer per expert."""
     require(
         counts.shape == (num_experts,) and jnp.issubdtype(counts.dtype, jnp.integer),
         f"{name} is {counts.dtype}{list(counts.shape)}; it must hold {num_experts} integers",
@@ -40,7 +40,7 @@ def check_counts(name: str, counts: Array, num_experts: int) -> None:
 
 
 def check_dtype(implementation: str, dtype: jnp.dtype, valid: tuple[Any, ...], *, instead: str) -> None:
-    """Raises `UserError` unless `dtype` is one of `valid`, naming an implementation that takes more."""
+    """Raises `UserError` unless `dtype` is one of `valid`; the message suggests the implementation `instead`."""
     names = " or ".join(jnp.dtype(d).name for d in valid)
     require(
         dtype in valid,
@@ -49,5 +49,5 @@ def check_dtype(implementation: str, dtype: jnp.dtype, valid: tuple[Any, ...], *
 
 
 def check_residuals(residuals: str) -> None:
-    """Raises `UserError` unless `residuals` names what an op can keep for its backward pass."""
+    """Raises `UserError` unless `residuals` is "saved" or "recomputed"."""
     require_one_of("residuals", residuals, RESIDUALS)

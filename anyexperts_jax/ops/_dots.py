@@ -1,9 +1,9 @@
-"""Dots and copies in the forms XLA's CPU backend is fast at (measured with JAX 0.10 to 0.12; no other backend minds).
+"""Dots and copies in forms that XLA's CPU backend runs fast (measured with JAX 0.10 to 0.12; free on other backends).
 
-A bfloat16 dot runs on the matrix unit only if it yields float32 and contracts the last axis of its left side;
-otherwise its operands are widened to float32 first. Before JAX 0.11.2 slices and updates of bfloat16 at run-time
-offsets are widened too, whole buffers at a time, so loops move bfloat16 as the 16-bit integers it is made of. From
-then on bfloat16 is moved as it is: the integers would take no longer, but five times the backward pass's temporaries.
+A bfloat16 dot uses the CPU's matrix unit only if its result is float32 and it contracts the last axis of its left
+operand; otherwise XLA first widens the operands to float32. Before JAX 0.11.2, XLA also widens bfloat16 slices and
+updates at run-time offsets, a whole buffer at a time, so loops move bfloat16 as 16-bit integers there. Later versions
+move bfloat16 directly; integers would be as fast, but the backward pass would need five times the temporary memory.
 """
 
 import math
@@ -18,24 +18,24 @@ _WIDENS_SLICES = jax.__version_info__ < (0, 11, 2)
 
 
 def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """What sums are accumulated in: float32 for float32 and narrower, float64 for float64."""
+    """The dtype that sums are accumulated in: float32 for float32 and narrower, float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def dot(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    """einsum of two operands, accumulated and returned in `wide_dtype`."""
+    """An einsum of two operands, accumulated and returned in `wide_dtype`."""
     return jnp.einsum(spec, a, b, preferred_element_type=wide_dtype(a.dtype))
 
 
 def row_contraction(a: Float[Array, "*E C I"], b: Float[Array, "*E C J"]) -> Float[Array, "*E I J"]:
-    """a^T b over the rows of each expert, a weight gradient; in `wide_dtype`."""
+    """a^T b over the rows of each expert, as in a weight gradient. Returned in `wide_dtype`."""
     if a.dtype == jnp.bfloat16 and a.shape[-2] % _TILE == 0:
         return dot("...IC,...CJ->...IJ", _transposed(a), b)
     return dot("...CI,...CJ->...IJ", a, b)
 
 
 def _transposed(a: Float[Array, "*E C I"]) -> Float[Array, "*E I C"]:
-    """a^T, written as a transposition of tiles: XLA would fold a plain one back into the dot, which is then slow."""
+    """a^T as a transposition of tiles. XLA would fold a plain transposition into the dot and take its slow path."""
     *experts, rows, width = a.shape
     tile = math.gcd(width, _TILE)
     tiles = to_bits(a).reshape(*experts, rows // _TILE, _TILE, width // tile, tile)
@@ -44,7 +44,7 @@ def _transposed(a: Float[Array, "*E C I"]) -> Float[Array, "*E I C"]:
 
 
 def to_bits(a: Float[Array, "*any"]) -> Shaped[Array, "*any"]:
-    """bfloat16 as uint16 where slices of it would be widened; anything else as it is."""
+    """Reinterprets bfloat16 as uint16 if this JAX would widen slices of it; other arrays are returned unchanged."""
     return lax.bitcast_convert_type(a, jnp.uint16) if _WIDENS_SLICES and a.dtype == jnp.bfloat16 else a
 
 

@@ -1,4 +1,4 @@
-"""Which GPU a trace is for, and the refusal where there is none."""
+"""Finds the GPU that a trace is for, and raises if the kernels cannot run there."""
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.hardware import gpu_limits
@@ -6,20 +6,20 @@ from anyexperts_jax.ops._select import device_kind, is_nvidia, platform
 
 
 def gpu_kind() -> str | None:
-    """The device kind of the GPU that a trace made now will run on: of the mesh in use, else of the default backend.
+    """The device kind of the GPU that the current trace is for: that of the mesh in use, else of the default backend.
 
-    None where that is no GPU.
+    None if that is not a GPU.
     """
     return device_kind() if platform() == "gpu" else None
 
 
 def is_hopper(kind: str | None) -> bool:
-    """True for the GPUs of compute capability 9.0, known by name: a deviceless compile knows no more of them."""
+    """Whether a GPU has compute capability 9.0. Decided by its name, all that is known when compiling without one."""
     return gpu_limits(kind).wgmma
 
 
 def require_nvidia(implementation: str) -> None:
-    """Raises `UserError` unless traces are for an NVIDIA GPU."""
+    """Raises `UserError` unless the current trace is for an NVIDIA GPU."""
     kind = gpu_kind()
     here = kind or platform()
     message = f"implementation={implementation!r} needs an NVIDIA GPU and this runs on {here}; use implementation='xla'"
@@ -27,7 +27,7 @@ def require_nvidia(implementation: str) -> None:
 
 
 def require_hopper(implementation: str) -> None:
-    """Raises `UserError` unless traces are for a Hopper GPU."""
+    """Raises `UserError` unless the current trace is for a Hopper GPU."""
     kind = gpu_kind()
     here, instead = kind or platform(), "pallas_triton" if is_nvidia(kind) else "xla"
     require(

@@ -1,4 +1,4 @@
-"""The gated activation between the two matmuls of an expert, computed in float32 at least."""
+"""The gated activation between an expert's matmuls, computed in float32 or wider."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from anyexperts_jax.ops._dots import wide_dtype
 
 
 def swiglu(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], dtype: jnp.dtype) -> Float[Array, "*rows F"]:
-    """silu(gate) * up, rounded to `dtype` once."""
+    """silu(gate) * up, computed wide and rounded to `dtype` once."""
     wide = wide_dtype(dtype)
     return (jax.nn.silu(gate.astype(wide)) * up.astype(wide)).astype(dtype)
 
@@ -16,7 +16,7 @@ def swiglu(gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], dtype: jn
 def swiglu_vjp(
     gate: Float[Array, "*rows F"], up: Float[Array, "*rows F"], cotangent: Float[Array, "*rows F"]
 ) -> tuple[Float[Array, "*rows F"], Float[Array, "*rows F"], Float[Array, "*rows F"]]:
-    """(silu(gate) * up, gradient of gate, gradient of up), not rounded."""
+    """(silu(gate) * up, gradient of gate, gradient of up), in `wide_dtype`: the caller rounds."""
     wide = wide_dtype(gate.dtype)
     gate, up = gate.astype(wide), up.astype(wide)
     sigmoid = jax.nn.sigmoid(gate)

@@ -1,6 +1,6 @@
-"""The block-aligned buffer: the rows of all experts one after the other, each expert's from a multiple of `block` on.
+"""The block-aligned buffer: the rows of all experts in one array, each expert's starting at a multiple of `block`.
 
-A tile of `block` rows, or of a divisor of it, then belongs to one expert. Slots without a real expert own no row.
+So a tile of `block` rows, or of a divisor of it, belongs to a single expert. Slots without a real expert have no row.
 """
 
 import jax.numpy as jnp
@@ -12,25 +12,25 @@ from anyexperts_jax.ops.slot_order import SlotOrder
 
 
 def num_aligned_rows(num_slots: int, num_experts: int, block: int) -> int:
-    """R: rows that hold `num_slots` slots however they fall on the experts; at least one block.
+    """R, the rows that `num_slots` slots need whatever their distribution over the experts; at least one block.
 
-    No fewer will do: `num_experts` experts may each have one slot in a block of their own.
+    The bound is tight: each of `num_experts` experts may have a single slot in its last block.
     """
     most_padding = min(num_slots, num_experts) * (block - 1)
     return max(1, (num_slots + most_padding) // block) * block
 
 
 def aligned_starts(counts_E: Int[Array, "E"], block: int) -> Int[Array, "E"]:
-    """First row of each expert, experts packed as tightly as blocks allow."""
+    """First row of each expert when the experts are packed as tightly as blocks allow."""
     sizes_E = -(-counts_E // block) * block
     return jnp.cumsum(sizes_E, dtype=jnp.int32) - sizes_E
 
 
 def align_rows(order: SlotOrder, block: int) -> tuple[RowMap, Int[Array, "E"]]:
-    """(which slot each of the R = `num_aligned_rows` rows holds and back, first row of each expert).
+    """(map between slots and the R = `num_aligned_rows` rows, first row of each expert).
 
     Raises:
-      UserError: `block` is no positive number.
+      UserError: if `block` is not positive.
     """
     require(block >= 1, f"block={block} must be >= 1")
     num_experts, k = order.counts_E.shape[0], order.places_NK.shape[1]
@@ -42,7 +42,8 @@ def align_rows(order: SlotOrder, block: int) -> tuple[RowMap, Int[Array, "E"]]:
     live_BR = (in_expert_BR >= 0) & (in_expert_BR < order.counts_E[expert_B][:, None])
     place_BR = jnp.where(live_BR, in_expert_BR + order.starts_E[expert_B][:, None], 0)
     slots_R = order.slots_R[place_BR.reshape(-1)]
-    # Every expert that a place lies past has pushed it on by the padding of its last block.
+    # A slot's row is its place in the order plus the padding of all experts before its own. Those are the experts whose
+    # last place the slot lies beyond, so comparing replaces a look-up by expert.
     padding_E = -order.counts_E % block
     past_NKE = order.places_NK[:, :, None] >= order.starts_E + order.counts_E
     pushed_NK = jnp.where(past_NKE, padding_E, 0).sum(-1)
@@ -54,7 +55,7 @@ def align_rows(order: SlotOrder, block: int) -> tuple[RowMap, Int[Array, "E"]]:
 def experts_of_blocks(
     starts_E: Int[Array, "E"], counts_E: Int[Array, "E"], num_blocks: int, block: int
 ) -> Int[Array, "num_blocks"]:
-    """The expert that each block of `block` rows belongs to; any expert where it holds no live row."""
+    """The expert that owns each block of `block` rows; arbitrary for a block without live rows."""
     first_row_B1 = jnp.arange(num_blocks, dtype=jnp.int32)[:, None] * block
     own_BE = (first_row_B1 >= starts_E) & (first_row_B1 < starts_E + counts_E)
     return jnp.argmax(own_BE, axis=1)
@@ -63,7 +64,7 @@ def experts_of_blocks(
 def rows_of_blocks(
     starts_E: Int[Array, "E"], counts_E: Int[Array, "E"], num_blocks: int, block: int
 ) -> Int[Array, "num_blocks"]:
-    """How many rows of each block are live; they are its first ones."""
+    """The number of live rows in each block; they come first in the block."""
     first_row_B1 = jnp.arange(num_blocks, dtype=jnp.int32)[:, None] * block
     rest_BE = jnp.where(first_row_B1 >= starts_E, starts_E + counts_E - first_row_B1, 0)
     return jnp.clip(rest_BE, 0, block).max(axis=1)

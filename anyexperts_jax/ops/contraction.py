@@ -1,4 +1,4 @@
-"""`contract`: the dot of every linear map, with gradients in the order of their operands' axes."""
+"""`contract`: the dot behind every linear map, with gradients that need no transposition."""
 
 import dataclasses
 import functools
@@ -12,26 +12,27 @@ from anyexperts_jax.core.derivatives import Differentiable
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """How `contract` multiplies."""
+    """The options of `contract`."""
 
-    num_in: int = 1  # axes contracted: x's last, the kernel's first
+    num_in: int = 1  # number of contracted axes: the last of x, the first of the kernel
     dtype: str = "float32"  # of both operands
-    out_dtype: str = "float32"  # of the result and its accumulation
+    out_dtype: str = "float32"  # of the result and of its accumulation
     precision: jax.lax.Precision | None = None
 
 
 @functools.partial(Differentiable, num_static=1)
 def contract(x: Float[Array, "..."], kernel: Float[Array, "..."], how: Contraction) -> Float[Array, "..."]:
-    """x times kernel over x's last and the kernel's first `num_in` axes.
+    """Contracts the last `num_in` axes of x with the first `num_in` axes of the kernel.
 
-    The gradients are dots in the order of their operands' axes, accumulated in float32. JAX's own rule transposes the
-    kernel's gradient, which XLA's CPU backend turns into strided copies of activations: twice the time of an MLP.
+    The gradients are dots whose results already have the axes in order, accumulated in float32. JAX's own rule
+    transposes the kernel's gradient, which XLA's CPU backend turns into strided copies of activations; an MLP then
+    takes twice as long.
     """
     return _forward_dot(x, kernel, how)
 
 
 def _contract_forward(x: Array, kernel: Array, how: Contraction) -> tuple[Array, tuple[Array, Array]]:
-    # The dot itself, not `contract`: remat's "dots" policy sees no dots inside a `Differentiable` call.
+    # Call the dot itself and not `contract`: the "dots" remat policy cannot see dots inside a `Differentiable` call.
     return _forward_dot(x, kernel, how), (x, kernel)
 
 

@@ -1,4 +1,4 @@
-"""What every way of computing experts shares: their weights as one pytree, and the two ops an implementation has."""
+"""`ExpertWeights`, the experts' weights as one pytree, and `ExpertOps`, the two ops of an implementation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,10 +19,10 @@ class ExpertWeights(NamedTuple):
 
 
 def as_expert_weights(weights: Any) -> ExpertWeights:
-    """(gate, up, down) as JAX arrays.
+    """Converts (gate, up, down) to JAX arrays.
 
     Raises:
-      UserError: not three, or one that is no array of a dtype experts compute in.
+      UserError: if there are not three, or one is not an array of a dtype that experts compute in.
     """
     names = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
     three = isinstance(weights, (tuple, list)) and len(weights) == len(names)
@@ -32,13 +32,13 @@ def as_expert_weights(weights: Any) -> ExpertWeights:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertOps:
-    """One implementation of the expert compute, an entry of `core.registries.IMPLEMENTATIONS`.
+    """One implementation of the expert ops, an entry of `core.registries.IMPLEMENTATIONS`.
 
-    Both functions are differentiable in x, the slots' weights and the experts' weights; `residuals` is "saved" or
+    Both functions are differentiable in x, the combine weights and the experts' weights; `residuals` is "saved" or
     "recomputed". `ops.expert_mlp.expert_mlp` and `ops.routed_mlp.routed_mlp` define the results.
     """
 
     # (x_ECD, counts_E, gate_EDF, up_EDF, down_EFD, residuals=...) -> y_ECD
     expert_mlp: Callable[..., Array]
-    # (x_ND, weights_NK, order, ExpertWeights, residuals=...) -> y_ND in float32 at least
+    # (x_ND, weights_NK, order, ExpertWeights, residuals=...) -> y_ND in float32 or wider
     routed_mlp: Callable[..., Array]

@@ -1,8 +1,9 @@
-"""`RowMap`: tokens copied into the rows of a buffer, and a token's rows summed, each with its gradient.
+"""`RowMap`: dispatches tokens into the rows of a buffer and combines a token's rows, each with its gradient.
 
-Nothing here scatters floats, forward or backward: a row knows its token and a slot knows its row, so every
-transpose is again a gather. A token's K slots are summed by K fused multiply-adds in slot order; no [N, K, D] array
-exists. What a row without a slot holds is read by nobody's result.
+Nothing here scatters floats, forward or backward: a row knows its token and a slot knows its row, so the transpose of
+a gather is another gather. Scatters of floats are slow on accelerators and, with atomics, not deterministic. A token's
+K slots are summed by K fused multiply-adds in slot order; there is no [N, K, D] array. Rows without a slot never affect
+a result.
 """
 
 from typing import Any, NamedTuple
@@ -15,18 +16,18 @@ from anyexperts_jax.ops._dots import wide_dtype
 
 
 class RowMap(NamedTuple):
-    """Which token each buffer row holds, and where each slot's row is."""
+    """Which token each buffer row holds, and in which row each slot is."""
 
     tokens_R: Int[Array, "R"]
-    slots_R: Int[Array, "R"]  # slot n * K + k the row serves
-    live_R: Bool[Array, "R"]  # False: the row holds no slot, its token and slot are arbitrary
+    slots_R: Int[Array, "R"]  # the row's slot, n * K + k
+    live_R: Bool[Array, "R"]  # False: the row holds no slot; its token and slot are arbitrary
     rows_NK: Int[Array, "N K"]  # arbitrary where `held_NK` is False
-    held_NK: Bool[Array, "N K"]  # False: an empty slot, or one that found no room
+    held_NK: Bool[Array, "N K"]  # False: the slot is empty or was dropped
 
 
 @Differentiable
 def take_rows(x_ND: Float[Array, "N D"], row_map: RowMap) -> Float[Array, "R D"]:
-    """Each row's token; zero in rows without one."""
+    """Dispatch: the token of each row; zeros in rows without one."""
     return jnp.where(row_map.live_R[:, None], x_ND[row_map.tokens_R], 0)
 
 
@@ -43,7 +44,7 @@ take_rows.defvjp(_take_rows_forward, _take_rows_backward, definition=take_rows.r
 
 @Differentiable
 def combine_rows(y_RD: Float[Array, "R D"], weights_NK: Float[Array, "N K"], row_map: RowMap) -> Float[Array, "N D"]:
-    """The sum over each token's held slots of weight * row, accumulated and returned in float32 at least."""
+    """Combine: sums weight * row over each token's held slots. Accumulated and returned in float32 or wider."""
     return sum_rows(y_RD, weights_NK, row_map)
 
 
@@ -51,8 +52,10 @@ def _combine_rows_backward(
     residuals: tuple[Array, Array, RowMap], d_ND: Float[Array, "N D"]
 ) -> tuple[Array, Array, None]:
     y_RD, weights_NK, row_map = residuals
+    # Dead rows have an arbitrary slot, so their weight must be zeroed for their gradient to be zero.
     weight_R = jnp.where(row_map.live_R, weights_NK.reshape(-1)[row_map.slots_R], 0)
     d_y_RD = (d_ND[row_map.tokens_R] * weight_R[:, None]).astype(y_RD.dtype)
+    # One slot at a time: gathering all rows at once would make an [N, K, D] array.
     d_weights_KN = [(y_RD[row_map.rows_NK[:, k]] * d_ND).sum(-1) for k in range(weights_NK.shape[1])]
     d_weights_NK = jnp.where(row_map.held_NK, jnp.stack(d_weights_KN, axis=1), 0).astype(weights_NK.dtype)
     return d_y_RD, d_weights_NK, None
@@ -66,10 +69,11 @@ combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward, definition=co
 
 
 def sum_rows(y_RD: Float[Array, "R D"], weights_NK: Shaped[Array, "N K"], row_map: RowMap) -> Float[Array, "N D"]:
-    """`combine_rows`, without its derivative."""
+    """`combine_rows` without a custom derivative."""
     wide = wide_dtype(y_RD.dtype)
     total_ND = jnp.zeros((weights_NK.shape[0], y_RD.shape[1]), wide)
     for k in range(weights_NK.shape[1]):
         row_ND = y_RD[row_map.rows_NK[:, k]].astype(wide) * weights_NK[:, k, None].astype(wide)
+        # Select, not multiply by zero: the row of a slot that is not held is arbitrary and may be NaN.
         total_ND += jnp.where(row_map.held_NK[:, k, None], row_ND, 0)
     return total_ND

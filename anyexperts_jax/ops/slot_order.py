@@ -1,4 +1,4 @@
-"""`SlotOrder`: the slots of all tokens, expert after expert."""
+"""`SlotOrder`: the slots of all tokens, sorted by expert."""
 
 from typing import NamedTuple
 
@@ -6,14 +6,14 @@ from jaxtyping import Array, Bool, Int
 
 
 class SlotOrder(NamedTuple):
-    """The slots n * K + k in expert order; slots without a real expert come last."""
+    """The slots n * K + k sorted by expert; slots without a real expert come last."""
 
-    slots_R: Int[Array, "R"]  # slot at each place of the order, R = N * K
-    places_NK: Int[Array, "N K"]  # the inverse: place of each slot
+    slots_R: Int[Array, "R"]  # the slot at each place of the order, R = N * K
+    places_NK: Int[Array, "N K"]  # the inverse: the place of each slot
     starts_E: Int[Array, "E"]  # first place of each expert
     counts_E: Int[Array, "E"]  # real slots of each expert
 
     @property
     def held_NK(self) -> Bool[Array, "N K"]:
-        """True at the slots that hold a real expert: they come first in the order."""
+        """True for slots with a real expert. These come first in the order, so their places are below the total."""
         return self.places_NK < self.counts_E.sum()

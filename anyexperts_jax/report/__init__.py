@@ -1,1 +1,1 @@
-"""What people look at: tables, pictures, importance maps and the report page."""
+"""Output for people: tables, charts, importance maps and the report page."""

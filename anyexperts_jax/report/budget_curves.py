@@ -1,4 +1,4 @@
-"""Scores of each domain against the budget: nominal, realised, and measured time."""
+"""Charts of each domain's score against the budget: nominal, realised, and measured time."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def draw_budget_curves(result: EvaluationResult, path: Path) -> Path:
-    """Three panels with a line a domain, bars of one standard error, and chance as a tick at the left edge."""
+    """Three panels with a line per domain, error bars of one standard error, and chance as a tick at the left edge."""
     budgets = sorted(result.budgets, key=lambda one: one.realised)
     reference = budgets[0].time.reference
     axes_of = (

@@ -1,4 +1,4 @@
-"""Charts of the report: training, where real experts go, load, and importance against the evidence."""
+"""Charts of the report: training, real experts per modality, load, and importance against the evidence."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,8 @@ ROUTER_LOSSES = {"balance_loss": "Balance loss", "importance_loss": "Importance 
 
 
 def draw_training(records: Records, path: Path) -> Path:
-    """Loss, validation accuracy, real experts by modality and load over the steps; the router's losses in small."""
+    """Loss, validation accuracy, real experts by modality and load over the steps; the router's losses in small
+    panels."""
     train, validation = (_of_kind(records, kind) for kind in ("train", "validation"))
     logged = router_losses(train)
     with style.figure(8.0, 6.2 + 1.9 * bool(logged), path) as drawn:
@@ -45,7 +46,7 @@ def draw_training(records: Records, path: Path) -> Path:
 
 
 def router_losses(train: Records) -> dict[str, list[float]]:
-    """Each of the router's losses over the records, before its weight; without those that are not there or always 0."""
+    """The router's losses over the records, unweighted. Losses that are missing or always 0 are left out."""
     found = {name: [_number(record.get(name)) for record in train] for name in ROUTER_LOSSES}
     return {name: values for name, values in found.items() if np.nan_to_num(values).any()}
 
@@ -77,7 +78,7 @@ def _draw_router_loss(axes: "Axes", title: str, steps: Sequence[int], values: Se
 
 
 def _smooth(values: Sequence[float]) -> Float[ndarray, " steps"]:
-    """Mean over the records within 1/40 of the run to either side, leaving out those that are undefined."""
+    """The mean over the records within 1/40 of the run to either side, ignoring undefined ones."""
     known = np.asarray(values, float)
     reach = len(known) // 40
     windows = [known[max(i - reach, 0) : i + reach + 1] for i in range(len(known))]
@@ -141,7 +142,7 @@ def _legend_below(axes: "Axes", lines: "Sequence[Line2D] | None" = None) -> None
 
 
 def draw_real_experts(summary: RoutingSummary, nominal: float, path: Path) -> Path:
-    """Mean real experts per token by layer, a line a modality, beside the nominal budget."""
+    """Mean real experts per token by layer, with a line per modality and one for the nominal budget."""
     from matplotlib.ticker import MaxNLocator
 
     real_LM = np.asarray(summary.real_slots_LM, float)
@@ -165,7 +166,7 @@ def draw_real_experts(summary: RoutingSummary, nominal: float, path: Path) -> Pa
 
 
 def draw_load(summary: RoutingSummary, path: Path) -> Path:
-    """Slots of each real expert over the layer's mean: all tokens, and each modality's own tokens."""
+    """Slots of each real expert relative to the layer's mean, for all tokens and for the tokens of each modality."""
     load_LME = np.asarray(summary.load_LME, float)
     panels = [("all tokens", load_LME.sum(axis=1))]
     panels += [(name, load_LME[:, m]) for m, name in enumerate(MODALITY_NAMES) if load_LME[:, m].sum() > 0]
@@ -188,7 +189,7 @@ def draw_load(summary: RoutingSummary, path: Path) -> Path:
 
 
 def draw_separations(separations: Sequence[Separation], path: Path) -> Path:
-    """AUC of importance a modality, with its interval, its layers, and what needs no training."""
+    """The AUC of importance for each modality, with its interval, single layers and the untrained baselines."""
     with style.figure(8.0, 0.9 + 0.62 * len(separations), path) as drawn:
         axes = drawn.subplots()
         for row, one in enumerate(separations):

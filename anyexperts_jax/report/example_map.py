@@ -1,4 +1,4 @@
-"""`ExampleMap`: the importance of one example's tokens, laid back onto its question, picture, frames or sound."""
+"""`ExampleMap`: the importance of one example's tokens, mapped back onto its question, picture, frames or sound."""
 
 import dataclasses
 
@@ -26,17 +26,17 @@ class ExampleMap:
     """One example and the importance of its tokens in each of L layers, in (0, 1)."""
 
     example: Example
-    prediction: str | None  # the model's answer, when it was asked
-    question_LQ: Float[ndarray, "L Q"]  # one value a token of the question
-    patches_LFRC: Float[ndarray, "L F rows cols"] | None = None  # on each frame's grid of patches
-    patch_size: int = 0  # side of a patch, in pixels
-    chunks_LS: Float[ndarray, "L S"] | None = None  # one value a chunk of sound
+    prediction: str | None  # the model's answer, if it was asked
+    question_LQ: Float[ndarray, "L Q"]  # one value per token of the question
+    patches_LFRC: Float[ndarray, "L F rows cols"] | None = None  # one value per patch, on each frame's grid
+    patch_size: int = 0  # side of a patch in pixels
+    chunks_LS: Float[ndarray, "L S"] | None = None  # one value per chunk of sound
     chunk_seconds: float = 0.0
-    tokenizer: Tokenizer = BYTES  # that cut the question into its tokens
+    tokenizer: Tokenizer = BYTES  # the tokenizer of the question
 
     @property
     def media_L(self) -> Float[ndarray, "L places"]:
-        """Importance of the media tokens, flat; [L, 0] without media."""
+        """The importance of the media tokens, flattened; [L, 0] without media."""
         values = self.patches_LFRC if self.patches_LFRC is not None else self.chunks_LS
         if values is None:
             return np.zeros((len(self.question_LQ), 0))
@@ -44,10 +44,10 @@ class ExampleMap:
 
 
 def map_examples(trained: Trained, domain: str, count: int, rows: int, max_new_tokens: int) -> list[ExampleMap]:
-    """The first `count` test examples of a domain with their importance and the model's answers, at its own window.
+    """The first `count` test examples of a domain, with their importance and the model's answers at its own window.
 
-    A folder with fewer gives all it has. `rows`, at least `count`, is the size of the batch they are padded to, or the
-    next that the mesh splits evenly, so that programs compiled for it serve.
+    A folder with fewer examples gives all of them. The batch is padded to `rows`, at least `count`, or to the next size
+    that the mesh splits evenly, so that a program already compiled for that size can be reused.
     """
     config = trained.config
     source = open_source(config.data, domain, "test", examples_there(config.data, domain, "test", count))
@@ -86,7 +86,7 @@ def lay_out(
     *,
     tokenizer: Tokenizer = BYTES,
 ) -> ExampleMap:
-    """Importance by position, put back where `data.encode` took the positions from."""
+    """Maps importance by position back to the places in the example that `data.encode` made the positions from."""
     media_T = modality_T != Modality.TEXT
     begin = 1 + int(media_T.sum())  # after BOS and media
     question = int(np.argmax(tokens_T[begin:] == tokenizer.special.separator))

@@ -1,7 +1,7 @@
-"""Pictures of importance: on image patches, question text, spectrogram and film strip, with the evidence outlined.
+"""Pictures of importance on image patches, question text, spectrogram and film strip, with the evidence outlined.
 
-Red is high and blue is low, as in the papers. Each panel has its own scale, printed in its title, because what matters
-is which tokens stand out; levels between modalities and layers are in the chart of real experts.
+Red is high and blue is low, as in the papers. Each panel has its own scale, printed in its title, because the question
+is which tokens stand out. The chart of real experts compares the levels of modalities and layers.
 """
 
 import math
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 8.0  # inches, as are all lengths here
-_COLUMNS = 60  # cells of the question in a line
+WIDTH = 8.0  # all lengths here are in inches
+_COLUMNS = 60  # cells of the question per line
 _LINE = 0.21
 _TITLE, _STRIP_TITLE, _GAP, _FOOT = 0.3, 0.22, 0.24, 0.4
 _PANELS = {"image": (2.0, draw_image), "audio": (2.3, draw_audio), "video": (2.65, draw_video)}
 
 
 def draw_importance_maps(maps: Sequence[ExampleMap], path: Path) -> Path:
-    """Draws examples that share one kind of media, one below the other, into the PNG `path`."""
+    """Draws examples with the same kind of media, one below the other, into the PNG `path`."""
     require(len(maps) > 0, "no example to draw")
     kinds = {one.example.media for one in maps}
     require(len(kinds) == 1, f"examples with media {kinds} in one picture; draw each kind on its own")
@@ -55,7 +55,7 @@ def _lines(one: ExampleMap) -> int:
 
 
 def _draw_example(drawn: "Figure", one: ExampleMap, maps: Sequence[ExampleMap], top: float, total: float) -> None:
-    """Title, media panels and question strip of one example, from `top` (of `total`) down."""
+    """Draws the title, media panels and question strip of one example, from `top` (of `total`) down."""
     drawn.text(0.02, (top - 0.1) / total, _title(one), weight="bold", fontsize=9.5, va="top")
     bottom = top - _TITLE
     if one.example.media:
@@ -81,12 +81,12 @@ def _short(text: str, most: int = 36) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without what matplotlib has no glyph for."""
+    """Replaces characters for which matplotlib has no glyph."""
     return "".join(c if c.isprintable() else "·" for c in text).replace("\ufffd", "·")
 
 
 def _draw_key(drawn: "Figure", total: float) -> None:
-    """The colour bar and the mark of evidence, at the foot of the picture."""
+    """Draws the legend at the foot of the picture: the colour bar and the outline of evidence."""
     from matplotlib.patches import Rectangle
 
     place = 0.22 / total
@@ -101,7 +101,7 @@ def _draw_key(drawn: "Figure", total: float) -> None:
 
 
 def _draw_question(axes: "Axes", one: ExampleMap, scale: Scale) -> None:
-    """Cells shaded by the importance of their tokens; those of evidence outlined."""
+    """Draws the question as cells coloured by the importance of their tokens; evidence is outlined."""
     from matplotlib.patches import Rectangle
 
     cells = _cells(one)
@@ -123,9 +123,9 @@ def _draw_question(axes: "Axes", one: ExampleMap, scale: Scale) -> None:
 
 
 def _cells(one: ExampleMap) -> list[tuple[str, int]]:
-    """What is drawn of the question: a glyph and its token's number for every character of every token.
+    """The cells of the question: a glyph and its token's index for every character of every token.
 
-    A further token of the same character, such as the second byte of "é", has a cell too.
+    A further token of the same character, such as the second byte of "é", gets its own cell.
     """
     text, reached = one.example.question, 0
     cells: list[tuple[str, int]] = []
@@ -138,7 +138,7 @@ def _cells(one: ExampleMap) -> list[tuple[str, int]]:
 
 
 def _runs(marked_Q: Bool[ndarray, " Q"], columns: int) -> list[tuple[int, int]]:
-    """Half-open runs of marked places, broken where a line of `columns` ends."""
+    """Half-open runs of marked places, split at the end of a line of `columns`."""
     runs: list[tuple[int, int]] = []
     for i in np.nonzero(marked_Q)[0].tolist():
         if runs and runs[-1][1] == i and i % columns:

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Box = tuple[float, float, float, float]  # left, bottom, width, height in parts of the figure
-_LAYER_PANELS = 3  # layers drawn one by one: the first, the last, and evenly between
-_COLOURED = 0.6  # opacity of colours on a picture
+Box = tuple[float, float, float, float]  # left, bottom, width, height as fractions of the figure
+_LAYER_PANELS = 3  # number of layers with a panel of their own, evenly spaced from the first to the last
+_COLOURED = 0.6  # opacity of the colours over a picture
 
 
 def scale_of(values: Sequence[ndarray]) -> Scale:
-    """The scale of a panel: the middle 96% of all its examples' values, so that one stray token does not set it."""
+    """The scale of a panel: the middle 96% of the values of all its examples, so that no outlier decides it."""
     low, high = np.nanquantile(np.concatenate([v.ravel() for v in values]), (0.02, 0.98))
     return Scale.between(float(low), float(high))
 
@@ -39,7 +39,7 @@ def _note(axes: "Axes", text: str) -> None:
 
 
 def draw_image(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[ExampleMap]) -> None:
-    """The picture, the mean of the layers on it, and single layers."""
+    """Draws the picture, the mean over layers on top of it, and single layers."""
     image, evidence, patches_LFRC = one.example.image, one.example.image_evidence, one.patches_LFRC
     assert image is not None
     assert patches_LFRC is not None
@@ -73,7 +73,7 @@ def _paint_frame(
     patch_size: int,
     scale: Scale | None,
 ) -> None:
-    """A frame; with `heat_RC`, its grey image under the coloured patches. Evidence is outlined either way."""
+    """Draws a frame, or with `heat_RC` its grey image under coloured patches. Evidence is always outlined."""
     height, width = pixels_HW3.shape[:2]
     if heat_RC is None or scale is None:
         axes.imshow(pixels_HW3, interpolation="nearest")
@@ -96,7 +96,7 @@ def _paint_frame(
 
 
 def _draw_bars(axes: "Axes", values: ndarray, scale: Scale, starts: ndarray, step: float, marked: ndarray) -> None:
-    """A bar a value in its colour, from a floor a little under the scale's lower end; marked ones are outlined."""
+    """Draws a coloured bar per value, from slightly below the scale's lower end. Marked bars are outlined."""
     floor = scale.low - 0.12 * (scale.high - scale.low)
     heights = np.clip(values, scale.low, scale.high) - floor
     edges = [style.EVIDENCE if mark else "none" for mark in marked.tolist()]
@@ -119,7 +119,7 @@ def _draw_bars(axes: "Axes", values: ndarray, scale: Scale, starts: ndarray, ste
 
 
 def draw_audio(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[ExampleMap]) -> None:
-    """Bars of importance a chunk over the spectrogram, which carries the same colours; evidence spans outlined."""
+    """Draws a bar of importance per chunk above the spectrogram, which has the same colours; evidence is outlined."""
     from matplotlib.patches import Rectangle
 
     audio = one.example.audio
@@ -131,7 +131,7 @@ def draw_audio(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
     scale, value_S = _mean_scale(maps), one.chunks_LS.mean(axis=0)
     starts = np.arange(len(value_S)) * one.chunk_seconds
     _draw_bars(bars, value_S, scale, starts, step=one.chunk_seconds, marked=np.zeros(len(value_S), bool))
-    _note(bars, f"mean of layers, a bar a token of {1000 * one.chunk_seconds:.0f} ms, {scale}")
+    _note(bars, f"mean of layers, one bar per token of {1000 * one.chunk_seconds:.0f} ms, {scale}")
 
     seconds, top = len(audio) / SAMPLE_RATE, SAMPLE_RATE / 2000
     picture.imshow(_spectrogram(audio), aspect="auto", origin="lower", cmap="gray_r", extent=(0, seconds, 0, top))
@@ -146,7 +146,7 @@ def draw_audio(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
 
 
 def _spectrogram(audio: Float[ndarray, " samples"]) -> Float[ndarray, "frequencies frames"]:
-    """Decibels under the loudest, down to -60, of 25 ms windows every 10 ms, up to half the sample rate."""
+    """Decibels relative to the maximum, at least -60, of 25 ms windows every 10 ms, up to half the sample rate."""
     from scipy.signal import ShortTimeFFT
     from scipy.signal.windows import hann
 
@@ -160,7 +160,7 @@ def _spectrogram(audio: Float[ndarray, " samples"]) -> Float[ndarray, "frequenci
 
 
 def draw_video(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[ExampleMap]) -> None:
-    """A bar a frame, the mean importance of its patches, over the frames and the frames with their patches coloured."""
+    """Draws a bar per frame (the mean importance of its patches) above the frames, plain and with coloured patches."""
     video, evidence, patches_LFRC = one.example.video, one.example.video_evidence, one.patches_LFRC
     assert video is not None
     assert patches_LFRC is not None
@@ -172,7 +172,7 @@ def draw_video(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
     _draw_bars(bars, _frame_means(one), bar_scale, np.arange(frames) + 0.04, step=1.0, marked=marked_F)
     bars.set_xlim(0, frames)
     bars.set_xticks([])
-    _note(bars, f"mean of layers, a bar a frame, {bar_scale}; on the patches, {scale}")
+    _note(bars, f"mean of layers, one bar per frame, {bar_scale}; on the patches, {scale}")
     for frame in range(frames):
         marks = None if evidence is None else evidence[frame]
         x = left + (0.08 + 0.89 * (frame + 0.04) / frames) * width

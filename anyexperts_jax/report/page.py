@@ -1,4 +1,4 @@
-"""`report`: one self-contained HTML page about a run, and its pictures as PNG files."""
+"""`report`: a self-contained HTML page about a run, and its pictures as PNG files."""
 
 import base64
 import dataclasses
@@ -21,25 +21,25 @@ PAGE_NAME = "index.html"
 
 
 def report(run_dir: str | pathlib.Path, *, examples: int = 3, mesh: Mesh | None = None) -> pathlib.Path:
-    """Writes RUN/report/index.html and the PNG files beside it; returns the page's path.
+    """Writes RUN/report/index.html and the PNG files next to it; returns the path of the page.
 
-    The page needs no other file. What a run does not have yet (an evaluation, a checkpoint, records) is named on the
-    page with the command that makes it.
+    The page needs no other file. If something is missing (an evaluation, a checkpoint, records), the page says so, with
+    the command that makes it.
 
     Args:
-      examples: of each domain's test split, the first ones, to draw importance on.
-      mesh: for the checkpoint, whatever it was trained on; None: the first device.
+      examples: number of importance maps per domain, of its first test examples.
+      mesh: where to put the checkpoint, whatever mesh it was trained on; None: the first device.
 
     Raises:
-      UserError: when there is no run in `run_dir`, one of its files is not what this version writes, or another process
-        writes its report.
+      UserError: if there is no run in `run_dir`, one of its files is not in the format of this version, or another
+        process is writing its report.
     """
     root = RunDir(pathlib.Path(run_dir)).root
     require(examples >= 1, f"examples={examples} must be >= 1")
     require_run(root)
     with run_lock(root, "report"):
         source = gather(root, examples, mesh)
-        fresh = root / f"{REPORT_FOLDER}.new"  # all of it is drawn before the report there loses anything
+        fresh = root / f"{REPORT_FOLDER}.new"  # drawn completely before the existing report is replaced
         shutil.rmtree(fresh, ignore_errors=True)
         try:
             fresh.mkdir()
@@ -56,7 +56,7 @@ def report(run_dir: str | pathlib.Path, *, examples: int = 3, mesh: Mesh | None 
 
 
 def render(source: ReportSource, found: Sequence[Section]) -> str:
-    """The page's HTML."""
+    """The HTML of the page."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -1,4 +1,4 @@
-"""Pictures and table of `router_diagnostics`."""
+"""Charts and table of `router_diagnostics`."""
 
 from pathlib import Path
 
@@ -10,11 +10,11 @@ from anyexperts_jax.evaluate.router_diagnostics import RouterDiagnostics
 from anyexperts_jax.report import style
 from anyexperts_jax.report.tables import figure_text
 
-_MOST_EXPERTS, _MOST_LAYERS = 6, 4  # shown in the densities' picture
+_MOST_EXPERTS, _MOST_LAYERS = 6, 4  # at most this many are shown
 
 
 def draw_densities(found: RouterDiagnostics, path: Path) -> Path:
-    """Density of router logits, a panel an expert and layer, a line a modality."""
+    """The density of router logits: a panel per expert and layer, a line per modality."""
     layers, _, experts, _ = found.density_LMEX.shape
     layers, experts = min(layers, _MOST_LAYERS), min(experts, _MOST_EXPERTS)
     middles_X = (found.edges_X[1:] + found.edges_X[:-1]) / 2
@@ -38,7 +38,7 @@ def draw_densities(found: RouterDiagnostics, path: Path) -> Path:
 
 
 def draw_similarity(found: RouterDiagnostics, path: Path) -> Path:
-    """Distance between experts' weights, as a matrix."""
+    """The distances between the experts' weights, as a matrix."""
     experts = len(found.distance_EE)
     with style.figure(4.2, 3.4, path) as drawn:
         axes = drawn.subplots()
@@ -58,7 +58,7 @@ def draw_similarity(found: RouterDiagnostics, path: Path) -> Path:
 
 
 def draw_shares(found: RouterDiagnostics, path: Path) -> Path:
-    """Share of a modality's real slots that each expert gets, a panel a layer."""
+    """Each expert's share of a modality's real slots, with a panel per layer."""
     layers, _, experts = found.share_LME.shape
     layers = min(layers, _MOST_LAYERS)
     present = [m for m in range(len(MODALITY_NAMES)) if not np.isnan(found.share_LME[:, m]).any()]
@@ -81,7 +81,7 @@ def draw_shares(found: RouterDiagnostics, path: Path) -> Path:
 
 
 def diagnostics_table(found: RouterDiagnostics) -> TextTable:
-    """Uniformity and rigidity in figures."""
+    """The figures for expert uniformity and router rigidity."""
     experts = len(found.distance_EE)
     others = ~np.eye(experts, dtype=bool)
     rows = [

@@ -30,7 +30,7 @@ _STATIC = "Static top-k: every token gets the same number of experts, so there i
 @dataclasses.dataclass(frozen=True)
 class Picture:
     title: str
-    caption: str  # what to look at
+    caption: str  # what to look for
     path: pathlib.Path
 
 
@@ -43,7 +43,7 @@ class Listing:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page. `missing` says what is not there and how to make it."""
+    """A section of the page. `missing` says what is missing and how to make it."""
 
     anchor: str
     title: str
@@ -57,7 +57,7 @@ class Section:
 
 
 def sections(source: ReportSource, folder: pathlib.Path) -> list[Section]:
-    """All sections in the page's order; their pictures are drawn into `folder`."""
+    """All sections in the order of the page. Their pictures are written to `folder`."""
     parts: tuple[Callable[[ReportSource, pathlib.Path], Section], ...] = (
         _allocation_verdicts,
         _budgets,
@@ -131,8 +131,8 @@ def _maps(source: ReportSource, folder: pathlib.Path) -> Section:
             path = draw_importance_maps(group, folder / f"{name}.png")
             pictures.append(Picture(f"{domain}: importance on {media or 'text'}", caption, path))
     text = (
-        "Importance sets how many experts a token gets. Nobody told the model which tokens carry the answer; the green "
-        "outlines are from the data's making. Each panel has its own scale."
+        "Importance decides how many experts a token gets. The model was not told which tokens carry the answer; the "
+        "green outlines are known from how the data were made. Each panel has its own scale."
     )
     return dataclasses.replace(section, text=text, pictures=tuple(pictures))
 
@@ -192,12 +192,12 @@ def _load(source: ReportSource, folder: pathlib.Path) -> Section:
 def _router(source: ReportSource, folder: pathlib.Path) -> Section:
     section = Section("router", "Experts and router")
     if source.router is None:
-        why = source.no_checkpoint or "only asked of models with static slots or a router that tells modalities apart"
+        why = source.no_checkpoint or "only measured for models with static slots or a per-modality router"
         return dataclasses.replace(section, missing=(f"Not measured: {why}.",))
     text = (
-        f"EvoMoE's diagnostics on {_examples(source, ROUTING_EXAMPLES)}. Experts that are alike lose nothing "
-        "when a token's logits are dealt to others; a router whose logits are distributed alike for two modalities "
-        "does not tell them apart."
+        f"EvoMoE's diagnostics on {_examples(source, ROUTING_EXAMPLES)}. If the experts are alike, shuffling a token's "
+        "logits among them costs nothing. If the logits of two modalities have the same distribution, the router does "
+        "not distinguish them."
     )
     pictures = (
         Picture(
@@ -212,7 +212,7 @@ def _router(source: ReportSource, folder: pathlib.Path) -> Section:
         ),
         Picture(
             "Experts by modality",
-            "Do modalities go to experts of their own?",
+            "Do modalities use different experts?",
             draw_shares(source.router, folder / "expert_shares.png"),
         ),
     )
@@ -224,9 +224,9 @@ def _training(source: ReportSource, folder: pathlib.Path) -> Section:
     if not any(record["kind"] == "train" for record in source.records):
         return dataclasses.replace(section, missing=("No records: metrics.jsonl has no training step.",))
     caption = (
-        "Losses should fall together; a gap that widens is overfitting. Real experts that part by modality show that "
-        "allocation is learned. Load should stay under the dashed line. The router's losses, below, are told before "
-        "their weights: balance is 1 where load or scores are even, and salience's rises as tokens' importances part."
+        "Losses should fall together; a widening gap is overfitting. Numbers of real experts that diverge by modality "
+        "show that allocation is learned. Load should stay below the dashed line. The router's losses, at the bottom, "
+        "are unweighted: balance is 1 if load or scores are even, and that of salience rises as importances diverge."
     )
     return dataclasses.replace(
         section, pictures=(Picture("Training", caption, draw_training(source.records, folder / "training.png")),)
@@ -248,7 +248,7 @@ def _set_up(source: ReportSource, folder: pathlib.Path) -> Section:
         "set-up",
         "Set-up",
         listings=(
-            Listing("Commands that do it again", "\n".join(commands), open=True),
+            Listing("Commands to reproduce this", "\n".join(commands), open=True),
             Listing(f"Versions, on {device}", "\n".join(lines), open=True),
             Listing("Configuration", to_json(source.config)),
         ),

@@ -1,4 +1,4 @@
-"""What a report is made from: the files of a run, and what the model has to be asked for."""
+"""The input of a report: the files of a run, and measurements of its model."""
 
 import dataclasses
 import pathlib
@@ -20,25 +20,25 @@ from anyexperts_jax.train.log_shape import require_complete
 from anyexperts_jax.train.run_dir import RunDir
 from anyexperts_jax.train.run_log import read_records
 
-ROUTING_EXAMPLES = 16  # of each domain, where no evaluation has measured more
-_ANSWER_TOKENS = 24  # an answer under a map is cut there
+ROUTING_EXAMPLES = 16  # examples per domain, if no evaluation has measured more
+_ANSWER_TOKENS = 24  # the most tokens of an answer above a map
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReportSource:
-    """A run as the report sees it. None and empty: the run does not have it."""
+    """The input of a report. None or empty: the run does not have it."""
 
     root: pathlib.Path
     config: RunConfig
     records: list[dict[str, Any]]
     evaluation: EvaluationResult | None
     step: int | None  # of the checkpoint
-    no_checkpoint: str  # why there is none to ask
+    no_checkpoint: str  # why there is no checkpoint
     routing: RoutingSummary | None  # at the window the run was trained with
     separations: tuple[Separation, ...]
-    routing_examples: int  # of each domain, that `routing` was measured on
+    routing_examples: int  # examples per domain that `routing` was measured on
     maps: dict[str, list[ExampleMap]]  # by domain
-    router: RouterDiagnostics | None  # of a run whose question is whether experts differ and the router tells them
+    router: RouterDiagnostics | None  # for static or per-modality routing, where it matters whether experts differ
 
     @property
     def title(self) -> str:
@@ -60,16 +60,16 @@ class ReportSource:
 
 
 def require_run(root: pathlib.Path) -> None:
-    """Raises UserError when there is no run in `root`."""
+    """Raises UserError if there is no run in `root`."""
     path = RunDir(root).config
     require(path.exists(), f"no run in {root}: there is no {path}")
 
 
 def gather(root: pathlib.Path, examples: int, mesh: Mesh | None = None) -> ReportSource:
-    """Reads a run's files, and asks its best checkpoint for `examples` importance maps a domain.
+    """Reads a run's files, and makes `examples` importance maps per domain with its best checkpoint.
 
     Raises:
-      UserError: no run in `root`, or a file of it that is not what this version writes.
+      UserError: if there is no run in `root`, or one of its files is not in the format of this version.
     """
     paths = RunDir(root)
     require_run(root)
@@ -101,10 +101,10 @@ def gather(root: pathlib.Path, examples: int, mesh: Mesh | None = None) -> Repor
 
 
 def _checkpoint(root: pathlib.Path, mesh: Mesh | None) -> tuple[Trained | None, str]:
-    """The best checkpoint, or why there is none yet.
+    """The best checkpoint, or the reason why there is none.
 
     Raises:
-      UserError: when there is one and it is damaged.
+      UserError: if there is one and it is damaged.
     """
     try:
         return load_trained(root, "best", mesh), ""
@@ -123,7 +123,7 @@ def _measure(trained: Trained) -> tuple[RoutingSummary, tuple[Separation, ...]]:
 
 
 def _diagnose(trained: Trained) -> RouterDiagnostics | None:
-    """EvoMoE's diagnostics; none of a plain AnyExperts model, whose questions are others."""
+    """EvoMoE's diagnostics; None for a plain AnyExperts model, which they say little about."""
     moe = trained.config.model.moe
     if moe.uses_importance and moe.router == "linear":
         return None
@@ -131,7 +131,7 @@ def _diagnose(trained: Trained) -> RouterDiagnostics | None:
 
 
 def _maps(trained: Trained, examples: int) -> dict[str, list[ExampleMap]]:
-    """Importance maps of each domain; none with static top-k, which has no importance."""
+    """The importance maps of each domain; empty for static top-k, which has no importance."""
     if not trained.config.model.moe.uses_importance:
         return {}
     rows = max(examples, ROUTING_EXAMPLES)

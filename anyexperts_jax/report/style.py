@@ -1,4 +1,4 @@
-"""The look all pictures share. Figures are made without pyplot, so nothing global is touched."""
+"""The common style of all pictures. Figures are made without pyplot, so no global state changes."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ DPI = 130
 INK = "#1f2430"
 FAINT = "#8b93a1"
 GRID = "#e3e6eb"
-EVIDENCE = "#00a37a"  # bluish green: apart from both ends of the importance scale, to colour-blind eyes too
+EVIDENCE = "#00a37a"  # bluish green: distinct from both ends of the importance scale, also for the colour-blind
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#5d5d5d")  # after Okabe and Ito
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _RC: dict[Any, Any] = {
@@ -51,7 +51,7 @@ _RC: dict[Any, Any] = {
 
 @contextmanager
 def figure(width: float, height: float, path: Path, **options: Any) -> Iterator["Figure"]:
-    """A figure of width x height inches in the shared look, written to `path` as PNG at DPI when the block ends."""
+    """A figure of width x height inches in the common style, written to `path` as a PNG when the block ends."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -68,8 +68,8 @@ def figure(width: float, height: float, path: Path, **options: Any) -> Iterator[
 class Scale:
     """The colours of importance between two ends: blue low, light middle, red high, as in the papers.
 
-    The ends are light enough to read black text on. A span under 0.02 is widened about its middle, lest noise look
-    like signal.
+    All colours are light enough for black text. A span below 0.02 is widened around its middle, so that noise does not
+    look like signal.
     """
 
     low: float
@@ -81,7 +81,7 @@ class Scale:
         return cls(middle - half, middle + half)
 
     def colours(self, values: Float[ndarray, "*n"]) -> Float[ndarray, "*n 4"]:
-        """Red, green, blue and opacity; NaN is transparent."""
+        """RGBA colours; NaN is transparent."""
         from matplotlib.colors import LinearSegmentedColormap
 
         stops = ["#3b76c4", "#8fb4e3", "#eef0f2", "#f2a58a", "#d8432e"]
@@ -95,17 +95,17 @@ class Scale:
 
 
 def series(index: int) -> tuple[str, str]:
-    """Colour and marker of the index-th line of a chart, so that lines differ in more than colour."""
+    """The colour and marker of the index-th line of a chart: lines differ in more than colour."""
     return SERIES[index % len(SERIES)], _MARKERS[index % len(_MARKERS)]
 
 
 def label(name: str) -> str:
-    """A name for a legend, which would leave out those that begin with an underscore."""
+    """A name for a legend. matplotlib leaves out labels that start with an underscore, so a space is put before it."""
     return f" {name}" if name.startswith("_") else name
 
 
 def bare(axes: "Axes") -> None:
-    """Takes ticks and frame away, for pictures."""
+    """Removes ticks and frame, for pictures."""
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

@@ -9,12 +9,12 @@ from anyexperts_jax.evaluate.results import BudgetResult, EvaluationResult, Rout
 
 
 def figure_text(value: float, form: str = ".2f") -> str:
-    """The number in that form; "-" where it is undefined."""
+    """The formatted number; "-" if it is undefined."""
     return "-" if math.isnan(value) else format(value, form)
 
 
 def budget_table(result: EvaluationResult) -> TextTable:
-    """A row a budget: what was asked, nominal and realised, and what it costs."""
+    """One row per budget: the requested, nominal and realised budget, and its cost."""
     rows = []
     for one in result.budgets:
         k_min, k_max = one.routing.window
@@ -38,7 +38,7 @@ def budget_table(result: EvaluationResult) -> TextTable:
 
 
 def score_table(result: EvaluationResult) -> TextTable:
-    """A row a domain: chance, and the score at each budget with its standard error, in percent."""
+    """One row per domain: chance, and the score at each budget with its standard error, in percent."""
     rows = []
     for index, first in enumerate(result.budgets[0].scores):
         scores = [one.scores[index] for one in result.budgets]
@@ -50,10 +50,10 @@ def score_table(result: EvaluationResult) -> TextTable:
 
 
 def examples_text(result: EvaluationResult) -> str:
-    """How many test examples were scored: "64 test examples a domain", and in brackets those that have fewer."""
+    """The number of scored examples: "64 test examples per domain", and in brackets the domains with fewer."""
     most = result.examples_per_domain
     fewer = [f"{one.domain} {one.examples}" for one in result.budgets[0].scores if one.examples < most]
-    return f"{most} test examples a domain" + (f" ({', '.join(fewer)})" if fewer else "")
+    return f"{most} test examples per domain" + (f" ({', '.join(fewer)})" if fewer else "")
 
 
 def metric_name(metric: str) -> str:
@@ -61,7 +61,7 @@ def metric_name(metric: str) -> str:
 
 
 def group_table(one: BudgetResult) -> TextTable:
-    """A row a question type and level of each domain, at one budget."""
+    """One row per question type and level of each domain, at one budget."""
     rows = []
     for score in one.scores:
         groups = [(name, group) for name, group in score.by_question.items()]
@@ -75,7 +75,7 @@ def group_table(one: BudgetResult) -> TextTable:
 
 
 def allocation_table(result: EvaluationResult) -> TextTable:
-    """Nominal real experts at each budget, and the realised ones of all tokens, domains, modalities and layers."""
+    """Nominal real experts at each budget, and the realised ones by domain, modality and layer."""
     budgets = result.budgets
     rows = [
         ("nominal", *(f"{one.nominal:.2f}" for one in budgets)),
@@ -96,7 +96,7 @@ def allocation_table(result: EvaluationResult) -> TextTable:
 
 
 def separation_table(separations: Sequence[Separation]) -> TextTable:
-    """A row a modality: AUC of importance, and mean importance of the two kinds of token."""
+    """One row per modality: the AUC of importance, and the mean importance of evidence and background tokens."""
     rows = []
     for one in separations:
         auc, low, high = (figure_text(value, ".3f") for value in (one.auc, one.auc_low, one.auc_high))
@@ -107,7 +107,7 @@ def separation_table(separations: Sequence[Separation]) -> TextTable:
 
 
 def baseline_table(separations: Sequence[Separation]) -> TextTable:
-    """A row a modality: AUC of single layers' importance and of what needs no training, and how many were compared."""
+    """One row per modality: the AUC of single layers and of untrained baselines, and the numbers of tokens compared."""
     layers = tuple(f"MoE layer {layer}" for layer in range(len(separations[0].auc_by_layer)))
     names = tuple(separations[0].baselines)
     rows = []
@@ -121,7 +121,7 @@ def baseline_table(separations: Sequence[Separation]) -> TextTable:
 
 
 def routing_table(summary: RoutingSummary, modalities: Sequence[str]) -> TextTable:
-    """A row a layer: real experts by modality, virtual share and load."""
+    """One row per layer: real experts and virtual share by modality, and load."""
     present = [m for m, name in enumerate(modalities) if name in summary.real_slots_by_modality]
     rows = []
     for layer, real_M in enumerate(summary.real_slots_LM):

@@ -1,4 +1,4 @@
-"""Does it learn to allocate? The questions a run has to answer, each with a figure and what is wanted."""
+"""Verdicts on whether a run has learned to allocate experts: questions with the measured figure and the target."""
 
 import dataclasses
 import math
@@ -8,15 +8,15 @@ import numpy as np
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.evaluate.results import BudgetResult, EvaluationResult
 
-BUDGET_TOLERANCE = 0.05  # of the realised average, relative to the asked one
-LOAD_LIMIT = 2.0  # busiest expert over the mean
+BUDGET_TOLERANCE = 0.05  # relative error of the realised budget
+LOAD_LIMIT = 2.0  # load of the busiest expert relative to the mean
 CHANCE_MARGIN = 3.0  # standard errors above chance
 DRAWS = 1000  # of the bootstrap over questions
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """One question: what was measured, what is wanted, and whether it is met."""
+    """One question: the measured figure, the target, and whether it is met."""
 
     question: str
     measured: str
@@ -25,8 +25,8 @@ class Verdict:
 
 
 def verdicts(result: EvaluationResult, moe: AnyExpertsConfig) -> list[Verdict]:
-    """Scores at the budget nearest to the one trained with; realised budgets at each; load and virtual share at the
-    worst of all."""
+    """Verdicts on scores at the budget nearest to that of training, on the realised budget at every budget, and on the
+    worst load and virtual share of all."""
     usual = min(result.budgets, key=lambda one: abs(one.budget - moe.expected_real_slots))
     return [
         *_scores(usual),

@@ -1,1 +1,1 @@
-"""Routing policy: logits in, `RoutingPlan` out. Pure functions of arrays; no parameters, no mesh."""
+"""The routing policy: from logits to a `RoutingPlan`. Pure functions of arrays, without parameters or a mesh."""

@@ -1,4 +1,4 @@
-"""Loss-free balancing: the expert bias is moved by rule, outside the gradient."""
+"""Loss-free load balancing: the expert bias is updated by a rule, not by a gradient."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -11,8 +11,8 @@ def update_expert_bias(
 ) -> Float[Array, "*L C"]:
     """b += rate * sign(mean load - load) over all columns, real and virtual (Ling-mini-2.0's rule, rate 0.001).
 
-    Leading axes are layers. `load_C` is metrics["load_C"], summed over the step's micro-batches; a step without a valid
-    token moves nothing.
+    Leading axes are layers. `load_C` is metrics["load_C"], summed over the micro-batches of the step. A step without
+    valid tokens changes nothing.
     """
     bias_C, load_C = jnp.asarray(bias_C, jnp.float32), jnp.asarray(load_C, jnp.float32)
     return bias_C + rate * jnp.sign(load_C.mean(axis=-1, keepdims=True) - load_C)

@@ -1,4 +1,5 @@
-"""The budget knob: move the slot window, its width kept, until tokens get the asked average of real experts."""
+"""The budget knob: shifts the slot window, keeping its width, until tokens get the requested average of real
+experts."""
 
 import bisect
 import dataclasses
@@ -15,13 +16,14 @@ _STEPS_PER_SLOT = 256  # resolution of a calibrated window: 0.004 slots
 
 
 def shift_budget(config: AnyExpertsConfig, target_real: float) -> AnyExpertsConfig:
-    """The config whose nominal budget, (1 - rho_max) (k_min + k_max) / 2, is `target_real` real experts per token.
+    """Shifts the window so that the nominal budget, (1 - rho_max) (k_min + k_max) / 2, is `target_real` per token.
 
-    The paper's budgets 4.8, 5.6 .. 9.6 are the windows [4, 8], [5, 9] .. [10, 14] (reading). Windows may be fractional.
-    What a model realises differs where importance is not 0.5 on average or the cap is not filled: `calibrate_budget`.
+    The paper's budgets 4.8, 5.6, ..., 9.6 are the windows [4, 8], [5, 9], ..., [10, 14] (reading). Windows may be
+    fractional. The realised budget differs if importance does not average 0.5 or the cap is not filled; see
+    `calibrate_budget`.
 
     Raises:
-      UserError: no window of this width has that nominal budget; says which budgets have one.
+      UserError: if no window of this width has that nominal budget; the message gives budgets that exist.
 
     Example:
         >>> import anyexperts_jax as ax
@@ -51,10 +53,10 @@ def shift_budget(config: AnyExpertsConfig, target_real: float) -> AnyExpertsConf
 
 
 def nearest_budget(config: AnyExpertsConfig, target_real: float) -> float:
-    """The budget nearest to `target_real`, in real experts per token, that `shift_budget` has a window for.
+    """The budget nearest to `target_real`, in real experts per token, for which `shift_budget` finds a window.
 
     Raises:
-      UserError: when `target_real` is not a number > 0.
+      UserError: if `target_real` is not a number > 0.
     """
     target_real = _checked_target(target_real)
     step, share, middle = _step(config), _real_share(config), _middle(config)
@@ -69,7 +71,7 @@ def nearest_budget(config: AnyExpertsConfig, target_real: float) -> float:
     budget = float((middle + shift) * share)
     while shift != 0 and not _is_valid(
         config, _shift_to(config, budget)
-    ):  # another rule than the ends', or a last digit
+    ):  # the range checks its ends only, and rounding may move the last digit across one
         shift -= min(step, abs(shift)) * (1 if shift > 0 else -1)
         budget = float((middle + shift) * share)
     return budget
@@ -82,17 +84,18 @@ def calibrate_budget(
     *,
     tolerance: float = 0.01,
 ) -> AnyExpertsConfig:
-    """The config whose window *realises* `target_real` real experts per token, as `measure` finds on data.
+    """Shifts the window until `measure` finds that data really gets `target_real` real experts per token.
 
     Args:
-      config: where to start; the window's width is kept.
-      measure: the realised average of real slots under a config, never falling as the window moves up. Called a
-        few times: the nominal window is tried first.
+      config: the start; the window's width is kept.
+      measure: returns the realised average of real slots under a config; it must not fall as the window moves up. It is
+        called a few times, first with the nominal window.
       target_real: real experts per token, on average.
       tolerance: relative; 0.01 accepts 7.92 to 8.08 for 8.
 
     Raises:
-      UserError: no window realises it within tolerance; says what the nearest ones, or the outermost ones, realise.
+      UserError: if no window realises it within the tolerance; the message gives what the nearest or outermost windows
+        realise.
 
     Example:
         >>> import anyexperts_jax as ax
@@ -118,16 +121,16 @@ def calibrate_budget(
 
 @dataclasses.dataclass
 class _Search:
-    """Which window to measure next. Positions are whole numbers of `step` slots from the config's own window."""
+    """Finds the window to measure next. Positions count steps of `step` slots from the config's own window."""
 
     target: float
     step: Fraction
     slope: float  # nominal: real experts per step
-    low: int  # the windows not yet ruled out are low..high
+    low: int  # low to high are the windows not yet ruled out
     high: int
     position: int
-    below: tuple[int, float, str] | None = None  # position, realised average and window of the best that falls short
-    above: tuple[int, float, str] | None = None  # and of the best that exceeds
+    below: tuple[int, float, str] | None = None  # position, realised average and window of the best below the target
+    above: tuple[int, float, str] | None = None  # the same of the best one above
     stride: int = 0
     halve: bool = False
 
@@ -152,11 +155,11 @@ class _Search:
 
     def _next(self, realised: float) -> int:
         if self.below is None or self.above is None:
-            # Not bracketed: the nominal slope lands close; where it falls short, strides grow.
+            # Not bracketed yet: the nominal slope lands close. If it falls short, the strides grow.
             stride = (self.target - realised) / self.slope
             self.stride = round(math.copysign(max(abs(stride), 2 * abs(self.stride), 1), stride))
             return self.position + self.stride
-        # Bracketed: interpolation lands close on a smooth response, halving makes headway on a stepped one.
+        # Bracketed: interpolation converges fast on a smooth response, bisection makes progress on a stepped one.
         self.halve = not self.halve
         if not self.halve:
             return (self.low + self.high) // 2
@@ -179,7 +182,7 @@ class _Search:
 
 
 def _shift_to(config: AnyExpertsConfig, budget: float) -> Fraction:
-    """Slots from the config's window to that of a nominal budget; rounded, as a budget of 2/3 k is a rounded number."""
+    """Slots from the config's window to that of a nominal budget. Rounded, because a budget like 2/3 k was too."""
     return round(_exact(budget) / _real_share(config) - _middle(config), 12)
 
 
@@ -195,7 +198,7 @@ def _checked_target(target_real: Any) -> float:
 
 
 def _exact(x: float) -> Fraction:
-    """The number as written: 4.8 is 24/5, so that 4.8 / 0.8 is 6 and not 5.999."""
+    """The number as it is written: 4.8 is 24/5, so that 4.8 / 0.8 is 6 and not 5.999."""
     return Fraction(str(float(x)))
 
 
@@ -212,7 +215,7 @@ def _width(config: AnyExpertsConfig) -> Fraction:
 
 
 def _step(config: AnyExpertsConfig) -> Fraction:
-    """The smallest shift worth trying: a whole slot where every token gets the same whole number."""
+    """The smallest shift worth trying: a whole slot if every token gets the same whole number of slots."""
     static = config.k_min == config.k_max and config.switches.slot_rounding != "stochastic"
     return Fraction(1) if static else Fraction(1, _STEPS_PER_SLOT)
 
@@ -223,7 +226,7 @@ def _shifted(config: AnyExpertsConfig, shift: Fraction) -> AnyExpertsConfig:
 
 
 def _shift_range(config: AnyExpertsConfig) -> tuple[Fraction, Fraction]:
-    """The lowest and highest shift the config's other fields allow; the top of the window a whole number of slots."""
+    """The lowest and highest shift that the config's other fields allow. The highest one puts k_max on a whole slot."""
     whole = range(math.floor(config.k_max) + 1, config.num_columns + 1)
     allowed = bisect.bisect_left(whole, True, key=lambda k: not _is_valid(config, k - _exact(config.k_max)))
     highest = math.floor(config.k_max) + allowed - _exact(config.k_max)

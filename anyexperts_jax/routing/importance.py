@@ -1,4 +1,4 @@
-"""Token importance and the hidden-state modulation that carries the task loss's gradient to it."""
+"""Token importance, and the hidden-state modulation through which it gets a gradient from the task loss."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def modulate(
 ) -> Float[Array, "*N D"]:
     """h' = h + alpha * w * h (AnyExperts: hidden-state modulation), in h's dtype.
 
-    The factor 1 + alpha w is applied in float32: at alpha = 0.01 bfloat16 cannot tell most of its values apart.
+    The factor 1 + alpha w is applied in float32: for alpha = 0.01, bfloat16 has only two values in its range.
     """
     hidden_ND = jnp.asarray(hidden_ND)
     factor_N1 = 1.0 + alpha * jnp.asarray(importance_N, jnp.float32)[..., None]

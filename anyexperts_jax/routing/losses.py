@@ -1,4 +1,4 @@
-"""Auxiliary losses, unweighted float32 scalars. Padding tokens have no part in any; without a valid token each is 0."""
+"""Auxiliary losses, as unweighted float32 scalars. Padding never counts; without any valid token a loss is 0."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def routing_losses(
     load_SC: Float[Array, "S C"],
     valid_N: Bool[Array, "N"],
 ) -> dict[str, Float[Array, ""]]:
-    """ "balance" and "z" of one layer. Values at padding must be finite; they get a gradient of 0."""
+    """The losses "balance" and "z" of one layer. Values at padding must be finite; their gradient is 0."""
     return {
         "balance": balance_loss(probabilities_NC, load_SC, valid_N),
         "z": masked_mean(jax.nn.logsumexp(logits_NC, axis=-1) ** 2, valid_N),  # ST-MoE's z-loss, on logits before IAR
@@ -24,13 +24,14 @@ def routing_losses(
 def balance_loss(
     probabilities_NC: Float[Array, "N C"], load_SC: Float[Array, "S C"], valid_N: Bool[Array, "N"]
 ) -> Float[Array, ""]:
-    """Switch form, C * sum_c f_c P_c, per sequence (S of them, contiguous; 1 for the batch), mean over the sequences.
+    """The load-balance loss of Switch, C * sum_c f_c P_c, for each of S contiguous sequences, averaged over them.
 
-    f is the share of selected slots, P the mean of scores before IAR: the loss is 1 where either is uniform, and its
-    gradient flows through P alone. Sequences of padding only are left out of the mean.
+    S = 1 is the loss over the batch. f is the share of selected slots and P the mean score before IAR. The loss is 1 if
+    either is uniform, and its gradient flows through P only. Sequences without valid tokens do not count in the mean.
     """
     S, C = load_SC.shape
     share_SC = load_SC / jnp.maximum(load_SC.sum(axis=1, keepdims=True), 1)
+    # Saved by every remat policy: a recomputed selection could differ in near-ties and change the loss's gradient.
     share_SC = checkpoint_name(jax.lax.stop_gradient(share_SC), ROUTING)
     valid_ST = valid_N.reshape(S, -1)
     tokens_S1 = valid_ST.sum(axis=1, keepdims=True, dtype=jnp.float32)
@@ -41,5 +42,5 @@ def balance_loss(
 
 
 def masked_mean(values_N: Float[Array, "N"], valid_N: Bool[Array, "N"]) -> Float[Array, ""]:
-    """The mean over valid entries, 0 if there is none."""
+    """The mean over valid entries; 0 if there are none."""
     return jnp.where(valid_N, values_N, 0).sum() / jnp.maximum(valid_N.sum(dtype=jnp.float32), 1)

@@ -1,4 +1,4 @@
-"""What to watch in a router: loads, entropy, slots."""
+"""Router metrics: load, entropy, slots."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from anyexperts_jax.routing.select import Selection
 def column_load(config: AnyExpertsConfig, selection: Selection, num_sequences: int) -> Float[Array, "S C"]:
     """Selected slots per column and sequence.
 
-    Tied virtual columns are one column: ties hand their slots to the lowest, so their load is averaged over all V.
+    Tied virtual columns share one logit, and ties go to the lowest of them. So their load is averaged over all V.
     """
     selected_NC = selection.columns_NC(config.num_experts, config.num_virtual)
     load_SC = selected_NC.reshape(num_sequences, -1, config.num_columns).sum(axis=1, dtype=jnp.float32)
@@ -33,16 +33,16 @@ def routing_metrics(
     load_C: Float[Array, "C"],
     valid_N: Bool[Array, "N"],
 ) -> dict[str, Float[Array, "..."]]:
-    """float32 metrics over valid tokens; no gradient flows through them. 0 where there is no valid token.
+    """Metrics over valid tokens, float32 and without gradient; 0 if there are no valid tokens.
 
-    "load_C": selected slots per column. "load_max_over_mean": of the real experts. "router_entropy": nats per token, of
-    the scores before IAR over all columns; "router_entropy_N": each token's. "virtual_share": virtual slots over slots.
-    "mean_slots", "mean_real_slots", "mean_importance": per token.
+    "load_C": selected slots per column. "load_max_over_mean": of the real experts. "router_entropy": mean entropy in
+    nats of the scores before IAR over all columns; "router_entropy_N": that of each token. "virtual_share": virtual
+    slots over all slots. "mean_slots", "mean_real_slots", "mean_importance": per token.
     """
     probabilities_NC = jax.lax.stop_gradient(probabilities_NC)
     real_E = load_C[: config.num_experts]
     real, virtual = (slots_N.astype(jnp.float32) for slots_N in (selection.real_slots_N, selection.virtual_slots_N))
-    tiny = jnp.finfo(jnp.float32).tiny  # p log p is 0 where p underflows
+    tiny = jnp.finfo(jnp.float32).tiny  # makes p log p 0, not NaN, for a p of 0
     entropy_N = -(probabilities_NC * jnp.log(jnp.maximum(probabilities_NC, tiny))).sum(axis=1)
     metrics = {
         "load_C": load_C,
@@ -62,9 +62,9 @@ def by_modality(
     modality_BT: Int[ArrayLike, "*B"],
     valid_BT: Bool[ArrayLike, "*B"],
 ) -> Float[Array, "M"]:
-    """The mean of per-token values over each modality's valid tokens; NaN for a modality that has none.
+    """The mean of per-token values over the valid tokens of each modality; NaN for a modality without any.
 
-    NaN and not 0: "no video in this batch" must not read as "video tokens got no experts".
+    NaN, because 0 would turn "no video in this batch" into "video tokens got no experts".
     """
     values_BT = jnp.asarray(values_BT, jnp.float32)
     modality_BT, valid_BT = jnp.asarray(modality_BT), jnp.asarray(valid_BT)

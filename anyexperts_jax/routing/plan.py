@@ -1,4 +1,4 @@
-"""`RoutingPlan`: all that crosses from the routing policy to dispatch and combine."""
+"""`RoutingPlan`: everything that the routing policy hands to dispatch and combine."""
 
 import dataclasses
 
@@ -10,10 +10,10 @@ from anyexperts_jax.core.tree import register_dataclass
 
 @dataclasses.dataclass(frozen=True)
 class PlanSpec:
-    """What dispatch must know of the policy, static under `jit`."""
+    """What dispatch needs to know about the policy; static under `jit`."""
 
     num_experts: int  # E
-    expected_real_slots: float  # the nominal budget of the window in force, which sizes buffers
+    expected_real_slots: float  # the nominal budget of the window in use, which sizes the buffers
     virtual_output: VirtualOutput = "identity"
     num_sequences: int = 1  # N = num_sequences * T, sequence after sequence
 
@@ -21,15 +21,15 @@ class PlanSpec:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutingPlan:
-    """Which experts each token goes to, with what weight. Padding tokens hold no slot at all.
+    """The experts that each token goes to, and their combine weights. Padding tokens have no slots.
 
-    A slot without a real expert has `expert_ids_NK == E` and weight 0: never id 0, so it cannot land on an expert.
-    Real slots come first in a row, best ranked first.
+    A slot without a real expert has `expert_ids_NK == E` and weight 0. The id is E and not 0, so that such a slot is
+    never dispatched to an expert. Real slots come first in a row, in order of rank.
     """
 
-    expert_ids_NK: Int[Array, "N K"]  # int32 in [0, E]; E: no real expert in this slot
-    weights_NK: Float[Array, "N K"]  # float32 combine weights, 0 where the slot holds no real expert
-    virtual_weight_N: Float[Array, "N"]  # float32, the virtual slots' combine weights in sum
+    expert_ids_NK: Int[Array, "N K"]  # int32 in [0, E]; E: the slot has no real expert
+    weights_NK: Float[Array, "N K"]  # float32 combine weights; 0 if the slot has no real expert
+    virtual_weight_N: Float[Array, "N"]  # float32, the sum of the virtual slots' combine weights
     importance_N: Float[Array, "N"]  # float32 w in (0, 1)
     slots_N: Int[Array, "N"]  # int32 K_i = real + virtual
     real_slots_N: Int[Array, "N"]
@@ -39,4 +39,4 @@ class RoutingPlan:
     spec: PlanSpec = dataclasses.field(metadata={"static": True})
 
 
-DISPATCHED = ("expert_ids_NK", "weights_NK", "virtual_weight_N")  # what dispatch reads of a plan
+DISPATCHED = ("expert_ids_NK", "weights_NK", "virtual_weight_N")  # the arrays of a plan that dispatch reads

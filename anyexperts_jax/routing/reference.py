@@ -1,6 +1,6 @@
-"""The oracle: routing written from the equations, token by token in float64 NumPy. Slow, for tests only.
+"""The oracle: routing as the equations state it, token by token in float64 NumPy. Slow; for tests only.
 
-It shares nothing with the fast path but the configuration, and sorts every column of every token.
+It shares only the configuration with the fast path, and sorts all columns of every token.
 """
 
 import math
@@ -25,7 +25,7 @@ def route_reference(
     num_sequences: int = 1,
     uniform_N: Float[ndarray, "N"] | None = None,
 ) -> dict[str, Any]:
-    """What `route` should return, as a dict of its fields; `uniform_N` are the draws of stochastic rounding."""
+    """The expected result of `route`, as a dict of its fields. `uniform_N` are the draws for stochastic rounding."""
     N, C = logits_NC.shape
     valid_N = np.ones(N, bool) if valid_N is None else valid_N
     bias_C = np.zeros(C) if bias_C is None else bias_C.astype(np.float64)
@@ -181,7 +181,7 @@ def _losses(config: AnyExpertsConfig, sequences: list[list[_Token]], tokens: lis
         regulariser = float(np.mean([token.z**2 for token in tokens]))
     elif config.switches.importance_regulariser == "mean_target":
         regulariser = (float(np.mean([token.w for token in tokens])) - config.switches.importance_target) ** 2
-    else:  # the forward value; the ranks are the backward pass's
+    else:  # salience: its ranks exist in the backward pass only, and the forward value uses 1/2 for each
         regulariser = float(np.mean([(token.w - 0.5) ** 2 for token in tokens]))
     z = float(np.mean([np.log(np.exp(token.logits_C).sum()) ** 2 for token in tokens]))
     return {"balance": float(np.mean(balance)), "importance": regulariser, "z": z}

@@ -1,4 +1,4 @@
-"""`route`: router and importance logits in, `RoutingPlan` out. Pure, and token by token but for losses and metrics."""
+"""`route`: from router and importance logits to a `RoutingPlan`. Tokens interact in losses and metrics only."""
 
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -38,26 +38,27 @@ def route(
     batch_shards: int | None = None,
     key: Array | None = None,
 ) -> RoutingPlan:
-    """Routes N tokens over C = E + V columns (AnyExperts section 2, steps 2 and 4 to 7). All arithmetic in float32.
+    """Routes N tokens over C = E + V columns (AnyExperts section 2, steps 2 and 4 to 7). Computes in float32.
 
     Arrays may be JAX's, NumPy's of any float dtype, or nested lists.
 
     Args:
-      config: the policy; every switch.
-      logits_NC: finite router logits, real experts' columns first.
-      importance_logits_N: z, one scalar a token. Zeros do for a static policy (`config.uses_importance` False).
-      valid_N: False at padding, which gets no slot and has no part in losses and metrics. Default: all valid.
-      bias_C: the expert bias, given iff `config.expert_bias`.
-      window: (k_min, k_max) in place of the config's, as in `window=(4, 8)`. As a traced array it makes one compiled
-        program for any budget within `slots_bound`, but buffers of a fixed size then follow the config's budget.
-      num_sequences: tokens are num_sequences contiguous sequences of equal length: for balance_scope="sequence", and
-        for dispatch, which drops the latest positions of all sequences first.
-      batch_shards: into how many parts devices cut the sequences; needed for salience_scope="device" alone.
-      key: random key, needed for slot_rounding="stochastic" and unused otherwise.
+      config: the policy, with all its switches.
+      logits_NC: finite router logits; the columns of the real experts come first.
+      importance_logits_N: z, one scalar per token. Zeros suffice if the policy is static (not
+        `config.uses_importance`).
+      valid_N: False at padding, which gets no slots and does not count in losses and metrics. Default: all valid.
+      bias_C: the expert bias; required if `config.expert_bias`, and an error otherwise.
+      window: (k_min, k_max) to use instead of the config's, as in `window=(4, 8)`. A traced array gives one compiled
+        program for every budget within `slots_bound`, but buffers of a fixed size then follow the config's budget.
+      num_sequences: the tokens are num_sequences contiguous sequences of equal length. Needed for
+        balance_scope="sequence", and for dispatch, which drops the latest positions of all sequences first.
+      batch_shards: the number of parts into which devices split the sequences; for salience_scope="device" only.
+      key: random key; required for slot_rounding="stochastic" and unused otherwise.
 
     Raises:
-      UserError: shapes that do not fit the config or each other; bias_C, key or batch_shards missing; bias_C given but
-        off; a window that is reversed, not finite or out of reach.
+      UserError: for shapes that do not fit the config or each other; if bias_C, key or batch_shards is missing, or
+        bias_C is given without need; for a window that is reversed, not finite or out of reach.
 
     Example:
         >>> import anyexperts_jax as ax, numpy as np
@@ -76,10 +77,24 @@ def route(
     )
     _check_inputs(config, given, num_sequences)
     _check_key(key)
+    return _route(config, given, window, num_sequences=num_sequences, batch_shards=batch_shards, key=key)
+
+
+def _route(
+    config: AnyExpertsConfig,
+    given: "_Given",
+    window: Window | None,
+    *,
+    num_sequences: int,
+    batch_shards: int | None,
+    key: Array | None,
+) -> RoutingPlan:
+    """`route` on checked arrays."""
     in_force = None if window is None else check_window(config, window)
     N = given.logits_NC.shape[0]
     valid_N = jnp.ones(N, bool) if given.valid_N is None else given.valid_N
-    # Padding may hold anything, NaN too; zeroed here, it meets no NaN forward or backward.
+    # Padding may hold anything, even NaN. Zeroing it here keeps NaN out of the forward and the backward pass: masking
+    # the results would not be enough, since 0 * NaN is NaN in a gradient.
     logits_NC = jnp.where(valid_N[:, None], given.logits_NC.astype(jnp.float32), 0)
     importance_logits_N = jnp.where(valid_N, given.importance_logits_N.astype(jnp.float32), 0)
     bias_C = None if given.bias_C is None else given.bias_C.astype(jnp.float32)
@@ -126,7 +141,7 @@ def route(
 
 
 def _check_key(key: object) -> None:
-    """Raises `UserError` unless `key` is None or a random key, of the new kind or of the old."""
+    """Raises `UserError` unless `key` is None or a random key, of JAX's new or old kind."""
     if key is None:
         return
     new = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()

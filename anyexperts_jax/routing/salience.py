@@ -1,22 +1,22 @@
-"""Salience: how much the loss feels a token's experts, and the importance loss that learns a token's rank by it.
+"""Salience: the effect of a token's experts on the loss, and the importance loss that teaches a token's rank by it.
 
-An extension of ours, not part of AnyExperts. Why: gradients to first order do not tell an informative token from a
-redundant one. Where the router and the experts have settled, scaling a token's experts up or down changes the loss by
-nothing on average, so the gradient that reaches importance has no settled sign, and importance drifts. What is left is
-of second order: the square of the first-order change, large where the answer hangs on the token and near zero where no
-later computation looks at it.
+An extension of ours, not part of AnyExperts. Its reason: first-order gradients do not distinguish an informative token
+from a redundant one. Once the router and the experts have converged, scaling a token's experts up or down does not
+change the loss on average. So the gradient that reaches importance has no consistent sign, and importance drifts. What
+remains is of second order: the square of the first-order change. It is large if the answer depends on the token, and
+near zero if no later computation reads it.
 
-A rank is a statistic of the tokens that it is taken among. `salience_scope` says which:
+A rank depends on the tokens it is taken among. `salience_scope` says which:
 
-    batch     all tokens of the (micro-)batch, on all devices: the default. Slots move between sequences and modalities,
-              and every mesh computes what one device does. But on a mesh every device gathers and sorts the saliences
-              of all of them, in each MoE layer's backward pass.
-    device    the tokens that a device holds: a sample of the batch, whose ranks cost no communication. They differ
+    batch     all tokens of the (micro-)batch on all devices; the default. Slots can move between sequences and
+              modalities, and every mesh gives the result of a single device. But on a mesh, each MoE layer's backward
+              pass makes every device gather and sort the saliences of all of them.
+    device    the tokens on the same device, a sample of the batch. The ranks need no communication, but they change
               with the mesh and with the number of micro-batches.
-    sequence  the tokens of a sequence. No communication either, and the same target on every mesh and in every
-              micro-batch, but slots move within a sequence alone.
+    sequence  the tokens of the same sequence. No communication either, and the target is the same on every mesh and
+              for any micro-batches, but slots move only within a sequence.
 
-What each sends and sorts: experiments/results/salience_scope.md.
+experiments/results/salience_scope.md has what each of them communicates and sorts.
 """
 
 import functools
@@ -33,14 +33,14 @@ from anyexperts_jax.routing.losses import masked_mean
 
 
 def token_groups(scope: SalienceScope, num_sequences: int, batch_shards: int | None) -> int:
-    """Into how many equal groups of consecutive tokens a scope cuts a batch.
+    """The number of equal groups of consecutive tokens into which a scope divides a batch.
 
     Args:
-      batch_shards: into how many parts the devices cut the sequences. A batch that it does not divide, as one of a
-        single sequence, they hold in fewer. None: the caller does not know.
+      batch_shards: the number of parts into which the devices split the sequences; a batch that cannot be divided by
+        it, such as a single sequence, is split into fewer. None: the caller does not know.
 
     Raises:
-      UserError: the scope "device" where nobody says how many devices there are.
+      UserError: for the scope "device" if `batch_shards` is None.
     """
     if scope == "sequence":
         return num_sequences
@@ -48,7 +48,8 @@ def token_groups(scope: SalienceScope, num_sequences: int, batch_shards: int | N
         return 1
     if batch_shards is None:
         raise UserError(
-            'salience_scope="device" needs batch_shards, into how many parts devices cut the sequences: 1 on one device'
+            'salience_scope="device" needs batch_shards, the number of parts into which devices split the sequences; '
+            "pass 1 on one device"
         )
     return math.gcd(num_sequences, batch_shards)
 
@@ -60,12 +61,13 @@ def rank_by_salience(
     valid_N: Bool[Array, "N"],
     groups: int = 1,
 ) -> tuple[Float[Array, "N K"], Float[Array, ""]]:
-    """(weights_NK as they are, mean (w - q)^2), q the token's midrank in (0, 1) by salience among the valid tokens of
-    its group: the tokens are cut into `groups` runs of equal length.
+    """(weights_NK unchanged, mean (w - q)^2), where q in (0, 1) is the midrank of the token's salience among the valid
+    tokens of its group. The tokens form `groups` runs of equal length.
 
-    Salience, sum_k (weight_k dL/dweight_k)^2, is known in the backward pass alone, where the gradient to w is exact,
-    2 (w - q) / N. The value returned is that of a q of 1/2 for every token. The ranks' mean is 1/2 whatever they are:
-    the loss moves slots from token to token within one budget. To dispatch, use the weights returned here.
+    Salience, sum_k (weight_k dL/dweight_k)^2, is known in the backward pass only. There the gradient by w is exact,
+    2 (w - q) / N; the returned value is computed as if every q were 1/2. The mean of the ranks is always 1/2, so the
+    loss moves slots between tokens without changing the budget. Dispatch must use the weights returned here: the
+    gradient that reaches them is the one salience is computed from.
     """
     return weights_NK, masked_mean((importance_N - 0.5) ** 2, valid_N)
 
@@ -79,6 +81,8 @@ def _forward(
 def _backward(groups: int, saved: tuple[Array, Array, Array], grads: tuple[Array, Array]) -> tuple[Array, Array, None]:
     weights_NK, importance_N, valid_N = saved
     weights_grad_NK, loss_grad = grads
+    # weight * dL/dweight is the first-order change of the loss when that expert's output is scaled. It is squared per
+    # slot before the sum, so that experts with opposite effects do not cancel.
     salience_N = jnp.square(weights_NK * weights_grad_NK).sum(axis=1)
     rank_N = midranks(salience_N.reshape(groups, -1), valid_N.reshape(groups, -1)).reshape(-1)
     tokens = jnp.maximum(valid_N.sum(dtype=jnp.float32), 1)
@@ -89,20 +93,26 @@ rank_by_salience.defvjp(
     _forward,
     _backward,
     definition=rank_by_salience.run,
-    refusal="importance_regulariser='salience' knows a token's rank in the backward pass alone: use jax.grad, or "
+    refusal="importance_regulariser='salience' knows a token's rank in the backward pass only: use jax.grad, or "
     "another regulariser for jvp and jacfwd",
+    # The definition's derivative would treat every rank as 1/2; the ranks exist in `_backward` only.
     plain_backward=True,
 )
 
 
 def midranks(values_GM: Float[Array, "*G M"], valid_GM: Bool[Array, "*G M"]) -> Float[Array, "*G M"]:
-    """The share of its group's valid values below each, equals counting half: in (0, 1), mean 1/2. Anything where not
-    valid."""
+    """For each value, the share of its group's valid values below it, counting equal ones half: in (0, 1), with mean
+    1/2. Undefined where not valid.
+
+    Two sorts, because a comparison of all pairs would take M^2 memory, and the inverse of a permutation by sorting
+    needs no scatter.
+    """
     size = values_GM.shape[-1]
     places_GM = jnp.broadcast_to(jnp.arange(size), values_GM.shape)
-    keys_GM = jnp.where(valid_GM, values_GM, jnp.inf)
+    keys_GM = jnp.where(valid_GM, values_GM, jnp.inf)  # invalid values sort last, and so never count as below
     sorted_GM, from_GM = jax.lax.sort((keys_GM, places_GM), dimension=-1, num_keys=1, is_stable=False)
-    # A run of equals begins where a value differs from the one before; all in it have the run's middle as their rank.
+    # A run of equal values starts where a value differs from its predecessor. All of its members get the middle of the
+    # run as their rank: which of them sorts first is arbitrary, and saliences of exactly 0 are common.
     changes_GM = sorted_GM[..., 1:] != sorted_GM[..., :-1]
     edge = jnp.ones((*sorted_GM.shape[:-1], 1), bool)
     opens_GM, closes_GM = jnp.concatenate([edge, changes_GM], -1), jnp.concatenate([changes_GM, edge], -1)

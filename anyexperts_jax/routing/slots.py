@@ -1,4 +1,4 @@
-"""How many slots a token gets, and how many of them may be virtual."""
+"""The number of slots of a token, and the cap on virtual ones."""
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,17 @@ from anyexperts_jax.routing.window import Window, window_array
 def continuous_slots(
     config: AnyExpertsConfig, importance_N: Float[Array, "N"], window: Window | None = None
 ) -> Float[Array, "N"]:
-    """k_min + w (k_max - k_min) before rounding, within [1, slots_bound] (AnyExperts section 2, step 4)."""
+    """k_min + w (k_max - k_min), unrounded, clipped to [1, slots_bound] (AnyExperts section 2, step 4)."""
     k_min, k_max = window_array(config, window)
     return jnp.clip(k_min + importance_N * (k_max - k_min), 1.0, config.slots_bound)
 
 
 def round_slots(config: AnyExpertsConfig, slots_N: Float[Array, "N"], key: Array | None = None) -> Int[Array, "N"]:
-    """Whole slots K_i in [1, slots_bound]: half up, down, or up with the fraction as probability (our reading).
+    """Rounds to whole slots K_i in [1, slots_bound]: half up, down, or up with the fraction as probability (our
+    reading).
 
     Raises:
-      UserError: stochastic rounding without a key.
+      UserError: for stochastic rounding without a key.
     """
     slots_N = jax.lax.stop_gradient(slots_N)
     if config.switches.slot_rounding == "round":
@@ -33,10 +34,10 @@ def round_slots(config: AnyExpertsConfig, slots_N: Float[Array, "N"], key: Array
             raise UserError("slot_rounding='stochastic' needs a random key: route(..., key=key)")
         down_N = jnp.floor(slots_N)
         whole_N = down_N + (jax.random.uniform(key, slots_N.shape, jnp.float32) < slots_N - down_N)
-    # After the cast, so that a non-finite importance still yields a count that fits the arrays.
+    # Clipped after the cast, so that even a non-finite importance gives a count that fits the arrays.
     return jnp.clip(whole_N.astype(jnp.int32), 1, config.slots_bound)
 
 
 def virtual_cap(config: AnyExpertsConfig, slots_N: Int[Array, "N"]) -> Int[Array, "N"]:
-    """The most virtual slots a token with K_i slots may hold: rho_max K_i, rounded as configured, at most V."""
+    """The cap on virtual slots of a token with K_i slots: rho_max K_i, rounded as configured, at most V."""
     return jnp.asarray(config.virtual_caps, jnp.int32)[slots_N]

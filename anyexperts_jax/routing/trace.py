@@ -1,4 +1,4 @@
-"""`RoutingTrace`: what a layer's routing did, per token and in sum, in the shape of the batch."""
+"""`RoutingTrace`: a layer's routing per token and its metrics, in the shape of the batch."""
 
 import dataclasses
 
@@ -15,21 +15,21 @@ from anyexperts_jax.routing.route import route
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutingTrace:
-    """One MoE layer's routing; stacked over layers every array gains a leading L axis."""
+    """The routing of one MoE layer. Stacked over layers, every array has a leading L axis."""
 
     importance_BT: Float[Array, "*L B T"]
     slots_BT: Int[Array, "*L B T"]
     real_slots_BT: Int[Array, "*L B T"]
     virtual_slots_BT: Int[Array, "*L B T"]
-    expert_ids_BTK: Int[Array, "*L B T K"]  # E where the slot holds no real expert
+    expert_ids_BTK: Int[Array, "*L B T K"]  # E: the slot has no real expert
     losses: dict[str, Array]  # as in the plan: "balance", "importance", "z", unweighted
-    metrics: dict[str, Array]  # as in the plan, and "dropped": real slots that found no room, float32
+    metrics: dict[str, Array]  # as in the plan, and "dropped": real slots beyond an expert's capacity, float32
 
     @classmethod
     def from_plan(
         cls, plan: RoutingPlan, num_sequences: int, dropped: Float[Array, ""] | Int[Array, ""] | int = 0
     ) -> "RoutingTrace":
-        """The trace of a plan over N = num_sequences * T tokens. `dropped` is what dispatch counted."""
+        """The trace of a plan over N = num_sequences * T tokens. `dropped` is the count from dispatch."""
         shape = (num_sequences, plan.slots_N.shape[0] // num_sequences)
         return cls(
             importance_BT=plan.importance_N.reshape(shape),
@@ -43,7 +43,7 @@ class RoutingTrace:
 
 
 def empty_trace(config: AnyExpertsConfig, num_sequences: int, length: int) -> RoutingTrace:
-    """The trace of a stack without MoE layers: every array as stacked over L = 0 of them."""
+    """The trace of a stack without MoE layers: every array is stacked over L = 0 of them."""
 
     def one_layer() -> RoutingTrace:
         tokens = num_sequences * length

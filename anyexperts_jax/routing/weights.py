@@ -1,4 +1,4 @@
-"""Combine weights: the selected slots' scores after IAR, normalised."""
+"""Combine weights: the scores of the selected slots after IAR, normalised."""
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,14 @@ def combine_weights(
     continuous_slots_N: Float[Array, "N"],
     selection: Selection,
 ) -> tuple[Float[Array, "N K"], Float[Array, "N"]]:
-    """Each real slot's weight and the virtual slots' weight in sum; 0 where there is no slot.
+    """The weight of each real slot and the sum of the virtual slots' weights; 0 where there is no slot.
 
-    normalisation="all": score / (sum over real and virtual selected + 1e-20). "real": the real slots' weights sum to
-    one among themselves, and the virtual weight stays what it is under "all", so that it is bounded, and defined for a
-    token whose slots are all virtual (our reading). "none": the scores themselves, among all columns, as Switch and
-    MoE-LLaVA's top-1 have them. "all_raw_gradient": the values of "all" with the gradient of "none", an extension of
-    ours: under "all" a single slot's weight is 1 whatever the router says, and the task teaches the router nothing.
-    All times `scaling_factor`. The expert bias has no part in them.
+    normalisation="all": score / (sum over selected real and virtual slots + 1e-20). "real": the weights of the real
+    slots sum to one, and the virtual weight is that of "all", so that it stays bounded and is defined for a token with
+    virtual slots only (our reading). "none": the scores over all columns, as in Switch and in MoE-LLaVA's top-1.
+    "all_raw_gradient": the values of "all" with the gradient of "none", an extension of ours: under "all" the weight of
+    a token's only slot is 1 whatever its logit, and so the task loss gives the router no gradient. All weights are
+    multiplied by `scaling_factor`. The expert bias affects the selection only.
     """
     real_NK, virtual_NJ, to_raw_N1 = _selected_scores(config, logits_NC, importance_N, selection)
     if config.switches.slot_gradient == "straight_through":
@@ -41,7 +41,7 @@ def combine_weights(
 
 
 def with_gradient_of(value: Float[Array, "*shape"], source: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`value`, whose gradient goes to `source` (straight-through)."""
+    """Returns `value` and passes its gradient to `source` (straight-through)."""
     return jax.lax.stop_gradient(value) + (source - jax.lax.stop_gradient(source))
 
 
@@ -51,10 +51,10 @@ def _selected_scores(
     importance_N: Float[Array, "N"],
     selection: Selection,
 ) -> tuple[Float[Array, "N K"], Float[Array, "N J"], Float[Array, "N 1"]]:
-    """Scores after IAR of the selected real and virtual slots, 0 elsewhere, and the factor that makes them true ones.
+    """Scores after IAR of the selected real and virtual slots, 0 elsewhere, and each token's factor to the true scores.
 
-    Softmax scores come up to that factor per token: taken from the largest *selected* logit, they cannot all underflow
-    when a column outside the selection towers over them. Sigmoid scores are true as they are.
+    Softmax scores are computed relative to the largest *selected* logit. So they cannot all underflow if a column
+    outside the selection is far larger; the factor restores the softmax over all columns. For sigmoid scores it is 1.
     """
     live_NK, live_NJ = selection.real_live_NK, selection.virtual_live_NJ
     real_NK = jnp.take_along_axis(logits_NC, selection.real_ids_NK, axis=1)
@@ -62,8 +62,8 @@ def _selected_scores(
     real_NK = tilt_logits(config, real_NK, importance_N, +1)
     virtual_NJ = tilt_logits(config, virtual_NJ, importance_N, -1)
     if config.scores == "softmax":
-        # Dead slots get the logit 0 before exp, not after it: exp of an unselected logit may overflow, and inf times
-        # the mask's zero cotangent is NaN.
+        # The logits of dead slots are set to 0 before exp: the exp of an unselected logit may overflow, and masking
+        # afterwards would give inf * 0 = NaN in the backward pass.
         top_N1 = jnp.max(real_NK, axis=1, keepdims=True, where=live_NK, initial=-jnp.inf)
         top_N1 = jnp.max(virtual_NJ, axis=1, keepdims=True, where=live_NJ, initial=-jnp.inf).clip(min=top_N1)
         top_N1 = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top_N1), top_N1, 0))  # -inf: a token without slots
@@ -81,7 +81,7 @@ def _selected_scores(
 
 
 def _columns(config: AnyExpertsConfig, logits_NC: Float[Array, "N C"]) -> tuple[tuple[Array, int], tuple[Array, int]]:
-    """The real and the virtual experts' columns, each with its sign in importance-aware routing."""
+    """The columns of the real and of the virtual experts, each with its sign in IAR."""
     return (logits_NC[:, : config.num_experts], +1), (logits_NC[:, config.num_experts :], -1)
 
 
@@ -93,12 +93,12 @@ def _fade_last_slot(
 ) -> tuple[Float[Array, "N K"], Float[Array, "N J"]]:
     """The straight-through slot gradient: an extension of ours, not part of AnyExperts.
 
-    Slot k of a token (from 1, by rank) has the soft membership m_k = clip(K + 1/2 - k, 0, 1) in the unrounded
-    K = k_min + w (k_max - k_min): it rises from 0 where rounding first grants the slot to 1 where rounding grants the
-    next. So exactly one of a token's slots has a slope at any K, the last selected one, and the slope is 1. Its score
-    is multiplied by 1 + (K - stop_gradient(K)): the same value, and dL/dw = (k_max - k_min) times the change of the
-    loss, to first order, as that slot fades in. Every token gets a gradient, whichever way it was rounded; a token
-    whose K is held at a bound gets none.
+    Slot k of a token (from 1, by rank) has the soft membership m_k = clip(K + 1/2 - k, 0, 1), a function of the
+    unrounded K = k_min + w (k_max - k_min). It rises from 0, where rounding first grants the slot, to 1, where rounding
+    grants the next one. So at any K exactly one slot of a token has a slope, the last selected one, and the slope is 1.
+    Its score is multiplied by 1 + (K - stop_gradient(K)), which is 1. Then dL/dw is (k_max - k_min) times the
+    first-order change of the loss as that slot fades in. Every token gets a gradient, rounded up or down, unless its K
+    is clipped.
     """
     fade_N1 = (continuous_slots_N - jax.lax.stop_gradient(continuous_slots_N))[:, None]
     last_virtual_N1 = selection.last_is_virtual_N[:, None]

@@ -1,4 +1,4 @@
-"""The slot window (k_min, k_max) that replaces the configuration's: one checkpoint at any budget."""
+"""The slot window (k_min, k_max) that overrides the configuration's, to run one checkpoint at any budget."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +16,13 @@ Window = Float[ArrayLike, "2"] | Sequence[float]
 
 
 def check_window(config: AnyExpertsConfig, window: Any) -> tuple[float, float] | None:
-    """(k_min, k_max) of a concrete window; None for one that is traced, whose values nobody knows yet.
+    """Checks a window. Returns (k_min, k_max), or None for a traced window, whose values are not known yet.
 
-    A traced window is clipped to [1, slots_bound] where it is used. Whoever makes the array it is traced from checks it
-    here first.
+    A traced window is clipped to [1, slots_bound] where it is used. The caller should check its values here before
+    tracing.
 
     Raises:
-      UserError: not two finite numbers in order, from 1 to what the configuration's arrays have room for.
+      UserError: unless the window is two finite numbers in order, from 1 to what the configuration's arrays can hold.
     """
     if isinstance(window, jax.core.Tracer):
         require(window.shape == (2,), f"window has shape {window.shape}; need (2,), k_min and k_max")
@@ -44,12 +44,12 @@ def check_window(config: AnyExpertsConfig, window: Any) -> tuple[float, float] |
 
 
 def window_array(config: AnyExpertsConfig, window: Window | None) -> Float[Array, "2"]:
-    """The window in force, the configuration's where `window` is None, as float32."""
+    """The window in use as float32: `window`, or the configuration's if that is None."""
     return jnp.asarray((config.k_min, config.k_max) if window is None else window, jnp.float32)
 
 
 def budget_in_force(config: AnyExpertsConfig, window: tuple[float, float] | None) -> float:
-    """The nominal budget of a concrete window, or else of the configuration: what sizes the buffers of dispatch."""
+    """The nominal budget that sizes the buffers of dispatch: of the window if it is concrete, else of the config."""
     if window is None:
         return config.expected_real_slots
     return (1 - config.rho_max) * (window[0] + window[1]) / 2

@@ -1,1 +1,1 @@
-"""Where arrays live: the device mesh, the rules from logical to mesh axes, and the shardings they give."""
+"""Sharding: the device mesh, the rules from logical to mesh axes, and the shardings that follow from them."""

@@ -1,4 +1,4 @@
-"""Where activations live: constraints that keep the compiler from replicating what two layouts claim."""
+"""Sharding constraints on activations, where the compiler would otherwise replicate arrays between two layouts."""
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -9,7 +9,7 @@ from anyexperts_jax.sharding.rules import as_tuple
 
 
 def split_tokens(x: Float[Array, "B *rest"], placement: Placement | None, axes: tuple[str, ...]) -> Array:
-    """`x` with its leading dimensions, of logical `axes`, where the rules put them and the others whole."""
+    """Constrains `x`: its leading dimensions, with logical `axes`, are split by the rules, the others are not split."""
     if placement is None or placement.mesh.size == 1:
         return x
     return _constrain(x, placement, placement.rules.spec(axes))
@@ -18,10 +18,12 @@ def split_tokens(x: Float[Array, "B *rest"], placement: Placement | None, axes: 
 def take_embeddings(
     table_RD: Float[Array, "R D"], ids: Int[Array, "*ids"], placement: Placement | None, axes: tuple[str, ...]
 ) -> Float[Array, "*ids D"]:
-    """Rows of a table whose width is split over mesh axes that split the batch too; NaN for an id past the table.
+    """Looks up rows of a table whose width is split over mesh axes that also split the batch. NaN for an id out of
+    range.
 
-    Each device takes its columns for all sequences of the devices it shares the table with, and one all-to-all makes
-    whole rows of its own sequences of them. Left to itself, XLA replicates the rows between the two layouts.
+    Each device looks up its columns for the sequences of all devices it shares the table with. One all-to-all then
+    turns these into whole rows of its own sequences. Without the constraints XLA replicates the rows between the two
+    layouts.
 
     Args:
       axes: the logical axes of `ids`.
@@ -38,6 +40,8 @@ def take_embeddings(
     if not width or not set(width) <= set(batch):
         return _constrain(take(ids), placement, spec)
     others = tuple(axis for axis in batch if axis not in width)
+    # Three layouts in turn: the width split as the table has it; then the batch split over the same axes in its place,
+    # which is the all-to-all; then the axes in the order of the rules.
     rows = take(_constrain(ids, placement, PartitionSpec(others, *rest)))
     whole = (None,) * (len(axes) - 1 - len(rest))
     rows = _constrain(rows, placement, PartitionSpec(others, *rest, *whole, width))
@@ -46,10 +50,11 @@ def take_embeddings(
 
 
 def split_buffers(x_ECD: Float[Array, "E C D"], placement: Placement | None) -> Float[Array, "E C D"]:
-    """The buffers of `dispatch="capacity"`: experts with their weights, rows over the batch's other mesh axes.
+    """Constrains the buffers of `dispatch="capacity"`: experts are split like their weights, and rows over the other
+    mesh axes of the batch.
 
-    Left to itself, XLA repeats an expert's rows on all devices that have a copy of it. A mesh axis that does not divide
-    the rows does not split them.
+    Without the constraint XLA repeats an expert's rows on every device that has a copy of the expert. Mesh axes that do
+    not divide the rows are left out.
     """
     if placement is None or placement.mesh.size == 1:
         return x_ECD

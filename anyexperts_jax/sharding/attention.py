@@ -1,4 +1,4 @@
-"""Attention among devices: kernels each device runs on its own sequences and heads, everything else left to XLA."""
+"""Sharded attention: kernels run per device on its own sequences and heads; XLA partitions everything else."""
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,16 @@ from anyexperts_jax.sharding.specs import parts
 def whole_mask(
     mask: CausalMask, width: int, dtype: jnp.dtype, placement: Placement | None
 ) -> CausalMask | Bool[Array, "B T T"]:
-    """`mask` as it is where a kernel takes it, else as the array that all layers then share.
+    """Returns `mask` unchanged if a kernel will run, else as a dense array, computed once for all layers.
 
     Args:
-      width: of a head.
-      dtype: of queries, keys and values.
+      width: the head width.
+      dtype: the dtype of queries, keys and values.
     """
     runs = default_implementation(mask.valid_BT.shape[1], width, dtype, causal=True) in KERNELS
     if placement is None:
         whole = sees_one_device()
-    else:  # a kernel sees the positions that its device has
+    else:  # a kernel on one device needs all positions of a sequence
         whole = parts(placement.mesh, placement.rules.length) == 1
     return mask if runs and whole else mask.dense()
 
@@ -36,7 +36,8 @@ def split_attention(
     mask: Bool[Array, "B T S"] | CausalMask,
     placement: Placement | None,
 ) -> Float[Array, "B T H A"]:
-    """`ops.attention`. With a `CausalMask`, which goes to kernels that XLA cannot split, under a `shard_map`."""
+    """`ops.attention` on a mesh. A `CausalMask` means a kernel, which XLA cannot partition, so it runs in a
+    `shard_map`."""
     if placement is None or placement.mesh.size == 1 or not isinstance(mask, CausalMask):
         return attention(queries_BTHA, keys_BSGA, values_BSGA, mask)
     rules = placement.rules
@@ -47,6 +48,6 @@ def split_attention(
         mesh=placement.mesh,
         in_specs=(queries_spec, keys_spec, keys_spec, PartitionSpec(*rules.spec(("batch", "length")))),
         out_specs=queries_spec,
-        check_vma=False,
+        check_vma=False,  # Pallas calls do not declare over which mesh axes their results vary
     )
     return run(queries_BTHA, keys_BSGA, values_BSGA, mask)

@@ -1,4 +1,4 @@
-"""The device mesh: five named axes, of which most are 1 most of the time."""
+"""The device mesh. It always has five named axes, most of which usually have size 1."""
 
 import contextlib
 import dataclasses
@@ -19,21 +19,21 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis. At most one is -1: all devices the others leave.
+    """The number of devices along each mesh axis. At most one may be -1, which takes the devices left over.
 
-    Of several slices, TPU slices or GPU nodes between which the data-centre network lies, the five sizes are those in
-    one slice, and `dcn_data` and `dcn_fsdp` say how often the slices repeat them: the mesh axis `data` then has
-    dcn_data * data devices, those of one slice next to each other.
+    With several slices (TPU slices or GPU nodes, connected by the data-centre network) the five sizes describe one
+    slice, and `dcn_data` and `dcn_fsdp` count the slices along these axes. The mesh axis `data` then has
+    dcn_data * data devices, and the devices of one slice are adjacent.
 
     Raises:
       UserError: for a size that is neither -1 nor >= 1, and for more than one -1.
     """
 
-    data: int = -1  # copies of the parameters, each with its share of the batch
-    fsdp: int = 1  # parameters and the batch both split
-    expert: int = 1  # experts and the batch both split
-    tensor: int = 1  # heads and FFN widths split
-    sequence: int = 1  # positions of a sequence split
+    data: int = -1  # data parallelism: copies of the parameters, each with its share of the batch
+    fsdp: int = 1  # splits both parameters and the batch
+    expert: int = 1  # expert parallelism: splits both experts and the batch
+    tensor: int = 1  # tensor parallelism: splits heads and FFN widths
+    sequence: int = 1  # splits the positions of a sequence
     dcn_data: int = 1  # slices along the axis `data`
     dcn_fsdp: int = 1  # slices along the axis `fsdp`
 
@@ -54,16 +54,16 @@ class MeshConfig:
         """The size of every axis on `num_devices` devices, in the order of MESH_AXES.
 
         Raises:
-          UserError: when the sizes do not multiply to `num_devices`.
+          UserError: if the product of the sizes is not `num_devices`.
         """
         across = {"data": self.dcn_data, "fsdp": self.dcn_fsdp}
         return {name: size * across.get(name, 1) for name, size in self.sizes_inside(num_devices).items()}
 
     def sizes_inside(self, num_devices: int) -> dict[str, int]:
-        """The size of every axis inside one slice, of `num_devices` devices in all slices.
+        """The size of every axis inside one slice, for `num_devices` devices in all slices together.
 
         Raises:
-          UserError: when the sizes do not multiply to `num_devices`.
+          UserError: if the product of the sizes is not `num_devices`.
         """
         sizes = {name: getattr(self, name) for name in MESH_AXES}
         every = {**sizes, "dcn_data": self.dcn_data, "dcn_fsdp": self.dcn_fsdp}
@@ -79,10 +79,10 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices`, by default all of them. Every mesh has all five axes, so rules need not ask.
+    """The mesh over `devices`, by default all of them. Every mesh has all five axes, so rules need not check for them.
 
     Raises:
-      UserError: sizes that do not fit the devices, or slices that the devices are not.
+      UserError: if the sizes do not fit the number of devices, or the slices are not those the devices are in.
 
     Example:
         >>> import anyexperts_jax as ax, jax
@@ -94,29 +94,31 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = config.sizes(len(devices))
     axis_types = (AxisType.Auto,) * len(sizes)
     if config.slices == 1:
-        return Mesh(_near_together(tuple(sizes.values()), devices), tuple(sizes), axis_types=axis_types)
+        return Mesh(_device_grid(tuple(sizes.values()), devices), tuple(sizes), axis_types=axis_types)
     across, inside = (config.dcn_data, config.dcn_fsdp), tuple(config.sizes_inside(len(devices)).values())
-    blocks = [_near_together(inside, part) for part in split_into_slices(devices, config.slices)]
+    blocks = [_device_grid(inside, part) for part in split_into_slices(devices, config.slices)]
+    # [dcn_data, dcn_fsdp, data, fsdp, ...] to [dcn_data, data, dcn_fsdp, fsdp, ...]: within an axis, the devices of one
+    # slice stay adjacent, so that collectives do as much as possible inside a slice.
     grid = np.stack(blocks).reshape(*across, *inside).transpose((0, 2, 1, 3, 4, 5, 6))
     return Mesh(grid.reshape(tuple(sizes.values())), tuple(sizes), axis_types=axis_types)
 
 
-def _near_together(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices of one slice, those of an axis along a dimension of the torus, or along a part of one."""
+def _device_grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices of one slice, each mesh axis along a dimension of the torus or a part of one."""
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def traced_for(device: AbstractDevice) -> contextlib.AbstractContextManager[Any]:
-    """Within it, code that asks for the platform or the device kind hears of `device`, and that it is the only one."""
+    """A context in which `device` is the platform and the only device that traced code sees."""
     mesh = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,), abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
 
 
 def split_into_slices(devices: Sequence[Any], count: int) -> list[tuple[Any, ...]]:
-    """The devices of each of `count` slices. CPU devices know of no slices and are cut into runs of one length.
+    """The devices of each of `count` slices. CPU devices have no slices and are divided into equal runs.
 
     Raises:
-      UserError: the devices are in another number of slices, or in slices of unlike sizes.
+      UserError: if the devices are in another number of slices, or in slices of different sizes.
     """
     if devices[0].platform == "cpu":
         size = len(devices) // count
@@ -135,5 +137,5 @@ def split_into_slices(devices: Sequence[Any], count: int) -> list[tuple[Any, ...
 
 
 def slice_of(device: Any) -> int:
-    """The number of the slice that a device is in."""
+    """The index of the slice that a device is in; 0 if it does not say."""
     return getattr(device, "slice_index", None) or 0

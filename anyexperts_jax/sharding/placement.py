@@ -1,4 +1,4 @@
-"""`Placement`: the mesh a computation runs on, and the rules that say what is split over its axes."""
+"""`Placement`: the mesh a computation runs on, and the rules that split arrays over its axes."""
 
 import dataclasses
 from typing import Any
@@ -14,7 +14,7 @@ from anyexperts_jax.sharding.specs import DEFAULT_RULES, require_automatic
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where arrays live. Whoever holds a mesh, of one device or of many, hands it down as this.
+    """The mesh and the sharding rules, passed down explicitly: there is no global mesh.
 
     Raises:
       UserError: for a mesh with explicit axes.
@@ -28,15 +28,15 @@ class Placement:
 
     @property
     def device(self) -> jax.Device:
-        """One device of the mesh: all are of one kind."""
+        """One device of the mesh; all of them are of the same kind."""
         return self.mesh.devices.flat[0]
 
 
 def placement_of(arrays: Any) -> Placement:
-    """Where a tree of arrays lies: on the mesh that their shardings name, or on the one device that holds them all.
+    """The placement of a tree of arrays: the mesh of their shardings, or the one device that holds them all.
 
     Raises:
-      UserError: arrays on several devices without a mesh of `make_mesh`, or on different meshes.
+      UserError: if the arrays lie on several devices without a mesh of `make_mesh`, or on different meshes.
     """
     leaves = [leaf for leaf in jax.tree.leaves(arrays) if isinstance(leaf, jax.Array)]
     shardings = [leaf.sharding for leaf in leaves if not isinstance(leaf, jax.core.Tracer)]
@@ -51,10 +51,10 @@ def placement_of(arrays: Any) -> Placement:
 
 
 def one_device(device: jax.Device | None = None) -> Placement:
-    """A mesh of one device, by default JAX's first."""
+    """The placement on a mesh of one device, by default JAX's first."""
     return Placement(make_mesh(MeshConfig(data=1), [jax.devices()[0] if device is None else device]))
 
 
 def is_split(placement: Placement | None) -> bool:
-    """Whether arrays lie on several devices. Without a placement they lie on one."""
+    """Whether arrays are spread over several devices. Without a placement they are on one."""
     return placement is not None and placement.mesh.size > 1

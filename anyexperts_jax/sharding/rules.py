@@ -1,4 +1,4 @@
-"""Strict rules from logical axes to mesh axes."""
+"""The rules from logical axes to mesh axes. They are strict: every logical axis has one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ MeshAxes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """The mesh axes each logical axis is split over; None: not split. One field for every name in core.axes.
+    """The mesh axes that each logical axis is split over; None: not split. One field for every name in core.axes.
 
-    Every logical axis has a rule, so an axis without one is an error and never silently replicated. The batch is
-    split over `expert` too: otherwise all the devices of an expert group repeat the work outside the experts.
+    Every logical axis has a rule, so an axis without one is an error and is never replicated silently. The batch is
+    also split over `expert`: otherwise the devices of an expert group would all repeat the work outside the experts.
 
     Raises:
       UserError: for a mesh axis that does not exist.
@@ -52,7 +52,7 @@ class ShardingRules:
         """The PartitionSpec of an array whose dimensions have these logical names.
 
         Raises:
-          UserError: for an unknown logical axis, and for two dimensions on one mesh axis.
+          UserError: for an unknown logical axis, and for two dimensions that are split over the same mesh axis.
         """
         names = [field.name for field in dataclasses.fields(self)]
         for axis in logical_axes:

@@ -1,4 +1,4 @@
-"""Trees of shardings: for parameters from their logical axes, for a batch from its fields' names."""
+"""Shardings: those of parameters from their logical axes, those of a batch from the names of its fields."""
 
 import dataclasses
 import math
@@ -15,14 +15,16 @@ from anyexperts_jax.core.errors import comma_list, require
 from anyexperts_jax.sharding.rules import ShardingRules
 
 DEFAULT_RULES = ShardingRules()
+# B, then possibly T, then letters or digits other than T: a T in a later place would be an axis that nobody splits.
 _DIMENSIONS = re.compile(r"B(T?)[A-SU-Z0-9]*")
 
 
 def require_automatic(mesh: Mesh) -> None:
-    """Refuses a mesh with explicit axes: the model names layouts at its seams and leaves those between to the compiler.
+    """Checks that all axes of a mesh are automatic. The model constrains the layouts of a few arrays and leaves the
+    others to the compiler; on explicit axes every operation would have to state its layout.
 
     Raises:
-      UserError: naming the axes.
+      UserError: naming the axes that are not automatic.
     """
     others = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]
     require(
@@ -36,10 +38,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shardings(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> dict[str, NamedSharding]:
-    """The sharding of every array of a `Batch` by its field: sequences split, and positions where there are any.
+    """The sharding of every array of a `Batch`, by field: sequences are split, and so are positions if there are any.
 
     Raises:
-      UserError: a field whose name does not say its dimensions, explicit axes.
+      UserError: for a field whose name does not end in its dimensions, and for explicit axes.
     """
     require_automatic(mesh)
     fields = [field.name for field in dataclasses.fields(Batch)]
@@ -47,12 +49,12 @@ def batch_shardings(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> dict[st
 
 
 def batch_axes(field: str) -> tuple[str, ...]:
-    """The logical axes of a batch's array, those that are split: the letters at its name's end are its dimensions.
+    """The logical axes that split an array of the batch, read from the dimensions at the end of its name.
 
-    B, sequences, comes first, and T, positions, second or not at all: "tokens_BT", "patches_BPX".
+    B (sequences) comes first, and T (positions) second or not at all: "tokens_BT", "patches_BPX".
 
     Raises:
-      UserError: for any other name, whose array would stay whole on every device and nobody would see it.
+      UserError: for any other name. Its array would otherwise be replicated on every device without notice.
     """
     letters = field.rpartition("_")[2]
     known = bool(_DIMENSIONS.fullmatch(letters)) and "_" in field
@@ -64,16 +66,16 @@ def batch_axes(field: str) -> tuple[str, ...]:
 
 
 def batch_shards(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> int:
-    """The number of parts the sequences of a batch are split into; it must divide the batch size."""
+    """The number of parts into which the sequences of a batch are split. It must divide the batch size."""
     return parts(mesh, rules.spec(("batch",))[0])
 
 
 def batch_rows(
     mesh: Mesh, batch_size: int, devices: Collection[Any] | None = None, rules: ShardingRules = DEFAULT_RULES
 ) -> tuple[int, ...]:
-    """The rows of a batch that are on `devices`, by default those of this process, in order.
+    """The rows of a batch that `devices` hold, in order; by default those of this process.
 
-    Processes that split a sequence or a weight between them hold the same rows.
+    Processes that share a sequence or a weight hold the same rows.
     """
     held = mesh.local_devices if devices is None else devices
     indices = NamedSharding(mesh, rules.spec(("batch",))).devices_indices_map((batch_size,))
@@ -84,7 +86,7 @@ def shard_batch(mesh: Mesh, batch: Batch, batch_size: int | None = None, rules: 
     """Puts a batch onto the mesh.
 
     Args:
-      batch_size: of the whole batch, of which `batch` holds `batch_rows`; None: `batch` is the whole.
+      batch_size: the size of the global batch, of which `batch` holds the rows `batch_rows`; None: `batch` is global.
     """
     shardings = batch_shardings(mesh, rules)
     if batch_size is None or len(mesh.local_devices) == mesh.size:
@@ -94,6 +96,7 @@ def shard_batch(mesh: Mesh, batch: Batch, batch_size: int | None = None, rules: 
     def put(held: Any, sharding: NamedSharding) -> jax.Array:
         held = np.asarray(held)
 
+        # JAX asks for each local shard by its index in the global array; `held` has this process's rows only.
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(batch_size)
             place = first_row[start]
@@ -108,11 +111,11 @@ def param_shardings(mesh: Mesh, logical_axes: Any, abstract_params: Any, rules: 
     """The NamedSharding of every parameter.
 
     Args:
-      logical_axes: the parameters' tree with a tuple of logical axis names at each leaf.
-      abstract_params: the same tree of arrays or ShapeDtypeStructs.
+      logical_axes: a tree like the parameters', with a tuple of logical axis names at each leaf.
+      abstract_params: the parameters, as arrays or ShapeDtypeStructs.
 
     Raises:
-      UserError: naming the parameter whose axes are unknown, too few, or not divisible by the mesh; explicit axes.
+      UserError: naming the parameter whose axes are unknown, too few, or not divisible by the mesh; for explicit axes.
     """
     require_automatic(mesh)
 
@@ -120,6 +123,7 @@ def param_shardings(mesh: Mesh, logical_axes: Any, abstract_params: Any, rules: 
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         require(len(axes) == len(array.shape), f"parameter {name}: logical axes {axes} for shape {array.shape}")
         spec = rules.spec(axes)
+        # JAX refuses uneven splits too, but later and without the name of the parameter.
         for size, axis, mesh_axes in zip(array.shape, axes, spec, strict=True):
             count = parts(mesh, mesh_axes)
             indivisible = f"parameter {name}: {axis}={size} does not split over {mesh_axes} of {count} devices"
@@ -130,7 +134,7 @@ def param_shardings(mesh: Mesh, logical_axes: Any, abstract_params: Any, rules: 
 
 
 def require_divided(mesh: Mesh, tokens_spec: PartitionSpec, sequences: int, positions: int) -> None:
-    """Refuses tokens that do not split evenly over the mesh axes of `tokens_spec`, those of batch and length.
+    """Checks that the tokens split evenly over the mesh axes of `tokens_spec`, those of batch and length.
 
     Raises:
       UserError: naming the size and the axes.
@@ -141,6 +145,6 @@ def require_divided(mesh: Mesh, tokens_spec: PartitionSpec, sequences: int, posi
 
 
 def parts(mesh: Mesh, mesh_axes: Any) -> int:
-    """Into how many parts a dimension on `mesh_axes` is split."""
+    """The number of parts into which a dimension on `mesh_axes` is split."""
     names = () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
     return math.prod(mesh.shape[name] for name in names)

@@ -1,6 +1,6 @@
-"""Training: the run's configuration, the pure step, checkpoints, logs and the loop that ties them together.
+"""Training: the run configuration, the pure train step, checkpoints, logs, and the loop that connects them.
 
-Called, as `anyexperts_jax.train(config)`, the package trains a model: `help(anyexperts_jax.evaluate.run.train_run)`.
+The package can be called: `anyexperts_jax.train(config)` trains a model; `help(anyexperts_jax.evaluate.run.train_run)`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written in the background, whole or not at all, restored onto any mesh."""
+"""Checkpoints of a run: written in the background, atomically, and restored onto any mesh."""
 
 import contextlib
 import dataclasses
@@ -37,14 +37,14 @@ from anyexperts_jax.train.run_dir import TRAIN_LOCK, steps_in
 from anyexperts_jax.train.same_run import require_same_run
 from anyexperts_jax.train.state import TrainState
 
-SMALL_FILES_BYTES = 1 << 20  # metadata, configuration and data state of a checkpoint, amply
-LEAST_PART_BYTES = 1 << 20  # of an array that devices have copies of, which they write in parts: a program a part
-SECOND_LOOK_SECONDS = 1.0  # until a file counts as damaged: a run under way may be removing the checkpoint
+SMALL_FILES_BYTES = 1 << 20  # a generous bound on a checkpoint's metadata, configuration and data state
+LEAST_PART_BYTES = 1 << 20  # smaller replicated arrays are not split for writing: each part compiles a program
+SECOND_LOOK_SECONDS = 1.0  # before a file counts as damaged: a running process may be deleting the checkpoint
 
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Keeps Orbax's log off the terminal: what goes wrong in its threads is raised here as well, and said once."""
+    """Silences Orbax's log: errors in its threads are also raised here, and should be reported once."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -57,21 +57,21 @@ def quiet_orbax() -> Iterator[None]:
 class Checkpoints:
     """The checkpoints under `directory`, by step. Keeps the last few and the one with the lowest validation loss.
 
-    A checkpoint holds the parameters, the expert biases, the optimiser's state, the data iterator's state and the
-    run's configuration, each readable without the others, and checksums of their files. It appears under its name only
-    once it is whole. What is read is compared with its checksums first; arrays must be finite.
+    A checkpoint has the parameters, the expert biases, the optimiser state, the data iterator's state and the run's
+    configuration, each readable without the others, and checksums of their files. It gets its final name when it is
+    complete. Reading first compares the files with their checksums, and requires arrays to be finite.
     """
 
     def __init__(self, directory: pathlib.Path, keep_last: int = 1, *, read_only: bool = False) -> None:
-        """Opens the directory; to write, it is made, and what a killed run left half written there goes.
+        """Opens the directory. For writing, creates it and removes what a killed run left incomplete.
 
         Raises:
-          UserError: when something in it has a checkpoint's name and is none, or the validation loss of one is
+          UserError: if something in it has the name of a checkpoint but is none, or if the validation loss of one is
             unreadable.
         """
         self.directory = directory
         self._read_only = read_only
-        self._whole: set[tuple[int, str]] = set()  # step and item, once compared
+        self._whole: set[tuple[int, str]] = set()  # (step, item) pairs whose checksums were compared
         _require_checkpoints(directory)
         if not read_only:
             directory.mkdir(parents=True, exist_ok=True)
@@ -112,11 +112,11 @@ class Checkpoints:
         config: RunConfig,
         validation_loss: float = math.inf,
     ) -> None:
-        """Starts writing the state; returns once it is copied and may be overwritten. Waits for the one before.
+        """Starts writing the state; returns when it is copied and may be overwritten. Waits for the previous save.
 
         Raises:
-          OSError: when there is no room for it.
-          Exception: what went wrong with the one before.
+          OSError: if there is not enough disk space.
+          Exception: the error of the previous save, if it failed.
         """
         self._manager.check_for_errors()
         self._require_room(state)
@@ -134,10 +134,10 @@ class Checkpoints:
         )
 
     def restore(self, step: int, abstract: TrainState, config: RunConfig) -> tuple[TrainState, dict[str, Any]]:
-        """The state, on the shardings of `abstract`, and the data iterator's state.
+        """The state, with the shardings of `abstract`, and the data iterator's state.
 
         Raises:
-          UserError: when the checkpoint is damaged, or of another configuration (naming the keys).
+          UserError: if the checkpoint is damaged or of another configuration (naming the keys).
         """
         require_same_run(config, self.config(step), self._name(step))
         data_state = self._read_json(step, "data")
@@ -150,10 +150,10 @@ class Checkpoints:
         return TrainState(params=saved.params, **saved.optimizer, **saved.router_bias), data_state
 
     def restore_model(self, step: int, params: Any, router_bias_LC: Any) -> tuple[Any, jax.Array]:
-        """The parameters and expert biases alone, into abstract arrays that say where they go.
+        """The parameters and expert biases only, with the shardings of the given abstract arrays.
 
         Raises:
-          UserError: when the checkpoint is damaged.
+          UserError: if the checkpoint is damaged.
         """
         saved = self._read(step, params=params, router_bias={"router_bias_LC": router_bias_LC})
         return saved.params, saved.router_bias["router_bias_LC"]
@@ -162,7 +162,7 @@ class Checkpoints:
         """The configuration of the run that wrote the checkpoint.
 
         Raises:
-          UserError: when it is damaged or not a configuration of this version.
+          UserError: if it is damaged, or is not a configuration of this version.
         """
         return from_json(json.dumps(self._read_json(step, "config")), self._name(step))
 
@@ -170,7 +170,7 @@ class Checkpoints:
         """Returns when the last save is on disk.
 
         Raises:
-          Exception: what went wrong with it.
+          Exception: the error of the save, if it failed.
         """
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
@@ -185,14 +185,14 @@ class Checkpoints:
         return f"checkpoint {step} in {self.directory}"
 
     def _require_room(self, state: TrainState) -> None:
-        """Asks before the writing starts: found out half way, a full disk fills the terminal with tracebacks."""
+        """Checks the disk space before writing: a disk that fills up half way gives tracebacks from Orbax's threads."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + SMALL_FILES_BYTES
         if shutil.disk_usage(self.directory).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.directory))
 
     def _seal(self) -> None:
-        """Writes the checksums. Orbax calls it in one process, with every file written, before the checkpoint has its
-        name: one without checksums has none of them missing, it is older."""
+        """Writes the checksums. Orbax calls this in one process, after all files are written and before the checkpoint
+        gets its final name. So a checkpoint without checksums did not lose them: an older version wrote it."""
         unnamed = [entry for entry in self._alias.path.iterdir() if ocp.utils.TMP_DIR_SUFFIX in entry.name]
         for folder in unnamed:
             write_checksums(folder)
@@ -203,7 +203,7 @@ class Checkpoints:
         return parse_json_object(path.read_text(encoding="utf-8"), str(path))
 
     def _read(self, step: int, **trees: Any) -> Any:
-        """The arrays of some items, of the shapes, dtypes and shardings of the abstract ones in `trees`."""
+        """The arrays of some items, with the shapes, dtypes and shardings of the abstract arrays in `trees`."""
         self._require_whole(step, list(trees))
         args = {
             item: ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
@@ -219,10 +219,10 @@ class Checkpoints:
         return saved
 
     def _require_whole(self, step: int, items: list[str]) -> None:
-        """Compares an item's files with their checksums, once; several processes share the work.
+        """Compares the files of some items with their checksums, once; processes share the work.
 
         Raises:
-          UserError: a file is not what was written, or the run that is under way has removed the checkpoint.
+          UserError: if a file is not what was written, or a running process has deleted the checkpoint.
         """
         left = [item for item in items if (step, item) not in self._whole]
         folder, error = self.directory / str(step), None
@@ -232,7 +232,7 @@ class Checkpoints:
                 time.sleep(SECOND_LOOK_SECONDS)
                 damage = find_damage(folder, left, processes.share())
                 if not folder.exists():
-                    raise UserError(f"{self._name(step)} was removed by the run that is under way; run this again")
+                    raise UserError(f"{self._name(step)} was deleted by the running training; run this again")
             if damage is not None:
                 error = _unreadable(self.directory, step, damage)
         except UserError as found:
@@ -241,7 +241,7 @@ class Checkpoints:
         self._whole.update((step, item) for item in left)
 
     def _require_arrays(self, step: int, trees: Any) -> None:
-        """Raises UserError where the checkpoint, which is whole, does not have the arrays asked for."""
+        """Raises UserError if the checkpoint, known to be undamaged, lacks some of the requested arrays."""
         for item, tree in trees.items():
             known = json.loads((self.directory / str(step) / item / "_METADATA").read_text(encoding="utf-8"))
             there = {tuple(str(key["key"]) for key in leaf["key_metadata"]) for leaf in known["tree_metadata"].values()}
@@ -253,37 +253,37 @@ class Checkpoints:
             )
 
     def _require_finite(self, step: int, trees: dict[str, Any]) -> None:
-        """Raises UserError, in every process, naming an array that holds a NaN or an infinity."""
+        """Raises UserError, in every process, if an array holds a NaN or an infinity; the message names it."""
         error = None
         for path, array in jax.tree_util.tree_leaves_with_path(trees):
             if error is None and not _is_finite(array):
                 name = "/".join(map(_key, path))
                 error = UserError(
-                    f"{self._name(step)} is no use: {name} is not finite; {_go_on_from(self.directory, step)}"
+                    f"{self._name(step)} is unusable: {name} is not finite; {_advice(self.directory, step)}"
                 )
         processes.raise_together(error)
 
 
 def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-    """Orbax's own, but for arrays that devices have copies of: it would compile a slice for every part, however small,
-    which on eight devices takes seconds of a run's first checkpoint."""
+    """Orbax's handlers, except for replicated arrays: by default it compiles a slice program for every part of these,
+    however small, which on eight devices adds seconds to a run's first checkpoint."""
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_PART_BYTES)
     trees = ocp.PyTreeCheckpointHandler(
         type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     )
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
-        registry.add(None, args, trees)  # whatever the item
+        registry.add(None, args, trees)  # None: for any item
     return registry
 
 
 def _key(entry: Any) -> str:
-    """One step of a path through a tree, as Orbax names it."""
+    """One entry of a tree path, by the name Orbax gives it."""
     return str(next(getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name)))
 
 
 def _is_finite(array: Any) -> bool:
-    """Whether all that this process has of it is; looked at part by part, each once."""
+    """Whether this process's part of an array is finite. Looks at each distinct shard once."""
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return True
     parts = {str(shard.index): shard for shard in array.addressable_shards}
@@ -291,7 +291,7 @@ def _is_finite(array: Any) -> bool:
 
 
 def _require_checkpoints(directory: pathlib.Path) -> None:
-    """Reads every checkpoint's validation loss before Orbax does, which does not say whose it could not read."""
+    """Reads every checkpoint's validation loss before Orbax does, whose errors do not say which one is unreadable."""
     for step in steps_in(directory):
         folder = directory / str(step)
         path = folder / "metrics" / "metrics"
@@ -299,7 +299,7 @@ def _require_checkpoints(directory: pathlib.Path) -> None:
         empty = not any((folder / item).is_dir() for item in (*TREE_ITEMS, *JSON_ITEMS))
         require(not empty, f"{folder} is in the place of a checkpoint but holds nothing of one; move it away")
         damage = find_damage(folder, ["metrics"]) if (folder / CHECKSUMS_NAME).exists() else None
-        if damage is None and path.exists():  # Orbax takes one without for one that was not evaluated
+        if damage is None and path.exists():  # without one, Orbax takes the checkpoint as not evaluated
             damage = _find_no_loss(path)
         if damage is not None:
             raise _unreadable(directory, step, damage)
@@ -315,16 +315,17 @@ def _find_no_loss(path: pathlib.Path) -> Damage | None:
 
 
 def _unreadable(directory: pathlib.Path, step: int, damage: Damage) -> UserError:
-    return UserError(f"checkpoint {step} in {directory} is unreadable ({damage}); {_go_on_from(directory, step)}")
+    return UserError(f"checkpoint {step} in {directory} is unreadable ({damage}); {_advice(directory, step)}")
 
 
-def _go_on_from(directory: pathlib.Path, step: int) -> str:
+def _advice(directory: pathlib.Path, step: int) -> str:
+    """What to do about an unusable checkpoint of this step."""
     others = [other for other in steps_in(directory) if other != step]
     if not others:
-        return "there is no other"
+        return "there is no other checkpoint"
     if step not in steps_in(directory):
         return f"the last one is of step {others[-1]}"
-    return f"move {directory / str(step)} away to go on from step {others[-1]}"
+    return f"move {directory / str(step)} away to resume from step {others[-1]}"
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:

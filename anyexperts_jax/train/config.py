@@ -1,4 +1,4 @@
-"""`RunConfig`: everything that decides what a run does, from TOML and overrides, strictly."""
+"""`RunConfig`: everything that defines a run, read strictly from TOML and overrides."""
 
 import dataclasses
 import importlib.resources
@@ -29,7 +29,7 @@ OnNonfinite = Literal["stop", "skip"]
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop.
+    """The training loop.
 
     Raises:
       UserError: naming the value and the rule it breaks.
@@ -37,14 +37,14 @@ class TrainConfig:
 
     steps: int = 1000  # optimiser steps
     batch_size: int = 32  # sequences per step
-    accumulation: int = 1  # micro-batches a step is computed in, one after the other
+    accumulation: int = 1  # micro-batches per step, computed one after the other
     log_every: int = 10  # steps between records of metrics.jsonl and TensorBoard
     checkpoint_every: int = 100  # steps between checkpoints
-    eval_every: int = 100  # steps between validations, each of a state that is saved: a multiple of checkpoint_every
-    eval_examples: int = 64  # examples of each domain's validation split
-    keep_last: int = 2  # checkpoints kept; the one with the lowest validation loss is kept besides
-    on_nonfinite: OnNonfinite = "stop"  # skip: the step changes nothing and is counted
-    start_from: str | None = None  # directory of a run whose last parameters this one starts with; see train.warm_start
+    eval_every: int = 100  # steps between validations; a multiple of checkpoint_every, so that each state is saved
+    eval_examples: int = 64  # validation examples per domain
+    keep_last: int = 2  # number of latest checkpoints kept, in addition to the one with the lowest validation loss
+    on_nonfinite: OnNonfinite = "stop"  # stop: end the run; skip: discard the step's update and count it
+    start_from: str | None = None  # a run directory to take the initial parameters from; see train.warm_start
 
     def __post_init__(self) -> None:
         check_field_types(self, "train.")
@@ -63,10 +63,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A whole run. Two runs of one config on one kind of machine give the same losses.
+    """A whole run. Two runs of one configuration on the same kind of machine give the same losses.
 
     Raises:
-      UserError: when its parts do not fit each other.
+      UserError: if its parts do not fit each other.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -75,8 +75,8 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
-    seed: Seed = 0  # seed of the parameters and of what is random in a step; the data have their own
-    plugins: tuple[str, ...] = ()  # modules that are imported first; they add to the registries of core.registries
+    seed: Seed = 0  # seed of the initial parameters and of randomness in a step; the data have their own
+    plugins: tuple[str, ...] = ()  # modules to import first; they add to the registries of core.registries
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -85,7 +85,8 @@ class RunConfig:
         require(
             self.data.packing == "none" or scope == "batch",
             f"data.packing={self.data.packing!r} with model.moe.switches.balance_scope={scope!r}: that balance loss is "
-            "of a row, which packing fills with several examples; set the former to none or the latter to batch",
+            "computed per row, but packing puts several examples into a row; set the former to none or the latter to "
+            "batch",
         )
         length, parts = self.data.encoding.max_length, self.mesh.sequence
         require(
@@ -99,18 +100,18 @@ class RunConfig:
 
 
 def preset_names() -> list[str]:
-    """The run configurations that come with the package."""
+    """The names of the run configurations that come with the package."""
     return names_in(_presets())
 
 
 def load_config(source: str | pathlib.Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> RunConfig:
-    """The run configuration of a preset's name, a TOML file or a run's config.json.
+    """Loads a run configuration from the name of a preset, a TOML file or a run's config.json.
 
-    A TOML file holds the tables of `RunConfig`; `preset = "tiny"` at its top takes that model preset as the base of
-    the table `model`. An override is `key=value` with a dotted key, its value as TOML has it: "optim.lr=1e-3",
+    A TOML file has the tables of `RunConfig`; `preset = "tiny"` at its top makes that model preset the base of the
+    table `model`. An override is `key=value` with a dotted key and a TOML value: "optim.lr=1e-3",
     "model.moe.switches.iar=off" (a bare word is a string). `plugins` are modules to import before the configuration is
-    read; the run records them. With a tokenizer other than bytes, `vocab_size`, `pad_id` and `eos_id` of the model are
-    the tokenizer's unless they are given.
+    read; the run records them. With a tokenizer other than bytes, the model's `vocab_size`, `pad_id` and `eos_id` are
+    taken from the tokenizer unless they are given.
 
     Raises:
       UserError: one line with file, key and valid keys or values.
@@ -123,7 +124,7 @@ def load_config(source: str | pathlib.Path, overrides: Sequence[str] = (), plugi
 
 
 def run_config(name: str, values: dict[str, Any]) -> RunConfig:
-    """The run configuration of a file's tables, read; `name` is for messages.
+    """The run configuration from the tables of a file; `name` is the file's, for messages.
 
     Raises:
       UserError: one line with name, key and valid keys or values.
@@ -142,12 +143,12 @@ def run_config(name: str, values: dict[str, Any]) -> RunConfig:
 
 
 def _load_plugins(values: dict[str, Any]) -> None:
-    """Before all else is read: the configuration may name what they register."""
+    """Imports the plugins before anything else is read, because the configuration may name what they register."""
     load_plugins(_plugins(values))
 
 
 def _plugins(values: dict[str, Any]) -> tuple[str, ...]:
-    """The modules that a file's tables name; whatever is no name is left to `build` to refuse."""
+    """The plugin modules named in a file's tables. Anything that is not a string is left for `build` to report."""
     given = values.get("plugins", ())
     names = given if isinstance(given, list | tuple) else (given,)
     return tuple(name for name in names if isinstance(name, str))
@@ -161,7 +162,7 @@ def from_json(text: str, name: str = "config.json") -> RunConfig:
     """The inverse of `to_json`; `name` is for messages.
 
     Raises:
-      UserError: when the text is no JSON object, or no configuration of this version.
+      UserError: if the text is not a JSON object, or not a configuration of this version.
     """
     values = parse_json_object(text, name)
     try:
@@ -177,7 +178,7 @@ def _presets() -> Traversable:
 
 
 def _read(source: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
-    """Name for messages and raw values of a preset or file."""
+    """The name (for messages) and the raw values of a preset or file."""
     path = pathlib.Path(source)
     if path.is_dir() and str(source) not in preset_names():
         path = path / "config.json"
@@ -187,5 +188,5 @@ def _read(source: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
 
 
 def describe_differences(differences: dict[str, tuple[Any, Any]]) -> str:
-    """Keys with both values, in one line: "optim.lr (0.001, was 0.01)"."""
+    """The differing keys with both values, on one line: "optim.lr (0.001, was 0.01)"."""
     return comma_list(f"{key} ({ours!r}, was {theirs!r})" for key, (ours, theirs) in differences.items())

@@ -1,4 +1,4 @@
-"""Configuration files and overrides as nested tables."""
+"""Reads configuration files and overrides into nested tables."""
 
 import pathlib
 import tomllib
@@ -13,7 +13,7 @@ from anyexperts_jax.train.strict import closest, merge
 
 
 def read_toml(source: str | pathlib.Path, kind: str, presets: Traversable) -> tuple[str, dict[str, Any]]:
-    """Name for messages and raw values of a TOML file, or of one of the folder `presets` by its name."""
+    """The name (for messages) and the raw values of a TOML file, or of a preset in the folder `presets`."""
     path = pathlib.Path(source)
     if path.suffix == ".toml":
         return str(path), parse_toml(str(path), read_text(path, "config"))
@@ -24,7 +24,7 @@ def read_toml(source: str | pathlib.Path, kind: str, presets: Traversable) -> tu
 
 
 def names_in(presets: Traversable) -> list[str]:
-    """Of the TOML files in a folder of the package."""
+    """The names of the TOML files in a folder of the package."""
     return sorted(path.name.removesuffix(".toml") for path in presets.iterdir() if path.name.endswith(".toml"))
 
 
@@ -36,7 +36,7 @@ def parse_toml(name: str, text: str) -> dict[str, Any]:
 
 
 def parse_override(override: str) -> dict[str, Any]:
-    """The nested table of one "key=value". A value that is no TOML is a string."""
+    """Parses one "key=value" into a nested table. A value that is not valid TOML is a string."""
     key, equals, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     require(bool(equals) and all(parts), f"override {shown(override)} is not key=value, as in optim.lr=1e-3")
@@ -54,17 +54,17 @@ def parse_override(override: str) -> dict[str, Any]:
 
 
 def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`values` with every "key=value" laid over them, in order; keys of earlier versions where they stand now."""
+    """`values` with every "key=value" applied in order. Keys of earlier versions are moved to their current place."""
     for override in overrides:
         values = merge(values, move_keys(parse_override(override)))
     return dict(values)
 
 
 def table_in(values: Mapping[str, Any], key: str, name: str) -> Mapping[str, Any]:
-    """The table `key` of a file's values, empty where there is none; `name` is the file's, for the message.
+    """The table `key` of a file's values, empty if there is none; `name` is the file's, for the message.
 
     Raises:
-      UserError: when there is something else under that key.
+      UserError: if the key holds something other than a table.
     """
     table = values.get(key, {})
     require(isinstance(table, Mapping), f"{name}: key {key}={shown(table)} must be a table")

@@ -1,7 +1,7 @@
-"""Whether a run fits its mesh and its machine, from shapes alone, before anything is made.
+"""Checks from shapes alone, before anything is allocated, that a run fits its mesh and its machine.
 
-Bytes are lower bounds: what certainly is there at once, nothing that a compiler may save. So nothing that fits is
-refused, and what is far too large is refused at once rather than after minutes of paging.
+Byte counts are lower bounds: they count what certainly exists at the same time and nothing that a compiler may save. So
+a run that fits is never refused, and one that is far too large is refused at once instead of after minutes of paging.
 """
 
 import math
@@ -23,17 +23,17 @@ _NUMBER = 4  # bytes of a float32 or an int32
 
 
 def require_fits(config: RunConfig, mesh: Mesh, *, trains_everything: bool = True) -> None:
-    """Refuses a run whose arrays do not split over the mesh, or are larger than the memory they go into.
+    """Checks that a run's arrays split over the mesh and fit into memory.
 
     Args:
-      trains_everything: False: some parameters are frozen, and have neither gradients nor optimiser state.
+      trains_everything: False: some parameters are frozen and have neither gradients nor optimiser state.
 
     Raises:
-      UserError: naming the size and the mesh axis, or the bytes needed and there.
+      UserError: naming the size and the mesh axis, or the bytes needed and available.
     """
     _require_splits(config, mesh)
     device, host = device_bytes(config, mesh, trains_everything), host_bytes(config, mesh)
-    if platform_of(mesh) == "cpu":  # where devices are this process's own memory
+    if platform_of(mesh) == "cpu":  # CPU devices share this process's memory with the data
         local = {name: size * len(mesh.local_devices) for name, size in device.items()}
         _require_room({**local, **host, **attention_bytes(config)}, available_bytes(), "this machine has available")
         return
@@ -44,10 +44,10 @@ def require_fits(config: RunConfig, mesh: Mesh, *, trains_everything: bool = Tru
 
 
 def require_room_for_examples(spec: EncodingSpec, examples: int, option: str) -> None:
-    """Refuses more examples of `spec`, held at once, than this machine has memory for.
+    """Checks that this machine has memory for so many examples of `spec` at once.
 
     Raises:
-      UserError: naming `option`, as in "--examples=64", and the bytes needed and there.
+      UserError: naming `option`, as in "--examples=64", and the bytes needed and available.
     """
     _require_room({option: examples * sequence_bytes(spec)}, available_bytes(), "this machine has available")
 
@@ -57,7 +57,7 @@ def platform_of(mesh: Mesh) -> str:
 
 
 def room_on_devices(mesh: Mesh) -> int | None:
-    """Bytes that the smallest of this process's devices has; None where none says."""
+    """Bytes of memory of the smallest of this process's devices; None if no device reports it."""
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
     return min((limit for limit in limits if limit), default=None)
 
@@ -70,13 +70,13 @@ def state_bytes(config: RunConfig, mesh: Mesh) -> int:
 
 
 def sequence_bytes(spec: EncodingSpec) -> int:
-    """Bytes of one encoded sequence at least: two numbers a position, and the features of patches and frames."""
+    """Least bytes of one encoded sequence: two numbers per position, and the features of patches and frames."""
     features = spec.max_patches * spec.patch_features + spec.max_frames * spec.frame_features
     return _NUMBER * (2 * spec.max_length + features)
 
 
 def host_bytes(config: RunConfig, mesh: Mesh) -> dict[str, int]:
-    """What a process holds beside its devices: a batch, and all validation examples, which are made once and kept."""
+    """Host memory of a process: a batch, and all validation examples, which are made once and kept."""
     train = config.train
     whole = len(mesh.local_devices) == mesh.size
     share = 1 if whole else batch_shards(mesh)
@@ -89,7 +89,7 @@ def host_bytes(config: RunConfig, mesh: Mesh) -> dict[str, int]:
 
 
 def device_bytes(config: RunConfig, mesh: Mesh, trains_everything: bool) -> dict[str, int]:
-    """What one device holds: the train state, all gradients, which are clipped together, and a micro-batch's logits."""
+    """Memory of one device: the train state, all gradients (clipped together), and the logits of a micro-batch."""
     parameters = _parameter_bytes(config, mesh)
     tokens = config.train.batch_size // config.train.accumulation * config.data.encoding.max_length
     tokens_here = tokens // (batch_shards(mesh) * mesh.shape["sequence"])
@@ -100,7 +100,7 @@ def device_bytes(config: RunConfig, mesh: Mesh, trains_everything: bool) -> dict
 
 
 def attention_bytes(config: RunConfig) -> dict[str, int]:
-    """Of one sequence: its scores, which a CPU takes head by head but for all positions together."""
+    """The attention scores of one sequence, which a CPU computes one head at a time but for all positions at once."""
     length = config.data.encoding.max_length
     return {f"the attention of data.encoding.max_length={length} positions": length**2 * _NUMBER}
 
@@ -116,7 +116,7 @@ def _require_splits(config: RunConfig, mesh: Mesh) -> None:
 
 
 def _parameter_bytes(config: RunConfig, mesh: Mesh) -> int:
-    """Of one device; refuses a parameter that does not split over the mesh."""
+    """Bytes of the parameters on one device. Raises `UserError` if a parameter does not split over the mesh."""
     params = abstract_params(config.model)
     shardings = param_shardings(mesh, logical_axes(config.model), params)
     sizes = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)) * p.dtype.itemsize, params, shardings)

@@ -1,6 +1,6 @@
-"""Parameters that a run leaves as they are: no gradient, no optimiser state, not a bit changed.
+"""Frozen parameters: they have no gradient and no optimiser state, and do not change by a bit.
 
-A tree of what is trained has the parameters' structure with None where one is frozen.
+A tree of trained parameters has the structure of all parameters, with None for frozen ones.
 """
 
 from typing import Any
@@ -10,21 +10,21 @@ import optax
 
 
 def select(params: Any, trainable: Any) -> Any:
-    """The parameters where the tree of bools `trainable` is True, None elsewhere; all of them where it is None."""
+    """The parameters for which the tree of bools `trainable` is True, None for others. All if `trainable` is None."""
     if trainable is None:
         return params
     return jax.tree.map(lambda kept, param: param if kept else None, trainable, params)
 
 
 def overlay(selected: Any, params: Any) -> Any:
-    """`params` with what `selected` has in its place."""
+    """`params` with those in `selected` replaced."""
     return jax.tree.map(lambda new, old: old if new is None else new, selected, params, is_leaf=lambda x: x is None)
 
 
-def only(optimizer: optax.GradientTransformation, trainable: Any) -> optax.GradientTransformationExtraArgs:
-    """`optimizer` on what is trainable alone: its state holds nothing of the rest, its updates are None there.
+def train_only(optimizer: optax.GradientTransformation, trainable: Any) -> optax.GradientTransformationExtraArgs:
+    """Restricts `optimizer` to trainable parameters: it has no state for others, and their updates are None.
 
-    It takes gradients that are None where frozen, and parameters either way.
+    Its `update` takes gradients that are None for frozen parameters, and parameters with or without the frozen ones.
     """
     inner = optax.with_extra_args_support(optimizer)
 
@@ -34,13 +34,13 @@ def only(optimizer: optax.GradientTransformation, trainable: Any) -> optax.Gradi
     return optax.GradientTransformationExtraArgs(lambda params: inner.init(select(params, trainable)), update)
 
 
-def side_by_side(
+def combine_optimizers(
     one: optax.GradientTransformationExtraArgs,
     one_trains: Any,
     other: optax.GradientTransformationExtraArgs,
     other_trains: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Two optimisers made by `only`, each for its own parameters; each clips its own gradient."""
+    """Combines two optimisers made by `train_only`, each for its own parameters. Each clips its own gradient."""
 
     def init(params: Any) -> tuple[Any, Any]:
         return one.init(params), other.init(params)

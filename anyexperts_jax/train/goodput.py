@@ -1,4 +1,4 @@
-"""Where a run's time goes: goodput, the share of wall time that goes into steps, and the times of the steps."""
+"""Goodput, the share of wall time spent in steps, and the times of the steps."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ PARTS = ("start", "compile", "data", "validation", "checkpoint")
 
 @dataclasses.dataclass(frozen=True)
 class StepTimes:
-    """Seconds from the end of a step to the end of the next, without the parts that are no step."""
+    """Seconds from the end of one step to the end of the next, minus time spent on other parts."""
 
     median: float
     p95: float
@@ -21,10 +21,10 @@ class StepTimes:
 
 @dataclasses.dataclass(frozen=True)
 class TimeReport:
-    """What one process spent since it began."""
+    """The time one process has spent since its start."""
 
     seconds: dict[str, float]  # "step" and PARTS; they add up to the wall time
-    steps: int  # taken
+    steps: int  # steps taken
     step_times: StepTimes | None  # None before the second step
 
     @property
@@ -32,16 +32,16 @@ class TimeReport:
         return self.seconds["step"] / max(sum(self.seconds.values()), 1e-9)
 
     def record(self) -> dict[str, object]:
-        """For metrics.jsonl: goodput and the share of each part."""
+        """The fields for metrics.jsonl: goodput and the share of each part."""
         wall = max(sum(self.seconds.values()), 1e-9)
         return {"goodput": self.goodput, "time_shares": {name: each / wall for name, each in self.seconds.items()}}
 
 
 class Clock:
-    """Counts every second of the wall once: for one of PARTS where it is said so, else for the steps.
+    """Attributes every second of wall time once: to one of PARTS if so marked, else to the steps.
 
-    "start" is all until `begin_steps` (reading files, restoring, making the state), and what files are opened after it.
-    "data" is the wait for a batch while the device had nothing to do; one that is made while a step runs costs nothing.
+    "start" is the time until `begin_steps` (reading files, restoring, creating the state), and opening files after it.
+    "data" is the time waiting for a batch while the device is idle; a batch made while a step runs costs nothing.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -49,10 +49,10 @@ class Clock:
         self._began = now()
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._in_steps = False
-        self._last: tuple[float, float] | None = None  # wall and spent time at the end of the step before
+        self._last: tuple[float, float] | None = None  # wall and spent time at the end of the previous step
         self._times: list[float] = []
         self._steps = 0
-        self._logged = 0  # of self._times
+        self._logged = 0  # number of `_times` that `window` has reported
 
     def begin_steps(self) -> None:
         self._seconds["start"] = self._now() - self._began
@@ -60,7 +60,7 @@ class Clock:
 
     @contextlib.contextmanager
     def spending(self, part: str) -> Iterator[None]:
-        """Counts what happens within it for `part`."""
+        """Attributes the time inside the context to `part`."""
         start = self._now()
         try:
             yield
@@ -79,7 +79,7 @@ class Clock:
         self._steps += 1
 
     def window(self) -> StepTimes | None:
-        """Of the steps since the last call."""
+        """The times of the steps since the last call."""
         times, self._logged = self._times[self._logged :], len(self._times)
         return _step_times(times)
 

@@ -1,7 +1,6 @@
-"""Whether a checkpoint's files are what was written: checksums beside them, or for older ones what can be read.
+"""Checks that a checkpoint's files are what was written, by checksums, or for older checkpoints by reading them.
 
-Nothing is called damaged here that was not looked at: a file that is missing, has another size or checksum, or cannot
-be decoded.
+Only verified damage is reported: a file that is missing, has another size or checksum, or cannot be decoded.
 """
 
 import concurrent.futures
@@ -16,11 +15,11 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.files import parse_json_object, read_text
 
 CHECKSUMS_NAME = "checksums.json"
-TREE_ITEMS = ("params", "router_bias", "optimizer")  # of arrays, each a folder of a checkpoint
+TREE_ITEMS = ("params", "router_bias", "optimizer")  # items with arrays, each a folder of a checkpoint
 JSON_ITEMS = ("config", "data")
-_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # what Orbax may still write in the checkpoint's own folder
+_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")  # files that Orbax may write after the checksums
 _CHUNK_BYTES = 1 << 20
-_READERS = 8  # zlib computes outside of Python's lock
+_READERS = 8  # threads; zlib releases Python's lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +46,16 @@ def write_checksums(folder: pathlib.Path) -> None:
 
 
 def find_damage(folder: pathlib.Path, items: Iterable[str], share: tuple[int, int] = (0, 1)) -> Damage | None:
-    """The first file of these items of a checkpoint that is not what was written; None where all are.
+    """The first file of these items of a checkpoint that is not what was written; None if all files are intact.
 
-    A checkpoint of a version that wrote no checksums is read instead, which finds what is missing, cut short or cannot
-    be decoded, and not what is still a number.
+    A checkpoint without checksums, of an earlier version, is read instead. That finds files that are missing, truncated
+    or cannot be decoded, but not changed numbers.
 
     Args:
-      share: (index, count): of the files this process's share alone, where others compare the rest.
+      share: (index, count): compares this process's share of the files only; the others compare the rest.
 
     Raises:
-      UserError: a file that is there cannot be read.
+      UserError: if an existing file cannot be read.
     """
     if not folder.is_dir():
         return Damage(folder, "is missing")
@@ -95,7 +94,7 @@ def _crc32(path: pathlib.Path) -> int:
 
 
 def _read_table(path: pathlib.Path) -> dict[str, tuple[int, int]]:
-    """Size and checksum of each file, by its name in the checkpoint's folder."""
+    """The size and checksum of each file, by its path in the checkpoint's folder."""
     files = parse_json_object(read_text(path, "file"), path.name).get("files")
     if not isinstance(files, dict):
         raise UserError("it has no table of files")
@@ -129,10 +128,10 @@ def _find_unreadable(folder: pathlib.Path, items: Iterable[str]) -> Damage | Non
 
 
 def find_undecodable_json(path: pathlib.Path) -> Damage | None:
-    """The file itself where it is missing or no JSON object.
+    """The damage of a file that is missing or is not a JSON object; None if it is fine.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: if it cannot be read.
     """
     if not path.is_file():
         return Damage(path, "is missing")
@@ -148,9 +147,10 @@ def find_undecodable_json(path: pathlib.Path) -> Damage | None:
 
 
 def _find_undecodable_array(folder: pathlib.Path) -> Damage | None:
-    """Reads every array of an item, one after the other, as TensorStore alone decodes them.
+    """Reads every array of an item in turn, with TensorStore.
 
-    Orbax reads them all at once and leaves the tasks of the others behind when one fails, to complain on the terminal.
+    Orbax reads them all at once, and when one fails, abandons the tasks of the others, which then complain on the
+    terminal.
     """
     import tensorstore
 
@@ -161,7 +161,7 @@ def _find_undecodable_array(folder: pathlib.Path) -> Damage | None:
         for name in arrays:
             store = {"driver": "zarr", "kvstore": {**base, "path": f"{name}/"}}
             tensorstore.open(store, open=True).result().read().result()
-    except ValueError as error:  # all that TensorStore raises: its statuses, in words
+    except ValueError as error:  # TensorStore raises nothing else; the text contains its status code
         if "PERMISSION_DENIED" in str(error):
             raise UserError(f"cannot read {folder}: {_first_words(error)}") from error
         return Damage(folder, f"cannot be decoded ({_first_words(error)})")

@@ -1,4 +1,4 @@
-"""What a run's records must hold for the tables and charts made from them."""
+"""Checks that a run's records have the fields that tables and charts are made from."""
 
 import math
 import pathlib
@@ -16,7 +16,7 @@ def _number(value: Any) -> bool:
 
 
 def _figure(value: Any) -> bool:
-    """A number, or null where it is undefined."""
+    """A number, or null for an undefined one."""
     return value is None or _number(value)
 
 
@@ -25,7 +25,7 @@ def _list(value: Any) -> bool:
 
 
 def _by_modality(value: Any) -> bool:
-    """A row of figures a layer; none of a dense model."""
+    """One row of figures per layer; empty for a dense model."""
     return isinstance(value, list) and all(_list(row) and len(row) == NUM_MODALITIES for row in value)
 
 
@@ -59,11 +59,11 @@ _NEEDED: Mapping[str, Mapping[str, Check]] = {
 }
 
 
-_OPTIONAL = ("balance_loss", "importance_loss", "z_loss")  # figures, where there are any
+_OPTIONAL = ("balance_loss", "importance_loss", "z_loss")  # figures that may be missing
 
 
 def require_complete(records: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Refuses records that lack what tables and charts show, or have it in another form.
+    """Checks that the records have what tables and charts show, in the expected form.
 
     Raises:
       UserError: naming the record and the field.

@@ -1,4 +1,4 @@
-"""The training loop: starts or goes on, steps, logs, evaluates, writes checkpoints, and stops cleanly."""
+"""The training loop: starts or resumes a run, takes steps, logs, evaluates, writes checkpoints and stops cleanly."""
 
 import contextlib
 import dataclasses
@@ -37,8 +37,8 @@ from anyexperts_jax.train.progress import Reporter, status_line
 from anyexperts_jax.train.recipe import EVERYTHING, Recipe
 from anyexperts_jax.train.run_dir import RunDir, open_run_dir, require_run_of
 from anyexperts_jax.train.run_log import NoLog, RunLog, read_records
-from anyexperts_jax.train.run_together import AGAIN, last_good, locked_together, waiting, watch_of
-from anyexperts_jax.train.run_tokenizer import pinned
+from anyexperts_jax.train.run_together import AGAIN, describe_last_checkpoint, lock_run, make_watch, waiting
+from anyexperts_jax.train.run_tokenizer import pin_tokenizer
 from anyexperts_jax.train.runtime import compile_cache
 from anyexperts_jax.train.state import TrainState, abstract_state, create_state, state_from
 from anyexperts_jax.train.step import CHECKED_SCALARS, StepReport, jit_train_step, model_apply
@@ -56,7 +56,7 @@ from anyexperts_jax.train.warm_start import warm_start
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a run ended that reached its last step."""
+    """The result of a run that reached its last step."""
 
     run_dir: pathlib.Path
     step: int
@@ -67,33 +67,35 @@ class TrainResult:
 def train(
     config: RunConfig, run_dir: str | pathlib.Path, *, progress: bool = True, recipe: Recipe = EVERYTHING
 ) -> TrainResult:
-    """Trains to the last step, from the last checkpoint in `run_dir` if there is one.
+    """Trains to the last step, resuming from the last checkpoint in `run_dir` if there is one.
 
-    On one mesh a run that was killed and goes on takes the same steps, bit for bit on CPU, as one that never stopped.
-    SIGINT and SIGTERM end it after the step under way with a checkpoint.
+    A run that is killed and resumed on the same mesh takes the same steps as one that never stopped, bit for bit on a
+    CPU. On SIGINT or SIGTERM the run finishes its current step, writes a checkpoint and ends.
 
-    After `train.processes.connect` every process calls it alike, with a directory that all of them see. The batches,
-    and but for the order of sums the losses, are those of one process; a run may go on with another number of them.
-    A signal to any of them ends all after the same step. The first process alone writes logs and shows progress.
+    After `train.processes.connect`, every process makes the same call, with a directory that all of them share. The
+    batches are those of a single process, and so are the losses except for the order of sums. A run may be resumed with
+    another number of processes. A signal to any process ends all of them after the same step. Only the first process
+    writes logs and shows progress.
 
     Args:
-      progress: show a bar, lines and tables on the standard error.
-      recipe: where the run departs from training every parameter from scratch.
+      progress: shows a progress bar, lines and tables on the standard error.
+      recipe: how the run differs from training every parameter from scratch.
 
     Raises:
-      UserError: when there is no device, the configuration does not fit them, or the run in `run_dir` is another's or
-        unreadable.
-      NonFiniteError: a loss or the gradient is not finite, with train.on_nonfinite="stop".
+      UserError: if there is no device, the configuration does not fit the devices, or the run in `run_dir` is
+      unreadable
+        or has another configuration.
+      NonFiniteError: if a loss or the gradient is not finite, with train.on_nonfinite="stop".
       RunInterruptedError: after a signal, once a checkpoint is written.
-      DiskFullError: no room for logs or a checkpoint; the checkpoints before are whole.
-      PeerLostError: another process is gone. One that is waited for in vain ends the process, see `processes.Watch`.
+      DiskFullError: if there is no space for logs or a checkpoint; earlier checkpoints stay intact.
+      PeerLostError: if another process died. If one hangs, this process exits; see `processes.Watch`.
     """
     require_devices()
     reporter = Reporter(Console(file=sys.stderr) if progress and processes.is_first() else None)
     paths = RunDir(pathlib.Path(run_dir))
     try:
-        own = pinned(config.data, config.model, paths.tokenizer, begun=bool(paths.checkpoint_steps()))
-        config = dataclasses.replace(config, data=own)
+        data = pin_tokenizer(config.data, config.model, paths.tokenizer, begun=bool(paths.checkpoint_steps()))
+        config = dataclasses.replace(config, data=data)
         mesh = make_mesh(config.mesh)
         require_fits(config, mesh, trains_everything=recipe.trainable is None and recipe.optimizer is None)
         require_validation_examples(config)
@@ -101,25 +103,26 @@ def train(
             StopRequests() as requests,
             quiet_orbax(),
             compile_cache(config.runtime.compile_cache),
-            locked_together(config, paths),
+            lock_run(config, paths),
         ):
             changed = require_run_of(paths, config)
             if changed:
-                reporter.note_later(f"going on with {describe_differences(changed)}")
-            return _Run(config, mesh, paths, reporter=reporter, requests=requests, recipe=recipe).to_the_end()
+                reporter.note_later(f"continuing with {describe_differences(changed)}")
+            return _Run(config, mesh, paths, reporter=reporter, requests=requests, recipe=recipe).run()
     except (OSError, ValueError, RuntimeError) as error:
         said, lost = no_room(error), processes.peer_lost(error)
         if said is not None:
+            last = describe_last_checkpoint(paths)
             raise DiskFullError(
-                f"cannot write to {paths.root}: {said}; {last_good(paths)}; free some room and run it again"
+                f"cannot write to {paths.root}: {said}; {last}; free some space and run it again"
             ) from error
         if lost is not None:
-            raise PeerLostError(f"another process is gone ({lost}); {last_good(paths)}; {AGAIN}") from error
+            raise PeerLostError(f"another process died ({lost}); {describe_last_checkpoint(paths)}; {AGAIN}") from error
         raise
 
 
 class _Run:
-    """One process's part of a run: everything the loop touches, opened together and closed together."""
+    """One process's part of a run: opens everything that the loop uses, and closes it again."""
 
     def __init__(
         self, config: RunConfig, mesh: Mesh, paths: RunDir, reporter: Reporter, requests: StopRequests, recipe: Recipe
@@ -127,7 +130,7 @@ class _Run:
         self.config, self.mesh, self.paths, self.reporter, self.requests = config, mesh, paths, reporter, requests
         self.recipe = recipe
         self.clock = Clock()
-        self.watch = watch_of(config, paths)
+        self.watch = make_watch(config, paths)
         self.apply = (recipe.apply or model_apply)(config.model, Placement(self.mesh))
         self.optimizer = recipe.optimizer or make_optimizer(config.optim, logical_axes(config.model))
         size = config.train.batch_size
@@ -137,10 +140,10 @@ class _Run:
         self.agreement = processes.Agreement()
         self.profiler = Profiler(config.runtime, paths, watches=processes.is_first())
         self.tokens, self.since, self.compiled_in = 0.0, time.perf_counter(), 0.0
-        self.first_rows: Batch | None = None  # of this process's first batch
+        self.first_rows: Batch | None = None  # this process's rows of the first batch
 
-    def to_the_end(self) -> TrainResult:
-        """Reads and checks all there is, compiles the step, and only then writes: what is refused changes nothing."""
+    def run(self) -> TrainResult:
+        """Reads and checks everything and compiles the step before it writes: a refused run changes no file."""
         try:
             self._require_same_run()
             state = self._start()
@@ -152,7 +155,7 @@ class _Run:
             batch = None if done else self._next_batch(None)
             step_fn = None if batch is None else self._compile(state, batch)
             with self.clock.spending("start"):
-                self._begin_to_write(self.first)
+                self._open_for_writing(self.first)
             try:
                 self._steps(state, self.first, batch, step_fn)
             finally:
@@ -160,9 +163,9 @@ class _Run:
                 self.reporter.stop()
                 self.log.close()
         finally:
-            self.iterator.close()  # its workers too, which else outlive the run by seconds
+            self.iterator.close()  # stops its workers, which would otherwise outlive the run by seconds
             error = sys.exception()
-            if error is None or processes.peer_lost(error) is None:  # a save under way waits for the one that is gone
+            if error is None or processes.peer_lost(error) is None:  # else closing would wait for the lost process
                 with self._waiting("the last checkpoint"):
                     self.checkpoints.close()
         with self._waiting("the end of the logs"):
@@ -181,15 +184,15 @@ class _Run:
             return Checkpoints(self.paths.checkpoints, self.config.train.keep_last, read_only=read_only)
 
     def _require_validation(self, records: list[dict[str, Any]], done: bool) -> list[dict[str, Any]]:
-        """The validation records, without which a run that is done has no result."""
+        """Returns the validation records; a finished run must have some, because they are its result."""
         require_complete(records, self.paths.metrics)
         found = [record for record in records if record["kind"] == "validation"]
         missing = done and not found
         require(not missing, f"the run is done, but {self.paths.metrics} has lost its validation records")
         return found
 
-    def _begin_to_write(self, first: int) -> None:
-        """From here on the directory is this run's: its configuration, its logs, what a killed run left goes."""
+    def _open_for_writing(self, first: int) -> None:
+        """Takes over the directory: writes the configuration, opens logs, removes what a killed run left incomplete."""
         self.reporter.show_notes()
         if self.recipe.begin is not None and processes.is_first():
             self.recipe.begin()
@@ -198,7 +201,7 @@ class _Run:
         self.checkpoints = self._open_checkpoints(read_only=False)
         self.log: RunLog | NoLog = RunLog(self.paths, first) if processes.is_first() else NoLog()
         if self.first_rows is not None and self.config.data.packing != "none":
-            self._tell_padding(self.first_rows)
+            self._report_padding(self.first_rows)
 
     def _require_same_run(self) -> None:
         numbers = {"the latest checkpoint": self.checkpoints.latest or 0, "the checksum of config.json": 0}
@@ -214,7 +217,7 @@ class _Run:
         return waiting(self.watch, what)
 
     def _start(self) -> TrainState:
-        """The last checkpoint's state, with the data iterator moved to it; or a new one."""
+        """The state of the last checkpoint, with the data iterator at the same place, or a new state."""
         model, step, key = self.config.model, self.checkpoints.latest, jax.random.key(self.config.seed)
         if step is None and self.recipe.start is not None:
             return state_from(model, self.optimizer, self.mesh, self.recipe.start(self.mesh))
@@ -233,20 +236,20 @@ class _Run:
         with self._waiting(f"the checkpoint of step {step}"):
             state, data_state = self.checkpoints.restore(step, abstract, self.config)
         self._restore_data(step, data_state)
-        self.reporter.note_later(f"going on from the checkpoint of step {step}")
+        self.reporter.note_later(f"resuming from the checkpoint of step {step}")
         return state
 
     def _restore_data(self, step: int, data_state: dict[str, Any]) -> None:
-        """Moves the data iterator to where the checkpoint was written."""
+        """Moves the data iterator to its position at the time of the checkpoint."""
         try:
             self.iterator.set_state(data_state)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # as Grain's classes may
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # Grain does not validate states
             where = self.paths.checkpoints / str(step) / "data"
             line = f"{type(error).__name__}: {error}"[:200]
             raise UserError(f"the data state in {where} is not one of this run's data pipeline ({line})") from error
 
     def _steps(self, state: TrainState, first: int, batch: Batch | None, step_fn: Any) -> None:
-        """Takes every step left, the first on `batch`. One step's numbers are read while the next is under way."""
+        """Takes the remaining steps, the first on `batch`. The numbers of a step are read while the next one runs."""
         train = self.config.train
         if step_fn is None:
             self.reporter.note(f"all {train.steps} steps are done")
@@ -259,6 +262,7 @@ class _Run:
             batch = batch if done == first + 1 else self._next_batch(pending)
             self.profiler.before(done)
             with self._waiting(f"step {done}"):
+                # Asked before the step and read after it, so that the all-reduce overlaps with the step.
                 asked = self.agreement.ask(self.requests.signal_number or 0, self.profiler.asked())
                 state, report = step_fn(state, batch)
             if pending is not None:
@@ -284,7 +288,7 @@ class _Run:
             self._finish_checkpoint()
 
     def _next_batch(self, pending: tuple[int, StepReport] | None) -> Batch:
-        """The wait counts as lost where the device had no step to work at meanwhile."""
+        """The next batch on the mesh. The wait counts as lost time only if the device was idle meanwhile."""
         start = time.perf_counter()
         rows = next(self.iterator)
         if self.first_rows is None:
@@ -295,13 +299,13 @@ class _Run:
             self.clock.add("data", time.perf_counter() - start)
         return batch
 
-    def _tell_padding(self, first: Batch) -> None:
-        """Once a process: how much of its first batch is padding, and how much would be without packing."""
+    def _report_padding(self, first: Batch) -> None:
+        """Reports, once per process, the share of padding in its first batch with and without packing."""
         alone, packed = padding_shares(first)
         self.log.write("data", self.first, {"padding_share": packed, "padding_share_unpacked": alone})
         length = first.tokens_BT.shape[1]
         self.reporter.note(
-            f"packing: {packed:.1%} of the positions are padding; with one example in a row of {length} it would be "
+            f"packing: {packed:.1%} of the positions are padding; with one example per row of {length} it would be "
             f"{alone:.1%}"
         )
 
@@ -312,7 +316,8 @@ class _Run:
     def _interrupt(self, step: int, signal_number: int) -> None:
         self._finish_checkpoint()
         name = signal.Signals(signal_number).name
-        message = f"stopped by {name} after step {step} of {self.config.train.steps}; {last_good(self.paths)}"
+        last = describe_last_checkpoint(self.paths)
+        message = f"stopped by {name} after step {step} of {self.config.train.steps}; {last}"
         raise RunInterruptedError(f"{message}; {AGAIN}", signal_number)
 
     def _compile(self, state: TrainState, batch: Batch) -> Any:
@@ -352,13 +357,13 @@ class _Run:
         if self.config.train.on_nonfinite == "stop":
             self._finish_checkpoint()
             raise NonFiniteError(
-                f"step {step}: {name} is {value}; {last_good(self.paths)}; "
-                "lower optim.lr, or set train.on_nonfinite=skip to pass over such steps"
+                f"step {step}: {name} is {value}; {describe_last_checkpoint(self.paths)}; "
+                "lower optim.lr, or set train.on_nonfinite=skip to skip such steps"
             )
         self.reporter.note(f"step {step} skipped: {name} is {value}")
 
     def _save(self, step: int, state: TrainState, evaluates: bool) -> None:
-        """A checkpoint, after an evaluation where one is due. Its time is not counted as training."""
+        """Evaluates if it is due and writes a checkpoint. This time does not count as training."""
         start = time.perf_counter()
         loss = math.inf
         if evaluates:

@@ -1,4 +1,4 @@
-"""The loss: cross entropy of the answer, plus the router's auxiliary losses."""
+"""The training loss: cross entropy of the answer plus the router's auxiliary losses."""
 
 import dataclasses
 
@@ -14,13 +14,13 @@ from anyexperts_jax.routing.trace import layer_mean
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AnswerScores:
-    """Teacher-forced scores of each row's answers, as sums: they add up over batches without bias."""
+    """Teacher-forced scores of each row's answers, as sums, which add up over batches without bias."""
 
     loss_B: Float[Array, "B"]  # float32 cross entropy in nats, summed over the answers' tokens
     tokens_B: Int[Array, "B"]  # answer tokens, EOS included
-    correct_B: Int[Array, "B"]  # of which the most likely token was right
+    correct_B: Int[Array, "B"]  # answer tokens that were the most likely ones
     answers_B: Int[Array, "B"]  # segments that have an answer
-    exact_B: Int[Array, "B"]  # of which every token was right
+    exact_B: Int[Array, "B"]  # answers with every token correct
 
 
 def answer_scores(
@@ -29,10 +29,10 @@ def answer_scores(
     loss_mask_BT: Bool[ArrayLike, "B T"],
     segment_BT: Int[ArrayLike, "B T"] | None = None,
 ) -> AnswerScores:
-    """Scores of the tokens that `loss_mask_BT` marks: where it is True at t, logits[t] are to predict tokens[t + 1].
+    """Scores of the tokens that `loss_mask_BT` marks: if it is True at t, logits[t] predict tokens[t + 1].
 
-    Everything is float32 whatever the logits' dtype. Where a segment ends, and at the last position, the mask counts
-    as False: what follows is not to be predicted from it.
+    Everything is computed in float32 whatever the logits' dtype. At the end of a segment, and at the last position, the
+    mask is taken as False: the next token belongs to another example.
 
     Args:
       segment_BT: see `Batch`. None: a row is one segment.
@@ -56,7 +56,7 @@ def answer_scores(
 
 
 def predicting_positions(loss_mask_BT: Bool[ArrayLike, "B T"], segment_BT: Int[ArrayLike, "B T"]) -> Bool[Array, "B T"]:
-    """`loss_mask_BT` where the next position is of the same segment."""
+    """`loss_mask_BT`, restricted to positions whose next position is in the same segment."""
     return jnp.asarray(loss_mask_BT) & ~_segment_ends(jnp.asarray(segment_BT))
 
 
@@ -66,19 +66,17 @@ def _segment_ends(segment_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
 
 
 def _count_in_segment(flags_BT: Bool[Array, "B T"], ends_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """How many positions of a position's segment, itself and those before it, have the flag."""
+    """The number of flags in a position's segment up to and including the position."""
     counts_BT = jnp.cumsum(flags_BT, axis=1)
     before_BT = jnp.roll(jnp.where(ends_BT, counts_BT, 0), 1, axis=1).at[:, 0].set(0)
     return counts_BT - jax.lax.cummax(before_BT, axis=1)
 
 
 def auxiliary_loss(config: AnyExpertsConfig, losses: dict[str, Float[Array, " L"]]) -> Float[Array, ""]:
-    """The weighted sum of the router's losses "balance", "importance" and "z", each a mean over the L MoE layers.
+    """The weighted sum of the router's losses "balance", "importance" and "z", each averaged over the L MoE layers.
 
-    A loss of another name has its weight in it.
-
-    A mean, so that the weights (AnyExperts: 0.01 and 0.001) mean the same at any depth; the paper does not say (our
-    reading).
+    Losses of other names must be weighted already. The average makes the weights (AnyExperts: 0.01 and 0.001) mean the
+    same at any depth; the paper does not say (our reading).
     """
     weights = {"balance": config.balance_weight, "importance": config.importance_weight, "z": config.z_weight}
     return jnp.asarray(sum(weights.get(name, 1.0) * layer_mean(loss) for name, loss in losses.items()), jnp.float32)

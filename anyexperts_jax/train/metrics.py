@@ -1,16 +1,16 @@
-"""What a step reports. Sums on the device, which add up over micro-batches and batches; means at the end.
+"""The metrics of a step: sums on the device, which add up over micro-batches and batches, and means at the end.
 
-A record of metrics.jsonl holds a step's scalars and its routing, means over the step's valid tokens:
+A record of metrics.jsonl has a step's scalars and its routing, as means over the step's valid tokens:
 
     loss, answer_loss, balance_loss, importance_loss, z_loss, grad_norm, learning_rate, token_accuracy, exact_match,
-    tokens_per_second, goodput, time_shares            the latter by part, see train.goodput, since the process began
-    step_seconds                                       median, p95 and slowest since the record before
-    real_slots, virtual_share, importance              [layer][modality], null where the batch has no such token
+    tokens_per_second, goodput, time_shares            the latter by part since the process started; see train.goodput
+    step_seconds                                       median, p95 and slowest since the previous record
+    real_slots, virtual_share, importance              [layer][modality], null if the batch has no such token
     importance_histogram                               [layer][modality][bin], shares, over (0, 1) in equal bins
     load_max_over_mean, router_entropy, dropped        [layer]
     tokens                                             [modality]
     mean_real_slots, nominal_real_slots, mean_virtual_share, mean_importance, worst_load_max_over_mean, total_dropped
-    dropped_share                                      real slots that found no room, of all real slots
+    dropped_share                                      dropped real slots as a share of all real slots
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ HISTOGRAM_BINS = 20
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RoutingSums:
-    """Routing of one or more batches in sum; add two with `jax.tree.map(jnp.add, a, b)`."""
+    """Routing summed over one or more batches; add two with `jax.tree.map(jnp.add, a, b)`."""
 
     tokens_M: Float[Array, "M"]
     importance_LM: Float[Array, "L M"]
@@ -46,7 +46,7 @@ class RoutingSums:
 
 
 def routing_sums(trace: RoutingTrace, batch: Batch) -> RoutingSums:
-    """Sums over a batch's valid tokens, by layer and modality. float32; exact for counts below 2^24."""
+    """Sums over a batch's valid tokens, by layer and modality, in float32: counts are exact below 2^24."""
     modality_BT, valid_BT = jnp.asarray(batch.modality_BT), jnp.asarray(batch.valid_BT)
     is_in_BTM = jax.nn.one_hot(modality_BT, NUM_MODALITIES) * valid_BT[..., None]
     importance_LBT = jax.lax.stop_gradient(trace.importance_BT)
@@ -68,7 +68,7 @@ def routing_sums(trace: RoutingTrace, batch: Batch) -> RoutingSums:
 
 
 def routing_means(config: AnyExpertsConfig, sums: RoutingSums) -> dict[str, Any]:
-    """The record's routing part from sums on the host: NumPy arrays, NaN where there is no token of a modality."""
+    """The routing part of a record from sums on the host: NumPy arrays, with NaN for a modality without tokens."""
     sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
     tokens = max(float(sums.tokens_M.sum()), 1.0)
     layers = max(len(sums.real_slots_LM), 1)  # a dense model has no MoE layer, and its means are 0
@@ -96,7 +96,7 @@ def routing_means(config: AnyExpertsConfig, sums: RoutingSums) -> dict[str, Any]
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it: lists and numbers, None for NaN and infinities."""
+    """Converts a value for JSON: to lists and numbers, with None for NaN and infinities."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,5 +1,5 @@
-"""Keys of run configurations that moved to another table, or are gone: files and run directories of before still load,
-or one line says what to do."""
+"""Keys of run configurations that were moved or removed. Files and run directories of earlier versions still load, or
+one line says what to change."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ _STACK = ("model", "stack")
 _MOE = ("model", "moe")
 _EXECUTION = (*_STACK, "execution")
 
-# Where a key stood, table by table, and where it stands now.
+# The old path of a key, table by table, and its current path.
 MOVED: dict[tuple[str, ...], tuple[str, ...]] = {
     (*_STACK, "dispatch"): (*_EXECUTION, "dispatch"),
     (*_STACK, "expert_mlp"): (*_EXECUTION, "implementation"),
@@ -22,7 +22,7 @@ MOVED: dict[tuple[str, ...], tuple[str, ...]] = {
     **{(*_MOE, name): (*_MOE, "switches", name) for name in sorted(SWITCH_NAMES)},
 }
 
-# Keys that nothing stands for any more, and what to do about each.
+# Keys that were removed without a replacement, and what to do about each.
 GONE: dict[tuple[str, ...], str] = {
     ("model", "vision", "max_places"): "a patch has a row and a column now, on a grid of any size: delete the key; a "
     "run or checkpoint that has it learned places by one number and must be trained again",
@@ -30,13 +30,13 @@ GONE: dict[tuple[str, ...], str] = {
 
 
 def move_keys(values: Mapping[str, Any], root: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`values` with every key of `MOVED` in its new table.
+    """`values` with every key of `MOVED` in its current table.
 
     Args:
-      root: the table that `values` are, where they are not a whole run configuration: ("model",) for a model's.
+      root: the path of the table that `values` are, if not a whole run configuration: ("model",) for a model's.
 
     Raises:
-      UserError: a key is given in both places, or is of `GONE`.
+      UserError: if a key is given in both places, or is in `GONE`.
     """
     moved: dict[str, Any] = _copy(values)
     for gone, instead in GONE.items():
@@ -61,7 +61,7 @@ def _copy(values: Any) -> Any:
 
 
 def _table(values: dict[str, Any], path: tuple[str, ...], *, make: bool) -> dict[str, Any] | None:
-    """The table at `path`; None where there is none, unless it is to be made."""
+    """The table at `path`. If there is none, creates it if `make`, else returns None."""
     for key in path:
         if key not in values and make:
             values[key] = {}

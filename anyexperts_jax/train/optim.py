@@ -1,4 +1,4 @@
-"""AdamW: clipped gradients, warm-up and cosine decay, weight decay on matrices alone."""
+"""AdamW with gradient clipping, warm-up, cosine decay, and weight decay on matrices only."""
 
 import dataclasses
 from typing import Any
@@ -21,14 +21,14 @@ class OptimConfig:
       UserError: naming the value that is out of range.
     """
 
-    lr: float = 1e-3  # learning rate at its highest, after the warm-up
-    warmup_steps: int = 100  # steps in which the learning rate rises linearly from 0
-    final_lr_fraction: float = 0.1  # share of lr that is left at the last step
+    lr: float = 1e-3  # peak learning rate, after the warm-up
+    warmup_steps: int = 100  # steps over which the learning rate rises linearly from 0
+    final_lr_fraction: float = 0.1  # learning rate at the last step as a fraction of lr
     weight_decay: float = 0.01  # decoupled, times the learning rate; not on norms, biases and other vectors
-    b1: float = 0.9  # decay of AdamW's mean of gradients, per step
-    b2: float = 0.95  # decay of its mean of squared gradients, per step
-    eps: float = 1e-8  # added to the root of that mean
-    clip_norm: float = 1.0  # length that the gradient as a whole is cut to
+    b1: float = 0.9  # decay per step of the mean of gradients
+    b2: float = 0.95  # decay per step of the mean of squared gradients
+    eps: float = 1e-8  # added to the root of the mean of squared gradients
+    clip_norm: float = 1.0  # the largest global norm of the gradient; longer ones are scaled down
 
     def __post_init__(self) -> None:
         check_field_types(self, "optim.")
@@ -48,7 +48,7 @@ class OptimConfig:
 def learning_rate(config: OptimConfig, steps: int, step: Int[Array, ""] | int) -> Float[Array, ""]:
     """The learning rate of step number `step`, 0 to steps - 1: linear warm-up, then cosine decay."""
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=config.lr / max(config.warmup_steps, 1),  # the first step already moves
+        init_value=config.lr / max(config.warmup_steps, 1),  # not 0: the first step would be wasted
         peak_value=config.lr,
         warmup_steps=config.warmup_steps,
         decay_steps=steps,
@@ -58,22 +58,23 @@ def learning_rate(config: OptimConfig, steps: int, step: Int[Array, ""] | int) -
 
 
 def decays(logical_axes: tuple[str, ...]) -> bool:
-    """Whether weight decay applies to a parameter: to matrices, not to norms, biases and other vectors per layer."""
+    """Whether weight decay applies to a parameter: to matrices, but not to norms, biases and other per-layer
+    vectors."""
     return len([axis for axis in logical_axes if axis not in ("layers", "modality")]) >= 2
 
 
 def clip(grads: Any, norm: float) -> Any:
-    """The gradient, no longer than `norm` as a whole. One factor for all, where optax divides and multiplies: XLA keeps
-    quotients in memory, products it takes again where they are needed."""
+    """Clips the gradient to a global norm of `norm`. Multiplies by one factor, where optax divides and multiplies: XLA
+    stores quotients in memory, but recomputes products where they are used."""
     factor = jnp.minimum(1.0, norm / optax.tree.norm(grads))
     return jax.tree.map(lambda g: factor.astype(g.dtype) * g, grads)
 
 
 def make_optimizer(config: OptimConfig, logical_axes: Any) -> optax.GradientTransformationExtraArgs:
-    """AdamW. Its `update` takes `learning_rate`, since the rate follows the step, skipped ones included, and `finite`:
-    where that is False, the state stays as it is and the updates mean nothing.
+    """AdamW. Its `update` takes `learning_rate`, because the rate depends on the step count including skipped steps,
+    and `finite`: if that is False, the state does not change and the updates are meaningless.
 
-    Moments are float32 whatever the gradients' dtype. Parameters that are None (see `train.frozen`) have none.
+    Moments are float32 whatever the gradients' dtype. Parameters that are None (see `train.frozen`) have no moments.
     """
     mask = jax.tree.map(decays, logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     direction = optax.chain(
@@ -92,11 +93,11 @@ def make_optimizer(config: OptimConfig, logical_axes: Any) -> optax.GradientTran
 
 
 def _adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
-    """optax's Adam, but that the state stays as it is where `finite` is False, and that the direction is taken from the
-    moments that are left behind.
+    """optax's Adam, except that the state does not change if `finite` is False, and that the direction is computed from
+    the moments in the new state.
 
-    On a CPU, XLA would otherwise compute them twice, and first copy the old ones, which are replaced in place; on
-    accelerators one pass updates moments and parameters.
+    On a CPU, XLA would otherwise compute the moments twice and copy the old ones, although they are replaced in place.
+    On accelerators one pass updates moments and parameters.
     """
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32)
 

@@ -1,4 +1,4 @@
-"""Another name for a directory whose own name Orbax or TensorStore would misread."""
+"""An alias for a directory whose name Orbax or TensorStore would misinterpret."""
 
 import pathlib
 import re
@@ -7,18 +7,18 @@ import tempfile
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.train import processes
 
-# Orbax finds the parts of a checkpoint with glob patterns that it appends to the path: of "exp[lr=1e-3]" it finds
-# none and writes a checkpoint that cannot be read, of "st*r" it may find a neighbour's. To TensorStore a backslash
-# is a separator.
+# Orbax finds the parts of a checkpoint with glob patterns that it appends to the path. Under "exp[lr=1e-3]" it finds
+# none and writes an unreadable checkpoint; under "st*r" it may find a neighbour's. TensorStore takes a backslash for a
+# separator.
 _MISREAD = re.compile(r"[*?\[\]\\]")
 
 
 class PathAlias:
-    """`path` is the directory's own where that is read as it stands, else a link to it in a temporary folder.
+    """`path` is the directory's own path if it is safe, else a link to it in a temporary folder.
 
     Raises:
-      UserError: when a link is needed and the temporary folder has such a name too, or several processes take part:
-        Orbax tells the others the first one's path.
+      UserError: if a link is needed and the temporary folder has an unsafe name too, or there are several processes:
+        Orbax broadcasts the first one's path to the others.
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
@@ -36,6 +36,6 @@ class PathAlias:
         self.path = alias
 
     def close(self) -> None:
-        """Takes the link away; what it leads to stays."""
+        """Removes the link, not its target."""
         if self._folder is not None:
             self._folder.cleanup()

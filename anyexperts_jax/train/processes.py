@@ -1,7 +1,7 @@
-"""One run in several processes: how they find each other, agree at every step, and end when one of them is gone.
+"""Runs with several processes: how they find each other, agree at every step, and exit if one of them dies.
 
-Every process runs the same command. Who they are comes from the command line, from JAX_COORDINATOR_ADDRESS,
-JAX_NUM_PROCESSES and JAX_PROCESS_ID, or from the cluster, which `jax.distributed.initialize` reads by itself.
+Every process runs the same command. The processes are described on the command line, by JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by the cluster, which `jax.distributed.initialize` detects.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.train.stops import PeerLostError
 
 AUTO = "auto"
-CLOUD_TPU_PORT = 8482  # where JAX's coordinator listens on TPUs; under Slurm the port follows from the job's number
-_MESSAGE_BYTES = 1024  # of an error that one process tells the others
-HEARTBEAT_MARGIN = 60.0  # seconds JAX's own check is slower than ours: its message is a stack trace
+CLOUD_TPU_PORT = 8482  # port of JAX's coordinator on TPUs; under Slurm it is derived from the job id
+_MESSAGE_BYTES = 1024  # length of an error message that is sent to the other processes
+HEARTBEAT_MARGIN = 60.0  # seconds by which JAX's own check is later than ours, because it prints a stack trace
 
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
-    """Who takes part: `count` processes, of which this is number `index`; None: the cluster says."""
+    """The processes of a run: `count` of them, of which this is number `index`. None: the cluster says."""
 
     count: int | None = None
     index: int | None = None
@@ -40,13 +40,15 @@ class Peers:
 def find_peers(
     processes: str | None, index: int | None, coordinator: str | None, environment: Mapping[str, str] = os.environ
 ) -> Peers | None:
-    """Who takes part, from the options of the command line, else from the environment; None: this process alone.
+    """The processes of the run, from command-line options or else the environment; None: a single process.
 
     Args:
-      processes: "1": alone whatever the environment says; "auto": ask the cluster; another number with the other two.
+      processes: "1": a single process, whatever the environment says; "auto": ask the cluster; any other number
+      requires
+        the other two options.
 
     Raises:
-      UserError: for half a description, or numbers that do not fit each other.
+      UserError: for an incomplete description, or numbers that do not fit each other.
     """
     if processes == "1" and index in (None, 0):
         return None
@@ -67,9 +69,9 @@ def find_peers(
 
 
 def in_cluster(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment is of one of several processes that a launcher started: a Slurm step, or GKE's TPU pods.
+    """Whether a launcher started this as one of several processes: a Slurm step or a TPU pod on GKE.
 
-    A Cloud TPU VM tells its slice only to those who ask over the network: `--processes auto`.
+    On a Cloud TPU VM this takes a network request, which only `--processes auto` makes.
     """
     slurm = all(name in environment for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"))
     several_tasks = slurm and environment.get("SLURM_NTASKS", "1") != "1"
@@ -78,10 +80,10 @@ def in_cluster(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def require_alone(processes: str | None, environment: Mapping[str, str] = os.environ) -> None:
-    """Refuses a process that is one of several, for what each of them would do in full, into the same files.
+    """Checks that this is the only process. Of several, each would do the whole work and write the same files.
 
     Raises:
-      UserError: unless `processes` is "1", or neither it nor the environment speaks of others.
+      UserError: if `processes` or the environment describes several processes; `processes="1"` overrides the latter.
     """
     if processes == "1":
         return
@@ -106,14 +108,14 @@ def _checked(count: str, index: str, coordinator: str) -> Peers:
 
 
 def connect(peers: Peers, timeout: float) -> None:
-    """Meets the other processes; nothing of JAX may have run before. Says first what it waits for, in one line.
+    """Connects to the other processes, before any other use of JAX. First prints one line about what it waits for.
 
-    A process that waits for longer than `timeout` seconds ends with one line and exit code 5.
+    A process that waits for longer than `timeout` seconds exits with one line and exit code 5.
 
     Raises:
-      UserError: when JAX finds no cluster.
+      UserError: if JAX finds no cluster.
     """
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the loop
+    jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler would replace the training loop's
     if peers.count is None:
         who, where, port = "this process", " that the cluster names", _port_by_default(os.environ)
     else:
@@ -132,8 +134,8 @@ def connect(peers: Peers, timeout: float) -> None:
                 heartbeat_timeout_seconds=int(timeout + HEARTBEAT_MARGIN),
                 shutdown_timeout_seconds=int(timeout + HEARTBEAT_MARGIN),
             )
-            jax.devices()  # of all processes: each waits here for the others' once more
-    except ValueError as error:  # so it says that it has found no cluster
+            jax.devices()  # waits for the devices of all processes
+    except ValueError as error:  # JAX raises it if it finds no cluster
         line = " ".join(str(error).split())
         raise UserError(
             f"JAX finds no cluster here ({line}); give --processes, --process-index, --coordinator"
@@ -141,7 +143,7 @@ def connect(peers: Peers, timeout: float) -> None:
 
 
 def _port_by_default(environment: Mapping[str, str]) -> str:
-    """The port of process 0 where nobody gave its address."""
+    """A description of process 0's port if its address is not given."""
     given = environment.get("JAX_COORDINATOR_PORT")
     default = f"port {CLOUD_TPU_PORT} on TPUs, one from 61440 to 65535 under Slurm; JAX_COORDINATOR_PORT sets another"
     return f"port {given} of process 0" if given else f"JAX's port of process 0 ({default})"
@@ -157,10 +159,10 @@ def is_first() -> bool:
 
 
 def require_agreement(what: str, values: Mapping[str, int], advice: str) -> None:
-    """Compares numbers over all processes; each must be the same in all.
+    """Checks that each number is the same in all processes.
 
     Raises:
-      UserError: in every process, naming the first value that differs, and who has what.
+      UserError: in every process, naming the first value that differs and two processes with their values.
     """
     if not several():
         return
@@ -172,15 +174,15 @@ def require_agreement(what: str, values: Mapping[str, int], advice: str) -> None
 
 
 def share() -> tuple[int, int]:
-    """(index, count) of this process, to take its part of work that is the same in all."""
+    """(index, count) of this process, to divide work among the processes."""
     return jax.process_index(), jax.process_count()
 
 
 def raise_together(error: UserError | None) -> None:
-    """Raises in every process what any of them found wrong; every process must come here.
+    """Raises an error in every process if any of them has one. Every process must call this, even without an error.
 
     Raises:
-      UserError: this process's own error, or else the first of another's.
+      UserError: this process's error, or else the first one of another process.
     """
     if several():
         said = np.zeros(_MESSAGE_BYTES, np.uint8)
@@ -194,16 +196,17 @@ def raise_together(error: UserError | None) -> None:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once every process has come here."""
+    """A barrier: returns once every process has called it."""
     if several():
         multihost_utils.sync_global_devices(name)
 
 
 class Agreement:
-    """The largest of each of some small numbers over all processes, the same in all of them at the same step.
+    """The maximum over all processes of some small numbers, so that all of them act on the same values at the same
+    step.
 
-    Asked before a step is started and read after, so that it costs no time but a small all-reduce; with one process
-    it costs nothing.
+    Asked before a step starts and read after it, so it costs no more than a small all-reduce. With one process it costs
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -214,7 +217,7 @@ class Agreement:
             self._largest = jax.jit(lambda numbers: jnp.max(numbers, axis=0), out_shardings=whole)
 
     def ask(self, *numbers: int) -> Any:
-        """Starts to compare; every process must ask equally often."""
+        """Starts the all-reduce; every process must call this equally often."""
         ours = np.asarray([numbers], np.int32)
         if not several():
             return ours[0]
@@ -226,13 +229,13 @@ class Agreement:
 
 
 class Watch:
-    """Ends the process with one line and exit code 5 when it waits too long for others; a thread of its own sees to it.
+    """Exits the process with one line and exit code 5 if it waits too long for others.
 
-    A process that waits for a device cannot be interrupted in any other way.
+    A timer thread does that: Python cannot interrupt a process that is blocked in a collective.
     """
 
     def __init__(self, timeout: float, message: Callable[[str], str]) -> None:
-        """Args: timeout in seconds; message: of what was waited for, the line to end with."""
+        """Args: timeout in seconds; message: makes the final line from a description of what was waited for."""
         self._timeout, self._message = timeout, message
 
     @contextlib.contextmanager
@@ -250,12 +253,12 @@ class Watch:
         os._exit(PeerLostError.exit_code)
 
 
-# What collectives, barriers and the coordination service say when a process is gone.
+# Words in the errors of collectives, barriers and the coordination service after a process died.
 _SIGNS = ("Gloo", "Connection closed by peer", "Connection reset by peer", "heartbeat", "Barrier", "barrier", "NCCL")
 
 
 def peer_lost(error: BaseException) -> str | None:
-    """The first line of what was said, if `error` is of a process that is gone; else None."""
+    """The first line of the message if `error` was caused by the death of another process, else None."""
     if not several() or isinstance(error, UserError):
         return None
     line = (str(error).splitlines() or [""])[0]

@@ -1,4 +1,4 @@
-"""Traces of some steps, by configuration or on demand: `touch RUN/profile.request`, and look into RUN/profile."""
+"""Profiler traces of some steps, by configuration or on demand: `touch RUN/profile.request` and see RUN/profile."""
 
 import contextlib
 
@@ -9,24 +9,24 @@ from anyexperts_jax.train.runtime import RuntimeConfig
 
 
 class Profiler:
-    """Starts and stops JAX's profiler between steps. Every process of a run traces its own devices, at one step."""
+    """Starts and stops JAX's profiler between steps. All processes trace their own devices at the same steps."""
 
     def __init__(self, config: RuntimeConfig, paths: RunDir, *, watches: bool) -> None:
-        """`watches`: this process looks for the request and takes it away."""
+        """`watches`: whether this process looks for the request file and deletes it."""
         self._range, self._steps, self._paths, self._watches = config.profile, config.profile_steps, paths, watches
-        self._last: int | None = None  # step of the trace under way
+        self._last: int | None = None  # last step of the running trace
         self._requested = False
 
     def asked(self) -> bool:
-        """Whether a trace is asked for that this process sees."""
+        """Whether this process has found a request for a trace."""
         return self._watches and self._last is None and self._paths.profile_request.exists()
 
     def request(self) -> None:
-        """The next step starts a trace, in every process."""
+        """Makes the next step start a trace; called in every process."""
         self._requested = True
 
     def before(self, step: int) -> None:
-        """Starts a trace if one begins with `step`."""
+        """Starts a trace if one should begin with `step`."""
         if self._last is not None:
             return
         if self._requested:
@@ -38,7 +38,7 @@ class Profiler:
         return step == self._last
 
     def close(self) -> None:
-        """Writes the trace under way, if there is one; what it traces must be done."""
+        """Writes the running trace, if any. The traced steps must be finished."""
         if self._last is not None:
             jax.profiler.stop_trace()
             self._last = None

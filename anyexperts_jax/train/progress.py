@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a progress bar on a terminal, plain lines elsewhere, a table at the end."""
+"""A run's output: a progress bar on a terminal, plain lines elsewhere, and tables at the end."""
 
 import time
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ from anyexperts_jax.core.modality import MODALITY_NAMES
 from anyexperts_jax.core.text_table import TextTable, print_tables
 from anyexperts_jax.train.goodput import StepTimes, TimeReport
 
-PLAIN_LINE_SECONDS = 15.0  # between lines where there is no terminal
+PLAIN_LINE_SECONDS = 15.0  # between lines if there is no terminal
 
 
 class _Bar(Progress):
-    """A bar, and below it the last step in words, which break where the terminal is narrow."""
+    """A progress bar with the status of the last step below it, which wraps on a narrow terminal."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -26,10 +26,10 @@ class _Bar(Progress):
 
 
 class Reporter:
-    """Shows a run on the console, or nothing at all."""
+    """Shows a run's progress on a console."""
 
     def __init__(self, console: Console | None) -> None:
-        """Shows on `console`; None: nothing."""
+        """`console`: None shows nothing."""
         self._console = console or Console(quiet=True)
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn())
         self._bar = _Bar(*columns, console=self._console, disable=not self._console.is_terminal)
@@ -42,7 +42,7 @@ class Reporter:
         self._bar.start()
 
     def step(self, done: int, steps: int, status: str) -> None:
-        """Shows that `done` of `steps` are taken, with a line on how they went."""
+        """Shows that `done` of `steps` steps are taken, with a status line."""
         self._bar.update(self._task, completed=done, status=status)
         if not self._console.is_terminal and time.monotonic() - self._last_line > PLAIN_LINE_SECONDS:
             self._last_line = time.monotonic()
@@ -52,7 +52,7 @@ class Reporter:
         self._console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def note_later(self, line: str) -> None:
-        """Keeps a line until `show_notes`: of a run that is refused before it begins only the reason is shown."""
+        """Keeps a line until `show_notes`, so that a run that is refused at the start shows only the reason."""
         self._later.append(line)
 
     def show_notes(self) -> None:
@@ -68,21 +68,21 @@ class Reporter:
         self._bar.stop()
 
     def times(self, report: TimeReport) -> None:
-        """Where the time went, if any step was taken."""
+        """Shows where the time went, if any step was taken."""
         if report.steps:
             print_tables([time_table(report)], self._console, lines=True)
             if report.step_times is not None:
                 self.note(step_times(report.step_times))
 
     def tables(self, record: dict[str, Any]) -> None:
-        """The last evaluation: scores by domain, routing by layer and modality."""
+        """Shows the last evaluation: scores by domain, routing by layer and modality."""
         print_tables([domain_table(record)], self._console, lines=True)
         if len(record["real_slots"]):  # a dense model routes nothing
             print_tables([routing_table(record)], self._console, lines=True)
 
 
 def status_line(scalars: dict[str, float], routing: dict[str, Any], tokens_per_second: float) -> str:
-    """A step in a line; what was dropped is in it where anything was. `routing`: of `metrics.routing_means`."""
+    """One line about a step, with the share of dropped slots if any. `routing` comes from `metrics.routing_means`."""
     share = routing["dropped_share"]
     dropped = f"  dropped {100 * share:.3g}% of slots" if share else ""
     return (
@@ -92,7 +92,7 @@ def status_line(scalars: dict[str, float], routing: dict[str, Any], tokens_per_s
 
 
 def time_table(report: TimeReport) -> TextTable:
-    """Seconds and share of each part of the wall time, and goodput."""
+    """The seconds and share of each part of the wall time, and the goodput."""
     wall = sum(report.seconds.values())
     rows = [(name, f"{seconds:,.1f}", f"{seconds / wall:.1%}") for name, seconds in report.seconds.items()]
     title = f"Goodput {report.goodput:.1%} of {wall:,.1f} s, {report.steps} steps"
@@ -100,12 +100,12 @@ def time_table(report: TimeReport) -> TextTable:
 
 
 def step_times(times: StepTimes) -> str:
-    """The times of a step in a line."""
-    return f"seconds a step: median {times.median:.3g}, 95% {times.p95:.3g}, slowest {times.slowest:.3g}"
+    """One line about the times of a step."""
+    return f"seconds per step: median {times.median:.3g}, 95% {times.p95:.3g}, slowest {times.slowest:.3g}"
 
 
 def domain_table(record: dict[str, Any]) -> TextTable:
-    """A row a domain: its loss, and how much of the answers was right."""
+    """One row per domain: its loss and its accuracy."""
     rows = []
     for name, scores in record["domains"].items():
         right = (f"{_number(scores[one]):.1%}" for one in ("token_accuracy", "exact_match"))
@@ -115,7 +115,7 @@ def domain_table(record: dict[str, Any]) -> TextTable:
 
 
 def routing_table(record: dict[str, Any]) -> TextTable:
-    """Mean real experts by layer and modality, and each layer's load and drops."""
+    """Mean real experts by layer and modality, and each layer's load and dropped slots."""
     real_LM, share_LM = np.asarray(record["real_slots"], float), np.asarray(record["virtual_share"], float)
     rows = []
     for layer, real_M in enumerate(real_LM):
@@ -129,5 +129,5 @@ def routing_table(record: dict[str, Any]) -> TextTable:
 
 
 def _number(value: float | None) -> float:
-    """JSON has no NaN: undefined figures are null there."""
+    """Converts null to NaN: JSON has no NaN, so undefined figures are null there."""
     return float("nan") if value is None else value

@@ -1,4 +1,4 @@
-"""`Recipe`: where a run departs from training every parameter of its model from scratch."""
+"""`Recipe`: how a run differs from training every parameter of its model from scratch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,17 +16,17 @@ from anyexperts_jax.train.validation import Validation
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Hooks of the training loop; what is None is as `train` does it by default.
+    """Hooks of the training loop; None keeps the default of `train`.
 
-    A run that goes on must have the recipe it began with: the state in its checkpoints is the optimizer's.
+    A run must be resumed with the recipe it was started with, because its checkpoints have the optimizer's state.
     """
 
-    start: Callable[[Mesh], Any] | None = None  # the first step's parameters, in their places on the mesh
-    trainable: Any = None  # a tree of bools over the parameters, for which `optimizer` must be made (train.frozen)
+    start: Callable[[Mesh], Any] | None = None  # makes the initial parameters, sharded on the mesh
+    trainable: Any = None  # a tree of bools over the parameters; `optimizer` must be made for it (train.frozen)
     optimizer: optax.GradientTransformationExtraArgs | None = None  # its `update` takes learning_rate
-    apply: Callable[[ModelConfig, Placement], Apply] | None = None  # the model as the loss sees it
-    measure: Callable[[TrainState, Validation], dict[str, Any]] | None = None  # more of each validation record
-    begin: Callable[[], None] | None = None  # called once all is checked, before the run's first file is written
+    apply: Callable[[ModelConfig, Placement], Apply] | None = None  # makes the function that the loss applies
+    measure: Callable[[TrainState, Validation], dict[str, Any]] | None = None  # more fields for validation records
+    begin: Callable[[], None] | None = None  # called after all checks, before the run writes its first file
 
 
-EVERYTHING = Recipe()  # every parameter of the model, from scratch
+EVERYTHING = Recipe()  # trains every parameter of the model from scratch

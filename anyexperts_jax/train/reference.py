@@ -1,4 +1,4 @@
-"""Every key of a configuration: its type, default and meaning, and a TOML file that says them beside the values."""
+"""The reference of configuration keys: type, default and meaning of each, and a TOML file with them as comments."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ from anyexperts_jax.core.checks import field_types, type_name, without_none
 from anyexperts_jax.core.errors import UserError, comma_list
 from anyexperts_jax.core.field_docs import class_summary, field_docs
 
-WIDTH = 80  # columns of a comment
+WIDTH = 80  # width of a comment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,17 +20,17 @@ class Key:
     """One key of a configuration file."""
 
     name: str  # dotted
-    type: str  # as "int", "float or none", "list of str", "add | off"
-    default: Any  # what a file without the key has
+    type: str  # such as "int", "float or none", "list of str", "add | off"
+    default: Any  # the value if a file does not have the key
     meaning: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One table of a configuration file: its own keys, and those of the tables in it."""
+    """One table of a configuration file: its keys and the tables in it."""
 
     name: str  # dotted; "" for the top of the file
-    optional: bool  # whether "none" may stand in its place
+    optional: bool  # whether it may be replaced by "none"
     meaning: str
     keys: tuple[Key, ...]
     tables: tuple["Table", ...]
@@ -42,7 +42,7 @@ class Table:
 
 
 def describe(default: Any, name: str = "", meaning: str = "", optional: bool = False) -> Table:
-    """The table of a configuration's dataclass, of which `default` is what a file without any key has."""
+    """The table of a configuration's dataclass; `default` is the configuration of an empty file."""
     cls: Any = type(default)
     docs, keys, tables = field_docs(cls), [], []
     for field, hint in field_types(cls).items():
@@ -59,10 +59,10 @@ def describe(default: Any, name: str = "", meaning: str = "", optional: bool = F
 
 
 def to_toml(parts: Sequence[tuple[Any, Table]], only: Sequence[str] = ()) -> str:
-    """The file of one or several configurations, each with what its table says of every key; it reads back as the same.
+    """The TOML file of one or several configurations, with the meaning of every key. It reads back as the same values.
 
     Args:
-      only: names of keys or tables, to leave the others out; none: everything.
+      only: names of keys or tables to include; empty: everything.
 
     Raises:
       UserError: for a name that is neither.
@@ -79,7 +79,7 @@ def to_toml(parts: Sequence[tuple[Any, Table]], only: Sequence[str] = ()) -> str
 
 
 def toml_value(value: Any) -> str:
-    """The value as TOML writes it; None, which TOML has not, as "none"."""
+    """The value in TOML syntax; None, which TOML lacks, becomes "none"."""
     if value is None:
         return '"none"'
     if isinstance(value, tuple):
@@ -90,7 +90,7 @@ def toml_value(value: Any) -> str:
 
 
 def _in_a_file(text: str) -> str:
-    """As a TOML file writes it."""
+    """The text with None spelled as in a TOML file."""
     return re.sub(r"\bNone\b", "none", text)
 
 
@@ -99,7 +99,7 @@ def _under(name: str, prefix: str) -> bool:
 
 
 def _toml_tables(config: Any, table: Table, only: tuple[str, ...]) -> Iterator[str]:
-    """The blocks of the file, each of one table's own keys."""
+    """The blocks of the file, one for the keys of each table."""
     lines = []
     for key in table.keys:
         if not only or any(_under(key.name, prefix) for prefix in only):

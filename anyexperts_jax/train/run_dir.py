@@ -29,7 +29,7 @@ class RunDir:
     """The paths of a run.
 
     Raises:
-      UserError: when `root` is the address of an object store.
+      UserError: if `root` is the address of an object store.
     """
 
     root: pathlib.Path
@@ -55,34 +55,34 @@ class RunDir:
 
     @property
     def tokenizer(self) -> pathlib.Path:
-        """The copy of the run's tokenizer; none of bytes."""
+        """The copy of the run's tokenizer; runs on bytes have none."""
         return self.root / "tokenizer"
 
     @property
     def profile(self) -> pathlib.Path:
-        """Traces, of some steps each."""
+        """The folder of profiler traces."""
         return self.root / "profile"
 
     @property
     def profile_request(self) -> pathlib.Path:
-        """A file that asks a run under way for a trace, and goes when it begins."""
+        """A file that requests a trace from a running process, which deletes it when the trace starts."""
         return self.root / "profile.request"
 
     def checkpoint_steps(self) -> list[int]:
-        """The steps of the checkpoints that are whole, in order."""
+        """The steps of the complete checkpoints, in order."""
         return steps_in(self.checkpoints)
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:
-    """The steps of the checkpoints in a directory, in order; what has another name is nothing of ours."""
+    """The steps of the checkpoints in a directory, in order. Entries with other names are ignored."""
     names = os.listdir(directory) if directory.is_dir() else []
     return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
 
 def require_run_of(paths: RunDir, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Checks that the run in the directory, if there is one, is of this configuration; returns what differs and may.
+    """Checks that the run in the directory, if any, has this configuration; returns the allowed differences.
 
-    A run without a checkpoint has nothing to go on from: its configuration may be replaced by any other.
+    A run without a checkpoint cannot be resumed, so its configuration may be replaced by any other.
 
     Raises:
       UserError: naming the keys that differ.
@@ -95,15 +95,15 @@ def require_run_of(paths: RunDir, config: RunConfig) -> dict[str, tuple[Any, Any
 def open_run_dir(
     root: str | pathlib.Path, config: RunConfig, *, writes: bool = True
 ) -> tuple[RunDir, dict[str, tuple[Any, Any]]]:
-    """Makes the directory of a run, or checks that the one there is of the same run; writes config.json.
+    """Creates the directory of a run, or checks that an existing one is of the same run; writes config.json.
 
-    Returns the paths, and what differs from the configuration there and may.
+    Returns the paths and the allowed differences from the existing configuration.
 
     Args:
-      writes: False: only checks, in a process beside the one that writes.
+      writes: False checks only, for processes other than the one that writes.
 
     Raises:
-      UserError: when it cannot be made or written to, or holds a run of another configuration (naming the keys).
+      UserError: if it cannot be created or written to, or has a run of another configuration (naming the keys).
     """
     paths = RunDir(pathlib.Path(root))
     changed = require_run_of(paths, config)
@@ -121,7 +121,7 @@ def open_run_dir(
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that whoever looks sees the old or the new one, whole."""
+    """Writes a file atomically: readers see either the old file or the new one."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(text, encoding="utf-8")
     os.replace(fresh, path)
@@ -129,7 +129,7 @@ def write_whole(path: pathlib.Path, text: str) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedRun:
-    """One checkpoint of a run: configuration, parameters and expert biases [L, C]."""
+    """A loaded checkpoint of a run: configuration, parameters and expert biases [L, C]."""
 
     config: RunConfig
     params: Any
@@ -140,18 +140,18 @@ class LoadedRun:
 def load_run(
     run_dir: str | pathlib.Path, which: str = "best", mesh: Mesh | None = None
 ) -> tuple[RunConfig, Any, jax.Array]:
-    """Configuration, parameters and expert biases [L, C] of a run's best or last checkpoint: see `load_checkpoint`."""
+    """Configuration, parameters and expert biases [L, C] of a run's best or last checkpoint; see `load_checkpoint`."""
     found = load_checkpoint(run_dir, which, mesh)
     return found.config, found.params, found.router_bias_LC
 
 
 def load_checkpoint(run_dir: str | pathlib.Path, which: str = "best", mesh: Mesh | None = None) -> LoadedRun:
-    """A run's best or last checkpoint. The run may be under way. The configuration's tokenizer is the copy it keeps.
+    """Loads a run's best or last checkpoint, also while the run is training. Its tokenizer is the copy in the run.
 
-    The arrays are put on `mesh`, or else on the first device, whatever they were trained on.
+    The arrays are put on `mesh`, or else on the first device, whatever mesh they were trained on.
 
     Raises:
-      UserError: when there is no run or no checkpoint, or it or the validation loss of any is damaged.
+      UserError: if there is no run or no checkpoint, if it is damaged, or if any validation loss is unreadable.
     """
     from anyexperts_jax.train.checkpoint import Checkpoints
 
@@ -169,7 +169,7 @@ def load_checkpoint(run_dir: str | pathlib.Path, which: str = "best", mesh: Mesh
 
 
 def _abstract_model(config: RunConfig, mesh: Mesh | None) -> tuple[Any, jax.ShapeDtypeStruct]:
-    """Shape, dtype and place of the parameters and of the expert biases."""
+    """Shape, dtype and sharding of the parameters and the expert biases."""
     model = config.model
     params = abstract_params(model)
     if mesh is None:

@@ -1,8 +1,8 @@
-"""A lock on what a command writes into a run's directory, so that a second command does not overwrite its files.
+"""A lock on the files that a command writes into a run's directory, so that a second command cannot overwrite them.
 
-The lock is the kernel's (flock): it ends with its process, however that ends. The file that carries it says who holds
-it. Not all file systems share such locks between hosts, or have them at all, so the holder also touches the file every
-few seconds, and another host takes it over only after a minute without a touch.
+It is a kernel lock (flock), which ends with its process, however that ends. The lock file says who holds it. Some file
+systems do not share such locks between hosts, or do not have them. So the holder also touches the file every few
+seconds, and another host takes the lock over only after a minute without a touch.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from anyexperts_jax.core.files import require_printable
 from anyexperts_jax.train.stops import no_room
 
 TOUCH_SECONDS = 10.0
-STALE_SECONDS = 60.0  # without a touch, after which another host may take the lock over
+STALE_SECONDS = 60.0  # another host may take the lock over after this long without a touch
 _NO_KERNEL_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """Who holds a lock, or held it last."""
+    """The process that holds a lock, or held it last."""
 
     command: str
     pid: int
@@ -41,15 +41,16 @@ class Owner:
 
 @contextlib.contextmanager
 def run_lock(root: pathlib.Path, writes: str, command: str | None = None) -> Iterator[None]:
-    """Holds the lock ROOT/WRITES.lock; makes ROOT, and takes away what it made if nothing was put into it.
+    """Holds the lock ROOT/WRITES.lock. Creates ROOT, and removes it again if it stays empty.
 
     Args:
-      writes: names what is written. Commands that write different files have locks of their own, so that a run under
-        way can be evaluated.
-      command: that writes, for messages; None: it has the lock's name.
+      writes: names what is written. Commands that write different files have different locks, so that a run can be
+        evaluated while it trains.
+      command: the name of the command, for messages; None: same as `writes`.
 
     Raises:
-      UserError: when another process holds it (saying which, where and since when), or ROOT cannot be made or written.
+      UserError: if another process holds the lock (saying which, where and since when), or ROOT cannot be created or
+        written.
     """
     require_printable(root, "run directory")
     made = _make(root)
@@ -63,18 +64,18 @@ def run_lock(root: pathlib.Path, writes: str, command: str | None = None) -> Ite
             with _touching(descriptor):
                 yield
         finally:
-            with contextlib.suppress(OSError):  # a directory that became read-only, or is gone
+            with contextlib.suppress(OSError):  # the directory may have become read-only or been deleted
                 if _is_at(path, descriptor):
                     path.unlink()
             os.close(descriptor)
     finally:
-        with contextlib.suppress(OSError):  # not empty: from there on everything stays
+        with contextlib.suppress(OSError):  # stops at the first folder that is not empty
             for folder in made:
                 folder.rmdir()
 
 
 def _make(root: pathlib.Path) -> list[pathlib.Path]:
-    """Makes the directory and those above it; returns the ones that were not there, deepest first."""
+    """Creates the directory and its parents; returns those that did not exist, deepest first."""
     try:
         missing = [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ def _make(root: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _acquire(root: pathlib.Path, path: pathlib.Path) -> int:
-    """An open file that has the lock."""
+    """Opens the lock file and locks it."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -93,19 +94,19 @@ def _acquire(root: pathlib.Path, path: pathlib.Path) -> int:
                 raise
             raise UserError(f"cannot write to the run directory {root}: {error.strerror}") from error
         with contextlib.ExitStack() as closing:
-            closing.callback(os.close, descriptor)  # unless it is handed on
+            closing.callback(os.close, descriptor)  # unless it is returned
             _take(root, descriptor)
             if _is_at(path, descriptor):
                 closing.pop_all()
                 return descriptor
-            # Its holder has removed it meanwhile: what is locked is no longer the file others see.
+            # Its previous holder has deleted it meanwhile, so the locked file is not the one that others would open.
 
 
 def _take(root: pathlib.Path, descriptor: int) -> None:
     """Locks the open file.
 
     Raises:
-      UserError: when its holder lives, or is on another host and may.
+      UserError: if its holder is alive, or is on another host and may be alive.
     """
     kernel = True
     try:
@@ -134,7 +135,7 @@ def _take(root: pathlib.Path, descriptor: int) -> None:
 
 
 def _read_owner(descriptor: int) -> Owner | None:
-    """Who wrote the file; None where nobody has yet, or it is another's file."""
+    """The owner in the lock file; None if it is empty or not a lock file."""
     try:
         return Owner(**json.loads(os.pread(descriptor, 4096, 0)))
     except (ValueError, TypeError):
@@ -160,7 +161,7 @@ def _lives(pid: int) -> bool:
 
 @contextlib.contextmanager
 def _touching(descriptor: int) -> Iterator[None]:
-    """Sets the file's time every few seconds, from a thread."""
+    """Updates the file's time every few seconds from a thread."""
     done = threading.Event()
 
     def touch() -> None:

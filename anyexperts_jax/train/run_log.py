@@ -1,4 +1,4 @@
-"""The run's logs: metrics.jsonl and TensorBoard events, written as the run goes."""
+"""The run's logs: metrics.jsonl and TensorBoard events, written during the run."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from anyexperts_jax.train.run_dir import RunDir, write_whole
 
 
 class NoLog:
-    """In the place of a `RunLog` in the processes that write none."""
+    """Replaces `RunLog` in the processes that do not write logs."""
 
     def write(self, kind: str, step: int, record: dict[str, Any]) -> None:
         pass
@@ -28,10 +28,10 @@ class NoLog:
 
 
 class RunLog:
-    """Records of a run, one JSON object a line, and the same numbers for TensorBoard.
+    """The records of a run, one JSON object per line, and the same numbers for TensorBoard.
 
-    Opened at `step`, it drops the records past it: a run that goes on from a checkpoint writes them again. Every
-    write reaches the file at once, so that a full disk shows where it happens, as an OSError.
+    Opening at `step` drops later records, because a run that resumes from a checkpoint writes them again. Every write
+    goes to the file at once, so that a full disk raises OSError where it happens.
     """
 
     def __init__(self, paths: RunDir, step: int) -> None:
@@ -45,7 +45,7 @@ class RunLog:
         """Writes one record: {"kind": kind, "step": step, **record}.
 
         Raises:
-          OSError: when there is no room.
+          OSError: if there is no disk space.
         """
         self._file.write(json.dumps({"kind": kind, "step": step, **plain(record)}) + "\n")
         self._events.write(step, kind, record)
@@ -58,10 +58,10 @@ class RunLog:
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. A last line cut short, as a killed run leaves it, is left out.
+    """The records of a metrics.jsonl. An incomplete last line, as a killed run leaves it, is ignored.
 
     Raises:
-      UserError: naming the first line that is no record, or the file where it cannot be read.
+      UserError: naming the first line that is not a record, or the file if it cannot be read.
     """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
@@ -84,8 +84,8 @@ def _parse_record(line: bytes, name: str) -> dict[str, Any]:
 
 
 class _EventFile:
-    """A TensorBoard event file, written in the caller's thread: tensorboardX's SummaryWriter has a thread of its own,
-    in which a full disk ends the writing and in time hangs the run."""
+    """A TensorBoard event file, written in the caller's thread. tensorboardX's SummaryWriter writes in its own thread,
+    which a full disk ends without notice; later the run hangs on its full queue."""
 
     def __init__(self, directory: pathlib.Path, step: int) -> None:
         from tensorboardX.proto import event_pb2
@@ -96,7 +96,7 @@ class _EventFile:
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{step}"
         self._writer = RecordWriter(str(directory / name))
         self._put(file_version="brain.Event:2")
-        if step > 0:  # tells TensorBoard to drop what it has read past this step
+        if step > 0:  # tells TensorBoard to drop what it has read after this step
             self._put(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
         self._writer.flush()
 
@@ -119,7 +119,7 @@ class _EventFile:
 
 
 def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Tag and value of every finite number; arrays by layer and modality."""
+    """The tag and value of every finite number; arrays are split by layer and modality."""
     for name, value in record.items():
         if isinstance(value, dict):
             yield from _scalars(value, f"{prefix}{name}/")
@@ -138,7 +138,7 @@ def _place(name: str, index: np.ndarray) -> str:
 
 
 def _histograms(shares_LMX: np.ndarray) -> Iterator[tuple[str, dict[str, Any]]]:
-    """TensorBoard's histogram of importance in each layer and modality that has tokens."""
+    """TensorBoard histograms of importance, one for each layer and modality that has tokens."""
     bins = shares_LMX.shape[-1]
     middles = (np.arange(bins) + 0.5) / bins
     for layer, modality in np.argwhere(np.isfinite(shares_LMX).all(-1)):

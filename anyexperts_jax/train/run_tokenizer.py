@@ -1,7 +1,7 @@
-"""A run's tokenizer: found and checked before anything is written, kept as a copy beside the checkpoints.
+"""A run's tokenizer: loaded and checked before anything is written, and copied next to the checkpoints.
 
-The copy is what the run uses ever after, whatever becomes of the path that the configuration names. The configuration
-in each checkpoint has its fingerprint. Bytes need neither.
+From then on the run uses its copy, whatever happens to the path in the configuration. The configuration in each
+checkpoint has the tokenizer's fingerprint. Runs on bytes need neither.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ _MODEL_KEYS = ("vocab_size", "pad_id", "eos_id")
 
 
 def ids_of_tokenizer(data: Any, model: Any) -> dict[str, int]:
-    """The fields of `ModelConfig` that a configuration file's `data.tokenizer` decides; none where the file has them.
+    """The fields of `ModelConfig` that follow from a configuration file's `data.tokenizer`; empty if the file has them.
 
     Args:
       data, model: the file's tables.
 
     Raises:
-      UserError: when the tokenizer cannot be read.
+      UserError: if the tokenizer cannot be read.
     """
     source = data.get("tokenizer") if isinstance(data, Mapping) else None
     told = isinstance(model, Mapping) and all(key in model for key in _MODEL_KEYS)
@@ -43,16 +43,16 @@ def ids_of_tokenizer(data: Any, model: Any) -> dict[str, int]:
     return {"vocab_size": tokenizer.vocab_size, "pad_id": special.pad, "eos_id": special.eos[0]}
 
 
-def pinned(data: DataConfig, model: ModelConfig, kept: pathlib.Path, *, begun: bool) -> DataConfig:
-    """`data` with the fingerprint of its tokenizer, once that is known to fit the model and the run.
+def pin_tokenizer(data: DataConfig, model: ModelConfig, kept: pathlib.Path, *, begun: bool) -> DataConfig:
+    """`data` with the fingerprint of its tokenizer, after checking that this fits the model and the run.
 
     Args:
-      kept: where the run keeps its copy. It serves where the path in `data` is gone.
-      begun: whether the run has a checkpoint, so that its tokenizer cannot become another.
+      kept: the path of the run's copy, which is used if the path in `data` does not exist any more.
+      begun: whether the run has a checkpoint, so that its tokenizer must not change.
 
     Raises:
-      UserError: when there is no tokenizer, it is another than the run's or the one whose fingerprint `data` has, or
-        its ids are not the model's.
+      UserError: if there is no tokenizer, if it differs from the run's or from the fingerprint in `data`, or if its ids
+        do not fit the model.
     """
     if data.tokenizer == BYTES_NAME:
         require(data.token_fingerprint is None, f"data.token_fingerprint goes with a path, not with {BYTES_NAME!r}")
@@ -74,10 +74,10 @@ def pinned(data: DataConfig, model: ModelConfig, kept: pathlib.Path, *, begun: b
 
 
 def keep_tokenizer(data: DataConfig, kept: pathlib.Path) -> None:
-    """Writes the copy, unless it is there: a whole folder, or nothing.
+    """Writes the copy atomically, unless it exists.
 
     Raises:
-      UserError: when the tokenizer cannot be read.
+      UserError: if the tokenizer cannot be read.
     """
     if data.tokenizer == BYTES_NAME:
         return
@@ -92,10 +92,10 @@ def keep_tokenizer(data: DataConfig, kept: pathlib.Path) -> None:
 
 
 def with_kept_tokenizer(data: DataConfig, kept: pathlib.Path) -> DataConfig:
-    """`data` of a checkpoint, with the run's copy for its tokenizer.
+    """The `data` of a checkpoint, with the run's copy as its tokenizer.
 
     Raises:
-      UserError: when the run has lost its copy, or that is another tokenizer than the checkpoint's.
+      UserError: if the run has lost its copy, or the copy is not the checkpoint's tokenizer.
     """
     if data.tokenizer == BYTES_NAME:
         return data
@@ -110,13 +110,13 @@ def with_kept_tokenizer(data: DataConfig, kept: pathlib.Path) -> DataConfig:
 
 
 def require_same_tokens(ours: DataConfig, theirs: DataConfig, where: str) -> None:
-    """Refuses to go on from weights that were trained on another tokenizer's ids.
+    """Checks that weights were trained on the ids of the same tokenizer.
 
     Raises:
-      UserError: naming both.
+      UserError: naming both tokenizers.
     """
     require(
         ours.token_fingerprint == theirs.token_fingerprint,
         f"{where} was trained with the tokenizer {theirs.tokenizer}, not with {ours.tokenizer}: the same ids mean "
-        "other text",
+        "different text",
     )

@@ -1,4 +1,4 @@
-"""How a run goes rather than what it computes: compilation cache, profiles, patience with other processes."""
+"""Options that do not affect results: compilation cache, profiles, timeouts."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from anyexperts_jax.core.errors import require
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
-    """Changes no number of a run, and may differ when it goes on.
+    """Options that change no number of a run and may change when it is resumed.
 
     Raises:
       UserError: naming the value and the rule it breaks.
@@ -21,7 +21,7 @@ class RuntimeConfig:
 
     compile_cache: str | None = None  # directory of compiled programs, shared by runs and processes
     profile: tuple[int, ...] | None = None  # (first, last) steps of a trace under RUN/profile
-    profile_steps: int = 3  # steps of a trace that the file RUN/profile.request asks for
+    profile_steps: int = 3  # steps of a trace that is requested by the file RUN/profile.request
     peer_timeout: float = 300.0  # seconds to wait for other processes, at the start and in every step
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class RuntimeConfig:
 
 @contextlib.contextmanager
 def compile_cache(directory: str | None) -> Iterator[None]:
-    """Within it JAX keeps compiled programs in `directory` and takes them from there; None: as JAX is configured."""
+    """A context in which JAX caches compiled programs in `directory`; None leaves JAX's own setting."""
     if directory is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What of a run's configuration may change when it goes on: how it computes, not what."""
+"""The configuration keys that may change when a run is resumed: how it computes, not what it computes."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.train.config import RunConfig, describe_differences
 from anyexperts_jax.train.strict import differing_keys
 
-# How a model's values are computed, under the keys of `ModelConfig`. None changes a parameter's shape or, where no slot
-# is dropped, a value beyond rounding. A key that ends in "." stands for all below it.
+# Keys of `ModelConfig` that say how values are computed. They change neither the shape of a parameter nor, unless slots
+# are dropped, a value beyond rounding. A key that ends in "." stands for all keys below it.
 EXECUTION_KEYS = ("stack.execution.", "stack.remat", "stack.scan_unroll")
-# What may differ when a run goes on, under the keys of `RunConfig`: it moves neither the parameters' shapes nor the
-# order of the data. With another number of steps the learning rate follows the new decay from there on.
+# Keys of `RunConfig` that may change when a run is resumed: they change neither the shapes of parameters nor the order
+# of the data. With another number of steps the learning rate follows the new decay from there on.
 FREE_KEYS = (
     *(f"model.{key}" for key in EXECUTION_KEYS),
     "mesh.",
-    "data.tokenizer",  # a path: the tokenizer itself is told by data.token_fingerprint
+    "data.tokenizer",  # only a path: data.token_fingerprint identifies the tokenizer
     "data.threads",
     "data.prefetch",
     "train.steps",
@@ -31,20 +31,20 @@ FREE_KEYS = (
 
 
 def is_among(key: str, keys: tuple[str, ...]) -> bool:
-    """Whether a dotted key is one of `keys`, or below one that ends in "."."""
+    """Whether a dotted key is in `keys`, or below one of them that ends in "."."""
     return any(key == one or (one.endswith(".") and key.startswith(one)) for one in keys)
 
 
 def differing_models(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """The keys in which two models compute different values, with both values; those of execution are left out."""
+    """The differing keys of two models that compute different values, with both values; execution keys do not count."""
     return {key: values for key, values in differing_keys(ours, theirs).items() if not is_among(key, EXECUTION_KEYS)}
 
 
 def require_same_run(config: RunConfig, saved: RunConfig, where: str) -> dict[str, tuple[Any, Any]]:
-    """Refuses to go on from a run of another configuration; returns what differs and may.
+    """Checks that a run can be resumed with this configuration; returns the allowed differences.
 
     Raises:
-      UserError: naming the keys that differ, with both values.
+      UserError: naming the other keys that differ, with both values.
     """
     differences = differing_keys(config, saved)
     free = {key: values for key, values in differences.items() if is_among(key, FREE_KEYS)}

@@ -1,4 +1,4 @@
-"""`TrainState`: all that a step changes, as one tree of arrays."""
+"""`TrainState`: everything that a train step changes, as one tree of arrays."""
 
 import dataclasses
 import functools
@@ -22,10 +22,10 @@ from anyexperts_jax.sharding.specs import param_shardings, replicated
 class TrainState:
     """The state after `step` steps."""
 
-    step: Int[Array, ""]  # steps taken, skipped ones included
+    step: Int[Array, ""]  # steps taken, including skipped ones
     params: Any
     opt_state: Any  # its moments are trees like `params`
-    router_bias_LC: Float[Array, "L C"]  # the expert biases of loss-free balancing; stays zero where they are off
+    router_bias_LC: Float[Array, "L C"]  # the expert biases of loss-free balancing; stays zero if that is off
 
 
 def init_state(
@@ -34,18 +34,18 @@ def init_state(
     params: Any,
     router_bias_LC: Float[Array, "L C"] | None = None,
 ) -> TrainState:
-    """The state before the first step; the expert biases are 0 unless given."""
+    """The state before the first step; expert biases default to 0."""
     bias_LC = jnp.zeros(model.router_bias_shape, jnp.float32) if router_bias_LC is None else router_bias_LC
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), bias_LC)
 
 
 def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The sharding of every array of the state: moments where their parameters are, numbers on every device.
+    """The sharding of every array of the state: moments are sharded like their parameters, scalars are replicated.
 
-    A moment is known by the parameter's name, at the end of its path in the state.
+    A moment is matched with its parameter by name: its path in the state ends in the parameter's path.
 
     Raises:
-      UserError: when a parameter does not split over the mesh, or an array of the optimiser's is of no parameter.
+      UserError: if a parameter does not split over the mesh, or an array of the optimiser matches no parameter.
     """
     params = abstract_params(model)
     shardings = param_shardings(mesh, logical_axes(model), params)
@@ -57,7 +57,7 @@ def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation,
     }
 
     def place(path: Any, array: Any) -> NamedSharding:
-        """That of the parameter whose name the path ends in, along the axes that are as long as the parameter's."""
+        """The sharding of the parameter in which the path ends, along the axes that have the parameter's size."""
         if _is_small(array) or path == _BIAS_PATH:
             return replicated(mesh)
         keys = _keys(path)
@@ -65,8 +65,8 @@ def state_shardings(model: ModelConfig, optimizer: optax.GradientTransformation,
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if found is None:
             raise UserError(
-                f"{name} of shape {array.shape} would be whole on every device: its path does not end in the name of a "
-                "parameter; give the optimiser a state of trees like the parameters, and of numbers"
+                f"{name} of shape {array.shape} would be replicated on every device: its path does not end in the name "
+                "of a parameter; an optimiser's state must consist of trees like the parameters, and of scalars"
             )
         shape, sharding = found
         ranks = f"{name} has shape {array.shape}, the parameter it is named after {shape}; give it as many dimensions"
@@ -86,12 +86,12 @@ _KEY_DATA = ((2,), (4,))  # shapes of a raw random key
 
 
 def _is_small(array: Any) -> bool:
-    """A number, or a random key: what an optimiser keeps besides trees like the parameters."""
+    """Whether an array is a scalar or a random key, which an optimiser may keep besides trees like the parameters."""
     return array.ndim == 0 or (array.dtype == jnp.uint32 and array.shape in _KEY_DATA)
 
 
 def _keys(path: Any) -> tuple[str, ...]:
-    """The dictionary keys a path ends in."""
+    """The dictionary keys at the end of a path."""
     keys: list[str] = []
     for entry in reversed(path):
         if not isinstance(entry, jax.tree_util.DictKey):
@@ -101,7 +101,7 @@ def _keys(path: Any) -> tuple[str, ...]:
 
 
 def abstract_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shape, dtype and sharding of every array of the state: what a checkpoint is restored into."""
+    """Shape, dtype and sharding of every array of the state, for restoring a checkpoint."""
     shapes = jax.eval_shape(functools.partial(init_state, model, optimizer), abstract_params(model))
     return jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
@@ -117,7 +117,7 @@ def state_from(
     params: Any,
     router_bias_LC: Float[Array, "L C"] | None = None,
 ) -> TrainState:
-    """The state before the first step of a run that starts from `params`, which it takes over."""
+    """The state before the first step of a run that starts from `params`, which are donated."""
     init = jax.jit(
         functools.partial(init_state, model, optimizer),
         donate_argnums=0,
@@ -127,12 +127,12 @@ def state_from(
 
 
 def create_state(model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, key: Array) -> TrainState:
-    """The state before the first step, every array born where it belongs. The mesh does not change the values."""
+    """The state before the first step, created with its final shardings. The mesh does not change the values."""
 
     def init(key: Array) -> TrainState:
         return init_state(model, optimizer, init_params(model, key))
 
-    # Runs once: on CPU, unoptimised code costs milliseconds to run and saves three quarters of the compilation.
+    # This runs once: on a CPU, unoptimised code costs milliseconds and saves three quarters of the compile time.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     shardings = state_shardings(model, optimizer, mesh)
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(key)

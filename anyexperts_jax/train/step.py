@@ -1,4 +1,4 @@
-"""The train step and the evaluation step: pure functions of state and batch."""
+"""The train step and the evaluation step, as pure functions of state and batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,36 +26,36 @@ from anyexperts_jax.train.metrics import RoutingSums, routing_sums
 from anyexperts_jax.train.optim import learning_rate
 from anyexperts_jax.train.state import TrainState, state_shardings
 
-# In the order in which a step that is not finite names the first offender.
+# In the order in which the first scalar that is not finite is reported.
 CHECKED_SCALARS = ("answer_loss", "balance_loss", "importance_loss", "z_loss", "loss", "grad_norm")
 
 
-# The model as a function of parameters, batch, expert biases, the key of what is random in training (None: nothing
-# is) and window (None: the configuration's): logits [B, T, Y] and the trace stacked over layers.
+# The model as a function of parameters, batch, expert biases, random key (None: nothing is random) and window (None:
+# the configuration's). It returns logits [B, T, Y] and the trace stacked over layers.
 Apply = Callable[[Any, Batch, Array, Array | None, Array | None], tuple[Array, RoutingTrace]]
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BatchSums:
-    """Scores of one or more batches in sum."""
+    """Scores summed over one or more batches."""
 
     answer_loss: Float[Array, ""]  # nats
     answer_tokens: Int[Array, ""]
     correct_tokens: Int[Array, ""]
     exact_answers: Int[Array, ""]
-    answers: Int[Array, ""]  # segments that have an answer; rows that only fill up a batch have none
+    answers: Int[Array, ""]  # segments that have an answer; rows that pad a batch have none
     routing: RoutingSums
 
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """What a step tells of itself."""
+    """The metrics of a step."""
 
     scalars: dict[str, Float[Array, ""]]
     routing: RoutingSums
-    finite: Bool[Array, ""]  # False: the step changed nothing but the step count
+    finite: Bool[Array, ""]  # False: the step changed only the step count
 
 
 def model_apply(config: ModelConfig, placement: Placement | None = None) -> Apply:
@@ -100,22 +100,23 @@ def make_eval_step(apply: Apply) -> Callable[..., BatchSums]:
 def make_train_step(
     config: RunConfig, optimizer: optax.GradientTransformationExtraArgs, apply: Apply, trainable: Any = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
-    """The step as a pure function of state and batch.
+    """The train step as a pure function of state and batch.
 
-    The loss is the cross entropy per answer token of the whole batch, however many micro-batches it is cut into, plus
-    `auxiliary_loss`; micro-batches count in the latter by their valid tokens, which is exact for the importance and
-    z losses, while the balance loss is that of each micro-batch. What is random depends on the seed, the step and the
-    micro-batch alone. Where a loss or the gradient's norm is not finite, nothing but the step count changes.
+    The loss is the cross entropy per answer token of the whole batch, however many micro-batches it is divided into,
+    plus `auxiliary_loss`. The latter weights micro-batches by their valid tokens, which is exact for the importance and
+    z losses; the balance loss is computed per micro-batch. Randomness depends only on the seed, the step and the
+    micro-batch. If a loss or the gradient's norm is not finite, only the step count changes.
 
     Args:
-      optimizer: its `update` takes `learning_rate`, and `finite`: where that is False the optimizer's state stays
-        as it is, as that of `make_optimizer` does.
-      trainable: a tree of bools; parameters at False stay as they are, bit for bit, and have no gradient. The
-        optimizer is then `frozen.only(optimizer, trainable)`. None: all are trained.
+      optimizer: its `update` takes `learning_rate` and `finite`; if that is False it must not change its state, like
+        the optimizer of `make_optimizer`.
+      trainable: a tree of bools. Parameters at False do not change by a bit and have no gradient; the optimizer must
+        be `frozen.train_only(optimizer, trainable)`. None: all are trained.
     """
     moe, train = config.model.moe, config.train
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
+        # The key is derived from the step and not kept in the state, so that a resumed run draws the same numbers.
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         grads, sums, losses = accumulate(
             apply, moe, train.accumulation, state=state, batch=batch, key=key, trainable=trainable
@@ -127,6 +128,7 @@ def make_train_step(
             "token_accuracy": sums.correct_tokens / jnp.maximum(sums.answer_tokens, 1),
             "exact_match": sums.exact_answers / jnp.maximum(sums.answers, 1),
         }
+        # The gradient's norm is not finite if any gradient is not, so checking the scalars covers every parameter.
         finite = jnp.all(jnp.isfinite(jnp.stack([scalars[name] for name in CHECKED_SCALARS])))
         steering = {"learning_rate": scalars["learning_rate"], "finite": finite}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **steering)
@@ -134,6 +136,7 @@ def make_train_step(
         bias_LC = state.router_bias_LC
         if moe.expert_bias and config.model.stack.num_moe_layers:
             bias_LC = update_expert_bias(bias_LC, sums.routing.load_LC, moe.expert_bias_rate)
+        # A select and not a `cond`: it needs no host round trip, and XLA fuses it into the update.
         params, bias_LC = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, bias_LC), (state.params, state.router_bias_LC)
         )
@@ -149,7 +152,9 @@ def jit_train_step(
     mesh: Mesh,
     trainable: Any = None,
 ) -> Any:
-    """`make_train_step` jitted as a run runs it: the state is replaced in place and stays where it is on `mesh`."""
+    """`make_train_step`, jitted for a run: the state is donated, so that it is updated in place, and keeps its
+    shardings.
+    """
     return jax.jit(
         make_train_step(config, optimizer, apply, trainable),
         donate_argnums=0,
@@ -166,8 +171,10 @@ def accumulate(
     key: Array,
     trainable: Any = None,
 ) -> tuple[Any, BatchSums, dict[str, Array]]:
-    """Gradient in float32 of what is trainable, sums and losses of a batch computed in `parts` micro-batches."""
+    """The float32 gradient of the trainable parameters, the sums and the losses of a batch in `parts` micro-batches."""
     live = select(state.params, trainable)
+    # Denominators are those of the whole batch. Averaging the means of micro-batches would weight them alike, although
+    # they have different numbers of answer tokens.
     answer_tokens = jnp.maximum(jnp.sum(predicting_positions(batch.loss_mask_BT, batch.segment_BT)), 1)
     valid_tokens = jnp.maximum(jnp.sum(jnp.asarray(batch.valid_BT)), 1)
 
@@ -182,6 +189,7 @@ def accumulate(
 
     def part(micro: Batch, index: Array | int) -> tuple[Any, BatchSums, dict[str, Array]]:
         grads, (sums, losses) = jax.grad(micro_loss, has_aux=True)(live, micro, jax.random.fold_in(key, index))
+        # bfloat16 gradients would lose small contributions when micro-batches are added up.
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums, losses
 
     if parts == 1:
@@ -198,8 +206,9 @@ def accumulate(
 
 
 def split_batch(batch: Batch, parts: int) -> Batch:
-    """The batch as `parts` micro-batches along a new leading axis.
+    """Splits the batch into `parts` micro-batches along a new leading axis.
 
-    Micro-batch i takes sequences i, i + parts, ...: on a mesh every device keeps its own sequences.
+    Micro-batch i has the sequences i, i + parts, ... On a mesh, where devices hold contiguous sequences, every device
+    then has a part of every micro-batch, and no sequence moves.
     """
     return jax.tree.map(lambda x: jnp.moveaxis(jnp.reshape(x, (x.shape[0] // parts, parts, *x.shape[1:])), 1, 0), batch)

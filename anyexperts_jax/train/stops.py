@@ -1,4 +1,4 @@
-"""How a run stops before its end: each way an exception of one line with an exit code."""
+"""The ways in which a run can stop early: each is an exception with a one-line message and an exit code."""
 
 import errno
 import os
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class RunStoppedError(Exception):
-    """A run that ended early. The command line prints the message and exits with `exit_code`."""
+    """The run ended early. The command line prints the message and exits with `exit_code`."""
 
     exit_code = 1
-    alone = False  # whether the other processes of the run do not know that this one ends
+    alone = False  # whether only this process ends and the others do not know of it
 
 
 class NonFiniteError(RunStoppedError):
@@ -22,21 +22,21 @@ class NonFiniteError(RunStoppedError):
 
 
 class DiskFullError(RunStoppedError):
-    """Logs or a checkpoint could not be written for want of room."""
+    """Logs or a checkpoint could not be written because the disk is full."""
 
     exit_code = 4
     alone = True
 
 
 class PeerLostError(RunStoppedError):
-    """Another process of the run is gone."""
+    """Another process of the run died or hangs."""
 
     exit_code = 5
     alone = True
 
 
 class RunInterruptedError(RunStoppedError):
-    """SIGINT or SIGTERM; a checkpoint was written. Exit code 130 or 143, as shells have it."""
+    """SIGINT or SIGTERM arrived and a checkpoint was written. The exit code is 130 or 143, as is usual in shells."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -44,9 +44,9 @@ class RunInterruptedError(RunStoppedError):
 
 
 class StopRequests:
-    """Within its context SIGINT and SIGTERM are noted and not acted on; a second one acts as it did outside.
+    """A context that records SIGINT and SIGTERM instead of acting on them. A second signal acts as it did outside.
 
-    Signals reach only the main thread: in another thread nothing is noted.
+    Only the main thread gets signals; in other threads nothing is recorded.
     """
 
     def __init__(self) -> None:
@@ -78,9 +78,9 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def no_room(error: BaseException) -> str | None:
-    """What the system said, if `error` or one of its causes is that a file found no room; else None.
+    """The system's message if `error` or one of its causes is a full disk, else None.
 
-    Checkpoint writers wrap the system's error, so its text counts as well as its number.
+    Checkpoint writers wrap the system's error, so its text is searched as well as its number.
     """
     seen: list[BaseException] = []
     cause: BaseException | None = error
@@ -94,7 +94,7 @@ def no_room(error: BaseException) -> str | None:
 
 
 def memory_failure(error: BaseException) -> tuple[str, int] | None:
-    """The line and the exit code to end with where there was not enough memory; None for an error of another kind."""
+    """The message and exit code for an error that means too little memory; None for any other error."""
     said = (str(error).splitlines() or [""])[0]
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in said:
         return None
@@ -103,18 +103,18 @@ def memory_failure(error: BaseException) -> tuple[str, int] | None:
 
 
 def file_failure(error: OSError | RuntimeError | MemoryError, output: Any = None) -> tuple[str, int] | None:
-    """The line and the exit code to end with where a file could not be used; None for an error of another kind.
+    """The message and exit code for an error of a file; None for any other error.
 
-    Writers in C++ raise RuntimeError, which is of a file only where it found no room.
+    Writers in C++ raise RuntimeError, which is taken for a file's error only if the disk is full.
 
     Args:
-      output: where the command writes, which is what found no room if the error does not name its file. Any other
-        error may be of any file, one that is read too, and says nothing of this one.
+      output: the path that the command writes to. It is named if the disk is full and the error does not name a file.
+        Any other error may come from any file, even one that is read, so it is not attributed to this path.
     """
     said = no_room(error)
     if said is not None:
         where = getattr(error, "filename", None) or output or "its output"
-        return f"cannot write to {where}: {said}; free some room and run it again", DiskFullError.exit_code
+        return f"cannot write to {where}: {said}; free some space and run it again", DiskFullError.exit_code
     if isinstance(error, BrokenPipeError):
         return f"cannot write to the standard output: {error.strerror}", 2
     if isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""Nested dictionaries to frozen dataclasses and back, refusing whatever does not fit."""
+"""Converts nested dictionaries to frozen dataclasses and back, strictly."""
 
 import dataclasses
 import difflib
@@ -14,14 +14,14 @@ Config = TypeVar("Config")
 
 
 def build(cls: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
-    """The dataclass `cls` from nested `values`; fields left out take their defaults.
+    """Builds the dataclass `cls` from nested `values`; missing fields get their defaults.
 
-    TOML has no null: "none" stands for None where a field allows it. A single value stands for a list of one. `prefix`
-    goes before every key in messages.
+    TOML has no null, so "none" means None if a field allows it. A single value is accepted for a list of one. `prefix`
+    is put before every key in messages.
 
     Raises:
-      UserError: one line naming the dotted key that is unknown (with the closest valid one), missing or of the
-        wrong type, or what the dataclass's own checks say.
+      UserError: one line naming the dotted key that is unknown (with the closest valid one), missing or of the wrong
+        type, or the message of the dataclass's own checks.
     """
     prepared = _prepare_table(cls, values, prefix)
     try:
@@ -43,7 +43,7 @@ def differing_keys(ours: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `top` laid over it, table by table."""
+    """`base` overridden by the values of `top`, table by table."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
@@ -52,13 +52,13 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def closest(name: str, valid: list[str]) -> str:
-    """How to go on from a misspelt `name`: the nearest valid one if there is one, and all of them."""
+    """A hint for a misspelt `name`: the closest valid name if there is one, and the list of all."""
     near = difflib.get_close_matches(name, valid, n=1)
     return (f"did you mean {near[0]}? " if near else "") + f"valid: {comma_list(valid)}"
 
 
 def _prepare_table(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """`values` in the types of the fields of `cls`, tables inside as dictionaries; every key is known to be a field."""
+    """Converts `values` to the types of the fields of `cls`, with nested tables as dictionaries; checks every key."""
     hints = field_types(cls)
     prepared = {}
     for key, value in values.items():
@@ -69,10 +69,10 @@ def _prepare_table(cls: type, values: Mapping[str, Any], prefix: str) -> dict[st
 
 
 def _prepare(hint: Any, value: Any, key: str) -> Any:
-    """`value` in the type `hint`.
+    """Converts `value` to the type `hint`.
 
     Raises:
-      UserError: naming the key where it has no such value.
+      UserError: naming the key if `value` is not of that type.
     """
     kind, optional = without_none(hint)
     if optional and (value is None or value == "none"):

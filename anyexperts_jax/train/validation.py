@@ -1,4 +1,4 @@
-"""Teacher-forced evaluation of every domain's validation examples during training."""
+"""Teacher-forced evaluation on every domain's validation examples during training."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,10 +21,10 @@ from anyexperts_jax.train.step import Apply, BatchSums, make_eval_step
 
 
 def require_validation_examples(config: RunConfig) -> None:
-    """Opens the validation split of every domain, so that a run without one ends before its first step.
+    """Opens the validation split of every domain, so that a run without one fails before its first step.
 
     Raises:
-      UserError: when a folder has no such split, or fewer examples than `train.eval_examples`.
+      UserError: if a folder has no such split, or fewer examples than `train.eval_examples`.
     """
     examples = config.train.eval_examples
     for name in config.data.domains:
@@ -36,7 +36,7 @@ def require_validation_examples(config: RunConfig) -> None:
 
 
 class Validation:
-    """The same `train.eval_examples` validation examples of each domain, every time it is called."""
+    """Evaluates on `train.eval_examples` validation examples of each domain, the same ones at every call."""
 
     def __init__(
         self,
@@ -53,14 +53,14 @@ class Validation:
         self._batches: dict[str, list[Batch]] = {}
 
     def of(self, apply: Apply) -> "Validation":
-        """The same examples for another model."""
+        """A validation of another model on the same examples."""
         other = Validation(self._config, apply, self.mesh, self._waiting)
         other._batches = self._batches
         return other
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
-        """The record of an evaluation: "loss" (mean over domains of nats per answer token), "domains" with each
-        domain's loss, token_accuracy and exact_match, and the routing of all domains together."""
+        """The record of an evaluation: "loss" (nats per answer token, averaged over domains), "domains" with each
+        domain's loss, token_accuracy and exact_match, and the routing over all domains."""
         sums = {name: self._sums(name, state) for name in self._config.data.domains}
         domains = {name: _scores(each) for name, each in sums.items()}
         routing = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *(each.routing for each in sums.values()))
@@ -71,7 +71,7 @@ class Validation:
         }
 
     def _sums(self, name: str, state: TrainState) -> BatchSums:
-        if name not in self._batches:  # made once: rendering and speech synthesis take longer than the model
+        if name not in self._batches:  # made once: rendering and speech synthesis take longer than the model's step
             data, train = self._config.data, self._config.train
             rows = batch_rows(self.mesh, train.batch_size)
             self._batches[name] = list(

@@ -1,7 +1,7 @@
-"""Starting from another run: its parameters go on under a routing policy that may be another.
+"""Warm start: a run starts from another run's weights, possibly with a new routing configuration.
 
-As AnyExperts starts from a pretrained mixture with a fixed top-k (arXiv 2511.18314): what the policy adds is new, and
-everything else is as it was learned.
+AnyExperts starts like this from a pretrained mixture with a fixed top-k (arXiv 2511.18314): parameters that the new
+routing adds are initialised, all others keep their trained values.
 """
 
 import dataclasses
@@ -26,22 +26,22 @@ from anyexperts_jax.train.run_tokenizer import require_same_tokens
 from anyexperts_jax.train.same_run import EXECUTION_KEYS, is_among
 from anyexperts_jax.train.strict import differing_keys
 
-# What another model may have another of: how tokens are routed, and how the same values are computed.
+# Keys in which the models may differ: how tokens are routed, and how the same values are computed.
 _FREE_KEYS = ("moe.", "max_length", "stack.dtype", *EXECUTION_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
-    """What a run starts with, and what became of the other run's parameters."""
+    """The initial parameters of a run, and which of the other run's parameters were used."""
 
     params: Any
     router_bias_LC: Float[Array, "L C"]
-    new: tuple[str, ...]  # parameters, or columns of them, that the other run has not
-    left: tuple[str, ...]  # the other run's, which this model has no use for
+    new: tuple[str, ...]  # parameters that the other run lacks, as a whole or in some columns
+    left: tuple[str, ...]  # parameters of the other run that this model does not have
 
     def describe(self, run_dir: str | pathlib.Path) -> str:
-        """One line of what goes on and what is new."""
-        amounts = f"{len(jax.tree.leaves(self.params)) - len(self.new)} parameters go on"
+        """One line about the parameters that were kept, are new or were left out."""
+        amounts = f"{len(jax.tree.leaves(self.params)) - len(self.new)} parameters kept"
         parts = (("new", self.new), ("left out", self.left))
         told = [f"{what}: {comma_list(map(short_name, names))}" for what, names in parts if names]
         return f"starting from {run_dir}: " + "; ".join([amounts, *told])
@@ -50,14 +50,14 @@ class WarmStart:
 def warm_start(
     run_dir: str | pathlib.Path, model: ModelConfig, key: Array, mesh: Mesh, *, data: DataConfig | None = None
 ) -> WarmStart:
-    """The last checkpoint of the run in `run_dir`, made into parameters of `model` on `mesh`.
+    """Initial parameters of `model` on `mesh` from the last checkpoint of the run in `run_dir`.
 
     Args:
-      key: of what is new.
-      data: what the model is to read; its tokenizer must be the other run's.
+      key: random key for new parameters.
+      data: the data that the model will read; its tokenizer must be that of the other run.
 
     Raises:
-      UserError: when there is no checkpoint, or its model differs in more than how it routes.
+      UserError: if there is no checkpoint, or its model differs in more than its routing.
     """
     config, params, router_bias_LC = load_run(run_dir, "last", mesh)
     try:
@@ -71,13 +71,13 @@ def warm_start(
 def carried_over(
     params: Any, router_bias_LC: Float[Array, "L X"], found: ModelConfig, model: ModelConfig, key: Array, mesh: Mesh
 ) -> WarmStart:
-    """`params` of a model `found` as those of `model`, which routes differently.
+    """Converts `params` of the model `found` to parameters of `model`, which may route differently.
 
-    Routers keep the columns that both have, real ones first; a column more is drawn anew, an expert bias more is 0.
-    What else of the routing has another shape is drawn anew as a whole.
+    Routers keep the columns that both models have, real ones first. Additional columns are initialised; additional
+    expert biases are 0. Other routing parameters whose shape changes are initialised as a whole.
 
     Raises:
-      UserError: when the two differ in more than that.
+      UserError: if the models differ in more than their routing.
     """
     differences = {
         name: values
@@ -86,7 +86,7 @@ def carried_over(
     }
     require(
         not differences,
-        f"its model is another one: {describe_differences(differences)}; only how it routes (model.moe but for "
+        f"its model is a different one: {describe_differences(differences)}; only the routing (model.moe except for "
         "num_experts) may differ",
     )
     known, wanted = named_leaves(params), named_leaves(abstract_params(model))
@@ -109,7 +109,7 @@ def carried_over(
 
 
 def _with_other_columns(model: ModelConfig, known: Mapping[str, Array]) -> list[str]:
-    """The parameters of `model` that differ from `known` in the number of the router's columns and in nothing else."""
+    """The parameters of `model` that differ from `known` only in the number of router columns."""
     axes = jax.tree.leaves(logical_axes(model), is_leaf=lambda names: isinstance(names, tuple))
     return [
         name
@@ -120,6 +120,6 @@ def _with_other_columns(model: ModelConfig, known: Mapping[str, Array]) -> list[
 
 
 def _with_columns(ours: Float[Array, "*rows C"], theirs: Float[Array, "*rows X"]) -> Float[Array, "*rows C"]:
-    """`ours` with the columns, along the last axis, that `theirs` has too."""
+    """`ours` with the columns (along the last axis) that `theirs` has replaced by its values."""
     columns = min(ours.shape[-1], theirs.shape[-1])
     return ours.at[..., :columns].set(theirs[..., :columns])

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from anyexperts_jax.aot import kernels, report, topology
 from anyexperts_jax.core.hardware import tpus
-from anyexperts_jax.ops.expert_mlp import pallas_tpu, reference, tpu_grid
+from anyexperts_jax.ops.expert_mlp import pallas_tpu, reference, tpu_bodies, tpu_grid
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import TpuSizes
 from experiments.bench import tpu_model, tpu_peers, tpu_table
 
@@ -131,7 +131,7 @@ def _summary(chip: str, function: Any, arguments: Any, directory: pathlib.Path) 
 
 def _source() -> str:
     """Of the files that make our kernels; the list of tiles is their input."""
-    files = [pathlib.Path(str(m.__file__)) for m in (pallas_tpu, tpu_grid)]
+    files = [pathlib.Path(str(m.__file__)) for m in (pallas_tpu, tpu_bodies, tpu_grid)]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 

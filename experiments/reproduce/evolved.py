@@ -14,8 +14,8 @@ from anyexperts_jax.core.modality import MODALITY_NAMES
 from anyexperts_jax.evaluate.evaluate import load_batches
 from anyexperts_jax.evaluate.router_diagnostics import RouterDiagnostics, diagnose
 from anyexperts_jax.evaluate.trained import Trained, load_trained
-from anyexperts_jax.evolution.alone import alone_model, expert_alone
 from anyexperts_jax.evolution.config import EvolveRun, upcycled_model
+from anyexperts_jax.evolution.single_expert import single_expert_model, single_expert_params
 from anyexperts_jax.evolution.upcycle import upcycle_params
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.paths import leaves_of
@@ -38,7 +38,7 @@ def last_model(run: EvolveRun, folder: pathlib.Path) -> Trained:
     if last == "routing":
         return trained
     model = trained.config.model
-    return _with_model(trained, alone_model(model), expert_alone(model, trained.params, 0))
+    return _with_model(trained, single_expert_model(model), single_expert_params(model, trained.params, 0))
 
 
 def validation_record(stage_folder: pathlib.Path) -> dict[str, Any]:

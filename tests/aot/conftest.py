@@ -6,7 +6,7 @@ from anyexperts_jax.aot.libtpu import has_libtpu
 
 @pytest.fixture(scope="session")
 def schedules(tmp_path_factory):
-    """Where libtpu writes its schedules; it is told once, before its first use."""
+    """The directory where libtpu dumps its schedules; set once, before its first use."""
     if not has_libtpu():
         pytest.skip("libtpu is not installed (extra `aot`)")
     directory = tmp_path_factory.mktemp("schedules")

@@ -1,4 +1,4 @@
-"""The committed table of GPU kernels, checked without a compiler: every kernel is there and fits its GPU."""
+"""The committed table of GPU kernels, checked without a compiler: every kernel is listed and fits its GPU."""
 
 import json
 import pathlib

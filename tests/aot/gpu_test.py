@@ -1,4 +1,4 @@
-"""GPU kernels compile for GPUs that are not here and take no more of them than the committed table says.
+"""GPU kernels compile for GPUs that are not attached and need no more resources than the committed table says.
 
 The table is experiments/results/kernels_gpu.json, which `gpu_table_test` checks without a compiler; here every kernel
 of it is compiled again. After a change that is meant to cost registers or shared memory,
@@ -76,7 +76,7 @@ def test_two_kernels_are_not_read_as_one():
 @pytest.mark.parametrize("implementation", ["pallas_triton", "pallas_gpu"])
 @pytest.mark.parametrize("dispatch", ["blocks", "capacity"])
 def test_a_whole_layer_compiles_forward_and_backward(implementation, dispatch):
-    """Not a kernel alone: routing's plan carried out and pulled back, as one program for an H100."""
+    """Not only a kernel: applying a plan and its backward pass, as one program for an H100."""
     if implementation == "pallas_gpu" and jax.__version_info__ < (0, 11):
         pytest.skip("the Mosaic GPU kernels need JAX 0.11")
     plan = make_plan(random_ids(np.random.default_rng(0), 40, 3))

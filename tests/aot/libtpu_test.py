@@ -1,4 +1,4 @@
-"""JAX and libtpu come in pairs: another pair is refused before anything is compiled."""
+"""JAX and libtpu come in pairs: a mismatched pair is rejected before anything is compiled."""
 
 import importlib.metadata
 
@@ -12,7 +12,7 @@ from anyexperts_jax.train.config import load_config
 
 
 def installed(monkeypatch, jax, pin, found):
-    """As if these were installed: JAX, the libtpu that its metadata names, and a libtpu."""
+    """Pretends that these are installed: JAX, the libtpu that its metadata pins, and a libtpu."""
     versions = {"jax": jax, "libtpu": found}
     requirements = ["numpy>=2.0", f'libtpu=={pin}.*; extra == "tpu"', 'requests; extra == "tpu"']
     monkeypatch.setattr(libtpu, "has_libtpu", lambda: True)
@@ -59,7 +59,7 @@ def test_this_jax_names_its_own():
 @pytest.mark.aot
 @pytest.mark.usefixtures("schedules")
 def test_the_pair_compiles_a_step_that_exchanges():
-    """With a pair that does not fit, libtpu 0.0.52 and JAX 0.10.2, this very step is an internal error of XLA's."""
+    """With a mismatched pair, libtpu 0.0.52 and JAX 0.10.2, this step ends in an internal XLA error."""
     settings = ["mesh.data=1", "mesh.expert=4", "model.stack.execution.dispatch=exchange", "model.stack.num_layers=2"]
     step = compile_step(load_config("smoke", settings), "v5p:2x2x1")
     assert {(row.kind, row.axes) for row in step.collectives} >= {("all-to-all", ("expert",))}

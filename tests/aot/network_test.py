@@ -1,4 +1,4 @@
-"""Times by hand on small slices: W is the bytes/s of a link."""
+"""Times computed by hand on small slices; W is the bandwidth of a link in bytes/s."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The reader of schedules, on a schedule made up here: 20 bundles, a loop of 12 that may skip two passes."""
+"""The parser of schedules, on an artificial one: 20 bundles, with a loop of 12 that may skip two passes."""
 
 import pytest
 

@@ -22,7 +22,7 @@ def config(*settings):
 
 @pytest.fixture
 def eight_chips(monkeypatch):
-    """A ring of eight, which no compiler need describe."""
+    """A ring of eight chips, described without a compiler."""
     kind = {"platform": "cpu", "device_kind": "TPU v5 lite", "process_index": 0}
     chips = [SimpleNamespace(id=i, coords=[i, 0, 0], **kind) for i in range(8)]
     monkeypatch.setattr(module, "slice_devices", lambda topology, slices: chips)

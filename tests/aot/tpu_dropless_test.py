@@ -1,4 +1,4 @@
-"""`routed_mlp` by the TPU kernels, forward and backward, compiled for chips that are not here."""
+"""`routed_mlp` by the TPU kernels, forward and backward, compiled for chips that are not attached."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def forward_backward(x, slot_weights, slots, places, starts, counts, w_gate, w_u
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_compiles_and_fits(chip, shape, schedules):
-    """The default implementation of a TPU mesh, so that it is these kernels is tested too."""
+    """Uses the default implementation of a TPU mesh, which also tests that it is these kernels."""
     reports = report.compile_report(chip, forward_backward, arguments(*SHAPES[shape]), schedules)
     assert {one.name for one in reports if one.name.startswith("expert_mlp")} == NAMES
     for one in reports:

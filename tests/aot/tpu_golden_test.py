@@ -31,7 +31,7 @@ PROGRAMS = [
 
 
 def regressions(golden, found):
-    """What is worse in `found`, a line each."""
+    """One line for each figure that is worse in `found`."""
     worse = [
         f"{field} {golden[field]} -> {found[field]}"
         for field, (share, more) in SLACK.items()

@@ -1,4 +1,4 @@
-"""The TPU kernels, forward and backward, compiled for chips that are not here."""
+"""The TPU kernels, forward and backward, compiled for chips that are not attached."""
 
 import jax
 import pytest
@@ -28,7 +28,7 @@ def test_the_papers_layer_fits_in_vmem(chip, schedules):
 @pytest.mark.parametrize("columns", [None, 128])
 @pytest.mark.parametrize(("chip", "dtype"), [("v5e", "float32"), ("v5p", "bfloat16"), ("v6e", "float32")])
 def test_every_form_compiles(chip, dtype, columns, residuals, schedules):
-    """Weights whole or in part, float32, gate and up computed again, rows that are no multiple of a block."""
+    """Whole or partial weights, float32, gate and up recomputed, rows that are not a multiple of a block."""
     rows = KernelSizes(128, 128, 64, columns)
     weights = KernelSizes(128, 128, 64, 128)
     options = TpuOptions(

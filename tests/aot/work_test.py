@@ -81,7 +81,7 @@ def test_gathered_weights_are_split_by_expert_and_tensor_alone():
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "expert", "sequence"])
 def test_blocks_compute_each_row_once_however_many_devices_share_the_tokens(axis):
-    """What more there is to compute is the last tile of every expert, which each device has."""
+    """The only extra work is the last tile of every expert, on each device."""
     one, eight = (count_work(config(), mesh) for mesh in (ONE, ONE | {axis: 8}))
     assert eight.rows_real == one.rows_real == pytest.approx(eight.rows_buffers, rel=0.05)
     assert eight.rows_computed - eight.rows_real == 8 * (one.rows_computed - one.rows_real)

@@ -39,7 +39,7 @@ def test_every_form_part_and_budget_has_a_row(bench):
 
 
 def test_the_sweep_goes_from_eight_real_experts_to_half_of_them():
-    """In steps of a tenth, the first what the others are set against."""
+    """In steps of a tenth; the first is the reference of the others."""
     assert layer.BUDGETS == (8.0, 7.2, 6.4, 5.6, 4.8, 4.0)
 
 
@@ -108,7 +108,7 @@ def test_budget_plans_have_the_average_exactly_and_one_shape():
 
 
 def test_ratios_are_taken_within_rounds():
-    """Twice as slow in two rounds of three, whatever the machine does between them: 2, where the medians give 4."""
+    """Twice as slow in two of three rounds, while the machine slows down: 2, although the medians differ by 4."""
     found = Rounds({"own": [2.0, 8.0, 20.0], "other": [1.0, 2.0, 10.0]}, None)
     assert found.ratio("own", "other") == 2.0
     assert found.milliseconds("own") == 8000.0

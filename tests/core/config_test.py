@@ -62,7 +62,7 @@ def test_experts_in_reach_after_group_limiting():
 @pytest.mark.parametrize("cap_rounding", ["round", "floor"])
 @pytest.mark.parametrize("rho_max", [0.0, 0.2, 0.29, 0.5, 0.95])
 def test_more_slots_never_are_fewer_real_ones(rho_max, cap_rounding):
-    """So the ends of the window say what a token can need, and millions of slots are checked at once."""
+    """So checking the ends of the window is enough, and millions of slots are checked at once."""
     virtual = 3 if rho_max else 0
     config = AnyExpertsConfig(num_virtual=virtual, k_min=1, k_max=60, rho_max=rho_max, cap_rounding=cap_rounding)
     real = [slots - cap for slots, cap in enumerate(config.virtual_caps)]

@@ -21,7 +21,7 @@ def definition(x, w, count):
 
 @Differentiable
 def looped(x, w, count):
-    """`definition` by a loop whose length is known at run time alone: JAX has no reverse mode for it."""
+    """`definition` by a loop of run-time length, which JAX cannot differentiate in reverse mode."""
     return lax.fori_loop(0, count, lambda i, total: total + jnp.sin(x * w[i]), jnp.zeros_like(x))
 
 

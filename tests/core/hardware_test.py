@@ -1,4 +1,4 @@
-"""The table of chips: every entry is whole, and device kinds find theirs."""
+"""The table of chips: every entry is complete, and device kinds find their entry."""
 
 import re
 
@@ -20,7 +20,7 @@ def test_a_chip_has_plausible_figures(name):
 
 @pytest.mark.parametrize("name", tpus())
 def test_a_tpus_peak_is_a_whole_number_of_matrix_units_at_its_clock(name):
-    """The one relation between two figures of the table: a unit of side 128 or 256 does 2 side^2 FLOP a cycle."""
+    """The one relation between two figures of the table: a unit of side 128 or 256 does 2 side^2 FLOP per cycle."""
     one = tpus()[name]
     units = one.flops / (2 * one.clock_ghz * 1e9)
     assert any(abs(units / side**2 - round(units / side**2)) < 0.01 for side in (128, 256))

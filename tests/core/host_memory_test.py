@@ -9,7 +9,7 @@ FREE = 1000
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A file system that tells of cgroups, on a machine with FREE bytes: {file: text} -> what is available."""
+    """Fakes the cgroup files of a machine with FREE bytes: {file: text} -> available bytes."""
     monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=FREE))
 
     def available(files):

@@ -1,4 +1,4 @@
-"""Names of arrays that may be kept: none is made up where it is used, and every policy keeps who was chosen."""
+"""Names of arrays for remat: all of them come from `core.remat`, and every policy saves the selected experts."""
 
 import ast
 import pathlib

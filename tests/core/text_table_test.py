@@ -10,7 +10,7 @@ LETTERS = np.array(list("abcdefghijklmnop-_/[]. "))
 
 
 def random_table(rng) -> TextTable:
-    """One or two columns of names, up to 12 of figures; headings and names of any length."""
+    """One or two label columns and up to 12 columns of figures, with headings and labels of any length."""
 
     def words(most):
         return "".join(rng.choice(LETTERS, rng.integers(1, most))).strip() or "x"

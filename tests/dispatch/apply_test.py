@@ -28,7 +28,7 @@ FLOAT32_TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def value_and_gradients(plan, operands, dispatch, implementation=None):
-    """Output and gradients of sum(sin(output)) in x, slot weights, virtual weight and the experts' weights."""
+    """The output, and the gradients of sum(sin(output)) by x, combine weights, virtual weight and experts' weights."""
     how = capacity_of(plan, plan.expert_ids_NK.shape[0]) if dispatch == "capacity" else {"dispatch": dispatch}
 
     def output(x, slot_weights, virtual_weight, *weights):

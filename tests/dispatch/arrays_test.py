@@ -1,4 +1,4 @@
-"""What users of JAX hold: NumPy arrays, lists, other dtypes, x64, and `shard_map` with its checks on."""
+"""What users of JAX pass: NumPy arrays, lists, other dtypes, x64; and `shard_map` with its checks enabled."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ FORMS = ("blocks", "capacity", "dense")
 
 
 def plan_with(**arrays):
-    """A plan with arrays that nobody has checked."""
+    """A plan with unchecked arrays."""
     plan = dataclasses.replace(PLAN)
     for name, array in arrays.items():
         object.__setattr__(plan, name, array)
@@ -37,7 +37,7 @@ def how(dispatch):
 
 
 def strided(array):
-    """float64 and not contiguous."""
+    """Converts to float64, not contiguous."""
     return np.repeat(np.asarray(array, np.float64), 2, axis=0)[::2]
 
 

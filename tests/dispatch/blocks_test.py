@@ -56,7 +56,7 @@ def test_capacity_falls_back_to_it(case):
     ],
 )
 def test_a_device_has_the_rows_of_its_own_tokens_alone(mesh, shards):
-    """In the compiled program, forward and backward: one sort, and no buffer of rows for more than its tokens."""
+    """The compiled program, forward and backward, has one sort, and no buffer with rows of other devices' tokens."""
     tokens, width, hidden = 1024, 24, 40
     plan = make_plan(random_ids(np.random.default_rng(0), tokens, SLOTS, EXPERTS), EXPERTS, virtual_output="zero")
     x, *weights = split_over(mesh, make_operands(tokens, EXPERTS, width=width, hidden=hidden))

@@ -53,7 +53,7 @@ def test_dropped_slots_get_no_gradient():
 
 @pytest.mark.parametrize("num_sequences", [1, 3])
 def test_no_token_feels_a_later_one_of_any_sequence(num_sequences):
-    """Other routes and values from position t on: what came before is bitwise what it was, drops and all."""
+    """With other routes and values from position t on, earlier results do not change by a bit, including drops."""
     rng = np.random.default_rng(0)
     positions, slots, t = 8, 2, 5
     tokens = num_sequences * positions

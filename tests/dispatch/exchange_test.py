@@ -77,7 +77,7 @@ def test_capacity_buffers_on_a_mesh_give_and_drop_what_one_device_does(mesh, cas
 
 
 def test_devices_share_the_rows_of_capacity_buffers():
-    """Twice as much would be computed if each of the two copies of an expert did all of its rows."""
+    """If both copies of an expert computed all of its rows, the work would double."""
     tokens, width, hidden = 512, 32, 64
     plan = make_plan(random_ids(np.random.default_rng(0), tokens, SLOTS, EXPERTS), EXPERTS, expected_real_slots=1.6)
     operands, mesh = make_operands(tokens, EXPERTS, width=width, hidden=hidden), "data 2, expert 4"

@@ -51,7 +51,7 @@ class Device:
 
 
 class PlacementOf(Placement):
-    """A placement on devices that are not here."""
+    """A placement on devices that are not attached."""
 
     def __init__(self, device, count):
         object.__setattr__(self, "kind", device)
@@ -65,7 +65,7 @@ class PlacementOf(Placement):
 @pytest.mark.parametrize("dispatch", ["blocks", "capacity", "dense", "exchange"])
 @pytest.mark.parametrize("count", [1, 8])
 def test_kernels_run_wherever_a_device_computes_its_own_part(dispatch, count):
-    """On eight devices XLA cuts "capacity" and "dense" into parts, and cannot cut a kernel."""
+    """On eight devices XLA partitions "capacity" and "dense", and it cannot partition a kernel."""
     tpu = PlacementOf(Device("tpu", "TPU v5e"), count)
     found = resolve_implementation(Execution(dispatch=dispatch), tpu, jnp.dtype("bfloat16"))
     left_to_xla = count > 1 and dispatch in ("capacity", "dense")

@@ -1,4 +1,4 @@
-"""Routing plans built by hand, and the sum they stand for in float64."""
+"""Routing plans built by hand, and the expected sums in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def make_plan(ids_NK, num_experts=EXPERTS, *, seed=0, **spec) -> RoutingPlan:
 
 
 def capacity_of(plan, rows) -> dict:
-    """The options of `dispatch="capacity"` that give an expert's buffer so many rows."""
+    """The options of `dispatch="capacity"` for this many rows per expert."""
     share = plan.spec.expected_real_slots * plan.expert_ids_NK.shape[0] / plan.spec.num_experts
     return {"dispatch": "capacity", "capacity_factor": rows / share}
 
@@ -88,7 +88,7 @@ def _oracle_and_gradients(plan, *arguments):
 
 
 def oracle_value_and_gradients(plan, operands):
-    """The oracle's output and the gradients of sum(sin(output)) in x, slot weights, virtual weight and weights."""
+    """The oracle's output, and the gradients of sum(sin(output)) by x, combine weights, virtual weight and weights."""
     with jax.enable_x64(True):
         x, *weights = operands
         arguments = (x, plan.weights_NK, plan.virtual_weight_N, *weights)

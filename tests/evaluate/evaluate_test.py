@@ -67,7 +67,7 @@ def test_a_folder_with_fewer_examples_is_evaluated_on_all_of_them(one, result, t
     assert [line for line in said if "fewer" in line] == [
         f"nlp has {count} {split} examples, fewer than {ROWS}: all of them are taken" for split, count in there.items()
     ]
-    assert score_table(found).title == f"Score in percent on {ROWS} test examples a domain (nlp {ROWS - 2})"
+    assert score_table(found).title == f"Score in percent on {ROWS} test examples per domain (nlp {ROWS - 2})"
     assert len(map_examples(smaller, "nlp", ROWS - 1, ROWS, 4)) == ROWS - 2
 
 
@@ -277,8 +277,8 @@ def test_an_evaluation_that_cannot_be_saved_is_printed_all_the_same(one, result,
     (tmp_path / f"{JSON_NAME}.new").symlink_to("/dev/full")
     assert cli.main(["evaluate", str(tmp_path)]) == 4
     shown = capsys.readouterr()
-    assert "Score in percent on 6 test examples a domain" in shown.out
-    said = f"anyexperts: cannot write to {tmp_path}: No space left on device; free some room and run it again\n"
+    assert "Score in percent on 6 test examples per domain" in shown.out
+    said = f"anyexperts: cannot write to {tmp_path}: No space left on device; free some space and run it again\n"
     assert shown.err == said
 
 

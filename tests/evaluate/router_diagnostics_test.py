@@ -9,7 +9,7 @@ from models.small import random_batch, random_params, small
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.evaluate.router_diagnostics import BINS, density_overlap, diagnose, logit_densities
 from anyexperts_jax.evaluate.trained import Trained
-from anyexperts_jax.evolution.alone import expert_similarity
+from anyexperts_jax.evolution.single_expert import expert_similarity
 from anyexperts_jax.report.router_charts import diagnostics_table, draw_densities, draw_shares, draw_similarity
 from anyexperts_jax.train.config import RunConfig
 

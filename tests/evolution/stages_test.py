@@ -11,7 +11,6 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.evolution import stages
-from anyexperts_jax.evolution.alone import apply_alone
 from anyexperts_jax.evolution.config import (
     EvolutionConfig,
     EvolveConfig,
@@ -21,6 +20,7 @@ from anyexperts_jax.evolution.config import (
     evolve_preset_names,
     load_evolve_config,
 )
+from anyexperts_jax.evolution.single_expert import single_expert_apply
 from anyexperts_jax.evolution.stages import evolve
 from anyexperts_jax.models.init import abstract_params, named_leaves
 from anyexperts_jax.models.paths import leaves_of
@@ -47,7 +47,7 @@ def a_run(mesh=MESH, moe=TOP_1, routing=STAGE, **fields) -> EvolveRun:
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory):
-    """The runs here compile the same few programs."""
+    """Caches compiled programs, because all runs here compile the same few."""
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -179,7 +179,7 @@ def test_stage_two_has_the_dense_models_loss_before_its_first_step(done):
     root, _ = done
     _, params, bias = load_run(root / "evolving", "last")
     model = a_run().model
-    apply = apply_alone(model)
+    apply = single_expert_apply(model)
     batch = text_batch()
     grads = jax.jit(jax.grad(lambda p: apply(p, batch, bias, None, None)[0].sum()))(params)
     blocks = grads["decoder"]["moe_layers"]["moe"]
@@ -191,7 +191,7 @@ def test_stage_two_has_the_dense_models_loss_before_its_first_step(done):
 
 @pytest.mark.slow
 def test_stage_three_may_have_another_routing_policy_than_stage_two(done, tmp_path):
-    """Stage II runs expert 1 alone: the routers begin as they would have, and nothing else moves."""
+    """Stage II uses expert 1 only, so the routers get their usual initial values and everything else is kept."""
     root, _ = done
     linear = dataclasses.replace(TOP_1, router="linear")
     (tmp_path / "warm_up").symlink_to(root / "warm_up")
@@ -212,7 +212,7 @@ def test_stage_three_may_have_another_routing_policy_than_stage_two(done, tmp_pa
     assert any("importance" in name for name in named_leaves(slots))
     more = dataclasses.replace(TOP_1, num_experts=5)
     other = a_run(moe=more, upcycle=UpcycleConfig(num_experts=5), evolution=EvolutionConfig(fixed_beta=0.5))
-    with pytest.raises(UserError, match="is another one: "):
+    with pytest.raises(UserError, match="is a different one: "):
         stages.stage_recipe(other, tmp_path, "routing").start(mesh)
 
 

@@ -38,7 +38,7 @@ def test_every_real_slot_has_one_row_in_its_experts_blocks(name, block):
 @pytest.mark.parametrize("slots", [1, 3, 7, 12, 30])
 @pytest.mark.parametrize("block", [1, 4, 8])
 def test_no_smaller_buffer_holds_the_worst_case(slots, block):
-    """As many experts as there are get one slot, one of them the rest in whole blocks."""
+    """Every expert gets one slot, and one of them the rest, in whole blocks."""
     experts = 5
     spread = min(slots, experts)
     worst = (spread - 1) * block + -(-(slots - spread + 1) // block) * block

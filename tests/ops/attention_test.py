@@ -21,7 +21,7 @@ def operands(kv_length=T, dtype=jnp.float32):
 
 
 def causal_mask(kv_length=T):
-    """Each position its past, with a hole; position 3 of the first example sees nothing at all."""
+    """A causal mask with a hole; position 3 of the first example attends to nothing."""
     mask_BTS = np.tile(np.tri(T, kv_length, dtype=bool), (B, 1, 1))
     mask_BTS[1, 2:, 1] = False
     mask_BTS[0, 3] = False
@@ -98,14 +98,14 @@ def test_heads_that_do_not_divide_and_unknown_implementations_are_refused():
 
 
 def long_operands(dtype=jnp.float32):
-    """One block of positions whole, one with padding: what the TPU kernel takes."""
+    """One full block of positions and one with padding, in sizes that the TPU kernel supports."""
     rng = np.random.default_rng(0)
     rows = tuple(jnp.asarray(rng.normal(size=(2, 256, heads, 128)), dtype) for heads in (4, 2, 2))
     return rows, CausalMask(jnp.asarray(np.arange(256) < np.array([[256], [131]])))
 
 
 def in_segments(mask):
-    """The mask with its first example in three segments, of which one begins inside a block of positions."""
+    """The mask with the first example in three segments, one of which starts inside a block of positions."""
     segment_T = np.searchsorted([40, 130], np.arange(256), side="right")
     return CausalMask(mask.valid_BT, jnp.asarray(np.stack([segment_T, 0 * segment_T]), jnp.int32))
 
@@ -137,13 +137,13 @@ def test_a_causal_mask_is_the_array_it_stands_for():
 
 
 def test_a_segment_sees_itself_alone():
-    """In the array, and in what a kernel takes that does causality itself."""
+    """In the dense mask, and in the one for kernels that handle causality themselves."""
     segment_BT = jnp.asarray([[0, 0, 1, 1, 1, 1], [3, 3, 3, 4, 5, 5]])
     mask = CausalMask(jnp.asarray(np.arange(6) < np.array([[5], [6]])), segment_BT)
     expected_BTT = np.zeros((2, 6, 6), bool)
     for b, t, s in np.ndindex(2, 6, 6):
         expected_BTT[b, t, s] = segment_BT[b, t] == segment_BT[b, s] and (b == 1 or s < 5)
-    np.testing.assert_array_equal(mask.in_any_order(), expected_BTT)
+    np.testing.assert_array_equal(mask.without_causality(), expected_BTT)
     np.testing.assert_array_equal(mask.dense(), expected_BTT & np.tri(6, dtype=bool))
 
 
@@ -184,7 +184,7 @@ def test_cudnn_is_an_attached_gpus_default_in_16_bits_and_refused_elsewhere(monk
         attention(*rows, mask.dense(), "cudnn")
     bf16 = jnp.dtype(jnp.bfloat16)
     assert default_implementation(4096, 64, bf16, causal=True) != "cudnn"
-    monkeypatch.setattr(cudnn, "is_there", lambda: True)
+    monkeypatch.setattr(cudnn, "is_available", lambda: True)
     assert default_implementation(4096, 64, bf16, causal=True) == "cudnn"
     for length, width, dtype, causal in [
         (4096, 64, bf16, False),

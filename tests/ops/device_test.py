@@ -1,4 +1,4 @@
-"""The shared cases on a GPU or a TPU that is there, not interpreted: `pytest -m gpu`, `pytest -m tpu`."""
+"""The shared cases on an attached GPU or TPU, not interpreted: `pytest -m gpu`, `pytest -m tpu`."""
 
 import functools
 
@@ -65,7 +65,7 @@ def test_tpu_kernels(dtype, counts, width, hidden):
     ],
 )
 def test_dropless(implementation, name):
-    """bfloat16, which all of them take, against the oracle in float64 on the same rounded operands."""
+    """In bfloat16, which all of them support, against the float64 oracle on the same rounded operands."""
     skip_unless_it_runs(implementation)
     plan = plans.make_plan(plans.PLANS[name].expert_ids_NK, virtual_output="zero")
     operands = plans.make_operands(plan.expert_ids_NK.shape[0], dtype=jnp.bfloat16, width=192, hidden=136)
@@ -78,7 +78,7 @@ def test_dropless(implementation, name):
 
 
 def oracle_on_cpu(plan, operands):
-    """The oracle is in float64, which a TPU has not."""
+    """The oracle needs float64, which a TPU lacks."""
     cpu = jax.devices("cpu")[0]
     with jax.default_device(cpu):
         return plans.oracle_value_and_gradients(*jax.device_put((plan, operands), cpu))

@@ -68,7 +68,7 @@ def test_gives_the_references_values_and_gradients(name):
 
 @pytest.mark.parametrize("hot", [300, 210, 190])
 def test_one_expert_far_over_the_largest_size(hot):
-    """Blocks past the first: up to 300 rows on one expert where a fair draw would give 60."""
+    """Blocks after the first: up to 300 rows on one expert, where a balanced draw gives 60."""
     ids = np.where(np.arange(300) < hot, 2, 0)[:, None]
     assert row_sizes(300, 300, EXPERTS)[-1] < 100
     plan, operands = make_plan(ids), make_operands(300)
@@ -78,7 +78,7 @@ def test_one_expert_far_over_the_largest_size(hot):
 
 @pytest.mark.parametrize("count", [0, 1, -1, +1, +7, +8, +9, +40])
 def test_loads_about_the_largest_size(count):
-    """Expert 1 has no slot, one, or about as many as the largest size has rows (`count` signed: off it)."""
+    """Expert 1 has no slot, one, or about as many as the largest size (a signed `count` is relative to it)."""
     rows = row_sizes(48, 48, EXPERTS)[-1]
     hot = count if count in (0, 1) else min(48, rows + count)
     ids = np.where(np.arange(48) < hot, 1, 2 + np.arange(48) % 3)[:, None]

@@ -1,4 +1,4 @@
-"""Logs and evaluations that are not what was written: one line that names the file, or a page of what can be read."""
+"""Damaged logs and evaluations: one line that names the file, or a page of what can be read."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ from report.report_test import evaluation
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A run with records and an evaluation, whose checkpoints are not there."""
+    """A run with records and an evaluation but without checkpoints."""
     root = tmp_path_factory.mktemp("runs") / "run"
     paths, _ = open_run_dir(root, config_of(MODEL))
     write_records(paths)
@@ -34,14 +34,14 @@ def run(written, tmp_path):
 
 
 def read(root):
-    """All that a page is made from."""
+    """Reads everything that a page is made from."""
     records = read_records(RunDir(root).metrics)
     require_complete(records, RunDir(root).metrics)
     return records, load_evaluation(root)
 
 
 def refusal(reads, path):
-    """What a file is refused with; None where it is taken."""
+    """The message that rejects a file; None if it is accepted."""
     try:
         reads(path)
     except UserError as error:
@@ -119,7 +119,7 @@ OTHERS = (None, True, -1, 2.5, "text", [], {}, [[]], {"a": 1}, [1.0, 2.0, 3.0])
 
 @pytest.mark.parametrize("file", [JSON_NAME, "metrics.jsonl"])
 def test_no_value_of_another_kind_ends_in_anything_but_a_line(run, file):
-    """Two hundred values of the file, each with one of another kind in its place: read, or refused in a line."""
+    """Replaces each of two hundred values of the file by one of another kind: it is read, or rejected in one line."""
     path, draw = run / file, random.Random(0)
     lines = path.read_text().splitlines() if file.endswith("l") else [path.read_text()]
     said = []
@@ -148,7 +148,7 @@ def test_no_bit_ends_in_anything_but_a_line(run, file):
 
 @pytest.mark.slow
 def test_what_is_read_can_be_drawn(run):
-    """Of the files with one value of another kind, those that are taken: each makes a page."""
+    """Files with one value of another kind that are accepted can all be rendered."""
     draw, drawn = random.Random(2), 0
     texts = {name: (run / name).read_text() for name in (JSON_NAME, "metrics.jsonl")}
     while drawn < 4:

@@ -1,4 +1,4 @@
-"""Importance laid back where the tokens came from, and the pictures of it."""
+"""Importance mapped back to where the tokens came from, and its pictures."""
 
 import numpy as np
 import pytest

@@ -71,7 +71,8 @@ def check_self_contained(path) -> Page:
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    """Batches as large as in the evaluation's tests, whose programs then serve here too; answers are tested there."""
+    """Uses the batch sizes of the evaluation's tests, so that their compiled programs are reused; answers are tested
+    there."""
     monkeypatch.setattr(source, "ROUTING_EXAMPLES", 6)
     monkeypatch.setattr(example_map, "predict", lambda one, model, batch, *_: ["7"] * len(batch.tokens_BT))
 
@@ -153,7 +154,7 @@ def test_text_from_a_run_is_escaped(tmp_path):
 
 @pytest.mark.parametrize("name", ["[/red]", "[b]x", ":cat:", "<b>&", "$x$ \\frac", "_own", "a|b", "日本"])
 def test_names_of_domains_are_shown_as_they_are(name, tmp_path, capsys):
-    """On the terminal, on the page and in pictures, each of which has marks of its own."""
+    """On the terminal, on the page and in pictures, each of which has its own markup."""
     found = evaluation(name, "nlp")
     print_evaluation(found)
     assert capsys.readouterr().out.count(name) >= 2

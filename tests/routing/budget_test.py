@@ -58,7 +58,7 @@ def test_static_stochastic_rounding_reaches_any_budget():
 
 
 class Model:
-    """A stand-in for measuring a model: realised average as a function of the window, calls counted."""
+    """Stands in for measuring a model: a realised average as a function of the window; counts its calls."""
 
     def __init__(self, response):
         self.response, self.calls = response, 0
@@ -129,7 +129,7 @@ def test_static_top_k_calibrates_over_whole_numbers():
 
 
 def test_a_fractional_window_of_one_step_still_calibrates():
-    """k_max 1.25 of a single expert: no whole number of slots above it is allowed."""
+    """k_max is 1.25 with a single expert: no whole number of slots above it is allowed."""
     config = AnyExpertsConfig.static_top_k(1, 1, k_max=1.25)
     assert calibrate_budget(config, lambda c: 1.0, 1.0) == config
 

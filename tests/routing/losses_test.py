@@ -82,7 +82,7 @@ def test_masked_mean():
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("regulariser", ["logit_l2", "mean_target", "salience"])
 def test_padding_has_no_part_in_any_loss_and_gets_no_gradient(scope, regulariser):
-    """Two sequences, padded to four tokens with NaN, against each sequence alone."""
+    """Two sequences, padded with NaN to four tokens, compared with each sequence by itself."""
     config = _config(balance_scope=scope, importance_regulariser=regulariser)
     rng = np.random.default_rng(0)
     logits, z = rng.normal(size=(8, 3)).astype(np.float32), rng.normal(size=8).astype(np.float32)

@@ -36,7 +36,7 @@ def _quarters(low: float, high: float) -> list[float]:
 
 
 def draw_config(choose: Choose, shape: tuple[int, int, int]) -> AnyExpertsConfig:
-    """Any switch at any value; a UserError where these do not go together."""
+    """Random values for every switch; raises UserError if they are incompatible."""
     E, V, K = shape
     pick = lambda choices: choose(get_args(choices))  # noqa: E731
     rounding = pick(options.SlotRounding)
@@ -154,7 +154,7 @@ def _check(config: AnyExpertsConfig, p: Problem) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fast_path_equals_the_oracle_with_random_switches(shape):
-    """150 examples a shape, among which hypothesis repeats some configurations with other tokens."""
+    """150 examples per shape; hypothesis repeats some configurations with other tokens."""
 
     @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
     @given(st.data())
@@ -172,7 +172,7 @@ def test_fast_path_equals_the_oracle_with_random_switches(shape):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fast_path_equals_the_oracle_at_eight_hundred_configurations(shape):
-    """Of each shape, no two the same, each with tokens of its own."""
+    """All different, for each shape, with different tokens."""
     rng = np.random.default_rng(SHAPES.index(shape))
     choose = lambda of: of[rng.integers(len(of))]  # noqa: E731
     seen = set()
@@ -193,7 +193,8 @@ def test_fast_path_equals_the_oracle_at_eight_hundred_configurations(shape):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_compiled_and_batched_path_equals_the_oracle_over_windows(seed):
-    """200 windows, biases, masks and logits to each of eight compiled programs: vmap over all that is not static."""
+    """200 windows, biases, masks and logits for each of eight compiled programs: vmap over everything that is not
+    static."""
     rng = np.random.default_rng(seed)
     E, V, K = ((6, 3, 5), (12, 4, 8))[seed % 2]
     every = ("add", "multiply_logits", "multiply_sigmoid", "off")

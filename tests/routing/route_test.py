@@ -1,4 +1,4 @@
-"""`route` as a whole: one case by hand, the traps of field.md, transformations, bad input."""
+"""`route` as a whole: one case computed by hand, the traps of field.md, transformations, invalid input."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def test_static_top_k_is_the_same_interface():
 
 
 class TestTraps:
-    """What other projects got wrong (field.md, papers/neighbours.md)."""
+    """Faults found in other projects (field.md, papers/neighbours.md)."""
 
     def test_a_slot_without_an_expert_is_never_id_zero_and_weighs_nothing(self):
         plan = routed(CONFIG, LOGITS, Z, jnp.arange(N) != 3)
@@ -81,7 +81,7 @@ class TestTraps:
         assert np.isfinite(plan.importance_N).all()
 
     def test_routing_is_causal(self):
-        """Tokens of the future, garbage among them, change nothing for the tokens before; padding neither."""
+        """Later tokens, even garbage, change nothing for earlier ones; neither does padding."""
         before = routed(CONFIG, LOGITS, Z)
         after = routed(CONFIG, LOGITS.at[7:].multiply(-3.0), Z.at[7:].add(5.0), jnp.arange(N) != 11)
         for name in ("expert_ids_NK", "weights_NK", "virtual_weight_N", "slots_N", "importance_N"):
@@ -272,7 +272,7 @@ def test_a_window_that_makes_no_sense_is_refused(window, message):
 
 
 def test_windows_and_arrays_as_callers_hold_them_give_one_plan():
-    """NumPy arrays in float64 and not contiguous, lists and tuples."""
+    """Non-contiguous float64 NumPy arrays, lists and tuples."""
     expected = route(CONFIG, LOGITS, Z, window=jnp.array([2.0, 3.0]))
     twice = np.repeat(np.asarray(LOGITS, np.float64), 2, axis=0)[::2]
     assert not twice.flags["C_CONTIGUOUS"]

@@ -111,7 +111,7 @@ def test_ranks_of_a_devices_tokens_need_the_number_of_devices():
 
 
 def importance_gradient(scope, slopes, batch_shards=2):
-    """To z [4 sequences, 8 positions], of a loss that feels a token by its own slope."""
+    """The gradient by z [4 sequences, 8 positions] of a loss with a different slope for each token."""
     config = AnyExpertsConfig(
         num_experts=4, num_virtual=1, k_min=2, k_max=4, importance_regulariser="salience", salience_scope=scope
     )
@@ -153,7 +153,8 @@ def test_on_a_mesh_the_batchs_saliences_are_gathered_and_no_others(scope, gather
 
 
 def test_importance_learns_which_tokens_the_loss_feels():
-    """Eight kinds of token, half of them in the loss: their importance rises, the others' falls, the mean stays."""
+    """Eight kinds of token, of which half affect the loss: their importance rises, that of the others falls, the mean
+    stays."""
     config = AnyExpertsConfig(
         num_experts=8, num_virtual=2, k_min=2, k_max=6, iar="off", importance_regulariser="salience"
     )
@@ -176,7 +177,7 @@ def test_importance_learns_which_tokens_the_loss_feels():
 
 
 def test_the_plan_hands_on_the_weights_whose_gradient_is_read():
-    """Through `route`, rematerialised too: the rank of the token with the steeper loss is the higher."""
+    """Through `route`, with and without remat: the token with the steeper loss gets the higher rank."""
     config = AnyExpertsConfig(
         num_experts=4, num_virtual=1, k_min=2, k_max=4, iar="off", importance_regulariser="salience"
     )

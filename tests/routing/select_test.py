@@ -71,7 +71,7 @@ def test_virtual_columns_are_exempt_from_groups():
 
 
 def test_the_cap_leaves_every_token_its_real_experts():
-    """Whatever the ranking, real slots >= K_i - V_max (papers/anyexperts.md section 4)."""
+    """For any ranking, real slots >= K_i - V_max (papers/anyexperts.md section 4)."""
     rng = np.random.default_rng(0)
     config = AnyExpertsConfig(num_experts=16, num_virtual=64, k_min=4, k_max=12)
     slots = jnp.asarray(rng.integers(4, 13, 200), jnp.int32)

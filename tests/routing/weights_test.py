@@ -141,7 +141,7 @@ def test_extreme_logits_give_finite_weights_and_gradients(scores, normalisation,
 
 
 def test_a_towering_unselected_column_does_not_starve_the_selected():
-    """The cap keeps a virtual column with logit 200 out: over all columns every real softmax score underflows to 0."""
+    """The cap excludes a virtual column with logit 200, next to which every real softmax score underflows to 0."""
     config = _config(k_min=2, k_max=2, rho_max=0.2)  # round(0.4) = 0 virtual slots
     weights, virtual = _weights(config, jnp.array([[1.0, 0.0, -1.0, -1.0, 200.0, 200.0, 200.0]]))
     np.testing.assert_allclose(weights, [0.731059, 0.268941], atol=1e-6)

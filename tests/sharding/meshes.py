@@ -1,4 +1,4 @@
-"""Meshes of eight devices, plans for their tokens, and what one device makes of the same."""
+"""Meshes of eight devices, plans for their tokens, and comparison with the result of one device."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ def place(mesh):
 
 
 def dispatched(placement, dispatch, num_sequences=SEQUENCES, **execution):
-    """What a layer on the mesh calls."""
+    """The call that a layer on the mesh makes."""
     how = {"num_sequences": num_sequences, "placement": placement, "dispatch": dispatch, **execution}
     return lambda x, plan, *weights: moe_apply_stats(x, plan, *weights, **how)
 
@@ -61,7 +61,7 @@ def capacity_or_exact(placement):
 
 @functools.cache
 def value_and_gradients(mesh, form):
-    """A compiled function of plan and operands; None: one device."""
+    """A compiled function of plan and operands, on a mesh or (None) on one device."""
     run = form(place(MESHES[mesh]) if mesh else None)
 
     def total(x, weights_NK, weights, plan):
@@ -84,7 +84,7 @@ def assert_as_one_device(mesh, form, plan, one=blocks):
 
 
 def split_over(mesh, operands):
-    """Tokens over the batch's axes, weights as parameters are."""
+    """Splits tokens over the axes of the batch, and weights like parameters."""
     placement = place(MESHES[mesh])
     axes = [("batch",), *[("expert", "embed", "expert_mlp")] * 2, ("expert", "expert_mlp", "embed")]
     shardings = [NamedSharding(placement.mesh, placement.rules.spec(names)) for names in axes]

@@ -23,7 +23,7 @@ CONFIG = run_config()
 
 
 def state_at(step, mesh=None) -> TrainState:
-    """A state whose every array is made of `step`, with the table's rows over all mesh axes."""
+    """A state whose arrays all depend on `step`, with the table's rows split over all mesh axes."""
     params = linear_params(step)
     optimizer = make_optimizer(OptimConfig(), {"table": ("vocab", "embed")})
     state = TrainState(jnp.asarray(step, jnp.int32), params, optimizer.init(params), jnp.full((1, 5), 1.0 * step))
@@ -77,7 +77,7 @@ def test_a_state_moves_to_another_mesh(tmp_path):
 
 
 def test_a_save_compiles_nothing_for_small_arrays_that_devices_have_copies_of(tmp_path, caplog):
-    """Large ones the devices write in parts, each cut out by a program of its own."""
+    """Devices write large ones in parts, each sliced by its own program."""
     whole = NamedSharding(make_mesh(MeshConfig(data=8)), PartitionSpec())
     for rows, programs in ((256, 0), (2048, 8)):  # of 4 KiB: 8 parts of 128 KiB or of 1 MiB
         state = state_at(rows, whole.mesh)
@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_one_line_that_says_how_to_go_on(saved, damage, 
     damage(directory / "3")
     if not checksums:
         (directory / "3" / CHECKSUMS_NAME).unlink()
-    message = r"checkpoint 3 in .*checkpoints is unreadable .* move .*/3 away to go on from step 2"
+    message = r"checkpoint 3 in .*checkpoints is unreadable .* move .*/3 away to resume from step 2"
     with pytest.raises(UserError, match=message) as error, opened(directory) as checkpoints:
         checkpoints.restore(3, abstract(state_at(0)), CONFIG)
     assert "\n" not in str(error.value)
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_is_one_line_that_says_how_to_go_on(saved, damage, 
 
 
 def opened(directory):
-    """As the next process opens it."""
+    """Opens the checkpoints like the next process would."""
     return contextlib.closing(Checkpoints(directory, keep_last=2))
 
 

@@ -42,7 +42,7 @@ def test_a_file_overrides_parts_of_a_model_preset(tmp_path):
 
 
 def test_a_run_with_a_table_of_places_is_refused_with_what_to_do():
-    """A run's config.json of the version that numbered places, one number for positions of many pictures."""
+    """A config.json of the version that numbered the places of patches with a single index."""
     path = pathlib.Path(__file__).parents[2] / "experiments" / "results" / "demo" / "config.json"
     with pytest.raises(UserError, match=r"demo/config\.json: key model\.vision\.max_places is gone: .*trained again$"):
         load_config(path)
@@ -76,7 +76,7 @@ def test_a_runs_json_loads_as_a_config(tmp_path):
         (["model.vision.max_places=72"], r"key model\.vision\.max_places is gone: a patch has a row and a column now"),
         (
             ["data.packing=first_fit", "model.moe.switches.balance_scope=sequence"],
-            r"packing='first_fit' with model\.moe\.switches\.balance_scope='sequence': that balance loss is of a row",
+            r"packing='first_fit' with model\.moe\.switches\.balance_scope='sequence': that balance loss is computed",
         ),
         (["mesh.data=0"], r"mesh\.data=0 must be >= 1"),
         (["seed=-1"], r"key seed=-1 must be int: in \[0, 2\^32\)"),

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from anyexperts_jax.train.frozen import only, overlay, select
+from anyexperts_jax.train.frozen import overlay, select, train_only
 from anyexperts_jax.train.optim import OptimConfig, make_optimizer
 from anyexperts_jax.train.state import TrainState
 from anyexperts_jax.train.step import make_train_step
@@ -27,7 +27,7 @@ def test_select_and_overlay_are_inverse_and_none_means_all():
 
 
 def test_the_optimiser_has_state_and_updates_for_what_trains_alone():
-    optimizer = only(optax.adam(0.1), TRAINABLE)
+    optimizer = train_only(optax.adam(0.1), TRAINABLE)
     state = optimizer.init(PARAMS)
     assert [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim] == [(3,), (3,)]
     updates, _ = optimizer.update(select(PARAMS, TRAINABLE), state, PARAMS)
@@ -46,7 +46,7 @@ def test_a_step_changes_no_bit_of_what_is_frozen_and_trains_the_rest(accumulatio
         logits, trace = linear_apply(params["table"], batch, bias, None, window)
         return logits + params["still"].sum(), trace
 
-    optimizer = only(make_optimizer(config.optim, axes), trainable)
+    optimizer = train_only(make_optimizer(config.optim, axes), trainable)
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), jnp.zeros((1, 5)))
     step = jax.jit(make_train_step(config, optimizer, apply, trainable))
     after, report = step(state, random_batch())

@@ -1,4 +1,4 @@
-"""Damage is what was looked at and found: with checksums to the bit, without them as far as it shows."""
+"""Only verified damage is reported: with checksums every bit, without them what cannot be read."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def folder(written, tmp_path):
-    """A copy of checkpoint 2, beside one of checkpoint 1."""
+    """A copy of checkpoint 2, next to one of checkpoint 1."""
     return shutil.copytree(written, tmp_path / "checkpoints") / "2"
 
 
@@ -48,7 +48,7 @@ def restore(folder):
 
 
 def flip(path):
-    """Another value in one bit of the file's middle."""
+    """Flips one bit in the middle of the file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -161,7 +161,7 @@ def test_arrays_must_be_finite_whatever_the_checksums_say(tmp_path, value):
         checkpoints.wait()
         checkpoints.close()
     folder = tmp_path / "checkpoints" / "2"
-    message = r"checkpoint 2 in .* is no use: params/table is not finite; move .*/2 away to go on from step 1$"
+    message = r"checkpoint 2 in .* is unusable: params/table is not finite; move .*/2 away to resume from step 1$"
     for checksums in (True, False):
         if not checksums:
             (folder / CHECKSUMS_NAME).unlink()
@@ -196,9 +196,7 @@ def test_a_checkpoint_that_the_run_removes_meanwhile_is_not_called_damaged(folde
     (folder.parent.parent / TRAIN_LOCK).touch()
     monkeypatch.setattr(module.time, "sleep", lambda seconds: shutil.rmtree(folder))
     os.unlink(folder / "params" / "_METADATA")  # the removal has begun
-    with pytest.raises(
-        UserError, match=r"checkpoint 2 in .* was removed by the run that is under way; run this again$"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint 2 in .* was deleted by the running training; run this again$"):
         restore(folder)
 
 

@@ -1,10 +1,10 @@
-"""Kills runs at random moments and lets them go on, until each ends where a run ends that was never stopped.
+"""Kills runs at random moments and resumes them, until each ends like a run that was never stopped.
 
     make test-kills        twenty kills of the smallest real model, some minutes
     PYTHONPATH=.:tests python tests/train/kills.py --kills 2 --seed 1
 
 Every process is killed (SIGKILL) after a random part of the time an unbroken one takes, so that kills fall into its
-start, its steps, its checkpoints and its validation alike. A run that ends before it is killed makes place for another.
+start, its steps, its checkpoints and its validation. If a run ends before it is killed, another one is started.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PATIENCE = 600.0  # seconds for a process that is not killed
 
 
 class Killer:
-    """Starts the same run again and again, in processes that share what they compiled."""
+    """Starts the same run repeatedly, in processes that share their compiled programs."""
 
     def __init__(self, folder, *, model="model", steps=300, checkpoint_every=20):
         self.folder, self.model = pathlib.Path(folder), model
@@ -58,7 +58,7 @@ class Killer:
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     def finish(self, run):
-        """To its end; returns the seconds it took."""
+        """Runs to the end; returns the seconds it took."""
         begin = time.monotonic()
         process = self.start(run)
         said = process.communicate(timeout=PATIENCE)[1]
@@ -66,7 +66,7 @@ class Killer:
         return time.monotonic() - begin
 
     def kill(self, run, after):
-        """Kills it after some seconds; returns in which phase, None where it had ended."""
+        """Kills the run after some seconds; returns the phase, or None if the run had ended."""
         process = self.start(run)
         try:
             said = process.communicate(timeout=after)[1]
@@ -79,7 +79,7 @@ class Killer:
 
 
 def phase(run):
-    """What a killed run was at, by what it left."""
+    """The phase in which a run was killed, judged by what it left."""
     checkpoints = run / "checkpoints"
     if not (run / "metrics.jsonl").exists() or not checkpoints.is_dir():
         return "start"
@@ -94,7 +94,7 @@ def records(run):
 
 
 def state(killer, run):
-    """All arrays of the last checkpoint, and the data's state."""
+    """All arrays of the last checkpoint, and the state of the data iterator."""
     config = killer.config
     optimizer = make_optimizer(config.optim, logical_axes(config.model))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
@@ -115,7 +115,7 @@ def same(killer, run, unbroken):
 
 
 def kill_and_resume(killer, kills, seed=0, note=lambda line: None):
-    """Kills by phase, and how many runs they were spread over; raises where a run is not what it would have been."""
+    """The kills by phase and the number of runs; raises if a run differs from an uninterrupted one."""
     draw, counts, number = random.Random(seed), collections.Counter(), 0
     unbroken = killer.folder / "unbroken"
     killer.finish(unbroken)

@@ -38,7 +38,7 @@ def compile_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(compile_cache):
-    """Every run here compiles the same few programs; the processes below share them as well."""
+    """Caches compiled programs, which all runs and processes here share."""
     settings = {"jax_compilation_cache_dir": str(compile_cache), "jax_persistent_cache_min_compile_time_secs": 0.0}
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
@@ -116,7 +116,7 @@ def test_a_run_tells_where_its_time_goes_and_traces_what_it_is_asked_to(tmp_path
     assert records[-1]["step_seconds"].keys() == {"median", "p95", "slowest"}
     shown = capsys.readouterr().err
     assert "Goodput" in shown
-    assert "seconds a step: median" in " ".join(shown.split())
+    assert "seconds per step: median" in " ".join(shown.split())
     traces = sorted(path.name for path in (tmp_path / "run" / "profile").iterdir())
     assert traces == ["step_000002", "step_000004"]
     assert any(cache.iterdir())
@@ -131,8 +131,8 @@ def test_a_run_goes_on_where_it_stopped_with_more_steps_and_on_another_mesh(tmp_
     assert sorted(after) == [1, 2, 3, 4, 5, 6]
     assert {step: after[step] for step in before} == before
     shown = capsys.readouterr().err
-    assert "going on with train.steps (6, was 3), mesh.data (2, was -1), mesh.fsdp (4, was 1)" in shown
-    assert "going on from the checkpoint of step 3" in shown
+    assert "continuing with train.steps (6, was 3), mesh.data (2, was -1), mesh.fsdp (4, was 1)" in shown
+    assert "resuming from the checkpoint of step 3" in shown
     with pytest.raises(UserError, match=r"is at step 6, past train\.steps=3"):
         train(run_config(steps=3), tmp_path, progress=False)
 
@@ -146,7 +146,7 @@ def test_a_packed_run_tells_its_padding_and_reads_on_where_it_stopped(tmp_path, 
     (record,) = [record for record in read_records(whole / "metrics.jsonl") if record["kind"] == "data"]
     assert 0 < record["padding_share"] < record["padding_share_unpacked"] < 1
     share, alone = (f"{100 * record[name]:.1f}%" for name in ("padding_share", "padding_share_unpacked"))
-    assert f"packing: {share} of the positions are padding; with one example in a row of 96" in shown
+    assert f"packing: {share} of the positions are padding; with one example per row of 96" in shown
     assert f"it would be {alone}" in shown
     train(run_config(data=data, steps=3), halves, progress=False)
     train(run_config(data=data), halves, progress=False)
@@ -192,7 +192,7 @@ def nan_in_step(poisoned):
 
 
 def example_of_step(step):
-    """An example that training step `step` (1-based) and no other of the first six sees."""
+    """An example that only training step `step` (1-based) of the first six uses."""
     iterator = loop.train_iterator(run_config().data, 8)
     return [int(np.asarray(next(iterator).example_B)[0]) for _ in range(6)][step - 1]
 
@@ -229,7 +229,9 @@ def test_a_step_that_is_not_finite_is_skipped_where_asked(tmp_path, monkeypatch,
 def test_a_full_disk_is_one_line_and_costs_nothing(tmp_path, linear_model, monkeypatch, caplog):
     train(run_config(steps=3), tmp_path, progress=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
-    message = rf"^cannot write to {tmp_path}: No space left on device; the last good checkpoint is .*/3; free some room"
+    message = (
+        rf"^cannot write to {tmp_path}: No space left on device; the last good checkpoint is .*/3; free some space"
+    )
     with pytest.raises(DiskFullError, match=message) as error:
         train(run_config(), tmp_path, progress=False)
     assert error.value.exit_code == 4
@@ -247,7 +249,7 @@ def test_a_disk_that_is_full_from_the_start_is_the_same_line(tmp_path, linear_mo
     assert cli.main(["train", str(tmp_path / "run.json"), "--run", str(tmp_path / "run")]) == 4
     assert capsys.readouterr().err == (
         f"anyexperts: cannot write to {tmp_path}/run: No space left on device; there is no checkpoint yet; "
-        "free some room and run it again\n"
+        "free some space and run it again\n"
     )
 
 
@@ -282,7 +284,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, linear_model, number)
     (step,) = checkpoint_steps(tmp_path)
     assert str(error.value) == (
         f"stopped by {number.name} after step {step} of 100000; the last good checkpoint is "
-        f"{tmp_path}/checkpoints/{step}; run the same command to go on"
+        f"{tmp_path}/checkpoints/{step}; run the same command to resume"
     )
     assert error.value.exit_code == 128 + number
     assert max(losses(tmp_path)) == step
@@ -326,7 +328,8 @@ def wait_for(process, condition):
 
 @pytest.mark.slow
 def test_a_killed_and_a_stopped_run_go_on_bit_for_bit(tmp_path, start):
-    """The first process is killed, the second finds the disk full, the third finishes that run and an unbroken one."""
+    """The first process is killed, the second finds the disk full, the third finishes that run and an uninterrupted
+    one."""
     config = run_config(steps=200, checkpoint_every=20, eval_every=100)
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     process = start(config, broken)
@@ -342,7 +345,7 @@ def test_a_killed_and_a_stopped_run_go_on_bit_for_bit(tmp_path, start):
     shown = process.communicate()[1]
     last = max(checkpoint_steps(broken))
     assert process.returncode == 4, shown
-    assert "going on from the checkpoint of step" in shown
+    assert "resuming from the checkpoint of step" in shown
     message = f"cannot write to {broken}: File too large; the last good checkpoint is {broken}/checkpoints/{last}"
     assert shown.splitlines()[-1].startswith(message)
     assert last < 200
@@ -350,7 +353,7 @@ def test_a_killed_and_a_stopped_run_go_on_bit_for_bit(tmp_path, start):
     process = start(config, broken, unbroken)
     shown = process.communicate()[1]
     assert process.returncode == 0, shown
-    assert f"going on from the checkpoint of step {last}" in shown
+    assert f"resuming from the checkpoint of step {last}" in shown
     assert sorted(losses(broken)) == list(range(1, 201))
     assert losses(broken) == losses(unbroken)
     ends = [read_records(run / "metrics.jsonl")[-1] for run in (broken, unbroken)]

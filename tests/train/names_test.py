@@ -1,4 +1,4 @@
-"""A run may have any name that a file system takes, or is refused before its first step."""
+"""A run may have any name that a file system allows, or is rejected before its first step."""
 
 import os
 import pathlib
@@ -23,7 +23,7 @@ REFUSED = ["new\nline", "tab\tbed", "bell\a", os.fsdecode(b"caf\xe9"), os.fsdeco
 
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpoints_are_read_again_under_any_name(tmp_path, name):
-    """A neighbour whose name the run's would match as a pattern is left alone."""
+    """A neighbour whose name matches the run's name as a pattern is not touched."""
     (tmp_path / "star" / "checkpoints").mkdir(parents=True)
     for directory in (tmp_path / name / "checkpoints", tmp_path / name / "run" / "checkpoints"):
         checkpoints = Checkpoints(directory)

@@ -48,7 +48,7 @@ def test_what_is_not_finite_leaves_the_state_as_it_is():
 
 
 def test_moments_are_replaced_in_place_without_a_copy():
-    """Of the old ones, or of the clipped gradient: AdamW's time is what it reads and writes."""
+    """No copy of the old moments or of the clipped gradient: AdamW's time is that of its memory traffic."""
     optimizer, params = make_optimizer(OptimConfig(), {"up": ("embed", "mlp")}), {"up": jnp.ones((512, 512))}
 
     def step(params, state, grads, finite):

@@ -1,4 +1,4 @@
-"""A packed batch trains as its examples do one a row: losses, routing, gradients."""
+"""A packed batch trains like its examples in separate rows: losses, routing, gradients."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def five_domains(each=2):
 
 
 def batches(sequences):
-    """One example a row, and packed by one open row at a time, which keeps the examples in order."""
+    """The same examples one per row, and packed with a single open row, which keeps their order."""
     packed = list(pack(sequences, Size.of_row(ROW), window=1))
     assert len(packed) < len(sequences) / 2
     return stack([padded(one, ALONE) for one in sequences]), stack([padded(row, ROW) for row in packed])
@@ -37,7 +37,7 @@ def batches(sequences):
 
 @pytest.mark.slow
 def test_the_five_domains_packed_train_tiny_as_they_do_alone():
-    """By `blocks`, which drops nothing, and with a layer in each encoder, where media could see one another."""
+    """With `blocks`, which drops nothing, and a layer in each encoder, where media could attend to one another."""
     tiny = model_preset("tiny")
     config = dataclasses.replace(
         tiny,

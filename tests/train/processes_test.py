@@ -137,7 +137,7 @@ def free_port():
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(config, run_dir, count) -> the processes of a run, one CPU device each.
+    """launch(config, run_dir, count) -> the processes of a run, with one CPU device each.
 
     hang: (process, CLASS.METHOD), where one of them stops, as by SIGSTOP.
     """
@@ -207,7 +207,7 @@ def test_a_run_goes_on_in_two_four_and_one_process_as_in_one(tmp_path, launch, m
     wait_for(first, lambda: checkpoint_steps(run) and len(losses(run)) > 12, tmp_path)
     first[1].kill()
     assert first[0].wait(timeout=300) == PeerLostError.exit_code, output_of(tmp_path, 0)
-    assert "anyexperts: another process is gone (" in output_of(tmp_path, 0).splitlines()[-1]
+    assert "anyexperts: another process died (" in output_of(tmp_path, 0).splitlines()[-1]
     killed_at = max(losses(run))
     assert killed_at < 60
 
@@ -308,17 +308,17 @@ PATIENCE = 8
 
 
 def require_one_line(process, what, tmp_path, number):
-    """`process` ends while another one is stopped; the last line says what it waited for."""
+    """`process` exits while another one is stopped, and its last line says what it waited for."""
     assert process.wait(timeout=300) == PeerLostError.exit_code, output_of(tmp_path, number)
     said = output_of(tmp_path, number).splitlines()[-1]
-    waited = f"anyexperts: waited {PATIENCE} s (runtime.peer_timeout) for {what}: another process is gone or hangs; "
+    waited = f"anyexperts: waited {PATIENCE} s (runtime.peer_timeout) for {what}: another process died or hangs; "
     assert re.match(re.escape(waited).replace("NUMBER", r"\d+"), said), said
-    assert said.endswith("; run the same command to go on")
+    assert said.endswith("; run the same command to resume")
 
 
 @pytest.mark.slow
 def test_a_process_that_is_stopped_ends_the_others_in_one_line(tmp_path, launch):
-    """In a step, and where a run that goes on reads its checkpoint; woken up, it ends itself."""
+    """Stopped in a step, and while a resumed run reads its checkpoint; when it continues, it exits too."""
     # far between checkpoints, so that it is stopped in a step
     config, run = run_config(steps=20_000, checkpoint_every=200, eval_every=20_000), tmp_path / "run"
     patience = ("--set", f"runtime.peer_timeout={PATIENCE}")

@@ -9,7 +9,7 @@ from anyexperts_jax.train.runtime import RuntimeConfig
 
 @pytest.fixture
 def traced(monkeypatch):
-    """What JAX's profiler is asked for, in order."""
+    """The calls to JAX's profiler, in order."""
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append(path.name))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
@@ -17,7 +17,7 @@ def traced(monkeypatch):
 
 
 def steps(profiler, first, last, request_at=None):
-    """The loop's calls; a request seen at a step is agreed upon after it."""
+    """The calls of the loop; the processes agree on a request after the step in which it is seen."""
     for step in range(first, last + 1):
         profiler.before(step)
         asked = profiler.asked()

@@ -1,4 +1,4 @@
-"""What is refused changes nothing: not a byte, not a time, not a name, wherever the refusal comes from."""
+"""A rejected command changes no byte, time or name of any file, wherever the error is raised."""
 
 import dataclasses
 import json
@@ -30,14 +30,14 @@ def done(tmp_path_factory):
 
 @pytest.fixture
 def run(done, tmp_path, monkeypatch):
-    """A copy of it, in a directory with nothing else, which is the current one."""
+    """A copy of the run in an otherwise empty current directory."""
     monkeypatch.setattr(loop, "model_apply", lambda config, placement: linear_apply)
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(done, tmp_path / "run")
 
 
 def everything(root):
-    """Names of all there is, times and bytes of files; a folder's time is also that of the lock, which is gone."""
+    """All names, and times and bytes of files; not times of folders, which the deleted lock changes."""
     return {
         str(path.relative_to(root)): (path.lstat().st_mtime_ns, path.read_bytes()) if path.is_file() else None
         for path in sorted(root.rglob("*"))
@@ -45,7 +45,7 @@ def everything(root):
 
 
 def refused(root, *arguments, code=2):
-    """The one line with which a command is refused that leaves all as it was."""
+    """The one-line message of a rejected command, which must change nothing."""
     before = everything(root)
     try:
         found = cli.main(list(map(str, arguments)))
@@ -102,7 +102,7 @@ def config_foreign(run):
 
 
 def killed_while_writing(run):
-    """What a kill in the middle of a checkpoint leaves, which goes with the next run that is not refused."""
+    """The remains of a run killed while writing a checkpoint, which the next accepted run removes."""
     shutil.copytree(run / "checkpoints" / "3", run / "checkpoints" / "6.orbax-checkpoint-tmp")
     metrics_lost(run)
 

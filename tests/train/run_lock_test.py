@@ -1,4 +1,4 @@
-"""One command at a time writes what a run's directory holds; whoever is gone is in nobody's way."""
+"""One command at a time writes to a run's directory; a dead holder blocks no one."""
 
 import dataclasses
 import errno
@@ -34,7 +34,7 @@ with run_lock(pathlib.Path(sys.argv[1]), "train"):
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that trains, as far as others see."""
+    """A process that holds the lock as if it were training."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     yield process
@@ -74,7 +74,7 @@ def test_a_second_thread_is_refused_too(tmp_path):
 
 
 def leave(root, **fields):
-    """A lock's file as its holder left it."""
+    """Writes a lock file as a former holder leaves it."""
     owner = Owner("train", 4194304, "elsewhere", "2026-01-01 00:00:00")  # more than Linux has processes
     path = root / TRAIN_LOCK
     path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(owner, **fields))))
@@ -151,7 +151,7 @@ def test_a_holder_shows_signs_of_life(tmp_path, monkeypatch):
 
 
 def test_one_that_waited_at_the_door_takes_the_file_that_is_there_now(tmp_path, monkeypatch):
-    """The holder removes its file between another's opening and locking it, who must not hold a file of no name."""
+    """The holder deletes its file between another's opening and locking it; that one must not hold a deleted file."""
     take, calls = module._take, []
 
     def removed_first(root, descriptor):
@@ -168,7 +168,7 @@ def test_one_that_waited_at_the_door_takes_the_file_that_is_there_now(tmp_path, 
 
 
 def test_every_command_that_writes_into_a_run_is_refused_beside_its_like(tmp_path):
-    """The run that goes on in another process is not so much as looked at."""
+    """The running process is not disturbed."""
     config = run_config()
     (tmp_path / "config.json").write_text(to_json(config))
     for writes, command in (

@@ -84,7 +84,7 @@ def test_a_broken_line_is_named(tmp_path):
 
 @contextlib.contextmanager
 def no_room():
-    """Lets files of this process grow to 1000 bytes at most; inside a test, for pytest may write to a longer file."""
+    """Limits files of this process to 1000 bytes; inside a test only, because pytest may write longer ones."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:

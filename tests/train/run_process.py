@@ -1,6 +1,6 @@
 """One process of a run, to be killed and signalled: STAND_IN (linear or model), then what `anyexperts` takes.
 
-With HANG_IN=CLASS.METHOD in the environment it stops itself, as SIGSTOP does, where that is called first.
+With HANG_IN=CLASS.METHOD in the environment it stops itself with SIGSTOP at the first call of that method.
 """
 
 import os

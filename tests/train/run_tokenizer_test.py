@@ -1,4 +1,4 @@
-"""A run's tokenizer: whose ids the model has, the copy in the run, and another one refused."""
+"""A run's tokenizer: its ids match the model, the run keeps a copy, and a different one is rejected."""
 
 import dataclasses
 import shutil
@@ -18,12 +18,12 @@ from anyexperts_jax.tokenizers.store import RECORD, open_tokenizer, save_tokeniz
 from anyexperts_jax.tokenizers.train import train_tokenizer
 from anyexperts_jax.train.config import load_config, to_json
 from anyexperts_jax.train.run_dir import RunDir, load_run, open_run_dir
-from anyexperts_jax.train.run_tokenizer import keep_tokenizer, pinned, require_same_tokens, with_kept_tokenizer
+from anyexperts_jax.train.run_tokenizer import keep_tokenizer, pin_tokenizer, require_same_tokens, with_kept_tokenizer
 from train.stand_in import DATA, MODEL, run_config
 
 
 def trained_on(folder, examples):
-    """A tokenizer trained on questions of the domain, called as its folder."""
+    """A tokenizer trained on questions of the domain, named after its folder."""
     source = open_source(DATA, "nlp", "train")
     save_tokenizer(train_tokenizer([source[i].question for i in examples], 320, name=folder.name), folder)
     return folder
@@ -114,17 +114,17 @@ def test_a_saved_configuration_does_not_read_the_tokenizer(folder, tmp_path):
 def test_ids_that_are_not_the_tokenizers_are_refused(folder, tmp_path, changes, message):
     model = dataclasses.replace(model_for(open_tokenizer(str(folder))), **changes)
     with pytest.raises(UserError, match=message):
-        pinned(data_with(folder), model, tmp_path / "none", begun=False)
+        pin_tokenizer(data_with(folder), model, tmp_path / "none", begun=False)
 
 
 def test_bytes_are_checked_too_and_leave_no_trace(tmp_path):
-    assert pinned(DATA, MODEL, tmp_path / "none", begun=False) == DATA
+    assert pin_tokenizer(DATA, MODEL, tmp_path / "none", begun=False) == DATA
     with pytest.raises(
         UserError, match=r"model.eos_id=0 is not of tokenizer 'bytes'; set model.pad_id=256, model.eos_"
     ):
-        pinned(DATA, dataclasses.replace(MODEL, eos_id=0), tmp_path / "none", begun=False)
+        pin_tokenizer(DATA, dataclasses.replace(MODEL, eos_id=0), tmp_path / "none", begun=False)
     with pytest.raises(UserError, match=r"data.token_fingerprint goes with a path"):
-        pinned(dataclasses.replace(DATA, token_fingerprint="0"), MODEL, tmp_path / "none", begun=False)
+        pin_tokenizer(dataclasses.replace(DATA, token_fingerprint="0"), MODEL, tmp_path / "none", begun=False)
     keep_tokenizer(DATA, tmp_path / "tokenizer")
     assert not (tmp_path / "tokenizer").exists()
     assert with_kept_tokenizer(DATA, tmp_path / "tokenizer") == DATA
@@ -142,19 +142,19 @@ def test_a_model_smaller_than_bytes_needs_another_tokenizer(folder):
 
 def test_the_run_keeps_a_copy_and_the_configuration_its_fingerprint(folder, other, tmp_path):
     tokenizer = open_tokenizer(str(folder))
-    data = pinned(data_with(folder), model_for(tokenizer), tmp_path / "tokenizer", begun=False)
+    data = pin_tokenizer(data_with(folder), model_for(tokenizer), tmp_path / "tokenizer", begun=False)
     assert data.token_fingerprint == tokenizer.fingerprint
     open_run_dir(tmp_path / "run", run_config(model=model_for(tokenizer), data=data))
     kept = RunDir(tmp_path / "run").tokenizer
     assert open_tokenizer(str(kept)).fingerprint == tokenizer.fingerprint
     assert with_kept_tokenizer(data, kept).tokenizer == str(kept)
 
-    assert pinned(data_with(folder), model_for(tokenizer), kept, begun=True) == data
-    moved = pinned(data_with(tmp_path / "gone"), model_for(tokenizer), kept, begun=True)
+    assert pin_tokenizer(data_with(folder), model_for(tokenizer), kept, begun=True) == data
+    moved = pin_tokenizer(data_with(tmp_path / "gone"), model_for(tokenizer), kept, begun=True)
     assert (moved.tokenizer, moved.token_fingerprint) == (str(kept), tokenizer.fingerprint)
     with pytest.raises(UserError, match=r"the tokenizer is 'other' .* but the weights were trained with 'questions'"):
-        pinned(data_with(other), model_for(tokenizer), kept, begun=True)
-    replaced = pinned(data_with(other), model_for(tokenizer), kept, begun=False)
+        pin_tokenizer(data_with(other), model_for(tokenizer), kept, begun=True)
+    replaced = pin_tokenizer(data_with(other), model_for(tokenizer), kept, begun=False)
     keep_tokenizer(replaced, kept)
     assert open_tokenizer(str(kept)).name == "other"
     assert not kept.with_name("tokenizer.new").exists()
@@ -164,7 +164,7 @@ def test_another_fingerprint_than_the_configurations_is_refused(folder, other, t
     tokenizer = open_tokenizer(str(folder))
     data = data_with(folder, token_fingerprint=open_tokenizer(str(other)).fingerprint)
     with pytest.raises(UserError, match=r"data.tokenizer=.*questions is 'questions' .* but data.token_fingerprint is "):
-        pinned(data, model_for(tokenizer), tmp_path / "none", begun=False)
+        pin_tokenizer(data, model_for(tokenizer), tmp_path / "none", begun=False)
     keep_tokenizer(data_with(folder), tmp_path / "tokenizer")
     with pytest.raises(UserError, match=r"is 'questions' .* but the checkpoint was trained with one of fingerprint"):
         with_kept_tokenizer(data, tmp_path / "tokenizer")

@@ -33,7 +33,7 @@ def test_values_are_read_and_none_switches_off():
 
 @pytest.fixture
 def every_program():
-    """JAX keeps programs that compile at once too."""
+    """Makes JAX cache programs that compile quickly too."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[name]
     jax.config.update(name, 0.0)

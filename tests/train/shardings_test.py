@@ -1,4 +1,4 @@
-"""Where every array of the state lives, for each preset on each of some meshes, against committed dumps."""
+"""The sharding of every array of the state, for each preset on several meshes, compared with committed dumps."""
 
 import os
 import pathlib
@@ -43,7 +43,7 @@ def leaf_line(arrays):
 
 
 def dump(preset):
-    """A line for every array of the state; a moment that lives as its parameter does shares the parameter's."""
+    """A line for every array of the state; a moment sharded like its parameter shares the parameter's line."""
     model = model_preset(preset)
     optimizer = make_optimizer(OptimConfig(), logical_axes(model))
     states = {name: abstract_state(model, optimizer, make_mesh(mesh)) for name, mesh in MESHES.items()}

@@ -1,4 +1,4 @@
-"""The smallest runs: a model of one layer on text alone, and a linear stand-in for it that compiles at once."""
+"""The smallest runs: a text-only model of one layer, and a linear stand-in for it that compiles quickly."""
 
 import dataclasses
 

@@ -50,9 +50,12 @@ def with_state(optimizer, make):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda params: {"scale": jnp.ones(8)}, r"opt_state/1/scale of shape \(8,\) would be whole on every device"),
-        (lambda params: jnp.ones((8, 8)), r"opt_state/1 of shape \(8, 8\) would be whole on every device"),
-        (lambda params: jax.tree.leaves(params), r"opt_state/1/0 of shape .* would be whole on every device"),
+        (
+            lambda params: {"scale": jnp.ones(8)},
+            r"opt_state/1/scale of shape \(8,\) would be replicated on every device",
+        ),
+        (lambda params: jnp.ones((8, 8)), r"opt_state/1 of shape \(8, 8\) would be replicated on every device"),
+        (lambda params: jax.tree.leaves(params), r"opt_state/1/0 of shape .* would be replicated on every device"),
         (
             lambda params: jax.tree.map(lambda p: p.reshape(-1), params),
             r"opt_state/1/.* has shape \(\d+,\), the parameter it is named after \(\d+, ",

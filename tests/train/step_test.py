@@ -33,7 +33,7 @@ FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def quiet(params, batch, router_bias_LC, key, window):
-    """`linear_apply` without its noise. A sequence of level 2, 3 or 4 poisons a step in three different ways."""
+    """`linear_apply` without its noise. A sequence of level 2, 3 or 4 makes a step non-finite in one of three ways."""
     logits, trace = linear_apply(params, batch, router_bias_LC, None, window)
     poison = [jnp.any(jnp.asarray(batch.level_B) == level) for level in POISONS]
     logits = jnp.where(poison[0], jnp.nan, logits)
@@ -110,7 +110,7 @@ def test_the_first_step_moves_by_the_learning_rate(quiet_step):
 
 
 def test_a_runs_step_gives_up_the_state_it_was_given():
-    """Else a run needs room for two states, and nothing but a device that is full would tell."""
+    """Otherwise a run needs memory for two states, which would only show on a full device."""
     config = run_config()
     optimizer, mesh = make_optimizer(config.optim, logical_axes(MODEL)), make_mesh(MeshConfig(), jax.devices()[:1])
     state = create_state(MODEL, optimizer, mesh, jax.random.key(0))
@@ -187,13 +187,13 @@ PARTS = small(
 
 
 def skewed_batch():
-    """Four sequences, each twice on end, so that micro-batches are alike. The last has no token at all."""
+    """Four sequences, each twice in a row, so that micro-batches are equal. The last one has no tokens."""
     batch = media_batch(PARTS, lengths=(20, 14, 7, 0), total=24)
     return jax.tree.map(lambda x: np.repeat(x, 2, axis=0), batch)
 
 
 def real_step_on(mesh, dispatch="blocks", accumulation=1):
-    """What one step of the real model reports on a mesh, the parameters after it, and their first moments."""
+    """The report of one step of the real model on a mesh, the new parameters, and their first moments."""
     model = dataclasses.replace(
         PARTS, stack=dataclasses.replace(PARTS.stack, execution=Execution(dispatch, overflow="fallback"))
     )

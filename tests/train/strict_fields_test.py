@@ -45,12 +45,12 @@ def nested(key, value):
 
 
 def built(key, value):
-    """The preset's configuration with one value laid over it, as a file or an override has it."""
+    """The preset's configuration with one value replaced, in the form of a file or an override."""
     return build(type(base_of(key)), merge(dataclasses.asdict(base_of(key)), nested(key, value)))
 
 
 def scalar_errors(kind):
-    """Values that are not of a type without parts, as TOML can have them."""
+    """TOML values that do not fit a scalar type."""
     if get_origin(kind) is Literal:
         return ["no such word", 3, True, 1.5, ["x"]]
     if get_origin(kind) is Annotated:
@@ -120,7 +120,7 @@ SINGLE = {
 
 
 def test_these_fields_are_lists():
-    """A list that comes later is to be tried below."""
+    """A field that becomes a list must be tested below."""
     lists = {key for key, hint in FIELDS.items() if get_origin(without_none(hint)[0]) is tuple}
     assert lists == set(SINGLE)
 

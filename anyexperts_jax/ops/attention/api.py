@@ -1,4 +1,4 @@
-"""`attention`: softmax attention under any mask, in the form the platform runs well."""
+"""`attention`: softmax attention under any mask, by the implementation that suits the platform."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from anyexperts_jax.ops._select import platform, select_implementation
 from anyexperts_jax.ops.attention import cudnn, splash, vjp
 from anyexperts_jax.ops.attention.mask import CausalMask
 
-_FEW_QUERIES = 16  # with fewer, as in decoding, one batched dot is as fast
+_FEW_QUERIES = 16  # with fewer, as in decoding, one batched dot is as fast as a loop over examples
 
 
 def _xla(queries_BTHA: Array, keys_BSGA: Array, values_BSGA: Array, mask_BTS: Array) -> Float[Array, "B T H A"]:
@@ -19,21 +19,21 @@ def _xla(queries_BTHA: Array, keys_BSGA: Array, values_BSGA: Array, mask_BTS: Ar
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"xla": _xla, "by_example": vjp.attention_by_example}
-KERNELS: dict[str, Callable[..., Array]] = {  # for a CausalMask alone, and one device's part of the arrays
+KERNELS: dict[str, Callable[..., Array]] = {  # they take a CausalMask only, and arrays of a single device
     "splash": splash.splash_attention,
     "cudnn": cudnn.cudnn_attention,
 }
 
 
 def default_implementation(queries: int, width: int, dtype: jnp.dtype, causal: bool) -> str:
-    """The platform's kernel where it takes the mask, the sizes and the dtype. Examples in turn on a lone CPU; among
-    several devices the batch is sharded and must not be walked along."""
-    if causal and platform() == "tpu" and splash.takes(queries, width):
+    """The platform's kernel if it supports mask, sizes and dtype; "by_example" on a single CPU device; else "xla"."""
+    if causal and platform() == "tpu" and splash.supports(queries, width):
         return "splash"
-    if causal and cudnn.is_there() and cudnn.takes(queries, width, dtype):
+    if causal and cudnn.is_available() and cudnn.supports(queries, width, dtype):
         return "cudnn"
-    alone = platform() == "cpu" and jax.device_count() == 1
-    return "by_example" if alone and queries >= _FEW_QUERIES else "xla"
+    # On several devices the batch axis is sharded, and a loop over it would gather every example on every device.
+    single_cpu = platform() == "cpu" and jax.device_count() == 1
+    return "by_example" if single_cpu and queries >= _FEW_QUERIES else "xla"
 
 
 def attention(
@@ -45,17 +45,17 @@ def attention(
 ) -> Float[Array, "B T H A"]:
     """softmax(q k^T / sqrt(A)) v over the positions with `mask[b, t, s]`; H / G query heads share a key head.
 
-    The softmax is taken in float32. A position that may see nothing gets the mean of all values.
+    The softmax is computed in float32. A position that attends to nothing gets the mean of all values.
 
     Args:
-      implementation: "xla" is `jax.nn.dot_product_attention`. "by_example" takes one example after the other, so that
-        its scores stay in a CPU's cache, and keeps no scores for the backward pass. The kernels keep none either and
-        take a CausalMask alone: "splash" is JAX's own for TPUs, T and A multiples of 128; "cudnn" is NVIDIA's, on a
-        GPU that is attached, in bfloat16 or float16. None is a kernel where one runs, "by_example" where JAX has a
-        single CPU device and T is at least 16, and "xla" everywhere else.
+      implementation: "xla" is `jax.nn.dot_product_attention`. "by_example" loops over the examples, so that the scores
+        of one stay in a CPU's cache, and saves no scores for the backward pass. The kernels save none either and take a
+        CausalMask only: "splash" is JAX's own for TPUs, with T and A multiples of 128; "cudnn" is NVIDIA's, on an
+        attached GPU, in bfloat16 or float16. None chooses a kernel if one can run, "by_example" if JAX has a single CPU
+        device and T is at least 16, and "xla" otherwise.
 
     Raises:
-      UserError: H is no multiple of G, or an unknown implementation.
+      UserError: if H is not a multiple of G, or for an unknown implementation.
     """
     heads, kv_heads = queries_BTHA.shape[2], keys_BSGA.shape[2]
     require(heads % kv_heads == 0, f"{heads} query heads cannot share {kv_heads} key heads; use a multiple")

@@ -1,7 +1,7 @@
-"""One example's attention, forward and backward, heads first: [G, J, T, A] queries over [G, S, A] keys and values.
+"""Attention of one example, forward and backward, heads first: [G, J, T, A] queries over [G, S, A] keys and values.
 
-J query heads share a key head. The scores are divided by their sum after they have met the values, and the backward
-pass computes them again from the two numbers a row that the softmax needs.
+J query heads share a key head. The forward pass saves two numbers per row, the softmax's maximum and its sum; the
+backward pass recomputes the scores from them.
 """
 
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from jaxtyping import Array, Bool, Float
 
 from anyexperts_jax.ops._dots import dot
 
-_MASKED = -1e30  # finite: a row that sees nothing is uniform, not NaN
+_MASKED = -1e30  # finite, so that a row without any visible position becomes uniform instead of NaN
 
 
 class Softmax(NamedTuple):
-    """What turns a row's scores into weights: exp(score - peak) / total."""
+    """The two numbers that turn a row's scores into weights: exp(score - peak) / total."""
 
     peak_GJT1: Float[Array, "G J T 1"]
     total_GJT1: Float[Array, "G J T 1"]
@@ -27,11 +27,12 @@ def forward(
     values_GSA: Float[Array, "G S A"],
     mask_TS: Bool[Array, "T S"],
 ) -> tuple[Float[Array, "G J T A"], Softmax]:
-    """(the weighted mean of the values in float32, what `backward` needs)."""
+    """(the weighted mean of the values in float32, the softmax for `backward`)."""
     scores_GJTS = _scores(queries_GJTA, keys_GSA, mask_TS)
     peak_GJT1 = scores_GJTS.max(axis=-1, keepdims=True)
     weights_GJTS = jnp.exp(scores_GJTS - peak_GJT1)
     total_GJT1 = weights_GJTS.sum(axis=-1, keepdims=True)
+    # Dividing the result takes T * A divisions; dividing the weights would take T * S.
     mean_GJTA = dot("gjts,gsa->gjta", weights_GJTS.astype(values_GSA.dtype), values_GSA) / total_GJT1
     return mean_GJTA, Softmax(peak_GJT1, total_GJT1)
 
@@ -52,6 +53,7 @@ def backward(
     d_values_GSA = dot("gjts,gjta->gsa", weights_GJTS.astype(dtype), d_mean_GJTA)
     d_weights_GJTS = dot("gjta,gsa->gjts", d_mean_GJTA, values_GSA)
     wide = d_weights_GJTS.dtype
+    # The softmax's gradient needs sum_s(weight * d_weight) of each row, which equals mean . d_mean: A terms, not S.
     shift_GJT1 = (mean_GJTA.astype(wide) * d_mean_GJTA.astype(wide)).sum(axis=-1, keepdims=True)
     d_scores_GJTS = jnp.where(mask_TS, scale * weights_GJTS * (d_weights_GJTS - shift_GJT1), 0).astype(dtype)
     d_queries_GJTA = dot("gjts,gsa->gjta", d_scores_GJTS, keys_GSA)

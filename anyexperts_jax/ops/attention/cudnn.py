@@ -1,4 +1,4 @@
-"""cuDNN's flash attention, through `jax.nn`: for NVIDIA GPUs that are there, in 16 bits, no scores kept."""
+"""cuDNN's flash attention through `jax.nn`: for attached NVIDIA GPUs, in 16-bit floats; it saves no scores."""
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +8,20 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.ops._select import device_kind, is_nvidia, platform
 from anyexperts_jax.ops.attention.mask import CausalMask
 
-_OLDEST = (8, 0)  # compute capability
-_WIDEST = 128  # head width that all of these GPUs take
+_OLDEST = (8, 0)  # the least compute capability, Ampere's
+_WIDEST = 128  # the largest head width that all of these GPUs support
 _DTYPES = (jnp.bfloat16, jnp.float16)
 
 
-def is_there() -> bool:
-    """Whether the computation will run on an attached GPU that has it. Without the GPU XLA cannot even compile it."""
+def is_available() -> bool:
+    """Whether the computation runs on an attached GPU that supports it. XLA cannot even compile it without the GPU."""
     if not (platform() == jax.default_backend() == "gpu" and is_nvidia(device_kind())):
         return False
     return tuple(int(part) for part in jax.devices()[0].compute_capability.split(".")) >= _OLDEST
 
 
-def takes(length: int, width: int, dtype: jnp.dtype) -> bool:
-    """Whether it runs at T = `length` and A = `width`."""
+def supports(length: int, width: int, dtype: jnp.dtype) -> bool:
+    """Whether cuDNN supports T = `length`, A = `width` and the dtype."""
     return length % 2 == 0 and width % 8 == 0 and width <= _WIDEST and dtype in _DTYPES
 
 
@@ -31,25 +31,26 @@ def cudnn_attention(
     values_BTGA: Float[Array, "B T G A"],
     mask: CausalMask,
 ) -> Float[Array, "B T H A"]:
-    """Causal attention by cuDNN. Its gradients may differ in the last bits from one call to the next.
+    """Causal attention by cuDNN. Its gradients are not deterministic in the last bits.
 
     Raises:
-      UserError: no such GPU, or lengths, widths and dtypes that it does not take.
+      UserError: without such a GPU, or for lengths, widths and dtypes that cuDNN does not support.
     """
     require(
-        is_there(),
+        is_available(),
         f"implementation='cudnn' needs an NVIDIA GPU of compute capability {'.'.join(map(str, _OLDEST))} or later, not "
         f"{device_kind()!r}; use implementation='xla'",
     )
     _, length, _, width = queries_BTHA.shape
     require(
-        takes(length, width, queries_BTHA.dtype) and keys_BTGA.shape[1] == length,
+        supports(length, width, queries_BTHA.dtype) and keys_BTGA.shape[1] == length,
         f"implementation='cudnn' takes bfloat16 or float16, an even number of positions, keys at the same ones, and "
         f"head widths that are multiples of 8 up to {_WIDEST}; there are {length} queries and {keys_BTGA.shape[1]} "
         f"keys of width {width} in {queries_BTHA.dtype}; use implementation='xla'",
     )
-    # It takes validity and segments as a bias, for every pair; the pairs past the diagonal it skips.
-    mask_B1TT = mask.in_any_order()[:, None]
+    # Validity and segments go in as a dense mask; causality goes in as a flag, so that cuDNN skips the blocks beyond
+    # the diagonal.
+    mask_B1TT = mask.without_causality()[:, None]
     return jax.nn.dot_product_attention(
         queries_BTHA, keys_BTGA, values_BTGA, mask=mask_B1TT, is_causal=True, implementation="cudnn"
     )

@@ -1,4 +1,4 @@
-"""Who sees whom, said without an array of every pair."""
+"""`CausalMask`: a causal attention mask in O(T) memory, without an array of all pairs."""
 
 import dataclasses
 
@@ -11,19 +11,19 @@ from anyexperts_jax.core.tree import register_dataclass
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CausalMask:
-    """Position t attends to the valid positions up to t of its own segment. What a position gets that is not valid
-    itself is finite and else unspecified: implementations differ there."""
+    """Position t attends to the valid positions up to t in its own segment. The result at an invalid position is finite
+    but otherwise unspecified: implementations differ there."""
 
     valid_BT: Bool[Array, "B T"]
     segment_BT: Int[Array, "B T"] | None = None  # None: all positions of a sequence are one segment
 
     def dense(self) -> Bool[Array, "B T T"]:
-        """The mask as an array; a position that is not valid sees what a valid one of its segment would."""
+        """The mask as an array. An invalid position attends to what a valid one in its segment would."""
         length = self.valid_BT.shape[1]
-        return (jnp.arange(length) <= jnp.arange(length)[:, None]) & self.in_any_order()
+        return (jnp.arange(length) <= jnp.arange(length)[:, None]) & self.without_causality()
 
-    def in_any_order(self) -> Bool[Array, "B T T"]:
-        """The mask as an array, but for causality."""
+    def without_causality(self) -> Bool[Array, "B T T"]:
+        """The mask as an array, with later positions visible too."""
         batch, length = self.valid_BT.shape
         valid_BTT = jnp.broadcast_to(self.valid_BT[:, None, :], (batch, length, length))
         if self.segment_BT is None:

@@ -1,4 +1,4 @@
-"""`by_example` over a batch, as one differentiable function."""
+"""`by_example` over a batch as one differentiable function."""
 
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ def _forward(queries_BTHA: Array, keys_BSGA: Array, values_BSGA: Array, mask_BTS
         return _flat(mean_GJTA).astype(dtype), softmax
 
     operands = (queries_BTHA, keys_BSGA, values_BSGA, mask_BTS)
-    mean_BTHA, softmax = lax.map(run, operands)
+    mean_BTHA, softmax = lax.map(run, operands)  # a loop and not vmap, so that one example's scores stay in the cache
     return mean_BTHA, _Residuals(*operands, mean_BTHA, softmax)
 
 

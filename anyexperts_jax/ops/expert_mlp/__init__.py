@@ -1,4 +1,4 @@
-"""SwiGLU experts over buffers of C rows an expert."""
+"""SwiGLU experts over buffers of C rows per expert."""
 
 from anyexperts_jax.ops.expert_mlp.api import expert_mlp
 

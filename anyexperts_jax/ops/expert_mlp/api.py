@@ -1,4 +1,4 @@
-"""`expert_mlp`: every expert's SwiGLU MLP over its own buffer of rows."""
+"""`expert_mlp`: each expert's SwiGLU MLP over its own buffer of rows."""
 
 from jaxtyping import Array, Float, Int
 
@@ -23,19 +23,19 @@ def expert_mlp(
 ) -> Float[Array, "E C D"]:
     """(silu(x w_gate) * (x w_up)) w_down for the first `counts_E[e]` rows of expert e.
 
-    Rows at or past an expert's count come out zero and get zero gradient, whatever they hold. Sums are accumulated
-    in float32; the result has x's dtype. Arrays may be JAX's or NumPy's.
+    Rows at or beyond an expert's count give zeros and get zero gradients, whatever they hold. Sums are accumulated in
+    float32; the result has x's dtype. Arrays may be JAX's or NumPy's.
 
     Args:
       implementation: "pallas_tpu", "pallas_gpu" (Hopper, bfloat16), "pallas_triton" (NVIDIA GPUs; bfloat16, and
-        float32 multiplied as TF32), "xla" or "reference". None is, for x in bfloat16 or float32 and on one
-        device or in a `shard_map`, "pallas_tpu" where the mesh in use, or else JAX's default backend, is a TPU and
-        "pallas_triton" where it is an NVIDIA GPU; "xla" everywhere else.
+        float32 multiplied as TF32), "xla" or "reference". None chooses "pallas_tpu" on a TPU and "pallas_triton" on an
+        NVIDIA GPU if x is bfloat16 or float32 and the trace sees one device (one in use, or in a `shard_map`), and
+        "xla" otherwise. The platform is that of the mesh in use, else of JAX's default backend.
       residuals: "saved" keeps gate and up for the backward pass, 2 * E * C * F elements of x's dtype; "recomputed"
-        keeps nothing but the operands.
+        keeps only the operands.
 
     Raises:
-      UserError: shapes or dtypes that do not fit, an unknown implementation, or one that cannot run here.
+      UserError: for shapes or dtypes that do not fit, an unknown implementation, or one that cannot run here.
 
     Example:
         >>> import anyexperts_jax as ax, numpy as np

@@ -1,4 +1,4 @@
-"""Forward and backward as the six GPU kernels make them up, over rows of either kind (`gpu_rows`)."""
+"""The forward and backward pass as sequences of the six GPU kernels, over either kind of rows (`gpu_rows`)."""
 
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
@@ -17,8 +17,8 @@ class GpuOptions:
 
     tiles: `Tiles` of the module's kind; None looks them up by GPU, widths and dtype.
     residuals: "saved" keeps gate and up for the backward pass, 2 * E * C * F elements of x's dtype; "recomputed" keeps
-      nothing but the operands and computes both again, 2 of the backward pass's then 8 matmuls.
-    interpret: on the CPU, for tests: True for Triton, `InterpretGPUParams` for Mosaic.
+      only the operands and recomputes both, which are 2 of the 8 matmuls of the backward pass then.
+    interpret: runs the kernels on a CPU, for tests: True for Triton, `InterpretGPUParams` for Mosaic.
     """
 
     tiles: Any = None
@@ -31,7 +31,7 @@ class GpuOptions:
 
 @runtime_checkable
 class Kernels(Protocol):
-    """What a module of kernels offers: functions that know nothing of derivatives."""
+    """The functions of a module of kernels. None of them knows about derivatives."""
 
     gate_up: Any
     down: Any
@@ -50,7 +50,7 @@ def gate_up(
     *,
     keep: bool,
 ) -> tuple[Float[Array, "B C F"], ...]:
-    """(hidden,), or (hidden, gate, up) with `keep`."""
+    """(hidden,), or (hidden, gate, up) if `keep`."""
     how = {"tile": options.tiles.gate_up, "interpret": options.interpret}
     return kernels.gate_up(x_BCD, rows, *experts[:2], keep=keep, **how)
 
@@ -65,7 +65,7 @@ def forward(
     keep: bool,
     zeros: bool,
 ) -> tuple[Float[Array, "B C D"], tuple[Float[Array, "B C F"], ...]]:
-    """(y, (gate, up) if `keep`); dead rows of y are zero with `zeros`, else undefined."""
+    """(y, (gate, up) if `keep`). Dead rows of y are zero if `zeros`, else undefined."""
     hidden_BCF, *kept = gate_up(kernels, x_BCD, rows, experts, options, keep=keep)
     how = {"tile": options.tiles.down, "zeros": zeros, "interpret": options.interpret}
     return kernels.down(hidden_BCF, rows, experts[2], **how), tuple(kept)
@@ -81,7 +81,7 @@ def rows_backward(
     *,
     zeros: bool,
 ) -> tuple[Float[Array, "B C D"], tuple[Float[Array, "B C F"], ...]]:
-    """(gradient of x, (gradient of gate, gradient of up, hidden)); `zeros` as above, of the first."""
+    """(gradient of x, (gradient of gate, gradient of up, hidden)). Dead rows of the first are zero if `zeros`."""
     w_gate_EDF, w_up_EDF, w_down_EFD = experts
     tiles, how = options.tiles, {"interpret": options.interpret}
     hidden_BCF, *d_BCF = kernels.d_gate_up(d_y_BCD, rows, w_down_EFD, *kept, tile=tiles.d_gate_up, **how)
@@ -97,7 +97,7 @@ def weights_backward(
     d_y_ERD: Float[Array, "_ R D"] | TokenRows,
     options: GpuOptions,
 ) -> Experts:
-    """Gradients of the experts' weights, of what `kernels.clean` and `rows_backward` returned."""
+    """Gradients of the experts' weights, from the results of `kernels.clean` and `rows_backward`."""
     tiles, how = options.tiles, {"interpret": options.interpret}
     *d_ERF, hidden_ERF = d_hidden
     d_gate_EDF, d_up_EDF = kernels.d_weights(x_ERD, rows, *d_ERF, tile=tiles.d_w_gate_up, **how)

@@ -1,6 +1,6 @@
-"""Tiles that were tried offline, by GPU and class of shape; where there are none, the heuristic's.
+"""Tiles that were tuned offline, by GPU and class of shape. Other shapes get the tiles of the heuristic.
 
-experiments/bench/tune_gpu.py writes the table, gpu_tiles.json; nothing is tried at run time.
+experiments/bench/tune_gpu.py writes the table, gpu_tiles.json. Nothing is tuned at run time.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ _REMEDY = "write it anew with `python -m experiments.bench.tune_gpu`"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Tiles for one class of shapes: elements of this size, D and F at least `narrowest` and multiples of `multiple`.
+    """Tiles for one class of shapes: this element size, and D and F at least `narrowest` and multiples of `multiple`.
 
-    source: what chose the tiles.
+    source: how the tiles were chosen.
     """
 
     implementation: str
@@ -37,7 +37,7 @@ class Entry:
     source: str
     tiles: Tiles
 
-    def holds(self, implementation: str, shape: GpuShape) -> bool:
+    def covers(self, implementation: str, shape: GpuShape) -> bool:
         widths = (shape.width, shape.hidden)
         wide = min(widths) >= self.narrowest and all(width % self.multiple == 0 for width in widths)
         return wide and (implementation, shape.itemsize) == (self.implementation, self.itemsize)
@@ -47,19 +47,19 @@ Table = dict[str, tuple[Entry, ...]]
 
 
 def tiles_for(implementation: str, kind: str | None, shape: GpuShape, table: Table | None = None) -> Tiles:
-    """The table's tiles, or those of the heuristic.
+    """The tiles of the table if it covers the shape, else those of the heuristic.
 
     Args:
       implementation: "pallas_triton" or "pallas_gpu".
       kind: the GPU as JAX names it.
-      table: None is the package's own.
+      table: None is the package's own table.
 
     Raises:
-      UserError: the package's table is broken.
+      UserError: if the package's table is broken.
     """
     gpu = gpu_limits(kind)
     for entry in (load_table() if table is None else table).get(gpu.name, ()):
-        if entry.holds(implementation, shape):
+        if entry.covers(implementation, shape):
             return entry.tiles
     return choose_tiles(implementation, gpu, shape)
 
@@ -71,11 +71,11 @@ def load_table() -> Table:
 
 
 def parse_table(text: str) -> Table:
-    """A table from its file.
+    """Parses a table.
 
     Raises:
-      UserError: not JSON, fields that are missing or unknown, a GPU or an implementation that is unknown, tiles that
-        make no sense or do not fit in the GPU's shared memory.
+      UserError: if it is not JSON, has missing or unknown fields, an unknown GPU or implementation, or tiles that are
+        invalid or exceed the GPU's shared memory.
     """
     known = {gpu.limits.name: gpu.limits for gpu in gpus().values()}
     return parse_entries(text, FILE, "gpu", known, lambda name, fields: _entry(known[name], fields), _REMEDY)

@@ -1,5 +1,5 @@
-"""Tiles of the six GPU kernels: what they are, what they take of a multiprocessor, and a heuristic that stays well
-below what any GPU has. `gpu_tile_table` has better ones for the shapes it knows."""
+"""Tiles of the six GPU kernels: their parameters, the shared memory they need, and a heuristic that stays well below
+the limits of any GPU. `gpu_tile_table` has better tiles for the shapes it covers."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -10,9 +10,9 @@ from anyexperts_jax.core.hardware import GpuLimits, gpu_limits
 
 @dataclasses.dataclass(frozen=True)
 class TritonTile:
-    """How a Triton kernel cuts its matmul [m, k] x [k, n]; powers of two, 16 or more.
+    """How a Triton kernel tiles its matmul [m, k] x [k, n]; powers of two, 16 or more.
 
-    stages: tiles of both operands in flight, each in shared memory.
+    stages: pipeline depth; each stage holds a tile of both operands in shared memory.
     """
 
     m: int
@@ -30,9 +30,9 @@ class TritonTile:
 
 @dataclasses.dataclass(frozen=True)
 class MosaicTile:
-    """How a Mosaic kernel cuts its matmul [m, k] x [k, n]: m a multiple of 128, n and k of 64.
+    """How a Mosaic kernel tiles its matmul [m, k] x [k, n]: m a multiple of 128, n and k of 64.
 
-    stages: steps in flight, each with its tiles in shared memory.
+    stages: pipeline depth; each stage holds its tiles in shared memory.
     """
 
     m: int
@@ -51,7 +51,7 @@ TILES: dict[str, type[Tile]] = {"pallas_triton": TritonTile, "pallas_gpu": Mosai
 
 
 class Tiles(NamedTuple):
-    """One tile a kernel, all of one kind."""
+    """One tile per kernel, all of the same kind."""
 
     gate_up: Any
     down: Any
@@ -62,7 +62,7 @@ class Tiles(NamedTuple):
 
 
 class GpuShape(NamedTuple):
-    """What tiles are chosen by: D and F, and bytes an element."""
+    """What tiles are chosen by: D, F and the bytes of an element."""
 
     width: int
     hidden: int
@@ -70,13 +70,13 @@ class GpuShape(NamedTuple):
 
 
 class _Use(NamedTuple):
-    """What a kernel holds, in tiles."""
+    """The tiles that a kernel holds at a time."""
 
-    left: int  # [m, k], of a step
-    right: int  # [k, n], of a step
-    sums: int  # [m, n] in float32, of a program
-    read_last: int  # [m, n], read when the sums are there
-    columns: str  # what n is a part of
+    left: int  # operands [m, k] per step
+    right: int  # operands [k, n] per step
+    sums: int  # accumulators [m, n] in float32
+    read_last: int  # operands [m, n] of the epilogue, read when the sums are complete
+    columns: str  # the dimension that n tiles
 
 
 _USES = Tiles(
@@ -87,16 +87,16 @@ _USES = Tiles(
     d_w_gate_up=_Use(1, 2, 2, 0, "hidden"),
     d_w_down=_Use(1, 1, 1, 0, "width"),
 )
-_M = 128  # everywhere: experts' rows begin at multiples of it
+_M = 128  # the same for all kernels, because it decides the block at which experts' rows begin
 _WARPS = 8
-_THREAD_VALUES = 64  # of sums, or of what is read last, in a thread's 255 registers
+_THREAD_VALUES = 64  # accumulator (or epilogue) values per thread: more than that would spill its 255 registers
 _MOST_STAGES = {TritonTile: 4, MosaicTile: 5}
-_BARRIER_BYTES = 1024  # far more than Mosaic's barriers take
+_BARRIER_BYTES = 1024  # a generous bound on what Mosaic's barriers take
 
 
 def choose_tiles(implementation: str, gpu: GpuLimits, shape: GpuShape) -> Tiles:
-    """Tiles for any shape: few enough sums a thread that widths of any kind spill nothing, and as many stages as fit in
-    the shared memory that even the smallest GPU has, or in Hopper's. No wider than the shape asks for.
+    """Tiles for any shape: few enough accumulators per thread that nothing spills, and as many stages as fit in the
+    shared memory of Hopper, or elsewhere of the smallest GPU. They are no wider than the shape.
 
     Args:
       implementation: "pallas_triton" or "pallas_gpu".
@@ -106,11 +106,11 @@ def choose_tiles(implementation: str, gpu: GpuLimits, shape: GpuShape) -> Tiles:
 
 
 def shared_bytes(kernel: str, tile: Tile, itemsize: int) -> int:
-    """Shared memory of a kernel's blocks, at most."""
+    """An upper bound on the shared memory of a kernel's thread block."""
     use: _Use = getattr(_USES, kernel)
     steps = tile.stages * itemsize * tile.k * (use.left * tile.m + use.right * tile.n)
     if isinstance(tile, TritonTile):
-        return steps
+        return steps  # Triton keeps the result and the epilogue's operands in registers
     return steps + itemsize * (1 + use.read_last) * tile.m * tile.n + _BARRIER_BYTES
 
 
@@ -119,22 +119,24 @@ def _triton_tile(kernel: str, gpu: GpuLimits, shape: GpuShape) -> TritonTile:
     most = _THREAD_VALUES * 32 * _WARPS // (_M * max(use.sums, use.read_last))
     k = (128 if gpu.wgmma else 64) // shape.itemsize
     tile = TritonTile(_M, _columns(use, shape, 16, most), k, _WARPS, 1)
-    return _deepest(kernel, tile, gpu.shared_bytes if gpu.wgmma else gpu_limits(None).shared_bytes, shape)
+    # Only Hopper gets its own limit. Elsewhere the smallest GPU's limit makes one choice valid for all of them.
+    budget = gpu.shared_bytes if gpu.wgmma else gpu_limits(None).shared_bytes
+    return _with_most_stages(kernel, tile, budget, shape)
 
 
 def _mosaic_tile(kernel: str, gpu: GpuLimits, shape: GpuShape) -> MosaicTile:
     tile = MosaicTile(_M, _columns(getattr(_USES, kernel), shape, 64, 128), 64, 1)
-    return _deepest(kernel, tile, gpu.shared_bytes, shape)
+    return _with_most_stages(kernel, tile, gpu.shared_bytes, shape)
 
 
 def _columns(use: _Use, shape: GpuShape, least: int, most: int) -> int:
-    """The least power of two that holds the result's columns, within bounds."""
+    """The least power of two that covers the result's columns, within bounds."""
     columns = int(getattr(shape, use.columns))
     return min(max(1 << (columns - 1).bit_length(), least), most)
 
 
-def _deepest(kernel: str, tile: Any, budget: int, shape: GpuShape) -> Any:
-    """`tile` with as many stages as fit."""
+def _with_most_stages(kernel: str, tile: Any, budget: int, shape: GpuShape) -> Any:
+    """`tile` with as many stages as fit in the budget of shared memory."""
     tiles = [dataclasses.replace(tile, stages=stages) for stages in range(1, _MOST_STAGES[type(tile)] + 1)]
     return [each for each in tiles if shared_bytes(kernel, each, shape.itemsize) <= budget][-1]
 

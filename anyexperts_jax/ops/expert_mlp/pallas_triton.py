@@ -1,19 +1,18 @@
 """Pallas Triton kernels: six matmuls over the live rows of each expert, accumulated in float32.
 
-    gate_up        silu(x w_gate) * (x w_up), and the two products themselves where a gradient will ask for them
+    gate_up        silu(x w_gate) * (x w_up), and the two products themselves if the backward pass needs them
     down           hidden w_down
-    d_gate_up      d_y w_down^T, carried through the activation: hidden, d_gate, d_up
+    d_gate_up      d_y w_down^T, propagated through the activation: hidden, d_gate, d_up
     d_x            d_gate w_gate^T + d_up w_up^T
     d_w_gate_up    x^T d_gate and x^T d_up in one pass over x
     d_w_down       hidden^T d_y
 
-A program owns one tile of the result. A tile without a live row runs no step of its loop, so it costs a store of
-zeros, or nothing where nobody reads it: buffers between two kernels hold garbage in dead rows, and every kernel masks
-the rows it loads. Experts are the slowest axis of the grid and rows the fastest, so that programs which run together
-share an expert's weights in L2. `gpu_rows` tells how one kernel runs over buffers of both kinds. Where x and d_y are
-`TokenRows`, a tile's rows are read from their tokens, wherever these are.
+A program owns one tile of the result. A tile without live rows runs no step of its loop, so it costs a store of zeros,
+or nothing if it is never read: dead rows of the buffers between kernels hold garbage, and every kernel masks the rows
+it loads. `gpu_rows` explains how one kernel runs over both kinds of buffer. If x and d_y are `TokenRows`, the rows of a
+tile are read from their tokens in place.
 
-float32 operands are multiplied as TF32, which is also what XLA's own dots do on these GPUs by default.
+float32 operands are multiplied as TF32, as XLA's own dots are by default on these GPUs.
 """
 
 import functools
@@ -41,7 +40,7 @@ def gate_up(
     keep: bool,
     interpret: bool,
 ) -> tuple[Float[Array, "B C F"], ...]:
-    """(hidden,), or (hidden, gate, up) with `keep`; dead rows undefined."""
+    """(hidden,), or (hidden, gate, up) if `keep`; dead rows are undefined."""
     outs = (_like(x_BCD, w_gate_EDF.shape[2]),) * (3 if keep else 1)
     return _call(_gate_up_kernel, outs, tile, interpret)(*_blocks(rows), x_BCD, w_gate_EDF, w_up_EDF)
 
@@ -55,7 +54,8 @@ def down(
     zeros: bool,
     interpret: bool,
 ) -> Float[Array, "B C D"]:
-    """hidden w_down, whatever `hidden_BCF` holds in dead rows; these are zero with `zeros`, else undefined."""
+    """hidden w_down. Dead rows of `hidden_BCF` may hold anything; those of the result are zero if `zeros`, else
+    undefined."""
     kernel = functools.partial(_down_kernel, zeros=zeros)
     out = _like(hidden_BCF, w_down_EFD.shape[2])
     (y_BCD,) = _call(kernel, (out,), tile, interpret)(*_blocks(rows), hidden_BCF, w_down_EFD)
@@ -72,7 +72,7 @@ def d_gate_up(
     tile: TritonTile,
     interpret: bool,
 ) -> tuple[Float[Array, "B C F"], Float[Array, "B C F"], Float[Array, "B C F"]]:
-    """(hidden, gradient of gate, gradient of up); dead rows undefined."""
+    """(hidden, gradient of gate, gradient of up); dead rows are undefined."""
     outs = (_like(gate_BCF, gate_BCF.shape[2]),) * 3
     return _call(_d_gate_up_kernel, outs, tile, interpret)(*_blocks(rows), d_y_BCD, w_down_EFD, gate_BCF, up_BCF)
 
@@ -88,7 +88,7 @@ def d_x(
     zeros: bool,
     interpret: bool,
 ) -> Float[Array, "B C D"]:
-    """Gradient of x; dead rows are zero with `zeros`, else undefined."""
+    """Gradient of x; dead rows are zero if `zeros`, else undefined."""
     call = _call(
         functools.partial(_d_x_kernel, zeros=zeros), (_like(d_gate_BCF, w_gate_EDF.shape[1]),), tile, interpret
     )
@@ -114,7 +114,7 @@ def d_weights(
 
 
 def clean(a_BCI: Float[Array, "B C I"] | TokenRows, rows: GpuRows) -> Float[Array, "B C I"] | TokenRows:
-    """What `d_weights` asks of rows that no kernel here wrote: nothing, it masks them."""
+    """Prepares rows for `d_weights`. Nothing is needed: `d_weights` masks dead rows itself."""
     del rows
     return a_BCI
 
@@ -128,12 +128,13 @@ def _like(rows_BCI: Array | TokenRows, width: int) -> jax.ShapeDtypeStruct:
 
 
 def _call(kernel: Any, outs: tuple[Any, ...], tile: TritonTile, interpret: bool) -> Any:
-    """The kernel, as a function of two vectors of integers and of arrays, over the tiles of its results."""
+    """The kernel over the tiles of its results, as a function of two integer vectors and the arrays."""
     body = functools.partial(kernel, tile=tile)
     name = getattr(kernel, "func", kernel).__name__.strip("_")
     slices, height, width = outs[0].shape
     return pl.pallas_call(
         body,
+        # Rows vary fastest and experts slowest, so that programs in flight together share an expert's weights in L2.
         grid=(pl.cdiv(height, tile.m), pl.cdiv(width, tile.n), slices),
         out_shape=outs,
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
@@ -160,7 +161,7 @@ def _gate_up_kernel(experts_ref, counts_ref, x_ref, w_gate_ref, w_up_ref, hidden
     gate, up = _sum_steps(step, _steps_if(m < live, x_ref.shape[2], tile), tile, 2)
     dtype = hidden_ref.dtype
     _store(hidden_ref, b, m, n, swiglu(gate, up, dtype), rows=live)
-    for ref, value in zip(kept_refs, (gate, up), strict=False):
+    for ref, value in zip(kept_refs, (gate, up), strict=False):  # without `keep` there are no references to store to
         _store(ref, b, m, n, value.astype(dtype), rows=live)
 
 
@@ -188,6 +189,7 @@ def _d_gate_up_kernel(  # type: ignore[no-untyped-def]
         return (sums[0] + _dot_nt(d_y, _load(w_down_ref, e, n, k, tile.n, tile.k)),)
 
     (d_hidden,) = _sum_steps(step, _steps_if(m < live, d_y_ref.shape[2], tile), tile, 1)
+    # Loaded after the loop, so that they do not occupy registers beside the accumulator during it.
     gate = _load(gate_ref, b, m, n, tile.m, tile.n, rows=live)
     up = _load(up_ref, b, m, n, tile.m, tile.n, rows=live)
     for ref, value in zip((hidden_ref, d_gate_ref, d_up_ref), swiglu_vjp(gate, up, d_hidden), strict=True):
@@ -214,6 +216,7 @@ def _d_x_kernel(  # type: ignore[no-untyped-def]
 def _d_weights_kernel(starts_ref, counts_ref, a_ref, *refs, tile):  # type: ignore[no-untyped-def]
     b_refs, out_refs = refs[: len(refs) // 2], refs[len(refs) // 2 :]
     e, m, n = _position(tile)
+    # [E, C, I] has a slice per expert, with starts of 0; [1, R, I] has one slice for all.
     b, start, live = jnp.minimum(e, a_ref.shape[0] - 1), starts_ref[e], counts_ref[e]
 
     def step(k, sums):  # type: ignore[no-untyped-def]
@@ -224,6 +227,7 @@ def _d_weights_kernel(starts_ref, counts_ref, a_ref, *refs, tile):  # type: igno
         )
         return tuple(total + _dot_tn(a, each) for total, each in zip(sums, factors, strict=True))
 
+    # An expert without rows runs no step and stores zeros: its gradient is read all the same.
     for ref, value in zip(out_refs, _sum_steps(step, pl.cdiv(live, tile.k), tile, len(b_refs)), strict=True):
         _store(ref, e, m, n, value.astype(ref.dtype))
 
@@ -234,18 +238,18 @@ def _position(tile: TritonTile) -> tuple[Array, Array, Array]:
 
 
 def _steps_if(wanted: Array, length: int, tile: TritonTile) -> Array:
-    """The steps that cover `length`, or none."""
+    """The number of steps that cover `length`, or 0: an empty loop replaces an early return, which Pallas lacks."""
     return wanted.astype(jnp.int32) * pl.cdiv(length, tile.k)
 
 
 def _sum_steps(step: Any, steps: Array, tile: TritonTile, sums: int) -> tuple[Array, ...]:
-    """`step(k, sums)` for k = 0, tile.k, .. `steps` times, from float32 zeros."""
+    """Runs `step(k, sums)` for k = 0, tile.k, ..., `steps` times, starting from float32 zeros."""
     zeros = (jnp.zeros((tile.m, tile.n), jnp.float32),) * sums
     return lax.fori_loop(0, steps, lambda i, sums: step(i * tile.k, sums), zeros)
 
 
 def _tokens(ref: Any, at: Any, row: Array, height: int, rows: Array) -> Array | None:
-    """The tokens of `height` rows of slice `at`, some token at or past `rows`; None where rows are written out."""
+    """The tokens of `height` rows of slice `at`, token 0 from row `rows` on; None if the rows are a buffer."""
     if not isinstance(ref, TokenRows):
         return None
     inside = row + jnp.arange(height) < jnp.minimum(rows, ref.shape[1])
@@ -264,19 +268,19 @@ def _load(
     rows: Array | None = None,
     tokens: Array | None = None,
 ) -> Array:
-    """The [height, width] tile at (row, column) of slice `at`; zero at or past `rows` and past the array's edges."""
+    """The [height, width] tile at (row, column) of slice `at`, with zeros from row `rows` on and beyond the edges."""
     mask = _inside(ref.shape[1:], row, column, height, width, rows)
     if tokens is None:
         place: Any = (at, pl.ds(row, height), pl.ds(column, width))
     else:
         ref, place = ref.x_ND, (tokens[:, None], column + jnp.arange(width)[None, :])
-        place = tuple(jnp.broadcast_to(one, (height, width)) for one in place)  # the interpreter takes no less
+        place = tuple(jnp.broadcast_to(one, (height, width)) for one in place)  # interpret mode does not broadcast
     tile_ref = ref.at[place]
     return plgpu.load(tile_ref) if mask is None else plgpu.load(tile_ref, mask=mask, other=0)
 
 
 def _store(ref: Any, at: Any, row: Array, column: Array, value: Array, *, rows: Array | None = None) -> None:
-    """Writes the tile at (row, column) of slice `at` as far as it lies below `rows` and inside the array."""
+    """Writes the tile at (row, column) of slice `at`, except for rows from `rows` on and parts beyond the edges."""
     height, width = value.shape
     mask = _inside(ref.shape[1:], row, column, height, width, rows)
     plgpu.store(ref.at[at, pl.ds(row, height), pl.ds(column, width)], value, mask=mask)
@@ -285,7 +289,7 @@ def _store(ref: Any, at: Any, row: Array, column: Array, value: Array, *, rows: 
 def _inside(
     shape: tuple[int, ...], row: Array, column: Array, height: int, width: int, rows: Array | None
 ) -> Array | None:
-    """Mask of a tile's elements to touch; None, which compiles to faster code, where that is known to be all."""
+    """The mask of a tile's elements to access. None if all are: accesses without a mask compile to faster code."""
     masks = []
     if rows is not None or shape[0] % height:
         limit = shape[0] if rows is None else rows

@@ -1,4 +1,4 @@
-"""The definition over buffers of both kinds, with JAX's own derivative."""
+"""The definition of the op over both kinds of buffer, with JAX's own derivatives."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from anyexperts_jax.ops._swiglu import swiglu
 
 
 def live_rows(counts_E: Int[Array, "E"], capacity: int) -> Bool[Array, "E C 1"]:
-    """True at the rows below each expert's count."""
+    """True for the rows below each expert's count."""
     return (jnp.arange(capacity) < counts_E[:, None])[..., None]
 
 
@@ -38,7 +38,7 @@ def aligned_mlp(
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
 ) -> Float[Array, "R D"]:
-    """Expert e on rows starts_E[e] .. starts_E[e] + counts_E[e] of one buffer: each over all rows, its own kept."""
+    """Applies expert e to rows starts_E[e] to starts_E[e] + counts_E[e] of one buffer: to all rows, keeping its own."""
     row_R1 = jnp.arange(x_RD.shape[0])[:, None]
 
     def add_expert(y_RD: Array, expert: tuple[Array, ...]) -> tuple[Array, None]:

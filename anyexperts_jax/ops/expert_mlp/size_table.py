@@ -1,4 +1,4 @@
-"""The files that hold sizes by device: who has entries, and what is said of a broken file."""
+"""Parses the files of block sizes by device, with clear errors for a broken file."""
 
 import json
 from collections.abc import Callable, Collection
@@ -12,15 +12,15 @@ Entry = TypeVar("Entry")
 def parse_entries(
     text: str, file: str, device: str, known: Collection[str], entry: Callable[[str, Any], Entry], remedy: str
 ) -> dict[str, tuple[Entry, ...]]:
-    """The entries of each device's name, in the file's order.
+    """The entries by device name, in the file's order.
 
     Args:
-      device: what it is called, as "chip"; the file has its entries under that word's plural.
-      entry: (name, fields) as an entry, or a UserError.
-      remedy: what to do about a broken file.
+      device: the word for a device, such as "chip". The file lists its entries under the plural, "chips".
+      entry: makes an entry of (name, fields), or raises `UserError`.
+      remedy: what to do about a broken file, for the message.
 
     Raises:
-      UserError: not JSON, no such field, an unknown name.
+      UserError: if the file is not JSON or lacks that field, or for an unknown device name.
     """
     try:
         devices = json.loads(text)[f"{device}s"]

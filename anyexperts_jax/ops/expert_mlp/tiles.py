@@ -1,7 +1,7 @@
-"""The tiles of a buffer, [E, C, D] or block-aligned, in the order a kernel visits them, live ones first and packed.
+"""The tiles of a buffer, [E, C, D] or block-aligned, in the order in which a kernel visits them: live tiles first.
 
-A tile is one expert and one block of its rows. A kernel's grid runs along the list, so a tile that is not reached
-costs nothing, and the weights of the next expert are fetched while a live tile computes.
+A tile is a block of rows of one expert. The kernel's grid runs along the list and stops early, so dead tiles at the end
+cost nothing; and the next expert's weights are fetched while a live tile computes.
 """
 
 from typing import NamedTuple
@@ -12,23 +12,27 @@ from jaxtyping import Array, Int
 
 
 class TileList(NamedTuple):
-    """All tiles: the live ones, then the first block of each empty expert, then the rest. One entry is added that
-    repeats the last."""
+    """All tiles: the live ones, then the first block of each empty expert, then the rest. One more entry repeats the
+    last."""
 
-    expert: Int[Array, "tiles"]  # whose rows the step writes
+    # The rows that a step writes.
+    expert: Int[Array, "tiles"]
     block: Int[Array, "tiles"]
-    source_expert: Int[Array, "tiles"]  # whose rows and weights it reads; past the live ones, the last live tile's:
-    source_block: Int[Array, "tiles"]  # nothing new is fetched there
-    rows: Int[Array, "tiles"]  # live rows, 0 past the live tiles
+    # The rows, and the expert's weights, that a step reads. After the live tiles these repeat the last live tile:
+    # Pallas copies a block only if its index changes, so dead tiles fetch nothing.
+    source_expert: Int[Array, "tiles"]
+    source_block: Int[Array, "tiles"]
+    rows: Int[Array, "tiles"]  # live rows; 0 after the live tiles
     opens: Int[Array, "tiles"]  # 1: first tile of its expert in the list
-    closes: Int[Array, "tiles"]  # 1: last live tile of its expert in the list, or the only one if it is empty
+    closes: Int[Array, "tiles"]  # 1: last live tile of its expert in the list, or the only one of an empty expert
     num_live: Int[Array, ""]
-    num_touched: Int[Array, ""]  # live tiles and empty experts: every expert is among them
+    num_touched: Int[Array, ""]  # live tiles plus empty experts: the prefix of the list in which every expert occurs
 
 
 def deal_tiles(tiles: TileList, cores: int) -> TileList:
-    """The list in parts of one length, one for each of two cores at most, live tiles first in each and shared evenly.
-    The last part may repeat its last tile. Past its live tiles a part's source stays its own last one."""
+    """Divides the list into parts of equal length, one per core (at most two). Live tiles come first in each part and
+    are shared evenly. The last part may repeat its last tile. After its live tiles, a part's source stays at its own
+    last live tile, for the reason given in `TileList`."""
     total = tiles.rows.size - 1
     steps = -(-total // cores)
     core, step = jnp.divmod(jnp.arange(cores * steps, dtype=jnp.int32), steps)
@@ -51,10 +55,10 @@ def deal_tiles(tiles: TileList, cores: int) -> TileList:
 
 
 def list_tiles(counts_E: Int[Array, "E"], capacity: int, block: int) -> TileList:
-    """The tiles of `block` rows that make up `capacity` rows an expert; the last may reach past `capacity`.
+    """The tiles of `block` rows that cover `capacity` rows per expert; the last tile may reach beyond `capacity`.
 
-    Experts come in order. Within one, the block that may be partly filled comes first: the next expert's weights are
-    then fetched behind a full block.
+    Experts come in order. Within one, the block that may be partly filled comes first, so that the fetch of the next
+    expert's weights overlaps with a full block.
     """
     num_experts, blocks = counts_E.shape[0], -(-capacity // block)
     total = num_experts * blocks
@@ -63,6 +67,7 @@ def list_tiles(counts_E: Int[Array, "E"], capacity: int, block: int) -> TileList
     expert, block_at = place // blocks, blocks - 1 - place % blocks
     live = block_at * block < counts_E[expert]
     opening = (block_at == 0) & ~live
+    # A stable sort by group, as one sort of unique integers: the place in the list breaks ties.
     group = jnp.where(live, 0, jnp.where(opening, 1, 2))
     order = lax.sort(group * total + place, is_stable=False) % total
     num_live, num_touched = live.sum(dtype=jnp.int32), (live | opening).sum(dtype=jnp.int32)
@@ -86,12 +91,13 @@ def list_tiles(counts_E: Int[Array, "E"], capacity: int, block: int) -> TileList
 def list_aligned_tiles(
     starts_E: Int[Array, "E"], counts_E: Int[Array, "E"], num_blocks: int, block: int, *, empty: bool
 ) -> TileList:
-    """The live tiles of one buffer of `num_blocks` blocks, in which expert e has `counts_E[e]` rows from `starts_E[e]`
-    on, a multiple of `block`. `block` in the list counts from the buffer's beginning.
+    """The live tiles of one buffer of `num_blocks` blocks, in which expert e has `counts_E[e]` rows from row
+    `starts_E[e]` on, a multiple of `block`. `block` in the list counts from the start of the buffer.
 
-    Experts come in order, within one the partly filled block first. After the live tiles come, with `empty`, those of
-    the experts without rows, whose own rows are nowhere; without, the last live tile again, for two cores that take
-    halves of an odd list. Of a list of one, the other core is given another block, which is dead, to keep off its tile.
+    Experts come in order; within one the partly filled block comes first. If `empty`, one tile for each expert without
+    rows follows the live tiles; it stands for no rows. If not, the last live tile is repeated, so that two cores can
+    halve an odd list. In a list of one tile the second core gets another, dead block instead, because both cores
+    writing the same tile would race.
     """
     num_experts = counts_E.shape[0]
     starts_E, counts_E = starts_E.astype(jnp.int32), counts_E.astype(jnp.int32)

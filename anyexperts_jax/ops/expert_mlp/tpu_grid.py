@@ -1,4 +1,4 @@
-"""What the TPU kernels share: the grid along a list of tiles, blocks of operands, passes over a tile's live rows."""
+"""What the TPU kernels share: the grid along a list of tiles, the blocks of operands, and slabs of live rows."""
 
 import dataclasses
 import functools
@@ -18,15 +18,15 @@ from anyexperts_jax.ops.expert_mlp.tpu_sizes import KernelSizes
 Ref = Any  # a reference to a block in VMEM, or to scalars in SMEM
 
 _CHUNKS = (64, 32, 16)
-_MOST_CHUNKS = 16  # of a block: each is a branch of the program
-_LISTS = ("expert", "block", "source_expert", "source_block", "rows", "opens", "closes")  # of TileList, prefetched
+_MOST_CHUNKS = 16  # per block: each chunk is a branch in the program
+_LISTS = ("expert", "block", "source_expert", "source_block", "rows", "opens", "closes")  # fields prefetched to SMEM
 
 
 class Block(NamedTuple):
-    """What a kernel sees of an operand at one step: [rows, columns] of one expert's matrix.
+    """The part of an operand that a kernel sees at one step: [rows, columns] of one expert's matrix.
 
-    `of` says where: "tile", the step's rows; "expert", the whole matrix. `along` is the side that the outer grid axis
-    walks along, if any.
+    `of` says which part: "tile" for the step's rows, "expert" for the whole matrix. `along` is the side along which the
+    outer grid axis moves, if any.
     """
 
     of: str
@@ -41,7 +41,7 @@ class Operand(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A grid step as its kernel sees it: the live rows of its tile, and whether its expert begins or ends here."""
+    """A grid step as its kernel sees it: the live rows of its tile, and whether its expert starts or ends here."""
 
     live: Any
     opens: Any
@@ -50,9 +50,9 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Steps of a call. `tiles` are visited up to `steps`; the outer axis has `outer` steps, each of which goes through
-    all tiles (columns) or, where `split`, through its part of them (cores). Where `flat`, the rows of all experts lie
-    in one buffer [1, R, D]."""
+    """The grid of a call: the first `steps` of `tiles`, below an outer axis of `outer` steps. Each outer step visits
+    all tiles (for another block of columns) or, if `split`, its own part of them (on another core). If `flat`, the rows
+    of all experts lie in one buffer [1, R, D]."""
 
     tiles: TileList
     steps: Int[Array, ""] | int
@@ -77,9 +77,10 @@ def run_kernel(
 ) -> list[Array]:
     """Runs `kernel(step, input refs, output refs, scratch refs)` along the grid.
 
-    Outputs of tiles that the grid does not reach hold anything, as do rows of an input past the live ones.
+    Output tiles that the grid does not reach are undefined, and so are the rows of an input tile after the live ones.
     """
     steps = -(-grid.steps // grid.outer) if grid.split else grid.steps
+    # Scalars are prefetched to SMEM, because the index maps of the pipeline read the list of tiles.
     scalars = [*(getattr(grid.tiles, name) for name in _LISTS), jnp.asarray(steps, jnp.int32).reshape(1)]
     chunks = [chunk_rows(operand.block, *operand.array.shape[1:]) for operand in inputs]
     copied = [(i, operand) for i, operand in enumerate(inputs) if chunks[i]]
@@ -116,6 +117,7 @@ def run_kernel(
             ],
         ),
         out_shape=[operand.array for operand in outputs],
+        # Cores may share the outer axis. The inner one must run in order: accumulators and buffers carry over.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes
         ),
@@ -125,8 +127,8 @@ def run_kernel(
 
 
 def chunk_rows(block: Block, capacity: int, width: int) -> int:
-    """Rows of an input [E, capacity, width] that are copied together where no more of a tile is copied than its live
-    rows; 0 where the pipeline copies a tile whole, its sizes being no multiple of a chunk's."""
+    """Rows per chunk of an input [E, capacity, width] of which the kernel copies live rows only. 0 if the sizes are not
+    multiples of a chunk; Pallas's pipeline then copies whole tiles."""
     if block.of != "tile" or width % block.columns:
         return 0
     fitting = [rows for rows in _CHUNKS if block.rows % rows == 0 and capacity % rows == 0]
@@ -134,7 +136,7 @@ def chunk_rows(block: Block, capacity: int, width: int) -> int:
 
 
 class Copied(NamedTuple):
-    """An operand whose live rows a kernel copies by itself, into one of two buffers while it works on the other."""
+    """An operand whose live rows the kernel copies itself, into one of two buffers while it works on the other."""
 
     source: Ref
     buffers: Ref
@@ -143,8 +145,11 @@ class Copied(NamedTuple):
     chunk: int
     flat: bool
 
-    def each(self, place: Any, slot: Any, lists: Sequence[Ref], act: Callable[[Any], None]) -> None:
-        """Calls `act` on the copy of every chunk that holds a live row of the tile at `place`."""
+    def for_each_chunk(self, place: Any, slot: Any, lists: Sequence[Ref], act: Callable[[Any], None]) -> None:
+        """Calls `act` on the copy of every chunk that holds live rows of the tile at `place`.
+
+        Waiting needs the same descriptors as starting, so both go through here.
+        """
         expert, block_at, live = (_read(lists, name, place) for name in ("source_expert", "source_block", "rows"))
         along = self.block.along == "columns"
         columns = pl.ds(pl.program_id(0) * self.block.columns, self.block.columns) if along else slice(None)
@@ -159,23 +164,23 @@ class Copied(NamedTuple):
 
 
 def _fetch_ahead(operands: Sequence[Copied], lists: Sequence[Ref], place: Any) -> list[Ref]:
-    """This step's tile of each, once it is here; the next step's is on its way."""
+    """Starts copying the next step's tile of each operand, then waits for this step's and returns it."""
     step = pl.program_id(1)
     slot = lax.rem(step, 2)
 
     def start(at: Any, into: Any) -> None:
         for operand in operands:
-            operand.each(at, into, lists, lambda copy: copy.start())
+            operand.for_each_chunk(at, into, lists, lambda copy: copy.start())
 
     pl.when(step == 0)(lambda: start(place, slot))
     pl.when(step + 1 < lists[-1][0])(lambda: start(place + 1, 1 - slot))
     for operand in operands:
-        operand.each(place, slot, lists, lambda copy: copy.wait())
+        operand.for_each_chunk(place, slot, lists, lambda copy: copy.wait())
     return [operand.buffers.at[slot] for operand in operands]
 
 
 def _place(outer: Any, step: Any, lists: Sequence[Ref], split: bool) -> Any:
-    """A step's index in the list of tiles."""
+    """The index of a step in the list of tiles."""
     return outer * lists[-1][0] + step if split else step
 
 
@@ -196,8 +201,8 @@ def _spec(block: Block, grid: Grid, side: str) -> pl.BlockSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Slab:
-    """Rows of a tile that go through the matmuls together. Those from `live` on are dead; all such are among the last
-    `step`."""
+    """Rows of a tile that go through the matmuls together. Rows from `live` on are dead; all of these are among the
+    last `step` rows."""
 
     start: Any
     size: int
@@ -209,7 +214,7 @@ class Slab:
         return pl.ds(self.start, self.size)
 
     def mask(self, value: Any) -> Any:
-        """`value` with zeros in the dead rows."""
+        """Sets the dead rows of `value` to zero. Only the last `step` rows can be dead, so only these are masked."""
         head = self.size - self.step
         row = lax.broadcasted_iota(jnp.int32, (self.step, value.shape[1]), 0) + head
         tail = jnp.where(row < self.live, value[head:], jnp.zeros((), value.dtype))
@@ -217,11 +222,14 @@ class Slab:
 
 
 def for_each_slab(live: Any, sizes: KernelSizes, body: Callable[[Slab], None]) -> None:
-    """Runs `body` on slabs that cover the first `live` rows of a tile, and less than `sizes.step` rows more."""
+    """Runs `body` on slabs that cover the first `live` rows of a tile and fewer than `sizes.step` rows more.
+
+    The shapes of a matmul are static, so the last slab of a tile is one branch for each multiple of `sizes.step`.
+    """
     start: Any = 0
     rest, largest = live, sizes.slab
     if sizes.block > sizes.slab:
-        full = (live + sizes.step - 1) // sizes.slab  # those that no smaller pass will do for
+        full = (live + sizes.step - 1) // sizes.slab  # the slabs for which no smaller size is enough
 
         def run(i: Any, _: None) -> None:
             body(Slab(pl.multiple_of(i * sizes.slab, sizes.slab), sizes.slab, sizes.step, live - i * sizes.slab))
@@ -235,7 +243,7 @@ def for_each_slab(live: Any, sizes: KernelSizes, body: Callable[[Slab], None]) -
 
 
 def zero_dead(ref: Ref, live: Any, sizes: KernelSizes) -> None:
-    """Zeros in the rows of a tile that no slab reached."""
+    """Zeroes the rows of a tile that no slab covers."""
     for start in range(0, sizes.block, sizes.step):
 
         @pl.when(start >= live)
@@ -243,6 +251,6 @@ def zero_dead(ref: Ref, live: Any, sizes: KernelSizes) -> None:
             ref[rows, :] = jnp.zeros((sizes.step, ref.shape[1]), ref.dtype)
 
 
-def like(array: Array, *shape: int) -> jax.ShapeDtypeStruct:
-    """An output of array's dtype."""
+def output_like(array: Array, *shape: int) -> jax.ShapeDtypeStruct:
+    """An output of this shape with the array's dtype."""
     return jax.ShapeDtypeStruct(shape, array.dtype)

@@ -1,6 +1,6 @@
-"""Block sizes that were compared offline, by chip and class of shape; where there are none, the heuristic's.
+"""Block sizes that were tuned offline, by chip and class of shape. Other shapes get the sizes of the heuristic.
 
-experiments/bench/tune.py writes the table, tpu_sizes.json; nothing is tried at run time.
+experiments/bench/tune.py writes the table, tpu_sizes.json. Nothing is tuned at run time.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _REMEDY = "write it anew with `python -m experiments.bench.tune`"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Sizes for one class of shapes: this D, F and element size, and a capacity above `over` and at most `capacity`."""
+    """Sizes for one class of shapes: this D, F and element size, with a capacity in (over, capacity]."""
 
     capacity: int
     over: int
@@ -44,7 +44,7 @@ class Entry:
         """The largest shape of the class."""
         return Shape(self.capacity, self.width, self.hidden, self.itemsize)
 
-    def holds(self, shape: Shape) -> bool:
+    def covers(self, shape: Shape) -> bool:
         return self.over < shape.capacity <= self.capacity and shape[1:] == self.shape[1:]
 
 
@@ -52,17 +52,17 @@ Table = dict[str, tuple[Entry, ...]]
 
 
 def sizes_for(chip: TpuLimits, shape: Shape, table: Table | None = None) -> TpuSizes:
-    """The table's sizes, cut to the shape's capacity, or those of the heuristic.
+    """The sizes of the table, cut to the shape's capacity, if it covers the shape; else those of the heuristic.
 
     Args:
-      table: None is the package's own.
+      table: None is the package's own table.
 
     Raises:
-      UserError: the package's table is broken, or no sizes fit in VMEM.
+      UserError: if the package's table is broken or no sizes fit in VMEM.
     """
     entries = (load_table() if table is None else table).get(chip.name, ())
     for entry in entries:
-        if entry.holds(shape):
+        if entry.covers(shape):
             cut = {kernel: _cut(getattr(entry, kernel), shape.capacity) for kernel in KERNELS}
             return TpuSizes(**cut, cores=chip.cores, vmem_bytes=chip.vmem_limit)
     return choose_sizes(chip, shape)
@@ -75,11 +75,11 @@ def load_table() -> Table:
 
 
 def parse_table(text: str) -> Table:
-    """A table from its file.
+    """Parses a table.
 
     Raises:
-      UserError: not JSON, fields that are missing or unknown, a chip that is unknown, sizes that make no sense or do
-        not fit in the chip's VMEM.
+      UserError: if it is not JSON, has missing or unknown fields, an unknown chip, or sizes that are invalid or exceed
+        the chip's VMEM.
     """
     return parse_entries(text, FILE, "chip", tpus(), _entry, _REMEDY)
 
@@ -106,6 +106,6 @@ def _bytes(chip: str, entry: Entry) -> Iterator[tuple[str, int, bool]]:
 
 
 def _cut(sizes: KernelSizes, capacity: int) -> KernelSizes:
-    """No block larger than the buffer asks for."""
+    """The sizes with blocks no larger than the buffer."""
     block = min(sizes.block, -(-capacity // sizes.step) * sizes.step)
     return dataclasses.replace(sizes, block=block, slab=min(sizes.slab, block))

@@ -1,5 +1,5 @@
-"""Block sizes of the TPU kernels: what they are, what VMEM they take, and a heuristic, the first of a list of
-candidates that fits. `tpu_size_table` has better ones for the shapes it knows."""
+"""Block sizes of the TPU kernels: their parameters, the VMEM they need, and a heuristic, which takes the first of a
+list of candidates that fits. `tpu_size_table` has better sizes for the shapes it covers."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -16,11 +16,12 @@ class KernelSizes:
     """Sizes of one kernel.
 
     block: rows of a tile, the unit of fetching and skipping; a multiple of `step`.
-    slab: rows of one pass through the matmuls, at most `block`.
-    step: the last pass of a tile takes the fewest multiple of `step` rows that will do.
-    columns: columns of F (or D) whose weights are kept at a time; None keeps an expert's weights whole and fuses.
-    inner: of F, how much the second forward matmul sums at a time; None is all of it. Columns that fill no tile
-      of the matrix unit can then come last, and the rest need not wait for the first matmul's end.
+    slab: rows that go through the matmuls together, at most `block`.
+    step: the last slab of a tile has the least multiple of `step` rows that covers the rest.
+    columns: columns of F (or D) whose weights are resident at a time; None keeps an expert's weights whole, in one
+      fused kernel.
+    inner: columns of F that the second forward matmul contracts at a time; None is all of them. Columns that do not
+      fill a tile of the matrix unit can then come last, and the others need not wait for the end of the first matmul.
     """
 
     block: int
@@ -51,7 +52,7 @@ class TpuSizes:
 
 
 class Shape(NamedTuple):
-    """What sizes are chosen by: C, D and F, and bytes an element."""
+    """What sizes are chosen by: C, D, F and the bytes of an element."""
 
     capacity: int
     width: int
@@ -62,11 +63,11 @@ class Shape(NamedTuple):
 def choose_sizes(chip: TpuLimits, shape: Shape) -> TpuSizes:
     """Sizes for a shape.
 
-    One fused kernel wherever an expert's weights fit in VMEM twice, the next expert's being fetched meanwhile; else
-    kernels that keep as many columns of them as fit.
+    One fused kernel if the weights of two experts fit in VMEM, because the next expert's are fetched while one
+    computes; otherwise kernels that hold as many columns of the weights as fit.
 
     Raises:
-      UserError: not even 128 columns fit.
+      UserError: if not even 128 columns fit.
     """
     budget = block_budget(chip)
     both = {name: _first_fit(name, _row_candidates(shape), budget, shape) for name in ("forward", "backward")}
@@ -75,20 +76,20 @@ def choose_sizes(chip: TpuLimits, shape: Shape) -> TpuSizes:
 
 
 def block_budget(chip: TpuLimits) -> float:
-    """Bytes of VMEM for blocks and scratch."""
+    """Bytes of VMEM available for blocks and scratch."""
     return _SHARE_FOR_BLOCKS * chip.vmem_bytes
 
 
 def kernel_bytes(kernel: str, shape: Shape, sizes: KernelSizes) -> int:
-    """VMEM of a kernel's blocks, two of each, and of its scratch; of the larger kernel where there are two."""
+    """VMEM of a kernel's double-buffered blocks and of its scratch; of the larger kernel if there are two."""
     count = {"forward": _forward_bytes, "backward": _backward_bytes, "weights": _weights_bytes}[kernel]
     return count(shape, sizes)
 
 
-_SHARE_FOR_BLOCKS = 0.75  # of VMEM; the rest is for what the compiler keeps of the values in flight
+_SHARE_FOR_BLOCKS = 0.75  # of VMEM; the compiler keeps the values in flight in the rest
 _SLAB = 256
-_STEP = 64  # half of it is computed in vain for each expert
-_SUM_STEP = 128  # of the weights' gradients, which contract rows: a matrix unit takes 128 at a time
+_STEP = 64  # half a step per expert is wasted on average; smaller steps mean more branches
+_SUM_STEP = 128  # for the weight gradients, which contract over rows: the matrix unit takes 128 at a time
 _BLOCKS = (512, 256, 128)
 
 
@@ -101,7 +102,7 @@ def _row_candidates(shape: Shape) -> Iterator[KernelSizes]:
 
 
 def _weights_candidates(chip: TpuLimits, shape: Shape) -> Iterator[KernelSizes]:
-    """Whole columns first; two parts at least where two cores share the work."""
+    """All columns first, or half of them if two cores share the work."""
     step = min(_SUM_STEP, _round_up(shape.capacity, 16))
     for columns in _column_counts(shape.hidden // chip.cores):
         for rows in _BLOCKS:
@@ -110,7 +111,7 @@ def _weights_candidates(chip: TpuLimits, shape: Shape) -> Iterator[KernelSizes]:
 
 
 def _column_counts(most: int) -> Iterator[int]:
-    """Multiples of 128 from the first that holds `most` downwards, about halving."""
+    """Multiples of 128 from the least that covers `most` downwards, each about half of the one before."""
     columns = _round_up(most, 128)
     while columns > 128:
         yield columns

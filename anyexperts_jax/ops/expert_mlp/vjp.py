@@ -1,4 +1,4 @@
-"""The XLA implementation with its own derivative."""
+"""The XLA implementation with its custom backward pass."""
 
 from jaxtyping import Array, Float, Int
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.derivatives import Differentiable
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.ops._checks import KERNELS_HAVE_GRAD_ALONE, check_dtype
+from anyexperts_jax.ops._checks import KERNELS_SUPPORT_GRAD_ONLY, check_dtype
 from anyexperts_jax.ops._gpu import gpu_kind, require_hopper, require_nvidia
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops.expert_mlp import pallas_gpu, pallas_triton
@@ -27,10 +27,10 @@ from anyexperts_jax.ops.expert_mlp.gpu_tiles import GpuShape
 
 
 def triton_options(w_EDF: Float[Array, "E D F"], options: GpuOptions) -> GpuOptions:
-    """`options` with tiles for experts like these.
+    """`options` with the tiles for these experts.
 
     Raises:
-      UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
+      UserError: without an NVIDIA GPU, or for a dtype the kernels do not support.
     """
     if not options.interpret:
         require_nvidia("pallas_triton")
@@ -39,10 +39,10 @@ def triton_options(w_EDF: Float[Array, "E D F"], options: GpuOptions) -> GpuOpti
 
 
 def mosaic_options(w_EDF: Float[Array, "E D F"], options: GpuOptions) -> GpuOptions:
-    """`options` with tiles for experts like these.
+    """`options` with the tiles for these experts.
 
     Raises:
-      UserError: a JAX before 0.11, no Hopper GPU to run on, or a dtype the kernels do not take.
+      UserError: with a JAX before 0.11, without a Hopper GPU, or for a dtype the kernels do not support.
     """
     version = jax.__version__
     require(
@@ -72,7 +72,7 @@ def expert_mlp_triton(
     """`expert_mlp` by the Pallas Triton kernels.
 
     Raises:
-      UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
+      UserError: without an NVIDIA GPU, or for a dtype the kernels do not support.
     """
     options = triton_options(w_gate_EDF, options)
     return _triton(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options)
@@ -86,10 +86,10 @@ def expert_mlp_mosaic(
     w_down_EFD: Float[Array, "E F D"],
     options: GpuOptions = GpuOptions(),  # noqa: B008, immutable
 ) -> Float[Array, "E C D"]:
-    """`expert_mlp` by the Pallas Mosaic GPU kernels. C that is no multiple of 8, or D or F of 64, costs padded copies.
+    """`expert_mlp` by the Pallas Mosaic GPU kernels. Operands are copied to pad C to a multiple of 8, D and F to 64.
 
     Raises:
-      UserError: a JAX before 0.11, no Hopper GPU to run on, or a dtype the kernels do not take.
+      UserError: with a JAX before 0.11, without a Hopper GPU, or for a dtype the kernels do not support.
     """
     options = mosaic_options(w_gate_EDF, options)
     rows, width = pallas_gpu.ROW_MULTIPLE, pallas_gpu.WIDTH_MULTIPLE
@@ -99,7 +99,7 @@ def expert_mlp_mosaic(
 
 
 def differentiable(kernels: Kernels) -> Any:
-    """`expert_mlp` with its derivative: a function of the five operands and `GpuOptions` whose tiles are chosen."""
+    """`expert_mlp` with its backward pass, as a function of the five operands and `GpuOptions` with tiles."""
 
     def run(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options):  # type: ignore[no-untyped-def]
         experts = (w_gate_EDF, w_up_EDF, w_down_EFD)
@@ -120,7 +120,7 @@ def differentiable(kernels: Kernels) -> Any:
         return d_x_ECD, None, *weights_backward(kernels, x_ECD, rows, d_hidden, d_y_ECD, options)
 
     call = Differentiable(run, num_static=1)
-    call.defvjp(run_forward, run_backward, refusal=KERNELS_HAVE_GRAD_ALONE)
+    call.defvjp(run_forward, run_backward, refusal=KERNELS_SUPPORT_GRAD_ONLY)
     return call
 
 

@@ -1,4 +1,4 @@
-"""The TPU kernels as one differentiable function, for operands of any size."""
+"""The TPU kernels as one differentiable function of operands of any size."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from anyexperts_jax.core.derivatives import Differentiable
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.hardware import tpu_limits
-from anyexperts_jax.ops._checks import KERNELS_HAVE_GRAD_ALONE, check_dtype, check_residuals
+from anyexperts_jax.ops._checks import KERNELS_SUPPORT_GRAD_ONLY, check_dtype, check_residuals
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops._select import device_kind, platform
 from anyexperts_jax.ops.expert_mlp import pallas_tpu
@@ -26,9 +26,9 @@ class TpuOptions:
     """How the kernels run.
 
     residuals: "saved" keeps gate and up for the backward pass, 2 * E * C * F elements of x's dtype; "recomputed" keeps
-      nothing but the operands and computes both again, 2 of the backward pass's then 8 matmuls.
-    sizes: None takes those of the chip's table, or of the heuristic for shapes that are not in it.
-    interpret: pltpu.InterpretParams runs the kernels on CPU, for tests.
+      only the operands and recomputes both, which are 2 of the 8 matmuls of the backward pass then.
+    sizes: None takes those of the chip's table, or of the heuristic if the table does not cover the shape.
+    interpret: pltpu.InterpretParams runs the kernels on a CPU, for tests.
     """
 
     residuals: str = "saved"
@@ -48,17 +48,17 @@ def expert_mlp_pallas_tpu(
     *,
     options: TpuOptions = TpuOptions(),
 ) -> Float[Array, "E C D"]:
-    """`expert_mlp` by the kernels. D and F that are no multiples of 128, or C of 16, cost padded copies.
+    """`expert_mlp` by the kernels. Operands are copied to pad D and F to multiples of 128 and C to one of 16.
 
     Raises:
-      UserError: no TPU, a dtype the kernels do not take, or weights of which no part fits in VMEM.
+      UserError: without a TPU, for a dtype the kernels do not support, or if no part of the weights fits in VMEM.
     """
     require_kernels(x_ECD.dtype, options)
     return _expert_mlp(x_ECD, counts_E, w_gate_EDF, w_up_EDF, w_down_EFD, options)
 
 
 def require_kernels(dtype: jnp.dtype, options: TpuOptions) -> None:
-    """Raises `UserError` unless the kernels take `dtype` and run where this is traced for."""
+    """Raises `UserError` unless the kernels support `dtype` and the current trace is for a TPU."""
     require(
         bool(options.interpret) or platform() == "tpu",
         f"implementation='pallas_tpu' needs a TPU and the platform is {platform()!r}; use implementation='xla'",
@@ -93,7 +93,7 @@ def _backward(options: TpuOptions, residuals: tuple, d_y_ECD: Array) -> tuple[Ar
     return gradients[0], None, *gradients[1:]
 
 
-_expert_mlp.defvjp(_forward, _backward, refusal=KERNELS_HAVE_GRAD_ALONE)
+_expert_mlp.defvjp(_forward, _backward, refusal=KERNELS_SUPPORT_GRAD_ONLY)
 
 
 def _run(
@@ -108,7 +108,7 @@ def _run(
 
 
 def _sizes(x_ECD: Array, w_gate_EDF: Array, options: TpuOptions) -> TpuSizes:
-    """Those asked for, or those of the chip the computation is for."""
+    """The sizes of the options, or else those for the chip that the trace is for."""
     if options.sizes is not None:
         return options.sizes
     _, capacity, width = x_ECD.shape

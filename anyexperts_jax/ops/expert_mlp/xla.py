@@ -1,4 +1,4 @@
-"""Batched dots over the experts: XLA reads each weight once and runs the experts in parallel."""
+"""Dots batched over the experts: XLA reads each weight once and runs the experts in parallel."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -17,12 +17,12 @@ def forward(
     w_up_EDF: Float[Array, "E D F"],
     w_down_EFD: Float[Array, "E F D"],
 ) -> tuple[Float[Array, "E C D"], Residuals]:
-    """(y_ECD, what `backward` needs). Dead rows enter as zeros, so they leave as zeros."""
+    """(y_ECD, the residuals for `backward`). Dead rows are zeroed on input, so their results are zero."""
     x_ECD = jnp.where(live_rows(counts_E, x_ECD.shape[1]), x_ECD, 0)
     gate_ECF = dot("ECD,EDF->ECF", x_ECD, w_gate_EDF)
     up_ECF = dot("ECD,EDF->ECF", x_ECD, w_up_EDF)
     y_ECD = dot("ECF,EFD->ECD", swiglu(gate_ECF, up_ECF, x_ECD.dtype), w_down_EFD).astype(x_ECD.dtype)
-    gate_ECF, up_ECF = gate_ECF.astype(x_ECD.dtype), up_ECF.astype(x_ECD.dtype)  # as the backward pass keeps them
+    gate_ECF, up_ECF = gate_ECF.astype(x_ECD.dtype), up_ECF.astype(x_ECD.dtype)  # halves the residuals of bfloat16
     return y_ECD, (x_ECD, counts_E, gate_ECF, up_ECF, w_gate_EDF, w_up_EDF, w_down_EFD)
 
 

@@ -1,4 +1,4 @@
-"""The implementations of the expert ops, one `ExpertOps` each; `core.registries.IMPLEMENTATIONS` names them.
+"""The implementations of the expert ops, one `ExpertOps` each; `core.registries.IMPLEMENTATIONS` lists them.
 
-A module is imported when its implementation is first used, so that Pallas loads only where it runs.
+A module is imported on the first use of its implementation, so that Pallas loads only where it runs.
 """

@@ -1,4 +1,4 @@
-"""The implementations that XLA compiles alone: the definition, and the form that runs well."""
+"""The implementations without kernels: the reference, which is the definition, and the form that XLA runs fast."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from anyexperts_jax.ops.routed_mlp import vjp as routed_vjp
 
 
 def with_residuals(run: Callable[..., Array]) -> Callable[..., Array]:
-    """`run`, computed again as a whole in the backward pass where residuals="recomputed"."""
+    """Adds the option `residuals` to `run`: "recomputed" runs it again as a whole in the backward pass."""
 
     def op(*operands: object, residuals: str) -> Array:
         return run(*operands) if residuals == "saved" else jax.checkpoint(run)(*operands)

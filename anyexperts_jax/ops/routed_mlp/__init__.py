@@ -1,4 +1,4 @@
-"""SwiGLU experts over routed tokens, dropless: gather, experts, weighted sum in one op."""
+"""SwiGLU experts over routed tokens, dropless: dispatch, experts and combine in one op."""
 
 from anyexperts_jax.ops.routed_mlp.api import routed_mlp
 

@@ -1,4 +1,4 @@
-"""`routed_mlp`: each token through its own experts, however many land on one expert."""
+"""`routed_mlp`: each token through its selected experts, dropless."""
 
 from jaxtyping import Array, Float
 
@@ -19,22 +19,22 @@ def routed_mlp(
     implementation: str | None = None,
     residuals: str = "saved",
 ) -> Float[Array, "N D"]:
-    """The sum over each token's real slots of weight * (silu(x w_gate) * (x w_up)) w_down; time follows those slots.
+    """Sums weight * (silu(x w_gate) * (x w_up)) w_down over each token's real slots. Time is proportional to these.
 
-    The op takes tokens, not rows gathered from them, so that an implementation need not write the rows out.
-    Sums are accumulated in float32, and the result is float32 (float64 for float64), whatever x's dtype.
+    The op takes tokens instead of gathered rows, so that an implementation need not write the rows to memory. Sums are
+    accumulated in float32, and the result is float32 (float64 for float64) whatever x's dtype.
 
     Args:
-      order: the slots of `weights_NK` in expert order.
+      order: the slots of `weights_NK`, sorted by expert.
       implementation: "pallas_tpu", "pallas_gpu" (Hopper, bfloat16), "pallas_triton" (NVIDIA GPUs; bfloat16, and
-        float32 multiplied as TF32), "xla" or "reference". None is, for x in bfloat16 or float32 and on one
-        device or in a `shard_map`, "pallas_tpu" where the mesh in use, or else JAX's default backend, is a TPU and
-        "pallas_triton" where it is an NVIDIA GPU; "xla" everywhere else.
-      residuals: "saved" keeps gate and up for the backward pass, 2 * F elements of x's dtype a row; "recomputed" keeps
-        nothing but the operands and runs the forward pass again.
+        float32 multiplied as TF32), "xla" or "reference". None chooses "pallas_tpu" on a TPU and "pallas_triton" on an
+        NVIDIA GPU if x is bfloat16 or float32 and the trace sees one device (one in use, or in a `shard_map`), and
+        "xla" otherwise. The platform is that of the mesh in use, else of JAX's default backend.
+      residuals: "saved" keeps gate and up for the backward pass, 2 * F elements of x's dtype per row; "recomputed"
+        keeps only the operands and runs the forward pass again.
 
     Raises:
-      UserError: shapes or dtypes that do not fit, an unknown implementation, or one that cannot run here.
+      UserError: for shapes or dtypes that do not fit, an unknown implementation, or one that cannot run here.
     """
     check_expert_weights(x_ND, *experts)
     check_counts("order.counts_E", order.counts_E, experts.gate_EDF.shape[0])

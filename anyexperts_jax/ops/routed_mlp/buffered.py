@@ -1,12 +1,12 @@
-"""By way of the block-aligned buffer: tokens gathered into rows, kernels over the rows, the rows' weighted sum.
+"""`routed_mlp` through the block-aligned buffer: gather tokens into rows, run kernels over the rows, combine the rows.
 
-Kept for the backward pass are gate and up of every row, no more: rows of tokens are gathered anew, and a slot's weight
-has its gradient from what the kernels return. For that they are given the tokens' gradients as they are, and the slots'
-weights are applied to what enters the sums over rows: a slot's gradient is then sum(d_hidden * hidden), which is
-sum(d_up * up). Kernels that do both themselves save passes over the whole buffer.
+Only gate and up of every row are kept for the backward pass. The tokens' rows are gathered again, and the gradients of
+the combine weights come from the kernels' results: the kernels get the tokens' gradients unweighted, and the combine
+weights are applied afterwards, to what enters the sums over rows. A combine weight's gradient is then
+sum(d_hidden * hidden), which equals sum(d_up * up). Kernels that do both themselves save passes over the buffer.
 
-Rows that belong to no slot are computed by nobody and read by nobody, so none is cleared: on a TPU that would be a pass
-over the buffer longer than the gather.
+Rows without a slot are neither computed nor read, so they are never cleared; on a TPU clearing would be a pass over the
+buffer that takes longer than the gather.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.derivatives import Differentiable
-from anyexperts_jax.ops._checks import KERNELS_HAVE_GRAD_ALONE
+from anyexperts_jax.ops._checks import KERNELS_SUPPORT_GRAD_ONLY
 from anyexperts_jax.ops._dots import wide_dtype
 from anyexperts_jax.ops.aligned_rows import align_rows
 from anyexperts_jax.ops.experts import ExpertWeights
@@ -27,16 +27,16 @@ Experts = ExpertWeights
 
 
 def take_tokens(x_ND: Float[Array, "N D"], tokens_R: Int[Array, "R"]) -> Float[Array, "R D"]:
-    """The tokens' rows, written out."""
+    """Gathers the tokens' rows into a buffer."""
     return x_ND[tokens_R]
 
 
 class AlignedKernels(NamedTuple):
-    """The expert MLP over a buffer in which expert e has rows starts_E[e] .. starts_E[e] + counts_E[e]; every start is
-    a multiple of the buffer's block. No function knows of derivatives.
+    """The expert MLP over a buffer in which expert e has the rows starts_E[e] to starts_E[e] + counts_E[e]. Every start
+    is a multiple of the buffer's block. The functions know nothing of derivatives.
 
-    What an input holds in dead rows, those of no expert, reaches no live row and no gradient of a weight. What an
-    output holds there is anything at all.
+    Dead rows, which belong to no expert, never affect live rows or weight gradients, whatever an input holds there.
+    Results are undefined in dead rows.
     """
 
     # (x_RD, starts_E, counts_E, experts, keep=bool) -> y_RD, (gate_RF, up_RF) if keep else ()
@@ -45,11 +45,12 @@ class AlignedKernels(NamedTuple):
     rows_backward: Callable[..., tuple[Array, tuple[Array, ...]]]
     # (x_RD, starts_E, counts_E, (d_gate_RF, d_up_RF, hidden_RF), d_y_RD) -> gradients of `experts`; zero without rows
     weights_backward: Callable[..., tuple[Array, ...]]
-    # (y_RD, weights_NK, row_map) -> the weighted sum of each token's held rows, [N, D] in float32 at least
+    # (y_RD, weights_NK, row_map) -> the weighted sum of each token's held rows, [N, D] in float32 or wider
     combine: Callable[..., Array] = sum_rows
-    # (as rows_backward, weight_R) -> both results times each row's weight, hidden too, and the weights' gradients, [R]
+    # (arguments of rows_backward, weight_R) -> the results of rows_backward, including hidden, each multiplied by its
+    # row's combine weight, and the gradients of these weights [R]
     weighted_rows_backward: Callable[..., tuple[Array, tuple[Array, ...], Array]] | None = None
-    # (x_ND, tokens_R) -> the rows as the functions above take x_RD and d_y_RD
+    # (x_ND, tokens_R) -> the rows in the form in which the functions above take x_RD and d_y_RD
     take: Callable[..., Any] = take_tokens
 
 
@@ -62,7 +63,7 @@ def routed_mlp(
     kernels: AlignedKernels,
     block: int,
 ) -> Float[Array, "N D"]:
-    """`routed_mlp` by `kernels` over a buffer whose experts begin at multiples of `block`."""
+    """`routed_mlp` by `kernels` over a buffer in which experts start at multiples of `block`."""
 
     def forward(
         x_ND: Array, weights_NK: Array, order: SlotOrder, experts: Experts, *, keep: bool
@@ -82,14 +83,14 @@ def routed_mlp(
     def run_backward(residuals: tuple, d_y_ND: Array) -> tuple[Any, ...]:
         return backward(kernels, block, residuals, d_y_ND)
 
-    run.defvjp(run_forward, run_backward, refusal=KERNELS_HAVE_GRAD_ALONE)
+    run.defvjp(run_forward, run_backward, refusal=KERNELS_SUPPORT_GRAD_ONLY)
     return run(x_ND, weights_NK, order, experts)
 
 
 def backward(
     kernels: AlignedKernels, block: int, residuals: tuple, d_y_ND: Float[Array, "N D"]
 ) -> tuple[Float[Array, "N D"], Float[Array, "N K"], None, Experts]:
-    """Gradients of x, the slots' weights, nothing (the order) and the experts' weights."""
+    """Gradients of x, the combine weights, the order (None) and the experts' weights."""
     x_ND, weights_NK, order, experts, kept = residuals
     dtype, wide = x_ND.dtype, wide_dtype(x_ND.dtype)
     row_map, starts_E = align_rows(order, block)
@@ -99,7 +100,7 @@ def backward(
     operands = (x_RD, *rows, kept, experts, d_y_RD)
     if kernels.weighted_rows_backward is not None:
         d_x_RD, weighted, d_weight_R = kernels.weighted_rows_backward(*operands, weight_R)
-        left_NK = row_map.held_NK
+        left_NK = row_map.held_NK  # the rows are weighted already: combine adds them with weight 1
     else:
         d_x_RD, d_hidden = kernels.rows_backward(*operands)
         weighted = tuple((weight_R[:, None] * a.astype(wide)).astype(dtype) for a in d_hidden)

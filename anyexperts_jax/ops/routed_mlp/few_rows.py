@@ -1,8 +1,8 @@
-"""The forward pass for a handful of rows an expert, as in decoding: time is what reading the live weights takes.
+"""The forward pass for a handful of rows per expert, as in decoding. Its time is that of reading the live weights.
 
-A dot per expert would first copy its weights out of [E, D, F] and pack them, to use each once. Here every row reads
-its own expert's weights where they lie, a few of their rows at a time: one elementwise loop over all rows, so that all
-threads share it, and neighbours in expert order find the weights in cache.
+A dot per expert would first copy the expert's weights out of [E, D, F] and pack them, only to use each of them once.
+Here every row reads its expert's weights in place, a few rows of the matrix at a time, in one elementwise loop over all
+rows. So all threads share the work, and rows of the same expert, which are adjacent, find the weights in the cache.
 """
 
 import math
@@ -17,7 +17,7 @@ from anyexperts_jax.ops._swiglu import swiglu
 from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.slot_order import SlotOrder
 
-_STEP = 8  # rows of a weight matrix in one pass; twice that and more run slower in bfloat16
+_STEP = 8  # rows of a weight matrix per pass; 16 and more are slower in bfloat16
 
 
 def few_rows(
@@ -26,12 +26,12 @@ def few_rows(
     order: SlotOrder,
     experts: ExpertWeights,
 ) -> Float[Array, "R D"]:
-    """The weighted output of each place of the order, in float32 at least; arbitrary past the real slots."""
+    """The weighted output at each place of the order, in float32 or wider; arbitrary after the real slots."""
     w_gate_EDF, w_up_EDF, w_down_EFD = experts
     ends_E = order.starts_E + order.counts_E
     last_live = jnp.argmax(jnp.where(order.counts_E > 0, ends_E, 0))
     expert_R = jnp.searchsorted(ends_E, jnp.arange(order.slots_R.size, dtype=jnp.int32), side="right")
-    expert_R = jnp.minimum(expert_R, last_live)  # places past the real slots read what was read anyway
+    expert_R = jnp.minimum(expert_R, last_live)  # places after the real slots read weights that are in the cache anyway
     x_RD = x_ND[order.slots_R // weights_NK.shape[1]]
     gate_RF, up_RF = _own_expert(x_RD, expert_R, w_gate_EDF, w_up_EDF)
     (y_RD,) = _own_expert(swiglu(gate_RF, up_RF, x_ND.dtype), expert_R, w_down_EFD)
@@ -41,12 +41,13 @@ def few_rows(
 def _own_expert(
     x_RI: Float[Array, "R I"], expert_R: Int[Array, "R"], *weights_EIJ: Float[Array, "E I J"]
 ) -> tuple[Float[Array, "R J"], ...]:
-    """x's rows times their own experts' matrices, one product for each of `weights_EIJ`."""
+    """Multiplies each row of x with its expert's matrix, one product for each of `weights_EIJ`."""
     dtype, wide = x_RI.dtype, wide_dtype(x_RI.dtype)
     step = math.gcd(x_RI.shape[1], _STEP)
 
     def add_step(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
-        weights, i = lax.optimization_barrier((weights_EIJ, i))  # keeps XLA from converting them before the loop
+        # Without the barrier XLA hoists the conversion to float32 and converts all weights before the loop.
+        weights, i = lax.optimization_barrier((weights_EIJ, i))
         x_RS = lax.dynamic_slice_in_dim(x_RI, i * step, step, axis=1).astype(wide)
         for s in range(step):
             rows = (to_bits(w).at[expert_R, i * step + s].get(mode="promise_in_bounds") for w in weights)

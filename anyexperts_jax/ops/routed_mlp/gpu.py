@@ -1,4 +1,4 @@
-"""`routed_mlp` by the GPU kernels of `expert_mlp`, run over the block-aligned buffer."""
+"""`routed_mlp` by the GPU kernels of `expert_mlp`, over the block-aligned buffer."""
 
 import math
 from typing import Any
@@ -28,7 +28,7 @@ def routed_mlp_triton(
     """`routed_mlp` by the Pallas Triton kernels.
 
     Raises:
-      UserError: no NVIDIA GPU to run on, or a dtype the kernels do not take.
+      UserError: without an NVIDIA GPU, or for a dtype the kernels do not support.
     """
     options = triton_options(experts.gate_EDF, options)
     how: dict[str, Any] = {"kernels": aligned_kernels(pallas_triton, options), "block": buffer_block(options.tiles)}
@@ -42,10 +42,10 @@ def routed_mlp_mosaic(
     experts: ExpertWeights,
     options: GpuOptions = GpuOptions(),  # noqa: B008, immutable
 ) -> Float[Array, "N D"]:
-    """`routed_mlp` by the Pallas Mosaic GPU kernels. D or F that is no multiple of 64 costs padded copies.
+    """`routed_mlp` by the Pallas Mosaic GPU kernels. Operands are copied to pad D and F to multiples of 64.
 
     Raises:
-      UserError: a JAX before 0.11, no Hopper GPU to run on, or a dtype the kernels do not take.
+      UserError: with a JAX before 0.11, without a Hopper GPU, or for a dtype the kernels do not support.
     """
     options = mosaic_options(experts.gate_EDF, options)
     multiple = pallas_gpu.WIDTH_MULTIPLE
@@ -56,13 +56,13 @@ def routed_mlp_mosaic(
 
 
 def buffer_block(tiles: Tiles) -> int:
-    """What experts must begin at multiples of: no tile of a kernel, and no step of a sum over rows, has two experts."""
+    """The block at whose multiples experts must start, so that no tile and no step along rows has two experts."""
     rows = (tile.m for tile in (tiles.gate_up, tiles.down, tiles.d_gate_up, tiles.d_x))
     return math.lcm(*rows, tiles.d_w_gate_up.k, tiles.d_w_down.k)
 
 
 def aligned_kernels(kernels: Kernels, options: GpuOptions) -> buffered.AlignedKernels:
-    """The kernels over a buffer [R, D] of blocks, which those whose results are rows see as [B, C, D]."""
+    """The kernels over a buffer [R, D]; kernels that return rows see its blocks, [B, C, D]."""
     block = buffer_block(options.tiles)
 
     def find_rows(x_RD: Rows, starts_E: Array, counts_E: Array) -> GpuRows:
@@ -92,7 +92,7 @@ def aligned_kernels(kernels: Kernels, options: GpuOptions) -> buffered.AlignedKe
         d_y_RD: Rows,
     ) -> tuple[Array, tuple[Array, ...]]:
         rows, kept = find_rows(x_RD, starts_E, counts_E), tuple(map(blocks, kept))
-        d_y_BCD = kernels.clean(blocks(d_y_RD), rows)  # as `weights_backward` needs them: one pass for both
+        d_y_BCD = kernels.clean(blocks(d_y_RD), rows)  # `weights_backward` cleans the same rows: XLA merges both
         d_x_BCD, d_hidden = gpu_passes.rows_backward(kernels, rows, kept, experts, d_y_BCD, options, zeros=False)
         return _rows(d_x_BCD), tuple(map(_rows, d_hidden))
 
@@ -110,6 +110,7 @@ def aligned_kernels(kernels: Kernels, options: GpuOptions) -> buffered.AlignedKe
         )
         return ExpertWeights(*gradients)
 
+    # The Triton kernels load rows by token index. TMA copies contiguous tiles only, so Mosaic needs the buffer.
     take = TokenRows if kernels is pallas_triton else buffered.take_tokens
     return buffered.AlignedKernels(forward, rows_backward, weights_backward, take=take)
 

@@ -1,13 +1,13 @@
-"""A loop over the experts, each on as few rows as it has.
+"""A loop over the experts, each over its own rows only.
 
-Weights are sliced out of [E, D, F] once per expert, rows are gathered inside the loop, and buffers stay small enough
-for the cache, which is what CPU time is made of: at 64 rows an expert, reading the weights costs more than the dots.
-An expert's rows go through the smallest compiled size that holds them. An expert with more rows than the largest
-size, as an untrained router gives some, takes blocks of that size and a last one of the smallest of a few that holds
-the rest.
+Each expert's weights are sliced out of [E, D, F] once, rows are gathered inside the loop, and buffers stay small enough
+for the cache. That decides the time on a CPU: at 64 rows per expert, reading the weights costs more than the dots.
+Shapes are static, so an expert's rows go through the smallest compiled size that holds them. An expert with more rows
+than the largest size, as under an untrained router, takes blocks of that size, and the rest goes through the smallest
+of a few sizes that holds it.
 
-Places of the slot order beyond an expert's own are computed too and hold whatever the tokens there give; the next
-expert overwrites them, and no slot reads those past the last.
+Rounding up also computes places of the slot order beyond the expert's own. The next expert overwrites them, and no slot
+reads those after the last expert's.
 """
 
 import math
@@ -30,14 +30,15 @@ _SIZE_RATIO = 0.88
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs of the forward one: gate and up of every place, as bits of x's dtype."""
+    """The residuals for the backward pass: gate and up at every place, as bits of x's dtype (`to_bits`)."""
 
     gate_RF: Shaped[Array, "RB F"]
     up_RF: Shaped[Array, "RB F"]
 
 
 def row_sizes(num_slots: int, num_tokens: int, num_experts: int) -> tuple[int, ...]:
-    """The compiled row counts, ascending from 0. The largest holds the mean load and four deviations of a fair draw."""
+    """The compiled row counts, ascending from 0. The largest is the mean load plus four standard deviations of a
+    balanced random assignment."""
     mean = num_slots / num_experts
     largest = round_up(min(num_tokens, mean + 4 * math.sqrt(mean)))
     sizes = {0, largest}
@@ -49,14 +50,14 @@ def row_sizes(num_slots: int, num_tokens: int, num_experts: int) -> tuple[int, .
 
 
 def round_up(rows: float) -> int:
-    """Whole steps of rows."""
+    """Rounds up to a multiple of `ROW_STEP`."""
     return ROW_STEP * math.ceil(rows / ROW_STEP)
 
 
 def forward(
     x_ND: Float[Array, "N D"], weights_NK: Float[Array, "N K"], order: SlotOrder, experts: Experts, *, keep: bool
 ) -> tuple[Float[Array, "N D"], Kept | None]:
-    """(y_ND, gate and up if `keep`)."""
+    """(y_ND, residuals if `keep`)."""
     sizes = row_sizes(weights_NK.size, x_ND.shape[0], order.counts_E.size)
     block, dtype, wide = sizes[-1], x_ND.dtype, wide_dtype(x_ND.dtype)
     tokens_R, weight_R = _padded_rows(order, weights_NK, block)
@@ -74,6 +75,7 @@ def forward(
     def run_expert(i: Array, buffers: tuple[Array, ...]) -> tuple[Array, ...]:
         e = live_E[i]
         start, count = order.starts_E[e], order.counts_E[e]
+        # One branch per compiled size; `lax.switch` runs only the one that fits.
         branches = [lambda size=size: compute(size, start, e) for size in sizes]
         buffers = _write(buffers, lax.switch(_size_index(sizes, count), branches), start)
 
@@ -88,6 +90,7 @@ def forward(
     widths = (x_ND.shape[1], *([experts.gate_EDF.shape[2]] * 2 if keep else []))
     bits = to_bits(jnp.zeros((), dtype)).dtype
     empty = tuple(zeros_varying_as(x_ND, (tokens_R.size, width), bits) for width in widths)
+    # Experts with rows come first, so the loop ends before it reads the weights of the others.
     live_E = jnp.argsort(order.counts_E == 0, stable=True).astype(jnp.int32)
     y_RD, *kept = lax.fori_loop(0, (order.counts_E > 0).sum(dtype=jnp.int32), run_expert, empty)
     return sum_slots(y_RD, order, dtype), Kept(*kept) if keep else None
@@ -101,7 +104,7 @@ def backward(
     kept: Kept,
     d_y_ND: Float[Array, "N D"],
 ) -> tuple[Float[Array, "N D"], Float[Array, "N K"], Experts]:
-    """Gradients of x, the slots' weights and the experts' weights."""
+    """Gradients of x, the combine weights and the experts' weights."""
     sizes = row_sizes(weights_NK.size, x_ND.shape[0], order.counts_E.size)
     block, dtype, wide = sizes[-1], x_ND.dtype, wide_dtype(x_ND.dtype)
     tokens_R, weight_R = _padded_rows(order, weights_NK, block)
@@ -109,6 +112,7 @@ def backward(
 
     def compute(size: int, start: Array, count: Array, e: Array) -> tuple[Array, ...]:
         w_gate_DF, w_up_DF, w_down_FD = _load(experts, e)
+        # Unlike in the forward pass, rows beyond the expert's own must be zeroed: the weight gradients sum over rows.
         own_B1 = (jnp.arange(size, dtype=jnp.int32) < count)[:, None]
 
         def own(rows: Array) -> Array:
@@ -118,7 +122,8 @@ def backward(
         x_BD, d_y_BD = own(_rows(x_bits_ND, tokens_B)), own(_rows(d_y_bits_ND, tokens_B))
         gate_BF, up_BF = (own(lax.dynamic_slice_in_dim(a, start, size)) for a in kept)
         weight_B1 = jnp.where(own_B1, lax.dynamic_slice_in_dim(weight_R, start, size).astype(wide)[:, None], 0)
-        d_hidden_BF = dot("BD,FD->BF", d_y_BD, w_down_FD)  # as if the slot's weight were 1
+        # Unweighted, so that its product with hidden is the gradient of the combine weight.
+        d_hidden_BF = dot("BD,FD->BF", d_y_BD, w_down_FD)
         hidden_BF, d_gate_BF, d_up_BF = swiglu_vjp(gate_BF, up_BF, weight_B1 * d_hidden_BF)
         d_weight_B1 = (hidden_BF * d_hidden_BF).sum(-1, keepdims=True)
         d_gate_BF, d_up_BF = d_gate_BF.astype(dtype), d_up_BF.astype(dtype)
@@ -162,29 +167,30 @@ def backward(
 
 
 def _padded_rows(order: SlotOrder, weights_NK: Float[Array, "N K"], block: int) -> tuple[Array, Array]:
-    """(token, weight) of each place, and of `block` places more so that no slice runs over the end."""
+    """(token, weight) of each place, with `block` more places at the end: `dynamic_slice` clamps a start whose slice
+    would run over the end, and so would shift the rows."""
     slots_R = jnp.pad(order.slots_R, (0, block))
     return slots_R // weights_NK.shape[1], weights_NK.reshape(-1)[slots_R]
 
 
 def _further_sizes(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Those compiled for an expert's blocks after its first: every third, the largest among them."""
+    """The sizes for an expert's blocks after the first: every third, including the largest, to compile less."""
     return sizes[::-3][::-1]
 
 
 def _size_index(sizes: tuple[int, ...], count: Array) -> Array:
-    """The smallest size that holds `count` rows, or else the largest."""
+    """The index of the smallest size that holds `count` rows, or of the largest size."""
     return jnp.searchsorted(jnp.asarray(sizes, jnp.int32), jnp.minimum(count, sizes[-1]))
 
 
 def _rows(a_NI: Shaped[Array, "N I"], tokens_B: Int[Array, "B"]) -> Shaped[Array, "B I"]:
-    """The tokens' rows; all are there."""
+    """Gathers the tokens' rows. Indices are known to be valid, so no bounds are checked."""
     return a_NI.at[tokens_B].get(mode="promise_in_bounds")
 
 
 def _load(experts: Experts, e: Array) -> Expert:
-    """Expert e's weights, for the branch that uses them: sliced before it, S3's forward pass in bfloat16 takes a tenth
-    longer with JAX 0.10. The barrier keeps XLA from converting all weights before the loop."""
+    """Slices expert e's weights, inside the branch that uses them. Sliced before it, the forward pass of S3 in bfloat16
+    takes a tenth longer with JAX 0.10. The barrier keeps XLA from converting all weights to float32 before the loop."""
     experts, e = lax.optimization_barrier((experts, e))
     w_gate, w_up, w_down = (lax.dynamic_index_in_dim(to_bits(w), e, keepdims=False) for w in experts)
     dtype = experts.gate_EDF.dtype
@@ -196,7 +202,7 @@ def _write(buffers: tuple[Array, ...], rows: tuple[Array, ...], start: Array) ->
 
 
 def sum_slots(y_bits_RD: Shaped[Array, "RB D"], order: SlotOrder, dtype: jnp.dtype) -> Float[Array, "N D"]:
-    """The sum of each token's held rows, one fused gather and add a slot."""
+    """Sums each token's held rows, by one fused gather and add per slot."""
     held_NK, wide = order.held_NK, wide_dtype(dtype)
     total_ND = jnp.zeros((held_NK.shape[0], y_bits_RD.shape[1]), wide)
     for k in range(held_NK.shape[1]):

@@ -1,8 +1,8 @@
-"""Pallas kernel for TPU: each token's rows of a buffer fetched one by one, weighted and added up in float32.
+"""Pallas kernel for TPU that combines: fetches each token's rows of a buffer, weights them and adds them in float32.
 
-A grid step takes a few tokens. Their rows are copied from HBM one by one, those of the next step while this one adds
-up; slots that hold no row start no copy. A bfloat16 row shares its words with its neighbour, so the pair is fetched
-and one half used.
+A grid step handles a few tokens. Their rows are copied from HBM one by one; the next step's rows are on their way while
+this step adds. Slots that are not held start no copy. Two bfloat16 rows share their 32-bit words in TPU memory, so
+the pair is fetched and one half is used.
 """
 
 import functools
@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Shaped
 
-TOKENS = 16  # of a grid step
-_CHUNK = 2048  # columns added up at a time; their sums fill half the registers
-_HIGH_HALF = -65536  # the upper 16 bits: a bfloat16 there is the float32 of the same value
+TOKENS = 16  # tokens per grid step
+_CHUNK = 2048  # columns added at a time; their sums fill half of the vector registers
+_HIGH_HALF = -65536  # mask of the upper 16 bits: a bfloat16 there is the float32 of the same value
 
 
 def combine(
@@ -29,20 +29,19 @@ def combine(
     vmem_bytes: int | None = None,
     interpret: Any = False,
 ) -> Float[Array, "N D"]:
-    """sum_k weights_NK[n, k] * y_RD[rows_NK[n, k]] in float32; slots of row -1 add nothing and are not read.
+    """sum_k weights_NK[n, k] * y_RD[rows_NK[n, k]] in float32. Slots with row -1 add nothing and are not read.
 
-    y is bfloat16 with an even number of rows, or float32, and D is a multiple of 128. The tokens are shared among the
-    cores.
+    y is float32, or bfloat16 with an even number of rows; D is a multiple of 128. The cores share the tokens.
     """
     num_tokens, width, packed = rows_NK.shape[0], y_RD.shape[1], y_RD.dtype == jnp.bfloat16
     if packed and interpret:
-        y_RD = _pairs(y_RD)  # interpret mode does not copy from a reference seen as another dtype
+        y_RD = _pairs(y_RD)  # interpret mode cannot copy from a bitcast reference
     padding = ((0, -num_tokens % (TOKENS * cores)), (0, 0))
     rows_NK = jnp.pad(rows_NK.astype(jnp.int32), padding, constant_values=-1)
     weights_NK = jnp.pad(weights_NK.astype(jnp.float32), padding)
     k, steps = rows_NK.shape[1], rows_NK.shape[0] // (TOKENS * cores)
-    # Rows of a step in the order of their places in the kernel's memory: one slot of all its tokens, then the next; at
-    # the end how many there are.
+    # The rows of a step in the order of the kernel's buffer: the first slot of all its tokens, then the second, and so
+    # on, so that one slot's rows are contiguous there. The last entry is the number of rows.
     lists = rows_NK.reshape(-1, TOKENS, k).swapaxes(1, 2).reshape(-1, 1, TOKENS * k)
     lists = jnp.concatenate([lists, (lists >= 0).sum(-1, keepdims=True, dtype=lists.dtype)], axis=-1)
     list_of = functools.partial(pl.BlockSpec, (None, 1, TOKENS * k + 1), memory_space=pltpu.SMEM)
@@ -52,6 +51,7 @@ def combine(
         name="combine_rows",
         grid=(cores, steps),
         in_specs=[
+            # The same lists twice: this step's, and the next step's for fetching ahead.
             list_of(lambda core, i: (core * steps + i, 0, 0)),
             list_of(lambda core, i: (core * steps + jnp.minimum(i + 1, steps - 1), 0, 0)),
             of_tokens((TOKENS, k)),
@@ -64,6 +64,7 @@ def combine(
             pltpu.VMEM((2, k * TOKENS, width), jnp.uint32 if packed else jnp.float32),
             pltpu.SemaphoreType.DMA((2,)),
         ],
+        # Bounds checks would cost scalar work for every row; rows are valid or -1, and -1 starts no copy.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem_bytes, disable_bounds_checks=True
         ),
@@ -79,7 +80,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     words_ref = y_ref.bitcast(jnp.uint32) if y_ref.dtype == jnp.bfloat16 else y_ref
 
     def fetch(list_ref: Any, half: Any) -> None:
-        def some(k: Any, _: None) -> None:
+        def start_copies(k: Any, _: None) -> None:
             for token in range(TOKENS):
                 place = k * TOKENS + token
                 row = list_ref[0, place]
@@ -87,10 +88,10 @@ def _kernel(  # type: ignore[no-untyped-def]
                 target = fetched_ref.at[half, pl.ds(place, 1)]
                 pl.when(row >= 0)(pltpu.make_async_copy(source, target, semaphores.at[half]).start)
 
-        lax.fori_loop(0, (list_ref.shape[1] - 1) // TOKENS, some, None)
+        lax.fori_loop(0, (list_ref.shape[1] - 1) // TOKENS, start_copies, None)
 
     def wait(list_ref: Any, half: Any) -> None:
-        """For all rows of the list, as many at a time as a power of two."""
+        """Waits for all rows of the list. A semaphore counts bytes, so one wait per bit of their number is enough."""
         places = list_ref.shape[1] - 1
         for rows in (2**bit for bit in range(places.bit_length())):
             some = fetched_ref.at[half, pl.ds(0, rows)]
@@ -112,13 +113,13 @@ def _kernel(  # type: ignore[no-untyped-def]
         total = jnp.zeros((TOKENS, columns.stop - start), jnp.float32)
         for k in range(rows.shape[1]):
             value = fetched_ref[half, k * TOKENS : (k + 1) * TOKENS, columns]
-            total += _held(value, rows[:, k : k + 1]) * weights[:, k : k + 1]
+            total += _to_float32(value, rows[:, k : k + 1]) * weights[:, k : k + 1]
         sum_ref[:, columns] = total
 
 
-def _held(words: Any, row: Any) -> Any:
-    """The words as float32, zero where `row` is -1. Of bfloat16 pairs an even row is the lower half, an odd one the
-    upper."""
+def _to_float32(words: Any, row: Any) -> Any:
+    """The fetched words as float32, zero where `row` is -1: what the buffer holds there may be NaN. In a pair of
+    bfloat16 rows the even row is the lower half of each word and the odd row the upper half."""
     if words.dtype == jnp.float32:
         return jnp.where(row >= 0, words, 0)
     shift = jnp.broadcast_to(jnp.where(row % 2 == 0, 16, 0), words.shape)
@@ -128,6 +129,6 @@ def _held(words: Any, row: Any) -> Any:
 
 
 def _pairs(y_RD: Array) -> Array:
-    """Two rows of bfloat16 as one of words, as they lie in a TPU's memory."""
+    """Packs two bfloat16 rows into one row of 32-bit words, as in a TPU's memory."""
     pairs = y_RD.reshape(-1, 2, y_RD.shape[1]).swapaxes(1, 2)
     return lax.bitcast_convert_type(pairs, jnp.uint32)

@@ -1,4 +1,4 @@
-"""The definition, with JAX's own derivative: every expert over all rows, its own kept."""
+"""The definition, with JAX's own derivatives: every expert runs over all rows and keeps its own."""
 
 import jax
 import jax.numpy as jnp

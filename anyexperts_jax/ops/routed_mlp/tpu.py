@@ -1,7 +1,7 @@
-"""`routed_mlp` by the TPU kernels of `expert_mlp`, run over the block-aligned buffer, and one that adds up its rows.
+"""`routed_mlp` by the TPU kernels of `expert_mlp` over the block-aligned buffer, and a kernel that combines its rows.
 
-Tokens are gathered into the buffer by XLA, which needs no longer than the writing of it takes, and their rows summed by
-a kernel, which needs half as long as XLA (static figures: experiments/results/permute_combine.md).
+XLA gathers the tokens into the buffer, in the time that writing the buffer takes. A kernel combines the rows, in half
+of XLA's time (static figures: experiments/results/permute_combine.md).
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from anyexperts_jax.ops.row_map import RowMap
 from anyexperts_jax.ops.slot_order import SlotOrder
 
 _LEAST_BLOCK, _LARGEST_BLOCK = 16, 256
-_MANY_ROWS, _SHORT_STEP = 512, 64  # up to so many rows an expert half a step is a good part of them
-_LONG = 4096  # rows of an expert for whom sums over tiles are kept, as they are here whatever the counts
+_MANY_ROWS, _SHORT_STEP = 512, 64  # up to 512 rows per expert, the half step wasted on average would be noticeable
+_LONG = 4096  # rows: makes `choose_sizes` plan for accumulators, which the aligned buffer always needs
 
 
 def routed_mlp_pallas_tpu(
@@ -35,10 +35,10 @@ def routed_mlp_pallas_tpu(
     *,
     options: TpuOptions = TpuOptions(),  # noqa: B008, immutable
 ) -> Float[Array, "N D"]:
-    """`routed_mlp` by the kernels. D and F that are no multiples of 128 cost padded copies.
+    """`routed_mlp` by the kernels. Operands are copied to pad D and F to multiples of 128.
 
     Raises:
-      UserError: no TPU, a dtype the kernels do not take, or weights of which no part fits in VMEM.
+      UserError: without a TPU, for a dtype the kernels do not support, or if no part of the weights fits in VMEM.
     """
     require_kernels(x_ND.dtype, options)
     width = x_ND.shape[1]
@@ -55,13 +55,13 @@ def routed_mlp_pallas_tpu(
 
 
 def aligned_sizes(chip: TpuLimits, shape: Shape) -> TpuSizes:
-    """Sizes for experts with `shape.capacity` slots each on average, real or not.
+    """Sizes for experts with `shape.capacity` slots each on average, counting empty slots.
 
-    A block is the largest power of two up to half of that: the last block of an expert is half empty on average, and
-    is fetched and stored whole.
+    A block is the largest power of two up to half of that: an expert's last block is half empty on average, but is
+    fetched and stored as a whole.
 
     Raises:
-      UserError: not even 128 columns of the weights fit in VMEM.
+      UserError: if not even 128 columns of the weights fit in VMEM.
     """
     block = 2 ** math.floor(math.log2(max(shape.capacity / 2, 1)))
     block = min(max(block, _LEAST_BLOCK), _LARGEST_BLOCK)
@@ -77,12 +77,12 @@ def aligned_sizes(chip: TpuLimits, shape: Shape) -> TpuSizes:
 
 
 def buffer_block(sizes: TpuSizes) -> int:
-    """What experts must begin at multiples of for every kernel's tiles to have one expert."""
+    """The block at whose multiples experts must start, so that every kernel's tiles have a single expert."""
     return math.lcm(sizes.forward.block, sizes.backward.block, sizes.weights.block)
 
 
 def _kernels(sizes: TpuSizes, interpret: Any) -> buffered.AlignedKernels:
-    """The kernels see the buffer as that of all experts at once, [1, R, D]."""
+    """The kernels over the buffer, which they see as [1, R, D]."""
     how: dict[str, Any] = {"sizes": sizes, "interpret": interpret}
 
     def forward(
@@ -112,6 +112,7 @@ def _kernels(sizes: TpuSizes, interpret: Any) -> buffered.AlignedKernels:
         d_y_RD: Array,
         weight_R: Array,
     ) -> tuple[Array, tuple[Array, ...], Array]:
+        # A full vector register per row: the kernel can multiply without broadcasting along lanes.
         weights = jnp.broadcast_to(weight_R[None, :, None], (1, weight_R.size, LANES))
         operands = (x_RD[None], counts_E, _buffers(kept), *experts)
         d_x, results = pallas_tpu.rows_backward(*operands, d_y_RD[None], starts_E=starts_E, slot_weights=weights, **how)

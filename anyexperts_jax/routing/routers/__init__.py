@@ -1,4 +1,4 @@
-"""Where router logits come from, as pure functions: one linear map, one a modality, a hypernetwork a modality (EvoMoE).
+"""Routers as pure functions: one linear map, one linear map per modality, one hypernetwork per modality (EvoMoE).
 
-A token's modality id says which modality's weights it reads. Everything is float32 whatever x's dtype.
+A token's modality id selects the weights of its modality. Everything is float32, whatever x's dtype.
 """

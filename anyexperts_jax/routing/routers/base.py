@@ -1,4 +1,4 @@
-"""What a router is: the parameters it declares and the logits it computes from them."""
+"""`Router`: the parameters that a router declares and the logits it computes from them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,10 +17,10 @@ Params = Mapping[str, Array]
 class Router:
     """An entry of `core.registries.ROUTERS`. Everything is float32, whatever the model's dtype.
 
-    params: (config, D, columns) -> the declaration of each parameter by its name.
-    logits: (config, parameters, x_ND, modality_N) -> logits [N, columns], float32. `modality_N` is None where the
-      caller has none, which happens only to routers with `needs_modality=False`.
-    needs_modality: whether tokens are told apart by their modality ids, in [0, config.router_modalities).
+    params: (config, D, columns) -> the declaration of each parameter, by name.
+    logits: (config, parameters, x_ND, modality_N) -> logits [N, columns], float32. `modality_N` may be None, but only
+      if `needs_modality` is False.
+    needs_modality: whether the logits depend on the tokens' modality ids, in [0, config.router_modalities).
     """
 
     params: Callable[[AnyExpertsConfig, int, int], dict[str, Param]]
@@ -43,9 +43,9 @@ def linear_logits(
 
 
 def with_shared(own: Router) -> Router:
-    """The mixture (1 - a) own + a shared with one linear map for all tokens; a = sigmoid(mix), a number a layer.
+    """Mixes a router with one linear map for all tokens: (1 - a) own + a shared, where a = sigmoid(mix) per layer.
 
-    EvoMoE compares "with a weighted shared router" and does not say how it is weighted (our reading).
+    EvoMoE compares "with a weighted shared router" without giving the weighting (our reading).
     """
 
     def params(config: AnyExpertsConfig, d_model: int, columns: int) -> dict[str, Param]:

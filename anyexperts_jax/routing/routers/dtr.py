@@ -1,14 +1,14 @@
 """The dynamic token-aware router (EvoMoE, arXiv 2505.23830, equations 5 to 8).
 
-A hypernetwork of the token's modality m makes a low-rank network of its own for each token z, which maps it to E, and
-phi, shared by the modalities, scores E: with code c = W1 z + b1 (Z wide, a GELU on it if asked for),
+For each token z, the hypernetwork of its modality m generates a low-rank network that maps z to an embedding E, which
+phi, shared by all modalities, scores. With the code c = W1 z + b1 (Z wide, optionally through a GELU):
 
     Theta_down = c W2_down + b2_down  [D, 2Q]    Theta_up = c W2_up + b2_up  [Q, D]
     a = silu(gate) * up, (gate, up) = z Theta_down    rho = phi(a Theta_up)
 
-No Theta is ever made. Both maps are linear in c, so z meets W2_down before c does: N x Z x 2Q numbers in place of
-N x D x 2Q. And phi is linear, so it meets W2_up before the tokens do: a matmul of Z Q x C in place of Z Q x D. Both are
-exact. The sizes of the paper are unknown; ours are a reading.
+The Thetas are never materialised. Both are linear in c, so z is multiplied with W2_down before c is: N x Z x 2Q
+numbers instead of N x D x 2Q. And phi is linear, so it is multiplied with W2_up before the tokens are: a matmul of
+Z Q x C instead of Z Q x D. Both reorderings are exact. The paper does not give its sizes; ours are a reading.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ class Hypernetworks:
 
     encode_MDZ: Float[Array, "*M D Z"]  # W1
     encode_bias_MZ: Float[Array, "*M Z"]  # b1
-    down_MZDW: Float[Array, "*M Z D W"]  # W2's part that makes Theta_down; W = 2Q, the gate's columns, then the up's
-    down_bias_MDW: Float[Array, "*M D W"]  # b2's
-    up_MZQD: Float[Array, "*M Z Q D"]  # W2's part that makes Theta_up
+    down_MZDW: Float[Array, "*M Z D W"]  # W2_down; W = 2Q: the columns of gate, then those of up
+    down_bias_MDW: Float[Array, "*M D W"]  # b2_down
+    up_MZQD: Float[Array, "*M Z Q D"]  # W2_up
     up_bias_MQD: Float[Array, "*M Q D"]
 
 
@@ -46,15 +46,15 @@ def dtr_logits(
     *,
     gelu: bool = False,
 ) -> Float[Array, "N C"]:
-    """Router logits rho [N, C], float32; the softmax over them is `route`'s.
+    """Router logits rho [N, C], float32, without the softmax.
 
-    The hypernetworks take turns, each on all tokens; a token keeps its own modality's logits, and the weights of
-    another modality have no gradient from it. What a hypernetwork computes on the way is computed again in the
-    backward pass, so that it is never held for more than one.
+    The hypernetworks run one after the other, each on all tokens. A token keeps the logits of its own modality and
+    gives the weights of the others no gradient. Intermediate results are recomputed in the backward pass, so that
+    memory holds those of one hypernetwork at a time.
 
     Args:
-      modality_N: ids in [0, M), M the hypernetworks' number.
-      gelu: a GELU on the code, which equation (5) does not have.
+      modality_N: ids in [0, M), with M hypernetworks.
+      gelu: applies a GELU to the code; equation (5) has none.
     """
     x_ND = x_ND.astype(jnp.float32)
 
@@ -89,10 +89,11 @@ def _logits_of_one(x_ND: Array, network: Hypernetworks, phi_DC: Array, gelu: boo
 
 
 def _params(config: AnyExpertsConfig, d_model: int, columns: int) -> dict[str, Param]:
-    """Codes, low-rank activations and E start at unit scale, the codes' biases at zero (our reading).
+    """Initial scales: codes, low-rank activations and E start at unit scale, the biases of the codes at zero (our
+    reading).
 
-    E is a product of four random maps, with tails to match: phi starts at a quarter of the usual scale, so that the
-    softmax of no token begins saturated.
+    E is a product of four random maps and so has heavy tails. phi starts at a quarter of the usual scale, so that no
+    token's softmax is saturated at the start.
     """
     M, Z, Q = config.router_modalities, config.router_hidden, config.router_rank
     hidden, embed, rank = ("router_hidden", Z), ("embed", d_model), ("router_rank", Q)

@@ -1,4 +1,4 @@
-"""Linear routers: one map for all tokens, or one for each modality (EvoMoE's comparisons)."""
+"""Linear routers: one map for all tokens, or one per modality (the baselines in EvoMoE)."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from anyexperts_jax.routing.routers.base import Params, Router, linear_logits, l
 def per_modality_logits(
     x_ND: Float[Array, "N D"], modality_N: Int[Array, "N"], kernel_MDC: Float[Array, "M D C"]
 ) -> Float[Array, "N C"]:
-    """x_n times the kernel of token n's modality. Ids must be in [0, M); all M maps run on every token."""
+    """Multiplies x_n with the kernel of token n's modality. Ids must be in [0, M); all M maps run on every token."""
     logits_NMC = jnp.einsum("nd,mdc->nmc", x_ND.astype(jnp.float32), kernel_MDC, precision=jax.lax.Precision.HIGHEST)
     return jnp.take_along_axis(logits_NMC, modality_N[:, None, None], axis=1)[:, 0]
 

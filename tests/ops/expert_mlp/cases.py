@@ -56,7 +56,7 @@ def run(expert_mlp: Callable[..., jax.Array], operands: Operands) -> Results:
 
 
 def expected(operands: Operands) -> Results:
-    """Expert by expert, over the live rows alone."""
+    """Expert by expert, over live rows only."""
     x, _, *weights, d_y = (np.asarray(a, np.float64) for a in operands)
     results = Results(*(np.zeros(a.shape) for a in (x, x, *weights)))
     for e, count in enumerate(np.asarray(operands.counts_E)):

@@ -1,4 +1,4 @@
-"""Counts and tolerances for the GPU kernels; operands and what must come of them are those of `cases`."""
+"""Counts and tolerances for the GPU kernels; operands and expected results come from `cases`."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""The table of GPU tiles: what it holds, what it falls back to, and how it fails."""
+"""The table of GPU tiles: its entries, its fallback, and its errors."""
 
 import dataclasses
 import importlib.resources
@@ -39,7 +39,7 @@ def as_text(**gpus):
 @pytest.mark.parametrize("gpu", KINDS)
 def test_the_studied_shapes_are_in_it(gpu, itemsize, shape):
     shape = GpuShape(*shape, itemsize)
-    (entry,) = [e for e in load_table()[gpu] if e.holds("pallas_triton", shape)]
+    (entry,) = [e for e in load_table()[gpu] if e.covers("pallas_triton", shape)]
     assert tiles_for("pallas_triton", KINDS[gpu], shape) == entry.tiles
 
 
@@ -49,7 +49,7 @@ def test_the_h100_has_what_was_fastest_on_it():
     assert tiles.gate_up == tiles.d_w_gate_up == TritonTile(m=128, n=128, k=64, warps=8, stages=4)
     assert tiles.down == TritonTile(m=128, n=256, k=64, warps=8, stages=3)
     assert tiles.d_w_down == TritonTile(m=128, n=128, k=64, warps=8, stages=5)
-    (entry,) = [e for e in load_table()["H100"] if e.holds("pallas_triton", P)]
+    (entry,) = [e for e in load_table()["H100"] if e.covers("pallas_triton", P)]
     assert entry.source == "device: experiments/results/h100/tiles.md"
     assert all(e.source == "static" for entries in load_table().values() for e in entries if e != entry)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.ops.expert_mlp import expert_mlp, pallas_gpu
+from anyexperts_jax.ops.expert_mlp import expert_mlp, mosaic_bodies
 from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import MosaicTile, Tiles
 from anyexperts_jax.ops.expert_mlp.vjp_gpu import expert_mlp_mosaic
@@ -92,8 +92,8 @@ def test_the_checks_catch(fault):
 @pytest.mark.slow
 @needs_new_jax
 def test_the_checks_catch_kernels_that_store_dead_rows(monkeypatch):
-    store = pallas_gpu._store
-    monkeypatch.setattr(pallas_gpu, "_store", lambda *args: store(*args[:-2], None, args[-1]))
+    store = mosaic_bodies._store
+    monkeypatch.setattr(mosaic_bodies, "_store", lambda *args: store(*args[:-2], None, args[-1]))
     operands = make_operands((3,), jnp.bfloat16, capacity=BLOCK, width=64, hidden=64)
     broken = jax.jit(lambda o: run(functools.partial(expert_mlp_mosaic, options=OPTIONS), o))
     with pytest.raises(AssertionError):

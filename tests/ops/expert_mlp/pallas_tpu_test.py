@@ -51,7 +51,7 @@ def test_fused_kernels(counts):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["around a block", "no rows at all"])
 def test_kernels_that_keep_a_part_of_the_columns(name):
-    """384 columns in threes of 128 or, past the array's end, twos of 256."""
+    """384 columns as three blocks of 128, or as two of 256 that reach beyond the array."""
     chosen = options(columns=256, weight_columns=128) if name == "around a block" else PAIR
     check_kernels(make_operands(COUNTS[name], width=256, hidden=384), chosen)
 
@@ -132,12 +132,12 @@ def test_a_stale_list_of_tiles_is_found(monkeypatch):
 
 @pytest.mark.slow
 def test_a_copy_that_stops_short_is_found(monkeypatch):
-    whole = tpu_grid.Copied.each
+    whole = tpu_grid.Copied.for_each_chunk
 
     def first_chunk(copied, *where):
         whole(copied._replace(block=copied.block._replace(rows=copied.chunk)), *where)
 
-    monkeypatch.setattr(tpu_grid.Copied, "each", first_chunk)
+    monkeypatch.setattr(tpu_grid.Copied, "for_each_chunk", first_chunk)
     op = functools.partial(expert_mlp_pallas_tpu, options=FUSED)
     with pytest.raises(AssertionError):
         check_kernels(make_operands((0, 17, 3)), FUSED, jax.jit(functools.partial(run, op)))
@@ -145,7 +145,7 @@ def test_a_copy_that_stops_short_is_found(monkeypatch):
 
 @pytest.mark.slow
 def test_an_unmasked_weight_gradient_is_found(monkeypatch):
-    monkeypatch.setattr(pallas_tpu.Slab, "mask", lambda slab, value: value)
+    monkeypatch.setattr(tpu_grid.Slab, "mask", lambda slab, value: value)
     op = functools.partial(expert_mlp_pallas_tpu, options=FUSED)
     with pytest.raises(AssertionError):
         check_kernels(make_operands((0, 17, 3)), FUSED, jax.jit(functools.partial(run, op)))

@@ -1,4 +1,4 @@
-"""The Triton kernels in interpret mode, where buffers nobody wrote hold NaN."""
+"""The Triton kernels in interpret mode, where uninitialised buffers hold NaN."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The table of block sizes: what it holds, what it falls back to, and how it fails."""
+"""The table of block sizes: its entries, its fallback, and its errors."""
 
 import json
 
@@ -31,7 +31,7 @@ def as_text(**chips):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_studied_shapes_are_in_it_and_cut_to_the_capacity(chip, shape):
-    (entry,) = [e for e in load_table()[chip] if e.holds(SHAPES[shape])]
+    (entry,) = [e for e in load_table()[chip] if e.covers(SHAPES[shape])]
     found = sizes_for(CHIPS[chip], SHAPES[shape])
     assert [getattr(found, kernel) for kernel in KERNELS] == [getattr(entry, kernel) for kernel in KERNELS]
     assert (found.cores, found.vmem_bytes) == (CHIPS[chip].cores, CHIPS[chip].vmem_limit)

@@ -1,4 +1,5 @@
-"""The shared cases of `expert_mlp` in a block-aligned buffer: NaN in every dead row, and results brought back."""
+"""The shared cases of `expert_mlp` in a block-aligned buffer, with NaN in every dead row, and the way back to [E, C,
+D]."""
 
 from typing import NamedTuple
 
@@ -45,9 +46,9 @@ def to_buffer(operands: Operands, block: int) -> Buffer:
 
 
 def run_kernels(kernels: AlignedKernels, buffer: Buffer, *, keep: bool = True, take: bool = False) -> Results:
-    """y and d_x with rows [R, D]; without `keep` the backward pass is given nothing but the operands.
+    """y and d_x as rows [R, D]; without `keep` the backward pass gets only the operands.
 
-    With `take` the rows are tokens in another order, and brought into theirs by `kernels.take`.
+    With `take`, x holds the rows in another order and `kernels.take` restores it.
     """
     x, starts, counts, experts, d_y = buffer
     if take:
@@ -59,7 +60,7 @@ def run_kernels(kernels: AlignedKernels, buffer: Buffer, *, keep: bool = True, t
 
 
 def to_experts(results: Results, buffer: Buffer, capacity: int) -> Results:
-    """y and d_x as [E, C, D], zero past an expert's rows."""
+    """y and d_x as [E, C, D], zero after an expert's rows."""
 
     def unflat(a):
         whole = np.zeros((len(buffer.counts_E), capacity, a.shape[1]), np.float64)

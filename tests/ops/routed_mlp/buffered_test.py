@@ -1,4 +1,4 @@
-"""The aligned buffer with plain kernels: the composition itself, values and every gradient."""
+"""The aligned buffer with plain kernels: tests the composition, values and every gradient."""
 
 import functools
 
@@ -42,7 +42,7 @@ def test_equals_the_reference(name):
 
 
 def garbage_in_dead_rows(kernel):
-    """Leaves NaN in the dead rows of all that `kernel` returns with a row for each of x's."""
+    """Puts NaN into the dead rows of all row-shaped results of `kernel`."""
 
     def poisoned(x_RD, starts_E, counts_E, *operands, **how):
         live_R1 = live_rows(x_RD.shape[0], starts_E, counts_E).any(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The TPU kernel that adds up tokens' rows, in interpret mode: memory starts as NaN, races are found."""
+"""The TPU kernel for combine, in interpret mode: memory starts as NaN, and races are detected."""
 
 import functools
 
@@ -23,7 +23,7 @@ def compiled(cores=1):
 
 
 def make_operands(tokens, slots, dtype=np.float32, *, held=0.6):
-    """Rows that no slot holds are NaN, but for a held row's neighbour, which shares words with it."""
+    """Rows without a slot are NaN, except for the neighbour of a held row, which shares words with it."""
     rng = np.random.default_rng(tokens)
     rows = np.where(rng.uniform(size=(tokens, slots)) < held, rng.integers(0, ROWS, (tokens, slots)), -1)
     y = rng.normal(size=(ROWS, WIDTH))

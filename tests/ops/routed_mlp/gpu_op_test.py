@@ -1,4 +1,4 @@
-"""The GPU kernels over the block-aligned buffer in interpret mode: buffers nobody wrote hold NaN, and races raise."""
+"""The GPU kernels over the block-aligned buffer in interpret mode: uninitialised buffers hold NaN, and races raise."""
 
 import functools
 

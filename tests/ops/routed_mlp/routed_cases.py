@@ -1,4 +1,4 @@
-"""What the tests of every `routed_mlp` by kernels run."""
+"""Shared by the tests of all kernel implementations of `routed_mlp`."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from anyexperts_jax.ops.experts import ExpertWeights
 
 
 def value_and_gradients(plan, operands, run):
-    """y, and gradients of sum(sin(y)) in x, the slots' weights and the experts' weights."""
+    """y, and the gradients of sum(sin(y)) by x, the combine weights and the experts' weights."""
 
     def total(x, slot_weights, *weights):
         order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)

@@ -30,7 +30,7 @@ def tokens(N, D, M, seed=1):
 
 
 def naive(x_ND, modality_N, networks, phi_DC, gelu=False):
-    """Equations 5 to 8 as they stand: every token's own Theta is made and applied."""
+    """Equations 5 to 8 literally: materialises and applies every token's Theta."""
     own = jax.tree.map(lambda w: w[modality_N], networks)
     code_NZ = jnp.einsum("nd,ndz->nz", x_ND, own.encode_MDZ) + own.encode_bias_MZ
     code_NZ = jax.nn.gelu(code_NZ) if gelu else code_NZ
@@ -68,13 +68,13 @@ def test_other_modalities_weights_have_no_part():
 
 
 def test_no_token_has_a_weight_matrix_of_the_models_width():
-    """At width 2048 the naive form holds 2048 x 48 numbers a token; compiled, nothing is run."""
+    """At width 2048 the naive form needs 2048 x 48 numbers per token; this only compiles."""
     N, M, D, Z, Q, C = 2048, 2, 2048, 128, 16, 4
     inputs = jax.eval_shape(lambda: (*tokens(N, D, M), *zero_weights(M, D, Z, Q, C)))
     networks = inputs[2]
 
     def one_theta_a_token(x_ND, modality_N, networks, phi_DC):
-        """The naive form of one modality, which at least does not gather W2 for every token."""
+        """The naive form for one modality, which at least does not gather W2 for every token."""
         network = jax.tree.map(lambda w: w[0], networks)
         code_NZ = x_ND @ network.encode_MDZ
         theta_NDW = jnp.einsum("nz,zdw->ndw", code_NZ, network.down_MZDW) + network.down_bias_MDW

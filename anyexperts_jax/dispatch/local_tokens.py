@@ -1,4 +1,4 @@
-"""One `shard_map` for the dispatchers that compute, on each device of a mesh, that device's own tokens."""
+"""The `shard_map` of the dispatchers in which each device of a mesh computes its own tokens."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ def token_axes(placement: Placement) -> tuple[str, ...]:
     return tuple(jax.tree.leaves(tuple(placement.rules.spec(("batch", "length")))))
 
 
-def on_own_tokens(
+def map_local_tokens(
     run: Callable[..., tuple[Array, DispatchStats]],
     x_ND: Float[Array, "N D"],
     plan: RoutingPlan,
@@ -28,14 +28,15 @@ def on_own_tokens(
     *,
     expert_axis: str | None = None,
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
-    """What `run` makes, on each device, of its own part of x_BTD, ids_BTK and weights_BTK and of the experts.
+    """Maps `run` over the devices, each with its own part of x_BTD, ids_BTK, weights_BTK and the experts.
 
     Args:
-      run: returns (y_BTD, stats), y summed over what splits the FFN's width and the stats over all tokens.
-      expert_axis: the mesh axis that splits the experts; None: every device has all of them, gathered.
+      run: returns (y_BTD, stats). It must sum y over the mesh axes that split the FFN width, and the stats over all
+        tokens.
+      expert_axis: the mesh axis that splits the experts; None: every device gathers all of them.
 
     Raises:
-      UserError: sequences or positions that the mesh does not divide.
+      UserError: for sequences or positions that the mesh does not divide.
     """
     rules, sequences = placement.rules, plan.spec.num_sequences
     tokens_spec = PartitionSpec(*rules.spec(("batch", "length")))
@@ -48,7 +49,7 @@ def on_own_tokens(
         mesh=placement.mesh,
         in_specs=(tokens_spec, tokens_spec, tokens_spec, ExpertWeights(wide, wide, narrow)),
         out_specs=(tokens_spec, PartitionSpec()),
-        check_vma=False,
+        check_vma=False,  # Pallas calls do not declare over which mesh axes their results vary
     )
     y_BTD, stats = sharded(*tokens, experts)
     return y_BTD.reshape(x_ND.shape), stats

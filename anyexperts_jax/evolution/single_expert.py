@@ -1,4 +1,4 @@
-"""One expert in place of all: the model a token sees that always goes to it, and how far experts are apart."""
+"""The model with a single one of its experts, and the distances between experts."""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,41 +22,44 @@ from anyexperts_jax.train.step import Apply, model_apply
 from anyexperts_jax.train.validation import Validation
 
 
-def apply_alone(model: ModelConfig, placement: Placement | None = None, expert: int = 0) -> Apply:
-    """The model with every token at one expert, by default the first, as a function of all its parameters.
+def single_expert_apply(model: ModelConfig, placement: Placement | None = None, expert: int = 0) -> Apply:
+    """The model in which every token goes to one expert, by default the first, as a function of all its parameters.
 
-    No other expert and no router has a gradient.
+    The other experts and the routers get no gradient.
     """
-    inner = model_apply(alone_model(model), placement)
+    inner = model_apply(single_expert_model(model), placement)
 
     def apply(
         params: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None
     ) -> tuple[Array, RoutingTrace]:
-        return inner(expert_alone(model, params, expert), batch, router_bias_LC, key, None)
+        return inner(single_expert_params(model, params, expert), batch, router_bias_LC, key, None)
 
     return apply
 
 
-def expert_alone(model: ModelConfig, params: Any, expert: Array | int) -> Any:
-    """Parameters of the model whose only expert is `expert`, 0 for the first."""
+def single_expert_params(model: ModelConfig, params: Any, expert: Array | int) -> Any:
+    """The parameters of the model whose only expert is `expert`, counted from 0."""
 
     def chosen(name: str, weight: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(weight, expert, 1, axis=1) if is_a("expert", name) else weight
 
     leaves = {name: chosen(name, weight) for name, weight in named_leaves(params).items()}
     leaves[ROUTER_KERNEL] = jnp.zeros((model.stack.num_moe_layers, model.stack.d_model, 1), jnp.float32)
-    return params_of_leaves(alone_model(model), leaves)
+    return params_of_leaves(single_expert_model(model), leaves)
 
 
-def alone_model(model: ModelConfig) -> ModelConfig:
-    """The model with one expert. There is nobody to dispatch to: every token stays where it is, on any mesh."""
+def single_expert_model(model: ModelConfig) -> ModelConfig:
+    """The configuration of the model with one expert. Dispatch is dense: on any mesh, tokens stay on their device."""
     stack = dataclasses.replace(model.stack, execution=Execution(dispatch="dense"))
     return dataclasses.replace(model, stack=stack, moe=AnyExpertsConfig.static_top_k(1, 1))
 
 
 @jax.jit
 def expert_products(experts: list[Float[Array, "L E _ _"]]) -> tuple[Float[Array, "E E"], Float[Array, "E E"]]:
-    """Over all weights of the experts in float32: inner products, and squared distances (from differences)."""
+    """Inner products and squared distances of the experts' weights, in float32 over all of their weights.
+
+    Distances are summed from differences: computed from the inner products they would cancel for similar experts.
+    """
     count = experts[0].shape[1]
     products_EE, distances_EE = jnp.zeros((count, count)), jnp.zeros((count, count))
     for leaf in experts:
@@ -68,7 +71,7 @@ def expert_products(experts: list[Float[Array, "L E _ _"]]) -> tuple[Float[Array
 
 
 def expert_similarity(model: ModelConfig, params: Any) -> tuple[Float[np.ndarray, "E E"], Float[np.ndarray, "E E"]]:
-    """(distance, cosine) between experts over all layers' weights; distance relative to expert 1's norm."""
+    """(distance, cosine) between experts over the weights of all layers; distances are relative to expert 1's norm."""
     flags, leaves = jax.tree.leaves(leaves_of(model, "expert")), jax.tree.leaves(params)
     products, squares = expert_products([leaf for flag, leaf in zip(flags, leaves, strict=True) if flag])
     products_EE, squares_EE = np.asarray(products, np.float64), np.asarray(squares, np.float64)
@@ -77,9 +80,10 @@ def expert_similarity(model: ModelConfig, params: Any) -> tuple[Float[np.ndarray
 
 
 def expert_measure(model: ModelConfig) -> Callable[[TrainState, Validation], dict[str, Any]]:
-    """What a validation record tells of experts: each one's loss alone, its distance from expert 1 and cosine to it.
+    """Measures the experts for a validation record: each one's loss when used alone, and its distance and cosine to
+    expert 1.
 
-    One compilation for all experts, kept from one record to the next.
+    One compiled program serves all experts and all records.
     """
     kept: list[Validation] = []
 
@@ -99,13 +103,13 @@ def expert_measure(model: ModelConfig) -> Callable[[TrainState, Validation], dic
 
 
 def _apply_chosen(model: ModelConfig, placement: Placement) -> Apply:
-    """`apply_alone` for parameters that come with the expert's number."""
-    inner = model_apply(alone_model(model), placement)
+    """`single_expert_apply` for parameters that come with the expert's number."""
+    inner = model_apply(single_expert_model(model), placement)
 
     def apply(
         chosen: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None
     ) -> tuple[Array, RoutingTrace]:
-        params = expert_alone(model, chosen["params"], chosen["expert"])
+        params = single_expert_params(model, chosen["params"], chosen["expert"])
         return inner(params, batch, router_bias_LC, key, None)
 
     return apply
