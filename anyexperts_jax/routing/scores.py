@@ -71,5 +71,5 @@ def ranking(
         real_NE = real_NE * score_factor(config, importance_N, +1)
         virtual_NV = virtual_NV * score_factor(config, importance_N, -1)
     if bias_C is not None:
-        real_NE, virtual_NV = real_NE + bias_C[:E], virtual_NV + bias_C[E:]
+        real_NE, virtual_NV = real_NE + bias_C[None, :E], virtual_NV + bias_C[None, E:]
     return jax.lax.stop_gradient(real_NE), jax.lax.stop_gradient(virtual_NV)

@@ -102,6 +102,7 @@ def _fade_last_slot(
     """
     fade_N1 = (continuous_slots_N - jax.lax.stop_gradient(continuous_slots_N))[:, None]
     last_virtual_N1 = selection.last_is_virtual_N[:, None]
-    real_last_NK = (jnp.arange(real_NK.shape[1]) == selection.real_slots_N[:, None] - 1) & ~last_virtual_N1
-    virtual_last_NJ = (jnp.arange(virtual_NJ.shape[1]) == selection.virtual_slots_N[:, None] - 1) & last_virtual_N1
-    return real_NK * (1 + real_last_NK * fade_N1), virtual_NJ * (1 + virtual_last_NJ * fade_N1)
+    real_last_NK = (jnp.arange(real_NK.shape[1])[None] == selection.real_slots_N[:, None] - 1) & ~last_virtual_N1
+    virtual_last_NJ = (jnp.arange(virtual_NJ.shape[1])[None] == selection.virtual_slots_N[:, None] - 1) & last_virtual_N1
+    real_fade_NK, virtual_fade_NJ = (jnp.where(last, fade_N1, 0) for last in (real_last_NK, virtual_last_NJ))
+    return real_NK * (1 + real_fade_NK), virtual_NJ * (1 + virtual_fade_NJ)
