@@ -67,5 +67,5 @@ def contrast(
     mean_ED = jnp.einsum("ne,nd->ed", is_of_NE.astype(jnp.float32), y_ND, precision=jax.lax.Precision.HIGHEST)
     mean_ED = mean_ED / jnp.sqrt((mean_ED**2).sum(-1, keepdims=True) + 1e-12)
     cosine_NE = jnp.einsum("nd,ed->ne", y_ND, mean_ED, precision=jax.lax.Precision.HIGHEST)
-    log_NE = jax.nn.log_softmax(jnp.where(is_of_NE.any(0), cosine_NE / TEMPERATURE, -1e9))
+    log_NE = jax.nn.log_softmax(jnp.where(is_of_NE.any(0)[None], cosine_NE / TEMPERATURE, -1e9))
     return masked_mean(-jnp.where(is_of_NE, log_NE, 0).sum(-1), is_of_NE.any(-1))

@@ -16,4 +16,4 @@ class SlotOrder(NamedTuple):
     @property
     def held_NK(self) -> Bool[Array, "N K"]:
         """True at the slots that hold a real expert: they come first in the order."""
-        return self.places_NK < self.counts_E.sum()
+        return self.places_NK < self.counts_E.sum(dtype=self.places_NK.dtype)

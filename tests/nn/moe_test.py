@@ -225,7 +225,7 @@ def test_a_devices_own_tokens_are_those_of_the_placement():
 
         def loss(params):
             y_BTD, trace = moe.apply({"params": params}, X_BTD)
-            return (jnp.arange(1.0, D + 1) * y_BTD**2).sum() + 100 * trace.losses["importance"]
+            return (jnp.arange(1.0, D + 1)[None, None] * y_BTD**2).sum() + 100 * trace.losses["importance"]
 
         return jax.jit(jax.grad(loss))(random_params(layer()))["importance"]
 

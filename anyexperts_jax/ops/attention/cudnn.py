@@ -50,6 +50,7 @@ def cudnn_attention(
     )
     # It takes validity and segments as a bias, for every pair; the pairs past the diagonal it skips.
     mask_B1TT = mask.in_any_order()[:, None]
-    return jax.nn.dot_product_attention(
-        queries_BTHA, keys_BTGA, values_BTGA, mask=mask_B1TT, is_causal=True, implementation="cudnn"
-    )
+    with jax.numpy_dtype_promotion("standard"):  # see `api._xla`
+        return jax.nn.dot_product_attention(
+            queries_BTHA, keys_BTGA, values_BTGA, mask=mask_B1TT, is_causal=True, implementation="cudnn"
+        )

@@ -20,7 +20,8 @@ class CausalMask:
     def dense(self) -> Bool[Array, "B T T"]:
         """The mask as an array; a position that is not valid sees what a valid one of its segment would."""
         length = self.valid_BT.shape[1]
-        return (jnp.arange(length) <= jnp.arange(length)[:, None]) & self.in_any_order()
+        place_T = jnp.arange(length)
+        return (place_T[None, None] <= place_T[None, :, None]) & self.in_any_order()
 
     def in_any_order(self) -> Bool[Array, "B T T"]:
         """The mask as an array, but for causality."""
