@@ -7,14 +7,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from evaluate.stand_in import trained, write_run
+from evaluate.stand_in import DATA, trained, write_run
 from PIL import Image
 from report.report_test import evaluation
 from scipy.io import wavfile
 
 from anyexperts_jax.cli.main import main
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.example import LEVELS, SAMPLE_RATE
 from anyexperts_jax.evaluate import ask as asking
 from anyexperts_jax.evaluate import trained as loading
@@ -144,7 +143,7 @@ def read_sound(rng, whole, folder, command):
 
 
 def read_dataset(rng, whole, folder, command):
-    data = DataConfig(domains=("mine",), folders=(f"mine={folder}",), threads=0)
+    data = dataclasses.replace(DATA, domains=("mine",), folders=(f"mine={folder}",))
     given = dataclasses.replace(whole.trained, config=dataclasses.replace(whole.trained.config, data=data))
     damage(rng, files_in(folder)[rng.integers(len(files_in(folder)))], files_in(whole.root))
     refusal, _, example = command("run", "--domain", "mine", "--index", rng.integers(5), given=given)
@@ -190,7 +189,7 @@ READERS = {
 }
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, func_only=True)  # the files are written once
 def test_a_damaged_file_is_read_or_refused_in_one_line_that_names_it(fuzz_case, whole, tmp_path, command):
     rng = np.random.default_rng([24, 1, fuzz_case])
     read, kept = READERS[list(READERS)[fuzz_case % len(READERS)]]

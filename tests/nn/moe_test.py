@@ -278,6 +278,11 @@ def test_the_input_is_an_array_of_three_axes():
             layers.without_type_check(MoE)(CONFIG, F).init(jax.random.key(0), x)
 
 
+def test_experts_have_a_width():
+    with pytest.raises(UserError, match="^d_ff=0 must be >= 1$"):
+        layers.without_type_check(MoE)(CONFIG, 0).init(jax.random.key(0), X_BTD)
+
+
 def test_users_stack_layers_by_a_scan_of_their_own():
     scanned = nn.scan(MoE, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
     stack = scanned(CONFIG, F, execution=Execution("dense"))

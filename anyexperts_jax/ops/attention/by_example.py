@@ -53,9 +53,8 @@ def backward(
     d_weights_GJTS = dot("gjta,gsa->gjts", d_mean_GJTA, values_GSA)
     wide = d_weights_GJTS.dtype
     shift_GJT1 = (mean_GJTA.astype(wide) * d_mean_GJTA.astype(wide)).sum(axis=-1, keepdims=True)
-    d_scores_GJTS = jnp.where(mask_TS[None, None], scale * weights_GJTS * (d_weights_GJTS - shift_GJT1), 0).astype(
-        dtype
-    )
+    d_scores_GJTS = scale * weights_GJTS * (d_weights_GJTS - shift_GJT1)
+    d_scores_GJTS = jnp.where(mask_TS[None, None], d_scores_GJTS, 0).astype(dtype)
     d_queries_GJTA = dot("gjts,gsa->gjta", d_scores_GJTS, keys_GSA)
     d_keys_GSA = dot("gjts,gjta->gsa", d_scores_GJTS, queries_GJTA)
     return d_queries_GJTA, d_keys_GSA, d_values_GSA
