@@ -101,9 +101,7 @@ def expert_evolution(
             along = [1] * param.ndim
             along[axis] = num_experts - 1
             followers = jax.lax.slice_in_dim(param, 1, num_experts, axis=axis)
-            moved = follow(
-                config.mode, beta_J.reshape(along), followers, before=before, after=after, gradient=gradient
-            )
+            moved = follow(config.mode, beta_J.reshape(along), followers, before=before, after=after, gradient=gradient)
             moved -= followers.astype(moved.dtype)
             if stops:
                 moved = jnp.where(state.step < last_J.reshape(along), moved, 0)
