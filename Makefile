@@ -20,7 +20,7 @@ help:
 	@echo "make test        install and run the tests"
 	@echo "make test-kills  twenty kills of a run at random moments, twenty resumes, the same bits at the end (some minutes)"
 	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
-	@echo "make fuzz        run configurations broken at random, 200 of each kind"
+	@echo "make fuzz        run configurations, calls and files broken at random, 200 of each"
 	@echo "make test-libtpu  compile one step for TPUs that are not here (Linux; 0.7 GB of compiler)"
 	@echo "make test-aot    compile the kernels for TPUs and GPUs that are not here (Linux; 1.2 GB of compilers)"
 	@echo "make check       lint, format check and types"

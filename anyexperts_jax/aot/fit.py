@@ -64,7 +64,8 @@ def knobs(config: RunConfig, mesh: dict[str, int], state: float, temporaries: fl
             Knob("twice the devices along mesh.fsdp", state / 2 + (temporaries / 2 if _divides(config, mesh) else 0))
         )
     if stack.param_dtype == "float32":
-        found.append(Knob('model.stack.param_dtype="bfloat16"', state / 2))
+        # Of a parameter and its two moments, which stay float32, the parameter alone takes half.
+        found.append(Knob('model.stack.param_dtype="bfloat16"', state / 6))
     if stack.remat != "full":
         found.append(Knob('model.stack.remat="full"', kept - kept_bytes(config, mesh, "full")))
     if _divides(config, mesh):

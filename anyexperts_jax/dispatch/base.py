@@ -72,7 +72,7 @@ def buffer_row_map(
     """
     num_ids, k = order.counts_E.shape[0], ids_NK.shape[1]
     place_C = first + jnp.arange(capacity, dtype=jnp.int32)
-    place_EC = jnp.minimum(order.starts_E[:, None] + place_C, order.slots_R.size - 1)
+    place_EC = jnp.minimum(order.starts_E[:, None] + place_C[None], order.slots_R.size - 1)
     slots_R = order.slots_R[place_EC.reshape(-1)]
     id_NK = jnp.minimum(ids_NK, num_ids - 1)
     row_NK = order.places_NK - order.starts_E[id_NK] - first
@@ -80,7 +80,7 @@ def buffer_row_map(
     return RowMap(
         tokens_R=slots_R // k,
         slots_R=slots_R,
-        live_R=(place_C < order.counts_E[:, None]).reshape(-1),
+        live_R=(place_C[None] < order.counts_E[:, None]).reshape(-1),
         rows_NK=jnp.where(held_NK, id_NK * capacity + row_NK, 0),
         held_NK=held_NK,
     )

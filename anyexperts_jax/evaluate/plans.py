@@ -18,7 +18,7 @@ def plan_of(model: ModelConfig, trace: RoutingTrace) -> RoutingPlan:
     return RoutingPlan(
         expert_ids_NK=ids_NK,
         weights_NK=jnp.where(ids_NK < moe.num_experts, share_N[:, None], 0.0),
-        virtual_weight_N=virtual_N * share_N,
+        virtual_weight_N=virtual_N.astype(jnp.float32) * share_N,
         importance_N=trace.importance_BT.reshape(-1),
         slots_N=slots_N,
         real_slots_N=real_N,

@@ -65,9 +65,9 @@ def contrast(
     y_ND = output_BTD.astype(jnp.float32).reshape(-1, output_BTD.shape[-1])
     y_ND = y_ND / jnp.sqrt((y_ND**2).sum(-1, keepdims=True) + 1e-12)
     valid_N = valid_BT.ravel()
-    is_of_NE = (expert_BT.reshape(-1, 1) == jnp.arange(num_experts)) & valid_N[:, None]
+    is_of_NE = (expert_BT.reshape(-1, 1) == jnp.arange(num_experts)[None]) & valid_N[:, None]
     mean_ED = jnp.einsum("ne,nd->ed", is_of_NE.astype(jnp.float32), y_ND, precision=jax.lax.Precision.HIGHEST)
     mean_ED = mean_ED / jnp.sqrt((mean_ED**2).sum(-1, keepdims=True) + 1e-12)
     cosine_NE = jnp.einsum("nd,ed->ne", y_ND, mean_ED, precision=jax.lax.Precision.HIGHEST)
-    log_NE = jax.nn.log_softmax(jnp.where(is_of_NE.any(0), cosine_NE / TEMPERATURE, -1e9))
+    log_NE = jax.nn.log_softmax(jnp.where(is_of_NE.any(0)[None], cosine_NE / TEMPERATURE, -1e9))
     return masked_mean(-jnp.where(is_of_NE, log_NE, 0).sum(-1), is_of_NE.any(-1))

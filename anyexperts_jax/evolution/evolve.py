@@ -22,6 +22,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 
 from anyexperts_jax.evolution.config import EvolutionConfig, EvolutionMode
+from anyexperts_jax.train.optim import apply_updates
 
 
 class EvolutionState(NamedTuple):
@@ -93,17 +94,15 @@ def expert_evolution(
     def update(grads: Any, state: EvolutionState, params: Any = None, **extra: Any) -> tuple[Any, EvolutionState]:
         gradient, before = first(grads), first(params)
         updates, inner_state = inner_extra.update(gradient, state.inner, before, **extra)
-        after = optax.apply_updates(before, updates)
+        after = apply_updates(before, updates)
         beta_J = draw_betas(config, num_experts, state.key, state.step)
 
         def with_followers(update: Array, gradient: Array, before: Array, after: Array, param: Array) -> Array:
             along = [1] * param.ndim
             along[axis] = num_experts - 1
             followers = jax.lax.slice_in_dim(param, 1, num_experts, axis=axis)
-            moved = (
-                follow(config.mode, beta_J.reshape(along), followers, before=before, after=after, gradient=gradient)
-                - followers
-            )
+            moved = follow(config.mode, beta_J.reshape(along), followers, before=before, after=after, gradient=gradient)
+            moved -= followers.astype(moved.dtype)
             if stops:
                 moved = jnp.where(state.step < last_J.reshape(along), moved, 0)
             return jnp.concatenate([update.astype(param.dtype), moved.astype(param.dtype)], axis=axis)

@@ -71,7 +71,7 @@ def media_rows(media_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
 
 def used_rows(media_BT: Bool[Array, "B T"], num_rows: int) -> Bool[Array, "B R"]:
     """True at the rows that some position reads."""
-    return jnp.arange(num_rows) < media_BT.sum(axis=1)[:, None]
+    return jnp.arange(num_rows)[None] < media_BT.sum(axis=1)[:, None]
 
 
 def row_values(media_BT: Bool[Array, "B T"], values_BT: Int[Array, "B T"], num_rows: int) -> Int[Array, "B R"]:

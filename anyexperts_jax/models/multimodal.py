@@ -184,7 +184,7 @@ def _row_positions(batch: Batch) -> Int[Array, "B T"]:
 
 def causal_mask(positions_BT: Int[Array, "B T"], num_keys: int) -> Bool[Array, "B T S"]:
     """True where the key at position s is not after the query's position."""
-    return jnp.arange(num_keys) <= positions_BT[:, :, None]
+    return jnp.arange(num_keys)[None, None] <= positions_BT[:, :, None]
 
 
 def _check_batch(config: ModelConfig, batch: Batch) -> None:

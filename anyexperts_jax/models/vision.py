@@ -55,5 +55,5 @@ def place_waves(
     """
     exponents = jnp.arange(frequencies, dtype=jnp.float32) / max(frequencies - 1, 1)
     per_patch = 2 * jnp.pi / SHORTEST_WAVE * (SHORTEST_WAVE / LONGEST_WAVE) ** exponents
-    angles = [place_BP[:, :, None].astype(jnp.float32) * per_patch for place_BP in (row_BP, column_BP)]
+    angles = [place_BP[:, :, None].astype(jnp.float32) * per_patch[None, None] for place_BP in (row_BP, column_BP)]
     return jnp.concatenate([wave(angle) for angle in angles for wave in (jnp.sin, jnp.cos)], axis=-1)

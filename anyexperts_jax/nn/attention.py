@@ -36,7 +36,7 @@ def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotat
     """Cosines and sines of the rotation angles of each position, float32."""
     half = config.rotary_dim // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies
+    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -44,7 +44,8 @@ def rotate(x_BTHA: Float[Array, "B T H A"], rotation: Rotations) -> Float[Array,
     """Rotates the pairs (i, i + half) of the leading part of the head width (RoFormer, half-split); the rest passes."""
     cos, sin = (part[:, :, None, :] for part in rotation)
     half = cos.shape[-1]
-    first, second, rest = x_BTHA[..., :half], x_BTHA[..., half : 2 * half], x_BTHA[..., 2 * half :]
+    rest = x_BTHA[..., 2 * half :]
+    first, second = (part.astype(cos.dtype) for part in (x_BTHA[..., :half], x_BTHA[..., half : 2 * half]))
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHA.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 

@@ -34,4 +34,4 @@ class Linear(nn.Module):
             return y
         bias_init = named(Constant(0.0), self.axes[self.num_in :])
         bias = self.param("bias", bias_init, self.out_shape, jnp.dtype(self.param_dtype))
-        return y + bias.astype(y.dtype)
+        return y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)

@@ -22,4 +22,5 @@ class RMSNorm(nn.Module):
         scale_D = self.param("scale", named(Constant(1.0), ("norm",)), x.shape[-1:], jnp.dtype(self.param_dtype))
         x = x.astype(jnp.float32)
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * inverse_rms * scale_D).astype(self.dtype)
+        scale = jnp.broadcast_to(scale_D.astype(jnp.float32), x.shape)
+        return (x * inverse_rms * scale).astype(self.dtype)

@@ -45,5 +45,5 @@ class Router(nn.Module):
         bias_init = named(Constant(config.switches.virtual_bias_init), ("router",))
         bias_V = self.param("virtual_bias", bias_init, (learned,), jnp.float32)
         real_NE, virtual_NV = jnp.split(logits_NC, [config.num_experts], axis=-1)
-        virtual_NV = jnp.broadcast_to(virtual_NV + bias_V, (x_ND.shape[0], config.num_virtual))
+        virtual_NV = jnp.broadcast_to(virtual_NV + bias_V[None], (x_ND.shape[0], config.num_virtual))
         return jnp.concatenate([real_NE, virtual_NV], axis=-1)

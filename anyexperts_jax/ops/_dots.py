@@ -19,7 +19,7 @@ _WIDENS_SLICES = jax.__version_info__ < (0, 11, 2)
 
 def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype that sums are accumulated in: float32 for float32 and narrower, float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def dot(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -45,8 +45,8 @@ def align_rows(order: SlotOrder, block: int) -> tuple[RowMap, Int[Array, "E"]]:
     # A slot's row is its place in the order plus the padding of all experts before its own. Those are the experts whose
     # last place the slot lies beyond, so comparing replaces a look-up by expert.
     padding_E = -order.counts_E % block
-    past_NKE = order.places_NK[:, :, None] >= order.starts_E + order.counts_E
-    pushed_NK = jnp.where(past_NKE, padding_E, 0).sum(-1)
+    past_NKE = order.places_NK[:, :, None] >= (order.starts_E + order.counts_E)[None, None]
+    pushed_NK = jnp.where(past_NKE, padding_E[None, None], 0).sum(-1)
     rows_NK = jnp.where(order.held_NK, order.places_NK + pushed_NK, 0)
     row_map = RowMap(slots_R // k, slots_R, live_BR.reshape(-1), rows_NK, order.held_NK)
     return row_map, starts_E
@@ -57,7 +57,8 @@ def experts_of_blocks(
 ) -> Int[Array, "num_blocks"]:
     """The expert that owns each block of `block` rows; arbitrary for a block without live rows."""
     first_row_B1 = jnp.arange(num_blocks, dtype=jnp.int32)[:, None] * block
-    own_BE = (first_row_B1 >= starts_E) & (first_row_B1 < starts_E + counts_E)
+    ends_E = starts_E + counts_E
+    own_BE = (first_row_B1 >= starts_E[None]) & (first_row_B1 < ends_E[None])
     return jnp.argmax(own_BE, axis=1)
 
 
@@ -66,5 +67,6 @@ def rows_of_blocks(
 ) -> Int[Array, "num_blocks"]:
     """The number of live rows in each block; they come first in the block."""
     first_row_B1 = jnp.arange(num_blocks, dtype=jnp.int32)[:, None] * block
-    rest_BE = jnp.where(first_row_B1 >= starts_E, starts_E + counts_E - first_row_B1, 0)
+    ends_E = starts_E + counts_E
+    rest_BE = jnp.where(first_row_B1 >= starts_E[None], ends_E[None] - first_row_B1, 0)
     return jnp.clip(rest_BE, 0, block).max(axis=1)

@@ -54,9 +54,10 @@ def _combine_rows_backward(
     y_RD, weights_NK, row_map = residuals
     # Dead rows have an arbitrary slot, so their weight must be zeroed for their gradient to be zero.
     weight_R = jnp.where(row_map.live_R, weights_NK.reshape(-1)[row_map.slots_R], 0)
-    d_y_RD = (d_ND[row_map.tokens_R] * weight_R[:, None]).astype(y_RD.dtype)
+    wide = d_ND.dtype
+    d_y_RD = (d_ND[row_map.tokens_R] * weight_R[:, None].astype(wide)).astype(y_RD.dtype)
     # One slot at a time: gathering all rows at once would make an [N, K, D] array.
-    d_weights_KN = [(y_RD[row_map.rows_NK[:, k]] * d_ND).sum(-1) for k in range(weights_NK.shape[1])]
+    d_weights_KN = [(y_RD[row_map.rows_NK[:, k]].astype(wide) * d_ND).sum(-1) for k in range(weights_NK.shape[1])]
     d_weights_NK = jnp.where(row_map.held_NK, jnp.stack(d_weights_KN, axis=1), 0).astype(weights_NK.dtype)
     return d_y_RD, d_weights_NK, None
 

@@ -16,4 +16,4 @@ class SlotOrder(NamedTuple):
     @property
     def held_NK(self) -> Bool[Array, "N K"]:
         """True for slots with a real expert. These come first in the order, so their places are below the total."""
-        return self.places_NK < self.counts_E.sum()
+        return self.places_NK < self.counts_E.sum(dtype=self.places_NK.dtype)

@@ -72,6 +72,6 @@ def ranking(
         real_NE = real_NE * score_factor(config, importance_N, +1)
         virtual_NV = virtual_NV * score_factor(config, importance_N, -1)
     if bias_C is not None:
-        real_NE, virtual_NV = real_NE + bias_C[:E], virtual_NV + bias_C[E:]
+        real_NE, virtual_NV = real_NE + bias_C[None, :E], virtual_NV + bias_C[None, E:]
     # Selection is discrete; the gradient reaches the router through the combine weights.
     return jax.lax.stop_gradient(real_NE), jax.lax.stop_gradient(virtual_NV)

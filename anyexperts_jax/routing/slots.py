@@ -33,7 +33,8 @@ def round_slots(config: AnyExpertsConfig, slots_N: Float[Array, "N"], key: Array
         if key is None:
             raise UserError("slot_rounding='stochastic' needs a random key: route(..., key=key)")
         down_N = jnp.floor(slots_N)
-        whole_N = down_N + (jax.random.uniform(key, slots_N.shape, jnp.float32) < slots_N - down_N)
+        goes_up_N = jax.random.uniform(key, slots_N.shape, jnp.float32) < slots_N - down_N
+        whole_N = down_N + goes_up_N.astype(jnp.float32)
     # Clipped after the cast, so that even a non-finite importance gives a count that fits the arrays.
     return jnp.clip(whole_N.astype(jnp.int32), 1, config.slots_bound)
 

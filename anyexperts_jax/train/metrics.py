@@ -48,7 +48,7 @@ class RoutingSums:
 def routing_sums(trace: RoutingTrace, batch: Batch) -> RoutingSums:
     """Sums over a batch's valid tokens, by layer and modality, in float32: counts are exact below 2^24."""
     modality_BT, valid_BT = jnp.asarray(batch.modality_BT), jnp.asarray(batch.valid_BT)
-    is_in_BTM = jax.nn.one_hot(modality_BT, NUM_MODALITIES) * valid_BT[..., None]
+    is_in_BTM = jax.nn.one_hot(modality_BT, NUM_MODALITIES) * valid_BT[..., None].astype(jnp.float32)
     importance_LBT = jax.lax.stop_gradient(trace.importance_BT)
     bin_LBT = jnp.clip(importance_LBT * HISTOGRAM_BINS, 0, HISTOGRAM_BINS - 1).astype(jnp.int32)
 
@@ -62,7 +62,7 @@ def routing_sums(trace: RoutingTrace, batch: Batch) -> RoutingSums:
         virtual_slots_LM=by_modality(trace.virtual_slots_BT),
         histogram=jnp.einsum("lbtx,btm->lmx", jax.nn.one_hot(bin_LBT, HISTOGRAM_BINS), is_in_BTM),
         load_LC=trace.metrics["load_C"],
-        entropy_L=trace.metrics["router_entropy"] * valid_BT.sum(),
+        entropy_L=trace.metrics["router_entropy"] * valid_BT.sum(dtype=jnp.float32),
         dropped_L=trace.metrics["dropped"],
     )
 

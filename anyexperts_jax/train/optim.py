@@ -54,7 +54,8 @@ def learning_rate(config: OptimConfig, steps: int, step: Int[Array, ""] | int) -
         decay_steps=steps,
         end_value=config.lr * config.final_lr_fraction,
     )
-    return jnp.asarray(schedule(step), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes the integer step with floats
+        return jnp.asarray(schedule(step), jnp.float32)
 
 
 def decays(logical_axes: tuple[str, ...]) -> bool:
@@ -86,10 +87,18 @@ def make_optimizer(config: OptimConfig, logical_axes: Any) -> optax.GradientTran
     def update(
         grads: Any, state: Any, params: Any = None, *, learning_rate: Array | float, finite: Array | bool = True
     ) -> tuple[Any, Any]:
-        updates, state = direction.update(grads, state, params, finite=finite)
+        # optax raises b1 to the integer count, and adds the decay of bfloat16 parameters to float32 updates.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = direction.update(grads, state, params, finite=finite)
         return jax.tree.map(lambda u: -learning_rate * u, updates), state
 
     return optax.GradientTransformationExtraArgs(direction.init, update)
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """`optax.apply_updates`. It adds float32 updates to bfloat16 parameters by promotion, then rounds the sum."""
+    with jax.numpy_dtype_promotion("standard"):
+        return optax.apply_updates(params, updates)
 
 
 def _adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
@@ -110,4 +119,7 @@ def _adam(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
         square = optax.tree.bias_correction(updated.nu, config.b2, updated.count)
         return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.eps), mean, square), updated
 
-    return optax.GradientTransformationExtraArgs(adam.init, update)
+    def init(params: Any) -> Any:
+        return adam.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -23,7 +23,7 @@ from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.frozen import overlay, select
 from anyexperts_jax.train.losses import answer_scores, auxiliary_loss, predicting_positions
 from anyexperts_jax.train.metrics import RoutingSums, routing_sums
-from anyexperts_jax.train.optim import learning_rate
+from anyexperts_jax.train.optim import apply_updates, learning_rate
 from anyexperts_jax.train.state import TrainState, state_shardings
 
 # In the order in which the first scalar that is not finite is reported.
@@ -132,7 +132,7 @@ def make_train_step(
         finite = jnp.all(jnp.isfinite(jnp.stack([scalars[name] for name in CHECKED_SCALARS])))
         steering = {"learning_rate": scalars["learning_rate"], "finite": finite}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **steering)
-        params = overlay(optax.apply_updates(select(state.params, trainable), updates), state.params)
+        params = overlay(apply_updates(select(state.params, trainable), updates), state.params)
         bias_LC = state.router_bias_LC
         if moe.expert_bias and config.model.stack.num_moe_layers:
             bias_LC = update_expert_bias(bias_LC, sums.routing.load_LC, moe.expert_bias_rate)
@@ -182,7 +182,7 @@ def accumulate(
         logits_BTY, trace = apply(overlay(live, state.params), micro, state.router_bias_LC, key, None)
         sums = batch_sums(logits_BTY, trace, micro)
         share = jnp.sum(jnp.asarray(micro.valid_BT)) / valid_tokens
-        answer_loss = sums.answer_loss / answer_tokens
+        answer_loss = sums.answer_loss / answer_tokens.astype(jnp.float32)
         loss = answer_loss + share * auxiliary_loss(moe, trace.losses)
         router_losses = {f"{name}_loss": share * layer_mean(value) for name, value in trace.losses.items()}
         return loss, (sums, {"loss": loss, "answer_loss": answer_loss, **router_losses})

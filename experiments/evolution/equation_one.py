@@ -78,7 +78,8 @@ def run(case: str, steps: int, seed: int = 0) -> dict[str, Any]:
     def step(carry: Any, index: jax.Array) -> tuple[Any, jax.Array]:
         params, state = carry
         grads = jax.grad(loss)(params, jax.random.fold_in(jax.random.key(seed + 2), index))
-        updates, state = optimizer.update(grads, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its integer count with floats
+            updates, state = optimizer.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         squares_E = sum(((w - w[:1]) ** 2).sum((1, 2)) for w in jax.tree.leaves(params))
         return (params, state), jnp.sqrt(squares_E)

@@ -63,7 +63,7 @@ def test_second_derivatives_are_those_of_the_dense_reference(dispatch, implement
     for a, b in zip(actual[1:], expected[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     # A slot without an expert has no weight: what the dense form has there is no derivative of the layer.
-    real_NK = PLAN.expert_ids_NK < EXPERTS
+    real_NK = (PLAN.expert_ids_NK < EXPERTS).astype(jnp.float32)
     np.testing.assert_allclose(actual[0] * real_NK, expected[0] * real_NK, rtol=1e-4, atol=1e-4)
 
 

@@ -78,7 +78,7 @@ def oracle(x_ND, weights_NK, virtual_weight_N, w_gate_EDF, w_up_EDF, w_down_EFD,
     y = jnp.einsum("nkf,nkfd->nkd", jax.nn.silu(gate) * up, w_down_EFD[ids_NK])
     real = plan.expert_ids_NK < plan.spec.num_experts
     total = jnp.einsum("nk,nkd->nd", jnp.where(real, weights_NK, 0), y)
-    return total + (plan.spec.virtual_output == "identity") * virtual_weight_N[:, None] * x_ND
+    return total + float(plan.spec.virtual_output == "identity") * virtual_weight_N[:, None] * x_ND
 
 
 @jax.jit

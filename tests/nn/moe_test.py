@@ -225,7 +225,7 @@ def test_a_devices_own_tokens_are_those_of_the_placement():
 
         def loss(params):
             y_BTD, trace = moe.apply({"params": params}, X_BTD)
-            return (jnp.arange(1.0, D + 1) * y_BTD**2).sum() + 100 * trace.losses["importance"]
+            return (jnp.arange(1.0, D + 1)[None, None] * y_BTD**2).sum() + 100 * trace.losses["importance"]
 
         return jax.jit(jax.grad(loss))(random_params(layer()))["importance"]
 
@@ -276,6 +276,11 @@ def test_the_input_is_an_array_of_three_axes():
     for x, message in ((X_BTD[0], "x_BTD has shape"), (X_BTD.astype(int), "x_BTD is int32; it must be one of float16")):
         with pytest.raises(UserError, match=f"^{message}"):
             layers.without_type_check(MoE)(CONFIG, F).init(jax.random.key(0), x)
+
+
+def test_experts_have_a_width():
+    with pytest.raises(UserError, match=r"^d_ff=0 must be >= 1$"):
+        layers.without_type_check(MoE)(CONFIG, 0).init(jax.random.key(0), X_BTD)
 
 
 def test_users_stack_layers_by_a_scan_of_their_own():

@@ -38,7 +38,7 @@ def test_values(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_dead_rows_may_hold_anything(implementation):
     x, counts, *weights = make_operands()
-    dead = jnp.arange(C) >= counts[:, None]
+    dead = jnp.arange(C)[None] >= counts[:, None]
     poisoned = jnp.where(dead[..., None], jnp.nan, x)
 
     def total(x, *weights):

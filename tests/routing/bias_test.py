@@ -24,7 +24,7 @@ def test_repeated_updates_balance_a_skewed_router():
     logits = jnp.stack([jnp.full(64, 0.5), jnp.linspace(-0.2, 0.2, 64)], axis=1)
     bias = jnp.zeros(2)
     for _ in range(100):
-        chosen = (logits + bias).argmax(axis=1)
+        chosen = (logits + bias[None]).argmax(axis=1)
         load = jnp.array([(chosen == 0).sum(), (chosen == 1).sum()], jnp.float32)
         bias = update_expert_bias(bias, load, 0.01)
     assert abs(float(load[0]) - 32) <= 4

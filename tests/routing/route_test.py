@@ -57,7 +57,7 @@ class TestTraps:
         plan = routed(CONFIG, LOGITS, Z, jnp.arange(N) != 3)
         null = _no_slots(plan)
         assert null.any()
-        np.testing.assert_array_equal(null, jnp.arange(6) >= plan.real_slots_N[:, None])
+        np.testing.assert_array_equal(null, jnp.arange(6)[None] >= plan.real_slots_N[:, None])
         assert not plan.weights_NK[null].any()
         assert ((plan.expert_ids_NK >= 0) & (plan.expert_ids_NK <= 8)).all()
 

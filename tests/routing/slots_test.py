@@ -68,7 +68,7 @@ def test_the_cap_follows_the_slots():
 def test_the_papers_window_gives_ten_slots_and_eight_real_on_average():
     # papers/anyexperts.md section 3: with w uniform, round / round is what gives mean K 10 and mean real 8.00.
     config = AnyExpertsConfig()
-    slots = round_slots(config, continuous_slots(config, (jnp.arange(4000) + 0.5) / 4000))
+    slots = round_slots(config, continuous_slots(config, (jnp.arange(4000.0) + 0.5) / 4000))
     assert float(slots.mean()) == pytest.approx(10.0, abs=1e-3)
     assert float((slots - virtual_cap(config, slots)).mean()) == pytest.approx(8.0, abs=1e-3)
 

@@ -122,7 +122,9 @@ def test_all_virtual_tokens_have_a_bounded_weight_and_finite_gradients():
 
 
 def _weighted_sum(plan):
-    return (plan.weights_NK * jnp.arange(1.0, plan.weights_NK.shape[1] + 1)).sum() + 3 * plan.virtual_weight_N.sum()
+    return (
+        plan.weights_NK * jnp.arange(1.0, plan.weights_NK.shape[1] + 1)[None]
+    ).sum() + 3 * plan.virtual_weight_N.sum()
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.train.optim import OptimConfig, learning_rate, make_optimizer
+from anyexperts_jax.train.optim import OptimConfig, apply_updates, learning_rate, make_optimizer
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -45,6 +45,18 @@ def test_what_is_not_finite_leaves_the_state_as_it_is():
     poisoned = jax.tree.map(lambda p: p * jnp.nan, params)
     _, after = optimizer.update(poisoned, state, params, learning_rate=0.1, finite=jnp.asarray(False))
     chex.assert_trees_all_equal(after, state)
+
+
+def test_moments_of_bfloat16_parameters_are_float32_from_the_first_step_on():
+    optimizer = make_optimizer(OptimConfig(), {"up": ("embed", "mlp")})
+    params, grads = {"up": jnp.ones((2, 3), jnp.bfloat16)}, {"up": jnp.ones((2, 3))}
+    before = optimizer.init(params)
+    updates, after = optimizer.update(grads, before, params, learning_rate=0.1)
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    assert {leaf.dtype for leaf in jax.tree.leaves(before) if leaf.ndim} == {jnp.dtype("float32")}
+    moved = apply_updates(params, updates)["up"]
+    assert moved.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(moved, (params["up"].astype(jnp.float32) + updates["up"]).astype(jnp.bfloat16))
 
 
 def test_moments_are_replaced_in_place_without_a_copy():

@@ -56,11 +56,11 @@ def linear_apply(params, batch, router_bias_LC, key, window):
     logits = table[jnp.asarray(batch.tokens_BT)]
     logits = jnp.pad(logits, ((0, 0), (0, 0), (0, 260 - logits.shape[-1])))
     if key is not None:
-        logits = logits + jax.random.uniform(key, logits.shape[-1:])
+        logits = logits + jax.random.uniform(key, logits.shape[-1:])[None, None]
     valid = jnp.asarray(batch.valid_BT)[None]
     slots = jnp.where(valid, 4, 0)
-    per_token = jnp.square(logits).mean(-1)[None] * valid
-    mean = per_token.sum((1, 2)) / jnp.maximum(valid.sum((1, 2)), 1)
+    per_token = jnp.square(logits).mean(-1)[None] * valid.astype(jnp.float32)
+    mean = per_token.sum((1, 2)) / jnp.maximum(valid.sum((1, 2), dtype=jnp.float32), 1)
     metrics = {"load_C": jnp.asarray([[4.0, 3, 2, 1, 0]]), "router_entropy": jnp.ones(1), "dropped": jnp.zeros(1)}
     trace = RoutingTrace(
         importance_BT=jnp.where(valid, 0.5, 0.0),

@@ -88,7 +88,7 @@ def test_accumulated_gradient_is_the_whole_batchs_and_the_loss_per_answer_token(
 
     logits, trace = linear_apply(state.params, batch, None, None, None)
     scores = answer_scores(logits, batch.tokens_BT, batch.loss_mask_BT)
-    answer = scores.loss_B.sum() / scores.tokens_B.sum()
+    answer = scores.loss_B.sum() / scores.tokens_B.sum().astype(jnp.float32)
     np.testing.assert_allclose(whole[2]["answer_loss"], answer, rtol=1e-6)
     balance = trace.losses["balance"][0]
     np.testing.assert_allclose(whole[2]["loss"], answer + balance * (0.5 + 0.25 * 2 + 0.125 * 3), rtol=1e-6)

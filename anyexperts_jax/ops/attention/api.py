@@ -15,7 +15,8 @@ _FEW_QUERIES = 16  # with fewer, as in decoding, one batched dot is as fast as a
 
 
 def _xla(queries_BTHA: Array, keys_BSGA: Array, values_BSGA: Array, mask_BTS: Array) -> Float[Array, "B T H A"]:
-    return jax.nn.dot_product_attention(queries_BTHA, keys_BSGA, values_BSGA, mask=mask_BTS[:, None])
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own code widens bfloat16 scores by promotion
+        return jax.nn.dot_product_attention(queries_BTHA, keys_BSGA, values_BSGA, mask=mask_BTS[:, None])
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"xla": _xla, "by_example": vjp.attention_by_example}

@@ -55,7 +55,8 @@ def backward(
     wide = d_weights_GJTS.dtype
     # The softmax's gradient needs sum_s(weight * d_weight) of each row, which equals mean . d_mean: A terms, not S.
     shift_GJT1 = (mean_GJTA.astype(wide) * d_mean_GJTA.astype(wide)).sum(axis=-1, keepdims=True)
-    d_scores_GJTS = jnp.where(mask_TS, scale * weights_GJTS * (d_weights_GJTS - shift_GJT1), 0).astype(dtype)
+    d_scores_GJTS = scale * weights_GJTS * (d_weights_GJTS - shift_GJT1)
+    d_scores_GJTS = jnp.where(mask_TS[None, None], d_scores_GJTS, 0).astype(dtype)
     d_queries_GJTA = dot("gjts,gsa->gjta", d_scores_GJTS, keys_GSA)
     d_keys_GSA = dot("gjts,gjta->gsa", d_scores_GJTS, queries_GJTA)
     return d_queries_GJTA, d_keys_GSA, d_values_GSA
@@ -63,4 +64,4 @@ def backward(
 
 def _scores(queries_GJTA: Array, keys_GSA: Array, mask_TS: Array) -> Float[Array, "G J T S"]:
     scores_GJTS = dot("gjta,gsa->gjts", queries_GJTA, keys_GSA) * queries_GJTA.shape[-1] ** -0.5
-    return jnp.where(mask_TS, scores_GJTS, _MASKED)
+    return jnp.where(mask_TS[None, None], scores_GJTS, _MASKED)

@@ -20,7 +20,8 @@ class CausalMask:
     def dense(self) -> Bool[Array, "B T T"]:
         """The mask as an array. An invalid position attends to what a valid one in its segment would."""
         length = self.valid_BT.shape[1]
-        return (jnp.arange(length) <= jnp.arange(length)[:, None]) & self.without_causality()
+        place_T = jnp.arange(length)
+        return (place_T[None, None] <= place_T[None, :, None]) & self.without_causality()
 
     def without_causality(self) -> Bool[Array, "B T T"]:
         """The mask as an array, with later positions visible too."""

@@ -11,7 +11,7 @@ from anyexperts_jax.ops._swiglu import swiglu
 
 def live_rows(counts_E: Int[Array, "E"], capacity: int) -> Bool[Array, "E C 1"]:
     """True for the rows below each expert's count."""
-    return (jnp.arange(capacity) < counts_E[:, None])[..., None]
+    return (jnp.arange(capacity)[None] < counts_E[:, None])[..., None]
 
 
 def expert_mlp(

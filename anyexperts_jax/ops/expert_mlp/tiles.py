@@ -107,7 +107,7 @@ def list_aligned_tiles(
     place = jnp.arange(num_blocks + 1 + empty * num_experts, dtype=jnp.int32)
     live = place < num_live
     source = jnp.clip(place, 0, jnp.maximum(num_live - 1, 0))
-    source_expert = jnp.minimum((source[:, None] >= ends_E).sum(1, dtype=jnp.int32), num_experts - 1)
+    source_expert = jnp.minimum((source[:, None] >= ends_E[None]).sum(1, dtype=jnp.int32), num_experts - 1)
     in_expert = jnp.maximum(ends_E[source_expert] - 1 - source, 0)
     source_block = starts_E[source_expert] // block + in_expert
     rows = jnp.clip(counts_E[source_expert] - in_expert * block, 0, block)

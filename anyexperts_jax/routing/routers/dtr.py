@@ -75,7 +75,7 @@ def _logits_of_one(x_ND: Array, network: Hypernetworks, phi_DC: Array, gelu: boo
     def product(equation: str, *operands: Array) -> Array:
         return jnp.einsum(equation, *operands, precision=_EXACT)
 
-    code_NZ = product("nd,dz->nz", x_ND, network.encode_MDZ) + network.encode_bias_MZ
+    code_NZ = product("nd,dz->nz", x_ND, network.encode_MDZ) + network.encode_bias_MZ[None]
     if gelu:
         code_NZ = jax.nn.gelu(code_NZ)
     by_code_NZW = product("nd,zdw->nzw", x_ND, network.down_MZDW)

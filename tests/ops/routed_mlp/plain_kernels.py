@@ -10,7 +10,7 @@ from anyexperts_jax.ops.routed_mlp.buffered import AlignedKernels
 def live_rows(num_rows, starts_E, counts_E):
     """[R, E], True where the row is the expert's."""
     row_R1 = jnp.arange(num_rows)[:, None]
-    return (row_R1 >= starts_E) & (row_R1 < starts_E + counts_E)
+    return (row_R1 >= starts_E[None]) & (row_R1 < (starts_E + counts_E)[None])
 
 
 def own(experts, num_rows, starts_E, counts_E):

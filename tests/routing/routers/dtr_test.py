@@ -47,7 +47,7 @@ def test_is_the_naive_form_with_its_gradients(M, gelu):
 
     def loss(form, x_ND, networks, phi_DC):
         logits_NC = form(x_ND, modality_N, networks, phi_DC, gelu=gelu)
-        return (jax.nn.softmax(logits_NC) * jnp.arange(4)).sum(), logits_NC
+        return (jax.nn.softmax(logits_NC) * jnp.arange(4.0)[None]).sum(), logits_NC
 
     run = jax.jit(jax.value_and_grad(loss, (1, 2, 3), has_aux=True), static_argnums=0, compiler_options=FAST_COMPILE)
     (_, actual), grads = run(dtr_logits, x_ND, networks, phi_DC)
@@ -77,8 +77,8 @@ def test_no_token_has_a_weight_matrix_of_the_models_width():
         """The naive form for one modality, which at least does not gather W2 for every token."""
         network = jax.tree.map(lambda w: w[0], networks)
         code_NZ = x_ND @ network.encode_MDZ
-        theta_NDW = jnp.einsum("nz,zdw->ndw", code_NZ, network.down_MZDW) + network.down_bias_MDW
-        up_NQD = jnp.einsum("nz,zqd->nqd", code_NZ, network.up_MZQD) + network.up_bias_MQD
+        theta_NDW = jnp.einsum("nz,zdw->ndw", code_NZ, network.down_MZDW) + network.down_bias_MDW[None]
+        up_NQD = jnp.einsum("nz,zqd->nqd", code_NZ, network.up_MZQD) + network.up_bias_MQD[None]
         gate_NQ, up_NQ = jnp.split(jnp.einsum("nd,ndw->nw", x_ND, theta_NDW), 2, axis=1)
         return jnp.einsum("nq,nqd->nd", jax.nn.silu(gate_NQ) * up_NQ, up_NQD) @ phi_DC
 
