@@ -13,6 +13,7 @@ from anyexperts_jax.data.example import LEVELS
 from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
 
 Packing = Literal["none", "first_fit"]
+Pictures = Literal["fit", "whole"]
 
 MOST_MAKERS = 1024  # threads, and processes, that make batches: more would take the machine down
 
@@ -29,6 +30,7 @@ class EncodingSpec:
     patch_size: int = 8  # side of a square patch, in pixels
     max_patches: int = 72  # P, patches of a sequence; 0: no image, no video
     max_video_frames: int = 16  # frames of a video
+    pictures: Pictures = "fit"  # resized, in shape, where needed; "whole": refused unless whole patches that fit
     mel_bands: int = 40  # numbers in a log-mel frame
     frames_per_chunk: int = 4  # log-mel frames (10 ms each) that make one audio position
     max_frames: int = 72  # S, audio positions of a sequence; 0: no audio
