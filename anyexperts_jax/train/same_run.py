@@ -16,6 +16,7 @@ FREE_KEYS = (
     *(f"model.{key}" for key in EXECUTION_KEYS),
     "mesh.",
     "data.tokenizer",  # a path: the tokenizer itself is told by data.token_fingerprint
+    "data.metrics",  # how answers are scored, not what is learned
     "data.threads",
     "data.prefetch",
     "train.steps",
