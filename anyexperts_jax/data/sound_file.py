@@ -49,9 +49,8 @@ def resampled(mono: Float[ndarray, " n"], rate: int, where: str) -> Float[ndarra
     except ImportError as error:
         what = f"the sound in {where} has {rate} samples a second, not {SAMPLE_RATE}: resampling it needs"
         raise UserError(f"{what} {MEDIA_EXTRA}") from error
-    found = soxr.resample(mono, rate, SAMPLE_RATE)
-    require(len(found) > 0, f"the sound in {where} is empty: {len(mono)} samples at {rate} a second; give more")
-    return found
+    wanted = -(-len(mono) * SAMPLE_RATE // rate)  # the part of a sample at the end counts
+    return soxr.resample(np.pad(mono, (0, rate // SAMPLE_RATE + 2)), rate, SAMPLE_RATE)[:wanted]
 
 
 def _too_long(where: str, samples: int) -> str:
