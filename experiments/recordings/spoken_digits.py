@@ -12,12 +12,16 @@ import dataclasses
 import io
 import pathlib
 import tarfile
+from collections.abc import Sequence
+
+import numpy as np
+import soxr
 
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.data.array_records import export_array_record
 from anyexperts_jax.data.decode import decode_audio
 from anyexperts_jax.data.domain import Metric
-from anyexperts_jax.data.example import Example
+from anyexperts_jax.data.example import SAMPLE_RATE, Example
 
 TRANSCRIPTS = "transcripts.tsv"
 QUESTION = "What is said?"
@@ -29,6 +33,7 @@ class Recording:
     sound: bytes
     text: str
     speaker: str
+    speed: float = 1.0  # at which it is played: pitch and formants go with it, as other speakers have them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +56,16 @@ class Recordings:
             question=QUESTION,
             answer=one.text,
             source=f"speaker:{one.speaker}",
-            audio=decode_audio(one.sound, one.where),
+            audio=_at_speed(decode_audio(one.sound, one.where), one.speed),
         )
+
+
+def _at_speed(audio: np.ndarray, speed: float) -> np.ndarray:
+    """The samples played at a speed, a little quieter or louder with each."""
+    if speed == 1:
+        return audio
+    loudness = 0.4 + 0.6 * (7 * speed % 1)
+    return (loudness * soxr.resample(audio, speed * SAMPLE_RATE, SAMPLE_RATE)).clip(-1, 1).astype(np.float32)
 
 
 def read_archive(archive: pathlib.Path) -> tuple[Recording, ...]:
@@ -72,8 +85,13 @@ def read_archive(archive: pathlib.Path) -> tuple[Recording, ...]:
     )
 
 
-def convert(archive: pathlib.Path, folder: pathlib.Path, validation: str, test: str) -> dict[str, int]:
-    """Writes the three splits, each of speakers of its own; returns how many recordings each has."""
+def convert(
+    archive: pathlib.Path, folder: pathlib.Path, validation: str, test: str, speeds: Sequence[float]
+) -> dict[str, int]:
+    """Writes the three splits, each of speakers of its own; returns how many recordings each has.
+
+    Those of train are there once for every speed besides: three speakers are few.
+    """
     recordings = read_archive(archive)
     speakers = sorted({one.speaker for one in recordings})
     for name in (validation, test):
@@ -81,7 +99,9 @@ def convert(archive: pathlib.Path, folder: pathlib.Path, validation: str, test: 
     counts = {}
     for split in ("train", "validation", "test"):
         held = {"validation": {validation}, "test": {test}}.get(split, set(speakers) - {validation, test})
-        source = Recordings(tuple(one for one in recordings if one.speaker in held))
+        chosen = [one for one in recordings if one.speaker in held]
+        copies = [dataclasses.replace(one, speed=speed) for one in chosen for speed in speeds if split == "train"]
+        source = Recordings((*chosen, *copies))
         export_array_record(source, folder, split)
         counts[split] = len(source)
     return counts
@@ -93,9 +113,12 @@ def main() -> None:
     parser.add_argument("folder", type=pathlib.Path, help="where to write train, validation and test")
     parser.add_argument("--validation", default="s4", help="the speaker who validates (default: s4)")
     parser.add_argument("--test", default="s5", help="the speaker who tests (default: s5)")
+    speeds = [0.8, 0.87, 0.93, 1.07, 1.15, 1.25]
+    text = "copies of the train recordings, played at these speeds (default: 0.8 to 1.25 in six steps)"
+    parser.add_argument("--speeds", type=float, nargs="*", default=speeds, help=text)
     options = parser.parse_args()
     try:
-        counts = convert(options.archive, options.folder, options.validation, options.test)
+        counts = convert(options.archive, options.folder, options.validation, options.test, options.speeds)
     except UserError as error:
         parser.exit(2, f"{error}\n")
     print(f"{options.folder}: " + ", ".join(f"{split} {count}" for split, count in counts.items()))

@@ -406,7 +406,7 @@ def test_sound_of_length_zero_is_refused(form):
     soundfile = pytest.importorskip("soundfile")
     buffer = io.BytesIO()
     soundfile.write(buffer, np.zeros(0), SAMPLE_RATE, format=form)
-    with pytest.raises(UserError, match="the sound in here is empty|cannot read the sound in here"):
+    with pytest.raises(UserError, match=r"the sound in here is empty|cannot read the sound in here"):
         decode_audio(buffer.getvalue(), "here")
 
 
@@ -424,7 +424,7 @@ def test_a_sound_that_is_too_long_is_refused(monkeypatch):
     "make", [lambda: png(Image.new("RGB", (1, 1))), lambda: b"text, not sound", lambda: film([0, 10])]
 )
 def test_what_is_no_sound_is_refused_in_one_line(make):
-    with pytest.raises(UserError, match="cannot read the sound in here: .*; it must be a WAV file") as caught:
+    with pytest.raises(UserError, match=r"cannot read the sound in here: .*; it must be a WAV file") as caught:
         decode_audio(make(), "here")
     assert "\n" not in str(caught.value)
 
