@@ -275,5 +275,6 @@ def _in_own_range(samples: np.ndarray, where: str) -> np.ndarray:
 
 def _sound_of_file(file: bytes | pathlib.Path, where: str) -> Float32[ndarray, " samples"]:
     rate, samples = read_sound(file, where)
-    mono = _full_scale(samples.reshape(len(samples), -1), where).mean(axis=1)
+    scaled = _full_scale(samples, where)
+    mono = scaled if scaled.ndim == 1 else scaled.mean(axis=1)
     return resampled(mono, rate, where).clip(-1, 1).astype(np.float32)

@@ -50,7 +50,9 @@ def resampled(mono: Float[ndarray, " n"], rate: int, where: str) -> Float[ndarra
         what = f"the sound in {where} has {rate} samples a second, not {SAMPLE_RATE}: resampling it needs"
         raise UserError(f"{what} {MEDIA_EXTRA}") from error
     wanted = -(-len(mono) * SAMPLE_RATE // rate)  # the part of a sample at the end counts
-    return soxr.resample(np.pad(mono, (0, rate // SAMPLE_RATE + 2)), rate, SAMPLE_RATE)[:wanted]
+    silence = np.zeros(rate // SAMPLE_RATE + 2, mono.dtype)
+    found: np.ndarray = soxr.resample(np.concatenate([mono, silence]), rate, SAMPLE_RATE)
+    return found[:wanted]
 
 
 def _too_long(where: str, samples: int) -> str:
