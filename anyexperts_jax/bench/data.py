@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from anyexperts_jax.bench.output import environment, markdown, write_files
@@ -57,7 +57,7 @@ def bench_data(
     """
     require(examples >= 1, f"examples={examples} must be >= 1")
     require(rounds >= 1, f"rounds={rounds} must be >= 1")
-    made_with, tokenizer = environment(rounds), open_tokenizer(config.tokenizer)
+    made_with = environment(rounds)
     speeds: list[DataSpeed] = []
     for name in config.domains:
         count = examples_there(config, name, SPLIT, examples)
@@ -65,9 +65,8 @@ def bench_data(
         note(f"{name}: {count} examples")
         read = [source[index] for index in range(count)]
         for modality in dict.fromkeys(_modality(example) for example in read):
-            indices = [index for index, example in enumerate(read) if _modality(example) == modality]
-            amounts = _amounts([read[index] for index in indices], config.encoding, tokenizer)
-            speeds.append(_speed(config, name, modality, source, indices, amounts, rounds, tokenizer))
+            chosen = {index: example for index, example in enumerate(read) if _modality(example) == modality}
+            speeds.append(_speed(config, name, source, chosen, rounds))
     return DataBench(made_with, tuple(speeds))
 
 
@@ -87,17 +86,9 @@ def _bytes(example: Example) -> int:
     return len(example.question.encode()) + len(example.answer.encode()) + sum(pixels) + sound
 
 
-def _speed(
-    config: DataConfig,
-    name: str,
-    modality: str,
-    source: Source,
-    indices: Sequence[int],
-    amounts: tuple[int, float],
-    rounds: int,
-    tokenizer: Tokenizer,
-) -> DataSpeed:
-    spec = config.encoding
+def _speed(config: DataConfig, name: str, source: Source, examples: Mapping[int, Example], rounds: int) -> DataSpeed:
+    """Of examples of one modality, by their numbers."""
+    spec, tokenizer, indices = config.encoding, open_tokenizer(config.tokenizer), list(examples)
 
     def read() -> None:
         for index in indices:
@@ -114,10 +105,10 @@ def _speed(
         calls["plain"] = lambda: loop(indices)
     seconds = _in_turn(calls, rounds)
     per_second = {call: len(indices) / statistics.median(each) for call, each in seconds.items()}
-    tokens, megabytes = amounts
+    tokens, megabytes = _amounts(list(examples.values()), spec, tokenizer)
     return DataSpeed(
         domain=name,
-        modality=modality,
+        modality=_modality(next(iter(examples.values()))),
         examples=len(indices),
         examples_per_second=per_second["whole"],
         tokens_per_second=per_second["whole"] * tokens / len(indices),

@@ -45,24 +45,24 @@ def _times(data: bytes, where: str, most: int) -> Float[ndarray, " F"]:
     import av
     from PIL import Image
 
-    with av.open(io.BytesIO(data)) as file:
+    with av.open(io.BytesIO(data), "r") as file:
         require(len(file.streams.video) > 0, f"the film in {where} holds no video, or was cut short; {_KINDS}")
         stream = file.streams.video[0]
-        packets = [packet for packet in file.demux(stream) if packet.size and packet.pts is not None]
+        packets = [(packet.pts, packet.duration or 0) for packet in file.demux(stream) if packet.size]
+        shown = sorted((start, lasts) for start, lasts in packets if start is not None)
         promised = stream.frames if "mp4" in file.format.name else 0  # others count ticks, or nothing
         second = float(stream.time_base or 1)
         area, pixels = stream.codec_context.width * stream.codec_context.height, Image.MAX_IMAGE_PIXELS
-    cut = f"cannot read the film in {where}: it was cut short, {len(packets)} frames of {promised}; {_KINDS}"
-    require(len(packets) >= promised, cut)
-    require(len(packets) > 0, f"the film in {where} has no frames; {_KINDS}")
+    cut = f"cannot read the film in {where}: it was cut short, {len(shown)} frames of {promised}; {_KINDS}"
+    require(len(shown) >= promised, cut)
+    require(len(shown) > 0, f"the film in {where} has no frames; {_KINDS}")
     if pixels is not None and area > 0:
         require(area <= pixels, f"the film in {where} has frames of more than {pixels:,} pixels; scale it down")
         most = min(most, pixels // area)
-    starts = sorted(packet.pts for packet in packets)
+    starts = [start for start, _ in shown]
     usual = float(np.median(np.diff(starts))) if len(starts) > 1 else 1.0
-    last = max(packets, key=lambda packet: packet.pts)
-    lasts = max(last.duration or 0, usual)  # AVI files give a tick for the duration of a frame
-    begin, end, count = starts[0] * second, (starts[-1] + lasts) * second, min(len(packets), most)
+    lasts = max(shown[-1][1], usual)  # AVI files give a tick for the duration of a frame
+    begin, end, count = starts[0] * second, (starts[-1] + lasts) * second, min(len(shown), most)
     return begin + (np.arange(count) + 0.5) * (end - begin) / count
 
 
@@ -72,7 +72,7 @@ def _shown(data: bytes, where: str, times_F: Float[ndarray, " F"]) -> UInt8[ndar
 
     found: list[np.ndarray] = []
     shown: VideoFrame | None = None
-    with av.open(io.BytesIO(data)) as file:
+    with av.open(io.BytesIO(data), "r") as file:
         for frame in file.decode(video=0):
             while shown is not None and len(found) < len(times_F) and frame.time > times_F[len(found)]:
                 found.append(_pixels(shown))

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -285,7 +286,7 @@ def _scored(
             said = choose(trained, model, source, batches, window)
         else:
             said = [text for batch in batches for text in predict(trained, model, batch, window, length)]
-        how = {"metric": metric, "tokenizer": trained.tokenizer, "likelihood": likelihoods[name]}
+        how: dict[str, Any] = {"metric": metric, "tokenizer": trained.tokenizer, "likelihood": likelihoods[name]}
         scores.append(score_domain(name, source, batches, said, **how))
     return sample, tuple(scores)
 

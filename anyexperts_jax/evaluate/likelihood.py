@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -88,27 +88,22 @@ def choose(trained: Trained, model: ModelConfig, source: Source, batches: Sequen
                 picked.append("")
                 continue
             index, question, _ = row
-            nats = _nats(trained, model, source, index, choices[question], window, len(batch.tokens_BT))
+            example, spec = source[index], trained.config.data.encoding
+            put = [dataclasses.replace(example, answer=choice) for choice in choices[question]]
+            encoded = [encode(one, spec, tokenizer=trained.tokenizer) for one in put]
+            nats = _nats(trained, model, encoded, window, len(batch.tokens_BT))
             picked.append(choices[question][int(np.argmin(nats))])
     return picked
 
 
 def _nats(
-    trained: Trained,
-    model: ModelConfig,
-    source: Source,
-    index: int,
-    choices: Sequence[str],
-    window: Window,
-    size: int,
-) -> Float[ndarray, " choices"]:
-    """What each answer to the example's question costs, in passes over `size` sequences at a time."""
-    example, spec, tokenizer = source[index], trained.config.data.encoding, trained.tokenizer
-    encoded = [encode(dataclasses.replace(example, answer=one), spec, tokenizer=tokenizer) for one in choices]
+    trained: Trained, model: ModelConfig, encoded: Sequence[Mapping[str, np.ndarray]], window: Window, size: int
+) -> Float[ndarray, " rows"]:
+    """What the answer of each row costs, in passes over `size` rows at a time."""
     nats = []
     for begin in range(0, len(encoded), size):
         part = encoded[begin : begin + size]
-        batch = pad_rows(stack(part), size, tokenizer)
+        batch = pad_rows(stack(part), size, trained.tokenizer)
         scores = _scores(run_at(trained, model, batch, window), batch)
         nats.append(np.asarray(scores.loss_B)[: len(part)])
     return np.concatenate(nats)
