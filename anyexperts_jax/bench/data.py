@@ -175,4 +175,4 @@ def data_tables(bench: DataBench) -> tuple[TextTable, TextTable]:
 def write_bench(bench: DataBench, folder: pathlib.Path, command: str) -> tuple[pathlib.Path, ...]:
     """Writes bench_data.json, .csv and .md to `folder` and returns their paths."""
     text = markdown("Data", command, bench.environment, data_tables(bench))
-    return write_files(folder, "bench_data", command, bench, bench.speeds, text)
+    return write_files(folder, "bench_data", command, bench, rows=bench.speeds, text=text)
