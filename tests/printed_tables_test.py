@@ -16,7 +16,7 @@ from anyexperts_jax.bench.step import StepBench, StepTime, step_table
 from anyexperts_jax.core.text_table import print_tables
 from anyexperts_jax.data import show
 from anyexperts_jax.data.example import Example
-from anyexperts_jax.report.tables import allocation_table, budget_table, score_table, separation_table
+from anyexperts_jax.report.tables import allocation_table, budget_table, likelihood_table, score_table, separation_table
 from anyexperts_jax.train.config import load_config
 from anyexperts_jax.train.goodput import StepTimes, TimeReport
 from anyexperts_jax.train.progress import Reporter, domain_table, routing_table, status_line, time_table
@@ -55,6 +55,7 @@ TIMES = TimeReport({"step": 123456.7, "compile": 1234.5, "validation": 99.9}, 10
 EVALUATION = evaluation(budgets=(104.8, 105.6, 106.4, 107.2, 108.0, 109.6))
 TABLES = {
     "scores": score_table(EVALUATION),
+    "right answers": likelihood_table(EVALUATION),
     "budgets": budget_table(EVALUATION),
     "allocation": allocation_table(EVALUATION),
     "separation": separation_table(EVALUATION.separations),

@@ -1,9 +1,9 @@
-"""`anyexperts bench layer` and `anyexperts bench step`."""
+"""`anyexperts bench layer`, `anyexperts bench step` and `anyexperts bench data`."""
 
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_command, positive, say
+from anyexperts_jax.cli.options import add_command, add_config, positive, say
 from anyexperts_jax.core.shapes import HOST_SHAPES, SHAPES
 
 
@@ -37,13 +37,29 @@ def run_step(options: argparse.Namespace) -> None:
         print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
 
 
+def run_data(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from anyexperts_jax.bench.data import bench_data, data_tables, write_bench
+    from anyexperts_jax.core.text_table import print_tables
+    from anyexperts_jax.train.config import load_config
+
+    config = load_config(options.config, options.set, options.plugin).data
+    bench = bench_data(config, options.examples, options.rounds, note=say)
+    print_tables(data_tables(bench), Console(highlight=False))
+    if options.out:
+        names = " ".join([options.config, *(f"--set {one!r}" for one in options.set)])
+        command = f"anyexperts bench data {names} --examples {options.examples} --rounds {options.rounds}"
+        print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
+
+
 def add(commands: argparse._SubParsersAction) -> None:
     layer_example = "anyexperts bench layer --shape S1 --dtype float32"
     step_example = "anyexperts bench step --rounds 3 --out runs/bench"
     bench = add_command(
         commands,
         "bench",
-        "time the layer and the train step, beside transformers where it is there",
+        "time the layer, the train step and the data, beside other libraries where they are there",
         (layer_example, step_example),
     )
     actions = bench.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -81,3 +97,16 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="also write bench_step.json, .csv and .md into this folder (default: print alone)",
     )
     step.set_defaults(command=run_step)
+    data_example = "anyexperts bench data tiny --examples 100"
+    data = add_command(
+        actions, "data", "time reading and encoding of a run's data, beside the plain library", (data_example,)
+    )
+    add_config(data)
+    data.add_argument("--examples", type=positive, default=200, help="train examples of each domain")
+    data.add_argument("--rounds", type=positive, default=5, help="interleaved rounds; medians are shown")
+    data.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="also write bench_data.json, .csv and .md into this folder (default: print alone)",
+    )
+    data.set_defaults(command=run_data)

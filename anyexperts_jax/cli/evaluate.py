@@ -1,6 +1,7 @@
 """`anyexperts evaluate`."""
 
 import argparse
+import dataclasses
 
 from anyexperts_jax.cli.options import add_command, add_run, mesh_of, positive, positive_number, say
 
@@ -10,6 +11,7 @@ def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.report.tables import print_evaluation
 
     amounts = Options(num_examples=options.examples, calibration_examples=options.calibration_examples)
+    amounts = dataclasses.replace(amounts, metrics=tuple(options.metric))
     asked = (options.run, options.budget, options.domain)
     where = {"which": options.checkpoint, "mesh": mesh_of(options)}
     evaluate(*asked, **where, options=amounts, note=say, show=print_evaluation)
@@ -22,6 +24,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "score one checkpoint at several budgets",
         (
             "anyexperts evaluate runs/mine --budget 4.8 6.4 8.0 9.6",
+            "anyexperts evaluate runs/mine --metric mine=cer",
             "anyexperts evaluate runs/mine --domain ocr speech --examples 256 --checkpoint last",
         ),
     )
@@ -34,6 +37,14 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="real experts per token (default: four near the run's)",
     )
     parser.add_argument("--domain", nargs="+", help="domains to evaluate (default: all of the run)")
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME=METRIC",
+        help="score the domain NAME by exact, anls, wer, cer, f1, choice (the likeliest of its type's answers) or a "
+        "plugin's metric; repeatable (default: as the run's data.metrics or the data say)",
+    )
     parser.add_argument("--examples", type=positive, default=64, help="test examples of each domain")
     parser.add_argument(
         "--calibration-examples",

@@ -48,7 +48,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--index", type=int, default=0, help="number of the example in the split, from 0")
     parser.add_argument("--question", help="ask this instead (default: the domain's own question)")
     parser.add_argument("--image", type=pathlib.Path, help="a picture that --question is about (default: none)")
-    parser.add_argument("--audio", type=pathlib.Path, help="a WAV file that --question is about (default: none)")
+    parser.add_argument("--audio", type=pathlib.Path, help="a sound file that --question is about (default: none)")
     parser.add_argument(
         "--budget", type=positive_number, metavar="K", help="real experts per token (default: as trained)"
     )

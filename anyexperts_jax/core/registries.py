@@ -74,6 +74,19 @@ DOMAINS: Registry[Any] = Registry(
     },
 )
 
+# data.scores.AnswerMetric: how right an answer is
+METRICS: Registry[Any] = Registry(
+    "metric",
+    {
+        "exact": "anyexperts_jax.data.scores:EXACT",
+        "anls": "anyexperts_jax.data.scores:ANLS",
+        "wer": "anyexperts_jax.data.scores:WER",
+        "cer": "anyexperts_jax.data.scores:CER",
+        "f1": "anyexperts_jax.data.scores:F1",
+        "choice": "anyexperts_jax.data.scores:CHOICE",
+    },
+)
+
 # data.source.FolderFormat: what reads a user's domain from a folder
 SOURCES: Registry[Any] = Registry(
     "source",

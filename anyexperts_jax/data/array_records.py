@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
-from anyexperts_jax.data.domain import METRICS, SPLITS, Metric
+from anyexperts_jax.core.registries import METRICS
+from anyexperts_jax.data.domain import SPLITS, Metric
 from anyexperts_jax.data.example import Example
 from anyexperts_jax.data.source import FolderFormat, Source
 
@@ -162,7 +163,7 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a manifest of examples: {type(error).__name__}: {error}") from error
     require(well_formed, f"{path}: question_types must be names and splits map names to numbers of examples")
     require(version == _VERSION, f"{path} has version {version!r}; this package reads version {_VERSION}")
-    require_one_of(f"{path}: metric", metric, METRICS)
+    METRICS.check(f"{path}: metric", metric)
     return manifest
 
 

@@ -7,12 +7,13 @@ from typing import Literal
 
 from anyexperts_jax.core.checks import Seed, check_field_types
 from anyexperts_jax.core.errors import comma_list, require, require_one_of
-from anyexperts_jax.core.registries import DOMAINS
+from anyexperts_jax.core.registries import DOMAINS, METRICS
 from anyexperts_jax.data.domain import DOMAIN_NAMES
 from anyexperts_jax.data.example import LEVELS
 from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
 
 Packing = Literal["none", "first_fit"]
+Pictures = Literal["fit", "whole"]
 
 MOST_MAKERS = 1024  # threads, and processes, that make batches: more would take the machine down
 
@@ -29,6 +30,7 @@ class EncodingSpec:
     patch_size: int = 8  # side of a square patch, in pixels
     max_patches: int = 72  # P, patches of a sequence; 0: no image, no video
     max_video_frames: int = 16  # frames of a video
+    pictures: Pictures = "fit"  # resized, in shape, where needed; "whole": refused unless whole patches that fit
     mel_bands: int = 40  # numbers in a log-mel frame
     frames_per_chunk: int = 4  # log-mel frames (10 ms each) that make one audio position
     max_frames: int = 72  # S, audio positions of a sequence; 0: no audio
@@ -63,6 +65,7 @@ class DataConfig:
     domains: tuple[str, ...] = DOMAIN_NAMES  # domains: generated ones, or names that `folders` defines
     weights: tuple[float, ...] | None = None  # shares of the domains, in any unit; None: all the same
     folders: tuple[str, ...] = ()  # "NAME=PATH": the domain NAME is read from the folder PATH
+    metrics: tuple[str, ...] = ()  # "NAME=METRIC": the domain NAME is scored by METRIC (else by its own)
     seed: Seed = 0  # seed of the examples and of their order
     levels: tuple[int, ...] = LEVELS  # difficulties that generated domains draw from
     train_examples: int = 1_000_000  # examples of each generated domain, before they come again in another order
@@ -85,6 +88,7 @@ class DataConfig:
             require_one_of("data.domains entry", name, valid)
         for name in folders:
             require(name in self.domains, f"data.folders names {name!r}, which is not in data.domains")
+        self.metric_names()
         _require_weights(self.weights, self.domains)
         require(len(self.levels) > 0, "data.levels is empty; valid: 1, 2, 3")
         for level in self.levels:
@@ -101,6 +105,10 @@ class DataConfig:
     def folder_paths(self) -> dict[str, pathlib.Path]:
         """The folders by the name of their domain."""
         return named_paths(self.folders, "data.folders")
+
+    def metric_names(self) -> dict[str, str]:
+        """The metrics that are asked for, by the name of their domain."""
+        return named_metrics(self.metrics, "data.metrics", self.domains)
 
     def shares(self) -> tuple[float, ...]:
         """The weights of the domains, in order, scaled to add up to 1."""
@@ -127,6 +135,23 @@ def named_paths(entries: Iterable[str], option: str) -> dict[str, pathlib.Path]:
         require(name not in paths, f"{option} names {name!r} twice")
         paths[name] = pathlib.Path(path)
     return paths
+
+
+def named_metrics(entries: Iterable[str], option: str, domains: Iterable[str]) -> dict[str, str]:
+    """Names in METRICS by domain from entries that read NAME=METRIC; `option` is for messages.
+
+    Raises:
+      UserError: for an entry of another form, an unknown domain or metric, or a domain that comes twice.
+    """
+    metrics: dict[str, str] = {}
+    for entry in entries:
+        name, equals, metric = entry.partition("=")
+        require(bool(name and equals and metric), f"{option} entry {entry!r} must read NAME=METRIC, as spoken=wer")
+        require_one_of(f"{option}: domain", name, tuple(domains))
+        METRICS.check(f"{option}: metric of {name}", metric)
+        require(name not in metrics, f"{option} names {name!r} twice")
+        metrics[name] = metric
+    return metrics
 
 
 def _require_weights(weights: tuple[float, ...] | None, domains: tuple[str, ...]) -> None:

@@ -22,11 +22,8 @@ not a number. Every error is one line that begins with, or names, `where` the me
 
 import contextlib
 import io
-import math
 import pathlib
-import struct
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,31 +32,16 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.data.damage import DAMAGE, said
 from anyexperts_jax.data.example import SAMPLE_RATE
+from anyexperts_jax.data.sound_file import read_sound, resampled
+from anyexperts_jax.data.video_file import read_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_FRAMES = 1024  # of a film in one file
-RATES = (1_000, 768_000)  # samples a second that a sound file may have
 _LOUDEST = 2.0  # floats up to here are taken for peaks that a codec's rounding made
-
-# What Pillow's and SciPy's readers raise on damaged files. They check little before they unpack.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    MemoryError,
-    NameError,
-    AttributeError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
-)
 
 
 def decode_picture(value: Any, where: str) -> UInt8[ndarray, "H W 3"]:
@@ -77,14 +59,20 @@ def decode_picture(value: Any, where: str) -> UInt8[ndarray, "H W 3"]:
 
 
 def decode_video(value: Any, where: str) -> UInt8[ndarray, "F H W 3"]:
-    """RGB pixels of a film: pictures of one size, the path or bytes of an animated one, or numbers [F, H, W, 3].
+    """RGB pixels of a film: pictures of one size, the path or bytes of a file, or numbers [F, H, W, 3].
+
+    An animated GIF, PNG or WebP file gives all its frames; any other, as MP4 or WebM, those that are shown at times
+    evenly spaced, by the extra `media`: see `data.video_file`.
 
     Raises:
       UserError: in one line with `where`, for what is not such a film.
     """
     if isinstance(value, bytes | pathlib.Path):
+        data = _bytes(value, "film", where)
+        if not _pillow_knows(data):
+            return read_video(data, where)
         with _pillows_warnings():
-            return _stacked(_frames_of(_open(value, "film", where), where), where)
+            return _stacked(_frames_of(_open(data, "film", where), where), where)
     if isinstance(value, Sequence) and value and all(_is_picture(one) for one in value):
         return _stacked([decode_picture(one, f"{where}, frame {i}") for i, one in enumerate(value)], where)
     return _scaled(_numbers(value, where, "pixels"), 4, where)
@@ -93,7 +81,7 @@ def decode_video(value: Any, where: str) -> UInt8[ndarray, "F H W 3"]:
 def decode_audio(value: Any, where: str, rate: int | None = None) -> Float32[ndarray, " samples"]:
     """Mono samples in [-1, 1] at SAMPLE_RATE: of the path or bytes of a file, brought to that rate, or of numbers.
 
-    WAV files are read by SciPy; FLAC, Ogg and MP3 need the package `soundfile`.
+    WAV files at that rate need nothing; other formats and rates need the extra `media`: see `data.sound_file`.
 
     Args:
       rate: of numbers, which must be SAMPLE_RATE; None: taken to be.
@@ -129,8 +117,8 @@ def _open(file: bytes | pathlib.Path, kind: str, where: str) -> "Image":
     """The file as one of Pillow's pictures, its first frame decoded."""
     from PIL import Image
 
+    data = _bytes(file, kind, where)
     try:
-        data = file if isinstance(file, bytes) else file.read_bytes()
         with _pillows_warnings():
             image = Image.open(io.BytesIO(data))
             image.load()
@@ -138,9 +126,29 @@ def _open(file: bytes | pathlib.Path, kind: str, where: str) -> "Image":
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         most = f"{Image.MAX_IMAGE_PIXELS:,}"
         raise UserError(f"the {kind} in {where} has more than {most} pixels; scale it down") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         advice = "; it must be an animated GIF, PNG or WebP file, or frames" if kind == "film" else ""
-        raise UserError(f"cannot read the {kind} in {where}: {_said(error)}{advice}") from error
+        raise UserError(f"cannot read the {kind} in {where}: {said(error)}{advice}") from error
+
+
+def _pillow_knows(data: bytes) -> bool:
+    """Whether it is a picture, whole or not, by the file's first bytes."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with _pillows_warnings(), Image.open(io.BytesIO(data)):
+            return True
+    except UnidentifiedImageError:
+        return False
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, *DAMAGE):
+        return True
+
+
+def _bytes(file: bytes | pathlib.Path, kind: str, where: str) -> bytes:
+    try:
+        return file if isinstance(file, bytes) else file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the {kind} in {where}: {said(error)}") from error
 
 
 def _frames_of(image: "Image", where: str) -> list[UInt8[ndarray, "H W 3"]]:
@@ -155,8 +163,8 @@ def _frames_of(image: "Image", where: str) -> list[UInt8[ndarray, "H W 3"]]:
             image.load()
         except EOFError:
             return frames
-        except _DAMAGE as error:
-            raise UserError(f"cannot read the film in {where}, frame {len(frames)}: {_said(error)}") from error
+        except DAMAGE as error:
+            raise UserError(f"cannot read the film in {where}, frame {len(frames)}: {said(error)}") from error
         frames.append(_pixels_of(image, where))
         require(len(frames) <= MAX_FRAMES, f"the film in {where} has more than {MAX_FRAMES} frames; take some out")
         pixels = len(frames) * image.width * image.height
@@ -173,8 +181,8 @@ def _pixels_of(image: "Image", where: str) -> UInt8[ndarray, "H W 3"]:
     """RGB pixels of one of Pillow's pictures, by its mode."""
     try:
         values = _values_of(image)
-    except _DAMAGE as error:
-        raise UserError(f"cannot read the picture in {where}: {_said(error)}") from error
+    except DAMAGE as error:
+        raise UserError(f"cannot read the picture in {where}: {said(error)}") from error
     return _scaled(values if values.ndim == 3 else np.repeat(values[..., None], 3, axis=-1), 3, where)
 
 
@@ -223,7 +231,7 @@ def _numbers(value: Any, where: str, what: str) -> np.ndarray:
     try:
         values = np.asarray(value)
     except (ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{where}: {what} must be numbers of one shape: {_said(error)}") from error
+        raise UserError(f"{where}: {what} must be numbers of one shape: {said(error)}") from error
     if values.dtype == object and all(one is None or isinstance(one, int | float) for one in values.flat):
         values = values.astype(np.float64)  # None becomes NaN, which is refused as such
     kinds = "biuf" if what == "pixels" else "iuf"
@@ -266,68 +274,7 @@ def _in_own_range(samples: np.ndarray, where: str) -> np.ndarray:
 
 
 def _sound_of_file(file: bytes | pathlib.Path, where: str) -> Float32[ndarray, " samples"]:
-    from scipy.signal import resample_poly
-
-    try:
-        data = file if isinstance(file, bytes) else file.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the sound in {where}: {_said(error)}; it must be a WAV file") from error
-    rate, samples = _read_wav(data, where) if data[:4] in (b"RIFF", b"RIFX", b"RF64") else _read_other(data, where)
-    low, high = RATES
-    require(low <= rate <= high, f"the sound in {where} has {rate} samples a second; valid: {low} to {high}")
-    require(samples.size > 0, f"the sound in {where} is empty; give a WAV file with samples in it")
-    mono = _full_scale(samples.reshape(len(samples), -1), where).mean(axis=1)
-    common = math.gcd(rate, SAMPLE_RATE)
-    return resample_poly(mono, SAMPLE_RATE // common, rate // common).clip(-1, 1).astype(np.float32)
-
-
-def _read_wav(data: bytes, where: str) -> tuple[int, np.ndarray]:
-    """Rate, and samples [n] or [n, channels], of a WAV file; one that was cut short is refused."""
-    from scipy.io import wavfile
-
-    promised = _promised_bytes(data)
-    there = f"it was cut short, {len(data)} bytes of {promised}; it must be a WAV file that is whole"
-    require(len(data) >= promised, f"cannot read the sound in {where}: {there}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks it does not know
-            rate, samples = wavfile.read(io.BytesIO(data))
-    except _DAMAGE as error:
-        raise UserError(f"cannot read the sound in {where}: {_said(error)}; it must be a WAV file") from error
-    return int(rate), samples
-
-
-def _promised_bytes(data: bytes) -> int:
-    """The file's length by the header of its samples; 0 where a program that wrote to a pipe left it open."""
-    order = ">I" if data[:4] == b"RIFX" else "<I"
-    at = 12
-    while at + 8 <= len(data):
-        size = struct.unpack(order, data[at + 4 : at + 8])[0]
-        if data[at : at + 4] == b"data":
-            return 0 if size == 0xFFFFFFFF else at + 8 + size
-        at += 8 + size + size % 2
-    return 0
-
-
-def _read_other(data: bytes, where: str) -> tuple[int, np.ndarray]:
-    """Rate and samples of a file in another format that libsndfile knows."""
-    advice = "it must be a WAV file, or one that the package soundfile reads: FLAC, Ogg, MP3"
-    try:
-        import soundfile
-    except ImportError as error:
-        raise UserError(f"cannot read the sound in {where}: no WAV header; {advice} (pip install soundfile)") from error
-    try:
-        samples, rate = soundfile.read(io.BytesIO(data))
-    except (soundfile.SoundFileError, *_DAMAGE) as error:
-        raise UserError(f"cannot read the sound in {where}: {_said(error)}; {advice}") from error
-    return int(rate), samples
-
-
-def _said(error: BaseException) -> str:
-    """The error's text in one short line, or its name where it has none."""
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):  # whose text is the address of a buffer
-        return "Pillow knows no such format"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:200] or type(error).__name__
+    rate, samples = read_sound(file, where)
+    scaled = _full_scale(samples, where)
+    mono = scaled if scaled.ndim == 1 else scaled.mean(axis=1)
+    return resampled(mono, rate, where).clip(-1, 1).astype(np.float32)

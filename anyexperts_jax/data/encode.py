@@ -11,6 +11,7 @@ from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.example import Example
 from anyexperts_jax.data.features import chunks_in_spans, log_mel, stack_frames
+from anyexperts_jax.data.prepare import prepare
 from anyexperts_jax.data.sequence import EncodedSequence, MediaPart, Part, TokenPart, assemble, padded
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.tokenizers.base import Tokenizer, require_fits_vocabulary
@@ -34,6 +35,7 @@ def encode_example(
     Raises:
       UserError: when the example does not fit `spec`.
     """
+    example = prepare(example, spec)
     media = _media(example, spec)
     special, question, answer = tokenizer.special, tokenizer.encode(example.question), tokenizer.encode(example.answer)
     _require_room(example, spec, sum(len(part.features) for part in media), len(question), len(answer))
@@ -74,38 +76,33 @@ def patches(pixels: UInt8[ndarray, "F H W 3"], patch_size: int) -> Float32[ndarr
 def _media(example: Example, spec: EncodingSpec) -> list[MediaPart]:
     if example.image is not None:
         evidence = None if example.image_evidence is None else example.image_evidence[None]
-        return [_visual(example, spec, Modality.IMAGE, example.image[None], evidence)]
+        return [_visual(spec, Modality.IMAGE, example.image[None], evidence)]
     if example.video is not None:
-        return [_visual(example, spec, Modality.VIDEO, example.video, example.video_evidence)]
+        return [_visual(spec, Modality.VIDEO, example.video, example.video_evidence)]
     if example.audio is not None:
         return [_audio(example, spec, example.audio)]
     return []
 
 
 def _visual(
-    example: Example, spec: EncodingSpec, modality: Modality, pixels: np.ndarray, evidence: np.ndarray | None
+    spec: EncodingSpec, modality: Modality, pixels_FHW3: np.ndarray, evidence_FHW: np.ndarray | None
 ) -> MediaPart:
-    frames, height, width, _ = pixels.shape
+    """A picture, as a video of one frame, or a video, of whole patches (`data.prepare`)."""
+    frames, height, width, _ = pixels_FHW3.shape
     size = spec.patch_size
-    where = f"{example.domain} {example.media} of {width} x {height} pixels"
-    require(
-        height % size == 0 and width % size == 0, f"{where} does not divide into patches of encoding.patch_size={size}"
-    )
     rows, columns = height // size, width // size
     count = frames * rows * columns
-    require(
-        count <= spec.max_patches, f"{where} makes {count} patches, more than encoding.max_patches={spec.max_patches}"
-    )
-    require(
-        frames <= spec.max_video_frames,
-        f"{where} has {frames} frames, more than encoding.max_video_frames={spec.max_video_frames}",
-    )
     share = np.zeros(count)
-    if evidence is not None:
-        share = evidence.reshape(frames, rows, size, columns, size).mean(axis=(2, 4)).reshape(count)
+    if evidence_FHW is not None:
+        share = evidence_FHW.reshape(frames, rows, size, columns, size).mean(axis=(2, 4)).reshape(count)
     time, row, column = np.unravel_index(np.arange(count), (frames, rows, columns))
     return MediaPart(
-        modality, patches(pixels, size), share >= spec.patch_evidence, time=time, grid_row=row, grid_column=column
+        modality,
+        patches(pixels_FHW3, size),
+        share >= spec.patch_evidence,
+        time=time,
+        grid_row=row,
+        grid_column=column,
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, UInt8
 from numpy import ndarray
 
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import UserError, require
 
 SAMPLE_RATE = 16_000  # of `Example.audio`, in Hz
 LEVELS = (1, 2, 3)
@@ -85,15 +85,18 @@ def _require_text(where: str, name: str, text: Any) -> None:
 def _require_pixels(where: str, name: str, pixels: np.ndarray | None, axes: int) -> None:
     if pixels is None:
         return
-    fits = pixels.dtype == np.uint8 and pixels.ndim == axes and pixels.shape[-1] == 3 and pixels.size > 0
+    if pixels.dtype == np.uint8 and pixels.ndim == axes and pixels.shape[-1] == 3 and pixels.size > 0:
+        return
     form = "[H, W, 3]" if axes == 3 else "[F, H, W, 3]"
-    require(fits, f"{where}: {name} of {pixels.dtype} and shape {pixels.shape} must be uint8 of shape {form}")
+    raise UserError(f"{where}: {name} of {pixels.dtype} and shape {pixels.shape} must be uint8 of shape {form}")
 
 
 def _require_samples(where: str, samples: np.ndarray | None) -> None:
     if samples is None:
         return
-    fits = samples.dtype.kind == "f" and samples.ndim == 1 and samples.size > 0
-    require(fits, f"{where}: audio of {samples.dtype} and shape {samples.shape} must be float32 of shape [samples]")
-    bad = int((~np.isfinite(samples)).sum())
+    if samples.dtype.kind != "f" or samples.ndim != 1 or samples.size == 0:  # the name of a type takes its time
+        raise UserError(
+            f"{where}: audio of {samples.dtype} and shape {samples.shape} must be float32 of shape [samples]"
+        )
+    bad = samples.size - int(np.count_nonzero(np.isfinite(samples)))
     require(bad == 0, f"{where}: audio must be finite; {bad} of {samples.size} samples are NaN or infinite")

@@ -73,7 +73,8 @@ def log_mel(audio: Float32[ndarray, " samples"], num_bands: int = 32) -> Float32
     """
     frames = num_frames(len(audio))
     needed = WINDOW + HOP * (frames - 1)
-    padded = np.pad(audio.astype(np.float64), (0, max(0, needed - len(audio))))
+    padded = np.zeros(max(needed, len(audio)))
+    padded[: len(audio)] = audio
     windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[: needed - WINDOW + 1 : HOP]
     power = np.abs(np.fft.rfft(windows * _hann(), n=FFT_SIZE)) ** 2
     log_power = np.log10(np.maximum(_sparse_filters(num_bands).dot(power.T).T, _POWER_FLOOR))
@@ -89,7 +90,7 @@ def stack_frames(
     """
     require(frames_per_chunk >= 1, f"frames_per_chunk={frames_per_chunk} must be >= 1")
     missing = -len(frames) % frames_per_chunk
-    filled = np.pad(frames, ((0, missing), (0, 0)), mode="edge")
+    filled = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
     return filled.reshape(-1, frames_per_chunk * frames.shape[1])
 
 

@@ -75,7 +75,8 @@ def own_example(question: str, spec: EncodingSpec, *, image: Any = None, audio: 
     require(image is None or audio is None, "give --image or --audio, not both")
     media: dict[str, Any] = {}
     if image is not None:
-        media["image"] = _read_image(image, spec)
+        require(spec.max_patches > 0, "this run reads no images: data.encoding.max_patches=0")
+        media["image"] = decode_picture(*_named(image, "the image"))
     if audio is not None:
         media["audio"] = decode_audio(*_named(audio, "the audio"))
     return Example(
@@ -87,12 +88,3 @@ def _named(value: Any, name: str) -> tuple[Any, str]:
     """The value with its name for messages: a path is its own."""
     path = isinstance(value, str | pathlib.Path)
     return (pathlib.Path(value), str(value)) if path else (value, name)
-
-
-def _read_image(image: Any, spec: EncodingSpec) -> np.ndarray:
-    """RGB pixels, scaled to the largest square of whole patches the run's sequences hold."""
-    from PIL import Image
-
-    side = int(spec.max_patches**0.5) * spec.patch_size
-    require(side > 0, "this run reads no images: data.encoding.max_patches=0")
-    return np.asarray(Image.fromarray(decode_picture(*_named(image, "the image"))).resize((side, side)))

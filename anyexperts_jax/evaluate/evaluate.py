@@ -2,7 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,12 +13,16 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.core.registries import METRICS
 from anyexperts_jax.core.versions import device_text, versions
+from anyexperts_jax.data.config import named_metrics
 from anyexperts_jax.data.mixture import examples_there, open_source
 from anyexperts_jax.data.pipeline import eval_batches
 from anyexperts_jax.dispatch.execution import require_capacity_for
+from anyexperts_jax.evaluate.likelihood import Likelihood, choose, likelihood_of
 from anyexperts_jax.evaluate.measure import (
     Batches,
+    RoutingSample,
     Window,
     mean_real_slots,
     measure_separations,
@@ -25,11 +30,12 @@ from anyexperts_jax.evaluate.measure import (
     summarise,
 )
 from anyexperts_jax.evaluate.model_scores import model_scores
-from anyexperts_jax.evaluate.results import BudgetResult, BudgetTime, EvaluationResult, save_evaluation
+from anyexperts_jax.evaluate.results import BudgetResult, BudgetTime, DomainScore, EvaluationResult, save_evaluation
 from anyexperts_jax.evaluate.scoring import longest_answer, predict, score_domain
 from anyexperts_jax.evaluate.timing import time_budgets
 from anyexperts_jax.evaluate.trained import Trained, load_trained, own_window, require_experts, with_room
 from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.multimodal import ModelOutput
 from anyexperts_jax.routing.budget import calibrate_budget, nearest_budget, shift_budget
 from anyexperts_jax.train.fit import require_room_for_examples
 from anyexperts_jax.train.run_dir import RunDir
@@ -52,6 +58,7 @@ class Options:
     tolerance: float = 0.01  # of the realised budget on the calibration examples, relative
     time_rounds: int = 9  # interleaved, of which medians are taken
     calibrated: bool = True  # False: the window of that nominal budget, whatever it realises
+    metrics: tuple[str, ...] = ()  # "NAME=METRIC": how a domain is scored, in place of the run's own choice
     model_baselines: bool = False  # set importance also beside what router, gradient and embeddings say (slower)
 
     def __post_init__(self) -> None:
@@ -142,6 +149,8 @@ def evaluate_trained(
     names = tuple(domains or trained.config.data.domains)
     for name in names:
         require_one_of("domain", name, trained.config.data.domains)
+    data = trained.config.data
+    metrics = data.metric_names() | named_metrics(options.metrics, "--metric", names)
     for budget in budgets:
         # Before anything is measured: a budget out of reach, or one that the buffers cannot serve, is refused.
         require_capacity_for(shift_budget(moe, budget), trained.config.model.stack.execution)
@@ -162,7 +171,8 @@ def evaluate_trained(
     times = time_budgets(trained, model, mixed, {one.budget: one.window for one in calibrated}, options.time_rounds)
     found = []
     for one in calibrated:
-        found.append(_at_budget(trained, model, test, one, times[one.budget]))
+        scored = _scored(trained, model, test, one.window, metrics)
+        found.append(_at_budget(trained, one, scored, times[one.budget]))
         note(f"budget {one.budget:g}: {_score_line(found[-1])}")
     own = own_window(moe)
     sample = sample_routing(trained, with_room(model, own[1]), test, own)
@@ -257,27 +267,44 @@ def _most_slots(moe: AnyExpertsConfig, budget: float) -> float:
     return min(budget / (1 - moe.rho_max) + 1, moe.num_columns) + moe.k_max - moe.k_min
 
 
-def _at_budget(
-    trained: Trained,
-    model: ModelConfig,
-    test: Batches,
-    calibrated: _Calibrated,
-    time: BudgetTime,
-) -> BudgetResult:
-    moe, window = trained.config.model.moe, calibrated.window
-    sample = sample_routing(trained, model, test, window)
+def _scored(
+    trained: Trained, model: ModelConfig, test: Batches, window: Window, metrics: Mapping[str, str]
+) -> tuple[RoutingSample, tuple[DomainScore, ...]]:
+    """The routing at a window, and every domain's scores."""
+    likelihoods = dict.fromkeys(test, Likelihood())
+
+    def see(name: str, batch: Batch, output: ModelOutput) -> None:
+        likelihoods[name] += likelihood_of(output, batch, trained.tokenizer)
+
+    sample = sample_routing(trained, model, test, window, see)
     length = max(longest_answer(batches) for batches in test.values())
     scores = []
     for name, batches in test.items():
-        said = [text for batch in batches for text in predict(trained, model, batch, window, length)]
         source = open_source(trained.config.data, name, "test")
-        scores.append(score_domain(name, source, batches, said, tokenizer=trained.tokenizer))
+        metric = metrics.get(name, source.metric)
+        if METRICS[metric].by_likelihood:
+            said = choose(trained, model, source, batches, window)
+        else:
+            said = [text for batch in batches for text in predict(trained, model, batch, window, length)]
+        how: dict[str, Any] = {"metric": metric, "tokenizer": trained.tokenizer, "likelihood": likelihoods[name]}
+        scores.append(score_domain(name, source, batches, said, **how))
+    return sample, tuple(scores)
+
+
+def _at_budget(
+    trained: Trained,
+    calibrated: _Calibrated,
+    scored: tuple[RoutingSample, tuple[DomainScore, ...]],
+    time: BudgetTime,
+) -> BudgetResult:
+    moe, window = trained.config.model.moe, calibrated.window
+    sample, scores = scored
     return BudgetResult(
         budget=float(calibrated.budget),
         nominal=(1 - moe.rho_max) * sum(window) / 2,
         realised_validation=calibrated.realised,
         routing=summarise(sample, moe, window),
-        scores=tuple(scores),
+        scores=scores,
         time=time,
     )
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,8 +68,18 @@ def window_array(window: Window) -> Float[Array, "2"]:
     return jnp.asarray(window, jnp.float32)
 
 
-def sample_routing(trained: Trained, model: ModelConfig, batches: Batches, window: Window) -> RoutingSample:
-    """Teacher-forced routing over all batches at `window`; `model` is the run's, with room for the window."""
+def sample_routing(
+    trained: Trained,
+    model: ModelConfig,
+    batches: Batches,
+    window: Window,
+    see: Callable[[str, Batch, ModelOutput], None] = lambda domain, batch, output: None,
+) -> RoutingSample:
+    """Teacher-forced routing over all batches at `window`; `model` is the run's, with room for the window.
+
+    Args:
+      see: called with every batch's domain, the batch, and the model's output for it.
+    """
     E = model.moe.num_experts
     parts, domain_B = [], []
     load_LME: Any = 0
@@ -77,6 +87,7 @@ def sample_routing(trained: Trained, model: ModelConfig, batches: Batches, windo
     for domain, of_domain in batches.items():
         for batch in of_domain:
             output = run_at(trained, model, batch, window)
+            see(domain, batch, output)
             trace = jax.device_get(output.trace)
             load_LME = load_LME + load_by_modality(trace.expert_ids_BTK, np.asarray(batch.modality_BT), E)
             dropped += float(trace.metrics["dropped"].sum())

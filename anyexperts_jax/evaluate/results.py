@@ -37,11 +37,12 @@ class GroupScore:
 class DomainScore:
     """Greedy answers to one domain's questions. Scores are in [0, 1], higher is better.
 
-    `chance` is what the best constant answer to each question type scores on the same examples.
+    `chance` is what the best constant answer to each question type scores on the same examples. The last three are of
+    the right answers, each token predicted from the right ones before it; NaN in an evaluation of before they were.
     """
 
     domain: str
-    metric: str  # exact, anls, or wer, whose score is 1 - min(wer, 1)
+    metric: str  # a name in METRICS; the score of wer is 1 - min(wer, 1), that of cer alike
     examples: int
     score: float
     standard_error: float
@@ -53,6 +54,10 @@ class DomainScore:
     # Each example's score, in the test split's order, so that budgets can be compared question by question. Empty in
     # files of versions that did not keep them.
     example_scores: tuple[float, ...] = ()
+    error_rate: float | None = None  # of all answers together, lower is better; for metrics that have one
+    loss: float = _NAN  # nats per answer token, as in training
+    bits_per_byte: float = _NAN  # of the answers' text
+    token_accuracy: float = _NAN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +230,10 @@ def _csv_row(budget: BudgetResult, score: DomainScore) -> dict[str, Any]:
         "chance": round(score.chance, 4),
         "exact_match": round(score.exact_match, 4),
         "wer": "" if score.wer is None else round(score.wer, 4),
+        "error_rate": "" if score.error_rate is None else round(score.error_rate, 4),
+        "loss": round(score.loss, 4),
+        "bits_per_byte": round(score.bits_per_byte, 4),
+        "token_accuracy": round(score.token_accuracy, 4),
         "examples": score.examples,
         "virtual_share": round(budget.routing.virtual_share, 4),
         "load_max_over_mean": round(max(budget.routing.load_max_over_mean), 4),

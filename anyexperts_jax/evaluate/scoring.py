@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.registries import METRICS
 from anyexperts_jax.data.batches import answers, prompts
-from anyexperts_jax.data.scores import chance_scores, corpus_wer, exact_match, score
+from anyexperts_jax.data.scores import chance_scores, exact_match, score
 from anyexperts_jax.data.source import Source
+from anyexperts_jax.evaluate.likelihood import Likelihood
 from anyexperts_jax.evaluate.measure import Window, window_array
 from anyexperts_jax.evaluate.results import DomainScore, GroupScore
 from anyexperts_jax.evaluate.trained import Trained
@@ -38,29 +40,50 @@ def predict(trained: Trained, model: ModelConfig, batch: Batch, window: Window, 
 
 
 def score_domain(
-    domain: str, source: Source, batches: Sequence[Batch], predictions: Sequence[str], *, tokenizer: Tokenizer = BYTES
+    domain: str,
+    source: Source,
+    batches: Sequence[Batch],
+    predictions: Sequence[str],
+    *,
+    tokenizer: Tokenizer = BYTES,
+    metric: str | None = None,
+    likelihood: Likelihood | None = None,
 ) -> DomainScore:
-    """Scores of the predictions for all rows of `batches`, padding rows left out."""
+    """Scores of the predictions for all rows of `batches`, padding rows left out.
+
+    Args:
+      metric: a name in METRICS; None: the source's own.
+      likelihood: of the same rows' right answers; None: not known.
+    """
+    likelihood = likelihood or Likelihood()
+    metric = metric or source.metric
+    METRICS.check("metric", metric)
+    rate = METRICS[metric].error_rate
     real_row = np.concatenate([np.asarray(batch.valid_BT).any(axis=1) for batch in batches])
     expected = [text for batch in batches for text in answers(batch, tokenizer)]
     types = [source.question_types[i] for batch in batches for i in np.asarray(batch.question_B)]
     levels = [str(level) for batch in batches for level in np.asarray(batch.level_B)]
     rows = np.nonzero(real_row)[0].tolist()
     pairs = [(predictions[i], expected[i]) for i in rows]
-    scores = np.array([score(source.metric, said, answer) for said, answer in pairs])
-    table = _Table(source.metric, scores, [expected[i] for i in rows], [types[i] for i in rows])
+    scores = np.array([score(metric, said, answer) for said, answer in pairs])
+    error_rate = None if rate is None else rate(*map(list, zip(*pairs, strict=True)))
+    table = _Table(metric, scores, [expected[i] for i in rows], [types[i] for i in rows])
     return DomainScore(
         domain=domain,
-        metric=source.metric,
+        metric=metric,
         examples=len(rows),
         score=float(scores.mean()),
         standard_error=float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else float("nan"),
         chance=table.chance(range(len(rows))),
         exact_match=float(np.mean([exact_match(said, answer) for said, answer in pairs])),
-        wer=corpus_wer(*map(list, zip(*pairs, strict=True))) if source.metric == "wer" else None,
+        wer=error_rate if metric == "wer" else None,
         by_question=table.groups([types[i] for i in rows]),
         by_level=table.groups([levels[i] for i in rows]),
         example_scores=tuple(float(one) for one in scores),
+        error_rate=error_rate,
+        loss=likelihood.loss,
+        bits_per_byte=likelihood.bits_per_byte,
+        token_accuracy=likelihood.token_accuracy,
     )
 
 

@@ -14,6 +14,7 @@ from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.example import SAMPLE_RATE, Example
 from anyexperts_jax.data.features import HOP
 from anyexperts_jax.data.mixture import examples_there, open_source
+from anyexperts_jax.data.prepare import prepare
 from anyexperts_jax.evaluate.measure import Window, run_at
 from anyexperts_jax.evaluate.scoring import predict
 from anyexperts_jax.evaluate.trained import Trained, own_window
@@ -51,9 +52,9 @@ def map_examples(trained: Trained, domain: str, count: int, rows: int, max_new_t
     """
     config = trained.config
     source = open_source(config.data, domain, "test", examples_there(config.data, domain, "test", count))
-    examples = [source[i] for i in range(min(count, len(source)))]
-    index = config.data.domain_index(domain)
     spec = config.data.encoding
+    examples = [prepare(source[i], spec) for i in range(min(count, len(source)))]  # as the model sees them
+    index = config.data.domain_index(domain)
     tokenizer = trained.tokenizer
     encoded = [encode(example, spec, tokenizer=tokenizer, domain_index=index) for example in examples]
     batch = pad_rows(stack(encoded), trained.whole_rows(rows), tokenizer)
@@ -86,7 +87,8 @@ def lay_out(
     *,
     tokenizer: Tokenizer = BYTES,
 ) -> ExampleMap:
-    """Maps importance by position back to the places in the example that `data.encode` made the positions from."""
+    """Maps importance by position back to the places in the prepared example that `data.encode` made the positions
+    from."""
     media_T = modality_T != Modality.TEXT
     begin = 1 + int(media_T.sum())  # after BOS and media
     question = int(np.argmax(tokens_T[begin:] == tokenizer.special.separator))

@@ -113,7 +113,7 @@ def _budgets(source: ReportSource, folder: pathlib.Path) -> Section:
     )
     picture = Picture("Score and budget", caption, draw_budget_curves(result, folder / "budget_curves.png"))
     shown = (tables.score_table(result), tables.budget_table(result), tables.allocation_table(result))
-    folded = (tables.group_table(usual),)
+    folded = (tables.likelihood_table(result), tables.group_table(usual))
     return dataclasses.replace(section, text=text, pictures=(picture,), tables=shown, folded=folded)
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from anyexperts_jax.core.text_table import TextTable, print_tables
+from anyexperts_jax.data.scores import metric_label
 from anyexperts_jax.evaluate.importance import Separation
 from anyexperts_jax.evaluate.results import BudgetResult, EvaluationResult, RoutingSummary
 
@@ -43,7 +44,7 @@ def score_table(result: EvaluationResult) -> TextTable:
     for index, first in enumerate(result.budgets[0].scores):
         scores = [one.scores[index] for one in result.budgets]
         cells = [f"{100 * score.score:.1f} ±{figure_text(100 * score.standard_error, '.1f')}" for score in scores]
-        rows.append((first.domain, metric_name(first.metric), f"{100 * first.chance:.1f}", *cells))
+        rows.append((first.domain, metric_label(first.metric), f"{100 * first.chance:.1f}", *cells))
     columns = ("domain", "metric", "chance", *(f"budget {one.budget:g}" for one in result.budgets))
     title = f"Score in percent on {examples_text(result)}"
     return TextTable(title, columns, tuple(rows), names=2)
@@ -56,8 +57,22 @@ def examples_text(result: EvaluationResult) -> str:
     return f"{most} test examples per domain" + (f" ({', '.join(fewer)})" if fewer else "")
 
 
-def metric_name(metric: str) -> str:
-    return {"exact": "exact match", "anls": "ANLS", "wer": "1 - WER"}[metric]
+def likelihood_table(result: EvaluationResult) -> TextTable:
+    """Three rows a domain: what the right answers cost at each budget, token by token."""
+    rows = []
+    for index, first in enumerate(result.budgets[0].scores):
+        scores = [one.scores[index] for one in result.budgets]
+        rows += [
+            (first.domain, "loss, nats a token", *(figure_text(score.loss, ".3f") for score in scores)),
+            (first.domain, "bits per byte", *(figure_text(score.bits_per_byte, ".3f") for score in scores)),
+            (first.domain, "token accuracy, %", *(figure_text(100 * one.token_accuracy, ".1f") for one in scores)),
+        ]
+        if first.error_rate is not None:
+            rates = (figure_text(100 * (score.error_rate or 0.0), ".1f") for score in scores)
+            rows.append((first.domain, f"{first.metric.upper()} of all, %", *rates))
+    columns = ("domain", "", *(f"budget {one.budget:g}" for one in result.budgets))
+    title = "The right answers, each token predicted from those before; error rates are of generated answers"
+    return TextTable(title, columns, tuple(rows), names=2)
 
 
 def group_table(one: BudgetResult) -> TextTable:
@@ -146,7 +161,8 @@ def print_evaluation(result: EvaluationResult) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    print_tables((score_table(result), budget_table(result), allocation_table(result)), console)
+    print_tables((score_table(result), likelihood_table(result)), console)
+    print_tables((budget_table(result), allocation_table(result)), console)
     if result.separations:
         print_tables([separation_table(result.separations)], console)
     else:

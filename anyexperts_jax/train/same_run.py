@@ -16,6 +16,7 @@ FREE_KEYS = (
     *(f"model.{key}" for key in EXECUTION_KEYS),
     "mesh.",
     "data.tokenizer",  # only a path: data.token_fingerprint identifies the tokenizer
+    "data.metrics",  # how answers are scored, not what is learned
     "data.threads",
     "data.prefetch",
     "train.steps",

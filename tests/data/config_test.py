@@ -19,6 +19,10 @@ from anyexperts_jax.data.domain import DOMAIN_NAMES
         ({"folders": ("mine",)}, "data.folders entry 'mine' must read NAME=PATH"),
         ({"folders": ("mine=/x",)}, "data.folders names 'mine', which is not in data.domains"),
         ({"folders": ("nlp=/x", "nlp=/y")}, "data.folders names 'nlp' twice"),
+        ({"metrics": ("nlp",)}, "data.metrics entry 'nlp' must read NAME=METRIC, as spoken=wer"),
+        ({"metrics": ("mine=wer",)}, "data.metrics: domain='mine' is unknown; valid: general, ocr"),
+        ({"metrics": ("nlp=bleu",)}, "data.metrics: metric of nlp='bleu' is unknown; valid: exact, anls, wer, cer, f1"),
+        ({"metrics": ("nlp=wer", "nlp=cer")}, "data.metrics names 'nlp' twice"),
         ({"levels": ()}, "data.levels is empty"),
         ({"levels": (1, 5)}, "data.levels entry=5 is unknown; valid: 1, 2, 3"),
         ({"seed": -1}, "data.seed=-1 must be in"),
@@ -35,6 +39,10 @@ from anyexperts_jax.data.domain import DOMAIN_NAMES
 def test_bad_values_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         DataConfig(**change)
+
+
+def test_metrics_by_domain():
+    assert DataConfig(metrics=("nlp=cer", "ocr=f1")).metric_names() == {"nlp": "cer", "ocr": "f1"}
 
 
 def test_the_defaults_mix_all_domains_alike():

@@ -4,8 +4,10 @@ import io
 import pathlib
 import struct
 import sys
+import tempfile
 import warnings
 import zlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from PIL import Image
 from scipy.io import wavfile
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.data import decode
+from anyexperts_jax.data import decode, sound_file
 from anyexperts_jax.data.decode import decode_audio, decode_picture, decode_video
 from anyexperts_jax.data.example import SAMPLE_RATE
+from anyexperts_jax.data.video_file import read_video
 
 NAN = float("nan")
 
@@ -177,6 +180,97 @@ def test_films():
         decode_video([[[1, 2, 3]]], "here")
 
 
+def film(times, form="mp4", codec="mpeg4", size=(32, 16), turned=False, options=None):
+    """A video of frames that are shown from these times on, in hundredths of a second; the n-th has grey 40 n."""
+    av = pytest.importorskip("av")
+    path, tick = pathlib.Path(tempfile.mkdtemp()) / "film", Fraction(1, 100)  # it is read again for `faststart`
+    with av.open(str(path), "w", format=form, options=options or {}) as file:
+        stream = file.add_stream(codec, rate=10)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = tick
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 40 * i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, tick
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    data = bytearray(path.read_bytes())
+    if turned:  # by a quarter to the right, as telephones write it
+        matrix = data.index(b"tkhd") + 44
+        data[matrix : matrix + 36] = struct.pack(">9i", 0, 2**16, 0, -(2**16), 0, 0, 0, 0, 2**30)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("form", ["mp4", "mov", "avi", "matroska"])
+def test_videos_by_format(form):
+    found = decode_video(film([0, 10, 20], form), "here")
+    assert found.shape == (3, 16, 32, 3)
+    assert np.abs(found.astype(int) - np.array([0, 40, 80]).reshape(3, 1, 1, 1)).max() <= 6
+
+
+def test_frames_are_taken_by_time_and_not_by_number():
+    """Four frames in a second and a half, of which the third stays for longer than the others together."""
+    found = decode_video(film([0, 10, 20, 140]), "here")
+    assert np.rint(found[:, 0, 0, 0] / 40).tolist() == [1, 2, 2, 2]
+    assert np.rint(read_video(film([0, 10, 20, 30, 40, 50]), "here", 2)[:, 0, 0, 0] / 40).tolist() == [1, 4]
+
+
+def test_a_video_is_turned_as_it_is_to_be_shown():
+    assert decode_video(film([0, 10], turned=True), "here").shape == (2, 32, 16, 3)
+
+
+def test_a_large_video_gives_fewer_frames(monkeypatch):
+    data = film([0, 10, 20, 30])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2 * 16 * 32)
+    assert np.rint(decode_video(data, "here")[:, 0, 0, 0] / 40).tolist() == [1, 3]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16 * 32 - 1)
+    with pytest.raises(UserError, match="the film in here has frames of more than 511 pixels; scale it down"):
+        decode_video(data, "here")
+
+
+def sound_in_a_film():
+    av = pytest.importorskip("av")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as file:
+        stream = file.add_stream("aac", rate=16_000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16_000
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def without_frames():
+    """A video in pieces, before the first."""
+    data = film([0, 10], options={"movflags": "frag_keyframe+empty_moov"})
+    return data[: data.index(b"moof") - 4]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (sound_in_a_film, "the film in here holds no video, or was cut short; it must be"),
+        (without_frames, "the film in here has no frames; it must be"),
+        (lambda: film([0, 10, 20])[:300], "the film in here holds no video, or was cut short"),
+        (lambda: film([0, 10, 20], options={"movflags": "faststart"})[:-40], "it was cut short, 2 frames of 3"),
+        (lambda: wav(np.ones(99, np.int16)), "the film in here holds no video|cannot read the film in here"),
+        (lambda: b"{}", "cannot read the film in here: .*MP4, WebM"),
+        (lambda: b"", "cannot read the film in here: "),
+    ],
+)
+def test_what_is_no_video_is_refused_in_one_line(make, message):
+    with pytest.raises(UserError, match=message) as caught:
+        decode_video(make(), "here")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_pyav_the_error_names_the_extra(monkeypatch):
+    data = film([0])
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"cannot read the film in here: .* needs the extra `media`: pip install 'any"):
+        decode_video(data, "here")
+
+
 def test_films_are_read_up_to_a_length(monkeypatch):
     frames = [Image.new("RGB", (2, 1), (40 * i, 0, 0)) for i in range(4)]
     film = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -268,6 +362,78 @@ def test_a_wav_file_written_to_a_pipe_has_no_length_and_is_whole():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(decode_audio(bytes(data), "here")) == 300
+
+
+@pytest.mark.parametrize("rate", [8000, 11_025, 22_050, 44_100, 48_000, 44_101])
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_any_rate_and_number_of_channels(rate, channels):
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate // 2) / rate)
+    found = decode_audio(wav(np.repeat(tone[:, None], channels, axis=1).astype(np.float32), rate), "here")
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE // 2) / SAMPLE_RATE)
+    assert abs(len(found) - len(expected)) <= 1
+    np.testing.assert_allclose(found[500:7000], expected[500:7000], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype"),
+    [("WAV", "PCM_U8"), ("WAV", "PCM_24"), ("WAV", "PCM_32"), ("WAV", "DOUBLE"), ("WAV", "ULAW"), ("WAV", "ALAW"),
+     ("WAV", "IMA_ADPCM"), ("WAVEX", "PCM_16"), ("RF64", "PCM_16"), ("FLAC", "PCM_S8"), ("FLAC", "PCM_24"),
+     ("AIFF", "PCM_16"), ("OGG", "OPUS")],
+)  # fmt: skip
+def test_any_depth_and_coding(form, subtype):
+    soundfile = pytest.importorskip("soundfile")
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE) / SAMPLE_RATE)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone, SAMPLE_RATE, format=form, subtype=subtype)
+    found = decode_audio(buffer.getvalue(), "here")
+    np.testing.assert_allclose(found[4000:8000], tone[4000:8000], atol=0.05)
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG", "MP3"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_sound_that_was_cut_short_is_refused(form, share):
+    soundfile = pytest.importorskip("soundfile")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.random.default_rng(0).normal(0, 0.1, 3 * SAMPLE_RATE), SAMPLE_RATE, format=form)
+    data = buffer.getvalue()
+    with pytest.raises(UserError, match="cannot read the sound in here: ") as caught:
+        decode_audio(data[: int(share * len(data))], "here")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["WAV", "FLAC", "OGG"])
+def test_sound_of_length_zero_is_refused(form):
+    soundfile = pytest.importorskip("soundfile")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(0), SAMPLE_RATE, format=form)
+    with pytest.raises(UserError, match=r"the sound in here is empty|cannot read the sound in here"):
+        decode_audio(buffer.getvalue(), "here")
+
+
+def test_a_sound_that_is_too_long_is_refused(monkeypatch):
+    soundfile = pytest.importorskip("soundfile")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros((60, 2)), SAMPLE_RATE, format="FLAC")
+    monkeypatch.setattr(sound_file, "MAX_SAMPLES", 100)
+    for data in (buffer.getvalue(), wav(np.zeros(120, np.int16))):
+        with pytest.raises(UserError, match="the sound in here has 120 samples, more than 100; cut it into pieces"):
+            decode_audio(data, "here")
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: png(Image.new("RGB", (1, 1))), lambda: b"text, not sound", lambda: film([0, 10])]
+)
+def test_what_is_no_sound_is_refused_in_one_line(make):
+    with pytest.raises(UserError, match=r"cannot read the sound in here: .*; it must be a WAV file") as caught:
+        decode_audio(make(), "here")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_soxr_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "soxr", None)
+    assert len(decode_audio(wav(np.ones(30, np.int16)), "here")) == 30
+    with pytest.raises(UserError, match=r"here has 8000 samples a second, not 16000: resampling it needs the"):
+        decode_audio(wav(np.ones(30, np.int16), 8000), "here")
 
 
 @pytest.mark.parametrize("form", ["FLAC", "OGG", "MP3"])

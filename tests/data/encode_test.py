@@ -102,11 +102,19 @@ def test_audio_by_hand():
         (image_example(), {"max_length": 12}, "needs 13 positions"),
         (
             image_example(),
-            {"max_patches": 5},
+            {"max_patches": 5, "pictures": "whole"},
             "image of 24 x 16 pixels makes 6 patches, more than encoding.max_patches=5",
         ),
-        (video_example(), {"max_video_frames": 2}, "has 3 frames, more than encoding.max_video_frames=2"),
-        (image_example(), {"patch_size": 5}, "does not divide into patches of encoding.patch_size=5"),
+        (
+            video_example(),
+            {"max_video_frames": 2, "pictures": "whole"},
+            "has 3 frames, more than encoding.max_video_frames=2",
+        ),
+        (
+            image_example(),
+            {"patch_size": 5, "pictures": "whole"},
+            "does not divide into patches of encoding.patch_size=5",
+        ),
         (
             audio_example(),
             {"max_frames": 11},

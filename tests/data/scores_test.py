@@ -1,7 +1,9 @@
 import pytest
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.registry import Registry
 from anyexperts_jax.data import scores
+from anyexperts_jax.data.scores import AnswerMetric
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,54 @@ def test_wer(prediction, answer, expected):
     assert scores.wer(prediction, answer) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("three", "three", 0.0),
+        ("tree", "three", 1 / 5),  # deletion
+        ("threes", "three", 1 / 5),  # insertion
+        ("thrxe  Two", "three two", 1 / 9),  # a substitution; the space counts, its repetition does not
+        ("", "six", 1.0),
+        ("seven", "on", 4 / 2),  # three deletions and a substitution
+    ],
+)
+def test_cer(prediction, answer, expected):
+    assert scores.cer(prediction, answer) == pytest.approx(expected)
+    assert scores.score("cer", prediction, answer) == pytest.approx(max(0, 1 - expected))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("the red cat", "Red  cat", 4 / 5),  # two of three, two of two
+        ("cat cat", "cat", 2 / 3),  # a word counts as often as both have it
+        ("dog", "cat", 0.0),
+        ("", "cat", 0.0),
+        ("cat", "cat", 1.0),
+        ("", " ", 1.0),
+    ],
+)
+def test_f1(prediction, answer, expected):
+    assert scores.f1(prediction, answer) == pytest.approx(expected)
+    assert scores.score("f1", prediction, answer) == pytest.approx(expected)
+
+
+def test_a_metric_of_the_users_own(monkeypatch):
+    registry = Registry("metric", {"exact": scores.EXACT})
+    monkeypatch.setattr(scores, "METRICS", registry)
+    registry.register("length", AnswerMetric("length", lambda said, answer: len(said) / len(answer)))
+    registry.register("overlap", AnswerMetric("overlap", lambda said, answer: min(len(said), len(answer)) / 4))
+    registry.register("silent", AnswerMetric("silent", lambda said, answer: None))
+    assert scores.score("length", "ab", "abcd") == 0.5
+    assert scores.chance_score("overlap", ["abcd", "ab"]) == 0.75  # "abcd": 1 and 1/2
+    assert scores.metric_label("length") == "length"
+    assert scores.metric_label("exact") == "exact match"
+    assert scores.metric_label("gone") == "gone"
+    for name, said in (("length", "2.0"), ("silent", "None")):
+        with pytest.raises(UserError, match=f"metric {name!r} gives {said}; a score must be a number in"):
+            scores.score(name, "abcdefgh", "abcd")
+
+
 def test_corpus_wer_weighs_words_not_pairs():
     # 1 error in 1 word and 0 in 3: 1/4, where the mean over pairs would be 1/2.
     assert scores.corpus_wer(["2", "3 7 1"], ["1", "3 7 1"]) == pytest.approx(0.25)
@@ -60,8 +110,8 @@ def test_score_is_higher_for_better_and_bounded():
     assert scores.score("anls", "te", "tea") == pytest.approx(2 / 3)
     assert scores.score("wer", "3 1", "3 7 1") == pytest.approx(2 / 3)
     assert scores.score("wer", "1 2 3", "7") == 0.0
-    with pytest.raises(UserError, match="metric='f1' is unknown; valid: exact, anls, wer"):
-        scores.score("f1", "a", "a")
+    with pytest.raises(UserError, match="metric='bleu' is unknown; valid: exact, anls, wer"):
+        scores.score("bleu", "a", "a")
 
 
 def test_chance_is_the_best_constant_answer():

@@ -13,6 +13,7 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.example import SAMPLE_RATE
 from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.prepare import prepare
 from anyexperts_jax.evaluate.ask import ask, own_example
 from evaluate.stand_in import DATA, trained, write_run
 
@@ -47,7 +48,8 @@ def test_a_larger_budget_gives_every_modality_more_real_experts(one, example):
 def test_the_users_own_picture(one, tmp_path):
     Image.fromarray(np.full((30, 50, 3), 200, np.uint8)).save(tmp_path / "grey.png")
     example = own_example("what is it?", one.config.data.encoding, image=tmp_path / "grey.png")
-    assert example.image.shape == (64, 64, 3)
+    assert example.image.shape == (30, 50, 3)  # resized, in its shape, when it is encoded
+    assert prepare(example, one.config.data.encoding).image.shape == (32, 48, 3)
     assert set(ask(one, example).real_slots) == {"text", "image"}
 
 

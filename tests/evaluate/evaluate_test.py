@@ -13,11 +13,13 @@ from anyexperts_jax.cli import main as cli
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.data.array_records import export_array_record
-from anyexperts_jax.data.batches import answers, pad_rows, prompts
+from anyexperts_jax.data.batches import answers, pad_rows, prompts, stack
+from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.evaluate import evaluate as evaluation
-from anyexperts_jax.evaluate import timing
+from anyexperts_jax.evaluate import likelihood, timing
 from anyexperts_jax.evaluate.evaluate import Options, calibrate, default_budgets, evaluate_trained, load_batches
+from anyexperts_jax.evaluate.likelihood import choose
 from anyexperts_jax.evaluate.measure import forward, mean_real_slots, window_array
 from anyexperts_jax.evaluate.results import CSV_NAME, JSON_NAME, load_evaluation, save_evaluation
 from anyexperts_jax.evaluate.scoring import longest_answer, predict, score_domain
@@ -30,6 +32,7 @@ from anyexperts_jax.report.verdicts import verdicts
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.sharding.placement import placement_of
 from anyexperts_jax.tokenizers.bytes import BYTES
+from anyexperts_jax.train.losses import answer_scores
 from evaluate.stand_in import DATA, MODEL, trained
 
 ROWS = 6
@@ -199,6 +202,67 @@ def test_chance_is_the_best_constant_of_each_type(test_batches):
             by_type.setdefault(source.question_types[index], []).append(text)
     best = [max(texts.count(text) for text in texts) for texts in by_type.values()]
     assert found.chance == pytest.approx(sum(best) / ROWS)
+
+
+@pytest.mark.slow
+def test_the_right_answers_cost_what_the_logits_say(one, result, test_batches):
+    """Loss, bits per byte and token accuracy, token by token, at the first budget's window."""
+    found = result.budgets[0]
+    for score in found.scores:
+        nats, hits, text = [], [], 0
+        for batch in test_batches[score.domain]:
+            output = forward(ROOMY, one.params, one.router_bias_LC, batch, window_array(found.routing.window))
+            logits_BTY = np.asarray(output.logits_BTY, np.float64)
+            for b, t in np.argwhere(batch.loss_mask_BT):
+                row, target = logits_BTY[b, t], batch.tokens_BT[b, t + 1]
+                nats.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[target])
+                hits.append(row.argmax() == target)
+            text += sum(len(answer.encode()) for answer in answers(batch))
+        assert score.loss == pytest.approx(np.mean(nats), rel=1e-4)
+        assert score.bits_per_byte == pytest.approx(np.sum(nats) / np.log(2) / text, rel=1e-4)
+        assert score.token_accuracy == pytest.approx(np.mean(hits))
+
+
+@pytest.mark.slow
+def test_a_choice_is_the_likeliest_answer_of_its_type(one, test_batches):
+    """Against the loss of each candidate, one at a time, put into the row by hand."""
+    (batch,) = test_batches["nlp"]
+    source, window = open_source(DATA, "nlp", "test"), own_window(MODEL.moe)
+    picked = choose(one, ROOMY, source, [pad_rows(batch, ROWS + 1)], window)
+    expected = answers(batch)
+    assert picked[ROWS] == ""
+    for row in range(2):
+        question = batch.question_B[row]
+        candidates = dict.fromkeys(a for a, q in zip(expected, batch.question_B, strict=True) if q == question)
+        losses = {}
+        for text in candidates:
+            encoded = stack([encode(dataclasses.replace(source[row], answer=text), DATA.encoding)])
+            given = pad_rows(encoded, ROWS)
+            output = forward(ROOMY, one.params, one.router_bias_LC, given, window_array(window))
+            scores = answer_scores(output.logits_BTY, given.tokens_BT, given.loss_mask_BT)
+            losses[text] = float(scores.loss_B[0])
+        assert picked[row] == min(losses, key=losses.get)
+    monkey = dataclasses.replace(batch, question_B=np.zeros_like(batch.question_B))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(likelihood, "MOST_CHOICES", 1)
+        with pytest.raises(UserError, match=r"has \d answers, too many to choose among by likelihood \(at most 1\)"):
+            choose(one, ROOMY, source, [monkey], window)
+
+
+@pytest.mark.slow
+def test_a_metric_is_chosen_by_name(one, test_batches):
+    """On the command line over the run's own choice, which stands over the data's."""
+    data = dataclasses.replace(DATA, metrics=("nlp=cer", "general=f1"))
+    chosen = dataclasses.replace(one, config=dataclasses.replace(one.config, data=data))
+    said = evaluate_trained(chosen, BUDGETS[:1], options=dataclasses.replace(OPTIONS, metrics=("general=choice",)))
+    general, nlp = said.budgets[0].scores
+    assert (general.metric, nlp.metric) == ("choice", "cer")
+    assert (general.error_rate, nlp.wer) == (None, None)
+    assert nlp.error_rate >= 1 - nlp.score
+    with pytest.raises(UserError, match="--metric: metric of nlp='bleu' is unknown; valid: exact, anls, wer, cer"):
+        evaluate_trained(one, BUDGETS, options=dataclasses.replace(OPTIONS, metrics=("nlp=bleu",)))
+    with pytest.raises(UserError, match="--metric: domain='ocr' is unknown; valid: general, nlp"):
+        evaluate_trained(one, BUDGETS, options=dataclasses.replace(OPTIONS, metrics=("ocr=cer",)))
 
 
 @pytest.mark.slow

@@ -1,0 +1,178 @@
+"""How fast examples are read and made into sequences, by domain and modality, beside the plain library's loop."""
+
+import dataclasses
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from anyexperts_jax.bench.output import environment, markdown, write_files
+from anyexperts_jax.bench.plain_loops import plain_loop
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.text_table import TextTable
+from anyexperts_jax.data.config import DataConfig, EncodingSpec
+from anyexperts_jax.data.encode import encode_example
+from anyexperts_jax.data.example import Example
+from anyexperts_jax.data.mixture import examples_there, open_source
+from anyexperts_jax.data.sequence import padded
+from anyexperts_jax.data.source import Source
+from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.store import open_tokenizer
+
+SPLIT = "train"
+WANTED = 0.7  # of the plain loop's speed
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpeed:
+    """The examples of one domain and modality. Speeds are per second of processor time: those of one busy core."""
+
+    domain: str
+    modality: str  # text, image, audio or video
+    examples: int
+    examples_per_second: float  # read, decoded, encoded and padded, as training takes them
+    tokens_per_second: float  # positions of the sequences, without padding
+    megabytes_per_second: float  # of text in UTF-8, pixels, and samples of 16 bits
+    read_per_second: float  # examples read and decoded alone
+    plain: str | None  # the libraries of the plain loop; None: there is none
+    plain_per_second: float | None
+    read_ratio: float | None  # speed over the plain loop's: of reading alone, which does what it does,
+    ratio: float | None  # and of all that training needs
+
+
+@dataclasses.dataclass(frozen=True)
+class DataBench:
+    environment: dict[str, Any]
+    speeds: tuple[DataSpeed, ...]
+
+
+def bench_data(
+    config: DataConfig, examples: int = 200, rounds: int = 5, note: Callable[[str], None] = lambda line: None
+) -> DataBench:
+    """Times the first `examples` train examples of each domain, everything in turn, `rounds` times.
+
+    Raises:
+      UserError: when a number is out of range, or a domain cannot be read.
+    """
+    require(examples >= 1, f"examples={examples} must be >= 1")
+    require(rounds >= 1, f"rounds={rounds} must be >= 1")
+    made_with = environment(rounds)
+    speeds: list[DataSpeed] = []
+    for name in config.domains:
+        count = examples_there(config, name, SPLIT, examples)
+        source = open_source(config, name, SPLIT, count if name not in config.folder_paths() else None)
+        note(f"{name}: {count} examples")
+        read = [source[index] for index in range(count)]
+        for modality in dict.fromkeys(_modality(example) for example in read):
+            chosen = {index: example for index, example in enumerate(read) if _modality(example) == modality}
+            speeds.append(_speed(config, name, source, chosen, rounds))
+    return DataBench(made_with, tuple(speeds))
+
+
+def _modality(example: Example) -> str:
+    return example.media or "text"
+
+
+def _amounts(examples: Sequence[Example], spec: EncodingSpec, tokenizer: Tokenizer) -> tuple[int, float]:
+    """Positions and megabytes of the examples."""
+    tokens = sum(encode_example(example, spec, tokenizer=tokenizer).size.positions for example in examples)
+    return tokens, sum(_bytes(example) for example in examples) / 1e6
+
+
+def _bytes(example: Example) -> int:
+    pixels = [array.nbytes for array in (example.image, example.video) if array is not None]
+    sound = 0 if example.audio is None else 2 * len(example.audio)
+    return len(example.question.encode()) + len(example.answer.encode()) + sum(pixels) + sound
+
+
+def _speed(config: DataConfig, name: str, source: Source, examples: Mapping[int, Example], rounds: int) -> DataSpeed:
+    """Of examples of one modality, by their numbers."""
+    spec, tokenizer, indices = config.encoding, open_tokenizer(config.tokenizer), list(examples)
+
+    def read() -> None:
+        for index in indices:
+            source[index]
+
+    def whole() -> None:
+        for index in indices:
+            padded(encode_example(source[index], spec, tokenizer=tokenizer), spec)
+
+    calls: dict[str, Callable[[], None]] = {"whole": whole, "read": read}
+    plain = plain_loop(config, name, SPLIT)
+    if plain is not None:
+        _, loop = plain
+        calls["plain"] = lambda: loop(indices)
+    seconds = _in_turn(calls, rounds)
+    per_second = {call: len(indices) / statistics.median(each) for call, each in seconds.items()}
+    tokens, megabytes = _amounts(list(examples.values()), spec, tokenizer)
+    return DataSpeed(
+        domain=name,
+        modality=_modality(next(iter(examples.values()))),
+        examples=len(indices),
+        examples_per_second=per_second["whole"],
+        tokens_per_second=per_second["whole"] * tokens / len(indices),
+        megabytes_per_second=per_second["whole"] * megabytes / len(indices),
+        read_per_second=per_second["read"],
+        plain=None if plain is None else plain[0],
+        plain_per_second=per_second.get("plain"),
+        read_ratio=_ratio(seconds, "read"),
+        ratio=_ratio(seconds, "whole"),
+    )
+
+
+def _in_turn(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of processor time of each call in each round, after one that is not counted: A B A B."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            if number > 0:
+                seconds[name].append(max(time.process_time() - start, 1e-9))
+    return seconds
+
+
+def _ratio(seconds: dict[str, list[float]], name: str) -> float | None:
+    """The median over rounds of the speed over the plain loop's in the same round."""
+    if "plain" not in seconds:
+        return None
+    return statistics.median(plain / own for own, plain in zip(seconds[name], seconds["plain"], strict=True))
+
+
+def data_tables(bench: DataBench) -> tuple[TextTable, TextTable]:
+    """Speeds, and the plain loops beside them."""
+    speeds = [
+        (
+            one.domain,
+            one.modality,
+            f"{one.examples}",
+            f"{one.examples_per_second:.0f}",
+            f"{one.tokens_per_second:.0f}",
+            f"{one.megabytes_per_second:.2f}",
+        )
+        for one in bench.speeds
+    ]
+    plain = [
+        (
+            one.domain,
+            one.modality,
+            f"{one.read_per_second:.0f}",
+            "-" if one.plain_per_second is None else f"{one.plain_per_second:.0f}",
+            "-" if one.read_ratio is None else f"{one.read_ratio:.2f}",
+            "-" if one.ratio is None else f"{one.ratio:.2f}",
+            one.plain or "generated",
+        )
+        for one in bench.speeds
+    ]
+    title = "Examples as training takes them, a second of one core"
+    columns = ("domain", "modality", "examples", "examples/s", "tokens/s", "MB/s")
+    beside = f"Beside the plain library, examples a second (wanted: {WANTED} of it)"
+    others = ("domain", "modality", "reading alone", "plain", "reading over plain", "all over plain", "plain loop")
+    return TextTable(title, columns, tuple(speeds), names=2), TextTable(beside, others, tuple(plain), names=2)
+
+
+def write_bench(bench: DataBench, folder: pathlib.Path, command: str) -> tuple[pathlib.Path, ...]:
+    """Writes bench_data.json, .csv and .md to `folder` and returns their paths."""
+    text = markdown("Data", command, bench.environment, data_tables(bench))
+    return write_files(folder, "bench_data", command, bench, rows=bench.speeds, text=text)

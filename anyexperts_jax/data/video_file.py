@@ -1,0 +1,92 @@
+"""Video files by PyAV (extra `media`): the frames that are shown at times evenly spaced, whatever rate they come at."""
+
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from numpy import ndarray
+
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.data.damage import MEDIA_EXTRA, said
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+
+MAX_FRAMES = 64  # taken of a file; `encoding.max_video_frames` of a run are fewer
+_KINDS = "it must be an animated GIF, PNG or WebP file, frames, or a video that PyAV reads: MP4, WebM, MOV, AVI"
+
+
+def read_video(data: bytes, where: str, most: int = MAX_FRAMES) -> UInt8[ndarray, "F H W 3"]:
+    """RGB frames of a video file, turned as it says it is to be shown.
+
+    Its time from the first frame to the end of the last is cut into F equal stretches, and each gives the frame that
+    is on the screen in its middle. F is the number of its frames, or `most`, or as many as have the pixels that Pillow
+    allows a picture to have.
+
+    Raises:
+      UserError: in one line with `where`, for what is no video, holds none or no frame, was cut short, or needs PyAV.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise UserError(f"cannot read the film in {where}: {_KINDS}, which needs {MEDIA_EXTRA}") from error
+    try:
+        times_F = _times(data, where, most)
+        return _shown(data, where, times_F)
+    except UserError:
+        raise
+    except (av.error.FFmpegError, ValueError, MemoryError) as error:
+        raise UserError(f"cannot read the film in {where}: {said(error)}; {_KINDS}") from error
+
+
+def _times(data: bytes, where: str, most: int) -> Float[ndarray, " F"]:
+    """The times, in seconds, whose frames are taken. Nothing is decoded for it."""
+    import av
+    from PIL import Image
+
+    with av.open(io.BytesIO(data), "r") as file:
+        require(len(file.streams.video) > 0, f"the film in {where} holds no video, or was cut short; {_KINDS}")
+        stream = file.streams.video[0]
+        packets = [(packet.pts, packet.duration or 0) for packet in file.demux(stream) if packet.size]
+        shown = sorted((start, lasts) for start, lasts in packets if start is not None)
+        promised = stream.frames if "mp4" in file.format.name else 0  # others count ticks, or nothing
+        second = float(stream.time_base or 1)
+        area, pixels = stream.codec_context.width * stream.codec_context.height, Image.MAX_IMAGE_PIXELS
+    cut = f"cannot read the film in {where}: it was cut short, {len(shown)} frames of {promised}; {_KINDS}"
+    require(len(shown) >= promised, cut)
+    require(len(shown) > 0, f"the film in {where} has no frames; {_KINDS}")
+    if pixels is not None and area > 0:
+        require(area <= pixels, f"the film in {where} has frames of more than {pixels:,} pixels; scale it down")
+        most = min(most, pixels // area)
+    starts = [start for start, _ in shown]
+    usual = float(np.median(np.diff(starts))) if len(starts) > 1 else 1.0
+    lasts = max(shown[-1][1], usual)  # AVI files give a tick for the duration of a frame
+    begin, end, count = starts[0] * second, (starts[-1] + lasts) * second, min(len(shown), most)
+    return begin + (np.arange(count) + 0.5) * (end - begin) / count
+
+
+def _shown(data: bytes, where: str, times_F: Float[ndarray, " F"]) -> UInt8[ndarray, "F H W 3"]:
+    """The frame on the screen at each time: the last one that began before it."""
+    import av
+
+    found: list[np.ndarray] = []
+    shown: VideoFrame | None = None
+    with av.open(io.BytesIO(data), "r") as file:
+        for frame in file.decode(video=0):
+            while shown is not None and len(found) < len(times_F) and frame.time > times_F[len(found)]:
+                found.append(_pixels(shown))
+            if len(found) == len(times_F):
+                break
+            shown = frame
+    if shown is None:
+        raise UserError(f"the film in {where} has no frames; {_KINDS}")
+    found += [_pixels(shown)] * (len(times_F) - len(found))
+    sizes = {frame.shape for frame in found}
+    require(len(sizes) == 1, f"the film in {where} changes its size in the middle; give one of one size")
+    return np.stack(found)
+
+
+def _pixels(frame: "VideoFrame") -> UInt8[ndarray, "H W 3"]:
+    """RGB, turned by the quarters that the file asks for."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
