@@ -8,31 +8,34 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from anyexperts_jax.data.config import DataConfig
 
-from anyexperts_jax.cli.options import add_command, natural, positive, seed
+from anyexperts_jax.cli.options import add_command, add_data, add_set, natural, positive, seed
 
 
 def run_show(options: argparse.Namespace) -> None:
+    from anyexperts_jax.data.mixture import describe_place
     from anyexperts_jax.data.show import show_domain
 
     config = _mixture(options)
     for name in config.domains:
+        if name in config.places():
+            print(describe_place(config, name))
         show_domain(config, name, options.split, options.count, options.out, start=options.start)
 
 
 def _mixture(options: argparse.Namespace) -> "DataConfig":
     """The domains to show: those of --config or the generated ones, and the folders of --data."""
     from anyexperts_jax.core.errors import comma_list, require
-    from anyexperts_jax.data.config import DataConfig, named_paths
+    from anyexperts_jax.data.config import DataConfig, named_places
     from anyexperts_jax.data.domain import DOMAIN_NAMES
 
-    if options.config is None:
+    if options.config is None and not options.set:
         config = DataConfig()
     else:
         from anyexperts_jax.train.config import load_config
 
-        config = load_config(options.config).data
-    given = named_paths(options.data, "--data")
-    folders = config.folder_paths() | given
+        config = load_config(options.config or "tiny", options.set).data
+    given = named_places(options.data, "--data")
+    folders = config.places() | given
     default = (*(() if options.config is None else config.domains), *given) or DOMAIN_NAMES
     domains = tuple(dict.fromkeys(options.domain or default))
     in_folder = [name for name in domains if name in folders]
@@ -68,9 +71,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     splits = ("train", "validation", "test")
     show = add_command(actions, "show", "print and draw examples (PNG, WAV)", (show_example, own_example))
     show.add_argument("domain", nargs="*", help="domains (default: all of --config and --data, or all five)")
-    own = "a domain of your own, in a folder; repeatable"
-    show.add_argument("--data", action="append", default=[], metavar="NAME=PATH", help=own)
+    add_data(show, "data of your own: a file, pattern, folder or address; repeatable")
     show.add_argument("--config", help="take the domains of a preset, a TOML file or a run (default: none)")
+    add_set(show, "override of the configuration, as data.columns.answer=label; repeatable")
     show.add_argument("--split", default="train", choices=splits, help="that the examples are of")
     show.add_argument("--count", type=int, default=12, help="examples of each domain")
     show.add_argument("--start", type=natural, default=0, help="number of the first one, from 0")

@@ -82,3 +82,11 @@ SOURCES: Registry[Any] = Registry(
         "huggingface": "anyexperts_jax.data.huggingface:FORMAT",
     },
 )
+
+# data.sources.rows.RowFormat: what reads the rows of a user's files; the first that knows a file of a place reads it
+ROW_FORMATS: Registry[Any] = Registry(
+    "row format",
+    {
+        "lines": "anyexperts_jax.data.sources.lines:FORMAT",
+    },
+)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, require, require_one_of
 from anyexperts_jax.core.versions import device_text, versions
-from anyexperts_jax.data.mixture import examples_there, open_source
+from anyexperts_jax.data.mixture import describe_place, examples_there, open_source, with_places
 from anyexperts_jax.data.pipeline import eval_batches
 from anyexperts_jax.dispatch.execution import require_capacity_for
 from anyexperts_jax.evaluate.measure import (
@@ -73,6 +73,7 @@ def evaluate(
     *,
     which: str = "best",
     mesh: Mesh | None = None,
+    data: Mapping[str, str] | None = None,
     options: Options = Options(),
     note: Callable[[str], None] = lambda line: None,
     show: Callable[[EvaluationResult], None] = lambda result: None,
@@ -86,6 +87,8 @@ def evaluate(
       budgets: real experts per token, on average; None: `default_budgets`.
       domains: of the run's mixture; None: all.
       mesh: of any shape, whatever the run was trained on; None: the first device.
+      data: paths or addresses of further data by name, or of where data of the run's are now; the domains measured are
+        these unless they are given.
       note: called with a line as each part is done.
       show: called with the result before it is written, so that it is not lost where it cannot be.
 
@@ -98,6 +101,12 @@ def evaluate(
     require(root.is_dir(), f"no run in {root}: there is no such folder")
     with run_lock(root, "evaluate"):
         trained = load_trained(root, which, mesh)
+        if data:
+            own = with_places(trained.config.data, data)
+            trained = dataclasses.replace(trained, config=dataclasses.replace(trained.config, data=own))
+            domains = tuple(domains or data)
+            for name in data:
+                note(describe_place(own, name))
         result = evaluate_trained(trained, budgets, domains, options=options, note=note)
         show(result)
         save_evaluation(result, root)

@@ -51,7 +51,10 @@ def map_examples(trained: Trained, domain: str, count: int, rows: int, max_new_t
     """
     config = trained.config
     source = open_source(config.data, domain, "test", examples_there(config.data, domain, "test", count))
-    examples = [source[i] for i in range(min(count, len(source)))]
+    items = [source[i] for i in range(min(count, len(source)))]
+    examples = [item for item in items if isinstance(item, Example)]  # conversations have no map yet
+    if not examples:
+        return []
     index = config.data.domain_index(domain)
     spec = config.data.encoding
     tokenizer = trained.tokenizer
