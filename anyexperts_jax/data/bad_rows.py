@@ -10,7 +10,7 @@ from collections import Counter
 
 from anyexperts_jax.core.errors import UserError
 
-_NUMBER = re.compile(r"-?\d[\d.,]*")
+_NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 

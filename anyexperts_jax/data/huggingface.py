@@ -24,6 +24,7 @@ import numpy as np
 
 from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.data.cells import level_of, text_of
+from anyexperts_jax.data.config import Columns
 from anyexperts_jax.data.decode import decode_audio, decode_picture, decode_video
 from anyexperts_jax.data.domain import Metric
 from anyexperts_jax.data.example import Example
@@ -36,6 +37,19 @@ _ONE_TYPE = "any"  # the question type where the dataset names none
 def is_folder(folder: pathlib.Path) -> bool:
     """Whether the folder holds a `DatasetDict`."""
     return all((folder / name).is_file() for name in MARKERS)
+
+
+def holds_other_rows(folder: pathlib.Path, columns: Columns) -> bool:
+    """Whether the folder's rows are chats or documents rather than questions, or have columns of other names."""
+    if not is_folder(folder):
+        return False
+    if columns != Columns():
+        return True
+    for path in sorted(folder.glob("*/dataset_info.json")):
+        features = _read_json(path).get("features")
+        names = set(features) if isinstance(features, dict) else set()
+        return bool(names & {"messages", "conversations", "text"}) and not {"question", "answer"} <= names
+    return False
 
 
 class HuggingFaceSource:
@@ -91,9 +105,7 @@ class HuggingFaceSource:
         import pyarrow
 
         try:
-            row = self._rows[index]
-            row.validate(full=True)  # damaged offsets would be followed out of the file
-            return {name: _value(row[name]) for name in row.column_names}
+            return row_values(self._rows[index])
         except (ValueError, OSError, pyarrow.ArrowException) as error:
             raise UserError(f"cannot read {where}: {_said(error)}") from error
 
@@ -186,6 +198,16 @@ def _file(value: Any, folder: pathlib.Path, where: str) -> Any:
     path = beside if beside.is_file() else pathlib.Path(value)
     require(path.is_file(), f"{where}: there is no file {value!r}, from {folder} or from here")
     return path
+
+
+def row_values(row: Any) -> dict[str, Any]:
+    """The values of a table of one row by column: Python's, and lists of numbers as arrays of their own type.
+
+    Raises:
+      pyarrow.ArrowException, ValueError: when it is damaged.
+    """
+    row.validate(full=True)  # damaged offsets would be followed out of the file
+    return {name: _value(row[name]) for name in row.column_names}
 
 
 def _value(column: Any) -> Any:

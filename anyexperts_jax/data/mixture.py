@@ -8,6 +8,7 @@ from anyexperts_jax.core.errors import UserError, comma_list, require, require_o
 from anyexperts_jax.core.registries import SOURCES
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.domain import SPLITS
+from anyexperts_jax.data.huggingface import holds_other_rows
 from anyexperts_jax.data.row_source import RowSource
 from anyexperts_jax.data.source import FolderFormat, GeneratedSource, Source
 from anyexperts_jax.data.sources.find import find_rows
@@ -58,16 +59,16 @@ def with_places(config: DataConfig, places: Mapping[str, str]) -> DataConfig:
 
 
 def _open_place(config: DataConfig, name: str, place: str, split: str) -> Source:
-    kind = None if is_address(place) else _folder_format(pathlib.Path(place))
+    kind = None if is_address(place) else _folder_format(pathlib.Path(place), config)
     if kind is not None:
         return kind.open(pathlib.Path(place), split)
     _, rows = find_rows(place)
     return RowSource(name, rows, split, config, open_tokenizer(config.tokenizer))
 
 
-def _folder_format(path: pathlib.Path) -> FolderFormat | None:
-    """The kind of a folder that is a dataset by what lies in it; None: it is files."""
-    if not path.is_dir():
+def _folder_format(path: pathlib.Path, config: DataConfig) -> FolderFormat | None:
+    """The kind of a folder that is a dataset of questions by what lies in it; None: it is read as rows."""
+    if not path.is_dir() or holds_other_rows(path, config.columns):
         return None
     formats: list[FolderFormat] = [SOURCES[name] for name in SOURCES]
     return next((one for one in formats if one.is_folder(path)), None)
@@ -80,7 +81,7 @@ def describe_place(config: DataConfig, name: str) -> str:
       UserError: when it cannot be read.
     """
     place = config.places()[name]
-    kind = None if is_address(place) else _folder_format(pathlib.Path(place))
+    kind = None if is_address(place) else _folder_format(pathlib.Path(place), config)
     if kind is not None:
         return f"{name}: {place}: a folder with {kind.marker}"
     said, rows = find_rows(place)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int, UInt64
+from numpy import ndarray
 
 from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.data.cells import text_of
@@ -105,10 +107,10 @@ class RowSource:
             raise error if isinstance(error, RowError) else RowError(file, place, str(error)) from error
 
     def _first(self) -> Item:
-        """The first row that can be read; with data.on_bad_row=skip, one of the first hundred."""
+        """The first row of all splits; with data.on_bad_row=skip, the first of a hundred that can be read."""
         tries = 100 if self._config.on_bad_row == "skip" else 1
         last: UserError | None = None
-        for row in self.rows_N[:tries].tolist():
+        for row in range(min(tries, len(self.rows))):
             try:
                 return self._item(row)
             except RowError as error:
@@ -118,7 +120,7 @@ class RowSource:
     def _types(self, first: Item) -> tuple[str, ...]:
         """The kinds of question in all rows, read once, where the rows have a column of them."""
         column = self._config.columns.question_type
-        if column not in self.rows[int(self.rows_N[0])] and first.question_type == "any":
+        if first.question_type == "any":
             return ("any",)
         labels = self.rows.labels.get(column)
 
@@ -178,9 +180,7 @@ class _Splits:
         pool_N = named_N <= 0 if self._has else np.ones(len(named_N), bool)
         if self._has >= {1, 2}:
             return np.flatnonzero(pool_N)
-        share_N = self._keys() / _HELD_OUT_BASE
-        held = self._config.held_out
-        hashed_N = np.where(share_N < held, 2, np.where(share_N < 2 * held, 1, 0))
+        hashed_N = hashed_splits(self._keys(), self._config.held_out)
         for split_number in self._has - {0}:  # what is named is not held out as well
             hashed_N = np.where(hashed_N == split_number, 0, hashed_N)
         return np.flatnonzero(pool_N & (hashed_N == wanted))
@@ -199,7 +199,7 @@ class _Splits:
         """A hash a row: of the column that rows are held out by, or of all it holds."""
         column = self._config.split_by
         if column is None:
-            return self._rows.digests_N.astype(np.float64)
+            return self._rows.digests_N
 
         def build(folder: pathlib.Path) -> None:
             with open(folder / "keys", "wb") as file:
@@ -207,7 +207,25 @@ class _Splits:
                     file.write(_key(self._rows, index, column).to_bytes(8, "little"))
 
         keys = Numbers(made_once(build, "keys", self._rows.fingerprint, column) / "keys", np.uint64)
-        return keys.array_N.astype(np.float64)
+        return keys.array_N
+
+
+def hashed_splits(keys_N: UInt64[ndarray, " N"], held: float) -> Int[ndarray, " N"]:
+    """The split of each row by its hash: test (2) below `held` of all hashes, validation (1) below twice that.
+
+    Rows of one hash are in one split. Of three hashes and more at least one is in each: the lowest in test, the next in
+    validation. So more rows move none from one split to another once there are some twenty for each held out.
+    """
+    values, group_N = np.unique(keys_N, return_inverse=True)
+    if len(values) < 3:
+        return np.zeros(len(keys_N), np.int64)
+    share = values.astype(np.float64) / _HELD_OUT_BASE
+    tests = max(1, int((share < held).sum()))
+    validations = max(1, int(((held <= share) & (share < 2 * held)).sum()))
+    validations = min(validations, len(values) - tests - 1)
+    splits = np.zeros(len(values), np.int64)
+    splits[:tests], splits[tests : tests + validations] = 2, 1
+    return splits[group_N]
 
 
 def _key(rows: Rows, index: int, column: str) -> int:

@@ -3,6 +3,7 @@
 Compressed files, lists and files in a store are copied into the cache as plain lines first, once.
 """
 
+import codecs
 import contextlib
 import gzip
 import io
@@ -12,17 +13,17 @@ import pathlib
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.data.sources.cache import Numbers, fingerprint, hash_64, made_once
-from anyexperts_jax.data.sources.places import File, beside, is_address, open_file, read_file, with_retries
+from anyexperts_jax.data.sources.places import File, Stream, beside, is_address, open_file, read_file, with_retries
 from anyexperts_jax.data.sources.rows import RowFormat, by_suffix, split_index
 
 _CHUNK = 1 << 20
-_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+_MAGIC = {".gz": b"\x1f\x8b", ".tgz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 
 
 class LineRows:
@@ -36,7 +37,7 @@ class LineRows:
 
     def __init__(self, files: Sequence[File]) -> None:
         self._files = tuple(files)
-        folders = [made_once(lambda folder, file=file: _index(file, folder), "lines", *_key(file)) for file in files]
+        folders = [made_once(lambda folder, file=file: _index(file, folder), "lines", *file.key) for file in files]
         self._paths = [
             str(folder / "lines") if (folder / "lines").exists() else file.path
             for file, folder in zip(files, folders, strict=True)
@@ -45,7 +46,7 @@ class LineRows:
         self._digests = [Numbers(folder / "digests", np.uint64) for folder in folders]
         self._bounds = np.cumsum([len(places) for places in self._places]).tolist()
         self.fingerprint = fingerprint(*(read_text(folder / "fingerprint") for folder in folders))
-        self._open = _OpenFiles(self._paths)
+        self._open = OpenFiles(self._paths)
 
     @property
     def digests_N(self) -> np.ndarray:
@@ -82,7 +83,7 @@ class LineRows:
         return read_file(beside(self._files[split_index(self._bounds, index)[0]].path, path))
 
 
-class _OpenFiles:
+class OpenFiles:
     """Files that are read from any place by any thread, opened when they are first read."""
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -91,7 +92,7 @@ class _OpenFiles:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _OpenFiles, (self._paths,)
+        return OpenFiles, (self._paths,)
 
     def __del__(self) -> None:
         for handle in self._handles.values():
@@ -113,10 +114,6 @@ class _OpenFiles:
             raise UserError(f"cannot be read: {error.strerror}") from error
         require(len(data) == size, "the file has become shorter while it was in use")
         return data
-
-
-def _key(file: File) -> tuple[str | int, ...]:
-    return os.path.abspath(file.path) if not is_address(file.path) else file.path, file.size, file.version
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -162,7 +159,7 @@ def _told(file: File) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def decompressed(file: File) -> Iterator[IO[bytes]]:
+def decompressed(file: File) -> Iterator[Stream]:
     """The bytes of a file, without its compression.
 
     Raises:
@@ -178,9 +175,9 @@ def decompressed(file: File) -> Iterator[IO[bytes]]:
         raw.seek(0)
         named = head.startswith(_MAGIC[kind])
         require(named, f"{file.path} is no {suffix} file, whatever its name says: it begins with {head!r}")
-        if kind == ".gz":
+        if kind in (".gz", ".tgz"):
             with gzip.GzipFile(fileobj=raw) as stream:
-                yield stream  # type: ignore[misc]
+                yield stream
             return
         try:
             import zstandard
@@ -192,7 +189,7 @@ def decompressed(file: File) -> Iterator[IO[bytes]]:
 class _Retried(io.RawIOBase):
     """A stream of a store, each read of which is tried again."""
 
-    def __init__(self, stream: IO[bytes], path: str) -> None:
+    def __init__(self, stream: Stream, path: str) -> None:
         self._stream, self._path = stream, path
 
     def readable(self) -> bool:
@@ -213,7 +210,7 @@ class _Retried(io.RawIOBase):
 class _Zstandard(io.RawIOBase):
     """What is in a zstandard file of any number of frames, each of which must be whole."""
 
-    def __init__(self, stream: IO[bytes], path: str, zstandard: Any) -> None:
+    def __init__(self, stream: Stream, path: str, zstandard: Any) -> None:
         self._stream, self._path, self._zstandard = stream, path, zstandard
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._begun, self._ready = False, b""
@@ -240,11 +237,11 @@ class _Zstandard(io.RawIOBase):
         return count
 
 
-def _entries(stream: IO[bytes], file: File) -> Iterator[bytes]:
+def _entries(stream: Stream, file: File) -> Iterator[bytes]:
     """The entries of a file that holds one JSON list, each as a line, without the whole in memory."""
     decoder = json.JSONDecoder()
-    reader = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="strict")
-    text = reader.read(_CHUNK).lstrip()
+    to_text = codecs.getincrementaldecoder("utf-8-sig")()
+    text = to_text.decode(stream.read(_CHUNK)).lstrip()
     require(text.startswith("["), f"{file.path} holds no JSON list; give one, or an object a line in a .jsonl file")
     at = 1
     while True:
@@ -255,8 +252,9 @@ def _entries(stream: IO[bytes], file: File) -> Iterator[bytes]:
         try:
             value, at = decoder.raw_decode(text, at)
         except ValueError as error:
-            more = reader.read(_CHUNK)
-            require(bool(more), f"{file.path} is not valid JSON, or was cut short: {error}")
+            data = stream.read(_CHUNK)
+            more = to_text.decode(data, final=not data)
+            require(bool(data), f"{file.path} is not valid JSON, or was cut short: {error}")
             text, at = text[at:] + more, 0
             continue
         yield json.dumps(value).encode() + b"\n"

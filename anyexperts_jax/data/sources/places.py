@@ -10,11 +10,12 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 from anyexperts_jax.core.errors import UserError, require
 
 T = TypeVar("T")
+Stream = Any  # bytes to read and seek in: files, archives and stores have no type in common
 
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -42,6 +43,11 @@ class File:
         """What its name ends in, in lower case: ".jsonl.gz"."""
         base = self.name.rpartition("/")[2].lower()
         return base[base.index(".") :] if "." in base.lstrip(".") else ""
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """By which what is worked out of it is found again."""
+        return self.path if is_address(self.path) else os.path.abspath(self.path), self.size, self.version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +122,7 @@ def _find_remote(place: str) -> Place:
     return Place(place, is_folder, tuple(files))
 
 
-def open_file(path: str) -> IO[bytes]:
+def open_file(path: str) -> Stream:
     """The file's bytes, to be read and sought in.
 
     Raises:
@@ -131,8 +137,8 @@ def open_file(path: str) -> IO[bytes]:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _opened(system: Any, root: str) -> IO[bytes]:
-    stream: IO[bytes] = system.open(root, "rb")
+def _opened(system: Any, root: str) -> Stream:
+    stream: Stream = system.open(root, "rb")
     return stream
 
 
@@ -216,7 +222,7 @@ def _system(place: str) -> tuple[Any, str]:
     scheme = place.partition("://")[0]
     require(
         without_secrets(place) == place,
-        f"the address {without_secrets(place)} holds a password or signature, which the run would write down; {_ADVICE}",
+        f"{without_secrets(place)}: the address holds a password or signature, which a run would write down; {_ADVICE}",
     )
     try:
         import fsspec
