@@ -6,9 +6,8 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 import public_examples
+import pytest
 
 TESTS = pathlib.Path(__file__).parent
 

@@ -78,9 +78,20 @@ class RowSource:
         row = int(self.rows_N[index] if self._windows is None else self._windows.array_N[index][0])
         return self.rows.where(row)
 
-    def row_of(self, index: int) -> int:
-        """The number of an example's row among all rows."""
-        return int(self.rows_N[index] if self._windows is None else self._windows.array_N[index][0])
+    def whole(self, index: int) -> Item | None:
+        """The row's whole document where this is its first stretch; None: it is a later one.
+
+        Raises:
+          RowError: when the row cannot be used.
+        """
+        if self._windows is None:
+            return self[index]
+        row, start, _, _ = self._windows.array_N[index].tolist()
+        return self._item(row) if start == 0 else None
+
+    def rows_cut(self) -> int:
+        """How many documents are cut into several stretches."""
+        return 0 if self._windows is None else int((np.bincount(self._windows.array_N[:, 0]) > 1).sum())
 
     def __iter__(self) -> Iterator[tuple[str, str, Item | RowError]]:
         """(file, row, what it is or why it cannot be used), in order: one for each example."""

@@ -34,9 +34,7 @@ class Reply:
     window: tuple[float, float]
 
 
-def ask(
-    trained: Trained, example: Item, budget: float | None = None, *, max_new_tokens: int = MAX_NEW_TOKENS
-) -> Reply:
+def ask(trained: Trained, example: Item, budget: float | None = None, *, max_new_tokens: int = MAX_NEW_TOKENS) -> Reply:
     """Greedy answer to the example's question, or a conversation's last turn; its answer is not shown to the model.
 
     Args:

@@ -182,7 +182,7 @@ def decompressed(file: File) -> Iterator[Stream]:
         try:
             import zstandard
         except ImportError as error:
-            raise UserError(f"{file.path}: pip install zstandard to read .zst files (extra `remote`)") from error
+            raise UserError(f"{file.path}: pip install zstandard to read .zst files (extra `data`)") from error
         yield io.BufferedReader(_Zstandard(raw, file.path, zstandard), _CHUNK)
 
 
