@@ -15,9 +15,9 @@ from anyexperts_jax.data.drawings import Numbered, draw_sheet
 from anyexperts_jax.data.example import LEVELS, Example
 from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.data.show_turns import show_items
-from anyexperts_jax.data.sound_file import write_wav
 from anyexperts_jax.data.source import Source
 from anyexperts_jax.data.sources.rows import RowError
+from anyexperts_jax.data.wav_file import write_wav
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,8 +11,8 @@ from anyexperts_jax.core.names import file_name
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.conversation import Conversation, Document, Item, Medium
 from anyexperts_jax.data.example import SAMPLE_RATE
-from anyexperts_jax.data.sound_file import write_wav
 from anyexperts_jax.data.turns import chat_template, encode_item
+from anyexperts_jax.data.wav_file import write_wav
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.chat import ASSISTANT, ChatTemplate
 from anyexperts_jax.tokenizers.store import open_tokenizer

@@ -17,6 +17,7 @@ FREE_KEYS = (
     "mesh.",
     "data.tokenizer",  # a path: the tokenizer itself is told by data.token_fingerprint
     "data.threads",
+    "data.max_bad_share",
     "data.prefetch",
     "train.steps",
     "train.log_every",

@@ -23,8 +23,10 @@ from anyexperts_jax.data.sources.webdataset import KIND_OF
 _TABLES = tuple(f"{name}.{kind}" for name in ("transcripts", "metadata") for kind in ("tsv", "csv", "jsonl"))
 _FILE_COLUMNS = ("file", "file_name", "path", "audio", "image", "video")
 # files beside which media belong to rows elsewhere
-_OTHERS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".parquet", ".array_record")
-_OTHERS += (".tar", ".tar.gz", ".tgz", ".tar.zst")
+_OTHERS = (
+    *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".parquet"),
+    *(".array_record", ".tar", ".tar.gz", ".tgz", ".tar.zst"),
+)
 _TEXT_COLUMNS = ("transcript", "transcription", "sentence", "caption")
 
 

@@ -132,7 +132,9 @@ def _index(file: File, folder: pathlib.Path) -> None:
         path = str(folder / "data.tar")
         with decompressed(file) as source, open(path, "wb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
-    members, samples, digests, names = [], [], [], [b""]
+    members: list[tuple[int, int, int, int]] = []
+    samples: list[int] = []
+    digests, names = [], [b""]
     key, digest = None, b""
     with open(path, "rb") as raw:
         raw.seek(max(os.path.getsize(path) - 1024, 0))
