@@ -1,4 +1,4 @@
-"""`anyexperts data show` and `anyexperts data export`."""
+"""`anyexperts data show`, `anyexperts data check` and `anyexperts data export`."""
 
 import argparse
 import dataclasses
@@ -8,31 +8,44 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from anyexperts_jax.data.config import DataConfig
 
-from anyexperts_jax.cli.options import add_command, natural, positive, seed
+from anyexperts_jax.cli.options import (
+    add_command,
+    add_config,
+    add_data,
+    add_set,
+    data_overrides,
+    natural,
+    positive,
+    positive_number,
+    seed,
+)
 
 
 def run_show(options: argparse.Namespace) -> None:
+    from anyexperts_jax.data.mixture import describe_place
     from anyexperts_jax.data.show import show_domain
 
     config = _mixture(options)
     for name in config.domains:
+        if name in config.places():
+            print(describe_place(config, name))
         show_domain(config, name, options.split, options.count, options.out, start=options.start)
 
 
 def _mixture(options: argparse.Namespace) -> "DataConfig":
     """The domains to show: those of --config or the generated ones, and the folders of --data."""
     from anyexperts_jax.core.errors import comma_list, require
-    from anyexperts_jax.data.config import DataConfig, named_paths
+    from anyexperts_jax.data.config import DataConfig, named_places
     from anyexperts_jax.data.domain import DOMAIN_NAMES
 
-    if options.config is None:
+    if options.config is None and not options.set:
         config = DataConfig()
     else:
         from anyexperts_jax.train.config import load_config
 
-        config = load_config(options.config).data
-    given = named_paths(options.data, "--data")
-    folders = config.folder_paths() | given
+        config = load_config(options.config or "tiny", options.set).data
+    given = named_places(options.data, "--data")
+    folders = config.places() | given
     default = (*(() if options.config is None else config.domains), *given) or DOMAIN_NAMES
     domains = tuple(dict.fromkeys(options.domain or default))
     in_folder = [name for name in domains if name in folders]
@@ -48,6 +61,42 @@ def _mixture(options: argparse.Namespace) -> "DataConfig":
     )
 
 
+def run_check(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from anyexperts_jax.core.errors import require
+    from anyexperts_jax.core.text_table import print_tables
+    from anyexperts_jax.data.check import check_data, require_clean
+    from anyexperts_jax.data.check_tables import draw_lengths, reason_lines, shared_table, split_table, unusable_table
+    from anyexperts_jax.data.mixture import describe_place
+    from anyexperts_jax.train.config import load_config
+
+    own = data_overrides(options.config, options.data, options.plugin)
+    config = load_config(options.config, [*own, *options.set], options.plugin).data
+    require(
+        bool(config.folders), f"{options.config} reads generated domains alone; give data of yours: --data NAME=PATH"
+    )
+    console = Console(highlight=False)
+    for name in config.places():
+        print(describe_place(config, name), flush=True)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        tasks = {name: bar.add_task(f"reading {name}", total=None) for name in config.places()}
+        reports, shared = check_data(
+            config,
+            processes=options.processes,
+            near=options.near,
+            plugins=options.plugin,
+            progress=lambda name, done, total: bar.update(tasks[name], completed=done, total=total),
+        )
+    tables = (split_table(reports), unusable_table(reports), shared_table(shared))
+    print_tables([table for table in tables if table is not None], console)
+    for line in reason_lines(reports):
+        print(line)
+    print(f"wrote {draw_lengths(reports, config.encoding.max_length, options.out / 'lengths.png')}")
+    require_clean(reports, shared)
+
+
 def run_export(options: argparse.Namespace) -> None:
     from anyexperts_jax.data.array_records import export_array_record
     from anyexperts_jax.data.source import GeneratedSource
@@ -60,17 +109,21 @@ def run_export(options: argparse.Namespace) -> None:
 def add(commands: argparse._SubParsersAction) -> None:
     show_example = "anyexperts data show ocr speech --level 1 --out runs/data"
     own_example = "anyexperts data show --data mine=folder --split validation"
+    check_example = "anyexperts data check tiny --data mine=chats.jsonl"
     export_example = "anyexperts data export nlp folder --split validation --count 500"
     data = add_command(
-        commands, "data", "look at the five domains, or write them to disk", (show_example, export_example)
+        commands,
+        "data",
+        "look at the five domains or at data of your own, check those, or write the former to disk",
+        (show_example, check_example, export_example),
     )
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")
     splits = ("train", "validation", "test")
     show = add_command(actions, "show", "print and draw examples (PNG, WAV)", (show_example, own_example))
     show.add_argument("domain", nargs="*", help="domains (default: all of --config and --data, or all five)")
-    own = "a domain of your own, in a folder; repeatable"
-    show.add_argument("--data", action="append", default=[], metavar="NAME=PATH", help=own)
+    add_data(show, "data of your own: a file, pattern, folder or address; repeatable")
     show.add_argument("--config", help="take the domains of a preset, a TOML file or a run (default: none)")
+    add_set(show, "override of the configuration, as data.columns.answer=label; repeatable")
     show.add_argument("--split", default="train", choices=splits, help="that the examples are of")
     show.add_argument("--count", type=int, default=12, help="examples of each domain")
     show.add_argument("--start", type=natural, default=0, help="number of the first one, from 0")
@@ -79,6 +132,23 @@ def add(commands: argparse._SubParsersAction) -> None:
     show.add_argument("--level", type=int, nargs="+", choices=(1, 2, 3), help=levels)
     show.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/data"), help="for pictures and sound")
     show.set_defaults(command=run_show)
+    check = add_command(
+        actions,
+        "check",
+        "read data of your own once: how much, how long, what cannot be used, what splits share (exit code 2)",
+        (check_example, "anyexperts data check tiny --data mine=chats.jsonl --near 0.8 --out runs/check"),
+    )
+    add_config(check)
+    add_data(check, "data of yours: a file, pattern, folder or address; repeatable")
+    check.add_argument(
+        "--processes", type=positive, metavar="N", help="that read (default: by amount, up to all cores)"
+    )
+    near = "find texts in two splits that share this part of their word shingles, as 0.8 (default: equal ones alone)"
+    check.add_argument("--near", type=positive_number, metavar="SHARE", help=near)
+    check.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("runs/check"), help="for the picture of lengths"
+    )
+    check.set_defaults(command=run_check)
     export = add_command(actions, "export", "write a generated domain as ArrayRecord files", (export_example,))
     export.add_argument("domain", help="the domain, as nlp")
     export.add_argument("folder", type=pathlib.Path, help="where to write; a second split may go into the same folder")

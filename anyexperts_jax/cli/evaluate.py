@@ -3,17 +3,18 @@
 import argparse
 import dataclasses
 
-from anyexperts_jax.cli.options import add_command, add_run, mesh_of, positive, positive_number, say
+from anyexperts_jax.cli.options import add_command, add_data, add_run, mesh_of, positive, positive_number, say
 
 
 def run(options: argparse.Namespace) -> None:
+    from anyexperts_jax.data.config import named_places
     from anyexperts_jax.evaluate.evaluate import Options, evaluate
     from anyexperts_jax.report.tables import print_evaluation
 
     amounts = Options(num_examples=options.examples, calibration_examples=options.calibration_examples)
     amounts = dataclasses.replace(amounts, metrics=tuple(options.metric))
     asked = (options.run, options.budget, options.domain)
-    where = {"which": options.checkpoint, "mesh": mesh_of(options)}
+    where = {"which": options.checkpoint, "mesh": mesh_of(options), "data": named_places(options.data, "--data")}
     evaluate(*asked, **where, options=amounts, note=say, show=print_evaluation)
 
 
@@ -36,7 +37,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="K",
         help="real experts per token (default: four near the run's)",
     )
-    parser.add_argument("--domain", nargs="+", help="domains to evaluate (default: all of the run)")
+    parser.add_argument("--domain", nargs="+", help="domains to evaluate (default: those of --data, or all of the run)")
+    add_data(parser, "data of yours to evaluate on; the name of a domain of the run's reads it from there; repeatable")
     parser.add_argument(
         "--metric",
         action="append",

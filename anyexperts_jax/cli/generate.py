@@ -8,6 +8,7 @@ from anyexperts_jax.core.errors import require
 
 
 def run(options: argparse.Namespace) -> None:
+    from anyexperts_jax.data.conversation import Item, question_and_answer
     from anyexperts_jax.data.mixture import open_source
     from anyexperts_jax.evaluate.ask import ask, own_example
     from anyexperts_jax.evaluate.trained import load_trained
@@ -15,16 +16,17 @@ def run(options: argparse.Namespace) -> None:
     trained = load_trained(options.run, options.checkpoint, mesh_of(options))
     data = trained.config.data
     if options.question is not None:
-        example = own_example(options.question, data.encoding, image=options.image, audio=options.audio)
+        example: Item = own_example(options.question, data.encoding, image=options.image, audio=options.audio)
     else:
         require(not (options.image or options.audio), "--image and --audio go with --question")
         require(options.index >= 0, f"--index={options.index} must be >= 0")
         source = open_source(data, options.domain or data.domains[0], options.split, options.index + 1)
         example = source[options.index]
     reply = ask(trained, example, options.budget)
-    print(f"question: {example.question}")
+    question, answer = question_and_answer(example)
+    print(f"question: {question}")
     if options.question is None:
-        print(f"expected: {example.answer}")
+        print(f"expected: {answer}")
     print(f"answer:   {reply.answer}")
     real = ", ".join(f"{name} {mean:.2f}" for name, mean in reply.real_slots.items())
     print(f"real experts per token: {real} (window {reply.window[0]:g} to {reply.window[1]:g})")

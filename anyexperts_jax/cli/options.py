@@ -1,6 +1,7 @@
 """Parsers and options that several commands share."""
 
 import argparse
+import json
 import math
 import pathlib
 import sys
@@ -99,6 +100,33 @@ def add_plugin(parser: argparse.ArgumentParser) -> None:
 
 def add_set(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
+def add_data(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--data", action="append", default=[], metavar="NAME=PATH", help=text)
+
+
+def data_overrides(source: str, entries: Sequence[str], plugins: Sequence[str] = ()) -> list[str]:
+    """What --data NAME=PATH means for a configuration, as overrides of it.
+
+    The names are all that a configuration of the generated domains alone then reads; another reads them beside its own.
+
+    Raises:
+      UserError: for an entry of another form, or a configuration that cannot be read.
+    """
+    from anyexperts_jax.data.config import named_places
+    from anyexperts_jax.data.domain import DOMAIN_NAMES
+    from anyexperts_jax.train.config import load_config
+
+    given = named_places(entries, "--data")
+    if not given:
+        return []
+    data = load_config(source, (), plugins).data
+    alone = data.domains == DOMAIN_NAMES and not data.folders
+    domains = list(given) if alone else list(dict.fromkeys([*data.domains, *given]))
+    folders = [f"{name}={place}" for name, place in {**data.places(), **given}.items()]
+    changed = [f"data.domains={json.dumps(domains)}", f"data.folders={json.dumps(folders)}"]
+    return [*changed, "data.weights=none"] if alone and data.weights is not None else changed
 
 
 def add_mesh(parser: argparse.ArgumentParser) -> None:

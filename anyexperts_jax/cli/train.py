@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_command, add_config, natural
+from anyexperts_jax.cli.options import add_command, add_config, add_data, data_overrides, natural
 
 
 def run(options: argparse.Namespace) -> None:
@@ -11,7 +11,8 @@ def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.train.config import load_config
     from anyexperts_jax.train.loop import train
 
-    config = load_config(options.config, options.set, options.plugin)
+    own = data_overrides(options.config, options.data, options.plugin)
+    config = load_config(options.config, [*own, *options.set], options.plugin)
     run_dir = options.run or pathlib.Path("runs") / pathlib.Path(options.config).stem
     peers = processes.find_peers(options.processes, options.process_index, options.coordinator)
     if peers is not None:
@@ -28,11 +29,14 @@ def add(commands: argparse._SubParsersAction) -> None:
         "train a model, or go on with a run that stopped",
         (
             "anyexperts train tiny --run runs/mine --set optim.lr=1e-3",
+            "anyexperts train tiny --data mine=chats.jsonl --set data.packing=first_fit",
             "anyexperts train small --set train.start_from=runs/static --set model.moe.k_max=12",
             "anyexperts train small --set mesh.fsdp=4 --processes 2 --process-index 0 --coordinator host0:1234",
         ),
     )
     add_config(parser)
+    own = "data of yours: a file, pattern, folder or address; in the place of the generated domains, or beside those "
+    add_data(parser, f"{own}that the configuration names; what it is, is found out and said; repeatable")
     parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
     many = parser.add_argument_group(
         "several processes",

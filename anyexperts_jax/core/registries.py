@@ -95,3 +95,17 @@ SOURCES: Registry[Any] = Registry(
         "huggingface": "anyexperts_jax.data.huggingface:FORMAT",
     },
 )
+
+# data.sources.rows.RowFormat: what reads the rows of a user's files; the first that knows a file of a place reads it
+ROW_FORMATS: Registry[Any] = Registry(
+    "row format",
+    {
+        "datasets": "anyexperts_jax.data.sources.datasets_folder:FORMAT",
+        "media": "anyexperts_jax.data.sources.media_folder:FORMAT",
+        "lines": "anyexperts_jax.data.sources.lines:FORMAT",
+        "parquet": "anyexperts_jax.data.sources.parquet:FORMAT",
+        "webdataset": "anyexperts_jax.data.sources.webdataset:FORMAT",
+        "array_record": "anyexperts_jax.data.sources.array_record_files:FORMAT",
+        "text": "anyexperts_jax.data.sources.texts:FORMAT",
+    },
+)

@@ -78,7 +78,10 @@ def export_array_record(source: Source, folder: str | pathlib.Path, split: str, 
         part = path.with_suffix(".part")
         writer = ArrayRecordWriter(str(part), "group_size:1")  # one record a group: random access reads no other
         for index in range(shard * len(source) // shards, (shard + 1) * len(source) // shards):
-            writer.write(to_record(source[index]))
+            item = source[index]
+            require(isinstance(item, Example), f"{split} example {index} is no question with one answer")
+            assert isinstance(item, Example)
+            writer.write(to_record(item))
         writer.close()
         part.rename(path)
     part = folder / f"{MANIFEST}.part"

@@ -35,22 +35,31 @@ def pad_rows(batch: Batch, rows: int, tokenizer: Tokenizer = BYTES) -> Batch:
 
 
 def answers(batch: Batch, tokenizer: Tokenizer = BYTES) -> list[str]:
-    """The text of each row's answer, "" for a padding row.
+    """The text of each row's answer, "" for a padding row; of a conversation, of the assistant's last turn.
 
     Raises:
       UserError: where a row holds several examples.
     """
     require_one_segment(batch, "answers are read one a row")
-    tokens_BT, loss_mask_BT = np.asarray(batch.tokens_BT), np.asarray(batch.loss_mask_BT)
-    return [tokenizer.decode(tokens[1:][mask[:-1]]) for tokens, mask in zip(tokens_BT, loss_mask_BT, strict=True)]
+    tokens_BT, answer_BT = np.asarray(batch.tokens_BT), last_answers(batch)
+    return [tokenizer.decode(tokens[1:][mask[:-1]]) for tokens, mask in zip(tokens_BT, answer_BT, strict=True)]
+
+
+def last_answers(batch: Batch) -> Bool[ndarray, "B T"]:
+    """The positions that predict a token of the row's answer: of a conversation the assistant's last turn."""
+    loss_mask_BT = np.asarray(batch.loss_mask_BT)
+    begins_BT = loss_mask_BT & ~np.pad(loss_mask_BT, ((0, 0), (1, 0)))[:, :-1]
+    turn_BT = np.cumsum(begins_BT, axis=1)
+    return loss_mask_BT & (turn_BT == turn_BT[:, -1:])
 
 
 def before_answers(batch: Batch) -> Bool[ndarray, "B T"]:
-    """The positions before the one that predicts the answer's first token: begin, media and question.
+    """The positions before the one that predicts the answer's first token: begin, media and question, and of a
+    conversation the turns before.
 
     Told by the loss and not by a token: a vocabulary may have no id that does nothing but separate.
     """
-    loss_mask_BT = np.asarray(batch.loss_mask_BT)
+    loss_mask_BT = last_answers(batch)
     return np.asarray(batch.valid_BT) & (np.cumsum(loss_mask_BT, axis=1) == 0) & loss_mask_BT.any(axis=1, keepdims=True)
 
 
@@ -73,7 +82,7 @@ def prompts(batch: Batch, tokenizer: Tokenizer = BYTES) -> Batch:
       UserError: where a row holds several examples.
     """
     require_one_segment(batch, "prompts are made one a row")
-    tokens_BT, loss_mask_BT = np.asarray(batch.tokens_BT), np.asarray(batch.loss_mask_BT)
+    tokens_BT, loss_mask_BT = np.asarray(batch.tokens_BT), last_answers(batch)
     after_BT = np.cumsum(loss_mask_BT, axis=1) - loss_mask_BT > 0
     return dataclasses.replace(
         batch,

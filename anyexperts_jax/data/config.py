@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from anyexperts_jax.core.checks import Seed, check_field_types
@@ -14,6 +14,7 @@ from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
 
 Packing = Literal["none", "first_fit"]
 Pictures = Literal["fit", "whole"]
+OnBadRow = Literal["stop", "skip"]
 
 MOST_MAKERS = 1024  # threads, and processes, that make batches: more would take the machine down
 
@@ -55,6 +56,26 @@ class EncodingSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Columns:
+    """What the columns of a user's own data are called. A source without a column of that name has its own name's."""
+
+    messages: str = "messages"  # chats as transformers and OpenAI write them
+    conversations: str = "conversations"  # chats as LLaVA writes them
+    question: str = "question"  # what is asked
+    answer: str = "answer"  # what is learned
+    question_type: str = "question_type"  # kind of question, scored apart
+    level: str = "level"  # difficulty, 1 to 3
+    text: str = "text"  # a document; beside a medium, what is said of it
+    image: str = "image"  # a picture, or several
+    audio: str = "audio"  # a sound, or several
+    video: str = "video"  # a film, or several
+    file: str = "file"  # of a folder of recordings or pictures: the file that a row of its table is about
+
+    def __post_init__(self) -> None:
+        check_field_types(self, "data.columns.")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The mixture of domains. Two configs that are equal give the same batches in the same order.
 
@@ -64,8 +85,16 @@ class DataConfig:
 
     domains: tuple[str, ...] = DOMAIN_NAMES  # domains: generated ones, or names that `folders` defines
     weights: tuple[float, ...] | None = None  # shares of the domains, in any unit; None: all the same
-    folders: tuple[str, ...] = ()  # "NAME=PATH": the domain NAME is read from the folder PATH
+    temperature: float | None = None  # shares in proportion to each domain's examples ** (1 / temperature)
+    folders: tuple[str, ...] = ()  # "NAME=PATH": the domain NAME is read from a file, pattern, folder or address
     metrics: tuple[str, ...] = ()  # "NAME=METRIC": the domain NAME is scored by METRIC (else by its own)
+    fingerprints: tuple[str, ...] = ()  # "NAME=HEX" of these, which training records and holds to
+    columns: Columns = dataclasses.field(default_factory=Columns)
+    chat_template: str = "auto"  # auto: the tokenizer's, if it has one; none: SEP and EOS alone; or one by name
+    held_out: float = 0.05  # share of the rows for validation, and for test, where the data do not name them
+    split_by: str | None = None  # column by whose value rows are held out, as speaker; None: by the whole row
+    on_bad_row: OnBadRow = "stop"  # skip: a row that cannot be used is counted, and another takes its place
+    max_bad_share: float = 0.01  # share of a split's rows that may be skipped
     seed: Seed = 0  # seed of the examples and of their order
     levels: tuple[int, ...] = LEVELS  # difficulties that generated domains draw from
     train_examples: int = 1_000_000  # examples of each generated domain, before they come again in another order
@@ -90,6 +119,12 @@ class DataConfig:
             require(name in self.domains, f"data.folders names {name!r}, which is not in data.domains")
         self.metric_names()
         _require_weights(self.weights, self.domains)
+        require(self.weights is None or self.temperature is None, "give data.weights or data.temperature, not both")
+        heat = self.temperature
+        require(heat is None or heat > 0, f"data.temperature={heat} must be > 0")
+        require(0 < self.held_out <= 0.4, f"data.held_out={self.held_out} must be in (0, 0.4]")
+        require(0 <= self.max_bad_share < 1, f"data.max_bad_share={self.max_bad_share} must be in [0, 1)")
+        require(bool(self.chat_template), "data.chat_template is empty; give auto, none or a name")
         require(len(self.levels) > 0, "data.levels is empty; valid: 1, 2, 3")
         for level in self.levels:
             require_one_of("data.levels entry", level, LEVELS)
@@ -104,15 +139,25 @@ class DataConfig:
 
     def folder_paths(self) -> dict[str, pathlib.Path]:
         """The folders by the name of their domain."""
-        return named_paths(self.folders, "data.folders")
+        return {name: pathlib.Path(place) for name, place in self.places().items()}
 
     def metric_names(self) -> dict[str, str]:
         """The metrics that are asked for, by the name of their domain."""
         return named_metrics(self.metrics, "data.metrics", self.domains)
 
-    def shares(self) -> tuple[float, ...]:
-        """The weights of the domains, in order, scaled to add up to 1."""
+    def places(self) -> dict[str, str]:
+        """Paths, patterns and addresses by the name of their domain."""
+        return named_places(self.folders, "data.folders")
+
+    def shares(self, lengths: Sequence[int] = ()) -> tuple[float, ...]:
+        """The weights of the domains, in order, scaled to add up to 1.
+
+        Args:
+          lengths: how many examples each has, by which a temperature goes.
+        """
         weights = self.weights or (1.0,) * len(self.domains)
+        if self.temperature is not None:
+            weights = tuple(length ** (1 / self.temperature) for length in lengths)
         return tuple(weight / sum(weights) for weight in weights)
 
     def domain_index(self, name: str) -> int:
@@ -121,20 +166,20 @@ class DataConfig:
         return self.domains.index(name)
 
 
-def named_paths(entries: Iterable[str], option: str) -> dict[str, pathlib.Path]:
-    """Paths by name from entries that read NAME=PATH; `option` is for messages.
+def named_places(entries: Iterable[str], option: str) -> dict[str, str]:
+    """Places by name from entries that read NAME=PATH; `option` is for messages.
 
     Raises:
       UserError: for an entry of another form, a name that comes twice, or one that cannot be printed.
     """
-    paths: dict[str, pathlib.Path] = {}
+    places: dict[str, str] = {}
     for entry in entries:
-        name, equals, path = entry.partition("=")
-        require(bool(name and equals and path), f"{option} entry {entry!r} must read NAME=PATH")
+        name, equals, place = entry.partition("=")
+        require(bool(name and equals and place), f"{option} entry {entry!r} must read NAME=PATH")
         require(name.isprintable(), f"{option}: {name!r} has characters that cannot be printed; choose another name")
-        require(name not in paths, f"{option} names {name!r} twice")
-        paths[name] = pathlib.Path(path)
-    return paths
+        require(name not in places, f"{option} names {name!r} twice")
+        places[name] = place
+    return places
 
 
 def named_metrics(entries: Iterable[str], option: str, domains: Iterable[str]) -> dict[str, str]:

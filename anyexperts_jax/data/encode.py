@@ -73,6 +73,15 @@ def patches(pixels: UInt8[ndarray, "F H W 3"], patch_size: int) -> Float32[ndarr
     return grid.reshape(frames * rows * columns, -1).astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
+def media_parts(example: Example, spec: EncodingSpec) -> list[MediaPart]:
+    """The example's medium as its patches or frames; none for a question in text alone.
+
+    Raises:
+      UserError: when it does not fit `spec`.
+    """
+    return _media(example, spec)
+
+
 def _media(example: Example, spec: EncodingSpec) -> list[MediaPart]:
     if example.image is not None:
         evidence = None if example.image_evidence is None else example.image_evidence[None]

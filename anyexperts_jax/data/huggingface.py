@@ -16,7 +16,6 @@ codec, and a row that cannot be read is named. Evidence is unknown, so nothing c
 """
 
 import json
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -24,9 +23,11 @@ from typing import Any
 import numpy as np
 
 from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.data.cells import level_of, text_of
+from anyexperts_jax.data.config import Columns
 from anyexperts_jax.data.decode import decode_audio, decode_picture, decode_video
 from anyexperts_jax.data.domain import Metric
-from anyexperts_jax.data.example import LEVELS, Example
+from anyexperts_jax.data.example import Example
 from anyexperts_jax.data.source import FolderFormat
 
 MARKERS = ("dataset_dict.json",)  # what `DatasetDict.save_to_disk` leaves in the folder
@@ -36,6 +37,19 @@ _ONE_TYPE = "any"  # the question type where the dataset names none
 def is_folder(folder: pathlib.Path) -> bool:
     """Whether the folder holds a `DatasetDict`."""
     return all((folder / name).is_file() for name in MARKERS)
+
+
+def holds_other_rows(folder: pathlib.Path, columns: Columns) -> bool:
+    """Whether the folder's rows are chats or documents rather than questions, or have columns of other names."""
+    if not is_folder(folder):
+        return False
+    if columns != Columns():
+        return True
+    for path in sorted(folder.glob("*/dataset_info.json")):
+        features = _read_json(path).get("features")
+        names = set(features) if isinstance(features, dict) else set()
+        return bool(names & {"messages", "conversations", "text"}) and not {"question", "answer"} <= names
+    return False
 
 
 class HuggingFaceSource:
@@ -72,12 +86,12 @@ class HuggingFaceSource:
     def __getitem__(self, index: int) -> Example:
         where = f"{self._folder} row {index} of {self._split}"
         row = self._row(index, where)
-        texts = {name: _text(row[name], self._labels[name], f"{where}: {name}") for name in ("question", "answer")}
+        texts = {name: text_of(row[name], self._labels[name], f"{where}: {name}") for name in ("question", "answer")}
         fields: dict[str, Any] = {
             **texts,
             "domain": self._folder.name,
             "question_type": _type_name(row.get("question_type"), self._labels.get("question_type"), where),
-            "level": _level(row.get("level"), where),
+            "level": level_of(row.get("level"), where),
             "source": f"row:{index}",
             **{name: _media(row[name], name, self._folder, where) for name in _DECODERS if row.get(name) is not None},
         }
@@ -91,9 +105,7 @@ class HuggingFaceSource:
         import pyarrow
 
         try:
-            row = self._rows[index]
-            row.validate(full=True)  # damaged offsets would be followed out of the file
-            return {name: _value(row[name]) for name in row.column_names}
+            return row_values(self._rows[index])
         except (ValueError, OSError, pyarrow.ArrowException) as error:
             raise UserError(f"cannot read {where}: {_said(error)}") from error
 
@@ -159,40 +171,7 @@ def _types_in(rows: Any, folder: pathlib.Path) -> set[str]:
 
 
 def _type_name(value: Any, labels: list[str] | None, where: str) -> str:
-    return _ONE_TYPE if value is None or value == "" else _text(value, labels, f"{where}: question_type")
-
-
-def _text(value: Any, labels: list[str] | None, where: str) -> str:
-    """A question, an answer or the name of a type, from what a column may hold."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, list):
-        require(len(value) == 1, f"{where} has {len(value)} entries; give one")
-        value = value[0]
-    require(value is not None, f"{where} is missing; leave the row out or fill it in")
-    if labels is not None:
-        known = type(value) is int and 0 <= value < len(labels)
-        require(known, f"{where}={value!r} is no class label; there are {len(labels)}, from 0 on")
-        return labels[value]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, np.floating | float):
-        require(math.isfinite(value), f"{where}={value} must be finite")
-        return str(value).removesuffix(".0")
-    require(isinstance(value, int), f"{where} must be text, a class label or a number, not {type(value).__name__}")
-    return str(value)
-
-
-def _level(value: Any, where: str) -> int:
-    if value is None:
-        return 1
-    if isinstance(value, np.floating):
-        value = value.item()
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    require(number and value in LEVELS, f"{where}: level={value!r} is unknown; valid: 1, 2, 3")
-    return int(value)
+    return _ONE_TYPE if value is None or value == "" else text_of(value, labels, f"{where}: question_type")
 
 
 _DECODERS = {"image": decode_picture, "video": decode_video, "audio": decode_audio}
@@ -219,6 +198,16 @@ def _file(value: Any, folder: pathlib.Path, where: str) -> Any:
     path = beside if beside.is_file() else pathlib.Path(value)
     require(path.is_file(), f"{where}: there is no file {value!r}, from {folder} or from here")
     return path
+
+
+def row_values(row: Any) -> dict[str, Any]:
+    """The values of a table of one row by column: Python's, and lists of numbers as arrays of their own type.
+
+    Raises:
+      pyarrow.ArrowException, ValueError: when it is damaged.
+    """
+    row.validate(full=True)  # damaged offsets would be followed out of the file
+    return {name: _value(row[name]) for name in row.column_names}
 
 
 def _value(column: Any) -> Any:

@@ -10,24 +10,30 @@ say which row an example lands in, so every process encodes every example, and p
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
+import numpy as np
 from absl import flags
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.core.plugins import load_plugins
+from anyexperts_jax.data.bad_rows import BadRows
 from anyexperts_jax.data.batches import empty_batch, pad_rows, stack
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
-from anyexperts_jax.data.encode import encode_example
-from anyexperts_jax.data.example import Example
+from anyexperts_jax.data.conversation import Item
 from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.data.packing import PackedSequences
+from anyexperts_jax.data.row_source import RowSource
 from anyexperts_jax.data.sequence import EncodedSequence, Size, padded
 from anyexperts_jax.data.source import Source
+from anyexperts_jax.data.sources.rows import RowError
+from anyexperts_jax.data.turns import chat_template, encode_item
 from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.chat import ChatTemplate
 from anyexperts_jax.tokenizers.store import open_tokenizer
 
 __all__ = ["DataConfig", "eval_batches", "train_dataset", "train_iterator"]
@@ -37,29 +43,54 @@ __all__ = ["DataConfig", "eval_batches", "train_dataset", "train_iterator"]
 class _Sequences:
     """A source's examples as encoded sequences, or as the fields of a row each; what Grain reads."""
 
+    name: str
     source: Source
-    spec: EncodingSpec
+    config: DataConfig
     tokenizer: Tokenizer
-    domain_index: int
+    template: ChatTemplate | None
     as_rows: bool = True
+    bad_rows: BadRows | None = None  # counts the rows that cannot be used; None: the first ends the run
+    fills: bool = True  # the next row that can be used takes their place; else a row of padding does
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any] | EncodedSequence:
+        for number in itertools.chain(range(index, len(self)), range(index)):
+            try:
+                sequence = self._encoded(number)
+            except UserError as error:
+                if self.bad_rows is None:
+                    raise
+                self.bad_rows.add(self.name, number, len(self), error)
+                if not self.fills:
+                    return _nothing(self.config.encoding, self.tokenizer)
+                continue
+            return padded(sequence, self.config.encoding) if self.as_rows else sequence
+        raise UserError(f"no row of {self.name} can be used")
+
+    def _encoded(self, index: int) -> EncodedSequence:
         example = self.source[index]
         try:
-            sequence = encode_example(
+            return encode_item(
                 example,
-                self.spec,
+                self.config.encoding,
                 tokenizer=self.tokenizer,
-                domain_index=self.domain_index,
+                template=self.template,
+                domain_index=self.config.domain_index(self.name),
                 question_index=_question_index(self.source, example),
                 example_index=index,
             )
         except UserError as error:
+            if isinstance(self.source, RowSource):
+                raise RowError(*self.source.where(index), str(error)) from error
             raise UserError(f"{error} (example {index})") from error
-        return padded(sequence, self.spec) if self.as_rows else sequence
+
+
+def _nothing(spec: EncodingSpec, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The fields of a row of padding."""
+    empty = empty_batch(spec, 1, tokenizer)
+    return {field.name: np.asarray(getattr(empty, field.name))[0] for field in dataclasses.fields(empty)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,26 +126,37 @@ def _examples_at(examples: grain.MapDataset, batch_size: int, held: tuple[int, .
 
 
 def train_dataset(
-    config: DataConfig, batch_size: int, rows: Sequence[int] | None = None, *, plugins: Sequence[str] = ()
+    config: DataConfig,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+    *,
+    plugins: Sequence[str] = (),
+    bad_rows: BadRows | None = None,
 ) -> grain.IterDataset:
     """The endless training batches: all `batch_size` rows of each, or of each the `rows` that one process makes.
 
     After a pass over a domain its examples come again, in another order; before that none comes twice, in whatever
-    process.
+    process. With data.on_bad_row=skip, in the place of a row that cannot be used stands the next one that can.
 
     Args:
       plugins: modules that register domains or sources; worker processes import them before they make an example.
+      bad_rows: counts what is skipped; None: nobody wants to know.
 
     Raises:
       UserError: when a number is out of range, or a folder or tokenizer is missing or empty.
     """
     held, packs = _held(batch_size, rows), config.packing == "first_fit"
-    parts, tokenizer = [], open_tokenizer(config.tokenizer)
-    for index, name in enumerate(config.domains):
+    parts, lengths, tokenizer = [], [], open_tokenizer(config.tokenizer)
+    template = chat_template(config, tokenizer)
+    if config.on_bad_row == "skip" and bad_rows is None:
+        bad_rows = BadRows(config.max_bad_share)
+    for name in config.domains:
         source = open_source(config, name, "train")
-        sequences = _Sequences(source, config.encoding, tokenizer, index, as_rows=not packs)
-        parts.append(grain.MapDataset.source(sequences).shuffle(seed=config.seed).repeat())
-    mixed = grain.MapDataset.mix(parts, config.shares())
+        counted = bad_rows if config.on_bad_row == "skip" else None
+        sequences = _Sequences(name, source, config, tokenizer, template, as_rows=not packs, bad_rows=counted)
+        parts.append(grain.MapDataset.source(sequences).shuffle(seed=order_seed(config, source)).repeat())
+        lengths.append(len(source))
+    mixed = grain.MapDataset.mix(parts, config.shares(lengths))
     if not packs:
         batches = _examples_at(mixed, batch_size, held).batch(len(held), drop_remainder=True, batch_fn=stack)
         return _made_ahead(batches, config, config.prefetch, plugins)
@@ -148,10 +190,46 @@ def _start_worker(plugins: tuple[str, ...], index: int, count: int) -> None:
 
 
 def train_iterator(
-    config: DataConfig, batch_size: int, rows: Sequence[int] | None = None, *, plugins: Sequence[str] = ()
+    config: DataConfig,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+    *,
+    plugins: Sequence[str] = (),
+    bad_rows: BadRows | None = None,
 ) -> grain.DatasetIterator:
     """An iterator over `train_dataset`: `next`, `get_state` (JSON, the same for all rows) and `set_state`."""
-    return iter(train_dataset(config, batch_size, rows, plugins=plugins))
+    return iter(train_dataset(config, batch_size, rows, plugins=plugins, bad_rows=bad_rows))
+
+
+def source_lengths(config: DataConfig) -> dict[str, int]:
+    """How many examples a pass over each domain's training split has."""
+    return {name: len(open_source(config, name, "train")) for name in config.domains}
+
+
+def epochs(config: DataConfig, lengths: Mapping[str, int], batch_size: int, state: Any) -> dict[str, float]:
+    """How many times each domain was read, once an iterator is in this state.
+
+    Args:
+      lengths: `source_lengths`.
+    """
+    drawn = _next_indices(state) * (batch_size if config.packing == "none" else 1)
+    shares = config.shares(list(lengths.values()))
+    return {name: drawn * share / lengths[name] for name, share in zip(lengths, shares, strict=True)}
+
+
+def _next_indices(state: Any) -> int:
+    """How many elements were drawn, of all iterators inside of one: a process's own, or its workers'."""
+    if isinstance(state, Mapping):
+        own = state.get("next_index", 0)
+        return int(own) + sum(_next_indices(value) for key, value in state.items() if key != "next_index")
+    return sum(map(_next_indices, state)) if isinstance(state, list) else 0
+
+
+def order_seed(config: DataConfig, source: Source) -> int:
+    """The seed of the order of a source's examples: data.seed, and of a user's rows their fingerprint."""
+    if not isinstance(source, RowSource):
+        return config.seed
+    return (config.seed + int(source.fingerprint, 16)) % 2**32
 
 
 def eval_batches(
@@ -159,14 +237,18 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Examples 0 to `num_examples` - 1 of a domain's split, in order. The last batch is filled up with invalid rows.
 
-    Of each batch all `batch_size` rows, or the `rows` that one process makes.
+    Of each batch all `batch_size` rows, or the `rows` that one process makes. With data.on_bad_row=skip a row that
+    cannot be used is one of padding.
 
     Raises:
       UserError: when a number is out of range, or a folder holds fewer examples.
     """
     require(num_examples >= 1, f"num_examples={num_examples} must be >= 1")
     source, tokenizer = open_source(config, domain, split, num_examples), open_tokenizer(config.tokenizer)
-    sequences = grain.MapDataset.source(_Sequences(source, config.encoding, tokenizer, config.domain_index(domain)))
+    bad_rows = BadRows(config.max_bad_share) if config.on_bad_row == "skip" else None
+    template = chat_template(config, tokenizer)
+    made = _Sequences(domain, source, config, tokenizer, template, bad_rows=bad_rows, fills=False)
+    sequences = grain.MapDataset.source(made)
     ahead = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch if config.threads else 0)
     held = _held(batch_size, rows)
     examples, count = _examples_at(sequences[:num_examples], batch_size, held), len(held)
@@ -174,9 +256,11 @@ def eval_batches(
         yield pad_rows(batch, count, tokenizer)
     for _ in range(-(-len(examples) // count), -(-num_examples // batch_size)):  # whose last rows others hold
         yield empty_batch(config.encoding, count, tokenizer)
+    if bad_rows is not None:
+        bad_rows.close()
 
 
-def _question_index(source: Source, example: Example) -> int:
+def _question_index(source: Source, example: Item) -> int:
     types = source.question_types
     known = example.question_type in types
     require(known, f"question type {example.question_type!r} of a {example.domain} example is not one of {types}")

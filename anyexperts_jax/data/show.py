@@ -5,16 +5,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float32
-from numpy import ndarray
 
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.core.names import file_name
 from anyexperts_jax.data.config import DataConfig
+from anyexperts_jax.data.conversation import Item
 from anyexperts_jax.data.domain import domain
 from anyexperts_jax.data.drawings import Numbered, draw_sheet
-from anyexperts_jax.data.example import LEVELS, SAMPLE_RATE, Example
+from anyexperts_jax.data.example import LEVELS, Example
 from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.show_turns import show_items
+from anyexperts_jax.data.source import Source
+from anyexperts_jax.data.sources.rows import RowError
+from anyexperts_jax.data.wav_file import write_wav
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,7 +79,19 @@ def show_domain(
     if len(numbers) < count:
         line = f"{name} has {len(source)} {split} examples; {len(numbers)} are shown"
         console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    return show_examples([(i, source[i]) for i in numbers], f"{name}_{split}", out_dir, console=console)
+    items = [(i, _shown_item(source, i)) for i in numbers]
+    examples = [(i, item) for i, item in items if isinstance(item, Example)]
+    others = [(i, item) for i, item in items if not isinstance(item, Example)]
+    written = show_items(others, config, f"{name}_{split}", out_dir, console) if others else []
+    return written + (show_examples(examples, f"{name}_{split}", out_dir, console=console) if examples else [])
+
+
+def _shown_item(source: Source, index: int) -> Item | UserError:
+    """An example, or why its row cannot be used: to show the others too."""
+    try:
+        return source[index]
+    except RowError as error:
+        return error
 
 
 def show_examples(
@@ -113,13 +128,6 @@ def show_examples(
         raise UserError(f"cannot write to {out_dir}: {error}") from error
     console.print(_summary(written), highlight=False, markup=False, emoji=False, soft_wrap=True)
     return written
-
-
-def write_wav(path: pathlib.Path, audio: Float32[ndarray, " samples"]) -> None:
-    """Writes mono audio in [-1, 1] at SAMPLE_RATE as 16-bit WAV."""
-    from scipy.io import wavfile
-
-    wavfile.write(path, SAMPLE_RATE, np.clip(np.round(audio * 32768), -32768, 32767).astype(np.int16))
 
 
 def describe_evidence(example: Example) -> str:

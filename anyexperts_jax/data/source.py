@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+from anyexperts_jax.data.conversation import Item
 from anyexperts_jax.data.domain import Metric, domain
 from anyexperts_jax.data.example import Example
 
@@ -21,7 +22,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> Item: ...
 
 
 @dataclasses.dataclass(frozen=True)

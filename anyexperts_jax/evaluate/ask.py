@@ -10,9 +10,11 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.modality import MODALITY_NAMES
 from anyexperts_jax.data.batches import pad_rows, stack
 from anyexperts_jax.data.config import EncodingSpec
+from anyexperts_jax.data.conversation import Item
 from anyexperts_jax.data.decode import decode_audio, decode_picture
-from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.example import Example, is_unicode
+from anyexperts_jax.data.sequence import padded
+from anyexperts_jax.data.turns import chat_template, encode_item
 from anyexperts_jax.evaluate.measure import run_at
 from anyexperts_jax.evaluate.scoring import predict
 from anyexperts_jax.evaluate.trained import Trained, own_window, with_room
@@ -32,10 +34,8 @@ class Reply:
     window: tuple[float, float]
 
 
-def ask(
-    trained: Trained, example: Example, budget: float | None = None, *, max_new_tokens: int = MAX_NEW_TOKENS
-) -> Reply:
-    """Greedy answer to the example's question; its own answer is not shown to the model.
+def ask(trained: Trained, example: Item, budget: float | None = None, *, max_new_tokens: int = MAX_NEW_TOKENS) -> Reply:
+    """Greedy answer to the example's question, or a conversation's last turn; its answer is not shown to the model.
 
     Args:
       budget: nominal real experts per token (`routing.budget.shift_budget`); None: the window it was trained with.
@@ -49,7 +49,9 @@ def ask(
         moe = shift_budget(moe, budget)
     window = own_window(moe)
     model = with_room(trained.config.model, window[1])
-    encoded = stack([encode(example, trained.config.data.encoding, tokenizer=trained.tokenizer)])
+    data, template = trained.config.data, chat_template(trained.config.data, trained.tokenizer)
+    sequence = encode_item(example, data.encoding, tokenizer=trained.tokenizer, template=template)
+    encoded = stack([padded(sequence, data.encoding)])
     batch = pad_rows(encoded, trained.whole_rows(1), trained.tokenizer)
     answer = predict(trained, model, batch, window, max_new_tokens)[0]
     output = run_at(trained, model, batch, window)

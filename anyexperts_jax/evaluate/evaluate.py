@@ -16,7 +16,7 @@ from anyexperts_jax.core.errors import UserError, require, require_one_of
 from anyexperts_jax.core.registries import METRICS
 from anyexperts_jax.core.versions import device_text, versions
 from anyexperts_jax.data.config import named_metrics
-from anyexperts_jax.data.mixture import examples_there, open_source
+from anyexperts_jax.data.mixture import describe_place, examples_there, open_source, with_places
 from anyexperts_jax.data.pipeline import eval_batches
 from anyexperts_jax.dispatch.execution import require_capacity_for
 from anyexperts_jax.evaluate.likelihood import Likelihood, choose, likelihood_of
@@ -80,6 +80,7 @@ def evaluate(
     *,
     which: str = "best",
     mesh: Mesh | None = None,
+    data: Mapping[str, str] | None = None,
     options: Options = Options(),
     note: Callable[[str], None] = lambda line: None,
     show: Callable[[EvaluationResult], None] = lambda result: None,
@@ -93,6 +94,8 @@ def evaluate(
       budgets: real experts per token, on average; None: `default_budgets`.
       domains: of the run's mixture; None: all.
       mesh: of any shape, whatever the run was trained on; None: the first device.
+      data: paths or addresses of further data by name, or of where data of the run's are now; the domains measured are
+        these unless they are given.
       note: called with a line as each part is done.
       show: called with the result before it is written, so that it is not lost where it cannot be.
 
@@ -105,6 +108,12 @@ def evaluate(
     require(root.is_dir(), f"no run in {root}: there is no such folder")
     with run_lock(root, "evaluate"):
         trained = load_trained(root, which, mesh)
+        if data:
+            own = with_places(trained.config.data, data)
+            trained = dataclasses.replace(trained, config=dataclasses.replace(trained.config, data=own))
+            domains = tuple(domains or data)
+            for name in data:
+                note(describe_place(own, name))
         result = evaluate_trained(trained, budgets, domains, options=options, note=note)
         show(result)
         save_evaluation(result, root)

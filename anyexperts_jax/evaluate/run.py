@@ -13,10 +13,12 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.data.batches import stack
 from anyexperts_jax.data.config import DataConfig
-from anyexperts_jax.data.encode import encode
+from anyexperts_jax.data.conversation import Item
 from anyexperts_jax.data.example import Example
 from anyexperts_jax.data.mixture import open_source
 from anyexperts_jax.data.pipeline import eval_batches
+from anyexperts_jax.data.sequence import padded
+from anyexperts_jax.data.turns import chat_template, encode_item
 from anyexperts_jax.evaluate.ask import MAX_NEW_TOKENS, Reply, ask, own_example
 from anyexperts_jax.evaluate.evaluate import Options, evaluate_trained
 from anyexperts_jax.evaluate.results import EvaluationResult, save_evaluation
@@ -40,8 +42,10 @@ class RunData:
     config: DataConfig
     tokenizer: Tokenizer
 
-    def example(self, domain: str, split: str = "test", index: int = 0) -> Example:
+    def example(self, domain: str, split: str = "test", index: int = 0) -> Item:
         """One example of a domain: question, answer, picture or sound, and where in them the answer is.
+
+        Of a user's own data it may be a `Conversation` or a `Document`.
 
         Args:
           split: "train", "validation" or "test".
@@ -76,7 +80,7 @@ class RunData:
         require(rows >= 1, f"rows={rows} must be >= 1")
         return next(eval_batches(self.config, domain, split, rows, rows))
 
-    def encode(self, examples: Sequence[Example]) -> Batch:
+    def encode(self, examples: Sequence[Item]) -> Batch:
         """A batch of examples, the user's own too, a row each: arrays [rows, T, ...], T positions.
 
         Raises:
@@ -90,7 +94,9 @@ class RunData:
             array([10, 10, 10])
         """
         require(len(examples) > 0, "no example is given; a batch has one row or more")
-        return stack([encode(example, self.config.encoding, tokenizer=self.tokenizer) for example in examples])
+        spec, template = self.config.encoding, chat_template(self.config, self.tokenizer)
+        rows = [encode_item(one, spec, tokenizer=self.tokenizer, template=template) for one in examples]
+        return stack([padded(row, spec) for row in rows])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

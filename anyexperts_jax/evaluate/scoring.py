@@ -6,7 +6,7 @@ import numpy as np
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.registries import METRICS
-from anyexperts_jax.data.batches import answers, prompts
+from anyexperts_jax.data.batches import answers, last_answers, prompts
 from anyexperts_jax.data.scores import chance_scores, exact_match, score
 from anyexperts_jax.data.source import Source
 from anyexperts_jax.evaluate.likelihood import Likelihood
@@ -21,7 +21,7 @@ from anyexperts_jax.tokenizers.bytes import BYTES
 
 def longest_answer(batches: Sequence[Batch]) -> int:
     """Tokens of the longest answer, EOS included."""
-    return max(int(np.asarray(batch.loss_mask_BT).sum(axis=1).max()) for batch in batches)
+    return max(int(last_answers(batch).sum(axis=1).max()) for batch in batches)
 
 
 def predict(trained: Trained, model: ModelConfig, batch: Batch, window: Window, max_new_tokens: int) -> list[str]:

@@ -52,8 +52,11 @@ def map_examples(trained: Trained, domain: str, count: int, rows: int, max_new_t
     """
     config = trained.config
     source = open_source(config.data, domain, "test", examples_there(config.data, domain, "test", count))
+    items = [source[i] for i in range(min(count, len(source)))]
+    examples = [prepare(item, config.data.encoding) for item in items if isinstance(item, Example)]  # as the model sees
+    if not examples:  # conversations have no map yet
+        return []
     spec = config.data.encoding
-    examples = [prepare(source[i], spec) for i in range(min(count, len(source)))]  # as the model sees them
     index = config.data.domain_index(domain)
     tokenizer = trained.tokenizer
     encoded = [encode(example, spec, tokenizer=tokenizer, domain_index=index) for example in examples]

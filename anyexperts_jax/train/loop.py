@@ -18,8 +18,10 @@ from rich.console import Console
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.devices import require_devices
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.data.bad_rows import BadRows, describe_skipped
+from anyexperts_jax.data.mixture import describe_place
 from anyexperts_jax.data.packing import padding_shares
-from anyexperts_jax.data.pipeline import train_iterator
+from anyexperts_jax.data.pipeline import epochs, source_lengths, train_iterator
 from anyexperts_jax.models.init import logical_axes
 from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.sharding.placement import Placement
@@ -35,6 +37,7 @@ from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.profile import Profiler
 from anyexperts_jax.train.progress import Reporter, status_line
 from anyexperts_jax.train.recipe import EVERYTHING, Recipe
+from anyexperts_jax.train.run_data import with_fingerprints
 from anyexperts_jax.train.run_dir import RunDir, open_run_dir, require_run_of
 from anyexperts_jax.train.run_log import NoLog, RunLog, read_records
 from anyexperts_jax.train.run_together import AGAIN, describe_last_checkpoint, lock_run, make_watch, waiting
@@ -94,8 +97,10 @@ def train(
     reporter = Reporter(Console(file=sys.stderr) if progress and processes.is_first() else None)
     paths = RunDir(pathlib.Path(run_dir))
     try:
-        data = pin_tokenizer(config.data, config.model, paths.tokenizer, begun=bool(paths.checkpoint_steps()))
-        config = dataclasses.replace(config, data=data)
+        own = pin_tokenizer(config.data, config.model, paths.tokenizer, begun=bool(paths.checkpoint_steps()))
+        config = dataclasses.replace(config, data=with_fingerprints(own, paths))
+        for name in config.data.places():
+            reporter.note_later(describe_place(config.data, name))
         mesh = make_mesh(config.mesh)
         require_fits(config, mesh, trains_everything=recipe.trainable is None and recipe.optimizer is None)
         require_validation_examples(config)
@@ -134,7 +139,9 @@ class _Run:
         self.apply = (recipe.apply or model_apply)(config.model, Placement(self.mesh))
         self.optimizer = recipe.optimizer or make_optimizer(config.optim, logical_axes(config.model))
         size = config.train.batch_size
-        self.iterator = train_iterator(config.data, size, batch_rows(self.mesh, size), plugins=config.plugins)
+        self.bad_rows, rows = BadRows(config.data.max_bad_share), batch_rows(self.mesh, size)
+        self.iterator = train_iterator(config.data, size, rows, plugins=config.plugins, bad_rows=self.bad_rows)
+        self.lengths = source_lengths(config.data)
         self.validation = Validation(config, self.apply, self.mesh, self._waiting)
         self.checkpoints = self._open_checkpoints(read_only=True)
         self.agreement = processes.Agreement()
@@ -163,6 +170,7 @@ class _Run:
                 self.reporter.stop()
                 self.log.close()
         finally:
+            self.bad_rows.close()
             self.iterator.close()  # stops its workers, which would otherwise outlive the run by seconds
             error = sys.exception()
             if error is None or processes.peer_lost(error) is None:  # else closing would wait for the lost process
@@ -309,6 +317,16 @@ class _Run:
             f"{alone:.1%}"
         )
 
+    def _tell_data(self, step: int) -> None:
+        """How often each source of the user's was read, and what of it was skipped, by this process."""
+        if not self.config.data.folders:
+            return
+        skipped = self.bad_rows.counts()
+        passes = epochs(self.config.data, self.lengths, self.config.train.batch_size, self.iterator.get_state())
+        self.log.write("sources", step, {"epochs": passes, "skipped_rows": skipped})
+        for line in describe_skipped(skipped):
+            self.reporter.note(line)
+
     def _finish_checkpoint(self) -> None:
         with self._waiting("the last checkpoint"):
             self.checkpoints.wait()
@@ -374,6 +392,7 @@ class _Run:
             loss = record["loss"] if np.isfinite(record["loss"]) else math.inf
             self.log.write("validation", step, record)
             self.reporter.evaluation(step, record)
+            self._tell_data(step)
         with self.clock.spending("checkpoint"), self._waiting(f"the checkpoint of step {step}"):
             self.checkpoints.save(state, self.iterator.get_state(), self.config, loss)
         self.since += time.perf_counter() - start

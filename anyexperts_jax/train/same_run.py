@@ -18,6 +18,7 @@ FREE_KEYS = (
     "data.tokenizer",  # only a path: data.token_fingerprint identifies the tokenizer
     "data.metrics",  # how answers are scored, not what is learned
     "data.threads",
+    "data.max_bad_share",
     "data.prefetch",
     "train.steps",
     "train.log_every",

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.mixture import examples_there, open_source
 from anyexperts_jax.data.pipeline import eval_batches
 from anyexperts_jax.sharding.specs import batch_rows, replicated, shard_batch
 from anyexperts_jax.train.config import RunConfig
@@ -23,13 +23,17 @@ from anyexperts_jax.train.step import Apply, BatchSums, make_eval_step
 def require_validation_examples(config: RunConfig) -> None:
     """Opens the validation split of every domain, so that a run without one fails before its first step.
 
+    A split that was held out by hash may have fewer examples than `train.eval_examples`: all of them are taken.
+
     Raises:
-      UserError: if a folder has no such split, or fewer examples than `train.eval_examples`.
+      UserError: if a folder has no such split, or fewer examples than that.
     """
     examples = config.train.eval_examples
     for name in config.data.domains:
         try:
-            open_source(config.data, name, "validation", examples)
+            source = open_source(config.data, name, "validation")
+            if not getattr(source, "held_out", False):
+                open_source(config.data, name, "validation", examples)
         except UserError as error:
             needed = f"a run needs {examples} validation examples of {name} (train.eval_examples)"
             raise UserError(f"{error}; {needed}") from error
@@ -74,11 +78,9 @@ class Validation:
         if name not in self._batches:  # made once: rendering and speech synthesis take longer than the model's step
             data, train = self._config.data, self._config.train
             rows = batch_rows(self.mesh, train.batch_size)
-            self._batches[name] = list(
-                eval_batches(
-                    data, name, "validation", batch_size=train.batch_size, num_examples=train.eval_examples, rows=rows
-                )
-            )
+            there = examples_there(data, name, "validation", train.eval_examples)
+            amounts = {"batch_size": train.batch_size, "num_examples": there}
+            self._batches[name] = list(eval_batches(data, name, "validation", **amounts, rows=rows))
         size = self._config.train.batch_size
         parts = [
             self._step(state.params, state.router_bias_LC, shard_batch(self.mesh, batch, size))

@@ -109,6 +109,7 @@ def test_the_field_takes_its_own_value_as_toml_and_json_write_it(key):
 SINGLE = {
     "data.domains": "nlp",
     "data.folders": "nlp=somewhere",
+    "data.fingerprints": "nlp=0123",
     "plugins": "json",
     "data.levels": 2,
     "data.weights": 2,

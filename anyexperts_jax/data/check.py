@@ -1,0 +1,280 @@
+"""Reads a user's data once, before a run does: what there is, what a run could not use, and what its splits share."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.modality import MODALITY_NAMES, NUM_MODALITIES
+from anyexperts_jax.core.plugins import load_plugins
+from anyexperts_jax.data.bad_rows import reason_of
+from anyexperts_jax.data.config import DataConfig
+from anyexperts_jax.data.conversation import Conversation, Document, Item, Medium, Text
+from anyexperts_jax.data.domain import SPLITS
+from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.row_source import RowSource
+from anyexperts_jax.data.sequence import Size
+from anyexperts_jax.data.sources.cache import hash_64
+from anyexperts_jax.data.sources.rows import RowError
+from anyexperts_jax.data.turns import chat_template, encode_item
+from anyexperts_jax.tokenizers.store import open_tokenizer
+
+CHUNK = 256  # examples that a process reads at a time
+SHOWN = 20  # rows that are named of those that cannot be used, or that stand in two splits
+_SHINGLE, _PERMUTATIONS = 5, 64  # words compared together, and hashes of them, for near duplicates
+
+
+@dataclasses.dataclass
+class SplitReport:
+    """What was found in one split.
+
+    tokens_M: positions by modality. lengths: of the sequences that fit. unusable: (file, row, reason) of the first
+    ones; `reasons` counts all. hashes: the content of each example, by its number.
+    """
+
+    name: str
+    split: str
+    examples: int = 0
+    rows: int = 0
+    tokens_M: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(NUM_MODALITIES, np.int64))
+    learned: int = 0
+    cut: int = 0  # rows whose document is cut into several stretches
+    lengths: list[int] = dataclasses.field(default_factory=list)
+    unusable: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    reasons: Counter[str] = dataclasses.field(default_factory=Counter)
+    hashes: dict[int, str] = dataclasses.field(default_factory=dict)
+    words: list[tuple[str, Any]] = dataclasses.field(default_factory=list)  # where, and the MinHash of what is there
+    missing: str = ""  # why there is no such split
+
+    def add(self, other: "SplitReport") -> None:
+        """Takes in what was found in a further part of it."""
+        self.examples += other.examples
+        self.tokens_M = self.tokens_M + other.tokens_M
+        self.learned += other.learned
+        self.lengths += other.lengths
+        self.unusable = (self.unusable + other.unusable)[:SHOWN]
+        self.reasons += other.reasons
+        for key, where in other.hashes.items():
+            self.hashes.setdefault(key, where)
+        self.words += other.words
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """An example of one split that stands in another too, word for word or nearly."""
+
+    name: str
+    first: str  # where in the earlier split
+    second: str
+    splits: tuple[str, str]
+    near: bool = False
+
+
+def check_data(
+    config: DataConfig,
+    *,
+    processes: int | None = None,
+    near: float | None = None,
+    plugins: Sequence[str] = (),
+    progress: Callable[[str, int, int], None] = lambda name, done, all: None,
+) -> tuple[list[SplitReport], list[Shared]]:
+    """Reads every example of every split of the user's domains once.
+
+    Args:
+      processes: that read side by side; None: one for some thousand examples, at most one a core.
+      near: the share of word shingles from which two texts are near duplicates; None: not looked for.
+      progress: called with the domain, and how many of its examples are read of how many.
+
+    Raises:
+      UserError: when a source cannot be read at all, or near duplicates are asked for without `datasketch`.
+    """
+    if near is not None:
+        require(0 < near <= 1, f"near={near} must be in (0, 1]")
+        _minhash("")
+    reading = dataclasses.replace(config, on_bad_row="skip")
+    reports, shared = [], []
+    for name in config.places():
+        of_name = []
+        for split in SPLITS:
+            report, jobs = _begin(reading, name, split, near)
+            of_name.append((report, jobs))
+        total, done = sum(stop - start for _, jobs in of_name for _, _, _, start, stop, _ in jobs), 0
+        with _pool(total, processes, plugins) as run:
+            for report, jobs in of_name:
+                for part in run(_look, jobs):
+                    report.add(part)
+                    done += part.examples
+                    progress(name, done, total)
+        found = [report for report, _ in of_name]
+        shared += _exact(name, found) + ([] if near is None else _near(name, found, near))
+        reports += found
+    return reports, shared
+
+
+def require_clean(reports: Sequence[SplitReport], shared: Sequence[Shared]) -> None:
+    """Refuses data of which a run could say nothing true.
+
+    Raises:
+      UserError: when a split is empty, or an example of one stands in another.
+    """
+    for report in reports:
+        require(not report.missing, report.missing)
+        usable = report.examples - sum(report.reasons.values())
+        require(usable > 0, f"{report.name}: no row of split {report.split!r} can be used")
+    exact = [one for one in shared if not one.near]
+    if exact:
+        one = exact[0]
+        raise UserError(
+            f"{one.name}: {len(exact)} examples stand in two splits, first {one.second} ({one.splits[1]}), which is "
+            f"{one.first} ({one.splits[0]}); take them out, or hold rows out by a column (data.split_by)"
+        )
+
+
+def _begin(config: DataConfig, name: str, split: str, near: float | None) -> tuple[SplitReport, list[Any]]:
+    """An empty report, and the parts that it is made of."""
+    report = SplitReport(name, split)
+    try:
+        source = open_source(config, name, split)
+    except RowError:
+        raise
+    except UserError as error:
+        if f"{split!r}" not in str(error):
+            raise
+        report.missing = str(error)
+        return report, []
+    if isinstance(source, RowSource):
+        report.rows = len(source.rows_N)
+        report.cut = source.rows_cut()
+    else:
+        report.rows = len(source)
+    starts = range(0, len(source), CHUNK)
+    return report, [(config, name, split, start, min(start + CHUNK, len(source)), near is not None) for start in starts]
+
+
+@contextlib.contextmanager
+def _pool(total: int, processes: int | None, plugins: Sequence[str]) -> Iterator[Callable[..., Iterator[SplitReport]]]:
+    """What maps a function over jobs, in order: here, or in processes."""
+    count = min(os.cpu_count() or 1, 1 + total // 4096) if processes is None else processes
+    if count == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=load_plugins, initargs=(tuple(plugins),)) as pool:
+        yield pool.map
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(config: DataConfig, name: str, split: str) -> tuple[Any, Any, Any]:
+    tokenizer = open_tokenizer(config.tokenizer)
+    return open_source(config, name, split), tokenizer, chat_template(config, tokenizer)
+
+
+def _look(job: tuple[DataConfig, str, str, int, int, bool]) -> SplitReport:
+    """What is found in examples `start` to `stop` of a split."""
+    config, name, split, start, stop, with_words = job
+    source, tokenizer, template = _opened(config, name, split)
+    report = SplitReport(name, split)
+    for index in range(start, stop):
+        report.examples += 1
+        file, row = source.where(index) if isinstance(source, RowSource) else (name, f"{split} example {index}")
+        try:
+            item = source[index]
+            sequence = encode_item(item, config.encoding, tokenizer=tokenizer, template=template)
+            require(sequence.size.fits(Size.of_row(config.encoding)), "it does not fit in a row")
+        except UserError as error:
+            reason = error.reason if isinstance(error, RowError) else str(error)
+            report.unusable = [*report.unusable, (file, row, reason)][:SHOWN]
+            report.reasons[reason_of(error)] += 1
+            continue
+        report.lengths.append(sequence.size.positions)
+        report.tokens_M += np.bincount(sequence.modality_T, minlength=NUM_MODALITIES)
+        report.learned += int(sequence.loss_mask_T.sum())
+        if isinstance(item, Document) and isinstance(source, RowSource):
+            whole = source.whole(index)
+            if whole is None:
+                continue
+            item = whole
+        where = f"{file} {row}".strip()
+        report.hashes.setdefault(hash_64(_content(item)), where)
+        if with_words:
+            report.words.append((where, _minhash(_words(item))))
+    return report
+
+
+def _content(item: Item) -> bytes:
+    """All that an example shows and teaches, wherever it stands."""
+    if isinstance(item, Document):
+        return item.text.strip().encode()
+    if isinstance(item, Conversation):
+        parts: list[Any] = [(m.role, part) for m in item.messages for part in m.parts]
+    else:
+        media = [getattr(item, kind) for kind in ("image", "video", "audio")]
+        parts = [("user", values) for values in media if values is not None]
+        parts += [("user", Text(item.question)), ("assistant", Text(item.answer))]
+    told = []
+    for role, part in parts:
+        values = part.values if isinstance(part, Medium) else part
+        content = values.text.strip().encode() if isinstance(values, Text) else values.tobytes()
+        told.append(role.encode() + b"\0" + content)
+    return b"\1".join(told)
+
+
+def _words(item: Item) -> str:
+    if isinstance(item, Document):
+        return item.text
+    if isinstance(item, Conversation):
+        return " ".join(message.text for message in item.messages)
+    return f"{item.question} {item.answer}"
+
+
+def _minhash(text: str) -> Any:
+    """The MinHash of the words' shingles."""
+    try:
+        from datasketch import MinHash
+    except ImportError as error:
+        raise UserError("near duplicates need the package datasketch: pip install datasketch (extra `data`)") from error
+    made = MinHash(_PERMUTATIONS, seed=1)
+    words = text.casefold().split()
+    for start in range(max(len(words) - _SHINGLE + 1, min(len(words), 1))):
+        made.update(" ".join(words[start : start + _SHINGLE]).encode())
+    return made
+
+
+def _exact(name: str, reports: Sequence[SplitReport]) -> list[Shared]:
+    return [
+        Shared(name, one.hashes[key], other.hashes[key], (one.split, other.split))
+        for one, other in itertools.combinations(reports, 2)
+        for key in sorted(one.hashes.keys() & other.hashes.keys())
+    ]
+
+
+def _near(name: str, reports: Sequence[SplitReport], threshold: float) -> list[Shared]:
+    """Pairs of examples in two splits whose words are nearly the same, equal ones left out."""
+    from datasketch import MinHashLSH
+
+    equal = {(one.first, one.second) for one in _exact(name, reports)}
+    found = []
+    for one, other in itertools.combinations(reports, 2):
+        index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
+        for number, (_, words) in enumerate(other.words):
+            index.insert(number, words)
+        for where, words in one.words:
+            for number in sorted(index.query(words)):
+                pair = where, other.words[number][0]
+                if pair not in equal and words.jaccard(other.words[number][1]) >= threshold:
+                    found.append(Shared(name, *pair, (one.split, other.split), near=True))
+    return found
+
+
+def modality_counts(report: SplitReport) -> dict[str, int]:
+    """Positions by the name of their modality."""
+    return dict(zip(MODALITY_NAMES, report.tokens_M.tolist(), strict=True))

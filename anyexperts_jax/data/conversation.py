@@ -1,0 +1,206 @@
+"""`Conversation`: messages of several turns, each with text, pictures, films and sounds in their order; and `Document`.
+
+How files write them down is `data.records`; how they become a sequence is `data.turns`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool
+from numpy import ndarray
+
+from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.data.example import LEVELS, Example, is_unicode
+from anyexperts_jax.tokenizers.chat import ASSISTANT, ROLES
+
+Kind = Literal["image", "audio", "video"]
+KINDS: tuple[Kind, ...] = ("image", "audio", "video")
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Words of a message. `evidence`: half-open spans of its characters that carry the answer.
+
+    Raises:
+      UserError: when the text is not valid Unicode, or a span lies outside of it.
+    """
+
+    text: str
+    evidence: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        require(is_unicode(self.text), f"text {self.text!r} is not valid Unicode")
+        for start, stop in self.evidence:
+            inside = 0 <= start < stop <= len(self.text)
+            require(inside, f"evidence span ({start}, {stop}) is outside the text of {len(self.text)} characters")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Medium:
+    """A picture [H, W, 3], a film [F, H, W, 3] or a sound [samples], as fields of `Example` hold them.
+
+    `evidence`: as there too: a mask of pixels, or spans in seconds. Checked where `example` makes an `Example` of it.
+    """
+
+    kind: Kind
+    values: ndarray
+    evidence: Bool[ndarray, "..."] | tuple[tuple[float, float], ...] | None = None
+
+    def example(self, domain: str, **texts: str) -> Example:
+        """A question about this medium alone.
+
+        Args:
+          texts: `question`, `answer` and `question_type`; left out, they are placeholders.
+
+        Raises:
+          UserError: when evidence does not fit the medium.
+        """
+        fields: dict[str, Any] = {"question_type": "any", "question": "?", "answer": "?", "source": "", **texts}
+        fields[self.kind] = self.values
+        if self.evidence is not None:
+            fields[f"{self.kind}_evidence"] = self.evidence
+        return Example(domain=domain, level=1, **fields)
+
+
+Part = Text | Medium
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Message:
+    """What one role says: parts in their order.
+
+    `more`: other keys of the message, such as tool_calls, which a chat template may write.
+
+    Raises:
+      UserError: for an unknown role, or an assistant's message with anything but text in it.
+    """
+
+    role: str
+    parts: tuple[Part, ...]
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_one_of("role", self.role, ROLES)
+        media = [part.kind for part in self.parts if isinstance(part, Medium)]
+        require(
+            self.role != ASSISTANT or not media,
+            f"a message of the {ASSISTANT} holds {', '.join(media)}; only its text can be learned",
+        )
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conversation:
+    """Messages in their order; the assistant's are what a model learns.
+
+    Raises:
+      UserError: when no message of the assistant's says anything, or the level is unknown.
+    """
+
+    domain: str
+    messages: tuple[Message, ...]
+    source: str  # where it comes from: file and row
+    question_type: str = "any"
+    level: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.level in LEVELS, f"level={self.level!r} is unknown; valid: 1, 2, 3")
+        roles = [message.role for message in self.messages]
+        require(len(roles) > 0, "the conversation is empty; it needs at least one message")
+        said = ", ".join(roles[:6]) + (" ..." if len(roles) > 6 else "")
+        require(ASSISTANT in roles, f"no turn of the {ASSISTANT}, only {said}: there is nothing to learn in it")
+        for number, message in enumerate(self.messages):
+            words = message.role != ASSISTANT or bool(message.text) or bool(message.more)
+            require(words, f"message {number}: the {ASSISTANT} says nothing")
+
+    def media(self) -> Iterator[Medium]:
+        """All pictures, films and sounds, in their order."""
+        return (part for message in self.messages for part in message.parts if isinstance(part, Medium))
+
+    def as_example(self) -> Example | None:
+        """The same as a question and its answer, where it is one: at most one medium, then text, then the answer."""
+        if [message.role for message in self.messages] != ["user", ASSISTANT] or any(m.more for m in self.messages):
+            return None
+        question, answer = self.messages
+        texts = [part for part in question.parts if isinstance(part, Text)]
+        media = [part for part in question.parts if isinstance(part, Medium)]
+        if len(texts) != 1 or not texts[0].text or len(media) > 1 or (media and question.parts[0] is not media[0]):
+            return None
+        fields: dict[str, Any] = {
+            "question_type": self.question_type,
+            "question": texts[0].text,
+            "answer": answer.text,
+            "source": self.source,
+        }
+        one = media[0].example(self.domain, **fields) if media else Example(domain=self.domain, level=1, **fields)
+        return dataclasses.replace(one, level=self.level, question_evidence=texts[0].evidence)
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Text without roles, or a stretch of it: every token of it is learned. `ends`: the text ends with it.
+
+    Raises:
+      UserError: when it is empty or not valid Unicode.
+    """
+
+    domain: str
+    text: str
+    source: str
+    ends: bool = True
+    question_type: str = "any"
+    level: int = 1
+
+    def __post_init__(self) -> None:
+        require(bool(self.text), "the text is empty")
+        require(is_unicode(self.text), f"text {self.text[:40]!r} is not valid Unicode")
+
+
+Item = Example | Conversation | Document
+
+
+def question_and_answer(item: Item) -> tuple[str, str]:
+    """What is asked before the last answer, as text, and that answer; of a document nothing, and its text."""
+    if isinstance(item, Example):
+        return item.question, item.answer
+    if isinstance(item, Document):
+        return "", item.text
+    last = max(i for i, message in enumerate(item.messages) if message.role == ASSISTANT)
+    asked = [message.text for message in item.messages[:last] if message.role != ASSISTANT]
+    return (asked or [""])[-1], item.messages[last].text
+
+
+def joined(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+    """Neighbouring texts as one, and no empty ones: tokens may reach across them."""
+    found: list[Part] = []
+    for part in parts:
+        before = found[-1] if found else None
+        if isinstance(part, Text) and isinstance(before, Text):
+            shift = len(before.text)
+            moved = tuple((start + shift, stop + shift) for start, stop in part.evidence)
+            found[-1] = Text(before.text + part.text, before.evidence + moved)
+        elif not isinstance(part, Text) or part.text:
+            found.append(part)
+    return tuple(found)
+
+
+def pixel_mask(shape: tuple[int, int], boxes: Any) -> Bool[ndarray, "H W"]:
+    """The pixels inside boxes [left, top, right, bottom], the last two past the end.
+
+    Raises:
+      UserError: for a box that is not inside the picture.
+    """
+    mask = np.zeros(shape, bool)
+    for box in boxes:
+        whole = isinstance(box, list | tuple | ndarray) and len(box) == 4 and all(float(edge) >= 0 for edge in box)
+        require(whole, f"evidence {box!r} is no box [left, top, right, bottom] in pixels")
+        left, top, right, bottom = (int(edge) for edge in box)
+        inside = left < right <= shape[1] and top < bottom <= shape[0]
+        require(inside, f"evidence box {list(box)} is outside the picture of {shape[1]} x {shape[0]} pixels")
+        mask[top:bottom, left:right] = True
+    return mask

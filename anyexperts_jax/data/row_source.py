@@ -1,0 +1,266 @@
+"""`RowSource`: one split of a user's rows as examples, conversations and stretches of documents."""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt64
+from numpy import ndarray
+
+from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.data.cells import text_of
+from anyexperts_jax.data.config import DataConfig
+from anyexperts_jax.data.conversation import Document, Item
+from anyexperts_jax.data.domain import SPLITS, Metric
+from anyexperts_jax.data.records import Reading, read_record
+from anyexperts_jax.data.sources.cache import Numbers, hash_64, made_once
+from anyexperts_jax.data.sources.rows import RowError, Rows
+from anyexperts_jax.data.turns import uses_template
+from anyexperts_jax.data.windows import cut
+from anyexperts_jax.tokenizers.base import Tokenizer
+
+_NAMED = re.compile(r"(?:^|[^a-z])(train|training|validation|valid|val|dev|test|eval)(?![a-z])")
+_SPLIT_OF = {"train": 0, "training": 0, "validation": 1, "valid": 1, "val": 1, "dev": 1, "test": 2, "eval": 2}
+_HELD_OUT_BASE = 2**64
+
+
+class RowSource:
+    """The examples of one split of rows: what `data.source.Source` is, with more said of each.
+
+    Attributes:
+      question_types: the kinds of question that all splits hold, in order of their names.
+      metric: by which answers are scored.
+      fingerprint: of the rows, whatever the split.
+      held_out: whether the split was made by hash, as the data name none.
+
+    Raises:
+      UserError: when the split is empty, or its first row cannot be read.
+    """
+
+    def __init__(self, name: str, rows: Rows, split: str, config: DataConfig, tokenizer: Tokenizer) -> None:
+        require(len(rows) > 0, f"{name}: there are no rows in the data")
+        self.rows, self._name, self._config, self._tokenizer = rows, name, config, tokenizer
+        self._chat = uses_template(config, tokenizer)
+        splits = _Splits(rows, config)
+        self.fingerprint, self.held_out = rows.fingerprint, splits.held_out(split)
+        self.rows_N = splits.rows_of(split)
+        require(len(self.rows_N) > 0, splits.why_empty(name, split))
+        first = self._first()
+        self.question_types = self._types(first)
+        self.is_corpus = isinstance(first, Document)
+        self.metric: Metric = "exact" if self.is_corpus or not _is_transcript(first) else "wer"
+        self._windows = self._cut(split) if self.is_corpus else None
+
+    def __len__(self) -> int:
+        return len(self.rows_N if self._windows is None else self._windows)
+
+    def __getitem__(self, index: int) -> Item:
+        """The example.
+
+        Raises:
+          RowError: when the row cannot be used.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if self._windows is None:
+            return self._item(int(self.rows_N[index]))
+        row, start, stop, ends = self._windows.array_N[index].tolist()
+        item = self._item(row)
+        if isinstance(item, Document) and stop >= 0:
+            return dataclasses.replace(item, text=item.text[start:stop], ends=bool(ends))
+        return item
+
+    def where(self, index: int) -> tuple[str, str]:
+        """The file of an example, and its row there."""
+        row = int(self.rows_N[index] if self._windows is None else self._windows.array_N[index][0])
+        return self.rows.where(row)
+
+    def whole(self, index: int) -> Item | None:
+        """The row's whole document where this is its first stretch; None: it is a later one.
+
+        Raises:
+          RowError: when the row cannot be used.
+        """
+        if self._windows is None:
+            return self[index]
+        row, start, _, _ = self._windows.array_N[index].tolist()
+        return self._item(row) if start == 0 else None
+
+    def rows_cut(self) -> int:
+        """How many documents are cut into several stretches."""
+        return 0 if self._windows is None else int((np.bincount(self._windows.array_N[:, 0]) > 1).sum())
+
+    def __iter__(self) -> Iterator[tuple[str, str, Item | RowError]]:
+        """(file, row, what it is or why it cannot be used), in order: one for each example."""
+        for index in range(len(self)):
+            file, row = self.where(index)
+            try:
+                yield file, row, self[index]
+            except RowError as error:
+                yield file, row, error
+
+    def _item(self, row: int) -> Item:
+        file, place = self.rows.where(row)
+
+        def read(path: str) -> bytes:
+            return self.rows.read(row, path)
+
+        reading = Reading(self._name, f"{file} {place}".strip(), read, self._config.columns, self.rows.labels)
+        try:
+            item = read_record(self.rows[row], reading)
+            if self._chat or isinstance(item, Document):
+                return item
+            return item.as_example() or item
+        except UserError as error:
+            raise error if isinstance(error, RowError) else RowError(file, place, str(error)) from error
+
+    def _first(self) -> Item:
+        """The first row of all splits; with data.on_bad_row=skip, the first of a hundred that can be read."""
+        tries = 100 if self._config.on_bad_row == "skip" else 1
+        last: UserError | None = None
+        for row in range(min(tries, len(self.rows))):
+            try:
+                return self._item(row)
+            except RowError as error:
+                last = error
+        raise last if last is not None else UserError(f"{self._name} has no rows")
+
+    def _types(self, first: Item) -> tuple[str, ...]:
+        """The kinds of question in all rows, read once, where the rows have a column of them."""
+        column = self._config.columns.question_type
+        if first.question_type == "any":
+            return ("any",)
+        labels = self.rows.labels.get(column)
+
+        def build(folder: pathlib.Path) -> None:
+            found = {"any"}
+            for row in range(len(self.rows)):
+                try:
+                    value = self.rows[row].get(column)
+                    found.add("any" if value is None else text_of(value, list(labels) if labels else None, column))
+                except UserError:
+                    continue  # told when the row is read as an example
+            (folder / "types").write_text("\0".join(sorted(found)), encoding="utf-8")
+
+        folder = made_once(build, "types", self.fingerprint, column)
+        return tuple((folder / "types").read_text(encoding="utf-8").split("\0"))
+
+    def _cut(self, split: str) -> Numbers:
+        """[windows, 4]: row, first character and the one past the last, and whether the document ends there."""
+        spec, config = self._config.encoding, self._config
+
+        def build(folder: pathlib.Path) -> None:
+            with open(folder / "windows", "wb") as file:
+                for row in self.rows_N.tolist():
+                    try:
+                        item = self._item(row)
+                        pieces = cut(item.text, self._tokenizer, spec.max_length) if isinstance(item, Document) else ()
+                    except RowError:
+                        pieces = ()  # told when the row is read as an example
+                    ends = len(pieces) - 1
+                    whole = [[row, start, stop, i == ends] for i, (start, stop) in enumerate(pieces)]
+                    file.write(np.array(whole or [[row, 0, -1, 1]], np.int64).tobytes())
+
+        key = (split, config.held_out, str(config.split_by), config.columns.text, spec.max_length)
+        folder = made_once(build, "windows", self.fingerprint, self._tokenizer.fingerprint, *map(str, key))
+        return Numbers(folder / "windows", np.int64, 4)
+
+
+class _Splits:
+    """Which rows are in which split: by the names of files and folders; those that none names, by hash."""
+
+    def __init__(self, rows: Rows, config: DataConfig) -> None:
+        self._rows, self._config = rows, config
+        self._named = [_named_split(name) for name, _ in rows.file_sizes]
+        self._has = set(self._named) - {-1}
+        if self._has == {0}:
+            self._has = set()  # train alone names nothing to hold out
+
+    def held_out(self, split: str) -> bool:
+        return SPLITS.index(split) not in self._has
+
+    def rows_of(self, split: str) -> np.ndarray:
+        """The numbers of its rows, in order."""
+        wanted = SPLITS.index(split)
+        named_N = np.repeat(np.array(self._named, np.int8), [count for _, count in self._rows.file_sizes])
+        if wanted in self._has and wanted > 0:
+            return np.flatnonzero(named_N == wanted)
+        pool_N = named_N <= 0 if self._has else np.ones(len(named_N), bool)
+        if self._has >= {1, 2}:
+            return np.flatnonzero(pool_N)
+        hashed_N = hashed_splits(self._keys(), self._config.held_out)
+        for split_number in self._has - {0}:  # what is named is not held out as well
+            hashed_N = np.where(hashed_N == split_number, 0, hashed_N)
+        return np.flatnonzero(pool_N & (hashed_N == wanted))
+
+    def why_empty(self, name: str, split: str) -> str:
+        if not self.held_out(split):
+            return f"{name}: no row is of split {split!r}, though files are named for it"
+        held = self._config.held_out
+        by = "the whole row" if self._config.split_by is None else f"column {self._config.split_by!r}"
+        return (
+            f"{name}: split {split!r} is empty: {held:.0%} of {len(self._rows)} rows, held out by {by}, are none; "
+            f"set data.held_out higher, or name files {split}"
+        )
+
+    def _keys(self) -> np.ndarray:
+        """A hash a row: of the column that rows are held out by, or of all it holds."""
+        column = self._config.split_by
+        if column is None:
+            return self._rows.digests_N
+
+        def build(folder: pathlib.Path) -> None:
+            with open(folder / "keys", "wb") as file:
+                for index in range(len(self._rows)):
+                    file.write(_key(self._rows, index, column).to_bytes(8, "little"))
+
+        keys = Numbers(made_once(build, "keys", self._rows.fingerprint, column) / "keys", np.uint64)
+        return keys.array_N
+
+
+def hashed_splits(keys_N: UInt64[ndarray, " N"], held: float) -> Int[ndarray, " N"]:
+    """The split of each row by its hash: test (2) below `held` of all hashes, validation (1) below twice that.
+
+    Rows of one hash are in one split. Of three hashes and more at least one is in each: the lowest in test, the next in
+    validation. So more rows move none from one split to another once there are some twenty for each held out.
+    """
+    values, group_N = np.unique(keys_N, return_inverse=True)
+    if len(values) < 3:
+        return np.zeros(len(keys_N), np.int64)
+    share = values.astype(np.float64) / _HELD_OUT_BASE
+    tests = max(1, int((share < held).sum()))
+    validations = max(1, int(((held <= share) & (share < 2 * held)).sum()))
+    validations = min(validations, len(values) - tests - 1)
+    splits = np.zeros(len(values), np.int64)
+    splits[:tests], splits[tests : tests + validations] = 2, 1
+    return splits[group_N]
+
+
+def _key(rows: Rows, index: int, column: str) -> int:
+    try:
+        row = rows[index]
+    except UserError:
+        return 2**64 - 1  # in train, where it is told or skipped
+    if column not in row:
+        file, place = rows.where(index)
+        raise RowError(file, place, f"no column {column!r} (data.split_by); its columns are {comma_list(row)}")
+    return hash_64(repr(row[column]).encode())
+
+
+def _named_split(name: str) -> int:
+    """The split that a file's path names, the innermost first; -1: none."""
+    for part in reversed(name.lower().split("/")):
+        found = _NAMED.search(part)
+        if found:
+            return _SPLIT_OF[found[1]]
+    return -1
+
+
+def _is_transcript(item: Item) -> bool:
+    """A sound and what is said in it, without a question."""
+    messages: Any = getattr(item, "messages", ())
+    kinds = [getattr(part, "kind", "text") for message in messages[:1] for part in message.parts]
+    return len(messages) == 2 and kinds == ["audio"]

@@ -1,0 +1,1 @@
+"""Rows of files, folders and object stores: read by number, indexed once, never loaded whole."""

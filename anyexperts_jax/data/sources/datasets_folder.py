@@ -1,0 +1,100 @@
+"""Folders that the package `datasets` saved: a dataset, or one for each split. Rows are mapped into memory."""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.data.huggingface import row_values
+from anyexperts_jax.data.sources.cache import Numbers, fingerprint, made_once
+from anyexperts_jax.data.sources.parquet import row_digest
+from anyexperts_jax.data.sources.places import File, Place, beside, is_address, read_file
+from anyexperts_jax.data.sources.rows import RowFormat, split_index
+
+_ONE, _MANY = "state.json", "dataset_dict.json"
+
+
+class DatasetRows:
+    """The rows of all splits, one after the other; a split is a file that is called after it.
+
+    Raises:
+      UserError: when `datasets` is missing or the folder is damaged.
+    """
+
+    def __init__(self, files: Sequence[File]) -> None:
+        self._files = tuple(files)
+        self._folder = os.path.dirname(files[0].path)
+        loaded = _load(self._folder)
+        self._names = list(loaded)
+        self._splits = [one.with_format("arrow") for one in loaded.values()]
+        self._bounds = np.cumsum([len(one) for one in self._splits]).tolist()
+        self.fingerprint = fingerprint(*(one._fingerprint for one in loaded.values()))
+        features = next(iter(loaded.values())).features
+        self.labels: Mapping[str, Sequence[str]] = {
+            name: feature.names for name, feature in features.items() if getattr(feature, "names", None)
+        }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DatasetRows, (self._files,)
+
+    @property
+    def digests_N(self) -> np.ndarray:
+        def build(folder: pathlib.Path) -> None:
+            with open(folder / "digests", "wb") as file:
+                for split in self._splits:
+                    for table in split.iter(batch_size=1):
+                        (batch,) = table.combine_chunks().to_batches()
+                        file.write(row_digest(batch).to_bytes(8, "little"))
+
+        return Numbers(made_once(build, "dataset", self.fingerprint) / "digests", np.uint64).array_N
+
+    @property
+    def file_sizes(self) -> list[tuple[str, int]]:
+        return [(name, len(split)) for name, split in zip(self._names, self._splits, strict=True)]
+
+    def __len__(self) -> int:
+        return self._bounds[-1] if self._bounds else 0
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        import pyarrow
+
+        part, number = split_index(self._bounds, index)
+        try:
+            return row_values(self._splits[part][number])
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise UserError(f"cannot be read: {' '.join(str(error).split())[:160]}") from error
+
+    def where(self, index: int) -> tuple[str, str]:
+        part, number = split_index(self._bounds, index)
+        return self._folder, f"row {number}" + (f" of {self._names[part]}" if len(self._names) > 1 else "")
+
+    def read(self, index: int, path: str) -> bytes:
+        return read_file(beside(self._files[0].path, path))
+
+
+def _load(folder: str) -> dict[str, Any]:
+    """The dataset of each split by name."""
+    try:
+        import pyarrow
+        from datasets import DatasetDict, load_from_disk
+    except ImportError as error:
+        raise UserError(f"{folder} is a Hugging Face dataset: pip install datasets to read it") from error
+    try:
+        loaded = load_from_disk(folder)
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+        said = " ".join(str(error).split())[:160]
+        raise UserError(f"cannot read the Hugging Face dataset {folder}: {said}") from error
+    return dict(loaded) if isinstance(loaded, DatasetDict) else {"data": loaded}
+
+
+def _find(place: Place) -> Sequence[File]:
+    """What marks such a folder, at its top."""
+    if not place.is_folder or is_address(place.path):
+        return ()
+    return [file for file in place.files if file.name in (_ONE, _MANY)][:1]
+
+
+FORMAT = RowFormat("Hugging Face dataset", _find, DatasetRows)

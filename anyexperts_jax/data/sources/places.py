@@ -1,0 +1,239 @@
+"""Files by path, pattern, folder or address: on this machine, or in an object store through fsspec.
+
+What goes wrong in a store is tried again after growing waits, then told in one line, without keys or tokens.
+"""
+
+import dataclasses
+import glob
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from anyexperts_jax.core.errors import UserError, require
+
+T = TypeVar("T")
+Stream = Any  # bytes to read and seek in: files, archives and stores have no type in common
+
+WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_WILD = re.compile(r"[*?\[]")
+_SECRETS = (
+    (re.compile(r"//[^/@\s]+@"), "//"),
+    (re.compile(r"\?\S+"), ""),
+    (re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{12,}"), "***"),
+    (re.compile(r"(?i)\b(\w*(?:key|token|secret|signature|password|credential)\w*)(['\"]?\s*[=:]\s*)\S+"), r"\1\2***"),
+)
+_NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """One file. `name` is its path from the place that was asked for; `version` changes when the file does."""
+
+    path: str
+    name: str
+    size: int
+    version: str
+
+    @property
+    def suffixes(self) -> str:
+        """What its name ends in, in lower case: ".jsonl.gz"."""
+        base = self.name.rpartition("/")[2].lower()
+        return base[base.index(".") :] if "." in base.lstrip(".") else ""
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """By which what is worked out of it is found again."""
+        return self.path if is_address(self.path) else os.path.abspath(self.path), self.size, self.version
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What is at a path: the files in order of their names. A folder's are those below it, hidden ones left out."""
+
+    path: str
+    is_folder: bool
+    files: tuple[File, ...]
+
+
+def is_address(path: str) -> bool:
+    """Whether it names a store rather than a path on this machine: gs://bucket/data."""
+    return bool(_SCHEME.match(path))
+
+
+def find_files(place: str) -> Place:
+    """The files at a path, a pattern such as data/*.jsonl, a folder or an address.
+
+    Raises:
+      UserError: when there is nothing, the store cannot be reached, or the address holds a password.
+    """
+    require("\0" not in place, f"data path {place!r} has a NUL character in it; no file system takes that")
+    return _find_remote(place) if is_address(place) else _find_local(os.path.expanduser(place))
+
+
+def _find_local(place: str) -> Place:
+    if os.path.isdir(place):
+        found = []
+        for folder, below, names in os.walk(place, followlinks=True):
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+        files = tuple(_local_file(path, os.path.relpath(path, place)) for path in sorted(found))
+        require(len(files) > 0, f"the data directory {place} is empty")
+        return Place(place, True, files)
+    paths = sorted(glob.glob(place, recursive=True)) if _WILD.search(place) and not os.path.exists(place) else [place]
+    paths = [path for path in paths if os.path.isfile(path)]
+    what = "directory" if not os.path.splitext(place)[1] else "file"
+    require(len(paths) > 0, f"the data {what} {place} does not exist")
+    base = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return Place(place, False, tuple(_local_file(path, os.path.relpath(path, base or ".")) for path in paths))
+
+
+def _local_file(path: str, name: str) -> File:
+    status = os.stat(path)
+    return File(path, name.replace(os.sep, "/"), status.st_size, str(status.st_mtime_ns))
+
+
+def _find_remote(place: str) -> Place:
+    system, root = _system(place)
+    scheme = place.partition("://")[0]
+
+    def look() -> tuple[bool, list[dict[str, Any]]]:
+        system.invalidate_cache()
+        if _WILD.search(root):
+            return False, list(system.glob(root, detail=True).values())
+        if system.isfile(root):
+            return False, [system.info(root)]
+        return True, list(system.find(root, detail=True).values())
+
+    is_folder, infos = with_retries(look, f"look at {place}")
+    infos = sorted((info for info in infos if info["type"] == "file"), key=lambda info: info["name"])
+    names = [info["name"].lstrip("/") for info in infos]
+    base = root.strip("/") if is_folder else os.path.commonpath([os.path.dirname(n) for n in names] or [""])
+    files = []
+    for info, name in zip(infos, names, strict=True):
+        version = str(info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime") or "")
+        relative = name[len(base) :].lstrip("/")
+        if not any(part.startswith(".") for part in relative.split("/")):
+            files.append(File(f"{scheme}://{name}", relative, int(info["size"]), version))
+    require(len(files) > 0, f"there is no data at {place}: no such file or folder, or it is empty")
+    return Place(place, is_folder, tuple(files))
+
+
+def open_file(path: str) -> Stream:
+    """The file's bytes, to be read and sought in.
+
+    Raises:
+      UserError: when it cannot be opened.
+    """
+    if is_address(path):
+        system, root = _system(path)
+        return with_retries(lambda: _opened(system, root), f"read {path}")
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _opened(system: Any, root: str) -> Stream:
+    stream: Stream = system.open(root, "rb")
+    return stream
+
+
+def read_file(path: str) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+      UserError: when it cannot be read.
+    """
+    if is_address(path):
+        system, root = _system(path)
+        return with_retries(lambda: bytes(system.cat_file(root)), f"read {path}")
+    try:
+        with open(path, "rb") as stream:
+            return stream.read()
+    except OSError as error:
+        raise UserError(f"there is no file {path}: {error.strerror}") from error
+
+
+def beside(path: str, relative: str) -> str:
+    """The file that a record in the file `path` names: from its folder, or where the name itself is a full path."""
+    if is_address(relative) or os.path.isabs(relative):
+        return relative
+    folder = path.rpartition("/")[0]
+    return f"{folder}/{relative}" if folder else relative
+
+
+def with_retries(action: Callable[[], T], what: str, sleep: Callable[[float], None] = time.sleep) -> T:
+    """What `action` returns, tried again after each of WAITS where a store fails in a way that may pass.
+
+    Args:
+      what: completes "cannot ...", for the message.
+
+    Raises:
+      UserError: when it failed for good: the file is not there, access is denied, or every try failed.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return action()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise UserError(f"cannot {without_secrets(what)}: there is no such file or bucket") from error
+        except PermissionError as error:
+            raise UserError(f"cannot {without_secrets(what)}: access is denied; {_ADVICE}") from error
+        except _store_errors() as error:
+            said = without_secrets(" ".join(str(error).split()))[:160] or type(error).__name__
+            if any(word in type(error).__name__ for word in ("Credential", "Auth")):
+                raise UserError(f"cannot {without_secrets(what)}: {said}; {_ADVICE}") from error
+            if wait is None:
+                tries = f"tried {len(WAITS) + 1} times over {sum(WAITS):g} s"
+                advice = "the same command goes on from the last checkpoint"
+                raise UserError(f"cannot {without_secrets(what)}: {said} ({tries}; {advice})") from error
+            sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+_ADVICE = "sign in, or give keys in the environment as the store's own tools read them"
+
+
+def without_secrets(text: str) -> str:
+    """The text without passwords, signatures, keys and tokens that an address or a store's message may hold."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
+
+
+def _store_errors() -> tuple[type[BaseException], ...]:
+    """What a store's client may raise: of the packages that are loaded, for none other can have raised."""
+    found: list[type[BaseException]] = [OSError, RuntimeError, ValueError, EOFError]
+    for module, names in (
+        ("botocore.exceptions", ("BotoCoreError", "ClientError")),
+        ("aiohttp", ("ClientError",)),
+        ("google.auth.exceptions", ("GoogleAuthError",)),
+    ):
+        loaded = sys.modules.get(module)
+        found += [getattr(loaded, name) for name in names if loaded is not None]
+    return tuple(found)
+
+
+def _system(place: str) -> tuple[Any, str]:
+    """fsspec's file system for an address, and the path in it."""
+    scheme = place.partition("://")[0]
+    require(
+        without_secrets(place) == place,
+        f"{without_secrets(place)}: the address holds a password or signature, which a run would write down; {_ADVICE}",
+    )
+    try:
+        import fsspec
+    except ImportError as error:
+        raise UserError(f"{place}: pip install fsspec to read from object stores (extra `remote`)") from error
+    try:
+        system, root = fsspec.core.url_to_fs(place)
+    except ImportError as error:
+        package = _NEEDS.get(scheme, "the package that fsspec names for it")
+        raise UserError(f"{place}: pip install {package} to read {scheme}:// (extra `remote`)") from error
+    except _store_errors() as error:
+        said = without_secrets(" ".join(str(error).split()))[:160]
+        raise UserError(f"cannot read {place}: {said}; give a path, or an address as gs:// or s3://") from error
+    return system, root

@@ -1,0 +1,178 @@
+"""WebDataset tars: the files of one sample have one name before the first dot, and what follows says what they are.
+
+Only where files begin is kept; a tar that is compressed or in a store is copied into the cache first.
+"""
+
+import os
+import pathlib
+import shutil
+import tarfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.files import parse_json_object
+from anyexperts_jax.data.sources.cache import Numbers, fingerprint, hash_64, made_once
+from anyexperts_jax.data.sources.lines import OpenFiles, decompressed
+from anyexperts_jax.data.sources.places import File, beside, is_address, read_file
+from anyexperts_jax.data.sources.rows import RowFormat, by_suffix, split_index
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+SOUNDS = ("wav", "flac", "mp3", "ogg")
+VIDEOS = ("mp4", "mov", "mkv", "webm", "avi")
+KIND_OF = {**dict.fromkeys(IMAGES, "image"), **dict.fromkeys(SOUNDS, "audio"), **dict.fromkeys(VIDEOS, "video")}
+_TEXTS = {"txt": "text", "text": "text", "caption": "text", "transcript": "text", "cls": "answer"}
+_ENTRY = 4  # sample, begin, size, hash of the name
+
+
+class TarRows:
+    """The samples of tar files, one after the other.
+
+    A sample's `.json` gives its columns; `.txt` is `text`, `.cls` is `answer`, and a picture, sound or film the column
+    of that kind, several in the order of their names. Files that the sample names are looked for in the tar.
+
+    Raises:
+      UserError: when a tar is damaged, cut short or none.
+    """
+
+    labels: Mapping[str, Sequence[str]] = {}
+
+    def __init__(self, files: Sequence[File]) -> None:
+        self._files = tuple(files)
+        self._folders = [made_once(lambda folder, file=file: _index(file, folder), "tar", *file.key) for file in files]
+        self._paths = [
+            str(folder / "data.tar") if (folder / "data.tar").exists() else file.path
+            for file, folder in zip(files, self._folders, strict=True)
+        ]
+        self._members = [Numbers(folder / "members", np.int64, _ENTRY) for folder in self._folders]
+        self._samples = [Numbers(folder / "samples", np.int64) for folder in self._folders]  # first member of each
+        self._digests = [Numbers(folder / "digests", np.uint64) for folder in self._folders]
+        self._name_places = [Numbers(folder / "name_places", np.int64) for folder in self._folders]
+        self._names = OpenFiles([str(folder / "names") for folder in self._folders])
+        self._bounds = np.cumsum([len(samples) for samples in self._samples]).tolist()
+        self.fingerprint = fingerprint(*(hash_64(digests.array_N.tobytes()) for digests in self._digests))
+        self._open = OpenFiles(self._paths)
+
+    @property
+    def digests_N(self) -> np.ndarray:
+        return np.concatenate([digests.array_N for digests in self._digests])
+
+    @property
+    def file_sizes(self) -> list[tuple[str, int]]:
+        return [(file.name, len(samples)) for file, samples in zip(self._files, self._samples, strict=True)]
+
+    def __len__(self) -> int:
+        return self._bounds[-1] if self._bounds else 0
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        part, number = split_index(self._bounds, index)
+        row: dict[str, Any] = {}
+        for name, data in self._files_of(part, number):
+            _, _, kind = _split_name(name)
+            last = kind.rpartition(".")[2]
+            if last == "json":
+                row |= parse_json_object(_decoded(data, name), name)
+            elif last in KIND_OF:
+                row.setdefault(KIND_OF[last], []).append(data)
+            elif last in _TEXTS:
+                row[_TEXTS[last]] = _decoded(data, name).strip()
+        require(bool(row), "the sample holds no file that is known: json, txt, cls, pictures, sounds or films")
+        return row
+
+    def where(self, index: int) -> tuple[str, str]:
+        part, number = split_index(self._bounds, index)
+        first = int(self._samples[part].array_N[number])
+        return self._files[part].path, f"sample {_split_name(self._name(part, first))[1]}"
+
+    def read(self, index: int, path: str) -> bytes:
+        """A member of the tar by its whole name, or beside the sample's own; else a file beside the tar."""
+        part, number = split_index(self._bounds, index)
+        folder = _split_name(self._name(part, int(self._samples[part].array_N[number])))[0]
+        members = self._members[part].array_N
+        for name in (path, f"{folder}/{path}" if folder else path):
+            found = np.flatnonzero(members[:, 3] == _name_hash(name))
+            if len(found):
+                _, begin, size, _ = members[int(found[0])].tolist()
+                return self._open.read(part, begin, size)
+        return read_file(beside(self._files[part].path, path))
+
+    def _files_of(self, part: int, number: int) -> list[tuple[str, bytes]]:
+        """(name, bytes) of a sample's files, in order of their names."""
+        members, samples = self._members[part].array_N, self._samples[part].array_N
+        stop = int(samples[number + 1]) if number + 1 < len(samples) else len(members)
+        found = []
+        for member in range(int(samples[number]), stop):
+            _, begin, size, _ = members[member].tolist()
+            found.append((self._name(part, member), self._open.read(part, begin, size)))
+        return sorted(found)
+
+    def _name(self, part: int, member: int) -> str:
+        """A member's name, as its header in the tar has it."""
+        begin, stop = self._name_places[part].array_N[member : member + 2].tolist()
+        return self._names.read(part, begin, stop - begin).decode("utf-8", "surrogateescape")
+
+
+def _split_name(name: str) -> tuple[str, str, str]:
+    """(folder, key with its folder, kind): "a/b.left.png" is ("a", "a/b", "left.png")."""
+    folder, _, base = name.rpartition("/")
+    key, _, kind = base.partition(".")
+    return folder, f"{folder}/{key}" if folder else key, kind.lower()
+
+
+def _name_hash(name: str) -> int:
+    return hash_64(name.encode("utf-8", "surrogateescape")) >> 1
+
+
+def _index(file: File, folder: pathlib.Path) -> None:
+    """Writes where each member is, which sample it is of, and a hash of each sample."""
+    path = file.path
+    if is_address(file.path) or not file.suffixes.endswith(".tar"):
+        path = str(folder / "data.tar")
+        with decompressed(file) as source, open(path, "wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+    members: list[tuple[int, int, int, int]] = []
+    samples: list[int] = []
+    digests, names = [], [b""]
+    key, digest = None, b""
+    with open(path, "rb") as raw:
+        raw.seek(max(os.path.getsize(path) - 1024, 0))
+        require(raw.read() == bytes(1024), f"{file.path} is no tar file, or was cut short: it has no end mark")
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile():
+                    continue
+                own = _split_name(member.name)[1]
+                if own != key:
+                    if key is not None:
+                        digests.append(hash_64(digest))
+                    samples.append(len(members))
+                    key, digest = own, b""
+                data = tar.extractfile(member)
+                content = b"" if data is None else data.read()
+                require(len(content) == member.size, f"{file.path} is damaged or was cut short, in {member.name}")
+                kind = _split_name(member.name)[2].encode("utf-8", "surrogateescape")
+                digest += kind + hash_64(content).to_bytes(8, "little")
+                members.append((len(samples) - 1, member.offset_data, member.size, _name_hash(member.name)))
+                names.append(member.name.encode("utf-8", "surrogateescape"))
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{file.path} is no tar file, is damaged or was cut short: {error}") from error
+    if key is not None:
+        digests.append(hash_64(digest))
+    np.array(members, np.int64).tofile(folder / "members")
+    np.array(samples, np.int64).tofile(folder / "samples")
+    np.array(digests, np.uint64).tofile(folder / "digests")
+    np.cumsum([len(name) for name in names], dtype=np.int64).tofile(folder / "name_places")
+    (folder / "names").write_bytes(b"".join(names))
+
+
+def _decoded(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text (byte {error.start})") from error
+
+
+FORMAT = RowFormat("WebDataset tars", by_suffix(".tar", ".tar.gz", ".tgz", ".tar.zst"), TarRows)

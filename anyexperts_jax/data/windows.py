@@ -1,0 +1,46 @@
+"""Long texts cut into stretches that a sequence has room for."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.tokenizers.base import Tokenizer
+
+FRAME = 2  # tokens beside the text's: what begins a sequence, and what ends a document
+
+
+def cut(text: str, tokenizer: Tokenizer, max_length: int) -> Sequence[tuple[int, int]]:
+    """Spans of characters, one after the other, that make up the text: each of at most `max_length` - FRAME tokens.
+
+    Cuts are before white space where the second half of a stretch has some. Every stretch is tokenized anew as it will
+    be when it is learned, so its length is known.
+
+    Raises:
+      UserError: when not even one character fits.
+    """
+    room = max_length - FRAME
+    require(room >= 1, f"encoding.max_length={max_length} has no room for text; set it to {FRAME + 1} or more")
+    tokens = tokenizer.encode(text)
+    starts_T = tokens.offsets_T2[:, 0]
+    found, begin, first = [], 0, 0
+    while begin < len(text):
+        past = first + room
+        stop = len(text) if past >= len(starts_T) else _before_space(text, begin, int(starts_T[past]))
+        while len(tokenizer.encode(text[begin:stop])) > room:
+            shorter = begin + (stop - begin) * 3 // 4
+            require(shorter > begin, f"one character takes more than encoding.max_length={max_length} tokens")
+            stop = _before_space(text, begin, shorter)
+        require(stop > begin, f"one character takes more than encoding.max_length={max_length} tokens")
+        found.append((begin, stop))
+        begin, first = stop, int(np.searchsorted(starts_T, stop))
+    return found
+
+
+def _before_space(text: str, begin: int, stop: int) -> int:
+    """`stop`, or the last white space before it in the second half of the stretch."""
+    middle = begin + (stop - begin) // 2
+    for at in range(stop, middle, -1):
+        if at < len(text) and text[at].isspace():
+            return at
+    return stop
