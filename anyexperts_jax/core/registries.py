@@ -82,3 +82,13 @@ SOURCES: Registry[Any] = Registry(
         "huggingface": "anyexperts_jax.data.huggingface:FORMAT",
     },
 )
+
+# pretrained.family.Family: what reads and writes one kind of published model
+FAMILIES: Registry[Any] = Registry(
+    "family",
+    {
+        "llama": "anyexperts_jax.pretrained.llama:LLAMA",
+        "qwen3": "anyexperts_jax.pretrained.qwen3:QWEN3",
+        "qwen3_moe": "anyexperts_jax.pretrained.qwen3:QWEN3_MOE",
+    },
+)
