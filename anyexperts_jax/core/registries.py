@@ -90,5 +90,9 @@ FAMILIES: Registry[Any] = Registry(
         "llama": "anyexperts_jax.pretrained.llama:LLAMA",
         "qwen3": "anyexperts_jax.pretrained.qwen3:QWEN3",
         "qwen3_moe": "anyexperts_jax.pretrained.qwen3:QWEN3_MOE",
+        "olmoe": "anyexperts_jax.pretrained.olmoe:OLMOE",
+        "mixtral": "anyexperts_jax.pretrained.mixtral:MIXTRAL",
+        "bailing_moe": "anyexperts_jax.pretrained.bailing_moe:BAILING_MOE",
+        "glm4_moe": "anyexperts_jax.pretrained.glm4_moe:GLM4_MOE",
     },
 )

@@ -12,16 +12,20 @@ from anyexperts_jax.pretrained.rules import BATCHED_KERNEL, FLAT, KERNEL, KERNEL
 LAYER = "model.layers.{i}."
 
 
-def attention_config(hub: HubConfig, **more: Any) -> AttentionConfig:
-    """Heads and rotary positions; `more` are further fields of AttentionConfig."""
+def attention_config(hub: HubConfig, fraction: float = 1.0, **more: Any) -> AttentionConfig:
+    """Heads and rotary positions.
+
+    Args:
+      fraction: of a head's width that is rotated, where the file does not say: the default of the model's class.
+      more: further fields of AttentionConfig.
+    """
     heads = hub.whole("num_attention_heads")
     head_dim = hub.whole("head_dim", hub.whole("hidden_size") // heads)
     return AttentionConfig(
         num_heads=heads,
         num_kv_heads=hub.whole("num_key_value_heads", heads),
         head_dim=head_dim,
-        **hub.rope(head_dim),
-        **more,
+        **{"rope_fraction": fraction, **hub.rope(head_dim), **more},
     )
 
 

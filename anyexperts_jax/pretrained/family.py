@@ -27,6 +27,7 @@ class Family:
       config: the model's configuration here. Refuses, by `UserError`, what this package does not compute.
       rules: the weight rules of a configuration; the flag says whether the experts of a layer are stacked in one tensor
         (`experts.gate_up_proj`) or have a tensor each, as on the hub.
+      model_types: those of config.json that belong here, where another family has a class of the same name.
       ignored: patterns of the tensors that are no part of the model, such as heads that predict further tokens.
     """
 
@@ -34,6 +35,7 @@ class Family:
     config: Callable[[HubConfig], ModelConfig]
     rules: Callable[[ModelConfig, bool], tuple[Rule, ...]]
     ignored: Callable[[HubConfig], tuple[str, ...]] = _nothing
+    model_types: tuple[str, ...] = ()
 
 
 def family_of(hub: HubConfig) -> tuple[str, Family]:
@@ -47,13 +49,19 @@ def family_of(hub: HubConfig) -> tuple[str, Family]:
         name = method.get("quant_method", "unknown") if isinstance(method, Mapping) else shown(method)
         raise UserError(f"{hub.where}: the weights are quantised ({name}), which is not read; dequantise them first")
     classes = hub.get("architectures")
-    known = {cls: name for name in FAMILIES for cls in FAMILIES[name].architectures}
+    known: dict[str, list[str]] = {}
+    for name in FAMILIES:
+        for cls in FAMILIES[name].architectures:
+            known.setdefault(cls, []).append(name)
     named = isinstance(classes, list) and len(classes) == 1 and isinstance(classes[0], str)
     require(named, f"{hub.where}: architectures={shown(classes)} must name one class; supported: {comma_list(known)}")
     assert isinstance(classes, list)
     require(classes[0] in known, f"{hub.where}: class {classes[0]} is not supported, only {comma_list(known)}")
-    name = known[classes[0]]
-    return name, FAMILIES[name]
+    candidates, kind = known[classes[0]], hub.get("model_type")
+    if len(candidates) > 1:
+        candidates = [name for name in candidates if kind in FAMILIES[name].model_types]
+        require(len(candidates) == 1, f"{hub.where}: class {classes[0]} of model_type={kind!r} is not supported")
+    return candidates[0], FAMILIES[candidates[0]]
 
 
 def without_ignored(family: Family, hub: HubConfig, tensors: Mapping[str, T]) -> dict[str, T]:

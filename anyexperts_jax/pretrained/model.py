@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -116,7 +117,8 @@ class Pretrained:
         require(
             tokens_BT.ndim == 2 and whole, f"tokens_BT is {tokens_BT.dtype}{list(tokens_BT.shape)}; need ids [B, T]"
         )
-        low, high, size = tokens_BT.min(initial=0), tokens_BT.max(initial=0), self.config.vocab_size
+        low, high = int(tokens_BT.min(initial=0)), int(tokens_BT.max(initial=0))
+        size = self.config.vocab_size
         require(low >= 0 and high < size, f"tokens_BT holds ids from {low} to {high}; the model has 0 to {size - 1}")
         valid_BT = np.ones(tokens_BT.shape, bool) if valid_BT is None else np.asarray(valid_BT)
         require(valid_BT.shape == tokens_BT.shape, f"valid_BT has shape {valid_BT.shape}; need {tokens_BT.shape}")
@@ -183,6 +185,12 @@ class Pretrained:
             if rest:
                 tell(row, rest)
         return Generated([stream.text for stream in streams], decoded)
+
+    def export(self, path: str | os.PathLike[str], form: str = "hub") -> None:
+        """Writes the model into a new folder, as `pretrained.write.export` says."""
+        from anyexperts_jax.pretrained.write import export
+
+        export(self, path, form)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -97,6 +97,20 @@ def plan_reading(family: Family, hub: HubConfig, source: Source, mesh: Mesh | No
     return ReadPlan(_with_types(config, parameters), tuple(parameters), expected, repeated_head)
 
 
+def summary(plan: ReadPlan, family: str) -> list[str]:
+    """Lines that say what a checkpoint is: family, layers, experts, size and type."""
+    stack, moe = plan.config.stack, plan.config.moe
+    elements = sum(math.prod(own.shape) for own in plan.parameters)
+    size = sum(math.prod(own.shape) * own.dtype.itemsize for own in plan.parameters)
+    experts = f", {stack.num_moe_layers} of them with {moe.num_experts} experts, {moe.k_max:g} a token"
+    head = "tied" if plan.config.tie_embeddings else "of its own"
+    return [
+        f"family {family}: {stack.num_layers} layers{experts if stack.num_moe_layers else ', dense'}, "
+        f"width {stack.d_model}, {plan.config.vocab_size} ids, head {head}",
+        f"{elements / 1e6:.1f}M parameters, {size / 1e9:.2f} GB, computed in {stack.dtype}",
+    ]
+
+
 def read_parameters(plan: ReadPlan, source: Source) -> tuple[dict[str, Any], jax.Array | None]:
     """The parameters' tree, and the expert biases [L, C], where the model has them.
 

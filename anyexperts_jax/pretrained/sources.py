@@ -5,7 +5,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +32,7 @@ class TensorInfo:
     stored: str  # as the file calls it: "BF16", "Q4_1"
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Reads tensors while their files are open."""
 
@@ -40,6 +41,7 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
 class Source(Protocol):
     """A checkpoint's tensors."""
 
