@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
+from anyexperts_jax.core.arrays import as_array, require_ids
 from anyexperts_jax.core.batch import ArrayLike, make_batch
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.models.config import ModelConfig
@@ -90,13 +91,14 @@ class Pretrained:
 
     def logits(
         self,
-        tokens_BT: Int[ArrayLike, "B T"] | Sequence[Sequence[int]],
+        tokens_BT: Any,
         valid_BT: Bool[ArrayLike, "B T"] | None = None,
         budget: float | None = None,
     ) -> Float[Array, "B T Y"]:
         """Float32 logits of the token after each position.
 
         Args:
+          tokens_BT: ids, as an array or as lists of one length.
           valid_BT: False at padding, on either side; None: all tokens count.
           budget: real experts a token; None: the model's own.
 
@@ -107,19 +109,15 @@ class Pretrained:
 
     def forward(
         self,
-        tokens_BT: Int[ArrayLike, "B T"] | Sequence[Sequence[int]],
+        tokens_BT: Any,
         valid_BT: Bool[ArrayLike, "B T"] | None = None,
         budget: float | None = None,
     ) -> ModelOutput:
         """`logits`, with what every layer's router did."""
-        tokens_BT = np.asarray(tokens_BT)
-        whole = np.issubdtype(tokens_BT.dtype, np.integer)
-        require(
-            tokens_BT.ndim == 2 and whole, f"tokens_BT is {tokens_BT.dtype}{list(tokens_BT.shape)}; need ids [B, T]"
-        )
-        low, high = int(tokens_BT.min(initial=0)), int(tokens_BT.max(initial=0))
-        size = self.config.vocab_size
-        require(low >= 0 and high < size, f"tokens_BT holds ids from {low} to {high}; the model has 0 to {size - 1}")
+        tokens_BT = as_array("tokens_BT", tokens_BT)
+        shape = tokens_BT.shape
+        require(len(shape) == 2 and tokens_BT.size > 0, f"tokens_BT has shape {shape}; it must be [B, T], not empty")
+        require_ids("tokens_BT", tokens_BT, self.config.vocab_size, "the ids of the model's table")
         valid_BT = np.ones(tokens_BT.shape, bool) if valid_BT is None else np.asarray(valid_BT)
         require(valid_BT.shape == tokens_BT.shape, f"valid_BT has shape {valid_BT.shape}; need {tokens_BT.shape}")
         config, in_force = with_budget(self.config, budget)
