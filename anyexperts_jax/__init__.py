@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from anyexperts_jax.core.config import AnyExpertsConfig
     from anyexperts_jax.core.errors import UserError
     from anyexperts_jax.core.initializers import Constant, FanIn, Normal, Param
-    from anyexperts_jax.core.registries import DISPATCHERS, IMPLEMENTATIONS, REGULARISERS, ROUTERS, TOKENIZERS
+    from anyexperts_jax.core.registries import DISPATCHERS, FAMILIES, IMPLEMENTATIONS, REGULARISERS, ROUTERS, TOKENIZERS
     from anyexperts_jax.core.switches import Switches
     from anyexperts_jax.data.domain import example_generator
     from anyexperts_jax.data.example import Example
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from anyexperts_jax.nn.moe import MoE, MoEContext
     from anyexperts_jax.ops.expert_mlp.api import expert_mlp
     from anyexperts_jax.ops.experts import ExpertOps, ExpertWeights
+    from anyexperts_jax.pretrained.load import load_pretrained
+    from anyexperts_jax.pretrained.model import Pretrained
     from anyexperts_jax.routing.budget import calibrate_budget, shift_budget
     from anyexperts_jax.routing.plan import RoutingPlan
     from anyexperts_jax.routing.regularisers import Importances
@@ -39,6 +41,7 @@ _HOMES = {
     "Constant": "core.initializers",
     "DISPATCHERS": "core.registries",
     "DOMAINS": "core.registries",
+    "FAMILIES": "core.registries",
     "DispatchStats": "dispatch.base",
     "Example": "data.example",
     "Execution": "dispatch.execution",
@@ -54,6 +57,7 @@ _HOMES = {
     "Normal": "core.initializers",
     "Param": "core.initializers",
     "Placement": "sharding.placement",
+    "Pretrained": "pretrained.model",
     "REGULARISERS": "core.registries",
     "ROUTERS": "core.registries",
     "Router": "routing.routers.base",
@@ -70,6 +74,7 @@ _HOMES = {
     "calibrate_budget": "routing.budget",
     "example_generator": "data.domain",
     "expert_mlp": "ops.expert_mlp.api",
+    "load_pretrained": "pretrained.load",
     "load_run": "evaluate.run",
     "make_mesh": "sharding.mesh",
     "moe_apply": "dispatch.apply",
@@ -82,6 +87,7 @@ _HOMES = {
 __all__ = [
     "DISPATCHERS",
     "DOMAINS",
+    "FAMILIES",
     "IMPLEMENTATIONS",
     "REGULARISERS",
     "ROUTERS",
@@ -103,6 +109,7 @@ __all__ = [
     "Normal",
     "Param",
     "Placement",
+    "Pretrained",
     "Router",
     "RoutingPlan",
     "Run",
@@ -116,6 +123,7 @@ __all__ = [
     "calibrate_budget",
     "example_generator",
     "expert_mlp",
+    "load_pretrained",
     "load_run",
     "make_mesh",
     "moe_apply",

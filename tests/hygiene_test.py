@@ -24,6 +24,7 @@ LAYERS = [
     {"models"},
     {"tokenizers"},
     {"data"},
+    {"pretrained"},
     {"train"},
     {"evolution"},
     {"evaluate"},

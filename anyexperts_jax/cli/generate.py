@@ -3,11 +3,22 @@
 import argparse
 import pathlib
 
+from anyexperts_jax.cli import generate_text
 from anyexperts_jax.cli.options import add_command, add_run, mesh_of, positive_number
 from anyexperts_jax.core.errors import require
 
 
 def run(options: argparse.Namespace) -> None:
+    from anyexperts_jax.pretrained.load import is_checkpoint
+
+    if is_checkpoint(options.run):
+        generate_text.run(options)
+    else:
+        require(options.prompt is None, f"{options.run} is no published checkpoint; a run takes --question")
+        _answer_of_a_run(options)
+
+
+def _answer_of_a_run(options: argparse.Namespace) -> None:
     from anyexperts_jax.data.conversation import Item, question_and_answer
     from anyexperts_jax.data.mixture import open_source
     from anyexperts_jax.evaluate.ask import ask, own_example
@@ -36,10 +47,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = add_command(
         commands,
         "generate",
-        "answer one question with a trained model",
+        "answer one question with a trained model, or continue a text with a published one",
         (
             "anyexperts generate runs/mine --domain video --index 3",
             "anyexperts generate runs/mine --question 'which digit?' --image cat.png --budget 4.8",
+            "anyexperts generate models/Qwen3-30B-A3B --prompt 'Gravity is' --budget 6.4 --stream",
         ),
     )
     add_run(parser)
@@ -54,4 +66,5 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--budget", type=positive_number, metavar="K", help="real experts per token (default: as trained)"
     )
+    generate_text.add_options(parser)
     parser.set_defaults(command=run)

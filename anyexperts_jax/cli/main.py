@@ -1,5 +1,5 @@
-"""The command line: `anyexperts train | evolve | evaluate | report | generate | config | data | tokenizer | bench |
-compile`.
+"""The command line: `anyexperts train | evolve | evaluate | report | generate | import | export | config | data |
+tokenizer | bench | compile`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input or a file that cannot
 be used, 3 a loss that is not finite, 4 a full disk, 5 another process of the run gone, 130 and 143 interrupted with a
@@ -14,7 +14,20 @@ import time
 from collections.abc import Sequence
 
 from anyexperts_jax import __version__
-from anyexperts_jax.cli import bench, compile, config, data, evaluate, evolve, generate, report, tokenizer, train
+from anyexperts_jax.cli import (
+    bench,
+    compile,
+    config,
+    data,
+    evaluate,
+    evolve,
+    export,
+    generate,
+    import_checkpoint,
+    report,
+    tokenizer,
+    train,
+)
 from anyexperts_jax.cli.options import Parser
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.files import require_local
@@ -27,7 +40,20 @@ EXAMPLES = """examples:
   anyexperts report runs/mine
   anyexperts config tiny        every key of a configuration, with its value and meaning
   anyexperts train --help       a command's options"""
-COMMANDS = (train, evolve, evaluate, report, generate, config, data, tokenizer, bench, compile)
+COMMANDS = (
+    train,
+    evolve,
+    evaluate,
+    report,
+    generate,
+    import_checkpoint,
+    export,
+    config,
+    data,
+    tokenizer,
+    bench,
+    compile,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

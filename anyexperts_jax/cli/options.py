@@ -78,6 +78,22 @@ def positive_number(text: str) -> float:
     return value
 
 
+def number(least: float, most: float = math.inf) -> Callable[[str], float]:
+    """The type of an option that takes a finite number from `least` to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a number") from error
+        if not (least <= value <= most and math.isfinite(value)):
+            upper = "" if math.isinf(most) else f" and <= {most:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be finite, >= {least:g}{upper}")
+        return value
+
+    return parse
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 

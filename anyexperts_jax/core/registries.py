@@ -109,3 +109,17 @@ ROW_FORMATS: Registry[Any] = Registry(
         "text": "anyexperts_jax.data.sources.texts:FORMAT",
     },
 )
+
+# pretrained.family.Family: what reads and writes one kind of published model
+FAMILIES: Registry[Any] = Registry(
+    "family",
+    {
+        "llama": "anyexperts_jax.pretrained.llama:LLAMA",
+        "qwen3": "anyexperts_jax.pretrained.qwen3:QWEN3",
+        "qwen3_moe": "anyexperts_jax.pretrained.qwen3:QWEN3_MOE",
+        "olmoe": "anyexperts_jax.pretrained.olmoe:OLMOE",
+        "mixtral": "anyexperts_jax.pretrained.mixtral:MIXTRAL",
+        "bailing_moe": "anyexperts_jax.pretrained.bailing_moe:BAILING_MOE",
+        "glm4_moe": "anyexperts_jax.pretrained.glm4_moe:GLM4_MOE",
+    },
+)

@@ -6,9 +6,9 @@ from jaxtyping import Array, Float
 from anyexperts_jax.models.config import AudioConfig
 from anyexperts_jax.models.encoder import EncoderTail, FeatureEmbedding
 from anyexperts_jax.models.media import MediaBatch
-from anyexperts_jax.nn.attention import rotations
 from anyexperts_jax.nn.block import BlockContext
 from anyexperts_jax.nn.config import StackConfig
+from anyexperts_jax.nn.rope import rotations
 
 
 class AudioEncoder(nn.Module):

@@ -56,6 +56,7 @@ class ModelConfig:
     pad_id: int = 256  # what generation writes after the end; the tokenizer's
     eos_id: int = 259  # what ends generation; the tokenizer's
     tie_embeddings: bool = False  # whether the output head is the token table
+    modality_embedding: bool = True  # whether every position's modality is added to it as a learned vector
     stack: StackConfig = dataclasses.field(default_factory=StackConfig)
     moe: AnyExpertsConfig = dataclasses.field(default_factory=AnyExpertsConfig)
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)  # None: no image, no video

@@ -15,11 +15,11 @@ from anyexperts_jax.models.audio import AudioEncoder
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.media import audio_media, place_rows, visual_media
 from anyexperts_jax.models.vision import VisionEncoder
-from anyexperts_jax.nn.attention import rotations
 from anyexperts_jax.nn.block import BlockContext
 from anyexperts_jax.nn.embeddings import Embedding
 from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.norms import RMSNorm
+from anyexperts_jax.nn.rope import rotations
 from anyexperts_jax.nn.stack import Stack, StackCache
 from anyexperts_jax.ops.attention import CausalMask
 from anyexperts_jax.routing.trace import RoutingTrace
@@ -37,6 +37,16 @@ class ModelOutput:
     trace: RoutingTrace  # stacked over the L MoE layers
 
 
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TextPart:
+    """Text tokens that follow what a cache holds: the first `length_B` of each row, from position `start_B` on."""
+
+    tokens_BT: Int[Array, "B T"]
+    start_B: Int[Array, "B"]
+    length_B: Int[Array, "B"]
+
+
 class MultimodalModel(nn.Module):
     """Text embeddings with encoded patches and frames at media positions, the stack, a norm and the output head."""
 
@@ -51,7 +61,8 @@ class MultimodalModel(nn.Module):
         std = stack.d_model**-0.5 if config.tie_embeddings else 1.0
         where: dict[str, Any] = {"placement": self.placement}
         self.tokens = Embedding(config.vocab_size, stack.d_model, "vocab", std, **types, **where)
-        self.modality = Embedding(NUM_MODALITIES, stack.d_model, std=0.5 * std, **types, **where)
+        if config.modality_embedding:
+            self.modality = Embedding(NUM_MODALITIES, stack.d_model, std=0.5 * std, **types, **where)
         if config.vision is not None:
             self.vision = VisionEncoder(config.vision, stack, **where)
         if config.audio is not None:
@@ -67,6 +78,7 @@ class MultimodalModel(nn.Module):
         *,
         router_bias_LC: Float[Array, "L C"] | None = None,
         window: Float[Array, "2"] | None = None,
+        importance_logits_BT: Float[Array, "B T"] | None = None,
     ) -> ModelOutput:
         """Teacher-forced logits.
 
@@ -74,12 +86,14 @@ class MultimodalModel(nn.Module):
           batch: at most `max_length` positions, with the features of patches and frames the encoders expect.
           router_bias_LC: the expert biases of loss-free balancing; needed with `moe.expert_bias`, unused without.
           window: (k_min, k_max) in place of the configuration's, for every layer.
+          importance_logits_BT: in place of every layer's own.
 
         Raises:
           UserError: when the batch's shapes do not fit the configuration.
         """
         _check_batch(self.config, batch)
-        return self.decode(self.embed(batch), batch, router_bias_LC=router_bias_LC, window=window)
+        policy = {"router_bias_LC": router_bias_LC, "window": window, "importance_logits_BT": importance_logits_BT}
+        return self.decode(self.embed(batch), batch, **policy)
 
     def decode(
         self,
@@ -88,12 +102,14 @@ class MultimodalModel(nn.Module):
         *,
         router_bias_LC: Float[Array, "L C"] | None = None,
         window: Float[Array, "2"] | None = None,
+        importance_logits_BT: Float[Array, "B T"] | None = None,
     ) -> ModelOutput:
         """The call from `embed` on: what follows the embedded sequence, for those who ask what depends on it."""
         stack = self.config.stack
         causal = CausalMask(jnp.asarray(batch.valid_BT), jnp.asarray(batch.segment_BT))
         mask = whole_mask(causal, stack.attention.head_dim, jnp.dtype(stack.dtype), self.placement)
         context = self._batch_context(batch, mask, window)
+        context = dataclasses.replace(context, importance_logits_BT=importance_logits_BT)
         x_BTD, trace, _ = self._decode(x_BTD, context, router_bias_LC)
         return ModelOutput(self._logits(x_BTD), trace)
 
@@ -127,16 +143,43 @@ class MultimodalModel(nn.Module):
         window: Float[Array, "2"] | None = None,
     ) -> tuple[Float[Array, "B Y"], StackCache]:
         """Logits after one more text token per sequence, at its own position; where not live, anything."""
-        positions_BT = positions_B[:, None]
+        text = TextPart(tokens_B[:, None], positions_B, live_B.astype(jnp.int32))
+        logits_BY, _, cache = self.extend(text, cache, router_bias_LC=router_bias_LC, window=window)
+        return logits_BY, cache
+
+    def extend(
+        self,
+        text: TextPart,
+        cache: StackCache,
+        *,
+        router_bias_LC: Float[Array, "L C"] | None = None,
+        window: Float[Array, "2"] | None = None,
+        importance_logits_BT: Float[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B Y"], RoutingTrace, StackCache]:
+        """Logits after the last of further text tokens, each sequence's from its own position on, and the trace.
+
+        Args:
+          cache: filled with the positions before.
+          importance_logits_BT: in place of every layer's own.
+        """
+        length = text.tokens_BT.shape[1]
+        positions_BT = text.start_B[:, None] + jnp.arange(length)
+        valid_BT = jnp.arange(length) < text.length_B[:, None]
         modality_BT = jnp.full_like(positions_BT, Modality.TEXT)
-        x_BTD = self.tokens(tokens_B[:, None]) + self.modality(modality_BT)
-        mask_BTS = causal_mask(positions_BT, cache.length)
-        rotation = rotations(self.config.stack.attention, positions_BT)
+        x_BTD = self._with_modality(self.tokens(text.tokens_BT), modality_BT)
         context = BlockContext(
-            positions_BT, live_B[:, None], mask_BTS, rotation=rotation, window=window, modality_BT=modality_BT
+            positions_BT,
+            valid_BT,
+            causal_mask(positions_BT, cache.length),
+            rotation=rotations(self.config.stack.attention, positions_BT),
+            window=window,
+            modality_BT=modality_BT,
+            importance_logits_BT=importance_logits_BT,
         )
-        x_BTD, _, written = self._decode(x_BTD, context, router_bias_LC, cache)
-        return self._logits(x_BTD[:, 0]), cast(StackCache, written)
+        x_BTD, trace, written = self._decode(x_BTD, context, router_bias_LC, cache)
+        last_B = jnp.maximum(text.length_B - 1, 0)
+        logits_BY = self._logits(x_BTD[jnp.arange(x_BTD.shape[0]), last_B])
+        return logits_BY, trace, cast(StackCache, written)
 
     def embed(self, batch: Batch) -> Float[Array, "B T D"]:
         """The sequence as the first block sees it."""
@@ -147,8 +190,11 @@ class MultimodalModel(nn.Module):
         if self.config.audio is not None:
             audio_BT, frames = audio_media(batch)
             x_BTD = place_rows(x_BTD, audio_BT, self.audio(frames))
-        modality_BTD = self.modality(jnp.asarray(batch.modality_BT))
-        return split_tokens(x_BTD + modality_BTD, self.placement, ("batch", "length"))
+        x_BTD = self._with_modality(x_BTD, jnp.asarray(batch.modality_BT))
+        return split_tokens(x_BTD, self.placement, ("batch", "length"))
+
+    def _with_modality(self, x_BTD: Float[Array, "B T D"], modality_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return x_BTD + self.modality(modality_BT) if self.config.modality_embedding else x_BTD
 
     def _batch_context(
         self, batch: Batch, mask: Bool[Array, "B T S"] | CausalMask, window: Float[Array, "2"] | None

@@ -7,12 +7,13 @@ modules of `nn` and `models` choose these names; code outside them asks here.
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import logical_axes
+from anyexperts_jax.nn.config import StackConfig
 
 Kind = Literal["expert", "router", "importance"]
 Tower = Literal["text", "decoder", "vision", "audio"]
@@ -70,6 +71,28 @@ def expert_weight(name: str) -> str | None:
 def dense_name(layer: int, rest: str) -> str:
     """A parameter of dense block number `layer`, as "decoder/dense_3/mlp/up/kernel"."""
     return f"decoder/dense_{layer}/{rest}"
+
+
+class LayerPlace(NamedTuple):
+    """Where the parameters of one layer are."""
+
+    prefix: str  # of their names, without the last slash
+    place: tuple[int, ...]  # among those stacked with it; empty: they are on their own
+
+
+def layer_place(stack: StackConfig, layer: int) -> LayerPlace:
+    """Where the parameters of layer number `layer`, dense or MoE, are."""
+    if layer < stack.num_dense_layers:
+        return LayerPlace(dense_name(layer, "").rstrip("/"), ())
+    group, place = divmod(layer - stack.num_dense_layers, stack.moe_every)
+    inside = "" if is_moe_layer(stack, layer) else f"/before_{place}"
+    return LayerPlace(MOE_LAYERS.rstrip("/") + inside, (group,))
+
+
+def is_moe_layer(stack: StackConfig, layer: int) -> bool:
+    """Whether layer number `layer` is a mixture of experts."""
+    after = layer - stack.num_dense_layers
+    return after >= 0 and after % stack.moe_every == stack.moe_every - 1
 
 
 def dense_twins(model: ModelConfig, name: str) -> list[str]:

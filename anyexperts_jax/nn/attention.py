@@ -10,11 +10,10 @@ from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.nn.config import AttentionConfig, Dtype
 from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.norms import RMSNorm
+from anyexperts_jax.nn.rope import Rotations
 from anyexperts_jax.ops.attention import CausalMask
 from anyexperts_jax.sharding.attention import split_attention
 from anyexperts_jax.sharding.placement import Placement
-
-Rotations = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 
 @register_dataclass
@@ -30,14 +29,6 @@ def empty_cache(config: AttentionConfig, batch_size: int, length: int, dtype: Dt
     """A zero cache of `length` positions, stacked over `layers`."""
     zeros = jnp.zeros((*layers, batch_size, length, config.num_kv_heads, config.head_dim), dtype)
     return KVCache(zeros, zeros)
-
-
-def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotations:
-    """Cosines and sines of the rotation angles of each position, float32."""
-    half = config.rotary_dim // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x_BTHA: Float[Array, "B T H A"], rotation: Rotations) -> Float[Array, "B T H A"]:
@@ -79,8 +70,9 @@ class Attention(nn.Module):
         keys = self._heads(config.num_kv_heads, "kv_heads", "key")(x_BTD)
         values = self._heads(config.num_kv_heads, "kv_heads", "value")(x_BTD)
         if config.qk_norm:
-            queries = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name="query_norm")(queries)
-            keys = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name="key_norm")(keys)
+            queries, keys = self._normed(queries, "query_norm"), self._normed(keys, "key_norm")
+        if config.clip_qkv is not None:
+            queries, keys, values = (jnp.clip(x, -config.clip_qkv, config.clip_qkv) for x in (queries, keys, values))
         if rotation is not None:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         if cache is not None and positions_BT is not None:
@@ -91,6 +83,7 @@ class Attention(nn.Module):
             x_BTD.shape[-1:],
             ("heads", "head_dim", "embed"),
             num_in=2,
+            use_bias=config.out_bias,
             scale=self.residual_scale,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -100,7 +93,14 @@ class Attention(nn.Module):
 
     def _heads(self, heads: int, axis: str, name: str) -> Linear:
         shape, axes = (heads, self.config.head_dim), ("embed", axis, "head_dim")
-        return Linear(shape, axes, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+        bias = self.config.qkv_bias
+        return Linear(shape, axes, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+
+    def _normed(self, x_BTHA: Float[Array, "B T H A"], name: str) -> Float[Array, "B T H A"]:
+        norm = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name=name)
+        if self.config.qk_norm_over == "head":
+            return norm(x_BTHA)
+        return norm(x_BTHA.reshape(*x_BTHA.shape[:2], -1)).reshape(x_BTHA.shape)
 
 
 def _write(

@@ -10,12 +10,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.tree import register_dataclass
-from anyexperts_jax.nn.attention import Attention, KVCache, Rotations
+from anyexperts_jax.nn.attention import Attention, KVCache
 from anyexperts_jax.nn.config import StackConfig
 from anyexperts_jax.nn.importance import ImportanceMLP
 from anyexperts_jax.nn.mlp import SwiGLU
 from anyexperts_jax.nn.moe import MoE, MoEContext
 from anyexperts_jax.nn.norms import RMSNorm
+from anyexperts_jax.nn.rope import Rotations
 from anyexperts_jax.ops.attention import CausalMask
 from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.trace import RoutingTrace
@@ -34,6 +35,7 @@ class BlockContext:
     window: Float[Array, "2"] | None = None
     modality_BT: Int[Array, "B T"] | None = None  # for routers with per-modality weights
     segment_BT: Int[Array, "B T"] | None = None  # for layers that separate packed examples; attention uses the mask
+    importance_logits_BT: Float[Array, "B T"] | None = None  # replace every layer's own, where the caller has them
 
 
 def _norm(config: StackConfig, name: str) -> RMSNorm:
@@ -77,7 +79,8 @@ class DenseBlock(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         config = self.config
         x_BTD, cache = SelfAttention(config, self.placement, name="self_attention")(x_BTD, context, cache)
-        mlp = SwiGLU(config.d_ff, config.residual_scale, config.dtype, config.param_dtype, name="mlp")
+        types = (config.dtype, config.param_dtype)
+        mlp = SwiGLU(config.d_ff, config.residual_scale, *types, use_bias=config.mlp_bias, name="mlp")
         return x_BTD + mlp(_norm(config, "norm")(x_BTD)), cache
 
 
@@ -132,10 +135,11 @@ class MoEBlock(nn.Module):
         )
         attention = SelfAttention(config, self.placement, name="self_attention")
         x_BTD, own = attention(x_BTD, context, None if cache is None else cache.moe)
-        importance_logits_BT = None
+        importance_logits_BT = context.importance_logits_BT
         if self.moe.switches.hsm_site == "residual":
-            mlp = ImportanceMLP(self.moe.switches.importance_mlp, config.norm_eps, name="importance")
-            importance_logits_BT = mlp(x_BTD)
+            if importance_logits_BT is None:
+                mlp = ImportanceMLP(self.moe.switches.importance_mlp, config.norm_eps, name="importance")
+                importance_logits_BT = mlp(x_BTD)
             x_BTD = modulate(x_BTD, importance(importance_logits_BT), self.moe.alpha)
         layer = MoE(
             self.moe,

@@ -13,6 +13,37 @@ MOST_LAYERS = 1000  # per stack or encoder: some layers are traced one by one, a
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How a model trained on short sequences stretches its rotary wavelengths for longer ones; see `nn.rope`.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"] = "linear"
+    factor: float = 1.0  # by which stretched wavelengths grow
+    original_length: int = 8192  # positions of the sequences before, for llama3 and yarn
+    low_rotations: float = 1.0  # waves that turn fewer times than this in original_length are stretched in full
+    high_rotations: float = 4.0  # waves that turn more often are left as they are (yarn: 32); between, by degrees
+    whole_bounds: bool = True  # yarn: the two bounds are rounded outwards to whole waves
+    attention_factor: float = 1.0  # on the cosines and sines (yarn)
+
+    def __post_init__(self) -> None:
+        check_field_types(self, "attention.rope_scaling.")
+        for name in ("factor", "attention_factor", "low_rotations"):
+            value = getattr(self, name)
+            require(value > 0, f"attention.rope_scaling.{name}={value} must be > 0")
+        require(
+            self.original_length >= 1, f"attention.rope_scaling.original_length={self.original_length} must be >= 1"
+        )
+        require(
+            self.low_rotations < self.high_rotations,
+            f"attention.rope_scaling.low_rotations={self.low_rotations} must be below "
+            f"high_rotations={self.high_rotations}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     """Grouped-query attention with rotary positions.
 
@@ -25,7 +56,12 @@ class AttentionConfig:
     head_dim: int = 32  # A, width of a head
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     rope_fraction: float = 1.0  # leading fraction of a head's width that is rotated
-    qk_norm: bool = False  # RMSNorm over the head width of queries and keys
+    rope_scaling: RopeScaling | None = None  # stretches the wavelengths for longer sequences; None: as they are
+    qk_norm: bool = False  # RMSNorm of queries and keys, before they are rotated
+    qk_norm_over: Literal["head", "width"] = "head"  # what that norm's mean is over: each head, or all heads at once
+    qkv_bias: bool = False  # whether the maps to queries, keys and values have a bias
+    out_bias: bool = False  # whether the map from the heads back to the stream has a bias
+    clip_qkv: float | None = None  # queries, keys and values are clipped to [-clip_qkv, clip_qkv]; None: never
 
     def __post_init__(self) -> None:
         check_field_types(self, "attention.")
@@ -42,6 +78,8 @@ class AttentionConfig:
             "dimensions; must be even and >= 2",
         )
         require(self.rope_theta > 0, f"attention.rope_theta={self.rope_theta} must be > 0")
+        clip = self.clip_qkv
+        require(clip is None or clip > 0, f"attention.clip_qkv={clip} must be > 0")
 
     @property
     def rotary_dim(self) -> int:
@@ -65,6 +103,7 @@ class StackConfig:
     d_ff: int = 384  # FFN width of the dense layers
     expert_d_ff: int = 32  # F, hidden width of an expert
     num_shared_experts: int = 1  # shared experts, each F wide, that every token uses in addition to the routed ones
+    mlp_bias: bool = False  # whether the maps of the dense FFNs have biases
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
     execution: Execution = dataclasses.field(default_factory=Execution)  # how the MoE layers are computed

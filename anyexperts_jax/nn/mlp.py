@@ -13,16 +13,17 @@ from anyexperts_jax.nn.linear import Linear
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases."""
+    """down(silu(gate(x)) * up(x)), without biases unless asked for."""
 
     d_ff: int
     residual_scale: float = 1.0  # scale of the down projection's initial values
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "use_bias": self.use_bias}
         gate = Linear((self.d_ff,), ("embed", "mlp"), name="gate", **types)(x)
         up = Linear((self.d_ff,), ("embed", "mlp"), name="up", **types)(x)
         down = Linear(x.shape[-1:], ("mlp", "embed"), scale=self.residual_scale, name="down", **types)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.nn.attention import Attention, empty_cache, rotate, rotations
+from anyexperts_jax.nn.attention import Attention, empty_cache, rotate
 from anyexperts_jax.nn.config import AttentionConfig
+from anyexperts_jax.nn.rope import rotations
 from nn.layers import random_params, run
 
 CONFIG = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6)

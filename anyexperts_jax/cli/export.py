@@ -1,0 +1,29 @@
+"""`anyexperts export`."""
+
+import argparse
+import pathlib
+
+from anyexperts_jax.cli.options import add_command, positive_number
+
+
+def run(options: argparse.Namespace) -> None:
+    from anyexperts_jax.pretrained.load import load_pretrained
+    from anyexperts_jax.pretrained.write import export
+
+    model = load_pretrained(options.path)
+    export(model, options.out, options.form, int(options.shard_gb * 10**9))
+    print(f"wrote {options.out}")
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = add_command(
+        commands,
+        "export",
+        "write a published checkpoint in the hub's layout",
+        ("anyexperts export model.gguf models/mine", "anyexperts export models/theirs models/mine --shard-gb 2"),
+    )
+    parser.add_argument("path", type=pathlib.Path, help="a folder with config.json and safetensors, or a GGUF file")
+    parser.add_argument("out", type=pathlib.Path, help="a new folder")
+    parser.add_argument("--form", default="hub", choices=("hub",), help="hub: a tensor for each expert")
+    parser.add_argument("--shard-gb", type=positive_number, default=5.0, metavar="GB", help="of a file of weights")
+    parser.set_defaults(command=run)

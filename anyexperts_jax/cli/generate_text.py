@@ -1,0 +1,67 @@
+"""`anyexperts generate` with a published checkpoint in place of a run."""
+
+import argparse
+import math
+import sys
+
+from anyexperts_jax.cli.options import mesh_of, natural, number, positive, seed
+from anyexperts_jax.core.errors import require
+
+
+def run(options: argparse.Namespace) -> None:
+    """Answers --prompt."""
+    from anyexperts_jax.models.sample import Sampling
+    from anyexperts_jax.pretrained.load import load_pretrained
+
+    media = [f"--{name}" for name in ("image", "audio") if getattr(options, name)]
+    require(not media, f"{' '.join(media)}: the model in {options.run} reads text alone")
+    unused = [f"--{name}" for name in ("question", "domain") if getattr(options, name) is not None]
+    require(not unused, f"{' '.join(unused)}: {options.run} is a published checkpoint; give --prompt")
+    require(options.prompt is not None, f"{options.run} is a published checkpoint; give --prompt")
+    sampling = Sampling(
+        repetition_penalty=options.repetition_penalty,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+    )
+    model = load_pretrained(options.run, mesh_of(options))
+    prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
+
+    def tell(_: int, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    found = model.generate_many(
+        [prompt],
+        max_new_tokens=options.max_new_tokens,
+        budget=options.budget,
+        sampling=sampling,
+        seed=options.seed,
+        stop=options.stop,
+        on_text=tell if options.stream else None,
+    )
+    print("" if options.stream else found.texts[0])
+    decoded = found.decoded
+    print(f"{len(decoded.tokens[0])} tokens, {found.tokens_per_second:.2f} a second after the first", file=sys.stderr)
+    if not math.isnan(decoded.real_experts):  # as of a dense model
+        print(f"real experts per token: {decoded.real_experts:.2f}", file=sys.stderr)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with a published checkpoint (a folder or a GGUF file) in place of a run")
+    group.add_argument("--prompt", help="a text to continue (default: none; a run takes --question)")
+    group.add_argument("--chat", action="store_true", help="put the prompt to the model's chat template")
+    group.add_argument("--stream", action="store_true", help="print the answer as it grows")
+    group.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="of the answer, at most")
+    share, amount = number(0, 1), number(0)
+    for name, kind, default, text in (
+        ("--temperature", amount, 0.0, "of the draws; 0: the most likely token each time"),
+        ("--top-k", natural, 0, "draw from the X most likely tokens; 0: from all"),
+        ("--top-p", share, 1.0, "draw from the most likely tokens that make up this probability"),
+        ("--min-p", share, 0.0, "draw from tokens at least X times as likely as the most likely one"),
+        ("--repetition-penalty", amount, 1.0, "on tokens that were there before; 1: none"),
+    ):
+        group.add_argument(name, type=kind, default=default, metavar="X", help=text)
+    group.add_argument("--seed", type=seed, default=0, help="of the draws")
+    group.add_argument("--stop", action="append", default=[], help="a text that ends the answer; repeatable")

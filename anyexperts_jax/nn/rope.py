@@ -1,0 +1,54 @@
+"""Rotary positions: the frequencies of the waves, and how they are stretched for sequences longer than trained on."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.nn.config import AttentionConfig, RopeScaling
+
+Rotations = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
+
+
+def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotations:
+    """Cosines and sines of each position's rotation angles, float32."""
+    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies(config)
+    scaling = config.rope_scaling
+    if scaling is None or scaling.attention_factor == 1:
+        return jnp.cos(angles), jnp.sin(angles)
+    return scaling.attention_factor * jnp.cos(angles), scaling.attention_factor * jnp.sin(angles)
+
+
+def frequencies(config: AttentionConfig) -> Float[Array, " half"]:
+    """Radians a position of each wave, float32, the fastest first."""
+    half = config.rotary_dim // 2
+    plain = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    if scaling.kind == "linear":
+        return plain / scaling.factor
+    kept = _by_rotations(scaling, plain) if scaling.kind == "llama3" else _by_wave(config, scaling)
+    return kept * plain + (1 - kept) * plain / scaling.factor
+
+
+def _by_rotations(scaling: RopeScaling, plain: Float[Array, " half"]) -> Float[Array, " half"]:
+    """How far each wave stays as it is, 0 to 1, linear in how often it turns in the original length (Llama 3.1)."""
+    turns = scaling.original_length * plain / (2 * math.pi)
+    return jnp.clip((turns - scaling.low_rotations) / (scaling.high_rotations - scaling.low_rotations), 0, 1)
+
+
+def _by_wave(config: AttentionConfig, scaling: RopeScaling) -> Float[Array, " half"]:
+    """The same, linear in the number of the wave (YaRN, arXiv 2309.00071)."""
+    dim = config.rotary_dim
+
+    def wave_of(rotations: float) -> float:
+        wavelength = scaling.original_length / (2 * math.pi * rotations)
+        return dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    first, last = wave_of(scaling.high_rotations), wave_of(scaling.low_rotations)
+    if scaling.whole_bounds:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    width = last - first if last != first else 0.001  # as the published code has it: one wave is the bound
+    return 1 - jnp.clip((jnp.arange(dim // 2, dtype=jnp.float32) - first) / width, 0, 1)

@@ -1,0 +1,182 @@
+"""Decoding with a cache: prompts of different lengths, a token a step, until every row has ended."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.dispatch.execution import BUFFERED
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.multimodal import MultimodalModel, TextPart
+from anyexperts_jax.models.sample import GREEDY, Sampling, next_tokens
+from anyexperts_jax.nn.stack import StackCache, empty_stack_cache
+from anyexperts_jax.pretrained.budget import BudgetInForce, mixing_logits
+from anyexperts_jax.sharding.placement import Placement
+
+_PROMPT_STEP, _CACHE_STEP = 16, 64  # lengths are rounded up to these, so that few programs are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model, ready to run."""
+
+    config: ModelConfig
+    placement: Placement
+    params: Any
+    router_bias_LC: Float[Array, "L C"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of a decoder beside the prompts."""
+
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+
+class Decoded(NamedTuple):
+    """What came of it."""
+
+    tokens: list[list[int]]  # of each row, the one that ended it included
+    real_experts: float  # a token and MoE layer, over the prompts and all steps; nan for a dense model
+    prefill_seconds: float
+    decode_seconds: float  # of the steps after the first token
+    steps: int
+
+
+OnToken = Callable[[int, int], bool]  # (row, token) -> whether the row goes on
+
+
+def decode(
+    weights: Weights, prompts: Sequence[Sequence[int]], request: Request, budget: BudgetInForce, on_token: OnToken
+) -> Decoded:
+    """Continues every prompt.
+
+    Raises:
+      UserError: an empty prompt, one longer than the model's positions, or max_new_tokens < 1.
+    """
+    _check(weights.config, prompts, request)
+    lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest, most = max(map(len, prompts)), weights.config.max_length
+    width = min(_rounded(longest, _PROMPT_STEP), most)
+    room = min(_rounded(longest + request.max_new_tokens, _CACHE_STEP), most)
+    tokens_BT = np.zeros((len(prompts), width), np.int32)
+    seen_BY = np.zeros((len(prompts), weights.config.vocab_size), bool)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, : len(prompt)] = prompt
+        seen_BY[row, list(prompt)] = True
+    state = _State(weights, request, budget, len(prompts), room, jnp.asarray(seen_BY))
+
+    began = time.perf_counter()
+    next_B = state.extend(tokens_BT, np.zeros_like(lengths_B), lengths_B)
+    first = time.perf_counter()
+    found: list[list[int]] = [[] for _ in prompts]
+    live_B = np.ones(len(prompts), bool)
+    steps = 0
+    while True:
+        for row in np.nonzero(live_B)[0].tolist():
+            found[row].append(int(next_B[row]))
+            ended = found[row][-1] in request.stop_ids or len(found[row]) == request.max_new_tokens
+            live_B[row] = on_token(row, found[row][-1]) and not ended and lengths_B[row] + len(found[row]) < room
+        if not live_B.any():
+            break
+        start_B = lengths_B + np.array([len(own) for own in found], np.int32) - 1
+        next_B = state.extend(next_B[:, None], start_B, live_B.astype(np.int32))
+        steps += 1
+    return Decoded(found, state.mean_real_experts(), first - began, time.perf_counter() - first, steps)
+
+
+class _State:
+    """The cache, the tokens seen, and how many experts were used: what changes from step to step."""
+
+    def __init__(
+        self, weights: Weights, request: Request, budget: BudgetInForce, batch: int, room: int, seen_BY: Array
+    ) -> None:
+        config = _without_buffers(weights.config)
+        self._static = (config, weights.placement, request.sampling)
+        self._weights, self._budget = weights, budget
+        empty = empty_stack_cache(config.stack, batch, room)
+        self._cache: StackCache = jax.tree.map(jnp.copy, empty)  # keys and values each their own: they are donated
+        self._seen_BY, self._key = seen_BY, jax.random.key(request.seed)
+        self._step, self._used, self._asked = 0, list[Array](), 0
+
+    def extend(self, tokens_BT: np.ndarray, start_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
+        """The next token of each row after these."""
+        part = TextPart(jnp.asarray(tokens_BT), jnp.asarray(start_B), jnp.asarray(length_B))
+        held = (self._cache, self._seen_BY)
+        arguments = (self._weights.params, self._weights.router_bias_LC, self._budget, part)
+        next_B, used, held = _extend(self._static, *arguments, held, (self._key, jnp.int32(self._step)))
+        self._cache, self._seen_BY = held
+        self._step += 1
+        self._used.append(used)
+        self._asked += int(length_B.sum())
+        return np.asarray(next_B)
+
+    def mean_real_experts(self) -> float:
+        layers = self._weights.config.stack.num_moe_layers
+        return sum(map(float, self._used)) / (self._asked * layers) if layers else float("nan")
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _extend(
+    static: tuple[ModelConfig, Placement, Sampling],
+    params: Any,
+    router_bias_LC: Array | None,
+    budget: BudgetInForce,
+    part: TextPart,
+    held: tuple[StackCache, Array],
+    draw: tuple[Array, Array],
+) -> tuple[Array, Array, tuple[StackCache, Array]]:
+    config, placement, sampling = static
+    cache, seen_BY = held
+    length = part.tokens_BT.shape[1]
+    logits_BT = None
+    if budget.share is not None:
+        logits_BT = mixing_logits(budget.share, part.start_B[:, None] + jnp.arange(length))
+    logits_BY, trace, cache = MultimodalModel(config, placement).apply(
+        {"params": params},
+        part,
+        cache,
+        router_bias_LC=router_bias_LC,
+        window=budget.window,
+        importance_logits_BT=logits_BT,
+        method="extend",
+    )
+    next_B = next_tokens(sampling, logits_BY, seen_BY, *draw)
+    seen_BY = seen_BY.at[jnp.arange(next_B.shape[0]), next_B].set(True)
+    return next_B, trace.real_slots_BT.sum(), (cache, seen_BY)
+
+
+def _without_buffers(config: ModelConfig) -> ModelConfig:
+    """Nothing is dropped while decoding: where experts have buffers of a fixed size, their rows go without."""
+    if config.stack.execution.dispatch not in BUFFERED:
+        return config
+    execution = dataclasses.replace(config.stack.execution, dispatch="blocks")
+    return dataclasses.replace(config, stack=dataclasses.replace(config.stack, execution=execution))
+
+
+def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], request: Request) -> None:
+    require(request.max_new_tokens >= 1, f"max_new_tokens={request.max_new_tokens} must be >= 1")
+    require(len(prompts) > 0, "there is no prompt")
+    for prompt in prompts:
+        require(len(prompt) > 0, "the prompt is empty; give at least one token")
+        require(
+            len(prompt) < config.max_length,
+            f"the prompt has {len(prompt)} tokens, but the model's cache ends at {config.max_length} positions; "
+            "shorten it",
+        )
+        top = max(prompt)
+        require(top < config.vocab_size, f"the prompt holds the id {top}; the model has {config.vocab_size} ids")
+
+
+def _rounded(length: int, step: int) -> int:
+    return -(-length // step) * step

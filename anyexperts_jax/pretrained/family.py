@@ -1,0 +1,75 @@
+"""`Family`: what this package knows about one kind of published model, and which kind a checkpoint is of."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+from anyexperts_jax.core.errors import UserError, comma_list, require, shown
+from anyexperts_jax.core.registries import FAMILIES
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.pretrained.hub_config import HubConfig
+from anyexperts_jax.pretrained.rules import Rule
+
+T = TypeVar("T")
+
+
+def _nothing(_: HubConfig) -> tuple[str, ...]:
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """An entry of `core.registries.FAMILIES`.
+
+    Attributes:
+      architectures: what `architectures` of config.json says, of every class that is read by this entry.
+      config: the model's configuration here. Refuses, by `UserError`, what this package does not compute.
+      rules: the weight rules of a configuration; the flag says whether the experts of a layer are stacked in one tensor
+        (`experts.gate_up_proj`) or have a tensor each, as on the hub.
+      model_types: those of config.json that belong here, where another family has a class of the same name.
+      ignored: patterns of the tensors that are no part of the model, such as heads that predict further tokens.
+    """
+
+    architectures: tuple[str, ...]
+    config: Callable[[HubConfig], ModelConfig]
+    rules: Callable[[ModelConfig, bool], tuple[Rule, ...]]
+    ignored: Callable[[HubConfig], tuple[str, ...]] = _nothing
+    model_types: tuple[str, ...] = ()
+
+
+def family_of(hub: HubConfig) -> tuple[str, Family]:
+    """The name and the entry of the family that a configuration belongs to.
+
+    Raises:
+      UserError: when its class is not among the supported ones, which the message lists.
+    """
+    method = hub.get("quantization_config")
+    if method is not None:
+        name = method.get("quant_method", "unknown") if isinstance(method, Mapping) else shown(method)
+        raise UserError(f"{hub.where}: the weights are quantised ({name}), which is not read; dequantise them first")
+    classes = hub.get("architectures")
+    known: dict[str, list[str]] = {}
+    for name in FAMILIES:
+        for cls in FAMILIES[name].architectures:
+            known.setdefault(cls, []).append(name)
+    named = isinstance(classes, list) and len(classes) == 1 and isinstance(classes[0], str)
+    require(named, f"{hub.where}: architectures={shown(classes)} must name one class; supported: {comma_list(known)}")
+    assert isinstance(classes, list)
+    require(classes[0] in known, f"{hub.where}: class {classes[0]} is not supported, only {comma_list(known)}")
+    candidates, kind = known[classes[0]], hub.get("model_type")
+    if len(candidates) > 1:
+        candidates = [name for name in candidates if kind in FAMILIES[name].model_types]
+        require(len(candidates) == 1, f"{hub.where}: class {classes[0]} of model_type={kind!r} is not supported")
+    return candidates[0], FAMILIES[candidates[0]]
+
+
+def without_ignored(family: Family, hub: HubConfig, tensors: Mapping[str, T]) -> dict[str, T]:
+    """The tensors that the family's ignore list does not name."""
+    patterns = [re.compile(pattern) for pattern in family.ignored(hub)]
+    return {name: tensor for name, tensor in tensors.items() if not any(p.fullmatch(name) for p in patterns)}
+
+
+def has_stacked_experts(names: Iterable[str]) -> bool:
+    """Whether the experts of a layer are in one tensor."""
+    return any(name.endswith("experts.gate_up_proj") for name in names)

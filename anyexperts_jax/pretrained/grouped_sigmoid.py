@@ -1,0 +1,67 @@
+"""The router and the shared experts that DeepSeek-V3 began and GLM-4-MoE and Ling 2.0 have too.
+
+Sigmoid scores; experts are chosen by score plus a bias, among the best groups, and weighted without the bias.
+"""
+
+import re
+from typing import Any
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.nn.config import AttentionConfig
+from anyexperts_jax.pretrained.decoders import LAYER, decoder_config, dense_mlp_rules, expert_rules
+from anyexperts_jax.pretrained.hub_config import HubConfig
+from anyexperts_jax.pretrained.rules import KERNEL, ROUTER_BIAS, Rule
+
+
+def grouped_config(hub: HubConfig, attention: AttentionConfig, *, eps: float, **policy: Any) -> ModelConfig:
+    """A decoder with `first_k_dense_replace` dense layers before those with experts.
+
+    Args:
+      policy: fields of AnyExpertsConfig, in place of what config.json says.
+    """
+    renormalised = hub.flag("norm_topk_prob", True)
+    moe = AnyExpertsConfig.static_top_k(
+        hub.num_experts(),
+        hub.whole("num_experts_per_tok"),
+        **{
+            "scores": "sigmoid",
+            "selection": "scores",
+            "expert_bias": True,
+            "num_groups": hub.whole("n_group", 1),
+            "groups_kept": hub.whole("topk_group", 1),
+            "scaling_factor": hub.number("routed_scaling_factor", 1.0),
+            "normalisation": "all" if renormalised else "none",
+            **policy,
+        },
+    )
+    shared = hub.get("n_shared_experts", hub.get("num_shared_experts", 0))
+    return decoder_config(
+        hub,
+        attention,
+        eps=eps,
+        moe=moe,
+        num_dense_layers=min(hub.whole("first_k_dense_replace", 0), hub.whole("num_hidden_layers")),
+        num_shared_experts=int(shared),
+        d_ff=hub.whole("intermediate_size"),
+        expert_d_ff=hub.whole("moe_intermediate_size"),
+    )
+
+
+def grouped_mlp_rules(config: ModelConfig, stacked: bool, bias: str) -> tuple[Rule, ...]:
+    """The feed-forward parts of a layer; `bias` is what the router's bias is called."""
+    rules = [*dense_mlp_rules(config), *expert_rules(stacked)]
+    if config.moe.expert_bias:
+        rules.append(Rule(ROUTER_BIAS, f"{LAYER}mlp.gate.{bias}", layers="moe"))
+    if config.stack.num_shared_experts:
+        rules += [
+            Rule(f"{{layer}}/moe/shared/{name}/kernel", f"{LAYER}mlp.shared_experts.{name}_proj.weight", KERNEL, "moe")
+            for name in ("gate", "up", "down")
+        ]
+    return tuple(rules)
+
+
+def further_heads(hub: HubConfig) -> tuple[str, ...]:
+    """The layers past the last, which predict further tokens and are no part of the model here."""
+    first, count = hub.whole("num_hidden_layers"), hub.get("num_nextn_predict_layers", 0)
+    return tuple(re.escape(f"model.layers.{first + i}.") + ".*" for i in range(int(count)))

@@ -1,0 +1,212 @@
+"""A published model's config.json, read strictly."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anyexperts_jax.core.errors import UserError, comma_list, require, shown
+from anyexperts_jax.core.files import parse_json_object, read_text
+from anyexperts_jax.nn.config import RopeScaling
+
+CONFIG = "config.json"
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_REQUIRED: Any = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class HubConfig:
+    """The values of a config.json, and its path for messages."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    @classmethod
+    def read(cls, folder: pathlib.Path) -> "HubConfig":
+        """The configuration in a checkpoint's folder.
+
+        Raises:
+          UserError: when there is none, or it is no JSON object.
+        """
+        path = folder / CONFIG
+        require(path.is_file(), f"{folder} holds no {CONFIG}; give a folder with one, or a GGUF file")
+        return cls(parse_json_object(read_text(path, CONFIG), str(path)), str(path))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key; the default where it is missing or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def whole(self, key: str, default: Any = _REQUIRED) -> int:
+        """A whole number.
+
+        Raises:
+          UserError: when it is missing without a default, or something else.
+        """
+        value = self._given(key, default)
+        require(isinstance(value, int) and not isinstance(value, bool), f"{self._at(key)} must be a whole number")
+        return int(value)
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        """A finite number.
+
+        Raises:
+          UserError: when it is missing without a default, or something else.
+        """
+        value = self._given(key, default)
+        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        require(real, f"{self._at(key)} must be a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false.
+
+        Raises:
+          UserError: when it is something else.
+        """
+        value = self.get(key, default)
+        require(isinstance(value, bool), f"{self._at(key)} must be true or false")
+        return bool(value)
+
+    def num_experts(self) -> int:
+        """The number of routed experts, under any of the names it goes by.
+
+        Raises:
+          UserError: when it is nowhere, or two names disagree.
+        """
+        found = {key: self.whole(key) for key in _EXPERT_COUNTS if self.get(key) is not None}
+        require(bool(found), f"{self.where} says nowhere how many experts there are ({comma_list(_EXPERT_COUNTS)})")
+        said = comma_list(f"{key}={value}" for key, value in found.items())
+        require(len(set(found.values())) == 1, f"{self.where}: {said} disagree")
+        return next(iter(found.values()))
+
+    def only(self, key: str, *allowed: Any) -> None:
+        """Refuses a key with another value than those that this package computes; missing and null are fine.
+
+        Raises:
+          UserError: naming the key and both values.
+        """
+        value = self.get(key)
+        fits = value is None or any(type(value) is type(a) and value == a for a in allowed)
+        require(fits, f"{self._at(key)} is not supported, only {comma_list(json.dumps(a) for a in allowed)}")
+
+    def rope(self, head_dim: int) -> dict[str, Any]:
+        """`rope_theta`, `rope_fraction` and `rope_scaling` of an AttentionConfig, from wherever they are.
+
+        Raises:
+          UserError: when theta is nowhere, two places disagree, or the scaling is of an unknown type.
+        """
+        own = self.get("rope_parameters", {})
+        require(isinstance(own, Mapping), f"{self._at('rope_parameters')} must be an object")
+        nested = [key for key, value in own.items() if isinstance(value, Mapping)]
+        require(not nested, f"{self.where}: rope_parameters differ by layer ({comma_list(nested)}): not supported")
+        theta = self._agreed(
+            {"rope_parameters.rope_theta": own.get("rope_theta"), "rope_theta": self.get("rope_theta")}
+        )
+        require(
+            theta is not None,
+            f"{self.where}: rope_theta is nowhere, neither in rope_parameters nor at the top; add the model's own: "
+            "with a wrong one it writes nonsense",
+        )
+        rotary_dim = self.get("rotary_dim")
+        fraction = self._agreed(
+            {
+                "rope_parameters.partial_rotary_factor": own.get("partial_rotary_factor"),
+                "partial_rotary_factor": self.get("partial_rotary_factor"),
+                "rotary_dim": None if rotary_dim is None else rotary_dim / head_dim,
+            }
+        )
+        fields: dict[str, Any] = {"rope_theta": float(theta), "rope_scaling": self._rope_scaling(own)}
+        return fields if fraction is None else {**fields, "rope_fraction": float(fraction)}
+
+    def _rope_scaling(self, own: Mapping[str, Any]) -> RopeScaling | None:
+        legacy = self.get("rope_scaling", {})
+        require(isinstance(legacy, Mapping), f"{self._at('rope_scaling')} must be an object")
+        both = {key: value for key, value in {**legacy, **own}.items() if value is not None}
+        kind = both.get("rope_type", both.get("type", "default"))
+        if kind == "default":
+            return None
+        known = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+        require(kind in known, f"{self.where}: rope type {kind!r} is not supported, only default, {comma_list(known)}")
+        try:
+            return known[kind](both, self)
+        except KeyError as error:
+            raise UserError(f"{self.where}: rope type {kind!r} needs {error.args[0]}") from error
+
+    def _agreed(self, found: Mapping[str, Any]) -> Any:
+        there = {key: value for key, value in found.items() if value is not None}
+        for key, value in there.items():
+            real = isinstance(value, int | float) and not isinstance(value, bool)
+            require(real, f"{self.where}: {key}={shown(value)} must be a number")
+        said = comma_list(f"{key}={value}" for key, value in there.items())
+        require(len(set(map(float, there.values()))) <= 1, f"{self.where}: {said} disagree")
+        return next(iter(there.values()), None)
+
+    def _given(self, key: str, default: Any) -> Any:
+        value = self.get(key, default)
+        require(value is not _REQUIRED, f"{self.where} has no {key}")
+        return value
+
+    def _at(self, key: str) -> str:
+        return f"{self.where}: {key}={shown(self.values.get(key))}"
+
+
+def _linear(given: Mapping[str, Any], _: HubConfig) -> RopeScaling:
+    return RopeScaling("linear", factor=float(given["factor"]))
+
+
+def _llama3(given: Mapping[str, Any], _: HubConfig) -> RopeScaling:
+    return RopeScaling(
+        "llama3",
+        factor=float(given["factor"]),
+        original_length=given["original_max_position_embeddings"],
+        low_rotations=float(given["low_freq_factor"]),
+        high_rotations=float(given["high_freq_factor"]),
+    )
+
+
+def _yarn(given: Mapping[str, Any], hub: HubConfig) -> RopeScaling:
+    original = given.get("original_max_position_embeddings", hub.get("max_position_embeddings"))
+    factor = float(given["factor"])
+    return RopeScaling(
+        "yarn",
+        factor=factor,
+        original_length=original,
+        low_rotations=float(given.get("beta_slow") or 1),
+        high_rotations=float(given.get("beta_fast") or 32),
+        whole_bounds=given.get("truncate", True),
+        attention_factor=float(given.get("attention_factor") or _yarn_attention(given, factor)),
+    )
+
+
+def _yarn_attention(given: Mapping[str, Any], factor: float) -> float:
+    """What YaRN multiplies cosines and sines by where the file does not say."""
+
+    def grown(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    scale, scale_all = given.get("mscale"), given.get("mscale_all_dim")
+    return grown(scale) / grown(scale_all) if scale and scale_all else grown(1.0)
+
+
+def both_rope_forms(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with its rope settings in the homes that older and newer tools look in."""
+    own, legacy = dict(values.get("rope_parameters") or {}), dict(values.get("rope_scaling") or {})
+    kind = own.get("rope_type", legacy.get("rope_type", legacy.get("type", "default")))
+    theta = own.get("rope_theta", values.get("rope_theta"))
+    if theta is None:
+        return dict(values)
+    partial = own.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    settings = {k: v for k, v in {**legacy, **own}.items() if k not in ("type", "rope_theta", "partial_rotary_factor")}
+    rotary = {} if partial is None else {"partial_rotary_factor": partial}
+    new = {**settings, "rope_type": kind, "rope_theta": theta, **rotary}
+    old = None if kind == "default" else {**settings, "rope_type": kind}
+    return {**values, "rope_parameters": new, "rope_theta": theta, "rope_scaling": old, **rotary}
+
+
+def eos_ids(values: Mapping[str, Any]) -> Sequence[int]:
+    """The ids that end a text, of a config.json or a generation_config.json."""
+    found = values.get("eos_token_id")
+    return found if isinstance(found, list) else [] if found is None else [found]

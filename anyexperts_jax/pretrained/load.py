@@ -1,0 +1,90 @@
+"""`load_pretrained`: a published checkpoint, from its files to a `Pretrained`."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from anyexperts_jax.core.devices import require_devices
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.files import parse_json_object, read_text, require_local
+from anyexperts_jax.pretrained.family import Family, family_of
+from anyexperts_jax.pretrained.gguf_file import GgufFile
+from anyexperts_jax.pretrained.hub_config import CONFIG, HubConfig
+from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.pretrained.read import ReadPlan, plan_reading, read_parameters
+from anyexperts_jax.pretrained.sources import SafetensorsFolder, Source
+
+GENERATION = "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A published checkpoint on disk, of which no weight is read yet."""
+
+    path: pathlib.Path  # the folder, or the GGUF file
+    hub: HubConfig
+    name: str  # of the family
+    family: Family
+    source: Source
+    generation: Mapping[str, Any]
+
+    def plan(self, mesh: Mesh | None = None) -> ReadPlan:
+        """How it is read onto `mesh`, or onto JAX's first device.
+
+        Raises:
+          UserError: when config.json and the files do not fit each other, or the sizes do not split over the mesh.
+        """
+        return plan_reading(self.family, self.hub, self.source, mesh)
+
+
+def is_checkpoint(path: pathlib.Path) -> bool:
+    """Whether `path` looks like a published checkpoint: a GGUF file, or a folder with a config.json or one of those."""
+    return path.suffix == ".gguf" or (path / CONFIG).is_file() or len(_ggufs(path)) == 1
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint at a path: a folder with config.json and safetensors files, or a GGUF file, or a folder with one.
+
+    Raises:
+      UserError: when there is none, a file is missing or broken, or its class is not supported.
+    """
+    place = require_local(path, "checkpoint")
+    require(place.exists(), f"checkpoint {place} does not exist")
+    if place.is_dir() and not (place / CONFIG).is_file() and len(_ggufs(place)) == 1:
+        place = _ggufs(place)[0]
+    if place.is_file():
+        require(place.suffix == ".gguf", f"checkpoint {place} is no GGUF file; give its folder")
+        file = GgufFile.find(place)
+        return Checkpoint(place, file.hub, *family_of(file.hub), file, {})
+    hub = HubConfig.read(place)
+    name, family = family_of(hub)
+    settings = place / GENERATION
+    generation = parse_json_object(read_text(settings, GENERATION), str(settings)) if settings.is_file() else {}
+    return Checkpoint(place, hub, name, family, SafetensorsFolder.find(place), generation)
+
+
+def load_pretrained(path: str | os.PathLike[str], mesh: Mesh | None = None) -> Pretrained:
+    """A published model, read from a folder of safetensors files or from a GGUF file.
+
+    Parameters are read one at a time, straight to their devices, and keep the types they have in the files; what is
+    quantised becomes float32.
+
+    Args:
+      mesh: the devices to split it over, as `make_mesh` makes it; None: JAX's first device.
+
+    Raises:
+      UserError: naming what is wrong with the checkpoint, or what is not supported.
+    """
+    require_devices()
+    found = open_checkpoint(path)
+    plan = found.plan(mesh)
+    params, router_bias_LC = read_parameters(plan, found.source)
+    return Pretrained(plan.config, params, router_bias_LC, found.hub, found.name, found.path, found.generation)
+
+
+def _ggufs(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(folder.glob("*.gguf")) if folder.is_dir() else []

@@ -1,0 +1,215 @@
+"""`Pretrained`: a published model in memory. Logits, generation, export."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from anyexperts_jax.core.arrays import as_array, require_ids
+from anyexperts_jax.core.batch import ArrayLike, make_batch
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
+from anyexperts_jax.models.sample import GREEDY, Sampling
+from anyexperts_jax.pretrained.budget import BudgetInForce, mixing_logits, with_budget
+from anyexperts_jax.pretrained.decode import Decoded, Request, Weights, decode
+from anyexperts_jax.pretrained.hub_config import HubConfig, eos_ids
+from anyexperts_jax.pretrained.prompts import Prompt, TextStream, prompt_tokens, require_text
+from anyexperts_jax.sharding.placement import Placement, placement_of
+from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.store import open_tokenizer
+
+OnText = Callable[[int, str], None]  # (number of the prompt, text that is new)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """Answers, one a prompt, and what they cost."""
+
+    texts: list[str]
+    decoded: Decoded
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the steps after the first token, over all rows; nan where there was one token alone."""
+        tokens = sum(len(own) - 1 for own in self.decoded.tokens)
+        return tokens / self.decoded.decode_seconds if self.decoded.steps else float("nan")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A published model: its configuration here, its parameters on their devices, and what came with them.
+
+    Attributes:
+      config: the decoder and, of a mixture of experts, the routing policy.
+      params: the tree that `models.multimodal.MultimodalModel(config)` takes, each leaf in the type of its tensors.
+      router_bias_LC: the expert biases of loss-free balancing, float32, where the model has them.
+      hub: its config.json, as it was.
+      family: the entry of FAMILIES that read it.
+      path: where it was read from.
+      generation: its generation_config.json; empty where there is none.
+    """
+
+    config: ModelConfig
+    params: Any
+    router_bias_LC: Float[Array, "L C"] | None
+    hub: HubConfig
+    family: str
+    path: pathlib.Path
+    generation: Mapping[str, Any]
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The one that lies beside the weights.
+
+        Raises:
+          UserError: when there is none.
+        """
+        return open_tokenizer(str(self.path))
+
+    @property
+    def placement(self) -> Placement:
+        """Where the arrays are."""
+        return placement_of(self.params)
+
+    @property
+    def weights(self) -> Weights:
+        """What runs."""
+        return Weights(self.config, self.placement, self.params, self.router_bias_LC)
+
+    @functools.cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer: those of generation_config.json, config.json and the tokenizer."""
+        return tuple(dict.fromkeys([*eos_ids(self.generation), *eos_ids(self.hub.values)]))
+
+    def logits(
+        self,
+        tokens_BT: Any,
+        valid_BT: Bool[ArrayLike, "B T"] | None = None,
+        budget: float | None = None,
+    ) -> Float[Array, "B T Y"]:
+        """Float32 logits of the token after each position.
+
+        Args:
+          tokens_BT: ids, as an array or as lists of one length.
+          valid_BT: False at padding, on either side; None: all tokens count.
+          budget: real experts a token; None: the model's own.
+
+        Raises:
+          UserError: ids or lengths that the model does not have, or a budget out of reach.
+        """
+        return self.forward(tokens_BT, valid_BT, budget).logits_BTY
+
+    def forward(
+        self,
+        tokens_BT: Any,
+        valid_BT: Bool[ArrayLike, "B T"] | None = None,
+        budget: float | None = None,
+    ) -> ModelOutput:
+        """`logits`, with what every layer's router did."""
+        tokens_BT = as_array("tokens_BT", tokens_BT)
+        shape = tokens_BT.shape
+        require(len(shape) == 2 and tokens_BT.size > 0, f"tokens_BT has shape {shape}; it must be [B, T], not empty")
+        require_ids("tokens_BT", tokens_BT, self.config.vocab_size, "the ids of the model's table")
+        valid_BT = np.ones(tokens_BT.shape, bool) if valid_BT is None else np.asarray(valid_BT)
+        require(valid_BT.shape == tokens_BT.shape, f"valid_BT has shape {valid_BT.shape}; need {tokens_BT.shape}")
+        config, in_force = with_budget(self.config, budget)
+        arrays = (jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(valid_BT, bool))
+        return _forward((config, self.placement), self.params, self.router_bias_LC, arrays, in_force)
+
+    def generate(
+        self, prompt: Prompt | Sequence[str], *, max_new_tokens: int = 128, budget: float | None = None, **how: Any
+    ) -> Any:
+        """The text that follows a prompt, without the prompt; a list of them for a list of texts.
+
+        Args:
+          prompt: a text to continue, a conversation for the chat template (a list of messages), or a list of texts.
+          budget: real experts a token; None: the model's own.
+          how: as for `generate_many`.
+        """
+        many = not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(one, str) for one in prompt)
+        prompts: Any = prompt if many else [prompt]
+        texts = self.generate_many(prompts, max_new_tokens=max_new_tokens, budget=budget, **how).texts
+        return texts if many else texts[0]
+
+    def generate_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        budget: float | None = None,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        on_text: OnText | None = None,
+    ) -> Generated:
+        """Continues several prompts at once, of any lengths; an answer does not depend on the others.
+
+        Args:
+          sampling: how a token is chosen; by default the most likely one.
+          seed: of the draws.
+          stop: texts that end an answer and are no part of it.
+          on_text: called with (number of the prompt, new text) as an answer grows.
+
+        Raises:
+          UserError: an empty prompt, one longer than the model's positions, one that is not text, or a budget out of
+            reach.
+        """
+        for prompt in prompts:
+            require_text(prompt)
+        config, in_force = with_budget(self.config, budget)
+        ids = [prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
+        streams = [TextStream(self.tokenizer, stop) for _ in prompts]
+        tell = on_text or (lambda row, text: None)
+
+        def on_token(row: int, token: int) -> bool:
+            new = streams[row].add(token)
+            if new:
+                tell(row, new)
+            return not streams[row].stopped
+
+        stops = tuple(dict.fromkeys([*self.stop_ids, *self.tokenizer.special.eos]))
+        request = Request(max_new_tokens, sampling, seed, stops)
+        decoded = decode(dataclasses.replace(self.weights, config=config), ids, request, in_force, on_token)
+        for row, stream in enumerate(streams):
+            rest = stream.rest()
+            if rest:
+                tell(row, rest)
+        return Generated([stream.text for stream in streams], decoded)
+
+    def export(self, path: str | os.PathLike[str], form: str = "hub") -> None:
+        """Writes the model into a new folder, as `pretrained.write.export` says."""
+        from anyexperts_jax.pretrained.write import export
+
+        export(self, path, form)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(
+    static: tuple[ModelConfig, Placement],
+    params: Any,
+    router_bias_LC: Array | None,
+    arrays: tuple[Array, Array],
+    budget: BudgetInForce,
+) -> ModelOutput:
+    config, placement = static
+    tokens_BT, valid_BT = arrays
+    positions_BT = jnp.maximum(jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - 1, 0)
+    batch = make_batch(tokens_BT, valid_BT=valid_BT, position_BT=positions_BT)
+    logits_BT = None if budget.share is None else mixing_logits(budget.share, positions_BT)
+    output = MultimodalModel(config, placement).apply(
+        {"params": params},
+        batch,
+        router_bias_LC=router_bias_LC,
+        window=budget.window,
+        importance_logits_BT=logits_BT,
+    )
+    assert isinstance(output, ModelOutput)
+    return output

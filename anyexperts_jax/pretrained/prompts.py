@@ -1,0 +1,96 @@
+"""Text to the tokens a published model expects, and its tokens back to text as they come."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.chat import ChatTemplate
+from anyexperts_jax.tokenizers.files import parse_object
+from anyexperts_jax.tokenizers.huggingface import CONFIG, MAIN, HuggingFaceTokenizer, require_library
+
+Messages = Sequence[Mapping[str, Any]]
+Prompt = str | Messages  # a text to continue, or a conversation for the chat template
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The ids of a prompt: a text as it is, with the ids that the tokenizer puts before one, or a conversation with
+    what comes before the assistant's next turn.
+
+    Raises:
+      UserError: an empty prompt, or a conversation for a tokenizer without a template.
+    """
+    if isinstance(prompt, str):
+        found = [*leading_ids(tokenizer), *tokenizer.encode(prompt).ids_T.tolist()]
+        require(bool(found), "the prompt is empty; give at least one token")
+        return found
+    template = ChatTemplate.of(tokenizer)
+    rendered = template.render(prompt, add_generation_prompt=True)
+    return tokenizer.encode_rendered(rendered.text).ids_T.tolist()
+
+
+def leading_ids(tokenizer: Tokenizer) -> list[int]:
+    """What the tokenizer's own settings put before every text: nothing, or the id that begins one."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return []
+    settings = parse_object(CONFIG, tokenizer.files[CONFIG]) if CONFIG in tokenizer.files else {}
+    bos = tokenizer.special.bos
+    if settings.get("add_bos_token") is True and bos is not None:
+        return [bos]
+    description = json.loads(tokenizer.files[MAIN])
+    if settings.get("add_bos_token") is False or not description.get("post_processor"):
+        return []
+    found = require_library().Tokenizer.from_str(tokenizer.files[MAIN]).encode("", add_special_tokens=True).ids
+    return [bos] if bos is not None and found[:1] == [bos] else []
+
+
+class TextStream:
+    """The text of tokens that come one by one, cut before the first stop string.
+
+    A character whose bytes are not all there waits for the rest, and so does what may become a stop string.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        require(all(stop), "a stop string is empty")
+        self._tokenizer, self._stop, self._ids, self._told = tokenizer, tuple(stop), list[int](), 0
+        self.text, self.stopped = "", False
+
+    def add(self, token: int) -> str:
+        """Takes a token and returns the text that is new and sure."""
+        self._ids.append(token)
+        self.text = self._tokenizer.decode(self._ids)
+        places = [place for stop in self._stop if (place := self.text.find(stop)) >= 0]
+        if places:
+            self.text, self.stopped = self.text[: min(places)], True
+            return self.rest()
+        sure = len(self.text.rstrip("\ufffd"))
+        for stop in self._stop:
+            held = max((n for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+            sure = min(sure, len(self.text) - held)
+        return self._tell(sure)
+
+    def rest(self) -> str:
+        """What is left to tell once no token follows."""
+        return self._tell(len(self.text))
+
+    def _tell(self, until: int) -> str:
+        new = self.text[self._told : max(until, self._told)]
+        self._told = max(until, self._told)
+        return new
+
+
+def require_text(prompt: Any) -> None:
+    """Refuses a prompt with a picture, a video or a sound for a model of text.
+
+    Raises:
+      UserError: naming the part.
+    """
+    if isinstance(prompt, str):
+        return
+    for message in prompt:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, list) else []:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind not in (None, "text"):
+                raise UserError(f"the prompt holds a part of type {kind!r}, but the model reads text alone")

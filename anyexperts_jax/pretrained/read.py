@@ -1,0 +1,191 @@
+"""From a source of tensors to parameters on their devices: planned first, then read one parameter at a time."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.text_table import TextTable
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.init import logical_axes, named_leaves, params_of_leaves
+from anyexperts_jax.nn.config import Dtype
+from anyexperts_jax.pretrained.family import Family, has_stacked_experts, without_ignored
+from anyexperts_jax.pretrained.hub_config import HubConfig
+from anyexperts_jax.pretrained.rules import (
+    ROUTER_BIAS,
+    Expected,
+    Piece,
+    check_tensors,
+    expand,
+    expected_tensors,
+    parameter_shapes,
+)
+from anyexperts_jax.pretrained.sources import Reader, Source
+from anyexperts_jax.sharding.specs import param_shardings, replicated
+
+Sharding = jax.sharding.Sharding
+HEAD = "lm_head.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterPlan:
+    """How one parameter is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sharding: Sharding
+    pieces: tuple[Piece, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadPlan:
+    """How a whole checkpoint is read: what `--dry-run` shows."""
+
+    config: ModelConfig
+    parameters: tuple[ParameterPlan, ...]
+    tensors: Mapping[str, Expected]
+    repeated_head: bool  # a tied model's file holds the head all the same
+
+    def table(self, source: Source) -> TextTable:
+        """A row a parameter: the tensors that make it, its shape, type and sharding."""
+        rows = []
+        for plan in self.parameters:
+            stored = sorted({source.tensors[piece.tensor].stored for piece in plan.pieces})
+            first, count = plan.pieces[0].tensor, len(plan.pieces)
+            tensors = first if count == 1 else f"{first} and {count - 1} more"
+            spec = getattr(plan.sharding, "spec", None)
+            split = "one device" if spec is None else str(tuple(spec))
+            shape = " x ".join(map(str, plan.shape))
+            rows.append((plan.name, tensors, "/".join(stored), plan.dtype.name, shape, split))
+        columns = ("parameter", "tensor", "stored", "read as", "shape", "split over")
+        return TextTable(f"{len(self.tensors)} tensors of {source.where}", columns, tuple(rows), names=6)
+
+
+def plan_reading(family: Family, hub: HubConfig, source: Source, mesh: Mesh | None) -> ReadPlan:
+    """Checks config.json against the files' headers and says what is to be read, without reading a weight.
+
+    Raises:
+      UserError: a tensor that is missing, of another shape, or that nothing reads; sizes that do not split over `mesh`.
+    """
+    found = without_ignored(family, hub, source.tensors)
+    config = family.config(hub)
+    repeated_head = config.tie_embeddings and found.pop(HEAD, None) is not None
+    pieces = expand(family.rules(config, has_stacked_experts(found)), config)
+    expected = expected_tensors(pieces)
+    check_tensors(expected, {name: info.shape for name, info in found.items()}, source.where)
+    own: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        own.setdefault(piece.parameter, []).append(piece)
+    shardings = _shardings(config, mesh)
+    parameters = [
+        ParameterPlan(
+            name,
+            tuple(leaf.shape),
+            _common_dtype([found[piece.tensor].dtype for piece in own[name]]),
+            shardings[name],
+            tuple(own[name]),
+        )
+        for name, leaf in parameter_shapes(config).items()
+    ]
+    return ReadPlan(_with_types(config, parameters), tuple(parameters), expected, repeated_head)
+
+
+def summary(plan: ReadPlan, family: str) -> list[str]:
+    """Lines that say what a checkpoint is: family, layers, experts, size and type."""
+    stack, moe = plan.config.stack, plan.config.moe
+    elements = sum(math.prod(own.shape) for own in plan.parameters)
+    size = sum(math.prod(own.shape) * own.dtype.itemsize for own in plan.parameters)
+    experts = f", {stack.num_moe_layers} of them with {moe.num_experts} experts, {moe.k_max:g} a token"
+    head = "tied" if plan.config.tie_embeddings else "of its own"
+    return [
+        f"family {family}: {stack.num_layers} layers{experts if stack.num_moe_layers else ', dense'}, "
+        f"width {stack.d_model}, {plan.config.vocab_size} ids, head {head}",
+        f"{elements / 1e6:.1f}M parameters, {size / 1e9:.2f} GB, computed in {stack.dtype}",
+    ]
+
+
+def read_parameters(plan: ReadPlan, source: Source) -> tuple[dict[str, Any], jax.Array | None]:
+    """The parameters' tree, and the expert biases [L, C], where the model has them.
+
+    One parameter is read at a time, and of it what each device gets; a file is closed before the next parameter, so
+    that no more of it stays in memory.
+    """
+    leaves = {}
+    for parameter in plan.parameters:
+        with source.opened() as reader:
+            leaves[parameter.name] = _read_parameter(parameter, plan.tensors, reader)
+    if plan.repeated_head:
+        _check_repeated_head(plan, source)
+    return params_of_leaves(plan.config, leaves), leaves.get(ROUTER_BIAS)
+
+
+def _read_parameter(plan: ParameterPlan, tensors: Mapping[str, Expected], reader: Reader) -> jax.Array:
+    depth = len(plan.pieces[0].index)
+    by_index = {piece.index: piece for piece in plan.pieces}
+
+    def part(where: tuple[slice, ...] | None) -> np.ndarray:
+        ranges = [range(*s.indices(n)) for s, n in zip(where or (), plan.shape, strict=True)]
+        value = np.empty([len(r) for r in ranges], plan.dtype)
+        for place in np.ndindex(*value.shape[:depth]):
+            piece = by_index[tuple(ranges[axis][i] for axis, i in enumerate(place))]
+            whole = _read_piece(piece, tensors[piece.tensor], reader)
+            value[place] = whole[tuple(slice(r.start, r.stop) for r in ranges[depth:])]
+        return value
+
+    if plan.sharding.is_fully_addressable and len(plan.sharding.device_set) == 1:
+        return jax.device_put(part(tuple(slice(0, n) for n in plan.shape)), plan.sharding)
+    return jax.make_array_from_callback(plan.shape, plan.sharding, part)
+
+
+def _read_piece(piece: Piece, tensor: Expected, reader: Reader) -> np.ndarray:
+    where = dict(zip(tensor.pieces, tensor.slices(), strict=True))[piece]
+    return piece.layout.to_ours(reader.read(piece.tensor)[where], piece.shape)
+
+
+def _check_repeated_head(plan: ReadPlan, source: Source) -> None:
+    table = next(
+        p.tensor for parameter in plan.parameters if parameter.name == "tokens/table" for p in parameter.pieces
+    )
+    with source.opened() as reader:
+        same = np.array_equal(reader.read(HEAD), reader.read(table))
+    require(
+        same,
+        f"{source.where}: config.json ties the head to {table} (tie_word_embeddings), but {HEAD} holds other values; "
+        "correct config.json",
+    )
+
+
+def _shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, Sharding]:
+    shapes = parameter_shapes(config)
+    if mesh is None:
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return dict.fromkeys(shapes, one)
+    axes = logical_axes(config)
+    tree = params_of_leaves(config, shapes)
+    found = dict(named_leaves(param_shardings(mesh, axes, tree)))
+    return {**found, ROUTER_BIAS: replicated(mesh)}
+
+
+def _common_dtype(dtypes: list[np.dtype]) -> np.dtype:
+    """The narrowest that holds all of them: of one parameter, for the types belong to tensors and not to files."""
+    found = dtypes[0]
+    for dtype in set(dtypes):
+        found = np.dtype(jnp.promote_types(found, dtype))
+    return found if found.itemsize <= 4 else np.dtype(np.float32)  # JAX has no float64 unless it is told to
+
+
+def _with_types(config: ModelConfig, parameters: list[ParameterPlan]) -> ModelConfig:
+    """The configuration that computes in the type that most weights have: bfloat16, or float32 for all others."""
+    sizes: dict[str, int] = {}
+    for plan in parameters:
+        sizes[plan.dtype.name] = sizes.get(plan.dtype.name, 0) + math.prod(plan.shape)
+    most = max(sizes, key=lambda name: sizes[name])
+    dtype: Dtype = "bfloat16" if most == "bfloat16" else "float32"
+    return dataclasses.replace(config, stack=dataclasses.replace(config.stack, dtype=dtype, param_dtype=dtype))

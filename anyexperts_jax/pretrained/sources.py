@@ -1,0 +1,173 @@
+"""Where tensors come from: a folder of safetensors files, or a GGUF file (`gguf_file`)."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import ml_dtypes
+import numpy as np
+
+from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.core.files import parse_json_object, read_text
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES: dict[str, Any] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64),
+}
+_SHOWN = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What a tensor is, known without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype  # that `read` gives
+    stored: str  # as the file calls it: "BF16", "Q4_1"
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Reads tensors while their files are open."""
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor, in `TensorInfo.dtype`."""
+        ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A checkpoint's tensors."""
+
+    @property
+    def where(self) -> str:
+        """The path, for messages."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by the name it has on the hub."""
+        ...
+
+    def opened(self) -> contextlib.AbstractContextManager[Reader]:
+        """The files, open. What was mapped into memory is let go at the end."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SafetensorsFolder:
+    """A folder with one `model.safetensors`, or with an index of several files."""
+
+    folder: pathlib.Path
+    file_of: Mapping[str, str]  # tensor -> file name
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def find(cls, folder: pathlib.Path) -> "SafetensorsFolder":
+        """Reads the headers of the folder's files.
+
+        Raises:
+          UserError: when the package is missing, there is no such file, one that the index names is missing or broken,
+            or a tensor is of a type that is not read.
+        """
+        library = require_safetensors()
+        named = _index(folder)
+        files = sorted(set(named.values())) if named else [SINGLE]
+        missing = [name for name in files if not (folder / name).is_file()]
+        if missing:
+            raise UserError(_said_missing(folder, missing, len(files), bool(named)))
+        file_of, tensors = {}, {}
+        for name in files:
+            with _open(library, folder / name) as file:
+                for key in file.keys():  # noqa: SIM118 - no mapping
+                    found = file.get_slice(key)
+                    file_of[key], tensors[key] = name, _info(key, found, folder / name)
+        lost = [key for key in named if file_of.get(key) != named[key]]
+        require(not lost, f"{folder / INDEX} names tensors that are not in their files: {comma_list(lost[:_SHOWN])}")
+        return cls(folder, file_of, tensors)
+
+    @property
+    def where(self) -> str:
+        return str(self.folder)
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Reader]:
+        with contextlib.ExitStack() as stack:
+            yield _Files(self, stack)
+
+
+class _Files:
+    """The files of a folder, opened when they are first read from."""
+
+    def __init__(self, source: SafetensorsFolder, stack: contextlib.ExitStack) -> None:
+        self._source, self._stack, self._open = source, stack, dict[str, Any]()
+
+    def read(self, name: str) -> np.ndarray:
+        file_name = self._source.file_of[name]
+        if file_name not in self._open:
+            context = _open(require_safetensors(), self._source.folder / file_name)
+            self._open[file_name] = self._stack.enter_context(context)
+        tensor: np.ndarray = self._open[file_name].get_tensor(name)
+        return tensor
+
+
+def require_safetensors() -> Any:
+    """The package `safetensors`.
+
+    Raises:
+      UserError: when it is not installed, saying how to install it.
+    """
+    try:
+        import safetensors
+    except ImportError as error:
+        raise UserError("this needs the package safetensors: pip install 'anyexperts-jax[pretrained]'") from error
+    return safetensors
+
+
+def _index(folder: pathlib.Path) -> dict[str, str]:
+    path = folder / INDEX
+    if not path.is_file():
+        return {}
+    weight_map = parse_json_object(read_text(path, INDEX), str(path)).get("weight_map")
+    fits = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+    require(fits and bool(weight_map), f"{path} has no weight_map of tensors and files")
+    assert isinstance(weight_map, dict)
+    outside = [name for name in weight_map.values() if pathlib.PurePath(name).name != name]
+    require(not outside, f"{path} names a file outside its folder: {json.dumps(outside[:1])}")
+    return weight_map
+
+
+def _said_missing(folder: pathlib.Path, missing: list[str], count: int, indexed: bool) -> str:
+    if indexed:
+        return (
+            f"{folder} lacks {len(missing)} of the {count} files that {INDEX} names: {comma_list(missing[:_SHOWN])}; "
+            "download them again"
+        )
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".h5"))
+    told = f"; {comma_list(others[:_SHOWN])} cannot be read, save the model as safetensors" if others else ""
+    return f"{folder} holds neither {SINGLE} nor {INDEX}{told}"
+
+
+@contextlib.contextmanager
+def _open(library: Any, path: pathlib.Path) -> Iterator[Any]:
+    try:
+        with library.safe_open(path, "numpy") as file:
+            yield file
+    except library.SafetensorError as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _info(name: str, found: Any, path: pathlib.Path) -> TensorInfo:
+    stored = found.get_dtype()
+    require(
+        stored in DTYPES,
+        f"{path}: tensor {name} is {stored}, a quantised or whole-number type that is not read, only "
+        f"{comma_list(DTYPES)}; dequantise the checkpoint first",
+    )
+    return TensorInfo(tuple(found.get_shape()), DTYPES[stored], stored)

@@ -1,0 +1,165 @@
+"""Export: a model's weights, configuration and tokenizer in the hub's layout, as transformers and servers read them."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.core.files import require_local, require_printable
+from anyexperts_jax.core.registries import FAMILIES
+from anyexperts_jax.models.init import named_leaves
+from anyexperts_jax.pretrained.hub_config import CONFIG, both_rope_forms
+from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.pretrained.rules import ROUTER_BIAS, Expected, expand, expected_tensors
+from anyexperts_jax.pretrained.sources import INDEX, SINGLE, require_safetensors
+from anyexperts_jax.tokenizers.files import as_text
+
+FORMS = ("hub",)
+SHARD_BYTES = 5 * 10**9
+GENERATION = "generation_config.json"
+_BESIDE = (  # what goes along where it lies beside the weights
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    GENERATION,
+)
+
+
+def export(model: Pretrained, path: str | os.PathLike[str], form: str = "hub", shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes the model into a new folder: weights with a tensor for each expert, config.json with the rope settings in
+    both their homes, and what lay beside the weights that were read.
+
+    Everything goes into a temporary folder beside it first, which takes the name at the end.
+
+    Args:
+      form: "hub", the layout that published checkpoints have.
+      shard_bytes: of a file, at most, but for a tensor that is larger.
+
+    Raises:
+      UserError: the folder exists, the disk is too small, or the model has parameters that its family's layout has no
+        place for.
+    """
+    require_one_of("form", form, FORMS)
+    out = require_local(path, "export")
+    require_printable(out, "export")
+    require(not out.exists(), f"{out} exists; name a new folder")
+    require(out.absolute().parent.is_dir(), f"{out.absolute().parent} is no folder; make it first")
+    tensors = _Tensors.of(model)
+    need, free = tensors.total_bytes, shutil.disk_usage(out.absolute().parent).free
+    require(need < free, f"{out} needs {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk")
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    try:
+        _write_weights(tensors, folder, shard_bytes)
+        _write_beside(model, folder)
+        folder.chmod(0o755)
+        folder.rename(out)
+    except BaseException:  # nothing half-written stays, whatever stopped it
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tensors:
+    """The tensors to be written, in the order of the parameters they come from."""
+
+    leaves: Mapping[str, Any]
+    expected: Mapping[str, Expected]
+
+    @classmethod
+    def of(cls, model: Pretrained) -> "_Tensors":
+        leaves = named_leaves(model.params)
+        if model.router_bias_LC is not None:
+            leaves[ROUTER_BIAS] = model.router_bias_LC
+        whole = all(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable for leaf in leaves.values())
+        require(whole, "the parameters are spread over several processes; export from one that holds all of them")
+        return cls(leaves, expected_tensors(expand(FAMILIES[model.family].rules(model.config, False), model.config)))
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.size(name) for name in self.expected)
+
+    def size(self, name: str) -> int:
+        return math.prod(self.expected[name].shape) * self.dtype(name).itemsize
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(self.leaves[self.expected[name].pieces[0].parameter].dtype)
+
+    def value(self, name: str) -> np.ndarray:
+        tensor = self.expected[name]
+        parts = [p.layout.to_theirs(self._on_host(p.parameter)[p.index]) for p in tensor.pieces]
+        axis = 0 if tensor.pieces[0].part is None else tensor.pieces[0].part[0]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
+        return np.ascontiguousarray(whole)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - lives as long as one export
+    def _on_host(self, parameter: str) -> np.ndarray:
+        return np.asarray(self.leaves[parameter])
+
+    def shards(self, most: int) -> Iterator[list[str]]:
+        """Names by file."""
+        own: list[str] = []
+        held = 0
+        for name in self.expected:
+            if own and held + self.size(name) > most:
+                yield own
+                own, held = [], 0
+            own.append(name)
+            held += self.size(name)
+        yield own
+
+
+def _write_weights(tensors: _Tensors, folder: pathlib.Path, shard_bytes: int) -> None:
+    library = require_safetensors()
+    from safetensors.numpy import save_file
+
+    shards = list(tensors.shards(shard_bytes))
+    count = len(shards)
+    named = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for file, names in zip(named, shards, strict=True):
+        try:
+            save_file({name: tensors.value(name) for name in names}, folder / file, metadata={"format": "pt"})
+        except library.SafetensorError as error:
+            raise UserError(f"cannot write {file}: {' '.join(str(error).split())}; nothing was kept") from error
+    if count > 1:
+        weight_map = {name: file for file, names in zip(named, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": tensors.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(as_text(index), encoding="utf-8")
+
+
+def _write_beside(model: Pretrained, folder: pathlib.Path) -> None:
+    values = both_rope_forms(model.hub.values)
+    if "dtype" not in values and "torch_dtype" not in values:
+        values["dtype"] = model.config.stack.param_dtype
+    (folder / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if model.path.is_dir():
+        for name in _BESIDE:
+            if (model.path / name).is_file():
+                shutil.copyfile(model.path / name, folder / name)
+        return
+    model.tokenizer.save(folder)
+    settings = folder / "tokenizer_config.json"
+    own = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    settings.write_text(as_text({"tokenizer_class": "PreTrainedTokenizerFast", **own}), encoding="utf-8")
+    special = model.tokenizer.special
+    generation = {"bos_token_id": special.bos, "eos_token_id": list(special.eos), "pad_token_id": special.pad}
+    known = {key: value for key, value in generation.items() if value is not None}
+    (folder / GENERATION).write_text(as_text(known), encoding="utf-8")
