@@ -111,7 +111,7 @@ __all__ = [
     "shift_budget",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
