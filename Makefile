@@ -12,7 +12,8 @@ BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 AOT_BIN := $(AOT_VENV)/bin
 
-.PHONY: help install demo demo-smoke test fuzz test-kills test-aot test-libtpu test-notebooks lint types format check clean
+.PHONY: help install demo demo-smoke test fuzz test-kills test-aot test-libtpu test-notebooks test-docs docs lint types \
+  format check release-check clean
 
 help:
 	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 8 minutes)"
@@ -20,6 +21,9 @@ help:
 	@echo "make test        install and run the tests"
 	@echo "make test-kills  twenty kills of a run at random moments, twenty resumes, the same bits at the end (some minutes)"
 	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
+	@echo "make docs        build the documentation into build/site; a broken link is an error"
+	@echo "make test-docs   run every command of README and docs/ (about ten minutes)"
+	@echo "make release-check  build, install the wheel on every Python there is, run the smallest demo (some minutes)"
 	@echo "make fuzz        run configurations, calls and files broken at random, 200 of each"
 	@echo "make test-libtpu  compile one step for TPUs that are not here (Linux; 0.7 GB of compiler)"
 	@echo "make test-aot    compile the kernels for TPUs and GPUs that are not here (Linux; 1.2 GB of compilers)"
@@ -74,6 +78,20 @@ test-libtpu: $(BIN)/.installed-test
 
 test-notebooks: $(BIN)/.installed-notebooks
 	$(BIN)/python -m pytest tests/colab_test.py $(WORKERS)
+
+# pip adds to the environment that is there; `test` may have made it
+$(BIN)/.installed-docs: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(BIN)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+test-docs: $(BIN)/.installed-test
+	$(BIN)/python -m pytest tests/docs_test.py --docs-slow $(PYTEST_ARGS)
+
+release-check:
+	.ci/release-check
 
 test-aot: $(AOT_BIN)/.installed
 	$(AOT_BIN)/python -m pytest -m '$(AOT_TESTS)' tests/aot $(WORKERS) --durations=5 $(PYTEST_ARGS)

@@ -32,6 +32,7 @@ MAPPED_REGIONS = 30_000  # of 65530 that Linux lets a process have: every compil
 
 def pytest_addoption(parser):
     parser.addoption("--cases", type=int, help="of every parametrised test run this many cases, spread evenly")
+    parser.addoption("--docs-slow", action="store_true", help="run the documentation's blocks marked slow, and train")
     parser.addoption("--fuzz-cases", type=int, default=12, help="of every test in tests/fuzz run this many cases")
 
 

@@ -74,7 +74,7 @@ class Registry(Generic[T]):
 
 
 def _imported(module: str, what: str) -> ModuleType:
-    """Imports a module. Errors in our own modules are bugs and keep their traceback; those in a user's become one line."""
+    """Imports a module. Errors in our own are bugs and keep their traceback; those in a user's become one line."""
     ours = module.partition(".")[0] == __name__.partition(".")[0]
     return importlib.import_module(module) if ours else import_users(module, what)
 

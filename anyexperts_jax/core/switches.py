@@ -38,7 +38,7 @@ _CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Switches:
-    """The ablation switches of AnyExperts. Each default is our reading of the paper; README compares them.
+    """The ablation switches of AnyExperts. Each default is our reading of the paper; docs/method has them side by side.
 
     Raises:
       UserError: naming the value and the valid ones.

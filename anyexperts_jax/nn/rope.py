@@ -12,7 +12,7 @@ Rotations = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotations:
     """Cosines and sines of each position's rotation angles, float32."""
-    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies(config)
+    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies(config)[None, None]
     scaling = config.rope_scaling
     if scaling is None or scaling.attention_factor == 1:
         return jnp.cos(angles), jnp.sin(angles)

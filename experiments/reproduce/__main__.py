@@ -11,7 +11,7 @@ from anyexperts_jax.cli.options import Parser, add_set, positive, positive_numbe
 
 EXAMPLES = """examples:
   python -m experiments.reproduce figure3 --workers 2 --deadline 3600
-  python -m experiments.reproduce all --only tables --readme README.md"""
+  python -m experiments.reproduce all --only tables --readme page.md"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
         "--only", choices=("runs", "tables"), help="make the runs alone, or tables of what is done (default: both)"
     )
     parser.add_argument("--out", type=pathlib.Path, help="of tables (default: in experiments/results/reproduce)")
-    parser.add_argument("--readme", type=pathlib.Path, help="also write the block between its markers (default: none)")
+    parser.add_argument(
+        "--readme",
+        type=pathlib.Path,
+        help="also write the block between the markers of this page, as of docs/results (default: none)",
+    )
     parser.set_defaults(command=run)
     return parser
 

@@ -42,7 +42,7 @@ def evomoe_findings(results: Results) -> list[Finding]:
 
 
 def main_findings(results: Results) -> list[Finding]:
-    """Those on the method's parts and on what experts and routers become: a table short enough for README."""
+    """Those on the method's parts and on what experts and routers become: a table short enough for a page of docs/."""
     found = [*_components(results), *_uniformity(results), *_rigidity(results), *_apart(results)]
     return [one for one in found if one is not None]
 

@@ -68,11 +68,11 @@ def write_evomoe_page(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def evomoe_block(page: Page, where: str) -> str:
-    """README's block: the main verdicts without their details, with links to the page in `where`."""
+    """The block of docs/results/evomoe.md: the main verdicts without details, with links to the page in `where`."""
     whole = finding_table(main_findings(together(page.results)))
     short = TextTable(whole.title, whole.columns[:5], tuple(row[:5] for row in whole.rows))
     return (
         f"![What shuffled routing costs against how far experts end apart]({where}/{EXPERTS_FIGURE})\n\n"
         f"{markdown_table(short)}\n\n"
-        f"Routers, diversity, beta, numbers of experts, and scores by domain: [{where}]({where}/{PAGE_NAME}).\n"
+        f"Routers, diversity, beta, numbers of experts, and scores by domain: [the whole page]({where}/{PAGE_NAME}).\n"
     )

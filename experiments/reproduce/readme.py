@@ -1,4 +1,4 @@
-"""README's main figure and table of verdicts, written from the committed results between two markers."""
+"""The main figure and the table of verdicts of a page in docs/results, written between the page's two markers."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ EVOMOE_END = END.replace("reproduce", "reproduce evomoe")
 
 
 def update_readme(page: Page, folder: pathlib.Path, readme: pathlib.Path) -> None:
-    """Replaces what stands between the page's markers in `readme` by the main figure and the verdicts.
+    """Replaces what stands between the markers of `readme`, a Markdown file, by the main figure and the verdicts.
 
     Raises:
       UserError: no such file, or not exactly one pair of markers in it.
@@ -47,5 +47,5 @@ def _verdicts(page: Page, where: str) -> str:
     return (
         f"![Score against realised real experts per token, dynamic and static]({where}/{MAIN_FIGURE})\n\n"
         f"{markdown_table(short)}\n\n"
-        f"By domain, with tables 1 to 3 and the paper's figures beside ours: [{where}]({where}/{PAGE_NAME}).\n"
+        f"By domain, with tables 1 to 3 and the paper's figures beside ours: [the whole page]({where}/{PAGE_NAME}).\n"
     )
