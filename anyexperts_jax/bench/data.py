@@ -1,6 +1,7 @@
 """How fast examples are read and made into sequences, by domain and modality, beside the plain library's loop."""
 
 import dataclasses
+import functools
 import pathlib
 import statistics
 import time
@@ -11,13 +12,13 @@ from anyexperts_jax.bench.output import environment, markdown, write_files
 from anyexperts_jax.bench.plain_loops import plain_loop
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.text_table import TextTable
-from anyexperts_jax.data.config import DataConfig, EncodingSpec
-from anyexperts_jax.data.encode import encode_example
+from anyexperts_jax.data.config import DataConfig
+from anyexperts_jax.data.conversation import Conversation, Document, Item, Text
 from anyexperts_jax.data.example import Example
 from anyexperts_jax.data.mixture import examples_there, open_source
-from anyexperts_jax.data.sequence import padded
+from anyexperts_jax.data.sequence import EncodedSequence, padded
 from anyexperts_jax.data.source import Source
-from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.data.turns import chat_template, encode_item
 from anyexperts_jax.tokenizers.store import open_tokenizer
 
 SPLIT = "train"
@@ -29,7 +30,7 @@ class DataSpeed:
     """The examples of one domain and modality. Speeds are per second of processor time: those of one busy core."""
 
     domain: str
-    modality: str  # text, image, audio or video
+    modality: str  # text, image, audio or video; of conversations all they hold, as "audio+image"
     examples: int
     examples_per_second: float  # read, decoded, encoded and padded, as training takes them
     tokens_per_second: float  # positions of the sequences, without padding
@@ -70,25 +71,40 @@ def bench_data(
     return DataBench(made_with, tuple(speeds))
 
 
-def _modality(example: Example) -> str:
-    return example.media or "text"
+def _modality(item: Item) -> str:
+    """The medium of an example, the kinds of media of a conversation ("audio+image"), or "text"."""
+    if isinstance(item, Example):
+        return item.media or "text"
+    if isinstance(item, Document):
+        return "text"
+    return "+".join(sorted({medium.kind for medium in item.media()})) or "text"
 
 
-def _amounts(examples: Sequence[Example], spec: EncodingSpec, tokenizer: Tokenizer) -> tuple[int, float]:
-    """Positions and megabytes of the examples."""
-    tokens = sum(encode_example(example, spec, tokenizer=tokenizer).size.positions for example in examples)
-    return tokens, sum(_bytes(example) for example in examples) / 1e6
+def _amounts(items: Sequence[Item], encode: Callable[[Item], EncodedSequence]) -> tuple[int, float]:
+    """Positions and megabytes of the items."""
+    return sum(encode(item).size.positions for item in items), sum(_bytes(item) for item in items) / 1e6
 
 
-def _bytes(example: Example) -> int:
-    pixels = [array.nbytes for array in (example.image, example.video) if array is not None]
-    sound = 0 if example.audio is None else 2 * len(example.audio)
-    return len(example.question.encode()) + len(example.answer.encode()) + sum(pixels) + sound
+def _bytes(item: Item) -> int:
+    if isinstance(item, Document):
+        return len(item.text.encode())
+    if isinstance(item, Conversation):
+        texts = [part.text for message in item.messages for part in message.parts if isinstance(part, Text)]
+        media = [(one.kind, one.values) for one in item.media()]
+    else:
+        texts = [item.question, item.answer]
+        own = {"image": item.image, "video": item.video, "audio": item.audio}
+        media = [(kind, values) for kind, values in own.items() if values is not None]
+    # A sound is counted as the 16-bit samples that files hold, not as the float32 it is decoded to.
+    sizes = [2 * len(values) if kind == "audio" else values.nbytes for kind, values in media]
+    return sum(len(text.encode()) for text in texts) + sum(sizes)
 
 
-def _speed(config: DataConfig, name: str, source: Source, examples: Mapping[int, Example], rounds: int) -> DataSpeed:
+def _speed(config: DataConfig, name: str, source: Source, examples: Mapping[int, Item], rounds: int) -> DataSpeed:
     """Of examples of one modality, by their numbers."""
     spec, tokenizer, indices = config.encoding, open_tokenizer(config.tokenizer), list(examples)
+    template = chat_template(config, tokenizer)
+    encode = functools.partial(encode_item, spec=spec, tokenizer=tokenizer, template=template)
 
     def read() -> None:
         for index in indices:
@@ -96,7 +112,7 @@ def _speed(config: DataConfig, name: str, source: Source, examples: Mapping[int,
 
     def whole() -> None:
         for index in indices:
-            padded(encode_example(source[index], spec, tokenizer=tokenizer), spec)
+            padded(encode(source[index]), spec)
 
     calls: dict[str, Callable[[], None]] = {"whole": whole, "read": read}
     plain = plain_loop(config, name, SPLIT)
@@ -105,7 +121,7 @@ def _speed(config: DataConfig, name: str, source: Source, examples: Mapping[int,
         calls["plain"] = lambda: loop(indices)
     seconds = _in_turn(calls, rounds)
     per_second = {call: len(indices) / statistics.median(each) for call, each in seconds.items()}
-    tokens, megabytes = _amounts(list(examples.values()), spec, tokenizer)
+    tokens, megabytes = _amounts(list(examples.values()), encode)
     return DataSpeed(
         domain=name,
         modality=_modality(next(iter(examples.values()))),

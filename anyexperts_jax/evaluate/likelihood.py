@@ -10,9 +10,10 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from anyexperts_jax.core.batch import Batch
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.data.batches import answers, pad_rows, stack
 from anyexperts_jax.data.encode import encode
+from anyexperts_jax.data.example import Example
 from anyexperts_jax.data.source import Source
 from anyexperts_jax.evaluate.measure import Window, run_at
 from anyexperts_jax.evaluate.trained import Trained
@@ -89,6 +90,11 @@ def choose(trained: Trained, model: ModelConfig, source: Source, batches: Sequen
                 continue
             index, question, _ = row
             example, spec = source[index], trained.config.data.encoding
+            if not isinstance(example, Example):
+                kind = type(example).__name__.lower()
+                raise UserError(
+                    f"choice by likelihood needs questions with answers; this is a {kind}: take another metric"
+                )
             put = [dataclasses.replace(example, answer=choice) for choice in choices[question]]
             encoded = [encode(one, spec, tokenizer=trained.tokenizer) for one in put]
             nats = _nats(trained, model, encoded, window, len(batch.tokens_BT))

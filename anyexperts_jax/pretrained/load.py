@@ -42,8 +42,18 @@ class Checkpoint:
 
 
 def is_checkpoint(path: pathlib.Path) -> bool:
-    """Whether `path` looks like a published checkpoint: a GGUF file, or a folder with a config.json or one of those."""
-    return path.suffix == ".gguf" or (path / CONFIG).is_file() or len(_ggufs(path)) == 1
+    """Whether `path` looks like a published checkpoint: a GGUF file, a folder with one, or a folder with a hub's config.
+
+    A run of ours has a config.json as well. A hub's names its class or its type of model, ours has neither key.
+    """
+    return path.suffix == ".gguf" or _is_hub_config(path / CONFIG) or len(_ggufs(path)) == 1
+
+
+def _is_hub_config(path: pathlib.Path) -> bool:
+    if not path.is_file():
+        return False
+    text = path.read_bytes()
+    return any(key in text for key in (b'"architectures"', b'"model_type"'))
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

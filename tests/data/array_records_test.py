@@ -168,8 +168,8 @@ def test_an_empty_or_missing_folder_is_one_clear_error(tmp_path):
         train_iterator(config_for(tmp_path / "gone"), 2)
     with pytest.raises(UserError, match=r"the data directory \S+ is empty"):
         train_iterator(config_for(tmp_path), 2)
-    (tmp_path / "notes.txt").write_text("?")
-    with pytest.raises(UserError, match="has neither dataset"):
+    (tmp_path / "notes.xyz").write_text("?")
+    with pytest.raises(UserError, match="has neither dataset.json .* nor files of a known kind .*, but notes.xyz"):
         train_iterator(config_for(tmp_path), 2)
 
 

@@ -1,5 +1,6 @@
 """Datasets as the package `datasets` saves them."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -306,6 +307,8 @@ def test_a_corrupt_picture_in_training_is_named_by_its_row(save, workers):
 
 def test_a_picture_that_does_not_fit_is_named_by_its_number(save):
     config = save({"test": [QA | {"image": Image.new("L", (8, 8))}, QA | {"image": Image.new("L", (9, 8))}]})
+    assert len(list(eval_batches(config, "mine", "test", 2, 2))) == 1, "pictures are fitted unless they must stay whole"
+    config = dataclasses.replace(config, encoding=dataclasses.replace(config.encoding, pictures="whole"))
     with pytest.raises(UserError, match=r"mine image of 9 x 8 pixels does not divide into patches .* \(example 1\)"):
         next(eval_batches(config, "mine", "test", 2, 2))
 

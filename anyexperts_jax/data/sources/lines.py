@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import threading
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -83,6 +84,12 @@ class LineRows:
         return read_file(beside(self._files[split_index(self._bounds, index)[0]].path, path))
 
 
+def _close(handles: dict[int, int]) -> None:
+    for handle in handles.values():
+        with contextlib.suppress(OSError):
+            os.close(handle)
+
+
 class OpenFiles:
     """Files that are read from any place by any thread, opened when they are first read."""
 
@@ -90,14 +97,10 @@ class OpenFiles:
         self._paths = tuple(paths)
         self._handles: dict[int, int] = {}
         self._lock = threading.Lock()
+        weakref.finalize(self, _close, self._handles)  # at exit too, while modules are still there
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OpenFiles, (self._paths,)
-
-    def __del__(self) -> None:
-        for handle in self._handles.values():
-            with contextlib.suppress(OSError):
-                os.close(handle)
 
     def read(self, part: int, begin: int, size: int) -> bytes:
         """Bytes `begin` to `begin + size` of a file.
