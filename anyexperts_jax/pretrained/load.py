@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 def is_checkpoint(path: pathlib.Path) -> bool:
-    """Whether `path` looks like a published checkpoint: a GGUF file, a folder with one, or a folder with a hub's config.
+    """Whether `path` looks like a published checkpoint: a GGUF file, or a folder with one or with a hub's config.
 
     A run of ours has a config.json as well. A hub's names its class or its type of model, ours has neither key.
     """

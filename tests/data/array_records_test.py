@@ -169,7 +169,7 @@ def test_an_empty_or_missing_folder_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match=r"the data directory \S+ is empty"):
         train_iterator(config_for(tmp_path), 2)
     (tmp_path / "notes.xyz").write_text("?")
-    with pytest.raises(UserError, match="has neither dataset.json .* nor files of a known kind .*, but notes.xyz"):
+    with pytest.raises(UserError, match=r"has neither dataset\.json .* nor files of a known kind .*, but notes.xyz"):
         train_iterator(config_for(tmp_path), 2)
 
 
