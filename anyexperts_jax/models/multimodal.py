@@ -163,8 +163,9 @@ class MultimodalModel(nn.Module):
           importance_logits_BT: in place of every layer's own.
         """
         length = text.tokens_BT.shape[1]
-        positions_BT = text.start_B[:, None] + jnp.arange(length)[None]
-        valid_BT = jnp.arange(length)[None] < text.length_B[:, None]
+        place_1T = jnp.arange(length, dtype=jnp.int32)[None]
+        positions_BT = text.start_B[:, None] + place_1T
+        valid_BT = place_1T < text.length_B[:, None]
         modality_BT = jnp.full_like(positions_BT, Modality.TEXT)
         x_BTD = self._with_modality(self.tokens(text.tokens_BT), modality_BT)
         context = BlockContext(

@@ -141,7 +141,8 @@ def _extend(
     length = part.tokens_BT.shape[1]
     logits_BT = None
     if budget.share is not None:
-        logits_BT = mixing_logits(budget.share, part.start_B[:, None] + jnp.arange(length)[None])
+        positions_BT = part.start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+        logits_BT = mixing_logits(budget.share, positions_BT)
     logits_BY, trace, cache = MultimodalModel(config, placement).apply(
         {"params": params},
         part,
