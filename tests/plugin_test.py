@@ -16,6 +16,7 @@ from anyexperts_jax.core.plugins import load_plugins
 from anyexperts_jax.core.registry import Registry, registers
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
 from anyexperts_jax.data.pipeline import train_iterator
+from anyexperts_jax.data.scores import chance_score, metric_label, score
 
 PLUGINS = pathlib.Path(__file__).parent / "plugins"
 
@@ -36,6 +37,14 @@ def test_a_dispatcher_of_ones_own_gives_the_oracles_values(plugin):
     assert float(plan.losses["importance"]) == pytest.approx(6 * (1 / (1 + np.exp(-1.0)) - 0.5), rel=1e-5)
     mine = ax.moe_apply(x_ND, plan, *weights, dispatch="loop_over_experts", implementation="mine")
     np.testing.assert_allclose(mine, ax.moe_apply(x_ND, plan, *weights, dispatch="dense"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_metric_of_ones_own_scores_answers(plugin):
+    config = DataConfig(domains=("nlp",), metrics=("nlp=first_letter",))
+    metric = config.metric_names()["nlp"]
+    assert [score(metric, said, "seven") for said in ("six", "nine")] == [1, 0]
+    assert chance_score(metric, ["six", "seven", "nine"]) == pytest.approx(2 / 3)
+    assert metric_label(metric) == "first letter"
 
 
 def _pairs(folder):

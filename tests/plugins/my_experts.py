@@ -5,6 +5,7 @@ import csv
 import jax.numpy as jnp
 
 import anyexperts_jax as ax
+from anyexperts_jax.data.scores import AnswerMetric
 from anyexperts_jax.ops.expert_ops.plain import REFERENCE
 
 
@@ -82,3 +83,10 @@ class Pairs:
 
 
 ax.SOURCES.register("pairs", ax.FolderFormat("train.csv", lambda folder: (folder / "train.csv").is_file(), Pairs))
+
+
+def first_letter(prediction, answer):
+    return float(prediction[:1] == answer[:1])
+
+
+ax.METRICS.register("first_letter", AnswerMetric("first letter", first_letter))

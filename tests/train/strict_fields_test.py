@@ -110,6 +110,7 @@ SINGLE = {
     "data.domains": "nlp",
     "data.folders": "nlp=somewhere",
     "data.fingerprints": "nlp=0123",
+    "data.metrics": "nlp=cer",
     "plugins": "json",
     "data.levels": 2,
     "data.weights": 2,
