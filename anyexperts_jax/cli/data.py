@@ -84,7 +84,7 @@ def run_check(options: argparse.Namespace) -> None:
         tasks = {name: bar.add_task(f"reading {name}", total=None) for name in config.places()}
         reports, shared = check_data(
             config,
-            processes=options.processes,
+            processes=options.workers,
             near=options.near,
             plugins=options.plugin,
             progress=lambda name, done, total: bar.update(tasks[name], completed=done, total=total),
@@ -140,9 +140,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add_config(check)
     add_data(check, "data of yours: a file, pattern, folder or address; repeatable")
-    check.add_argument(
-        "--processes", type=positive, metavar="N", help="that read (default: by amount, up to all cores)"
-    )
+    workers = "processes that read side by side (default: by the amount, up to one a core)"
+    check.add_argument("--workers", type=positive, metavar="N", help=workers)
     near = "find texts in two splits that share this part of their word shingles, as 0.8 (default: equal ones alone)"
     check.add_argument("--near", type=positive_number, metavar="SHARE", help=near)
     check.add_argument(

@@ -84,6 +84,7 @@ METRICS: Registry[Any] = Registry(
         "cer": "anyexperts_jax.data.scores:CER",
         "f1": "anyexperts_jax.data.scores:F1",
         "choice": "anyexperts_jax.data.scores:CHOICE",
+        "tokens": "anyexperts_jax.data.scores:TOKENS",
     },
 )
 

@@ -45,6 +45,12 @@ def answers(batch: Batch, tokenizer: Tokenizer = BYTES) -> list[str]:
     return [tokenizer.decode(tokens[1:][mask[:-1]]) for tokens, mask in zip(tokens_BT, answer_BT, strict=True)]
 
 
+def learned_texts(batch: Batch, tokenizer: Tokenizer = BYTES) -> list[str]:
+    """The text of all that is learned of each row: of a conversation, of all turns of the assistant's."""
+    tokens_BT, loss_mask_BT = np.asarray(batch.tokens_BT), np.asarray(batch.loss_mask_BT)
+    return [tokenizer.decode(tokens[1:][mask[:-1]]) for tokens, mask in zip(tokens_BT, loss_mask_BT, strict=True)]
+
+
 def last_answers(batch: Batch) -> Bool[ndarray, "B T"]:
     """The positions that predict a token of the row's answer: of a conversation the assistant's last turn."""
     loss_mask_BT = np.asarray(batch.loss_mask_BT)

@@ -175,6 +175,21 @@ def question_and_answer(item: Item) -> tuple[str, str]:
     return (asked or [""])[-1], item.messages[last].text
 
 
+def with_answer(item: Item, answer: str) -> Item:
+    """The same with another last answer.
+
+    Raises:
+      UserError: for a document, which has none.
+    """
+    if isinstance(item, Example):
+        return dataclasses.replace(item, answer=answer)
+    require(isinstance(item, Conversation), f"{item.source}: a document asks nothing, so there is nothing to choose")
+    assert isinstance(item, Conversation)
+    last = max(i for i, message in enumerate(item.messages) if message.role == ASSISTANT)
+    said = dataclasses.replace(item.messages[last], parts=(Text(answer),))
+    return dataclasses.replace(item, messages=(*item.messages[:last], said, *item.messages[last + 1 :]))
+
+
 def joined(parts: tuple[Part, ...]) -> tuple[Part, ...]:
     """Neighbouring texts as one, and no empty ones: tokens may reach across them."""
     found: list[Part] = []

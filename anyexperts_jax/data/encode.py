@@ -79,7 +79,7 @@ def media_parts(example: Example, spec: EncodingSpec) -> list[MediaPart]:
     Raises:
       UserError: when it does not fit `spec`.
     """
-    return _media(example, spec)
+    return _media(prepare(example, spec), spec)
 
 
 def _media(example: Example, spec: EncodingSpec) -> list[MediaPart]:

@@ -51,7 +51,7 @@ class RowSource:
         first = self._first()
         self.question_types = self._types(first)
         self.is_corpus = isinstance(first, Document)
-        self.metric: Metric = "exact" if self.is_corpus or not _is_transcript(first) else "wer"
+        self.metric: Metric = "tokens" if self.is_corpus else "wer" if _is_transcript(first) else "exact"
         self._windows = self._cut(split) if self.is_corpus else None
 
     def __len__(self) -> int:

@@ -31,12 +31,14 @@ class AnswerMetric:
       the metric has none.
     by_likelihood: the prediction is not generated: it is that answer to the question's type which the model finds the
       likeliest.
+    by_tokens: nothing is generated: the score is the share of right tokens, each predicted from the right ones before.
     """
 
     label: str
     score: Callable[[str, str], float]
     error_rate: Callable[[Sequence[str], Sequence[str]], float] | None = None
     by_likelihood: bool = False
+    by_tokens: bool = False
 
 
 def exact_match(prediction: str, answer: str) -> float:
@@ -98,6 +100,7 @@ ANLS = AnswerMetric("ANLS", anls)
 WER = AnswerMetric("1 - WER", lambda said, answer: 1.0 - min(wer(said, answer), 1.0), corpus_wer)
 CER = AnswerMetric("1 - CER", lambda said, answer: 1.0 - min(cer(said, answer), 1.0), corpus_cer)
 F1 = AnswerMetric("word F1", f1)
+TOKENS = AnswerMetric("tokens right", lambda said, answer: 0.0, by_tokens=True)  # the least a constant answer has
 CHOICE = AnswerMetric("choice", exact_match, by_likelihood=True)
 
 

@@ -19,7 +19,7 @@ from anyexperts_jax.data.config import named_metrics
 from anyexperts_jax.data.mixture import describe_place, examples_there, open_source, with_places
 from anyexperts_jax.data.pipeline import eval_batches
 from anyexperts_jax.dispatch.execution import require_capacity_for
-from anyexperts_jax.evaluate.likelihood import Likelihood, choose, likelihood_of
+from anyexperts_jax.evaluate.likelihood import Likelihood, choose, likelihood_of, token_accuracies
 from anyexperts_jax.evaluate.measure import (
     Batches,
     RoutingSample,
@@ -281,21 +281,28 @@ def _scored(
 ) -> tuple[RoutingSample, tuple[DomainScore, ...]]:
     """The routing at a window, and every domain's scores."""
     likelihoods = dict.fromkeys(test, Likelihood())
+    accuracies: dict[str, list[float]] = {name: [] for name in test}
 
     def see(name: str, batch: Batch, output: ModelOutput) -> None:
         likelihoods[name] += likelihood_of(output, batch, trained.tokenizer)
+        accuracies[name] += token_accuracies(output, batch)
 
     sample = sample_routing(trained, model, test, window, see)
-    length = max(longest_answer(batches) for batches in test.values())
+    sources = {name: open_source(trained.config.data, name, "test") for name in test}
+    asked = {name: metrics.get(name, source.metric) for name, source in sources.items()}
+    answered = [batches for name, batches in test.items() if not METRICS[asked[name]].by_tokens]
+    length = max((longest_answer(batches) for batches in answered), default=0)
     scores = []
     for name, batches in test.items():
-        source = open_source(trained.config.data, name, "test")
-        metric = metrics.get(name, source.metric)
-        if METRICS[metric].by_likelihood:
+        source, metric = sources[name], asked[name]
+        if METRICS[metric].by_tokens:
+            said = ["" for batch in batches for _ in batch.tokens_BT]
+        elif METRICS[metric].by_likelihood:
             said = choose(trained, model, source, batches, window)
         else:
             said = [text for batch in batches for text in predict(trained, model, batch, window, length)]
         how: dict[str, Any] = {"metric": metric, "tokenizer": trained.tokenizer, "likelihood": likelihoods[name]}
+        how["row_scores"] = accuracies[name] if METRICS[metric].by_tokens else None
         scores.append(score_domain(name, source, batches, said, **how))
     return sample, tuple(scores)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,11 +11,12 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from anyexperts_jax.core.batch import Batch
-from anyexperts_jax.core.errors import UserError, require
-from anyexperts_jax.data.batches import answers, pad_rows, stack
-from anyexperts_jax.data.encode import encode
-from anyexperts_jax.data.example import Example
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.data.batches import answers, learned_texts, pad_rows, stack
+from anyexperts_jax.data.conversation import with_answer
+from anyexperts_jax.data.sequence import padded
 from anyexperts_jax.data.source import Source
+from anyexperts_jax.data.turns import chat_template, encode_item
 from anyexperts_jax.evaluate.measure import Window, run_at
 from anyexperts_jax.evaluate.trained import Trained
 from anyexperts_jax.models.config import ModelConfig
@@ -61,8 +63,15 @@ def likelihood_of(output: ModelOutput, batch: Batch, tokenizer: Tokenizer) -> Li
         nats=float(np.asarray(scores.loss_B).sum(dtype=np.float64)),
         tokens=int(np.asarray(scores.tokens_B).sum()),
         correct=int(np.asarray(scores.correct_B).sum()),
-        text_bytes=sum(len(text.encode()) for text in answers(batch, tokenizer)),
+        text_bytes=sum(len(text.encode()) for text in learned_texts(batch, tokenizer)),
     )
+
+
+def token_accuracies(output: ModelOutput, batch: Batch) -> list[float]:
+    """Of each row that is no padding the share of its learned tokens that the model found the likeliest."""
+    scores = _scores(output, batch)
+    tokens_B, correct_B = np.asarray(scores.tokens_B), np.asarray(scores.correct_B)
+    return [float(correct_B[i] / tokens_B[i]) for i in np.flatnonzero(tokens_B)]
 
 
 def choose(trained: Trained, model: ModelConfig, source: Source, batches: Sequence[Batch], window: Window) -> list[str]:
@@ -89,14 +98,10 @@ def choose(trained: Trained, model: ModelConfig, source: Source, batches: Sequen
                 picked.append("")
                 continue
             index, question, _ = row
-            example, spec = source[index], trained.config.data.encoding
-            if not isinstance(example, Example):
-                kind = type(example).__name__.lower()
-                raise UserError(
-                    f"choice by likelihood needs questions with answers; this is a {kind}: take another metric"
-                )
-            put = [dataclasses.replace(example, answer=choice) for choice in choices[question]]
-            encoded = [encode(one, spec, tokenizer=trained.tokenizer) for one in put]
+            example, data = source[index], trained.config.data
+            put = [with_answer(example, choice) for choice in choices[question]]
+            how: dict[str, Any] = {"tokenizer": trained.tokenizer, "template": chat_template(data, trained.tokenizer)}
+            encoded = [padded(encode_item(one, data.encoding, **how), data.encoding) for one in put]
             nats = _nats(trained, model, encoded, window, len(batch.tokens_BT))
             picked.append(choices[question][int(np.argmin(nats))])
     return picked

@@ -48,12 +48,14 @@ def score_domain(
     tokenizer: Tokenizer = BYTES,
     metric: str | None = None,
     likelihood: Likelihood | None = None,
+    row_scores: Sequence[float] | None = None,
 ) -> DomainScore:
     """Scores of the predictions for all rows of `batches`, padding rows left out.
 
     Args:
       metric: a name in METRICS; None: the source's own.
       likelihood: of the same rows' right answers; None: not known.
+      row_scores: the score of each row but padding, where it is not one of the predictions; None: it is.
     """
     likelihood = likelihood or Likelihood()
     metric = metric or source.metric
@@ -65,7 +67,8 @@ def score_domain(
     levels = [str(level) for batch in batches for level in np.asarray(batch.level_B)]
     rows = np.nonzero(real_row)[0].tolist()
     pairs = [(predictions[i], expected[i]) for i in rows]
-    scores = np.array([score(metric, said, answer) for said, answer in pairs])
+    found = [score(metric, said, answer) for said, answer in pairs] if row_scores is None else row_scores
+    scores = np.array(found)
     error_rate = None if rate is None else rate(*map(list, zip(*pairs, strict=True)))
     table = _Table(metric, scores, [expected[i] for i in rows], [types[i] for i in rows])
     return DomainScore(

@@ -7,9 +7,17 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.modality import Modality
-from anyexperts_jax.data.batches import answers, prompts, questions, stack
+from anyexperts_jax.data.batches import answers, learned_texts, prompts, questions, stack
 from anyexperts_jax.data.config import EncodingSpec
-from anyexperts_jax.data.conversation import Conversation, Document, Medium, Message, Text
+from anyexperts_jax.data.conversation import (
+    Conversation,
+    Document,
+    Medium,
+    Message,
+    Text,
+    question_and_answer,
+    with_answer,
+)
 from anyexperts_jax.data.encode import encode_example
 from anyexperts_jax.data.sequence import padded
 from anyexperts_jax.data.turns import encode_item
@@ -80,6 +88,27 @@ def test_a_question_with_one_medium_is_the_sequence_of_an_example():
     plain, example = encode_item(one, SPEC), encode_example(one.as_example(), SPEC)
     for field in dataclasses.fields(plain):
         assert np.array_equal(getattr(plain, field.name), getattr(example, field.name)), field.name
+
+
+def test_pictures_of_any_side_share_the_patches_of_a_row():
+    large = np.zeros((30, 50, 3), np.uint8)
+    sequence = encode_item(conversation(said("user", *[Medium("image", large)] * 2), said("assistant", "x")), SPEC)
+    counts = np.bincount(sequence.patch_item_P)
+    assert counts[0] == counts[1]
+    assert 2 <= counts[0] <= SPEC.max_patches // 2
+
+
+def test_what_is_learned_of_all_turns_is_counted():
+    batch = stack([padded(encode_item(TWO_TURNS, SPEC), SPEC)])
+    assert learned_texts(batch) == ["cef"]
+
+
+def test_another_answer_takes_the_last_ones_place():
+    other = with_answer(TWO_TURNS, "zz")
+    assert question_and_answer(other) == ("d", "zz")
+    assert other.messages[2].text == "c"
+    with pytest.raises(UserError, match="a document asks nothing"):
+        with_answer(Document("mine", "words", ""), "x")
 
 
 def test_the_last_turn_is_what_is_asked_for_and_scored():
