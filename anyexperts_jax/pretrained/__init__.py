@@ -7,5 +7,6 @@ sources     where tensors come from: safetensors here, GGUF in `gguf_file`
 read        from a source into arrays on their devices, leaf by leaf; the table of a dry run
 load        `load_pretrained`
 model       `Pretrained`: logits, generation, export
+random_model  a model of a published shape with random weights
 write       export to the hub's layout
 """

@@ -88,6 +88,16 @@ def load_pretrained(path: str | os.PathLike[str], mesh: Mesh | None = None) -> P
 
     Raises:
       UserError: naming what is wrong with the checkpoint, or what is not supported.
+
+    A model of random weights, written and read again:
+
+    >>> import anyexperts_jax as ax
+    >>> from anyexperts_jax.pretrained.random_model import random_model
+    >>> shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+    >>> shape |= {"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "max_position_embeddings": 32}
+    >>> random_model({**shape, "rope_theta": 1e4}).export("tiny")
+    >>> ax.load_pretrained("tiny").logits([[1, 2, 3]]).shape
+    (1, 3, 64)
     """
     require_devices()
     found = open_checkpoint(path)

@@ -1,10 +1,19 @@
 """Every family against transformers, from tiny random checkpoints: logits, chosen experts, greedy answers, export."""
 
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from anyexperts_jax import load_pretrained
-from pretrained.tiny_hub import CASES, tiny_checkpoint
+from anyexperts_jax.core.batch import make_batch
+from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.pretrained.budget import BudgetInForce
+from anyexperts_jax.pretrained.decode import Request, decode
+from pretrained.tiny_hub import CASES, hub_values, tensors_in, tiny_checkpoint
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -57,3 +66,90 @@ def test_logits_and_chosen_experts(tmp_path, case):
     assert len(chosen) == model.config.stack.num_moe_layers
     for ours_BTK, their_BTK in zip(np.asarray(output.trace.expert_ids_BTK), chosen, strict=True):
         np.testing.assert_array_equal(np.sort(ours_BTK[valid_BT]), np.sort(their_BTK[valid_BT]))
+
+
+@pytest.mark.parametrize("case", ["llama tied", "qwen3_moe", "sarvam_moe"])
+def test_32_greedy_tokens(tmp_path, case):
+    folder = tiny_checkpoint(tmp_path / "hub", case, seed=3)
+    model, prompts = load_pretrained(folder), ((3, 1, 4, 1, 5, 9, 2, 6, 5), (8,))
+    found = decode(model.weights, prompts, Request(32), BudgetInForce(), lambda row, token: True).tokens
+    own = theirs(folder)
+    for prompt, answer in zip(prompts, found, strict=True):
+        tokens = torch.tensor([prompt])
+        ids = own.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=32, do_sample=False, eos_token_id=None
+        )
+        assert answer == ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("case", ["llama llama3", "sarvam_moe"])
+def test_transformers_reads_what_is_written(tmp_path, case):
+    model = load_pretrained(tiny_checkpoint(tmp_path / "hub", case, stacked=True))
+    model.export(tmp_path / "out")
+    tokens_BT, valid_BT = right_padded(53)
+    expected_BTY, _ = run(theirs(tmp_path / "out"), tokens_BT, valid_BT)
+    ours_BTY = np.asarray(model.logits(tokens_BT, valid_BT))
+    np.testing.assert_allclose(ours_BTY[valid_BT], expected_BTY[valid_BT], rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_own_save_is_read(tmp_path):
+    """Its config.json has the rope settings in one place alone, and calls the experts by another key."""
+    values = hub_values("qwen3_moe")
+    own = transformers.AutoModelForCausalLM.from_config(
+        transformers.Qwen3MoeConfig(**{k: v for k, v in values.items() if k not in ("architectures", "model_type")})
+    ).eval()
+    own.save_pretrained(tmp_path / "hub")
+    tokens_BT, valid_BT = right_padded(53)
+    expected_BTY, _ = run(own, tokens_BT, valid_BT)
+    ours_BTY = np.asarray(load_pretrained(tmp_path / "hub").logits(tokens_BT, valid_BT))
+    np.testing.assert_allclose(ours_BTY[valid_BT], expected_BTY[valid_BT], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_on_the_left(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "hub", "qwen3_moe raw weights")
+    tokens_BT, valid_BT = (array[:, ::-1].copy() for array in right_padded(53))
+    own = theirs(folder)
+    positions = torch.tensor(np.maximum(valid_BT.cumsum(axis=1) - 1, 0))
+    with torch.no_grad():
+        mask = torch.tensor(valid_BT).long()
+        expected_BTY = own(torch.tensor(tokens_BT), attention_mask=mask, position_ids=positions).logits.numpy()
+    ours_BTY = np.asarray(load_pretrained(folder).logits(tokens_BT, valid_BT))
+    np.testing.assert_allclose(ours_BTY[valid_BT], expected_BTY[valid_BT], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["llama", "olmoe"])
+def test_gradients(tmp_path, case):
+    folder = tiny_checkpoint(tmp_path / "hub", case)
+    model, own = load_pretrained(folder), theirs(folder)
+    tokens_BT = right_padded(51)[0]  # torch keeps the gradient of the padding's row at zero
+    own(torch.tensor(tokens_BT), labels=torch.tensor(tokens_BT)).loss.backward()
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        output = MultimodalModel(model.config).apply({"params": params}, make_batch(jnp.asarray(tokens_BT, jnp.int32)))
+        log_probs = jax.nn.log_softmax(output.logits_BTY)[:, :-1]
+        return -jnp.take_along_axis(log_probs, tokens_BT[:, 1:, None], axis=-1).mean()
+
+    # As a model whose weights are the gradients, in their names.
+    dataclasses.replace(model, params=gradient(model.params)).export(tmp_path / "gradients")
+    found = tensors_in(tmp_path / "gradients")
+    for name, weight in own.named_parameters():
+        if name in found:  # experts are stacked in theirs
+            np.testing.assert_allclose(found[name], weight.grad, rtol=2e-3, atol=2e-6, err_msg=name)
+    if case == "olmoe":
+        stacked = dict(own.named_parameters())["model.layers.1.mlp.experts.down_proj"].grad
+        for expert, grad in enumerate(stacked):
+            name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+            np.testing.assert_allclose(found[name], grad, rtol=2e-3, atol=2e-6)
+
+
+def test_a_wrong_theta_is_seen(tmp_path):
+    """The trap: a theta of 10000 in place of the model's own gives plausible shapes and other text."""
+    folder = tiny_checkpoint(tmp_path / "hub", "llama", rope_theta=100.0)
+    tokens_BT, valid_BT = right_padded(53)
+    expected_BTY, _ = run(theirs(folder), tokens_BT, valid_BT)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "rope_theta": 10000.0}))
+    wrong_BTY = np.asarray(load_pretrained(folder).logits(tokens_BT, valid_BT))
+    assert np.abs(wrong_BTY - expected_BTY)[valid_BT].max() > 0.1

@@ -31,7 +31,7 @@ CONFIGS = [
     ({"mlp_only_layers": [1]}, "layers 0, 2 of 3 have experts"),
     ({"use_sliding_window": True, "sliding_window": 8}, "sliding_window=8 is below max_position_embeddings=96"),
     ({"intermediate_size": None, "moe_intermediate_size": 16}, "is [12, 28], config.json wants [16, 28]"),
-    ({"head_dim": 8}, "self_attn.o_proj.weight is [28, 60], config.json wants [28, 48]"),
+    ({"head_dim": 8}, "self_attn.o_proj.weight is [28, 40], config.json wants [28, 32]"),
     ({"tie_word_embeddings": True}, "config.json ties the head to model.embed_tokens.weight"),
     ({"num_hidden_layers": 4}, "missing: model.layers.3.input_layernorm.weight"),
 ]

@@ -15,7 +15,7 @@ COMMON = {
     "vocab_size": 53,
     "hidden_size": 28,
     "num_hidden_layers": 3,
-    "num_attention_heads": 6,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 10,
     "intermediate_size": 20,
@@ -112,6 +112,13 @@ def tiny_checkpoint(folder, case, *, stacked=False, seed=0, dtype=np.float32, fi
     """A case's folder with random weights."""
     values = hub_values(case, **changes)
     return write_checkpoint(folder, values, random_tensors(values, stacked, seed, dtype), files)
+
+
+def tensors_in(folder):
+    """The tensors of all files of a folder."""
+    from safetensors.numpy import load_file
+
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
 BFLOAT16 = ml_dtypes.bfloat16

@@ -1,0 +1,30 @@
+"""A model of a published shape with random weights: for tests, benchmarks, and a first look without a download."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from anyexperts_jax.models.init import init_params
+from anyexperts_jax.pretrained.family import family_of
+from anyexperts_jax.pretrained.hub_config import HubConfig
+from anyexperts_jax.pretrained.model import Pretrained
+
+
+def random_model(values: Mapping[str, Any], seed: int = 0) -> Pretrained:
+    """The model that a config.json describes, in float32, with the initial parameters of `models.init`.
+
+    Args:
+      values: of the config.json.
+
+    Raises:
+      UserError: as `load_pretrained`, for a configuration that is not supported.
+    """
+    hub = HubConfig(values, "config.json")
+    name, family = family_of(hub)
+    config = family.config(hub)
+    biased = config.moe.expert_bias and config.stack.num_moe_layers > 0
+    bias_LC = jnp.zeros(config.router_bias_shape, jnp.float32) if biased else None
+    return Pretrained(config, init_params(config, jax.random.key(seed)), bias_LC, hub, name, pathlib.Path(), {})
