@@ -112,7 +112,7 @@ def loss_and_grad(config):
         log_probs = jax.nn.log_softmax(output.logits_BTY)[:, :-1]
         nats = -jnp.take_along_axis(log_probs, batch.tokens_BT[:, 1:, None], axis=-1)[..., 0]
         mask = batch.loss_mask_BT[:, :-1]
-        losses = {"answer": (nats * mask).sum() / mask.sum()}
+        losses = {"answer": jnp.where(mask, nats, 0).sum() / mask.sum().astype(jnp.float32)}
         losses |= {name: value.mean() for name, value in output.trace.losses.items()}
         return sum(weight * losses[name] for name, weight in weights.items()), output
 

@@ -279,7 +279,7 @@ def test_the_input_is_an_array_of_three_axes():
 
 
 def test_experts_have_a_width():
-    with pytest.raises(UserError, match=r"^d_ff=0 must be >= 1$"):
+    with pytest.raises(UserError, match=r"^d_ff=0 must be >= 1"):
         layers.without_type_check(MoE)(CONFIG, 0).init(jax.random.key(0), X_BTD)
 
 
