@@ -90,7 +90,7 @@ DEFINED = {
     node.name
     for path in SOURCES
     for node in ast.walk(ast.parse(path.read_text()))
-    if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    if isinstance(node, ast.ClassDef) or (isinstance(node, ast.FunctionDef) and node.args.vararg is None)
 }
 MOST_POSITIONAL = 5
 MANY_POSITIONAL = {  # kernels and their rules, called with the operands of one Pallas call or one VJP, in its order

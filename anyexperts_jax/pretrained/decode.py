@@ -74,7 +74,7 @@ def decode(
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
         seen_BY[row, list(prompt)] = True
-    state = _State(weights, request, budget, len(prompts), room, jnp.asarray(seen_BY))
+    state = _State(weights, request, budget, batch=len(prompts), room=room, seen_BY=jnp.asarray(seen_BY))
 
     began = time.perf_counter()
     next_B = state.extend(tokens_BT, np.zeros_like(lengths_B), lengths_B)

@@ -69,12 +69,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if place.is_file():
         require(place.suffix == ".gguf", f"checkpoint {place} is no GGUF file; give its folder")
         file = GgufFile.find(place)
-        return Checkpoint(place, file.hub, *family_of(file.hub), file, {})
+        name, family = family_of(file.hub)
+        return Checkpoint(place, file.hub, name, family=family, source=file, generation={})
     hub = HubConfig.read(place)
     name, family = family_of(hub)
     settings = place / GENERATION
     generation = parse_json_object(read_text(settings, GENERATION), str(settings)) if settings.is_file() else {}
-    return Checkpoint(place, hub, name, family, SafetensorsFolder.find(place), generation)
+    source = SafetensorsFolder.find(place)
+    return Checkpoint(place, hub, name, family=family, source=source, generation=generation)
 
 
 def load_pretrained(path: str | os.PathLike[str], mesh: Mesh | None = None) -> Pretrained:
@@ -103,7 +105,15 @@ def load_pretrained(path: str | os.PathLike[str], mesh: Mesh | None = None) -> P
     found = open_checkpoint(path)
     plan = found.plan(mesh)
     params, router_bias_LC = read_parameters(plan, found.source)
-    return Pretrained(plan.config, params, router_bias_LC, found.hub, found.name, found.path, found.generation)
+    return Pretrained(
+        plan.config,
+        params,
+        router_bias_LC,
+        hub=found.hub,
+        family=found.name,
+        path=found.path,
+        generation=found.generation,
+    )
 
 
 def _ggufs(folder: pathlib.Path) -> list[pathlib.Path]:

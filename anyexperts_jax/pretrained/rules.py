@@ -160,7 +160,7 @@ def _pieces(rule: Rule, config: ModelConfig, shapes: Mapping[str, Shape]) -> Ite
 
 def _piece(rule: Rule, name: str, index: tuple[int, ...], tensor: str, shapes: Mapping[str, Shape]) -> Piece:
     assert name in shapes, f"rule for {name}, which the model has not"
-    return Piece(name, index, shapes[name][len(index) :], tensor, rule.layout, rule.part)
+    return Piece(name, index, shapes[name][len(index) :], tensor=tensor, layout=rule.layout, part=rule.part)
 
 
 def check_parameters(pieces: Collection[Piece], shapes: Mapping[str, Shape]) -> None:

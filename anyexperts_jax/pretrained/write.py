@@ -1,5 +1,6 @@
 """Export: a model's weights, configuration and tokenizer in the hub's layout, as transformers and servers read them."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -67,14 +68,13 @@ def export(model: Pretrained, path: str | os.PathLike[str], form: str = "hub", s
     need, free = tensors.total_bytes, shutil.disk_usage(out.absolute().parent).free
     require(need < free, f"{out} needs {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk")
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)  # nothing half-written stays, whatever stopped it
         _write_weights(tensors, folder, shard_bytes)
         _write_beside(model, folder)
         folder.chmod(0o755)
         folder.rename(out)
-    except BaseException:  # nothing half-written stays, whatever stopped it
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        undo.pop_all()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
