@@ -20,7 +20,7 @@ class RopeScaling:
       UserError: naming the value and the rule it breaks.
     """
 
-    kind: Literal["linear", "llama3", "yarn"] = "linear"
+    kind: Literal["linear", "llama3", "yarn"] = "linear"  # whose rule says which wavelengths are stretched
     factor: float = 1.0  # by which stretched wavelengths grow
     original_length: int = 8192  # positions of the sequences before, for llama3 and yarn
     low_rotations: float = 1.0  # waves that turn fewer times than this in original_length are stretched in full
