@@ -27,4 +27,5 @@ def random_model(values: Mapping[str, Any], seed: int = 0) -> Pretrained:
     config = family.config(hub)
     biased = config.moe.expert_bias and config.stack.num_moe_layers > 0
     bias_LC = jnp.zeros(config.router_bias_shape, jnp.float32) if biased else None
-    return Pretrained(config, init_params(config, jax.random.key(seed)), bias_LC, hub, name, pathlib.Path(), {})
+    params = init_params(config, jax.random.key(seed))
+    return Pretrained(config, params, bias_LC, hub, family=name, path=pathlib.Path(), generation={})
