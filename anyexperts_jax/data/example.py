@@ -74,7 +74,11 @@ def _require_same_pixels(where: str, pixels: np.ndarray | None, evidence: np.nda
 
 def is_unicode(text: str) -> bool:
     """Whether the text can be encoded. Bytes of a command line that are no UTF-8 arrive as lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _require_text(where: str, name: str, text: Any) -> None:

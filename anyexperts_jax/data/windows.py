@@ -7,6 +7,7 @@ import numpy as np
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.tokenizers.base import Tokenizer
 
+_SPACES = (" ", "\n", "\t", "\u3000")
 FRAME = 2  # tokens beside the text's: what begins a sequence, and what ends a document
 
 
@@ -39,8 +40,6 @@ def cut(text: str, tokenizer: Tokenizer, max_length: int) -> Sequence[tuple[int,
 
 def _before_space(text: str, begin: int, stop: int) -> int:
     """`stop`, or the last white space before it in the second half of the stretch."""
-    middle = begin + (stop - begin) // 2
-    for at in range(stop, middle, -1):
-        if at < len(text) and text[at].isspace():
-            return at
-    return stop
+    middle = begin + (stop - begin) // 2 + 1
+    at = max(text.rfind(space, middle, stop + 1) for space in _SPACES)
+    return at if at > begin else stop
