@@ -176,8 +176,9 @@ def _shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, Sharding]:
 def _common_dtype(dtypes: list[np.dtype]) -> np.dtype:
     """The narrowest that holds all of them: of one parameter, for the types belong to tensors and not to files."""
     found = dtypes[0]
-    for dtype in set(dtypes):
-        found = np.dtype(jnp.promote_types(found, dtype))
+    with jax.numpy_dtype_promotion("standard"):  # the rule is asked for, whatever arrays are held to
+        for dtype in set(dtypes):
+            found = np.dtype(jnp.promote_types(found, dtype))
     return found if found.itemsize <= 4 else np.dtype(np.float32)  # JAX has no float64 unless it is told to
 
 
