@@ -48,6 +48,8 @@ class RowSource:
         self.fingerprint, self.held_out = rows.fingerprint, splits.held_out(split)
         self.rows_N = splits.rows_of(split)
         require(len(self.rows_N) > 0, splits.why_empty(name, split))
+        if split != "train":  # an evaluation takes the first ones, and files are often sorted by what is in them
+            self.rows_N = np.random.default_rng(int(rows.fingerprint, 16)).permutation(self.rows_N)
         first = self._first()
         self.question_types = self._types(first)
         self.is_corpus = isinstance(first, Document)
@@ -164,7 +166,7 @@ class RowSource:
                     whole = [[row, start, stop, i == ends] for i, (start, stop) in enumerate(pieces)]
                     file.write(np.array(whole or [[row, 0, -1, 1]], np.int64).tobytes())
 
-        key = (split, config.held_out, str(config.split_by), config.columns.text, spec.max_length)
+        key = ("shuffled", split, config.held_out, str(config.split_by), config.columns.text, spec.max_length)
         folder = made_once(build, "windows", self.fingerprint, self._tokenizer.fingerprint, *map(str, key))
         return Numbers(folder / "windows", np.int64, 4)
 

@@ -130,6 +130,15 @@ def test_mixtures_go_by_weight_or_temperature_and_count_their_epochs(write):
     assert passes["small"] == pytest.approx(160 * expected / lengths["small"])
 
 
+def test_an_evaluation_of_few_rows_is_a_sample_of_all(write):
+    """Files are often sorted by what is in them."""
+    source = open_source(write([question(i) for i in range(400)], held_out=0.2), "mine", "test")
+    first = [int(source[i].question[1:-1]) for i in range(20)]
+    assert first != sorted(first)
+    assert max(first) > 200 > min(first)
+    assert len(set(source.rows_N.tolist())) == len(source)
+
+
 def test_splits_by_hash_keep_equal_rows_together():
     keys = np.repeat(np.random.default_rng(0).integers(0, 2**64, 1000, dtype=np.uint64), 3)
     splits = hashed_splits(keys, 0.1).reshape(1000, 3)
