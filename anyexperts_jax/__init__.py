@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from anyexperts_jax.nn.moe import MoE, MoEContext
     from anyexperts_jax.ops.expert_mlp.api import expert_mlp
     from anyexperts_jax.ops.experts import ExpertOps, ExpertWeights
+    from anyexperts_jax.pretrained.attach import attach, detach
     from anyexperts_jax.pretrained.load import load_pretrained
     from anyexperts_jax.pretrained.model import Pretrained
     from anyexperts_jax.routing.budget import calibrate_budget, shift_budget
@@ -72,7 +73,9 @@ _HOMES = {
     "Tokenizer": "tokenizers.base",
     "UserError": "core.errors",
     "apply_plan": "dispatch.apply",
+    "attach": "pretrained.attach",
     "calibrate_budget": "routing.budget",
+    "detach": "pretrained.attach",
     "example_generator": "data.domain",
     "expert_mlp": "ops.expert_mlp.api",
     "load_pretrained": "pretrained.load",
@@ -122,7 +125,9 @@ __all__ = [
     "UserError",
     "__version__",
     "apply_plan",
+    "attach",
     "calibrate_budget",
+    "detach",
     "example_generator",
     "expert_mlp",
     "load_pretrained",

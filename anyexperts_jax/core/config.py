@@ -82,6 +82,7 @@ class AnyExpertsConfig:
         self._check_groups_fit()
         self._check_window()
         self._check_scores()
+        self._check_onset()
         for name in ("router_modalities", "router_hidden", "router_rank"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
         for name in ("balance_weight", "importance_weight", "z_weight", "alpha", "expert_bias_rate"):
@@ -177,6 +178,13 @@ class AnyExpertsConfig:
                 self.switches.iar != f"multiply_{score}" or self.scores == score,
                 f"iar={self.switches.iar!r} multiplies {score} scores, but scores={self.scores!r}; make them agree",
             )
+
+    def _check_onset(self) -> None:
+        if self.switches.onset == "full":
+            return
+        iar, site = self.switches.iar, self.switches.hsm_site
+        require(iar in ("add", "off"), f"onset='learned' fades in iar='add' or 'off', not iar={iar!r}")
+        require(site != "residual", "onset='learned' fades in hsm_site='block_input' or 'off', not 'residual'")
 
 
 def round_half_up(x: float) -> int:

@@ -13,6 +13,7 @@ ROUTERS: Registry[Any] = Registry(
     "router",
     {
         "linear": "anyexperts_jax.routing.routers.linear:LINEAR",
+        "linear_apart": "anyexperts_jax.routing.routers.linear:LINEAR_APART",
         "per_modality": "anyexperts_jax.routing.routers.linear:PER_MODALITY",
         "per_modality_shared": "anyexperts_jax.routing.routers.linear:PER_MODALITY_SHARED",
         "dtr": "anyexperts_jax.routing.routers.dtr:DTR",
