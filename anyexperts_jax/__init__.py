@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from anyexperts_jax.pretrained.attach import attach, detach
     from anyexperts_jax.pretrained.load import load_pretrained
     from anyexperts_jax.pretrained.model import Pretrained
+    from anyexperts_jax.pretrained.split import merge, split
     from anyexperts_jax.routing.budget import calibrate_budget, shift_budget
     from anyexperts_jax.routing.plan import RoutingPlan
     from anyexperts_jax.routing.regularisers import Importances
@@ -81,10 +82,12 @@ _HOMES = {
     "load_pretrained": "pretrained.load",
     "load_run": "evaluate.run",
     "make_mesh": "sharding.mesh",
+    "merge": "pretrained.split",
     "moe_apply": "dispatch.apply",
     "moe_apply_stats": "dispatch.apply",
     "route": "routing.route",
     "shift_budget": "routing.budget",
+    "split": "pretrained.split",
     "train_run": "evaluate.run",  # which the package `train` is when it is called
 }
 
@@ -133,10 +136,12 @@ __all__ = [
     "load_pretrained",
     "load_run",
     "make_mesh",
+    "merge",
     "moe_apply",
     "moe_apply_stats",
     "route",
     "shift_budget",
+    "split",
     "train",
 ]
 

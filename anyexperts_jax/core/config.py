@@ -71,6 +71,7 @@ class AnyExpertsConfig:
     router_modalities: int = NUM_MODALITIES  # M, of routers with per-modality weights
     router_hidden: int = 128  # Z, the width of a hypernetwork's code (reading: hidden x rank fits the added parameters)
     router_rank: int = 16  # Q, the rank of the maps a hypernetwork generates (reading)
+    router_markers: int = 4  # neurons of an expert by which the router "markers" estimates its output
     router_gelu: bool = False  # a GELU between a hypernetwork's two maps; EvoMoE's equation (5) has none
 
     switches: Switches = dataclasses.field(default_factory=Switches)  # what the paper leaves open, and ablations
@@ -83,7 +84,7 @@ class AnyExpertsConfig:
         self._check_window()
         self._check_scores()
         self._check_onset()
-        for name in ("router_modalities", "router_hidden", "router_rank"):
+        for name in ("router_modalities", "router_hidden", "router_rank", "router_markers"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
         for name in ("balance_weight", "importance_weight", "z_weight", "alpha", "expert_bias_rate"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative; it must be >= 0")

@@ -16,6 +16,7 @@ ROUTERS: Registry[Any] = Registry(
         "linear_apart": "anyexperts_jax.routing.routers.linear:LINEAR_APART",
         "per_modality": "anyexperts_jax.routing.routers.linear:PER_MODALITY",
         "per_modality_shared": "anyexperts_jax.routing.routers.linear:PER_MODALITY_SHARED",
+        "markers": "anyexperts_jax.routing.routers.markers:MARKERS",
         "dtr": "anyexperts_jax.routing.routers.dtr:DTR",
         "dtr_shared": "anyexperts_jax.routing.routers.dtr:DTR_SHARED",
     },

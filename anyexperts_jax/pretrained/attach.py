@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -137,13 +138,18 @@ def importance_bias(moe: AnyExpertsConfig, experts: int) -> float:
 
 def new_leaves(config: ModelConfig, have: dict[str, Any], placement: Placement, seed: int) -> dict[str, Any]:
     """Initial values of the parameters that are not in `have`, where they belong on its devices."""
+    names = tuple(name for name in named_leaves(abstract_params(config)) if name not in have)
+    return on_devices(config, init_leaves(config, jax.random.key(seed), names), placement)
+
+
+def on_devices(config: ModelConfig, values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+    """Parameters of the model by name, put where they belong; other names are left out."""
     shapes = abstract_params(config)
-    names = tuple(name for name in named_leaves(shapes) if name not in have)
-    values = init_leaves(config, jax.random.key(seed), names)
+    known = {name: values[name] for name in named_leaves(shapes) if name in values}
     if not is_split(placement):
-        return {name: jax.device_put(value, placement.device) for name, value in values.items()}
+        return {name: jax.device_put(value, placement.device) for name, value in known.items()}
     shardings = named_leaves(param_shardings(placement.mesh, logical_axes(config), shapes))
-    return {name: jax.device_put(value, shardings[name]) for name, value in values.items()}
+    return {name: jax.device_put(value, shardings[name]) for name, value in known.items()}
 
 
 def _with_virtual(bias_LC: Float[Array, "L E"] | None, num_virtual: int) -> Float[Array, "L C"] | None:

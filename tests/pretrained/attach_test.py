@@ -70,11 +70,11 @@ def test_two_steps_of_training_leave_the_point(tmp_path):
     model = attach(base, k_min=2, k_max=5, num_virtual=3)
     gradient = jax.jit(jax.grad(lambda params: loss_of(model, params)))
     params = model.params
-    for _ in range(2):
+    for rate in (0.01, 0.006):  # unequal, so that no two steps cancel
         step = gradient(params)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(step))
         # Signs alone, as Adam's first steps have them.
-        params = jax.tree.map(lambda p, g: p - 0.01 * jnp.sign(g).astype(p.dtype), params, step)
+        params = jax.tree.map(lambda p, g, rate=rate: p - rate * jnp.sign(g).astype(p.dtype), params, step)
     before, after = named_leaves(model.params), named_leaves(params)
     new = [name for name in before if name not in named_leaves(base.params)]
     assert {name.rsplit("moe/", 1)[1] for name in new} >= {
