@@ -24,7 +24,7 @@ from anyexperts_jax.pretrained.neurons import Groups, Method, Network, group_neu
 
 ROUTER = "markers"
 _ROWS, _LENGTH = 8, 256  # of the calibration text, in tokens
-_GATE, _UP = (f"{MOE_LAYERS}moe/router/{name}_kernel" for name in ("gate", "up"))
+ROUTER_NAMES = (f"{MOE_LAYERS}moe/router/gate_kernel", f"{MOE_LAYERS}moe/router/up_kernel")
 _CUT = ("num_dense_layers", "moe_every", "expert_d_ff", "num_shared_experts")  # of StackConfig, what split changes
 _SHARED = f"{MOE_LAYERS}moe/shared/"
 
@@ -207,7 +207,7 @@ def _router_leaves(leaves: Mapping[str, Any], found: Sequence[Groups]) -> dict[s
         gates.append(np.asarray(leaves[gate], np.float32)[:, own_Q])
         scale_Q = np.repeat(groups.scale_E, groups.markers_EM.shape[1])
         ups.append(np.asarray(leaves[up], np.float32)[:, own_Q] * scale_Q)
-    return {_GATE: np.stack(gates), _UP: np.stack(ups)}
+    return dict(zip(ROUTER_NAMES, (np.stack(gates), np.stack(ups)), strict=True))
 
 
 def _parts(leaves: Mapping[str, Any], shared: int) -> dict[str, list[np.ndarray]]:
