@@ -47,7 +47,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.add_argument("--shared", type=natural, default=0, metavar="S", help="of them, groups that serve every token")
     parser.add_argument(
-        "--text", type=pathlib.Path, metavar="FILE", help="neurons are grouped by what they do on it (default: random ids)"
+        "--text",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="neurons are grouped by what they do on it (default: random ids)",
     )
     parser.add_argument(
         "--method",

@@ -22,6 +22,20 @@ ROUTERS: Registry[Any] = Registry(
     },
 )
 
+# routing.policies.Policy: how many slots a token gets, beside "importance", which is the paper's
+POLICIES: Registry[Any] = Registry(
+    "policy",
+    {
+        "static": "anyexperts_jax.routing.policies:STATIC",
+        "mixed": "anyexperts_jax.routing.policies:MIXED",
+        "top_p": "anyexperts_jax.routing.policies:TOP_P",
+        "score_gap": "anyexperts_jax.routing.policies:SCORE_GAP",
+        "threshold": "anyexperts_jax.routing.policies:THRESHOLD",
+        "logit_threshold": "anyexperts_jax.routing.policies:LOGIT_THRESHOLD",
+        "shuffled": "anyexperts_jax.routing.policies:SHUFFLED",
+    },
+)
+
 # routing.regularisers.Regulariser: what keeps the importance, and so the budget, from drifting
 REGULARISERS: Registry[Any] = Registry(
     "importance regulariser",

@@ -152,9 +152,7 @@ class MoE(nn.Module):
         strength = self._strength()
         if self.config.switches.hsm_site == "block_input":
             importance_BT = importance(importance_logits_BT)
-            x_BTD = modulate(
-                x_BTD, importance_BT if strength is None else strength * importance_BT, self.config.alpha
-            )
+            x_BTD = modulate(x_BTD, importance_BT if strength is None else strength * importance_BT, self.config.alpha)
         x_ND = x_BTD.reshape(batch * length, d_model)
         plan = self._plan(x_ND, importance_logits_BT, context, strength)
         weights = Experts(

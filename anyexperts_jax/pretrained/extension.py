@@ -83,7 +83,9 @@ def with_extension(base: Pretrained, folder: pathlib.Path) -> Pretrained:
     if not path.is_file():
         return base
     settings = parse_json_object(read_text(path, SETTINGS), str(path))
-    require(set(settings) == {"kind", "moe", "shared"}, f"{path} must hold kind, moe and shared; export the model again")
+    require(
+        set(settings) == {"kind", "moe", "shared"}, f"{path} must hold kind, moe and shared; export the model again"
+    )
     require_one_of(f"{path}: kind", settings["kind"], ("attached", "split"))
     moe, tensors = _policy(settings["moe"], path), _tensors(folder)
     if settings["kind"] == "split":
@@ -140,4 +142,3 @@ def _require_shapes(found: Mapping[str, np.ndarray], wanted: Mapping[str, Any], 
             value.shape == wanted[name].shape,
             f"{folder / TENSORS}: {name} is {list(value.shape)}, {SETTINGS} wants {list(wanted[name].shape)}",
         )
-

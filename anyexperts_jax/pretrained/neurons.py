@@ -41,7 +41,7 @@ class Groups:
 
 
 def group_neurons(
-    network: Network, num_experts: int, num_shared: int, markers: int, method: Method, seed: int
+    network: Network, num_experts: int, num_shared: int, *, markers: int, method: Method, seed: int
 ) -> Groups:
     """Cuts the F neurons into `num_experts` groups of one size, of which the first `num_shared` serve every token.
 

@@ -66,7 +66,9 @@ def split(
     found = []
     for layer, x_ND in enumerate(inputs):
         weights = (np.asarray(leaves[name], np.float32) for name in _dense_kernels(layer))
-        found.append(group_neurons(Network(x_ND, *weights), num_experts, num_shared, markers, method, seed))
+        found.append(
+            group_neurons(Network(x_ND, *weights), num_experts, num_shared, markers=markers, method=method, seed=seed)
+        )
     order_LF = np.stack([groups.order_F for groups in found]).astype(np.int32)
     return assemble(m, config, order_LF, _router_leaves(leaves, found))
 
@@ -107,7 +109,8 @@ def split_config(config: ModelConfig, num_experts: int, num_shared: int, markers
     require(stack.num_moe_layers == 0, "split: the model has experts already; a dense one is needed")
     require(not stack.mlp_bias, "split: the model's networks have biases, which experts do not")
     require(
-        0 <= num_shared < num_experts, f"split: num_shared={num_shared} must be from 0 to below num_experts={num_experts}"
+        0 <= num_shared < num_experts,
+        f"split: num_shared={num_shared} must be from 0 to below num_experts={num_experts}",
     )
     fitting = [n for n in range(2, stack.d_ff + 1) if stack.d_ff % n == 0]
     require(
@@ -117,7 +120,7 @@ def split_config(config: ModelConfig, num_experts: int, num_shared: int, markers
     require(markers >= 1, f"split: markers={markers} must be >= 1")
     routed = num_experts - num_shared
     moe = AnyExpertsConfig.static_top_k(routed, routed, router=ROUTER, router_markers=markers, normalisation="one")
-    fields = {"num_dense_layers": 0, "moe_every": 1, "expert_d_ff": stack.d_ff // num_experts}
+    fields: dict[str, Any] = {"num_dense_layers": 0, "moe_every": 1, "expert_d_ff": stack.d_ff // num_experts}
     return dataclasses.replace(
         config, moe=moe, stack=dataclasses.replace(stack, num_shared_experts=num_shared, **fields)
     )
@@ -179,7 +182,9 @@ def _network_inputs(m: Pretrained, tokens_BT: np.ndarray) -> list[np.ndarray]:
     """What goes into the dense network of each layer, [N, D] float32."""
     require(tokens_BT.ndim == 2 and tokens_BT.size > 0, f"text has shape {tokens_BT.shape}; ids must be [B, T]")
     top = int(tokens_BT.max())
-    require(0 <= int(tokens_BT.min()) and top < m.config.vocab_size, f"text holds the id {top}, which the model has not")
+    require(
+        int(tokens_BT.min()) >= 0 and top < m.config.vocab_size, f"text holds the id {top}, which the model has not"
+    )
     inputs = _capture((m.config, m.placement), m.params, jnp.asarray(tokens_BT, jnp.int32))
     return [np.asarray(x_BTD, np.float32).reshape(-1, x_BTD.shape[-1]) for x_BTD in inputs]
 

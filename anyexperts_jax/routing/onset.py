@@ -27,7 +27,9 @@ def faded_logits(
 
     At s = 0 the virtual columns are -inf and their gradient is zero.
     """
-    tilt_N1 = strength * importance_N[:, None] if config.switches.iar == "add" else jnp.zeros_like(importance_N)[:, None]
+    tilt_N1 = (
+        strength * importance_N[:, None] if config.switches.iar == "add" else jnp.zeros_like(importance_N)[:, None]
+    )
     real_NE = logits_NC[:, : config.num_experts] + tilt_N1
     off = strength == 0
     log_strength = jnp.where(off, -jnp.inf, jnp.log(jnp.abs(jnp.where(off, 1.0, strength))))

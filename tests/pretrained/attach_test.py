@@ -1,4 +1,4 @@
-"""Variable slots on a model that was read: the base's bits at first, its weights back, and a start that training leaves."""
+"""Variable slots on a model that was read: the base's bits at first, and its weights back."""
 
 import dataclasses
 
@@ -85,7 +85,9 @@ def test_two_steps_of_training_leave_the_point(tmp_path):
         "router/virtual_bias",
     }
     for name in new:
-        moved = np.abs(np.asarray(after[name]) - np.asarray(before[name])).reshape(before[name].shape[0], -1).max(axis=1)
+        moved = (
+            np.abs(np.asarray(after[name]) - np.asarray(before[name])).reshape(before[name].shape[0], -1).max(axis=1)
+        )
         assert (moved > 0).all(), name
     trained = dataclasses.replace(model, params=params)
     assert not np.array_equal(trained.logits(TOKENS_BT), base.logits(TOKENS_BT))

@@ -18,7 +18,9 @@ _TINY = 1e-20  # keeps the logarithm of a norm of 0 finite
 
 
 def _params(config: AnyExpertsConfig, d_model: int, columns: int) -> dict[str, Param]:
-    require(columns == config.num_experts, f"router='markers' has no virtual experts, but num_virtual={config.num_virtual}")
+    require(
+        columns == config.num_experts, f"router='markers' has no virtual experts, but num_virtual={config.num_virtual}"
+    )
     shape = (d_model, config.num_experts * config.router_markers)
     return {name: Param(shape, ("embed", "router"), FanIn()) for name in ("gate_kernel", "up_kernel")}
 
