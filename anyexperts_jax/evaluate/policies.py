@@ -66,7 +66,7 @@ def text_sample(m: Pretrained, text: str, tokens: int, length: int) -> TextSampl
 
 
 def policy_names(m: Pretrained) -> tuple[str, ...]:
-    """What a model can be measured with: by the router's scores, or by its own importance where it has virtual slots."""
+    """What fits a model: policies by its router's scores, or its own importance where it has variable slots."""
     if m.config.moe.uses_importance or m.config.moe.num_virtual:
         return (IMPORTANCE,)
     return (*POLICIES.names(), LAYERS, ORACLE)

@@ -1,7 +1,7 @@
-"""This package's own form of an export: the hub's folder of the base, and beside it what was attached or how it was cut.
+"""This package's own form of an export: the base in the hub's layout, and beside it what was done to it.
 
-Two files more: `anyexperts.json`, the kind and the routing policy, and `anyexperts.safetensors`, the parameters that the
-base has no place for. Other tools read the folder as the base; `load_pretrained` reads all of it.
+Two files more: `anyexperts.json`, the kind and the routing policy, and `anyexperts.safetensors`, the parameters that
+the base has no place for. Other tools read the folder as the base; `load_pretrained` reads all of it.
 """
 
 import dataclasses

@@ -64,11 +64,10 @@ def split(
     inputs = _network_inputs(m, calibration_tokens(m, text, seed))
     leaves = named_leaves(m.params)
     found = []
+    how: dict[str, Any] = {"markers": markers, "method": method, "seed": seed}
     for layer, x_ND in enumerate(inputs):
         weights = (np.asarray(leaves[name], np.float32) for name in _dense_kernels(layer))
-        found.append(
-            group_neurons(Network(x_ND, *weights), num_experts, num_shared, markers=markers, method=method, seed=seed)
-        )
+        found.append(group_neurons(Network(x_ND, *weights), num_experts, num_shared, **how))
     order_LF = np.stack([groups.order_F for groups in found]).astype(np.int32)
     return assemble(m, config, order_LF, _router_leaves(leaves, found))
 

@@ -74,7 +74,7 @@ def _logit_threshold(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
 
 
 def _shuffled(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
-    """The numbers of top_p, dealt out to the tokens at random: what is left of a policy when its choice means nothing."""
+    """The numbers of top_p, dealt out to the tokens at random: what a policy is worth whose choice means nothing."""
     return jax.random.permutation(jax.random.key(0), _top_p(seen, dial))
 
 

@@ -16,7 +16,9 @@ Window = Float[ArrayLike, "2"] | Sequence[float]
 
 
 def check_window(config: AnyExpertsConfig, window: Any) -> tuple[float, float] | None:
-    """Checks a window, (k_min, k_max), or (dial, most slots) where the configuration names an entry of POLICIES. Returns (k_min, k_max), or None for a traced window, whose values are not known yet.
+    """Checks a window: (k_min, k_max), or (dial, most slots) where the configuration names an entry of POLICIES.
+
+    Returns it, or None for a traced window, whose values are not known yet.
 
     A traced window is clipped to [1, slots_bound] where it is used. The caller should check its values here before
     tracing.
