@@ -10,7 +10,15 @@ if TYPE_CHECKING:
     from anyexperts_jax.core.config import AnyExpertsConfig
     from anyexperts_jax.core.errors import UserError
     from anyexperts_jax.core.initializers import Constant, FanIn, Normal, Param
-    from anyexperts_jax.core.registries import DISPATCHERS, FAMILIES, IMPLEMENTATIONS, REGULARISERS, ROUTERS, TOKENIZERS
+    from anyexperts_jax.core.registries import (
+        DISPATCHERS,
+        FAMILIES,
+        IMPLEMENTATIONS,
+        POLICIES,
+        REGULARISERS,
+        ROUTERS,
+        TOKENIZERS,
+    )
     from anyexperts_jax.core.switches import Switches
     from anyexperts_jax.data.domain import example_generator
     from anyexperts_jax.data.example import Example
@@ -58,6 +66,7 @@ _HOMES = {
     "MoE": "nn.moe",
     "MoEContext": "nn.moe",
     "Normal": "core.initializers",
+    "POLICIES": "core.registries",
     "Param": "core.initializers",
     "Placement": "sharding.placement",
     "Pretrained": "pretrained.model",

@@ -13,12 +13,12 @@ ROUTERS: Registry[Any] = Registry(
     "router",
     {
         "linear": "anyexperts_jax.routing.routers.linear:LINEAR",
-        "linear_apart": "anyexperts_jax.routing.routers.linear:LINEAR_APART",
         "per_modality": "anyexperts_jax.routing.routers.linear:PER_MODALITY",
         "per_modality_shared": "anyexperts_jax.routing.routers.linear:PER_MODALITY_SHARED",
-        "markers": "anyexperts_jax.routing.routers.markers:MARKERS",
         "dtr": "anyexperts_jax.routing.routers.dtr:DTR",
         "dtr_shared": "anyexperts_jax.routing.routers.dtr:DTR_SHARED",
+        "linear_apart": "anyexperts_jax.routing.routers.linear:LINEAR_APART",
+        "markers": "anyexperts_jax.routing.routers.markers:MARKERS",
     },
 )
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.initializers import FanIn, Param
 from anyexperts_jax.routing.routers.base import Params, Router, linear_logits
 
@@ -18,21 +17,20 @@ _TINY = 1e-20  # keeps the logarithm of a norm of 0 finite
 
 
 def _params(config: AnyExpertsConfig, d_model: int, columns: int) -> dict[str, Param]:
-    require(
-        columns == config.num_experts, f"router='markers' has no virtual experts, but num_virtual={config.num_virtual}"
-    )
     shape = (d_model, config.num_experts * config.router_markers)
-    return {name: Param(shape, ("embed", "router"), FanIn()) for name in ("gate_kernel", "up_kernel")}
+    own = {name: Param(shape, ("embed", "router"), FanIn()) for name in ("gate_kernel", "up_kernel")}
+    virtual = columns - config.num_experts
+    return {**own, "virtual_kernel": Param((d_model, virtual), ("embed", "router"), FanIn())} if virtual else own
 
 
 def _logits(
     config: AnyExpertsConfig, params: Params, x_ND: Float[Array, "N D"], modality_N: Int[Array, "N"] | None
-) -> Float[Array, "N E"]:
-    gate_NQ, up_NQ = (
-        linear_logits(config, {"kernel": params[name]}, x_ND, modality_N) for name in ("gate_kernel", "up_kernel")
-    )
-    size_NQ = jnp.abs(jax.nn.silu(gate_NQ) * up_NQ)
-    return jnp.log(size_NQ.reshape(x_ND.shape[0], config.num_experts, -1).mean(axis=-1) + _TINY)
+) -> Float[Array, "N C"]:
+    """Virtual experts, which have no neurons, get a linear map."""
+    mapped = {name: linear_logits(config, {"kernel": kernel}, x_ND, modality_N) for name, kernel in params.items()}
+    size_NQ = jnp.abs(jax.nn.silu(mapped["gate_kernel"]) * mapped["up_kernel"])
+    real_NE = jnp.log(size_NQ.reshape(x_ND.shape[0], config.num_experts, -1).mean(axis=-1) + _TINY)
+    return jnp.concatenate([real_NE, mapped["virtual_kernel"]], axis=1) if "virtual_kernel" in mapped else real_NE
 
 
 MARKERS = Router(_params, _logits)
