@@ -10,7 +10,15 @@ if TYPE_CHECKING:
     from anyexperts_jax.core.config import AnyExpertsConfig
     from anyexperts_jax.core.errors import UserError
     from anyexperts_jax.core.initializers import Constant, FanIn, Normal, Param
-    from anyexperts_jax.core.registries import DISPATCHERS, FAMILIES, IMPLEMENTATIONS, REGULARISERS, ROUTERS, TOKENIZERS
+    from anyexperts_jax.core.registries import (
+        DISPATCHERS,
+        FAMILIES,
+        IMPLEMENTATIONS,
+        POLICIES,
+        REGULARISERS,
+        ROUTERS,
+        TOKENIZERS,
+    )
     from anyexperts_jax.core.switches import Switches
     from anyexperts_jax.data.domain import example_generator
     from anyexperts_jax.data.example import Example
@@ -24,8 +32,10 @@ if TYPE_CHECKING:
     from anyexperts_jax.nn.moe import MoE, MoEContext
     from anyexperts_jax.ops.expert_mlp.api import expert_mlp
     from anyexperts_jax.ops.experts import ExpertOps, ExpertWeights
+    from anyexperts_jax.pretrained.attach import attach, detach
     from anyexperts_jax.pretrained.load import load_pretrained
     from anyexperts_jax.pretrained.model import Pretrained
+    from anyexperts_jax.pretrained.split import merge, split
     from anyexperts_jax.routing.budget import calibrate_budget, shift_budget
     from anyexperts_jax.routing.plan import RoutingPlan
     from anyexperts_jax.routing.regularisers import Importances
@@ -56,6 +66,7 @@ _HOMES = {
     "MoE": "nn.moe",
     "MoEContext": "nn.moe",
     "Normal": "core.initializers",
+    "POLICIES": "core.registries",
     "Param": "core.initializers",
     "Placement": "sharding.placement",
     "Pretrained": "pretrained.model",
@@ -72,16 +83,20 @@ _HOMES = {
     "Tokenizer": "tokenizers.base",
     "UserError": "core.errors",
     "apply_plan": "dispatch.apply",
+    "attach": "pretrained.attach",
     "calibrate_budget": "routing.budget",
+    "detach": "pretrained.attach",
     "example_generator": "data.domain",
     "expert_mlp": "ops.expert_mlp.api",
     "load_pretrained": "pretrained.load",
     "load_run": "evaluate.run",
     "make_mesh": "sharding.mesh",
+    "merge": "pretrained.split",
     "moe_apply": "dispatch.apply",
     "moe_apply_stats": "dispatch.apply",
     "route": "routing.route",
     "shift_budget": "routing.budget",
+    "split": "pretrained.split",
     "train_run": "evaluate.run",  # which the package `train` is when it is called
 }
 
@@ -122,16 +137,20 @@ __all__ = [
     "UserError",
     "__version__",
     "apply_plan",
+    "attach",
     "calibrate_budget",
+    "detach",
     "example_generator",
     "expert_mlp",
     "load_pretrained",
     "load_run",
     "make_mesh",
+    "merge",
     "moe_apply",
     "moe_apply_stats",
     "route",
     "shift_budget",
+    "split",
     "train",
 ]
 

@@ -3,10 +3,22 @@
 import argparse
 import dataclasses
 
+from anyexperts_jax.cli import evaluate_text
 from anyexperts_jax.cli.options import add_command, add_data, add_run, mesh_of, positive, positive_number, say
 
 
 def run(options: argparse.Namespace) -> None:
+    from anyexperts_jax.core.errors import require
+    from anyexperts_jax.pretrained.load import is_checkpoint
+
+    if is_checkpoint(options.run):
+        evaluate_text.run(options)
+    else:
+        require(options.text is None, f"{options.run} is no published checkpoint; a run has data of its own")
+        _evaluate_a_run(options)
+
+
+def _evaluate_a_run(options: argparse.Namespace) -> None:
     from anyexperts_jax.data.config import named_places
     from anyexperts_jax.evaluate.evaluate import Options, evaluate
     from anyexperts_jax.report.tables import print_evaluation
@@ -22,10 +34,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = add_command(
         commands,
         "evaluate",
-        "score one checkpoint at several budgets",
+        "score a run, or a published model on a text, at several budgets",
         (
             "anyexperts evaluate runs/mine --budget 4.8 6.4 8.0 9.6",
             "anyexperts evaluate runs/mine --metric mine=cer",
+            "anyexperts evaluate models/mine --text wiki.txt --budget 2 4.5 --policy static top_p oracle",
             "anyexperts evaluate runs/mine --domain ocr speech --examples 256 --checkpoint last",
         ),
     )
@@ -54,4 +67,5 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=32,
         help="validation examples of each domain that set the window",
     )
+    evaluate_text.add_options(parser)
     parser.set_defaults(command=run)

@@ -24,6 +24,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.add_argument("path", type=pathlib.Path, help="a folder with config.json and safetensors, or a GGUF file")
     parser.add_argument("out", type=pathlib.Path, help="a new folder")
-    parser.add_argument("--form", default="hub", choices=("hub",), help="hub: a tensor for each expert")
+    parser.add_argument(
+        "--form",
+        default="hub",
+        choices=("hub", "anyexperts"),
+        help="hub: a tensor for each expert; anyexperts: for attached slots or split networks, with what the hub's "
+        "layout has no place for beside it",
+    )
     parser.add_argument("--shard-gb", type=positive_number, default=5.0, metavar="GB", help="of a file of weights")
     parser.set_defaults(command=run)

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.core.modality import NUM_MODALITIES
-from anyexperts_jax.core.registries import ROUTERS
+from anyexperts_jax.core.registries import POLICIES, ROUTERS
 from anyexperts_jax.core.switches import Switches
 
 T = TypeVar("T")
@@ -68,9 +68,13 @@ class AnyExpertsConfig:
     groups_kept: int = 1  # groups a token may choose from: the best by the sum of their top two
 
     router: str = "linear"  # what computes the logits, an entry of ROUTERS; the dtr ones are EvoMoE's
+    policy: str = "importance"  # what decides a token's slots: importance, as in the paper, or an entry of POLICIES
+    policy_dial: float = 1.0  # of an entry of POLICIES: its one number; k_max is the most slots it gives
+
     router_modalities: int = NUM_MODALITIES  # M, of routers with per-modality weights
     router_hidden: int = 128  # Z, the width of a hypernetwork's code (reading: hidden x rank fits the added parameters)
     router_rank: int = 16  # Q, the rank of the maps a hypernetwork generates (reading)
+    router_markers: int = 4  # neurons of an expert by which the router "markers" estimates its output
     router_gelu: bool = False  # a GELU between a hypernetwork's two maps; EvoMoE's equation (5) has none
 
     switches: Switches = dataclasses.field(default_factory=Switches)  # what the paper leaves open, and ablations
@@ -82,7 +86,9 @@ class AnyExpertsConfig:
         self._check_groups_fit()
         self._check_window()
         self._check_scores()
-        for name in ("router_modalities", "router_hidden", "router_rank"):
+        self._check_onset()
+        self._check_policy()
+        for name in ("router_modalities", "router_hidden", "router_rank", "router_markers"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
         for name in ("balance_weight", "importance_weight", "z_weight", "alpha", "expert_bias_rate"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} is negative; it must be >= 0")
@@ -177,6 +183,21 @@ class AnyExpertsConfig:
                 self.switches.iar != f"multiply_{score}" or self.scores == score,
                 f"iar={self.switches.iar!r} multiplies {score} scores, but scores={self.scores!r}; make them agree",
             )
+
+    def _check_policy(self) -> None:
+        require_one_of("policy", self.policy, ("importance", *POLICIES.names()))
+        require(math.isfinite(self.policy_dial), f"policy_dial={self.policy_dial} must be finite")
+        require(
+            self.policy == "importance" or self.k_min == self.k_max,
+            f"policy={self.policy!r} reads no importance: set k_min={self.k_min} to k_max={self.k_max}, the most slots",
+        )
+
+    def _check_onset(self) -> None:
+        if self.switches.onset == "full":
+            return
+        iar, site = self.switches.iar, self.switches.hsm_site
+        require(iar in ("add", "off"), f"onset='learned' fades in iar='add' or 'off', not iar={iar!r}")
+        require(site != "residual", "onset='learned' fades in hsm_site='block_input' or 'off', not 'residual'")
 
 
 def round_half_up(x: float) -> int:

@@ -17,6 +17,22 @@ ROUTERS: Registry[Any] = Registry(
         "per_modality_shared": "anyexperts_jax.routing.routers.linear:PER_MODALITY_SHARED",
         "dtr": "anyexperts_jax.routing.routers.dtr:DTR",
         "dtr_shared": "anyexperts_jax.routing.routers.dtr:DTR_SHARED",
+        "linear_apart": "anyexperts_jax.routing.routers.linear:LINEAR_APART",
+        "markers": "anyexperts_jax.routing.routers.markers:MARKERS",
+    },
+)
+
+# routing.policies.Policy: how many slots a token gets, beside "importance", which is the paper's
+POLICIES: Registry[Any] = Registry(
+    "policy",
+    {
+        "static": "anyexperts_jax.routing.policies:STATIC",
+        "mixed": "anyexperts_jax.routing.policies:MIXED",
+        "top_p": "anyexperts_jax.routing.policies:TOP_P",
+        "score_gap": "anyexperts_jax.routing.policies:SCORE_GAP",
+        "threshold": "anyexperts_jax.routing.policies:THRESHOLD",
+        "logit_threshold": "anyexperts_jax.routing.policies:LOGIT_THRESHOLD",
+        "shuffled": "anyexperts_jax.routing.policies:SHUFFLED",
     },
 )
 

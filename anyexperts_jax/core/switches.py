@@ -15,10 +15,11 @@ Iar = Literal["add", "multiply_logits", "multiply_sigmoid", "multiply_softmax", 
 Selection = Literal["logits", "scores"]
 VirtualLogits = Literal["free", "tied"]
 VirtualOutput = Literal["identity", "zero"]
-Normalisation = Literal["all", "real", "none", "all_raw_gradient"]
+Normalisation = Literal["all", "real", "none", "one", "all_raw_gradient"]
 BalanceScope = Literal["batch", "sequence"]
 SalienceScope = Literal["batch", "device", "sequence"]
 SlotGradient = Literal["none", "straight_through"]
+Onset = Literal["full", "learned"]
 
 _CHOICES = {
     "importance_mlp": ImportanceMLP,
@@ -33,6 +34,7 @@ _CHOICES = {
     "balance_scope": BalanceScope,
     "salience_scope": SalienceScope,
     "slot_gradient": SlotGradient,
+    "onset": Onset,
 }
 
 
@@ -60,6 +62,7 @@ class Switches:
     importance_target: float = 0.5  # of the mean importance, for mean_target
     salience_scope: SalienceScope = "batch"  # the tokens among which salience ranks a token; see routing.salience
     slot_gradient: SlotGradient = "none"  # straight_through, an extension of ours: gives the rounded K_i a gradient
+    onset: Onset = "full"  # learned, an extension of ours: the method fades in from nothing; see routing.onset
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -77,7 +77,7 @@ class MultimodalModel(nn.Module):
         batch: Batch,
         *,
         router_bias_LC: Float[Array, "L C"] | None = None,
-        window: Float[Array, "2"] | None = None,
+        window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
     ) -> ModelOutput:
         """Teacher-forced logits.
@@ -85,7 +85,7 @@ class MultimodalModel(nn.Module):
         Args:
           batch: at most `max_length` positions, with the features of patches and frames the encoders expect.
           router_bias_LC: the expert biases of loss-free balancing; needed with `moe.expert_bias`, unused without.
-          window: (k_min, k_max) in place of the configuration's, for every layer.
+          window: (k_min, k_max) in place of the configuration's, for every layer, or [L, 2], one for each.
           importance_logits_BT: in place of every layer's own.
 
         Raises:
@@ -101,7 +101,7 @@ class MultimodalModel(nn.Module):
         batch: Batch,
         *,
         router_bias_LC: Float[Array, "L C"] | None = None,
-        window: Float[Array, "2"] | None = None,
+        window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
     ) -> ModelOutput:
         """The call from `embed` on: what follows the embedded sequence, for those who ask what depends on it."""
@@ -119,7 +119,7 @@ class MultimodalModel(nn.Module):
         cache: StackCache,
         *,
         router_bias_LC: Float[Array, "L C"] | None = None,
-        window: Float[Array, "2"] | None = None,
+        window: Float[Array, "*layers 2"] | None = None,
     ) -> tuple[Float[Array, "B Y"], StackCache]:
         """Logits after each sequence's last valid position, and the cache filled with the sequences.
 
@@ -140,7 +140,7 @@ class MultimodalModel(nn.Module):
         cache: StackCache,
         *,
         router_bias_LC: Float[Array, "L C"] | None = None,
-        window: Float[Array, "2"] | None = None,
+        window: Float[Array, "*layers 2"] | None = None,
     ) -> tuple[Float[Array, "B Y"], StackCache]:
         """Logits after one more text token per sequence, at its own position; where not live, anything."""
         text = TextPart(tokens_B[:, None], positions_B, live_B.astype(jnp.int32))
@@ -153,7 +153,7 @@ class MultimodalModel(nn.Module):
         cache: StackCache,
         *,
         router_bias_LC: Float[Array, "L C"] | None = None,
-        window: Float[Array, "2"] | None = None,
+        window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B Y"], RoutingTrace, StackCache]:
         """Logits after the last of further text tokens, each sequence's from its own position on, and the trace.
@@ -198,7 +198,7 @@ class MultimodalModel(nn.Module):
         return x_BTD + self.modality(modality_BT) if self.config.modality_embedding else x_BTD
 
     def _batch_context(
-        self, batch: Batch, mask: Bool[Array, "B T S"] | CausalMask, window: Float[Array, "2"] | None
+        self, batch: Batch, mask: Bool[Array, "B T S"] | CausalMask, window: Float[Array, "*layers 2"] | None
     ) -> BlockContext:
         """Positions in the row are where a cache is written; those in the segment are what attention tells apart."""
         return BlockContext(

@@ -32,7 +32,7 @@ class BlockContext:
     valid_BT: Bool[Array, "B T"]
     mask: Bool[Array, "B T S"] | CausalMask  # True: position t attends to s
     rotation: Rotations | None = None
-    window: Float[Array, "2"] | None = None
+    window: Float[Array, "*layers 2"] | None = None  # for all MoE layers, or one for each
     modality_BT: Int[Array, "B T"] | None = None  # for routers with per-modality weights
     segment_BT: Int[Array, "B T"] | None = None  # for layers that separate packed examples; attention uses the mask
     importance_logits_BT: Float[Array, "B T"] | None = None  # replace every layer's own, where the caller has them
@@ -128,6 +128,7 @@ class MoEBlock(nn.Module):
         context: BlockContext,
         bias_C: Float[Array, "C"] | None = None,
         cache: MoEBlockCache | None = None,
+        window: Float[Array, "2"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[RoutingTrace, MoEBlockCache | None]]:
         config = self.config
         x_BTD, before = dense_blocks(config, self.placement, DenseBlock, "before", config.moe_every - 1)(
@@ -154,7 +155,8 @@ class MoEBlock(nn.Module):
             name="moe",
         )
         normed_BTD = _norm(config, "norm")(x_BTD)
-        seen = MoEContext(context.valid_BT, context.modality_BT, context.window, bias_C, importance_logits_BT)
+        window = context.window if window is None else window
+        seen = MoEContext(context.valid_BT, context.modality_BT, window, bias_C, importance_logits_BT)
         y_BTD, trace = layer(normed_BTD, seen)
         written = None if before is None or own is None else MoEBlockCache(before, own)
         return x_BTD + y_BTD, (trace, written)

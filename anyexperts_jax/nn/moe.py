@@ -14,7 +14,7 @@ from anyexperts_jax.core.arrays import as_array, as_floats
 from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require, require_one_of
-from anyexperts_jax.core.initializers import FanIn
+from anyexperts_jax.core.initializers import Constant, FanIn
 from anyexperts_jax.core.remat import ROUTER_LOGITS
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.dispatch.apply import apply_plan
@@ -26,6 +26,7 @@ from anyexperts_jax.nn.params import named
 from anyexperts_jax.nn.router import Router
 from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.routing.importance import importance, modulate
+from anyexperts_jax.routing.onset import faded_logits
 from anyexperts_jax.routing.plan import RoutingPlan
 from anyexperts_jax.routing.route import Window, route
 from anyexperts_jax.routing.routers.shuffle import shuffled_logits
@@ -148,10 +149,12 @@ class MoE(nn.Module):
         context = _checked(self.config, context, fields, x_BTD.shape[:2])
         batch, length, d_model = x_BTD.shape
         importance_logits_BT = self._importance_logits(x_BTD, context)
+        strength = self._strength()
         if self.config.switches.hsm_site == "block_input":
-            x_BTD = modulate(x_BTD, importance(importance_logits_BT), self.config.alpha)
+            importance_BT = importance(importance_logits_BT)
+            x_BTD = modulate(x_BTD, importance_BT if strength is None else strength * importance_BT, self.config.alpha)
         x_ND = x_BTD.reshape(batch * length, d_model)
-        plan = self._plan(x_ND, importance_logits_BT, context)
+        plan = self._plan(x_ND, importance_logits_BT, context, strength)
         weights = Experts(
             self.config.num_experts, self.d_ff, self.residual_scale, self.dtype, self.param_dtype, name="experts"
         )(d_model)
@@ -178,13 +181,27 @@ class MoE(nn.Module):
             logits_BT = jnp.zeros(x_BTD.shape[:2], jnp.float32)
         return checkpoint_name(logits_BT, ROUTER_LOGITS)
 
-    def _plan(self, x_ND: Array, importance_logits_BT: Array, context: MoEContext) -> RoutingPlan:
+    def _strength(self) -> Float[Array, ""] | None:
+        if self.config.switches.onset == "full":
+            return None
+        return self.param("strength", named(Constant(0.0), ()), (), jnp.float32)
+
+    def _plan(
+        self,
+        x_ND: Array,
+        importance_logits_BT: Array,
+        context: MoEContext,
+        strength: Float[Array, ""] | None,
+    ) -> RoutingPlan:
         config, (batch, length) = self.config, importance_logits_BT.shape
         modality_N = None if context.modality_BT is None else jnp.asarray(context.modality_BT).reshape(-1)
         logits_NC = checkpoint_name(Router(config, name="router")(x_ND, modality_N), ROUTER_LOGITS)
         self._probe("logits_BTC", logits_NC.reshape(batch, -1, logits_NC.shape[1]))
         if self.has_rng("shuffle"):
             logits_NC = shuffled_logits(self.make_rng("shuffle"), logits_NC, config.num_experts)
+        if strength is not None:
+            logits_NC = faded_logits(config, logits_NC, importance(importance_logits_BT.reshape(-1)), strength)
+            config = config.with_switches(iar="off")
         bias_C = context.bias_C
         if bias_C is None and config.expert_bias and self.is_initializing():
             bias_C = jnp.zeros(config.num_columns, jnp.float32)

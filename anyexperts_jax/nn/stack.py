@@ -59,17 +59,20 @@ class Stack(nn.Module):
         if not self.config.num_moe_layers:
             written = None if cache is None or dense_cache is None else StackCache(dense_cache, cache.blocks)
             return x_BTD, empty_trace(self.moe, *x_BTD.shape[:2]), written
+        of_layers = context.window is not None and context.window.ndim == 2
+        window_L2 = context.window if of_layers else None
         scanned = nn.scan(
             moe_block,
             variable_axes={"params": 0, "probe": 0},
             split_rngs={"params": True, "routing": True, "shuffle": True},
-            in_axes=(nn.broadcast, 0, 0),
+            in_axes=(nn.broadcast, 0, 0, 0),
             length=self.config.num_moe_layers,
             unroll=self.config.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = scanned(self.config, self.moe, self.placement, name="moe_layers")
-        x_BTD, (trace, blocks) = layers(x_BTD, context, router_bias_LC, None if cache is None else cache.blocks)
+        own = None if cache is None else cache.blocks
+        x_BTD, (trace, blocks) = layers(x_BTD, context, router_bias_LC, own, window_L2)
         return x_BTD, trace, None if dense_cache is None else StackCache(dense_cache, blocks)
 
     def _blocks(self) -> tuple[type[nn.Module], type[nn.Module]]:

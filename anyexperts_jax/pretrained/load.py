@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from anyexperts_jax.core.devices import require_devices
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.files import parse_json_object, read_text, require_local
+from anyexperts_jax.pretrained.extension import with_extension
 from anyexperts_jax.pretrained.family import Family, family_of
 from anyexperts_jax.pretrained.gguf_file import GgufFile
 from anyexperts_jax.pretrained.hub_config import CONFIG, HubConfig
@@ -83,7 +84,7 @@ def load_pretrained(path: str | os.PathLike[str], mesh: Mesh | None = None) -> P
     """A published model, read from a folder of safetensors files or from a GGUF file.
 
     Parameters are read one at a time, straight to their devices, and keep the types they have in the files; what is
-    quantised becomes float32.
+    quantised becomes float32. A folder of `export(form="anyexperts")` gives the model with its slots or its experts.
 
     Args:
       mesh: the devices to split it over, as `make_mesh` makes it; None: JAX's first device.
@@ -105,7 +106,7 @@ def load_pretrained(path: str | os.PathLike[str], mesh: Mesh | None = None) -> P
     found = open_checkpoint(path)
     plan = found.plan(mesh)
     params, router_bias_LC = read_parameters(plan, found.source)
-    return Pretrained(
+    base = Pretrained(
         plan.config,
         params,
         router_bias_LC,
@@ -114,6 +115,7 @@ def load_pretrained(path: str | os.PathLike[str], mesh: Mesh | None = None) -> P
         path=found.path,
         generation=found.generation,
     )
+    return with_extension(base, found.path)
 
 
 def _ggufs(folder: pathlib.Path) -> list[pathlib.Path]:

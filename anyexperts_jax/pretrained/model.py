@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.arrays import as_array, require_ids
 from anyexperts_jax.core.batch import ArrayLike, make_batch
@@ -55,6 +55,7 @@ class Pretrained:
       family: the entry of FAMILIES that read it.
       path: where it was read from.
       generation: its generation_config.json; empty where there is none.
+      order_LF: of a model that `split` made, where each neuron stood in the dense layer.
     """
 
     config: ModelConfig
@@ -64,6 +65,7 @@ class Pretrained:
     family: str
     path: pathlib.Path
     generation: Mapping[str, Any]
+    order_LF: Int[np.ndarray, "L F"] | None = None
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -19,13 +19,14 @@ from anyexperts_jax.core.errors import UserError, require, require_one_of
 from anyexperts_jax.core.files import require_local, require_printable
 from anyexperts_jax.core.registries import FAMILIES
 from anyexperts_jax.models.init import named_leaves
+from anyexperts_jax.pretrained.extension import base_of, kind_of, write_extension
 from anyexperts_jax.pretrained.hub_config import CONFIG, both_rope_forms
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.pretrained.rules import ROUTER_BIAS, Expected, expand, expected_tensors
 from anyexperts_jax.pretrained.sources import INDEX, SINGLE, require_safetensors
 from anyexperts_jax.tokenizers.files import as_text
 
-FORMS = ("hub",)
+FORMS = ("hub", "anyexperts")
 SHARD_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"
 _BESIDE = (  # what goes along where it lies beside the weights
@@ -52,7 +53,8 @@ def export(model: Pretrained, path: str | os.PathLike[str], form: str = "hub", s
     Everything goes into a temporary folder beside it first, which takes the name at the end.
 
     Args:
-      form: "hub", the layout that published checkpoints have.
+      form: "hub", the layout that published checkpoints have; "anyexperts", for a model with attached slots or split
+        networks: that of its base, and what the base has no place for beside it.
       shard_bytes: of a file, at most, but for a tensor that is larger.
 
     Raises:
@@ -60,21 +62,40 @@ def export(model: Pretrained, path: str | os.PathLike[str], form: str = "hub", s
         place for.
     """
     require_one_of("form", form, FORMS)
-    out = require_local(path, "export")
-    require_printable(out, "export")
-    require(not out.exists(), f"{out} exists; name a new folder")
-    require(out.absolute().parent.is_dir(), f"{out.absolute().parent} is no folder; make it first")
-    tensors = _Tensors.of(model)
+    out = require_new_folder(path)
+    kind = kind_of(model)
+    require(
+        form != "hub" or kind is None,
+        f"form='hub' has no place for a model that is {kind}; use form='anyexperts', or "
+        f"{'merge' if kind == 'split' else 'detach'} it first",
+    )
+    base = base_of(model) if form == "anyexperts" else model
+    tensors = _Tensors.of(base)
     need, free = tensors.total_bytes, shutil.disk_usage(out.absolute().parent).free
     require(need < free, f"{out} needs {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk")
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     with contextlib.ExitStack() as undo:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)  # nothing half-written stays, whatever stopped it
         _write_weights(tensors, folder, shard_bytes)
-        _write_beside(model, folder)
+        _write_beside(base, folder)
+        if form == "anyexperts":
+            write_extension(model, base, folder)
         folder.chmod(0o755)
         folder.rename(out)
         undo.pop_all()
+
+
+def require_new_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path of an export, before anything is computed for it.
+
+    Raises:
+      UserError: when it exists, or the folder that it goes into does not.
+    """
+    out = require_local(path, "export")
+    require_printable(out, "export")
+    require(not out.exists(), f"{out} exists; name a new folder")
+    require(out.absolute().parent.is_dir(), f"{out.absolute().parent} is no folder; make it first")
+    return out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -124,6 +124,9 @@ class _Token:
         divisor = over_real if config.switches.normalisation == "real" else over_all
         self.real_weights = config.scaling_factor * scores_C[self.real] / divisor
         self.virtual_weight = config.scaling_factor * scores_C[self.virtual].sum() / over_all
+        if config.switches.normalisation == "one":
+            self.real_weights = np.full(len(self.real), config.scaling_factor)
+            self.virtual_weight = config.scaling_factor * len(self.virtual)
 
 
 def _softmax(logits_C: Float[ndarray, "C"]) -> Float[ndarray, "C"]:

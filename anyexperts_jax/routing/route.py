@@ -18,10 +18,11 @@ from anyexperts_jax.routing.importance import importance
 from anyexperts_jax.routing.losses import routing_losses
 from anyexperts_jax.routing.metrics import column_load, routing_metrics
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
+from anyexperts_jax.routing.policies import IMPORTANCE
 from anyexperts_jax.routing.regularisers import Importances
 from anyexperts_jax.routing.scores import probabilities, ranking
 from anyexperts_jax.routing.select import select
-from anyexperts_jax.routing.slots import continuous_slots, round_slots
+from anyexperts_jax.routing.slots import continuous_slots, policy_slots, round_slots
 from anyexperts_jax.routing.weights import combine_weights
 from anyexperts_jax.routing.window import Window, budget_in_force, check_window
 
@@ -100,12 +101,15 @@ def _route(
     bias_C = None if given.bias_C is None else given.bias_C.astype(jnp.float32)
 
     importance_N = importance(importance_logits_N)
-    continuous_N = continuous_slots(config, importance_N, window)
+    probabilities_NC = probabilities(config, logits_NC)
+    if config.policy == IMPORTANCE:
+        continuous_N = continuous_slots(config, importance_N, window)
+    else:
+        continuous_N = policy_slots(config, logits_NC, probabilities_NC, window)
     slots_N = checkpoint_name(jnp.where(valid_N, round_slots(config, continuous_N, key), 0), ROUTING)
     selection = select(config, *ranking(config, logits_NC, importance_N, bias_C), slots_N)
     weights_NK, virtual_weight_N = combine_weights(config, logits_NC, importance_N, continuous_N, selection)
 
-    probabilities_NC = probabilities(config, logits_NC)
     load_SC = column_load(config, selection, num_sequences if config.switches.balance_scope == "sequence" else 1)
     losses = routing_losses(logits_NC, probabilities_NC, load_SC, valid_N)
     regularise = REGULARISERS[config.switches.importance_regulariser]

@@ -6,6 +6,9 @@ from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.registries import POLICIES
+from anyexperts_jax.routing.policies import Seen
+from anyexperts_jax.routing.scores import EPSILON
 from anyexperts_jax.routing.window import Window, window_array
 
 
@@ -15,6 +18,21 @@ def continuous_slots(
     """k_min + w (k_max - k_min), unrounded, clipped to [1, slots_bound] (AnyExperts section 2, step 4)."""
     k_min, k_max = window_array(config, window)
     return jnp.clip(k_min + importance_N * (k_max - k_min), 1.0, config.slots_bound)
+
+
+def policy_slots(
+    config: AnyExpertsConfig,
+    logits_NC: Float[Array, "N C"],
+    probabilities_NC: Float[Array, "N C"],
+    window: Window | None = None,
+) -> Float[Array, "N"]:
+    """The slots that an entry of POLICIES gives, clipped to [1, the window's most]; they pass no gradient on."""
+    dial, most = window_array(config, window)
+    E = config.num_experts
+    scores_NE = probabilities_NC[:, :E]
+    seen = Seen(logits_NC[:, :E], scores_NE / (scores_NE.sum(axis=1, keepdims=True) + EPSILON))
+    slots_N = POLICIES[config.policy].slots(jax.lax.stop_gradient(seen), dial)
+    return jnp.clip(slots_N, 1.0, jnp.minimum(most, config.slots_bound))
 
 
 def round_slots(config: AnyExpertsConfig, slots_N: Float[Array, "N"], key: Array | None = None) -> Int[Array, "N"]:

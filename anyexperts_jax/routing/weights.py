@@ -21,6 +21,7 @@ def combine_weights(
     normalisation="all": score / (sum over selected real and virtual slots + 1e-20). "real": the weights of the real
     slots sum to one, and the virtual weight is that of "all", so that it stays bounded and is defined for a token with
     virtual slots only (our reading). "none": the scores over all columns, as in Switch and in MoE-LLaVA's top-1.
+    "one": every slot has the weight 1, with the gradient of "none": the parts of a dense network that was split.
     "all_raw_gradient": the values of "all" with the gradient of "none", an extension of ours: under "all" the weight of
     a token's only slot is 1 whatever its logit, and so the task loss gives the router no gradient. All weights are
     multiplied by `scaling_factor`. The expert bias affects the selection only.
@@ -32,6 +33,9 @@ def combine_weights(
     weights_NK, virtual_weights_NJ = normalise(real_NK, virtual_NJ)
     if config.switches.normalisation == "none":
         weights_NK, virtual_weights_NJ = raw_NK, raw_NJ
+    elif config.switches.normalisation == "one":
+        weights_NK = with_gradient_of(selection.real_live_NK.astype(jnp.float32), raw_NK)
+        virtual_weights_NJ = with_gradient_of(selection.virtual_live_NJ.astype(jnp.float32), raw_NJ)
     elif config.switches.normalisation == "all_raw_gradient":
         weights_NK = with_gradient_of(weights_NK, raw_NK)
         virtual_weights_NJ = with_gradient_of(virtual_weights_NJ, raw_NJ)

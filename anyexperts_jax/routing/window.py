@@ -16,7 +16,9 @@ Window = Float[ArrayLike, "2"] | Sequence[float]
 
 
 def check_window(config: AnyExpertsConfig, window: Any) -> tuple[float, float] | None:
-    """Checks a window. Returns (k_min, k_max), or None for a traced window, whose values are not known yet.
+    """Checks a window: (k_min, k_max), or (dial, most slots) where the configuration names an entry of POLICIES.
+
+    Returns it, or None for a traced window, whose values are not known yet.
 
     A traced window is clipped to [1, slots_bound] where it is used. The caller should check its values here before
     tracing.
@@ -35,8 +37,9 @@ def check_window(config: AnyExpertsConfig, window: Any) -> tuple[float, float] |
     k_min, k_max = (float(value) for value in values)
     shown = f"window=({k_min:g}, {k_max:g})"
     require(bool(np.isfinite(values).all()), f"{shown} must be finite")
-    require(k_min <= k_max, f"{shown} is reversed; need k_min <= k_max")
-    require(k_min >= 1, f"{shown} must begin at 1 slot or more")
+    if config.policy == "importance":
+        require(k_min <= k_max, f"{shown} is reversed; need k_min <= k_max")
+        require(k_min >= 1, f"{shown} must begin at 1 slot or more")
     bound = config.slots_bound
     most = k_max if config.switches.slot_rounding == "stochastic" else round_half_up(k_max)
     require(most <= bound, f"{shown} asks for {most:g} slots, but k_max={config.k_max:g} makes room for {bound}")
@@ -45,11 +48,14 @@ def check_window(config: AnyExpertsConfig, window: Any) -> tuple[float, float] |
 
 def window_array(config: AnyExpertsConfig, window: Window | None) -> Float[Array, "2"]:
     """The window in use as float32: `window`, or the configuration's if that is None."""
-    return jnp.asarray((config.k_min, config.k_max) if window is None else window, jnp.float32)
+    first = config.k_min if config.policy == "importance" else config.policy_dial
+    return jnp.asarray((first, config.k_max) if window is None else window, jnp.float32)
 
 
 def budget_in_force(config: AnyExpertsConfig, window: tuple[float, float] | None) -> float:
     """The nominal budget that sizes the buffers of dispatch: of the window if it is concrete, else of the config."""
+    if config.policy != "importance":
+        return (1 - config.rho_max) * config.k_max
     if window is None:
         return config.expected_real_slots
     return (1 - config.rho_max) * (window[0] + window[1]) / 2

@@ -26,6 +26,7 @@ VALUES = {
     "importance_target": 0.25,
     "slot_gradient": "straight_through",
     "salience_scope": "device",
+    "onset": "learned",
 }
 
 

@@ -9,6 +9,25 @@ from anyexperts_jax.core.initializers import FanIn, Param
 from anyexperts_jax.routing.routers.base import Params, Router, linear_logits, linear_params, with_shared
 
 
+def _apart_params(config: AnyExpertsConfig, d_model: int, columns: int) -> dict[str, Param]:
+    own = linear_params(config, d_model, config.num_experts)
+    if columns == config.num_experts:
+        return own
+    shape = (d_model, columns - config.num_experts)
+    return {**own, "virtual_kernel": Param(shape, ("embed", "router"), FanIn())}
+
+
+def _apart_logits(
+    config: AnyExpertsConfig, params: Params, x_ND: Float[Array, "N D"], modality_N: Int[Array, "N"] | None
+) -> Float[Array, "N C"]:
+    """Two products, so that the real columns have the bits that they have without virtual ones."""
+    real_NE = linear_logits(config, params, x_ND, modality_N)
+    if "virtual_kernel" not in params:
+        return real_NE
+    virtual_NV = linear_logits(config, {"kernel": params["virtual_kernel"]}, x_ND, modality_N)
+    return jnp.concatenate([real_NE, virtual_NV], axis=1)
+
+
 def per_modality_logits(
     x_ND: Float[Array, "N D"], modality_N: Int[Array, "N"], kernel_MDC: Float[Array, "M D C"]
 ) -> Float[Array, "N C"]:
@@ -31,5 +50,6 @@ def _logits(
 
 
 LINEAR = Router(linear_params, linear_logits)
+LINEAR_APART = Router(_apart_params, _apart_logits)  # the virtual columns are a parameter of their own
 PER_MODALITY = Router(_params, _logits, needs_modality=True)
 PER_MODALITY_SHARED = with_shared(PER_MODALITY)

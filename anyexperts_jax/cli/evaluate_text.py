@@ -1,0 +1,48 @@
+"""`anyexperts evaluate` with a published checkpoint in place of a run."""
+
+import argparse
+import pathlib
+
+from anyexperts_jax.cli.options import mesh_of, positive, say
+from anyexperts_jax.core.errors import require
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures the model on --text, at budgets by policy."""
+    from rich.console import Console
+
+    from anyexperts_jax.core.files import read_text
+    from anyexperts_jax.core.text_table import print_tables
+    from anyexperts_jax.evaluate.policies import measure_policies, table, text_sample
+    from anyexperts_jax.pretrained.load import load_pretrained
+
+    unused = [f"--{name}" for name in ("domain", "data", "metric") if getattr(options, name)]
+    require(not unused, f"{' '.join(unused)}: {options.run} is a published checkpoint; give --text")
+    require(options.text is not None, f"{options.run} is a published checkpoint; give --text FILE")
+    text = read_text(options.text, "--text")
+    model = load_pretrained(options.run, mesh_of(options))
+    sample = text_sample(model, text, options.tokens, options.length)
+    found = measure_policies(
+        model, sample, options.budget or (), options.policy or (), batch_rows=options.batch_rows, note=say
+    )
+    rows, length = sample.tokens_BT.shape
+    print_tables([table(found, f"{options.text}: {rows} rows of {length} tokens")], Console(highlight=False))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    from anyexperts_jax.core.registries import POLICIES
+
+    group = parser.add_argument_group("with a published checkpoint (a folder or a GGUF file) in place of a run")
+    group.add_argument(
+        "--text", type=pathlib.Path, metavar="FILE", help="what the model is measured on (default: none)"
+    )
+    group.add_argument(
+        "--policy",
+        nargs="+",
+        metavar="NAME",
+        help=f"what decides a token's experts: {', '.join(POLICIES.names())}, static_layers or oracle; importance for "
+        "attached slots (default: all that fit the model)",
+    )
+    group.add_argument("--tokens", type=positive, default=4096, metavar="N", help="of the text, from its beginning")
+    group.add_argument("--length", type=positive, default=256, metavar="T", help="tokens of a row, at most")
+    group.add_argument("--batch-rows", type=positive, default=4, metavar="B", help="rows of a batch")

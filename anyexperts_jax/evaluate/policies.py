@@ -1,0 +1,280 @@
+"""A model that was read, on a text, at budgets by policy: perplexity, bits per byte, and what was really used."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.core.batch import make_batch
+from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.registries import POLICIES
+from anyexperts_jax.core.text_table import TextTable
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
+from anyexperts_jax.models.paths import moe_probe
+from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.routing.budget import shift_budget
+from anyexperts_jax.routing.policies import IMPORTANCE, Seen
+from anyexperts_jax.routing.scores import probabilities
+from anyexperts_jax.sharding.placement import Placement
+
+OWN, LAYERS, ORACLE = "own", "static_layers", "oracle"  # measured here, beside the entries of POLICIES
+_SEARCH_STEPS = 40
+_LARGEST = 1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSample:
+    """Rows of ids, and the bytes of the text that is predicted in them."""
+
+    tokens_BT: Int[np.ndarray, "B T"]
+    text_bytes: int
+
+
+class Measured(NamedTuple):
+    """One pass over the sample."""
+
+    policy: str
+    budget: float  # asked for, experts a token
+    realised: float  # real experts a token and layer
+    nats: float  # a predicted token
+    bits_per_byte: float
+    seconds: float
+    unique: float  # experts that a batch hits, of a layer
+
+
+def text_sample(m: Pretrained, text: str, tokens: int, length: int) -> TextSample:
+    """The first `tokens` ids of a text, in rows of `length`; a row's first id is not predicted.
+
+    Raises:
+      UserError: when the text has fewer than two tokens.
+    """
+    ids = np.asarray(m.tokenizer.encode(text[: 16 * tokens]).ids_T)[:tokens]
+    length = min(length, m.config.max_length, len(ids))
+    require(length >= 2, "the text has fewer than two tokens; nothing is predicted in it")
+    rows = len(ids) // length
+    tokens_BT = ids[: rows * length].reshape(rows, length)
+    text_bytes = sum(len(m.tokenizer.decode(row[1:].tolist()).encode()) for row in tokens_BT)
+    return TextSample(tokens_BT, text_bytes)
+
+
+def policy_names(m: Pretrained) -> tuple[str, ...]:
+    """What fits a model: policies by its router's scores, or its own importance where it has variable slots."""
+    if m.config.moe.uses_importance or m.config.moe.num_virtual:
+        return (IMPORTANCE,)
+    return (*POLICIES.names(), LAYERS, ORACLE)
+
+
+def measure_policies(
+    m: Pretrained,
+    sample: TextSample,
+    budgets: Sequence[float],
+    policies: Sequence[str] = (),
+    *,
+    batch_rows: int = 4,
+    note: Callable[[str], None] = lambda line: None,
+) -> list[Measured]:
+    """Measures the model as it is, then each policy at each budget.
+
+    A policy's dial is set so that the scores of the sample, routed as the model is by itself, give the budget on
+    average; what a token then really gets is measured. "static_layers" gives whole numbers by layer: each further
+    expert goes to the layer where it adds the most of the routers' scores. "oracle" chooses for every position in
+    hindsight between the whole numbers around the budgets and the model's own, by the loss that the whole sequence
+    run at that number gave it: no policy that sees the same runs does better.
+
+    Args:
+      budgets: experts a token.
+      policies: names; none: all that fit the model.
+      batch_rows: rows of a batch.
+      note: called with a line for each pass.
+
+    Raises:
+      UserError: a dense model, a policy that does not fit it, or a budget out of reach.
+    """
+    require(m.config.stack.num_moe_layers > 0, "the model is dense and has no experts to choose; split it first")
+    for name in policies:
+        require_one_of("policy", name, policy_names(m))
+    bench = _Bench(m, sample, batch_rows)
+    own = bench.run(m.config, None)
+    found = [bench.measured(OWN, m.config.moe.expected_real_slots, own)]
+    most = m.config.moe.experts_in_reach
+    for budget in budgets:
+        require(1 <= budget <= most, f"budget={budget:g} must be from 1 to {most} experts a token")
+    whole = sorted({k for budget in budgets for k in (math.floor(budget), math.ceil(budget))})
+    for name in policies or policy_names(m):
+        for budget in budgets:
+            found.append(_one(bench, name, budget, whole))
+            note(f"{name} at {budget:g}: {math.exp(min(found[-1].nats, 700)):.4g}, {found[-1].seconds:.1f} s")
+    return found
+
+
+def table(found: Sequence[Measured], where: str) -> TextTable:
+    """A row a pass."""
+    rows = tuple(
+        (
+            one.policy,
+            f"{one.budget:g}",
+            f"{one.realised:.3f}",
+            f"{math.exp(min(one.nats, 700)):.4f}",
+            f"{one.bits_per_byte:.4f}",
+            f"{one.seconds:.2f}",
+            f"{one.unique:.1f}",
+        )
+        for one in found
+    )
+    columns = ("policy", "budget", "experts a token", "perplexity", "bits per byte", "seconds", "unique experts")
+    return TextTable(where, columns, rows)
+
+
+class _Pass(NamedTuple):
+    nats_BT: np.ndarray  # of each predicted token
+    realised: float
+    unique: float
+    seconds: float
+
+
+class _Bench:
+    """A model and a sample, cut into batches of one shape."""
+
+    def __init__(self, m: Pretrained, sample: TextSample, batch_rows: int) -> None:
+        self.m, self.sample = m, sample
+        rows = min(batch_rows, len(sample.tokens_BT))
+        count = len(sample.tokens_BT) // rows
+        self._batches = [jnp.asarray(part, jnp.int32) for part in np.split(sample.tokens_BT[: count * rows], count)]
+        self._known: dict[int, _Pass] = {}
+
+    @functools.cached_property
+    def seen(self) -> Seen:
+        """Logits and scores [L, N, E] of the first batch, as the model routes by itself."""
+        static = (self.m.config, self.m.placement)
+        return _seen(static, self.m.params, self.m.router_bias_LC, self._batches[0])
+
+    def run(self, config: ModelConfig, window: Float[Array, "*layers 2"] | None) -> _Pass:
+        """One pass, after one batch that is not timed."""
+        arguments = ((config, self.m.placement), self.m.params, self.m.router_bias_LC)
+        jax.block_until_ready(_run(*arguments, self._batches[0], window))
+        began = time.perf_counter()
+        results = [jax.block_until_ready(_run(*arguments, batch, window)) for batch in self._batches]
+        seconds = time.perf_counter() - began
+        nats, realised, unique = zip(*results, strict=True)
+        means = (float(np.mean([float(one) for one in part])) for part in (realised, unique))
+        return _Pass(np.concatenate([np.asarray(one) for one in nats]), *means, seconds=seconds)
+
+    def at(self, slots: int) -> _Pass:
+        """A pass with the same number of experts for all tokens."""
+        if slots not in self._known:
+            self._known[slots] = self.run(self.config_of("static"), jnp.asarray((slots, slots), jnp.float32))
+        return self._known[slots]
+
+    def config_of(self, policy: str) -> ModelConfig:
+        moe, most = self.m.config.moe, self.m.config.moe.experts_in_reach
+        return dataclasses.replace(self.m.config, moe=dataclasses.replace(moe, k_min=most, k_max=most, policy=policy))
+
+    def measured(self, policy: str, budget: float, one: _Pass) -> Measured:
+        nats = float(one.nats_BT.mean())
+        scored = one.nats_BT.size / (len(self.sample.tokens_BT) * (self.sample.tokens_BT.shape[1] - 1))
+        bits = float(one.nats_BT.sum()) / math.log(2) / max(self.sample.text_bytes * scored, 1)
+        return Measured(
+            policy, budget, one.realised, nats=nats, bits_per_byte=bits, seconds=one.seconds, unique=one.unique
+        )
+
+
+def _one(bench: _Bench, name: str, budget: float, whole: Sequence[int]) -> Measured:
+    m = bench.m
+    if name == IMPORTANCE:
+        moe = shift_budget(m.config.moe, budget)
+        return bench.measured(name, budget, bench.run(dataclasses.replace(m.config, moe=moe), None))
+    if name == ORACLE:
+        return bench.measured(name, budget, _oracle({k: bench.at(k) for k in whole}, budget))
+    if name == LAYERS:
+        slots_L = slots_of_layers(np.asarray(bench.seen.scores_NE, np.float32), budget)
+        window_L2 = jnp.stack([jnp.asarray(slots_L, jnp.float32)] * 2, axis=1)
+        return bench.measured(name, budget, bench.run(bench.config_of("static"), window_L2))
+    most = m.config.moe.experts_in_reach
+    dial = find_dial(name, bench.seen, budget, most)
+    return bench.measured(name, budget, bench.run(bench.config_of(name), jnp.asarray((dial, most), jnp.float32)))
+
+
+def find_dial(name: str, seen: Seen, budget: float, most: int) -> float:
+    """The dial at which a policy gives the budget on average, or comes nearest to it.
+
+    Args:
+      seen: of all layers, [L, N, E].
+    """
+    policy = POLICIES[name]
+    logits = seen.logits_NE
+    few, many = policy.dial or (float(logits.max()) + 1, float(logits.min()) - 1)
+    few, many = max(-_LARGEST, min(few, most)), max(-_LARGEST, min(many, most))
+    mean = jax.jit(lambda dial: jnp.clip(jax.vmap(lambda own: policy.slots(own, dial))(seen), 1, most).mean())
+    for _ in range(_SEARCH_STEPS):
+        middle = (few + many) / 2
+        few, many = (middle, many) if float(mean(jnp.float32(middle))) < budget else (few, middle)
+    return min((few, many), key=lambda dial: abs(float(mean(jnp.float32(dial))) - budget))
+
+
+def slots_of_layers(scores_LNE: Float[np.ndarray, "L N E"], budget: float) -> Int[np.ndarray, "L"]:
+    """Whole numbers of experts by layer, `budget` on average: each goes where it adds the most to the scores kept."""
+    gains_LE: np.ndarray = -np.sort(-scores_LNE, axis=-1).mean(axis=1)
+    layers, experts = gains_LE.shape
+    slots_L = np.ones(layers, int)
+    for _ in range(round(budget * layers) - layers):
+        open_L = np.where(slots_L < experts, gains_LE[np.arange(layers), np.minimum(slots_L, experts - 1)], -1.0)
+        slots_L[int(np.argmax(open_L))] += 1
+    return slots_L
+
+
+def _oracle(passes: dict[int, _Pass], budget: float) -> _Pass:
+    """The least sum of losses with `budget` experts a position on average, by a price on experts."""
+    slots_K = np.array(sorted(passes))
+    nats_KBT = np.stack([passes[k].nats_BT for k in slots_K.tolist()])
+    low, high = -1e3, 1e3
+    for _ in range(_SEARCH_STEPS):
+        price = (low + high) / 2
+        chosen_BT = (nats_KBT + price * slots_K[:, None, None]).argmin(axis=0)
+        low, high = (low, price) if slots_K[chosen_BT].mean() <= budget else (price, high)
+    chosen_BT = (nats_KBT + high * slots_K[:, None, None]).argmin(axis=0)
+    nats_BT = np.take_along_axis(nats_KBT, chosen_BT[None], axis=0)[0]
+    seconds = sum(one.seconds for one in passes.values())
+    return _Pass(nats_BT, float(slots_K[chosen_BT].mean()), float("nan"), seconds)
+
+
+def _apply(
+    static: tuple[ModelConfig, Placement], params: Any, bias_LC: Array | None, tokens_BT: Array, **more: Any
+) -> Any:
+    config, placement = static
+    model = MultimodalModel(config, placement)
+    return model.apply({"params": params}, make_batch(tokens_BT), router_bias_LC=bias_LC, **more)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(
+    static: tuple[ModelConfig, Placement],
+    params: Any,
+    bias_LC: Array | None,
+    tokens_BT: Int[Array, "B T"],
+    window: Float[Array, "*layers 2"] | None,
+) -> tuple[Array, Array, Array]:
+    output = _apply(static, params, bias_LC, tokens_BT, window=window)
+    assert isinstance(output, ModelOutput)
+    logs_BTY = jax.nn.log_softmax(output.logits_BTY[:, :-1].astype(jnp.float32))
+    nats_BT = -jnp.take_along_axis(logs_BTY, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    ids_LBTK = output.trace.expert_ids_BTK
+    experts = static[0].moe.num_experts
+    hit_LE = jax.vmap(lambda ids: jnp.zeros(experts, bool).at[ids.ravel()].set(True, mode="drop"))(ids_LBTK)
+    return nats_BT, output.trace.real_slots_BT.astype(jnp.float32).mean(), hit_LE.sum(axis=1).astype(jnp.float32).mean()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _seen(static: tuple[ModelConfig, Placement], params: Any, bias_LC: Array | None, tokens_BT: Array) -> Seen:
+    _, variables = _apply(static, params, bias_LC, tokens_BT, mutable=["probe"])
+    moe = static[0].moe
+    logits_LBTC = moe_probe(variables)["logits_BTC"]
+    logits_LNC = logits_LBTC.reshape(logits_LBTC.shape[0], -1, moe.num_columns)[..., : moe.num_experts]
+    return Seen(logits_LNC, jax.vmap(lambda own: probabilities(moe, own))(logits_LNC))

