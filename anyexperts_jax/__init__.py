@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from anyexperts_jax.core.initializers import Constant, FanIn, Normal, Param
     from anyexperts_jax.core.registries import (
         DISPATCHERS,
+        DOMAINS,
         FAMILIES,
         IMPLEMENTATIONS,
+        METRICS,
         POLICIES,
         REGULARISERS,
         ROUTERS,
+        ROW_FORMATS,
+        SOURCES,
         TOKENIZERS,
     )
     from anyexperts_jax.core.switches import Switches
@@ -72,6 +76,7 @@ _HOMES = {
     "Pretrained": "pretrained.model",
     "REGULARISERS": "core.registries",
     "ROUTERS": "core.registries",
+    "ROW_FORMATS": "core.registries",
     "Router": "routing.routers.base",
     "RoutingPlan": "routing.plan",
     "Run": "evaluate.run",
@@ -106,8 +111,10 @@ __all__ = [
     "FAMILIES",
     "IMPLEMENTATIONS",
     "METRICS",
+    "POLICIES",
     "REGULARISERS",
     "ROUTERS",
+    "ROW_FORMATS",
     "SOURCES",
     "TOKENIZERS",
     "AnyExpertsConfig",
