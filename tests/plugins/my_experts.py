@@ -16,7 +16,7 @@ def _params(config, d_model, columns):
 def _logits(config, params, x_ND, modality_N):
     """Every token likes the same experts, and its own size decides how much."""
     size_N1 = jnp.linalg.norm(x_ND.astype(jnp.float32), axis=1, keepdims=True)
-    return size_N1 * params["bias"]
+    return size_N1 * params["bias"][None]
 
 
 ax.ROUTERS.register("by_size", ax.Router(_params, _logits))

@@ -203,7 +203,7 @@ def test_a_step_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "model_apply", lambda config, placement: poisoned)
     iterator, closed = loop.train_iterator(run_config().data, 8), []
     monkeypatch.setattr(iterator, "close", lambda: closed.append(True))
-    monkeypatch.setattr(loop, "train_iterator", lambda *how: iterator)
+    monkeypatch.setattr(loop, "train_iterator", lambda *which, **how: iterator)
     message = r"^step 5: answer_loss is nan; the last good checkpoint is .*checkpoints/3; lower optim\.lr"
     with pytest.raises(NonFiniteError, match=message) as error:
         train(run_config(), tmp_path, progress=False)

@@ -158,7 +158,7 @@ def test_randomness_follows_seed_step_and_micro_batch():
     rows = [jax.tree.map(lambda x: x[:1], same_rows)] * 2
     drawn = [linear_apply(linear_params(), row, None, key, None)[0] for row, key in zip(rows, keys, strict=True)]
     scores = [answer_scores(logits, rows[0].tokens_BT, rows[0].loss_mask_BT) for logits in drawn]
-    expected = sum(s.loss_B.sum() for s in scores) / sum(s.tokens_B.sum() for s in scores)
+    expected = sum(float(s.loss_B.sum()) for s in scores) / sum(int(s.tokens_B.sum()) for s in scores)
     np.testing.assert_allclose(other_seed[0], expected, rtol=1e-6)  # each micro-batch draws from its own key
 
 
@@ -182,6 +182,8 @@ PARTS = small(
     {"num_experts": 8},
     {"num_layers": 2, "attention": AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=8)},
     vocab_size=260,
+    pad_id=256,
+    eos_id=259,
     max_length=LENGTH,
 )
 
