@@ -39,6 +39,15 @@ def test_a_dispatcher_of_ones_own_gives_the_oracles_values(plugin):
     np.testing.assert_allclose(mine, ax.moe_apply(x_ND, plan, *weights, dispatch="dense"), rtol=1e-4, atol=1e-4)
 
 
+def test_a_policy_of_ones_own_gives_the_slots(plugin):
+    fields = {"policy": "more_for_the_unsure", "policy_dial": 1.0}
+    config = ax.AnyExpertsConfig.static_top_k(4, 3, **fields)
+    plan = ax.route(config, jnp.asarray([[9.0, 0, 0, 0], [1.0, 1, 0, 0]]), jnp.zeros(2))
+    assert plan.slots_N.tolist() == [1, 2]
+    plan = ax.route(config, jnp.asarray([[9.0, 0, 0, 0], [1.0, 1, 0, 0]]), jnp.zeros(2), window=(2.0, 2))
+    assert plan.slots_N.tolist() == [2, 2]
+
+
 def test_a_metric_of_ones_own_scores_answers(plugin):
     config = DataConfig(domains=("nlp",), metrics=("nlp=first_letter",))
     metric = config.metric_names()["nlp"]

@@ -43,6 +43,8 @@ def test_every_router_has_its_parameters():
         "per_modality_shared": M * D * C + D * C + 1,
         "dtr": dtr,
         "dtr_shared": dtr + D * C + 1,
+        "linear_apart": D * C,
+        "markers": 2 * D * 6 * 4 + D * 2,
     }
     assert set(expected) == set(ROUTERS)
     for name, count in expected.items():

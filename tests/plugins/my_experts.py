@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import anyexperts_jax as ax
 from anyexperts_jax.data.scores import AnswerMetric
 from anyexperts_jax.ops.expert_ops.plain import REFERENCE
+from anyexperts_jax.routing.policies import Policy
 
 
 def _params(config, d_model, columns):
@@ -83,6 +84,13 @@ class Pairs:
 
 
 ax.SOURCES.register("pairs", ax.FolderFormat("train.csv", lambda folder: (folder / "train.csv").is_file(), Pairs))
+
+
+def more_for_the_unsure(seen, dial):
+    return dial + jnp.where(seen.scores_NE.max(axis=1) < 0.5, 1.0, 0.0)
+
+
+ax.POLICIES.register("more_for_the_unsure", Policy(more_for_the_unsure, (1.0, 8.0)))
 
 
 def first_letter(prediction, answer):

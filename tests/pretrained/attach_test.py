@@ -23,7 +23,10 @@ CASES = {  # window and virtual experts for the base's own number of experts
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = ("qwen3_moe raw weights", "sarvam_moe")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
 def case(request, tmp_path_factory):
     base = ax.load_pretrained(tiny_checkpoint(tmp_path_factory.mktemp("hub") / "base", request.param, seed=7))
     k_min, k_max, num_virtual = CASES[request.param]

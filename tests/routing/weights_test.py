@@ -48,6 +48,12 @@ def test_scores_as_they_are():
     assert virtual == pytest.approx(float(scores[4]), abs=1e-6)
 
 
+def test_parts_of_a_split_network_weigh_exactly_one():
+    weights, virtual = _weights(_config(normalisation="one"))
+    np.testing.assert_array_equal(weights, [1, 1, 1, 0])
+    assert virtual == 1
+
+
 @pytest.mark.slow
 def test_a_single_slot_has_weight_one_and_teaches_the_router_only_by_the_raw_scores_gradient():
     def gradient(normalisation):
@@ -128,7 +134,7 @@ def _weighted_sum(plan):
 
 
 @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("normalisation", ["all", "real", "none", "all_raw_gradient"])
+@pytest.mark.parametrize("normalisation", ["all", "real", "none", "one", "all_raw_gradient"])
 @pytest.mark.parametrize("scale", [1e4, -1e4, 80.0])
 def test_extreme_logits_give_finite_weights_and_gradients(scores, normalisation, scale):
     config = _config(scores=scores, normalisation=normalisation, iar="add", slot_gradient="straight_through")
