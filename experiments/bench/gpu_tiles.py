@@ -25,6 +25,7 @@ from anyexperts_jax.ops.expert_mlp import pallas_triton
 from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions
 from anyexperts_jax.ops.expert_mlp.gpu_tile_table import tiles_for
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import GpuShape, Tiles, TritonTile
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.routed_mlp import buffered, gpu
 
 SHAPE = SHAPES["P"]
@@ -61,7 +62,7 @@ def programs(name: str, tiles: Tiles) -> dict[str, Callable[..., Any]]:
     how = {"kernels": kernels, "block": gpu.buffer_block(tiles)}
 
     def forward(x_ND, weights_NK, order, experts):  # type: ignore[no-untyped-def]
-        return buffered.routed_mlp(x_ND, weights_NK, order, *experts, **how)
+        return buffered.routed_mlp(x_ND, weights_NK, order, ExpertWeights(*experts), **how)
 
     def backward(x_ND, weights_NK, order, experts):  # type: ignore[no-untyped-def]
         return with_backward(lambda x, w, e: forward(x, w, order, e))(x_ND, weights_NK, experts)

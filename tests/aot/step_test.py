@@ -69,9 +69,9 @@ def test_the_step_compiles_for_a_slice_and_exchanges_rows_over_the_expert_axis(t
 def test_by_default_no_row_travels_and_each_device_runs_the_kernels(monkeypatch):
     programs, describe = [], step_module.describe_step
 
-    def note(*figures):
-        programs.append(figures[4])
-        return describe(*figures)
+    def note(*figures, program, **more):
+        programs.append(program)
+        return describe(*figures, program=program, **more)
 
     monkeypatch.setattr(step_module, "describe_step", note)
     step = compile_step(load_config("smoke", ["mesh.data=8"]), "v5e:2x4")

@@ -6,6 +6,7 @@ import pytest
 
 from anyexperts_jax.aot import report, topology
 from anyexperts_jax.core.hardware import tpus
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.routed_mlp import routed_mlp
 from anyexperts_jax.ops.slot_order import SlotOrder
 
@@ -26,7 +27,9 @@ def arguments(experts, width, hidden, tokens, slots):
 
 def forward_backward(x, slot_weights, slots, places, starts, counts, w_gate, w_up, w_down, d_y):
     order = SlotOrder(slots, places, starts, counts)
-    y, pull = jax.vjp(lambda x, s, *w: routed_mlp(x, s, order, *w), x, slot_weights, w_gate, w_up, w_down)
+    y, pull = jax.vjp(
+        lambda x, s, *w: routed_mlp(x, s, order, ExpertWeights(*w)), x, slot_weights, w_gate, w_up, w_down
+    )
     return y, *pull(d_y)
 
 

@@ -85,8 +85,9 @@ def test_derivatives_are_those_of_the_definition(name):
 def test_grad_is_the_backward_pass_given_and_leaves_out_what_nobody_asks_for():
     program = str(jax.make_jaxpr(jax.grad(square(looped), BOTH))(X, W))
     assert program.count("while[") == 2, "one loop forward, one backward, the definition nowhere"
-    compiled = jax.jit(jax.grad(square(looped))).lower(X, W)
-    assert "scatter" not in compiled.as_text(), "the gradient of w"
+    if jax.__version_info__ >= (0, 11):  # before, JAX leaves a loop's unused results to XLA
+        lowered = jax.jit(jax.grad(square(looped))).lower(X, W)
+        assert "scatter" not in lowered.as_text(), "the gradient of w"
 
 
 @functools.partial(Differentiable, num_static=1)
