@@ -44,7 +44,8 @@ def pytest_collection_modifyitems(config, items):
         raise pytest.UsageError(f"--cases {most}: must be at least 1")
     cases = collections.defaultdict(list)
     for item in items:
-        cases[item.nodeid.split("[")[0]].append(item)
+        whole = item.get_closest_marker("every_case")
+        cases[item.nodeid if whole else item.nodeid.split("[")[0]].append(item)
     kept = {item for own in cases.values() for item in _spread(own, most)}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.every_case
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "anyexperts_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -109,7 +109,7 @@ def _write(
     values_BTGA: Float[Array, "B T G A"],
     positions_BT: Int[Array, "B T"],
 ) -> KVCache:
-    rows_B1 = jnp.arange(keys_BTGA.shape[0])[:, None]
+    rows_B1 = jnp.arange(keys_BTGA.shape[0], dtype=jnp.int32)[:, None]
     return KVCache(
         cache.keys_BSGA.at[rows_B1, positions_BT].set(keys_BTGA),
         cache.values_BSGA.at[rows_B1, positions_BT].set(values_BTGA),

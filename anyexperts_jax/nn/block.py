@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
         )
         normed_BTD = _norm(config, "norm")(x_BTD)
         y_BTD, cache = attention(normed_BTD, context.mask, context.rotation, cache, context.positions_BT)
-        return x_BTD + y_BTD, cache
+        return x_BTD + y_BTD.astype(x_BTD.dtype), cache
 
 
 class DenseBlock(nn.Module):
@@ -81,7 +81,7 @@ class DenseBlock(nn.Module):
         x_BTD, cache = SelfAttention(config, self.placement, name="self_attention")(x_BTD, context, cache)
         types = (config.dtype, config.param_dtype)
         mlp = SwiGLU(config.d_ff, config.residual_scale, *types, use_bias=config.mlp_bias, name="mlp")
-        return x_BTD + mlp(_norm(config, "norm")(x_BTD)), cache
+        return x_BTD + mlp(_norm(config, "norm")(x_BTD)).astype(x_BTD.dtype), cache
 
 
 def dense_blocks(
@@ -159,4 +159,4 @@ class MoEBlock(nn.Module):
         seen = MoEContext(context.valid_BT, context.modality_BT, window, bias_C, importance_logits_BT)
         y_BTD, trace = layer(normed_BTD, seen)
         written = None if before is None or own is None else MoEBlockCache(before, own)
-        return x_BTD + y_BTD, (trace, written)
+        return x_BTD + y_BTD.astype(x_BTD.dtype), (trace, written)

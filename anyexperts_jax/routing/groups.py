@@ -18,9 +18,11 @@ def limit_to_groups(rank_NE: Float[Array, "N E"], num_groups: int, groups_kept: 
     if members_NGS.shape[-1] > 1:
         # The second best is the maximum without the best, which needs no sort.
         best_NG = members_NGS.argmax(axis=-1)
-        rest_NGS = jnp.where(jnp.arange(E // num_groups)[None, None] == best_NG[..., None], -jnp.inf, members_NGS)
+        rest_NGS = jnp.where(
+            jnp.arange(E // num_groups, dtype=jnp.int32)[None, None] == best_NG[..., None], -jnp.inf, members_NGS
+        )
         group_NG = group_NG + rest_NGS.max(axis=-1)
     # By index, not by comparing with the last kept rank: exactly `groups_kept` groups stay even if ranks tie.
     kept_NI = jax.lax.top_k(group_NG, groups_kept)[1]
-    kept_NG = (kept_NI[:, :, None] == jnp.arange(num_groups)[None, None]).any(axis=1)
+    kept_NG = (kept_NI[:, :, None] == jnp.arange(num_groups, dtype=jnp.int32)[None, None]).any(axis=1)
     return jnp.where(kept_NG[..., None], members_NGS, -jnp.inf).reshape(N, E)

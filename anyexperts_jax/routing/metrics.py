@@ -68,7 +68,9 @@ def by_modality(
     """
     values_BT = jnp.asarray(values_BT, jnp.float32)
     modality_BT, valid_BT = jnp.asarray(modality_BT), jnp.asarray(valid_BT)
-    is_in_MN = (modality_BT.ravel()[None] == jnp.arange(NUM_MODALITIES)[:, None]) & valid_BT.ravel()[None]
+    is_in_MN = (modality_BT.ravel()[None] == jnp.arange(NUM_MODALITIES, dtype=jnp.int32)[:, None]) & valid_BT.ravel()[
+        None
+    ]
     sums_M = jnp.where(is_in_MN, values_BT.ravel()[None], 0).sum(axis=1)
     counts_M = is_in_MN.sum(axis=1)
     return jnp.where(counts_M > 0, sums_M / jnp.maximum(counts_M, 1).astype(jnp.float32), jnp.nan)

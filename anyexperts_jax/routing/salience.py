@@ -108,7 +108,7 @@ def midranks(values_GM: Float[Array, "*G M"], valid_GM: Bool[Array, "*G M"]) -> 
     needs no scatter.
     """
     size = values_GM.shape[-1]
-    places_GM = jnp.broadcast_to(jnp.arange(size), values_GM.shape)
+    places_GM = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), values_GM.shape)
     keys_GM = jnp.where(valid_GM, values_GM, jnp.inf)  # invalid values sort last, and so never count as below
     sorted_GM, from_GM = jax.lax.sort((keys_GM, places_GM), dimension=-1, num_keys=1, is_stable=False)
     # A run of equal values starts where a value differs from its predecessor. All of its members get the middle of the

@@ -25,11 +25,11 @@ class Selection:
 
     @property
     def real_live_NK(self) -> Bool[Array, "N K"]:
-        return jnp.arange(self.real_ids_NK.shape[1])[None] < self.real_slots_N[:, None]
+        return jnp.arange(self.real_ids_NK.shape[1], dtype=jnp.int32)[None] < self.real_slots_N[:, None]
 
     @property
     def virtual_live_NJ(self) -> Bool[Array, "N J"]:
-        return jnp.arange(self.virtual_ids_NJ.shape[1])[None] < self.virtual_slots_N[:, None]
+        return jnp.arange(self.virtual_ids_NJ.shape[1], dtype=jnp.int32)[None] < self.virtual_slots_N[:, None]
 
     def columns_NC(self, num_experts: int, num_virtual: int) -> Bool[Array, "N C"]:
         """Which router columns have a slot.
@@ -40,8 +40,8 @@ class Selection:
         """
         real_NK = jnp.where(self.real_live_NK, self.real_ids_NK, -1)
         virtual_NJ = jnp.where(self.virtual_live_NJ, self.virtual_ids_NJ, -1)
-        real_NE = (real_NK[:, :, None] == jnp.arange(num_experts)[None, None]).any(axis=1)
-        virtual_NV = (virtual_NJ[:, :, None] == jnp.arange(num_virtual)[None, None]).any(axis=1)
+        real_NE = (real_NK[:, :, None] == jnp.arange(num_experts, dtype=jnp.int32)[None, None]).any(axis=1)
+        virtual_NV = (virtual_NJ[:, :, None] == jnp.arange(num_virtual, dtype=jnp.int32)[None, None]).any(axis=1)
         return jnp.concatenate([real_NE, virtual_NV], axis=1)
 
 
@@ -97,4 +97,6 @@ def _top(rank_NX: Float[Array, "N X"], width: int) -> tuple[Float[Array, "N W"],
 def _last(sorted_NW: Float[Array, "N W"], count_N: Int[Array, "N"]) -> Float[Array, "N"]:
     """The value of the last of the first `count_N` candidates. A masked sum, because it vectorises better than a gather
     of one element per row."""
-    return jnp.where(jnp.arange(sorted_NW.shape[1])[None] == count_N[:, None] - 1, sorted_NW, 0).sum(axis=1)
+    return jnp.where(jnp.arange(sorted_NW.shape[1], dtype=jnp.int32)[None] == count_N[:, None] - 1, sorted_NW, 0).sum(
+        axis=1
+    )

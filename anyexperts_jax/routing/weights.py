@@ -114,4 +114,4 @@ def _fade_last_slot(
 
 def _is_at(place_N: Int[Array, "N"], width: int) -> Bool[Array, "N K"]:
     """True at each token's place among `width`."""
-    return jnp.arange(width)[None] == place_N[:, None]
+    return jnp.arange(width, dtype=jnp.int32)[None] == place_N[:, None]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.ops._dots import wide_dtype
 from anyexperts_jax.ops._select import platform, select_implementation
 from anyexperts_jax.ops.attention import cudnn, splash, vjp
 from anyexperts_jax.ops.attention.mask import CausalMask
@@ -15,8 +16,19 @@ _FEW_QUERIES = 16  # with fewer, as in decoding, one batched dot is as fast as a
 
 
 def _xla(queries_BTHA: Array, keys_BSGA: Array, values_BSGA: Array, mask_BTS: Array) -> Float[Array, "B T H A"]:
-    with jax.numpy_dtype_promotion("standard"):  # JAX's own code widens bfloat16 scores by promotion
-        return jax.nn.dot_product_attention(queries_BTHA, keys_BSGA, values_BSGA, mask=mask_BTS[:, None])
+    """Two dots and a softmax, summed in float32 or wider. Scores are kept for the backward pass.
+
+    In place of `jax.nn.dot_product_attention`, whose dots name an algorithm: the backward pass of those cannot be
+    lowered in 16 bits under strict dtype promotion (JAX 0.12).
+    """
+    batch, length, heads, width = queries_BTHA.shape
+    groups, wide = keys_BSGA.shape[2], wide_dtype(queries_BTHA.dtype)
+    queries_BTGRA = queries_BTHA.reshape(batch, length, groups, heads // groups, width)
+    scores = jnp.einsum("btgra,bsga->bgrts", queries_BTGRA, keys_BSGA, preferred_element_type=wide) * width**-0.5
+    lowest = jnp.finfo(wide).min / 2  # finite, so that a position that attends to nothing gets the mean, not NaN
+    weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores, lowest), axis=-1).astype(values_BSGA.dtype)
+    out = jnp.einsum("bgrts,bsga->btgra", weights, values_BSGA, preferred_element_type=wide)
+    return out.reshape(batch, length, heads, width).astype(queries_BTHA.dtype)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"xla": _xla, "by_example": vjp.attention_by_example}
@@ -49,7 +61,7 @@ def attention(
     The softmax is computed in float32. A position that attends to nothing gets the mean of all values.
 
     Args:
-      implementation: "xla" is `jax.nn.dot_product_attention`. "by_example" loops over the examples, so that the scores
+      implementation: "xla" is two dots and a softmax. "by_example" loops over the examples, so that the scores
         of one stay in a CPU's cache, and saves no scores for the backward pass. The kernels save none either and take a
         CausalMask only: "splash" is JAX's own for TPUs, with T and A multiples of 128; "cudnn" is NVIDIA's, on an
         attached GPU, in bfloat16 or float16. None chooses a kernel if one can run, "by_example" if JAX has a single CPU

@@ -51,7 +51,7 @@ def cudnn_attention(
     # Validity and segments go in as a dense mask; causality goes in as a flag, so that cuDNN skips the blocks beyond
     # the diagonal.
     mask_B1TT = mask.without_causality()[:, None]
-    with jax.numpy_dtype_promotion("standard"):  # see `api._xla`
+    with jax.numpy_dtype_promotion("standard"):  # JAX widens 16-bit scores by promotion
         return jax.nn.dot_product_attention(
             queries_BTHA, keys_BTGA, values_BTGA, mask=mask_B1TT, is_causal=True, implementation="cudnn"
         )

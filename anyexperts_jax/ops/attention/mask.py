@@ -20,7 +20,7 @@ class CausalMask:
     def dense(self) -> Bool[Array, "B T T"]:
         """The mask as an array. An invalid position attends to what a valid one in its segment would."""
         length = self.valid_BT.shape[1]
-        place_T = jnp.arange(length)
+        place_T = jnp.arange(length, dtype=jnp.int32)
         return (place_T[None, None] <= place_T[None, :, None]) & self.without_causality()
 
     def without_causality(self) -> Bool[Array, "B T T"]:

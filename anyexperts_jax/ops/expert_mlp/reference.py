@@ -11,7 +11,7 @@ from anyexperts_jax.ops._swiglu import swiglu
 
 def live_rows(counts_E: Int[Array, "E"], capacity: int) -> Bool[Array, "E C 1"]:
     """True for the rows below each expert's count."""
-    return (jnp.arange(capacity)[None] < counts_E[:, None])[..., None]
+    return (jnp.arange(capacity, dtype=jnp.int32)[None] < counts_E[:, None])[..., None]
 
 
 def expert_mlp(
@@ -39,7 +39,7 @@ def aligned_mlp(
     w_down_EFD: Float[Array, "E F D"],
 ) -> Float[Array, "R D"]:
     """Applies expert e to rows starts_E[e] to starts_E[e] + counts_E[e] of one buffer: to all rows, keeping its own."""
-    row_R1 = jnp.arange(x_RD.shape[0])[:, None]
+    row_R1 = jnp.arange(x_RD.shape[0], dtype=jnp.int32)[:, None]
 
     def add_expert(y_RD: Array, expert: tuple[Array, ...]) -> tuple[Array, None]:
         start, count, w_gate_DF, w_up_DF, w_down_FD = expert

@@ -72,7 +72,7 @@ def list_tiles(counts_E: Int[Array, "E"], capacity: int, block: int) -> TileList
     order = lax.sort(group * total + place, is_stable=False) % total
     num_live, num_touched = live.sum(dtype=jnp.int32), (live | opening).sum(dtype=jnp.int32)
     order = jnp.append(order, order[-1])
-    source = order[jnp.clip(jnp.arange(total + 1), 0, jnp.maximum(num_live - 1, 0))]
+    source = order[jnp.clip(jnp.arange(total + 1, dtype=jnp.int32), 0, jnp.maximum(num_live - 1, 0))]
     expert, block_at = expert[order], block_at[order]
     rows = jnp.clip(counts_E[expert] - block_at * block, 0, block)
     return TileList(

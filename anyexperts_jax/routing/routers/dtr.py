@@ -66,7 +66,7 @@ def dtr_logits(
         modality, network = numbered
         return jnp.where((modality_N == modality)[:, None], one(network), logits_NC), None
 
-    modalities = jnp.arange(hypernetworks.encode_MDZ.shape[0])
+    modalities = jnp.arange(hypernetworks.encode_MDZ.shape[0], dtype=jnp.int32)
     start_NC = jnp.zeros((x_ND.shape[0], phi_DC.shape[1]), jnp.float32)
     return jax.lax.scan(add, start_NC, (modalities, hypernetworks))[0]
 
