@@ -81,8 +81,10 @@ def test_a_whole_layer_compiles_forward_and_backward(implementation, dispatch):
         pytest.skip("the Mosaic GPU kernels need JAX 0.11")
     plan = make_plan(random_ids(np.random.default_rng(0), 40, 3))
 
+    how = {"dispatch": dispatch, "implementation": implementation}
+
     def layer(plan, x, *weights):
-        y, pull = jax.vjp(lambda *a: moe_apply(a[0], plan, *a[1:], dispatch, implementation), x, *weights)
+        y, pull = jax.vjp(lambda *a: moe_apply(a[0], plan, *a[1:], **how), x, *weights)
         return y, *pull(y)
 
     operands = make_operands(40, dtype=jnp.bfloat16, width=72, hidden=48)
