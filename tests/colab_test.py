@@ -115,6 +115,8 @@ def test_runs(paths, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as a notebook has
+    for name in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):  # a reader's cells promote as JAX does
+        monkeypatch.delenv(name, raising=False)
     for path in paths:
         notebook = read(path)
         client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
