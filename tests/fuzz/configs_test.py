@@ -19,7 +19,7 @@ class StartedError(Exception):
 def start(config, run_dir, monkeypatch) -> None:
     """`train` up to there."""
 
-    def begin(*what):
+    def begin(*what, **how):
         raise StartedError
 
     monkeypatch.setattr(loop, "_Run", begin)

@@ -15,6 +15,7 @@ from scipy.io import wavfile
 from anyexperts_jax.cli.main import main
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.data.example import LEVELS, SAMPLE_RATE
+from anyexperts_jax.data.prepare import prepare
 from anyexperts_jax.evaluate import ask as asking
 from anyexperts_jax.evaluate import trained as loading
 from anyexperts_jax.evaluate.results import JSON_NAME, load_evaluation, save_evaluation
@@ -127,7 +128,10 @@ def read_picture(rng, whole, folder, command):
     refusal, _, example = command("run", *QUESTION, "--image", path, given=whole.trained)
     if example is not None:
         assert example.image.dtype == np.uint8
-        assert example.image.shape == (64, 64, 3)
+        spec = whole.trained.config.data.encoding
+        rows, columns, channels = prepare(example, spec).image.shape  # as the model sees it: whole patches
+        assert (rows % spec.patch_size, columns % spec.patch_size, channels) == (0, 0, 3)
+        assert 1 <= rows * columns // spec.patch_size**2 <= spec.max_patches
     return refusal, path
 
 

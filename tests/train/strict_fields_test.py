@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 from typing import Annotated, Literal, get_args, get_origin
@@ -34,8 +35,14 @@ BASES = {"run": load_config("smoke"), "evolve": load_evolve_config("evolve_smoke
 FLOAT32_MAX = 3.4028234663852886e38
 
 
+@functools.cache
 def base_of(key):
-    return BASES["evolve" if key in EVOLVE_FIELDS else "run"]
+    """The preset that has the key; in an optional table that is none there, with that table as it is by default."""
+    base = BASES["evolve" if key in EVOLVE_FIELDS else "run"]
+    table, _, _ = key.rpartition(".")
+    if table in FIELDS and without_none(FIELDS[table])[1]:
+        base = build(type(base), merge(dataclasses.asdict(base), nested(table, {})))
+    return base
 
 
 def nested(key, value):
