@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.ops._dots import wide_dtype
+from anyexperts_jax.ops._dots import dot
 from anyexperts_jax.ops._select import platform, select_implementation
 from anyexperts_jax.ops.attention import cudnn, splash, vjp
+from anyexperts_jax.ops.attention.by_example import MASKED
 from anyexperts_jax.ops.attention.mask import CausalMask
 
 _FEW_QUERIES = 16  # with fewer, as in decoding, one batched dot is as fast as a loop over examples
@@ -22,13 +23,12 @@ def _xla(queries_BTHA: Array, keys_BSGA: Array, values_BSGA: Array, mask_BTS: Ar
     lowered in 16 bits under strict dtype promotion (JAX 0.12).
     """
     batch, length, heads, width = queries_BTHA.shape
-    groups, wide = keys_BSGA.shape[2], wide_dtype(queries_BTHA.dtype)
-    queries_BTGRA = queries_BTHA.reshape(batch, length, groups, heads // groups, width)
-    scores = jnp.einsum("btgra,bsga->bgrts", queries_BTGRA, keys_BSGA, preferred_element_type=wide) * width**-0.5
-    lowest = jnp.finfo(wide).min / 2  # finite, so that a position that attends to nothing gets the mean, not NaN
-    weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores, lowest), axis=-1).astype(values_BSGA.dtype)
-    out = jnp.einsum("bgrts,bsga->btgra", weights, values_BSGA, preferred_element_type=wide)
-    return out.reshape(batch, length, heads, width).astype(queries_BTHA.dtype)
+    groups = keys_BSGA.shape[2]
+    queries_BTGJA = queries_BTHA.reshape(batch, length, groups, heads // groups, width)
+    scores_BGJTS = dot("btgja,bsga->bgjts", queries_BTGJA, keys_BSGA) * width**-0.5
+    weights_BGJTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores_BGJTS, MASKED), axis=-1)
+    out_BTGJA = dot("bgjts,bsga->btgja", weights_BGJTS.astype(values_BSGA.dtype), values_BSGA)
+    return out_BTGJA.reshape(batch, length, heads, width).astype(queries_BTHA.dtype)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"xla": _xla, "by_example": vjp.attention_by_example}

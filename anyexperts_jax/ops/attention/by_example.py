@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from anyexperts_jax.ops._dots import dot
 
-_MASKED = -1e30  # finite, so that a row without any visible position becomes uniform instead of NaN
+MASKED = -1e30  # finite, so that a row without any visible position becomes uniform instead of NaN
 
 
 class Softmax(NamedTuple):
@@ -64,4 +64,4 @@ def backward(
 
 def _scores(queries_GJTA: Array, keys_GSA: Array, mask_TS: Array) -> Float[Array, "G J T S"]:
     scores_GJTS = dot("gjta,gsa->gjts", queries_GJTA, keys_GSA) * queries_GJTA.shape[-1] ** -0.5
-    return jnp.where(mask_TS[None, None], scores_GJTS, _MASKED)
+    return jnp.where(mask_TS[None, None], scores_GJTS, MASKED)
