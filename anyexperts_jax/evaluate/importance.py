@@ -7,7 +7,7 @@ The background of a modality is its other tokens in the sequences that have evid
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -139,20 +139,18 @@ def _separation(
     sequence_N = np.nonzero(token_BT)[0]
     contrast_N = baselines["contrast"][token_BT] if "contrast" in baselines else np.full(len(score_N), math.nan)
 
-    def auc(rows: ndarray) -> float:
-        return roc_auc(score_N[rows], positive_N[rows])
+    def auc_and_lead(rows: ndarray) -> tuple[float, float]:
+        auc = roc_auc(score_N[rows], positive_N[rows])
+        return auc, auc - roc_auc(contrast_N[rows], positive_N[rows])
 
-    def lead(rows: ndarray) -> float:
-        return auc(rows) - roc_auc(contrast_N[rows], positive_N[rows])
-
-    low, high = _bootstrap_interval(auc, sequence_N, draws, seed)
-    lead_low, lead_high = _bootstrap_interval(lead, sequence_N, draws, seed)
+    auc, lead = auc_and_lead(np.arange(len(score_N)))
+    (low, high), (lead_low, lead_high) = _bootstrap_intervals(auc_and_lead, sequence_N, draws, seed)
     return Separation(
         modality=MODALITY_NAMES[modality],
         sequences=len(np.unique(sequence_N)),
         evidence_tokens=int(positive_N.sum()),
         background_tokens=int((~positive_N).sum()),
-        auc=roc_auc(score_N, positive_N),
+        auc=auc,
         auc_low=low,
         auc_high=high,
         auc_within=_auc_within(score_N, positive_N, sequence_N),
@@ -160,7 +158,7 @@ def _separation(
         mean_evidence=_mean(score_N[positive_N]),
         mean_background=_mean(score_N[~positive_N]),
         baselines={name: roc_auc(value_BT[token_BT], positive_N) for name, value_BT in baselines.items()},
-        contrast_lead=lead(np.arange(len(score_N))),
+        contrast_lead=lead,
         contrast_lead_low=lead_low,
         contrast_lead_high=lead_high,
     )
@@ -172,20 +170,26 @@ def _auc_within(score_N: ndarray, positive_N: ndarray, sequence_N: ndarray) -> f
     return _mean(np.array([auc for auc in inside if not math.isnan(auc)]))
 
 
-def _bootstrap_interval(
-    statistic: Callable[[ndarray], float], sequence_N: ndarray, draws: int, seed: int
-) -> tuple[float, float]:
-    """2.5th and 97.5th percentile of `statistic(rows)` when whole sequences are drawn with replacement."""
+def _bootstrap_intervals(
+    statistics: Callable[[ndarray], tuple[float, ...]], sequence_N: ndarray, draws: int, seed: int
+) -> list[tuple[float, float]]:
+    """2.5th and 97.5th percentile of each of `statistics(rows)` when whole sequences are drawn with replacement.
+
+    Draws in which a statistic is undefined are left out of it; without any other it is (NaN, NaN).
+    """
     rng = np.random.default_rng([seed, len(sequence_N)])
     rows = [np.nonzero(sequence_N == b)[0] for b in np.unique(sequence_N)]
     found = []
     for _ in range(draws):
         drawn = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
-        found.append(statistic(drawn))
-    defined = [value for value in found if not math.isnan(value)]
-    if not defined:
+        found.append(statistics(drawn))
+    return [_middle_95([value for value in values if not math.isnan(value)]) for values in zip(*found, strict=True)]
+
+
+def _middle_95(values: Sequence[float]) -> tuple[float, float]:
+    if not values:
         return math.nan, math.nan
-    low, high = np.quantile(defined, (0.025, 0.975))
+    low, high = np.quantile(values, (0.025, 0.975))
     return float(low), float(high)
 
 
