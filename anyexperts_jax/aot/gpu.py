@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, Mesh, NamedSharding, PartitionSpec
 
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import UserError, one_line, require
 from anyexperts_jax.core.hardware import Gpu
 from anyexperts_jax.sharding.mesh import traced_for
 
@@ -151,7 +151,7 @@ def _read(ptx: pathlib.Path, gpu: Gpu) -> KernelReport:
     text = ptx.read_text()
     command = [_tool("ptxas"), "-v", f"-arch={gpu.arch}", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
     done = subprocess.run(command, capture_output=True, text=True)
-    require(done.returncode == 0, f"ptxas refuses the kernel: {' '.join(done.stderr.split())[:300]}")
+    require(done.returncode == 0, f"ptxas refuses the kernel: {one_line(done.stderr, 300)}")
     kernel = _first(r"\.entry\s+(\w+)", text)
     return KernelReport(
         kernel=kernel,

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_command, natural, positive_number, seed
+from anyexperts_jax.cli.options import add_checkpoint, add_command, natural, positive_number, seed
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,7 +35,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
             "anyexperts attach models/Qwen3-30B-A3B models/mine --k-min 8 --k-max 12 --virtual 64 --paper",
         ),
     )
-    parser.add_argument("path", type=pathlib.Path, help="a folder with config.json and safetensors, or a GGUF file")
+    add_checkpoint(parser)
     parser.add_argument("out", type=pathlib.Path, help="a new folder; other tools read the base in it")
     parser.add_argument("--k-min", type=positive_number, required=True, metavar="K", help="slots at importance 0")
     parser.add_argument("--k-max", type=positive_number, required=True, metavar="K", help="slots at importance 1")

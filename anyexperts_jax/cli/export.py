@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_command, positive_number
+from anyexperts_jax.cli.options import add_checkpoint, add_command, positive_number
 
 
 def run(options: argparse.Namespace) -> None:
@@ -22,7 +22,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "write a published checkpoint in the hub's layout",
         ("anyexperts export model.gguf models/mine", "anyexperts export models/theirs models/mine --shard-gb 2"),
     )
-    parser.add_argument("path", type=pathlib.Path, help="a folder with config.json and safetensors, or a GGUF file")
+    add_checkpoint(parser)
     parser.add_argument("out", type=pathlib.Path, help="a new folder")
     parser.add_argument(
         "--form",

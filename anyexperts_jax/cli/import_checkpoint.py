@@ -1,9 +1,8 @@
 """`anyexperts import`."""
 
 import argparse
-import pathlib
 
-from anyexperts_jax.cli.options import add_command, add_mesh, mesh_of
+from anyexperts_jax.cli.options import add_checkpoint, add_command, add_mesh, mesh_of
 
 
 def run(options: argparse.Namespace) -> None:
@@ -30,7 +29,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "read a published checkpoint, and say what it is",
         ("anyexperts import models/Qwen3-0.6B", "anyexperts import model.gguf --dry-run"),
     )
-    parser.add_argument("path", type=pathlib.Path, help="a folder with config.json and safetensors, or a GGUF file")
+    add_checkpoint(parser)
     add_mesh(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print which tensor becomes which parameter, and read no weight"

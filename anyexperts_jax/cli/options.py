@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from anyexperts_jax.core.checks import INT32
-from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}; see {self.prog} --help\n")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -96,6 +96,10 @@ def number(least: float, most: float = math.inf) -> Callable[[str], float]:
 
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=pathlib.Path, help="a folder with config.json and safetensors, or a GGUF file")
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

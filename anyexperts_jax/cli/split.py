@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_command, natural, positive, say, seed
+from anyexperts_jax.cli.options import add_checkpoint, add_command, natural, positive, say, seed
 
 
 def run(options: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
             "anyexperts split model.gguf models/random --experts 24 --method random",
         ),
     )
-    parser.add_argument("path", type=pathlib.Path, help="a folder with config.json and safetensors, or a GGUF file")
+    add_checkpoint(parser)
     parser.add_argument("out", type=pathlib.Path, help="a new folder; other tools read the dense model in it")
     parser.add_argument(
         "--experts", type=positive, required=True, metavar="E", help="groups of neurons; divides the network's width"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.core.errors import UserError, comma_list, one_line, require
 
 T = TypeVar("T")
 FLOATS = ("float16", "bfloat16", "float32", "float64")  # what experts compute in
@@ -23,7 +23,7 @@ def as_array(name: str, value: Any) -> jax.Array:
         try:
             value = np.asarray(value)
         except (TypeError, ValueError) as error:
-            raise UserError(f"{name} is no array: {' '.join(str(error).split())}") from error
+            raise UserError(f"{name} is no array: {one_line(error)}") from error
     kinds = (jnp.bool_, jnp.integer, jnp.floating)
     real = any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
     require(real, f"{name} holds {value.dtype}; it must be an array of real numbers")

@@ -2,7 +2,7 @@
 
 import jax
 
-from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.errors import UserError, one_line
 
 
 def require_devices() -> None:
@@ -15,7 +15,7 @@ def require_devices() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # an AssertionError if the platform's plugin is not installed
         asked = jax.config.jax_platforms
-        said = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS=")[0]
+        said = one_line(error).partition(" (set JAX_PLATFORMS=")[0]
         raise UserError(
             f"JAX finds no device of JAX_PLATFORMS={asked}{f' ({said})' if said else ''}; "
             "unset it to run on what is here, or install that platform's JAX"

@@ -20,9 +20,14 @@ def require_one_of(name: str, value: Any, valid: Collection[Any]) -> None:
         raise UserError(f"{name}={value!r} is unknown; valid: {comma_list(valid)}")
 
 
+def one_line(text: object, most: int | None = None) -> str:
+    """The text of an error or any other value on one line, cut after `most` characters."""
+    return " ".join(str(text).split())[:most]
+
+
 def shown(value: Any) -> str:
     """The `repr` of a value for one-line messages: long ones are shortened in the middle."""
-    text = " ".join(repr(value).split())
+    text = one_line(repr(value))
     return text if len(text) <= 100 else f"{text[:70]}...{text[-20:]}"
 
 

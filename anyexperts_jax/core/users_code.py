@@ -6,7 +6,7 @@ import sysconfig
 import traceback
 from types import ModuleType, TracebackType
 
-from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.errors import UserError, one_line
 
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -34,7 +34,7 @@ class UsersCode:
         if error is None or not isinstance(error, Exception | SystemExit):
             return
         said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {_message(error)}"
-        raise UserError(f"{self._what} at {self._where(error, trace)}: {' '.join(said.split())}") from error
+        raise UserError(f"{self._what} at {self._where(error, trace)}: {one_line(said)}") from error
 
     def _where(self, error: BaseException, trace: TracebackType | None) -> str:
         """FILE:LINE of the innermost frame that is the user's, or else of the innermost."""

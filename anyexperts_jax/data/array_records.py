@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.core.errors import UserError, comma_list, one_line, require, require_one_of
 from anyexperts_jax.core.registries import METRICS
 from anyexperts_jax.data.domain import SPLITS, Metric
 from anyexperts_jax.data.example import Example
@@ -113,7 +113,7 @@ class ArrayRecordSource:
         try:
             self._records = ArrayRecordDataSource(files)
         except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"cannot read {files[0]} or one beside it: {' '.join(str(error).split())}") from error
+            raise UserError(f"cannot read {files[0]} or one beside it: {one_line(error)}") from error
         found = len(self._records)
         require(
             found == splits[split], f"{folder} holds {found} examples of {split!r}, its {MANIFEST} says {splits[split]}"
@@ -139,7 +139,7 @@ class ArrayRecordSource:
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"cannot read {where}: {' '.join(str(error).split())}") from error
+            raise UserError(f"cannot read {where}: {one_line(error)}") from error
 
 
 def _manifest_for(source: Source, folder: pathlib.Path, split: str) -> dict[str, Any]:

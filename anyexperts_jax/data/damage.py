@@ -3,6 +3,8 @@
 import struct
 import zlib
 
+from anyexperts_jax.core.errors import one_line
+
 # Of Pillow's and SciPy's readers, which check little before they unpack.
 DAMAGE = (
     OSError,
@@ -29,4 +31,4 @@ def said(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):  # whose text is the address of a buffer
         return "Pillow knows no such format"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:200] or type(error).__name__
+    return one_line(text, 200) or type(error).__name__

@@ -25,6 +25,7 @@ import numpy as np
 from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.data.cells import level_of, text_of
 from anyexperts_jax.data.config import Columns
+from anyexperts_jax.data.damage import said
 from anyexperts_jax.data.decode import decode_audio, decode_picture, decode_video
 from anyexperts_jax.data.domain import Metric
 from anyexperts_jax.data.example import Example
@@ -65,7 +66,7 @@ class HuggingFaceSource:
     def __init__(self, folder: pathlib.Path, split: str) -> None:
         names = _split_names(folder)
         require(split in names, f"{folder} has no split {split!r}; it has {comma_list(names)}")
-        loaded = {name: _load(folder, name) for name in names if not _is_empty(folder / name)}
+        loaded = {name: load_saved(folder, name) for name in names if not _is_empty(folder / name)}
         require(split in loaded and len(loaded[split]) > 0, f"{folder} holds no examples of split {split!r}")
         rows = loaded[split]
         for column in ("question", "answer"):
@@ -107,7 +108,7 @@ class HuggingFaceSource:
         try:
             return row_values(self._rows[index])
         except (ValueError, OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"cannot read {where}: {_said(error)}") from error
+            raise UserError(f"cannot read {where}: {said(error)}") from error
 
 
 def _split_names(folder: pathlib.Path) -> list[str]:
@@ -127,23 +128,27 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {_said(error)}") from error
+        raise UserError(f"cannot read {path}: {said(error)}") from error
     require(isinstance(values, dict), f"{path} is no JSON object")
     return values
 
 
-def _load(folder: pathlib.Path, split: str) -> Any:
-    """The rows of a split, as `datasets` has them."""
+def load_saved(folder: str | pathlib.Path, split: str = "") -> Any:
+    """What `datasets` saved in a folder, or the split of that name in it.
+
+    Raises:
+      UserError: when `datasets` is not installed, or what is there cannot be read.
+    """
     try:
         import pyarrow
         from datasets import load_from_disk
     except ImportError as error:
         raise UserError(f"{folder} is a Hugging Face dataset: pip install datasets to read it") from error
+    path = pathlib.Path(folder) / split
     try:
-        return load_from_disk(str(folder / split))
+        return load_from_disk(str(path))
     except (ValueError, OSError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
-        path = folder / split
-        raise UserError(f"cannot read the Hugging Face dataset {path}: {_said(error)}") from error
+        raise UserError(f"cannot read the Hugging Face dataset {path}: {said(error)}") from error
 
 
 def _label_names(rows: Any, column: str) -> list[str] | None:
@@ -166,7 +171,7 @@ def _types_in(rows: Any, folder: pathlib.Path) -> set[str]:
     except pyarrow.ArrowNotImplementedError as error:
         raise UserError(f"{folder}: column {column!r} must hold one name a row, not {kind}") from error
     except (ValueError, OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot read {folder}, column {column!r}: {_said(error)}") from error
+        raise UserError(f"cannot read {folder}, column {column!r}: {said(error)}") from error
     return {_type_name(value, _label_names(rows, column), str(folder)) for value in values}
 
 
@@ -241,11 +246,6 @@ def _typed(value: Any, dtype: Any) -> Any:
         return np.asarray(value, dtype)
     except (ValueError, TypeError):
         return value
-
-
-def _said(error: BaseException) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split())[:200] or type(error).__name__
 
 
 FORMAT = FolderFormat(" or ".join(MARKERS), is_folder, HuggingFaceSource)

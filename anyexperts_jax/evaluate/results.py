@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import dacite
 
-from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.errors import UserError, one_line
 from anyexperts_jax.core.files import parse_json_object, read_text
 from anyexperts_jax.core.modality import MODALITY_NAMES, NUM_MODALITIES
 from anyexperts_jax.evaluate.importance import Separation
@@ -203,7 +203,7 @@ def read_saved(cls: type[Saved], text: str, complaint: str, advice: str) -> Save
         config = dacite.Config(cast=[tuple], type_hooks={float: _read_float}, strict=True)
         return dacite.from_dict(cls, parse_json_object(text, "the text"), config)
     except (dacite.DaciteError, TypeError, ValueError, AttributeError) as error:  # of dacite's casts too
-        line = " ".join(str(error).split())[:200]
+        line = one_line(error, 200)
         raise UserError(f"{complaint} of this version ({line}); {advice}") from error
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.core.errors import UserError, comma_list, one_line, require, require_one_of
 from anyexperts_jax.core.files import parse_json_object, read_text
 from anyexperts_jax.core.switches import Switches
 from anyexperts_jax.models.init import abstract_params, named_leaves, params_of_leaves
@@ -70,7 +70,7 @@ def write_extension(m: Pretrained, base: Pretrained, folder: pathlib.Path) -> No
     try:
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / TENSORS)
     except library.SafetensorError as error:
-        raise UserError(f"cannot write {TENSORS}: {' '.join(str(error).split())}; nothing was kept") from error
+        raise UserError(f"cannot write {TENSORS}: {one_line(error)}; nothing was kept") from error
 
 
 def with_extension(base: Pretrained, folder: pathlib.Path) -> Pretrained:
@@ -128,7 +128,7 @@ def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         return dict(load_file(folder / TENSORS))
     except library.SafetensorError as error:
-        raise UserError(f"{folder / TENSORS} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{folder / TENSORS} cannot be read: {one_line(error)}") from error
 
 
 def _take(tensors: Mapping[str, np.ndarray], name: str, folder: pathlib.Path) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from anyexperts_jax.core.errors import UserError, comma_list, require, require_one_of
+from anyexperts_jax.core.extras import require_package
 from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.sources import Reader, TensorInfo
 
@@ -75,7 +76,7 @@ class GgufFile:
           UserError: when the package is missing, the file is broken, or it holds an architecture, a tensor or a
             quantisation that is not read, naming it.
         """
-        library = _require_gguf()
+        library = require_package("gguf", "pretrained", "GGUF files need")
         try:
             reader = library.GGUFReader(path)
         except OSError as error:
@@ -125,14 +126,6 @@ def _is_readable(library: Any, kind: Any) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-def _require_gguf() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError("GGUF files need the package gguf: pip install 'anyexperts-jax[pretrained]'") from error
-    return gguf
 
 
 def _hub_config(found: Mapping[str, Any], reader: Any, where: str) -> HubConfig:

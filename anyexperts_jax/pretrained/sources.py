@@ -10,7 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import ml_dtypes
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.core.errors import UserError, comma_list, one_line, require
+from anyexperts_jax.core.extras import require_package
 from anyexperts_jax.core.files import parse_json_object, read_text
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -123,11 +124,7 @@ def require_safetensors() -> Any:
     Raises:
       UserError: when it is not installed, saying how to install it.
     """
-    try:
-        import safetensors
-    except ImportError as error:
-        raise UserError("this needs the package safetensors: pip install 'anyexperts-jax[pretrained]'") from error
-    return safetensors
+    return require_package("safetensors", "pretrained")
 
 
 def _index(folder: pathlib.Path) -> dict[str, str]:
@@ -160,7 +157,7 @@ def _open(library: Any, path: pathlib.Path) -> Iterator[Any]:
         with library.safe_open(path, "numpy") as file:
             yield file
     except library.SafetensorError as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def _info(name: str, found: Any, path: pathlib.Path) -> TensorInfo:

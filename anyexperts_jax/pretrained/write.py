@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.core.errors import UserError, one_line, require, require_one_of
 from anyexperts_jax.core.files import require_local, require_printable
 from anyexperts_jax.core.registries import FAMILIES
 from anyexperts_jax.models.init import named_leaves
@@ -159,7 +159,7 @@ def _write_weights(tensors: _Tensors, folder: pathlib.Path, shard_bytes: int) ->
         try:
             save_file({name: tensors.value(name) for name in names}, folder / file, metadata={"format": "pt"})
         except library.SafetensorError as error:
-            raise UserError(f"cannot write {file}: {' '.join(str(error).split())}; nothing was kept") from error
+            raise UserError(f"cannot write {file}: {one_line(error)}; nothing was kept") from error
     if count > 1:
         weight_map = {name: file for file, names in zip(named, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": tensors.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from anyexperts_jax.core.errors import UserError, require, require_one_of
+from anyexperts_jax.core.extras import require_package
 from anyexperts_jax.tokenizers.files import as_text
 
 if TYPE_CHECKING:
@@ -60,10 +61,7 @@ def read_gguf(path: pathlib.Path) -> tuple[dict[str, str], str]:
 
 
 def _metadata(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError("GGUF files need the package gguf: pip install 'anyexperts-jax[text]'") from error
+    gguf = require_package("gguf", "text", "GGUF files need")
     try:
         fields = gguf.GGUFReader(path).fields
         wanted = (name for name in fields if name.startswith("tokenizer.") or name == "general.name")

@@ -18,6 +18,7 @@ from jaxtyping import Int32
 from numpy import ndarray
 
 from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.core.extras import require_package
 from anyexperts_jax.tokenizers.base import SpecialIds, TokenSpans, require_unicode
 from anyexperts_jax.tokenizers.files import parse_object, read_text
 from anyexperts_jax.tokenizers.special_tokens import Declared, declared
@@ -46,11 +47,7 @@ def require_library() -> Any:
     Raises:
       UserError: when it is not installed, saying how to install it.
     """
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise UserError("this needs the package tokenizers: pip install 'anyexperts-jax[text]'") from error
-    return tokenizers
+    return require_package("tokenizers", "text")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ import jinja2.runtime
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import UserError, one_line, require
 
 GENERATION = "generation"  # the tag around what the assistant says
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode keeps these two out of all text
@@ -132,4 +132,4 @@ def _raise(message: str) -> None:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return one_line(error)

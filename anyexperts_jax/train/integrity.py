@@ -11,7 +11,7 @@ import pathlib
 import zlib
 from collections.abc import Iterable
 
-from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.errors import UserError, one_line
 from anyexperts_jax.core.files import parse_json_object, read_text
 
 CHECKSUMS_NAME = "checksums.json"
@@ -169,4 +169,4 @@ def _find_undecodable_array(folder: pathlib.Path) -> Damage | None:
 
 
 def _first_words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return one_line(error, 200)

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from anyexperts_jax.core.checks import INT32
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import UserError, one_line, require
 from anyexperts_jax.train.stops import PeerLostError
 
 AUTO = "auto"
@@ -136,7 +136,7 @@ def connect(peers: Peers, timeout: float) -> None:
             )
             jax.devices()  # waits for the devices of all processes
     except ValueError as error:  # JAX raises it if it finds no cluster
-        line = " ".join(str(error).split())
+        line = one_line(error)
         raise UserError(
             f"JAX finds no cluster here ({line}); give --processes, --process-index, --coordinator"
         ) from error

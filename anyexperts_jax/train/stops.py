@@ -7,6 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from anyexperts_jax.core.errors import one_line
+
 
 class RunStoppedError(Exception):
     """The run ended early. The command line prints the message and exits with `exit_code`."""
@@ -119,7 +121,7 @@ def file_failure(error: OSError | RuntimeError | MemoryError, output: Any = None
         return f"cannot write to the standard output: {error.strerror}", 2
     if isinstance(error, OSError):
         if error.filename is None:
-            said = error.strerror or " ".join(str(error).split()) or type(error).__name__
+            said = error.strerror or one_line(error) or type(error).__name__
             return f"cannot read or write a file: {said}", 2
         return f"cannot read or write {error.filename}: {error.strerror}; give a path where that is possible", 2
     return None

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import UserError, one_line, require
 from anyexperts_jax.core.files import parse_json_object
 from anyexperts_jax.data.sources.cache import Numbers, fingerprint, hash_64, made_once
 from anyexperts_jax.data.sources.places import File, beside, is_address, read_file
@@ -31,7 +31,7 @@ class ArrayRecordRows:
             self._records = [ArrayRecordDataSource([file.path]) for file in files]
             self._bounds = np.cumsum([len(records) for records in self._records]).tolist()
         except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"cannot read {files[0].path} or one beside it: {' '.join(str(error).split())}") from error
+            raise UserError(f"cannot read {files[0].path} or one beside it: {one_line(error)}") from error
         self.fingerprint = fingerprint(*(f"{file.name} {file.size} {self._tail(file)}" for file in files))
 
     def _tail(self, file: File) -> int:
@@ -67,7 +67,7 @@ class ArrayRecordRows:
         except UnicodeDecodeError as error:
             raise UserError(f"the record is not JSON in UTF-8 (byte {error.start})") from error
         except (ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"cannot be read: {' '.join(str(error).split())[:160]}") from error
+            raise UserError(f"cannot be read: {one_line(error, 160)}") from error
         return parse_json_object(text, "the record")
 
     def where(self, index: int) -> tuple[str, str]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.data.huggingface import row_values
+from anyexperts_jax.core.errors import UserError, one_line
+from anyexperts_jax.data.huggingface import load_saved, row_values
 from anyexperts_jax.data.sources.cache import Numbers, fingerprint, made_once
 from anyexperts_jax.data.sources.parquet import row_digest
 from anyexperts_jax.data.sources.places import File, Place, beside, is_address, read_file
@@ -65,7 +65,7 @@ class DatasetRows:
         try:
             return row_values(self._splits[part][number])
         except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"cannot be read: {' '.join(str(error).split())[:160]}") from error
+            raise UserError(f"cannot be read: {one_line(error, 160)}") from error
 
     def where(self, index: int) -> tuple[str, str]:
         part, number = split_index(self._bounds, index)
@@ -77,17 +77,8 @@ class DatasetRows:
 
 def _load(folder: str) -> dict[str, Any]:
     """The dataset of each split by name."""
-    try:
-        import pyarrow
-        from datasets import DatasetDict, load_from_disk
-    except ImportError as error:
-        raise UserError(f"{folder} is a Hugging Face dataset: pip install datasets to read it") from error
-    try:
-        loaded = load_from_disk(folder)
-    except (ValueError, OSError, LookupError, TypeError, AttributeError, pyarrow.ArrowException) as error:
-        said = " ".join(str(error).split())[:160]
-        raise UserError(f"cannot read the Hugging Face dataset {folder}: {said}") from error
-    return dict(loaded) if isinstance(loaded, DatasetDict) else {"data": loaded}
+    loaded = load_saved(folder)
+    return dict(loaded) if isinstance(loaded, Mapping) else {"data": loaded}
 
 
 def _find(place: Place) -> Sequence[File]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import UserError, one_line, require
 from anyexperts_jax.data.sources.cache import Numbers, fingerprint, hash_64, made_once
 from anyexperts_jax.data.sources.places import File, Stream, beside, is_address, open_file, read_file, with_retries
 from anyexperts_jax.data.sources.rows import RowFormat, by_suffix, split_index
@@ -157,7 +157,7 @@ def _told(file: File) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{file.path} is damaged or was cut short: {error}") from error
     except (OSError, RuntimeError, ValueError) as error:
-        said = " ".join(str(error).split())[:160]
+        said = one_line(error, 160)
         raise UserError(f"cannot read {file.path}: {said}") from error
 
 

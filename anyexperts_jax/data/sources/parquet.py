@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import UserError, one_line, require
 from anyexperts_jax.data.huggingface import row_values
 from anyexperts_jax.data.sources.cache import Numbers, fingerprint, hash_64, made_once
 from anyexperts_jax.data.sources.places import File, beside, open_file, read_file
@@ -60,7 +60,7 @@ class ParquetRows:
             batch = self._reader(part).get_batch(number // BATCH).slice(number % BATCH, 1)
             return row_values(pyarrow.Table.from_batches([batch]))
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"cannot be read: {' '.join(str(error).split())[:160]}") from error
+            raise UserError(f"cannot be read: {one_line(error, 160)}") from error
 
     def where(self, index: int) -> tuple[str, str]:
         part, number = split_index(self._bounds, index)
@@ -98,7 +98,7 @@ def _copy(file: File, folder: pathlib.Path) -> None:
                         digests.write(row_digest(batch.slice(row, 1)).to_bytes(8, "little"))
                     writer.write_batch(batch)
     except (pyarrow.ArrowException, OSError) as error:
-        said = " ".join(str(error).split())[:160]
+        said = one_line(error, 160)
         raise UserError(f"{file.path} is no Parquet file, or is damaged: {said}") from error
 
 

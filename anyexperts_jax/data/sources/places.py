@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import UserError, one_line, require
 
 T = TypeVar("T")
 Stream = Any  # bytes to read and seek in: files, archives and stores have no type in common
@@ -183,7 +183,7 @@ def with_retries(action: Callable[[], T], what: str, sleep: Callable[[float], No
         except PermissionError as error:
             raise UserError(f"cannot {without_secrets(what)}: access is denied; {_ADVICE}") from error
         except _store_errors() as error:
-            said = without_secrets(" ".join(str(error).split()))[:160] or type(error).__name__
+            said = without_secrets(one_line(error))[:160] or type(error).__name__
             if any(word in type(error).__name__ for word in ("Credential", "Auth")):
                 raise UserError(f"cannot {without_secrets(what)}: {said}; {_ADVICE}") from error
             if wait is None:
@@ -234,6 +234,6 @@ def _system(place: str) -> tuple[Any, str]:
         package = _NEEDS.get(scheme, "the package that fsspec names for it")
         raise UserError(f"{place}: pip install {package} to read {scheme}:// (extra `remote`)") from error
     except _store_errors() as error:
-        said = without_secrets(" ".join(str(error).split()))[:160]
+        said = without_secrets(one_line(error))[:160]
         raise UserError(f"cannot read {place}: {said}; give a path, or an address as gs:// or s3://") from error
     return system, root
