@@ -55,7 +55,7 @@ def use_no_device() -> None:
 
     Compiling for devices that are not attached needs none, and plugins complain, or fail to load, if they find none.
     """
-    if not jax.config.jax_platforms:
+    if not jax.config.values["jax_platforms"]:
         jax.config.update("jax_platforms", "cpu")
 
 

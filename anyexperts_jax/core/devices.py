@@ -14,7 +14,7 @@ def require_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # an AssertionError if the platform's plugin is not installed
-        asked = jax.config.jax_platforms
+        asked = jax.config.values["jax_platforms"]
         said = one_line(error).partition(" (set JAX_PLATFORMS=")[0]
         raise UserError(
             f"JAX finds no device of JAX_PLATFORMS={asked}{f' ({said})' if said else ''}; "

@@ -122,7 +122,7 @@ def _nats(
 
 def _rows(batch: Batch, tokenizer: Tokenizer) -> list[tuple[int, int, str] | None]:
     """Of each row the number of its example, of its question type, and its answer; None of a padding row."""
-    valid_B = np.asarray(batch.valid_BT).any(axis=1).tolist()
+    valid_B = np.atleast_1d(np.asarray(batch.valid_BT).any(axis=1))
     columns = (np.asarray(batch.example_B).tolist(), np.asarray(batch.question_B).tolist(), answers(batch, tokenizer))
     return [row if valid else None for valid, row in zip(valid_B, zip(*columns, strict=True), strict=True)]
 
