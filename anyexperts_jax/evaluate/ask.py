@@ -27,7 +27,7 @@ _UNKNOWN = "?"  # stands for the answer of a question whose answer nobody gave
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the model answered, and the real experts a token of the prompt and answer took, by modality."""
+    """The model's answer, and the real experts per token of prompt and answer, by modality."""
 
     answer: str
     real_slots: dict[str, float]  # mean over layers and over the tokens of the modality

@@ -59,7 +59,7 @@ class Options:
     time_rounds: int = 9  # interleaved, of which medians are taken
     calibrated: bool = True  # False: the window of that nominal budget, whatever it realises
     metrics: tuple[str, ...] = ()  # "NAME=METRIC": how a domain is scored, in place of the run's own choice
-    model_baselines: bool = False  # set importance also beside what router, gradient and embeddings say (slower)
+    model_baselines: bool = False  # also compare importance with scores from router, gradients and embeddings (slower)
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -69,7 +69,7 @@ class Options:
 
     @property
     def rows(self) -> int:
-        """Of every batch, so that one program of each kind serves them all."""
+        """Rows of every batch. All batches share one shape, so each function compiles once."""
         return min(self.batch_size, max(self.num_examples, self.calibration_examples))
 
 
@@ -92,12 +92,12 @@ def evaluate(
 
     Args:
       budgets: real experts per token, on average; None: `default_budgets`.
-      domains: of the run's mixture; None: all.
+      domains: names from the run's mixture; None: all.
       mesh: of any shape, whatever the run was trained on; None: the first device.
-      data: paths or addresses of further data by name, or of where data of the run's are now; the domains measured are
-        these unless they are given.
+      data: paths or addresses by name: further data, or the new place of data that the run was trained on. Unless
+        `domains` is given, these are the domains that are measured.
       note: called with a line as each part is done.
-      show: called with the result before it is written, so that it is not lost where it cannot be.
+      show: called with the result before it is written, so that a failed write does not lose it.
 
     Raises:
       UserError: no such run or checkpoint, an unknown domain, a budget out of reach, more examples than the memory
@@ -123,8 +123,8 @@ def evaluate(
 def default_budgets(moe: AnyExpertsConfig) -> tuple[float, ...]:
     """0.6, 0.8, 1 and 1.2 times the nominal budget, as the paper's 4.8 to 9.6 are.
 
-    Each is moved to the nearest budget that a window of the run's width has: whole numbers for static top-k, and no
-    fewer than k_min = 1 slots. Those that fall together are one.
+    Each is moved to the nearest budget that a window of the run's width can realise: whole numbers for static top-k,
+    and never fewer than k_min = 1 slots. Duplicates are removed.
     """
     found = (nearest_budget(moe, round(ratio * moe.expected_real_slots, 6)) for ratio in BUDGET_RATIOS)
     return tuple(dict.fromkeys(found))
@@ -215,7 +215,7 @@ def _say_what_is_missing(trained: Trained, names: Sequence[str], options: Option
 
 @dataclasses.dataclass(frozen=True)
 class _Calibrated:
-    """A budget, its window, and what that realises on the validation examples."""
+    """A budget, the window found for it, and the average that this window realises on the validation examples."""
 
     budget: float
     window: Window
@@ -250,9 +250,9 @@ def calibrate(
 ) -> tuple[Window, float]:
     """The window, as wide as the run's, that realises `budget` on `batches`; and what it realises.
 
-    Where tokens hardly differ in importance the realised average moves in jumps of a slot. If no window comes within
-    `tolerance`, this is the one that comes nearest, with a note. `model` is the run's; room is added where a window
-    needs it.
+    Where tokens hardly differ in importance, the realised average jumps by whole slots. If no window comes within
+    `tolerance`, the nearest one is returned and `note` says so. `model` is the run's; it gets wider slot arrays where
+    a window needs them.
     """
     seen: dict[Window, float] = {}
 
@@ -272,7 +272,7 @@ def calibrate(
 
 
 def _most_slots(moe: AnyExpertsConfig, budget: float) -> float:
-    """The k_max a budget can need at most: its k_min slots, less the virtual ones, are already as many."""
+    """An upper bound for the k_max of a budget: at this k_min the real slots alone already reach the budget."""
     return min(budget / (1 - moe.rho_max) + 1, moe.num_columns) + moe.k_max - moe.k_min
 
 
@@ -326,7 +326,7 @@ def _at_budget(
 
 
 def _mixed_batch(test: Batches, rows: int) -> Batch:
-    """`rows` rows, dealt from the domains in turn, so that the mixture of modalities is that of the budget."""
+    """`rows` rows, taken from the domains in turn: times are measured on the mixture the budget is averaged over."""
     firsts = [batches[0] for batches in test.values()]
     dealt = [(row, i) for row in range(rows) for i in range(len(firsts))][:rows]
     return jax.tree.map(lambda *leaves: np.stack([leaves[i][row] for row, i in dealt]), *firsts)

@@ -26,7 +26,7 @@ class Separation:
 
     `auc` is of the mean over layers, pooled over sequences; its interval holds 95% of a bootstrap over sequences
     (tokens of a sequence are not independent). `auc_within` ranks tokens only against others of their own sequence,
-    so a level shift between sequences cannot help. Undefined figures are NaN.
+    so that a shift in level between sequences cannot help. Undefined figures are NaN.
     """
 
     modality: str
@@ -40,7 +40,7 @@ class Separation:
     auc_by_layer: tuple[float, ...]
     mean_evidence: float
     mean_background: float
-    baselines: Mapping[str, float]  # AUC of what needs no training, by name (`baseline_scores`)
+    baselines: Mapping[str, float]  # AUC of scores that need no training, by name (`baseline_scores`)
     # Importance's AUC minus the AUC of contrast, paired: both are computed on the same drawn sequences. NaN in files
     # of versions that did not measure it.
     contrast_lead: float = math.nan
@@ -61,14 +61,14 @@ def roc_auc(score_N: Float[ndarray, "N"], positive_N: Bool[ndarray, "N"]) -> flo
 
 
 def candidates(batch: Batch) -> Bool[ndarray, "B T"]:
-    """Tokens on which evidence can lie: media and question, without what begins the sequence."""
+    """Tokens that can carry evidence: media and question tokens, without the first of the sequence."""
     found_BT = before_answers(batch)
     found_BT[:, 0] = False
     return found_BT
 
 
 def baseline_scores(batch: Batch, seed: int = 0) -> dict[str, Float[ndarray, "B T"]]:
-    """Scores that need no training, to set the AUC of importance beside.
+    """Scores that need no training, as baselines for the AUC of importance.
 
     contrast: standard deviation of a patch's pixels or a chunk's log-mel values (text: 0, so its AUC is 0.5);
     position: earlier tokens higher; random: uniform.
@@ -175,7 +175,7 @@ def _bootstrap_intervals(
 ) -> list[tuple[float, float]]:
     """2.5th and 97.5th percentile of each of `statistics(rows)` when whole sequences are drawn with replacement.
 
-    Draws in which a statistic is undefined are left out of it; without any other it is (NaN, NaN).
+    Draws in which a statistic is undefined are left out; if all are, its interval is (NaN, NaN).
     """
     rng = np.random.default_rng([seed, len(sequence_N)])
     rows = [np.nonzero(sequence_N == b)[0] for b in np.unique(sequence_N)]

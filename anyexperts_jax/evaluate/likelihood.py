@@ -1,4 +1,4 @@
-"""What a model makes of the right answers: loss, bits per byte, token accuracy; and which answer it finds likeliest."""
+"""How well a model predicts the right answers (loss, bits per byte, accuracy), and which answer it ranks first."""
 
 import dataclasses
 import math
@@ -24,19 +24,19 @@ from anyexperts_jax.models.multimodal import ModelOutput
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.train.losses import AnswerScores, answer_scores
 
-MOST_CHOICES = 64  # answers that a question is put with; each takes a pass over its sequence
+MOST_CHOICES = 64  # answers tried per question; each needs a forward pass over its sequence
 
 _answer_scores = jax.jit(answer_scores)
 
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """Sums over the answers of some examples, each predicted from the right tokens before it."""
+    """Sums over the answer tokens of some examples. Each token is predicted from the correct tokens before it."""
 
     nats: float = 0.0
-    tokens: int = 0  # of the answers, their ends included
-    correct: int = 0  # of these tokens those that the model found the likeliest
-    text_bytes: int = 0  # of the answers, in UTF-8
+    tokens: int = 0  # answer tokens, the end of each answer included
+    correct: int = 0  # answer tokens that the model ranked first
+    text_bytes: int = 0  # length of the answers in UTF-8
 
     def __add__(self, other: "Likelihood") -> "Likelihood":
         return Likelihood(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -48,7 +48,7 @@ class Likelihood:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits of the answers, their ends included, per byte of their text: the same unit for every tokenizer."""
+        """Bits spent on the answers and their ends, per byte of text: comparable across tokenizers."""
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
     @property
@@ -57,7 +57,7 @@ class Likelihood:
 
 
 def likelihood_of(output: ModelOutput, batch: Batch, tokenizer: Tokenizer) -> Likelihood:
-    """Of all rows of the batch that the model was run on; padding rows add nothing."""
+    """Sums over all rows of the batch that the model was run on. Padding rows add nothing."""
     scores = _scores(output, batch)
     return Likelihood(
         nats=float(np.asarray(scores.loss_B).sum(dtype=np.float64)),
@@ -68,16 +68,16 @@ def likelihood_of(output: ModelOutput, batch: Batch, tokenizer: Tokenizer) -> Li
 
 
 def token_accuracies(output: ModelOutput, batch: Batch) -> list[float]:
-    """Of each row that is no padding the share of its learned tokens that the model found the likeliest."""
+    """For each row that is not padding, the share of its trained tokens that the model ranked first."""
     scores = _scores(output, batch)
     tokens_B, correct_B = np.asarray(scores.tokens_B), np.asarray(scores.correct_B)
     return [float(correct_B[i] / tokens_B[i]) for i in np.flatnonzero(tokens_B)]
 
 
 def choose(trained: Trained, model: ModelConfig, source: Source, batches: Sequence[Batch], window: Window) -> list[str]:
-    """The likeliest answer to each row's question, "" for padding rows: of those that its type has in `batches`.
+    """The most likely answer to each row's question, among all answers that `batches` hold for its question type.
 
-    The likelihood is that of the whole answer, its end included.
+    The likelihood is that of the whole answer, its end included. Padding rows get "".
 
     Raises:
       UserError: when a question type has more than MOST_CHOICES answers, or one does not fit a sequence.
@@ -110,7 +110,7 @@ def choose(trained: Trained, model: ModelConfig, source: Source, batches: Sequen
 def _nats(
     trained: Trained, model: ModelConfig, encoded: Sequence[Mapping[str, np.ndarray]], window: Window, size: int
 ) -> Float[ndarray, " rows"]:
-    """What the answer of each row costs, in passes over `size` rows at a time."""
+    """The loss of each row's answer in nats, computed `size` rows at a time."""
     nats = []
     for begin in range(0, len(encoded), size):
         part = encoded[begin : begin + size]
@@ -121,7 +121,7 @@ def _nats(
 
 
 def _rows(batch: Batch, tokenizer: Tokenizer) -> list[tuple[int, int, str] | None]:
-    """Of each row the number of its example, of its question type, and its answer; None of a padding row."""
+    """For each row (example index, question type, answer), or None for a padding row."""
     valid_B = np.atleast_1d(np.asarray(batch.valid_BT).any(axis=1))
     columns = (np.asarray(batch.example_B).tolist(), np.asarray(batch.question_B).tolist(), answers(batch, tokenizer))
     return [row if valid else None for valid, row in zip(valid_B, zip(*columns, strict=True), strict=True)]

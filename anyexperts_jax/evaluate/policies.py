@@ -1,4 +1,4 @@
-"""A model that was read, on a text, at budgets by policy: perplexity, bits per byte, and what was really used."""
+"""Perplexity of a pretrained model on a text, at any budget by any policy, with the experts it really used."""
 
 import dataclasses
 import functools
@@ -39,15 +39,15 @@ class TextSample:
 
 
 class Measured(NamedTuple):
-    """One pass over the sample."""
+    """The result of one pass over the sample."""
 
     policy: str
-    budget: float  # asked for, experts a token
-    realised: float  # real experts a token and layer
-    nats: float  # a predicted token
+    budget: float  # as requested, experts per token
+    realised: float  # real experts per token and layer
+    nats: float  # per predicted token
     bits_per_byte: float
     seconds: float
-    unique: float  # experts that a batch hits, of a layer
+    unique: float  # distinct experts that a batch uses in a layer, on average
 
 
 def text_sample(m: Pretrained, text: str, tokens: int, length: int) -> TextSample:
@@ -66,7 +66,7 @@ def text_sample(m: Pretrained, text: str, tokens: int, length: int) -> TextSampl
 
 
 def policy_names(m: Pretrained) -> tuple[str, ...]:
-    """What fits a model: policies by its router's scores, or its own importance where it has variable slots."""
+    """The policies a model can run: those based on router scores, or its own importance if it has variable slots."""
     if m.config.moe.uses_importance or m.config.moe.num_virtual:
         return (IMPORTANCE,)
     return (*POLICIES.names(), LAYERS, ORACLE)
@@ -83,11 +83,11 @@ def measure_policies(
 ) -> list[Measured]:
     """Measures the model as it is, then each policy at each budget.
 
-    A policy's dial is set so that the scores of the sample, routed as the model is by itself, give the budget on
-    average; what a token then really gets is measured. "static_layers" gives whole numbers by layer: each further
-    expert goes to the layer where it adds the most of the routers' scores. "oracle" chooses for every position in
-    hindsight between the whole numbers around the budgets and the model's own, by the loss that the whole sequence
-    run at that number gave it: no policy that sees the same runs does better.
+    A policy's dial is set on the router scores of the unchanged model, so that tokens get the budget on average. What
+    they really get is then measured. "static_layers" gives each layer a whole number: the
+    next expert goes to the layer where it adds the most router score. "oracle" chooses for every position in
+    hindsight among the whole numbers around the budgets, by the loss that the position had when the whole sequence
+    ran at that number: no policy that chooses among these runs does better.
 
     Args:
       budgets: experts a token.
@@ -116,7 +116,7 @@ def measure_policies(
 
 
 def table(found: Sequence[Measured], where: str) -> TextTable:
-    """A row a pass."""
+    """One row for each pass."""
     rows = tuple(
         (
             one.policy,
@@ -231,7 +231,7 @@ def slots_of_layers(scores_LNE: Float[np.ndarray, "L N E"], budget: float) -> In
 
 
 def _oracle(passes: dict[int, _Pass], budget: float) -> _Pass:
-    """The least sum of losses with `budget` experts a position on average, by a price on experts."""
+    """The smallest sum of losses with `budget` experts per position on average, found by a price per expert."""
     slots_K = np.array(sorted(passes))
     nats_KBT = np.stack([passes[k].nats_BT for k in slots_K.tolist()])
     low, high = -1e3, 1e3

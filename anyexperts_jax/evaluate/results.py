@@ -37,8 +37,9 @@ class GroupScore:
 class DomainScore:
     """Greedy answers to one domain's questions. Scores are in [0, 1], higher is better.
 
-    `chance` is what the best constant answer to each question type scores on the same examples. The last three are of
-    the right answers, each token predicted from the right ones before it; NaN in an evaluation of before they were.
+    `chance` is what the best constant answer to each question type scores on the same examples. The last three fields
+    score the correct answers, each token predicted from the correct ones before it. They are NaN in files of versions
+    that did not measure them.
     """
 
     domain: str
@@ -48,13 +49,13 @@ class DomainScore:
     standard_error: float
     chance: float
     exact_match: float
-    wer: float | None  # word errors over words, lower is better; for metric wer
+    wer: float | None  # word errors over words, lower is better; only for the metric "wer"
     by_question: dict[str, GroupScore]
     by_level: dict[str, GroupScore]
     # Each example's score, in the test split's order, so that budgets can be compared question by question. Empty in
     # files of versions that did not keep them.
     example_scores: tuple[float, ...] = ()
-    error_rate: float | None = None  # of all answers together, lower is better; for metrics that have one
+    error_rate: float | None = None  # over all answers together, lower is better; only for metrics that have one
     loss: float = _NAN  # nats per answer token, as in training
     bits_per_byte: float = _NAN  # of the answers' text
     token_accuracy: float = _NAN
@@ -79,8 +80,8 @@ class RoutingSummary:
     virtual_share: float
     largest_virtual_share: float  # of any single token in any layer
     load_LME: tuple[tuple[tuple[int, ...], ...], ...]
-    load_max_over_mean: tuple[float, ...]  # of the real experts, by layer
-    dropped: int  # real slots that found no room; generated answers lose none: see `models.generate`
+    load_max_over_mean: tuple[float, ...]  # busiest real expert over the mean, by layer
+    dropped: int  # real slots that overflowed their buffer; generation drops none: see `models.generate`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +99,9 @@ class BudgetTime:
 class BudgetResult:
     """One checkpoint at one budget."""
 
-    budget: float  # asked: real experts per token
+    budget: float  # as requested: real experts per token
     nominal: float  # (1 - rho_max) times the window's middle
-    realised_validation: float  # what the window was calibrated on
+    realised_validation: float  # real experts per token on the examples that the window was calibrated on
     routing: RoutingSummary  # on the test split; its real_slots is the realised budget
     scores: tuple[DomainScore, ...]
     time: BudgetTime
@@ -111,7 +112,7 @@ class BudgetResult:
 
     @property
     def budget_error(self) -> float:
-        """Relative distance of the realised average from the asked one."""
+        """Relative distance of the realised average from the requested one."""
         return abs(self.realised - self.budget) / self.budget
 
 
@@ -124,7 +125,7 @@ class EvaluationResult:
     device: str
     versions: dict[str, str]
     trained: RoutingSummary
-    separations: tuple[Separation, ...]  # none with static top-k, which has no importance
+    separations: tuple[Separation, ...]  # empty for static top-k, which has no importance
     budgets: tuple[BudgetResult, ...]
 
 
@@ -156,7 +157,7 @@ def load_evaluation(run_dir: pathlib.Path) -> EvaluationResult | None:
 
 
 def _require_consistent(result: EvaluationResult, complaint: str, advice: str) -> None:
-    """Refuses an evaluation whose parts do not fit each other, as no evaluation writes them.
+    """Refuses an evaluation whose parts contradict each other. `evaluate` never writes such a file.
 
     Raises:
       UserError: naming the part.
@@ -208,7 +209,7 @@ def read_saved(cls: type[Saved], text: str, complaint: str, advice: str) -> Save
 
 
 def _read_float(value: Any) -> Any:
-    """JSON has no NaN: undefined figures are null there. Whatever is no number stays as it is and is refused."""
+    """JSON has no NaN, so undefined figures are stored as null. Any other value that is no number stays, and is refused."""
     if value is None:
         return _NAN
     return float(value) if type(value) in (int, float) else value

@@ -1,7 +1,7 @@
 """EvoMoE's diagnostics of a trained mixture: do its experts differ, and does its router tell modalities apart?
 
-Expert uniformity: with experts that are alike, dealing a token's logits to other experts costs nothing.
-Router rigidity: a router whose logits are distributed alike for two modalities does not tell them apart.
+Expert uniformity: if experts are alike, permuting a token's logits among them costs nothing.
+Router rigidity: if logits have the same distribution for two modalities, the router does not tell them apart.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class RouterDiagnostics:
     """What `diagnose` found; M modalities, NaN where a modality has no token."""
 
     loss: float  # nats per answer token
-    shuffled_losses: tuple[float, ...]  # the same with the logits dealt anew, one a shuffle
-    edges_X: Float[ndarray, "edges"]  # of the bins, in nats: a logit less the mean of its token's real logits
+    shuffled_losses: tuple[float, ...]  # the same with each token's logits permuted among experts, one per shuffle
+    edges_X: Float[ndarray, "edges"]  # bin edges, in nats: a logit minus the mean of its token's real logits
     density_LMEX: Float[ndarray, "L M E bins"]  # shares of each modality's tokens by bin
     overlap_MM: Float[ndarray, "M M"]  # of densities, mean over layers and experts: 1 alike, 0 apart
     distance_EE: Float[ndarray, "E E"]  # between experts' weights, over the norm of expert 1's
@@ -42,12 +42,12 @@ class RouterDiagnostics:
 
     @property
     def shuffle_cost(self) -> float:
-        """By how much shuffling raises the loss, mean of the shuffles, in nats per answer token."""
+        """The rise in loss caused by shuffling, averaged over shuffles, in nats per answer token."""
         return float(np.mean(self.shuffled_losses)) - self.loss
 
 
 def diagnose(trained: Trained, batches: Batches, *, shuffles: int = 3, seed: int = 0) -> RouterDiagnostics:
-    """Runs the model over all batches once as it is and `shuffles` times with its logits dealt anew."""
+    """Runs the model over all batches, once unchanged and `shuffles` times with permuted logits."""
     config = trained.config.model
     every = [batch for of_domain in batches.values() for batch in of_domain]
     arguments = (config, trained.placement, trained.params, trained.router_bias_LC)
@@ -86,7 +86,7 @@ def diagnose(trained: Trained, batches: Batches, *, shuffles: int = 3, seed: int
 def _probe(
     config: ModelConfig, placement: Placement, params: Any, router_bias_LC: Array, batch: Batch
 ) -> tuple[Array, Array, Array, Array]:
-    """Nats and answer tokens in sum, logits [L, B, T, C] and selected experts [L, B, T, K]."""
+    """Summed nats, number of answer tokens, logits [L, B, T, C] and selected experts [L, B, T, K]."""
     model = MultimodalModel(config, placement)
     output, probed = model.apply({"params": params}, batch, router_bias_LC=router_bias_LC, mutable=["probe"])
     scores = answer_scores(output.logits_BTY, batch.tokens_BT, batch.loss_mask_BT)

@@ -101,11 +101,11 @@ class RunData:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A trained model with all that belongs to it, from `load_run` or `train`; on one device or on a mesh.
+    """A trained model with its tokenizer and data, from `load_run` or `train`, on one device or on a mesh.
 
-    Nothing of it changes: what its methods find they return. Attributes: `config`, the `RunConfig`; `model`, the Flax
-    module of `run.config.model`; `params`; `router_bias_LC` [L, C], the expert biases;
-    `tokenizer`; `data`, a `RunData`; `step`, the checkpoint's.
+    It is immutable: methods return their results and change nothing. Attributes: `config`, the `RunConfig`; `model`,
+    the Flax module of `run.config.model`; `params`; `router_bias_LC` [L, C], the expert biases; `tokenizer`; `data`, a
+    `RunData`; `step`, the checkpoint's.
 
     Example:
         >>> import anyexperts_jax as ax, jax
@@ -159,7 +159,7 @@ class Run:
 
         Args:
           budgets: real experts per token, on average; None: 0.6, 0.8, 1 and 1.2 times the one trained with.
-          domains: of the run's mixture; None: all.
+          domains: names from the run's mixture; None: all.
           save: also write evaluation.json and .csv to the run's directory, where `anyexperts report` reads them.
           note: called with a line as each part is done.
           options: fields of `evaluate.evaluate.Options`: num_examples=64 of each domain's test split,
@@ -228,7 +228,7 @@ class Run:
         return ask(self.trained, example, budget, max_new_tokens=max_new_tokens)
 
     def trace(self, batch: Batch, budget: float | None = None) -> TokenRouting:
-        """Who went where: of every MoE layer and token the experts, combine weights, slots, importance and drops.
+        """Who went where: experts, combine weights, slots, importance and drops of every token in every MoE layer.
 
         Args:
           batch: as `run.data.batch` or `run.data.encode` makes it, of any number of rows.
@@ -250,7 +250,7 @@ class Run:
 
 
 def load_run(path: str | pathlib.Path, mesh: Mesh | None = None, *, which: str = "best") -> Run:
-    """A trained run from its directory. It may be under way: what is loaded is one checkpoint, with its own step.
+    """Loads a trained run from its directory. The run may still be training: one consistent checkpoint is loaded.
 
     Args:
       path: the run's directory, as `anyexperts train --run` or `train` wrote it.
@@ -280,19 +280,19 @@ def train_run(
 ) -> Run:
     """Trains to the last step and loads the best checkpoint on the mesh it was trained on.
 
-    A run that is there already goes on from its last checkpoint, and one that is done is loaded: as `anyexperts train`.
+    An existing run continues from its last checkpoint, and a finished one is loaded, as with `anyexperts train`.
 
     Args:
       config: a `RunConfig`, the name of a preset ("tiny", "small", "smoke"), a TOML file, or a run's directory.
-      run_dir: None: runs/NAME of the preset or file, runs/custom of a `RunConfig`.
+      run_dir: None: runs/NAME, where NAME is the preset or file, or runs/custom for a `RunConfig`.
       overrides: "key=value" in place of the preset's or file's, as in "optim.lr=1e-3".
-      plugins: modules of yours to import first, which the run records.
+      plugins: your own modules to import first; the run records them.
       progress: show a bar, lines and tables on the standard error.
 
     Raises:
-      UserError: a configuration that is none or does not fit the devices, or another run in `run_dir`.
+      UserError: an invalid configuration, one that does not fit the devices, or another run in `run_dir`.
       RunStoppedError: a loss that is not finite, a full disk, a signal (SIGINT and SIGTERM write a checkpoint first) or
-        another process that is gone: see `train.loop.train`.
+        another process that died: see `train.loop.train`.
 
     Example:
         >>> import anyexperts_jax as ax

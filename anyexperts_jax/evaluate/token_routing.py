@@ -119,8 +119,8 @@ def _on_host(traced: Any, dropped_LBTK: ndarray, batch: Batch, window: Window) -
 def _dropped(trained: Trained, model: ModelConfig, trace: RoutingTrace, layer: int) -> Bool[ndarray, "B T K"]:
     """Which slots of one layer found no room: those whose weight the output does not depend on.
 
-    Dispatch runs once more on the layer's own routing, with experts of a few numbers that all put out the same, and is
-    differentiated in the combine weights. So any dispatcher answers, a user's own too.
+    Dispatch runs once more on the layer's own routing, with tiny experts whose outputs are all alike, and is
+    differentiated with respect to the combine weights. This works for any dispatcher, a user's own too.
     """
     plan = plan_of(model, jax.tree.map(lambda leaf: leaf[layer], trace))
     execution = dataclasses.replace(model.stack.execution, implementation="xla")
@@ -131,7 +131,7 @@ def _dropped(trained: Trained, model: ModelConfig, trace: RoutingTrace, layer: i
 
 @functools.partial(jax.jit, static_argnums=0)
 def _dependence(static: tuple[Execution, Placement], plan: RoutingPlan) -> Float[Array, "N K"]:
-    """The derivative of the sum of all outputs to each combine weight."""
+    """The derivative of the sum of all outputs with respect to each combine weight."""
     placement = static[1]
     E, F = plan.spec.num_experts, placement.mesh.size  # a width that every mesh axis divides
     experts = ExpertWeights(jnp.ones((E, F, F)), jnp.ones((E, F, F)), jnp.ones((E, F, F)))

@@ -43,13 +43,13 @@ class Trained:
         return placement_of(self.params)
 
     def whole_rows(self, rows: int) -> int:
-        """At least `rows` sequences, as many as the mesh splits evenly: of every batch, those that fill it up too."""
+        """`rows`, rounded up to what the mesh splits evenly. Padding rows fill every batch up to this number."""
         placement = self.placement
         shards = batch_shards(placement.mesh, placement.rules)
         return -(-rows // shards) * shards
 
     def place(self, batch: Batch) -> Batch:
-        """A batch of `whole_rows` where the model takes it."""
+        """Puts a batch of `whole_rows` rows on the devices of the model."""
         placement = self.placement
         return shard_batch(placement.mesh, batch, rules=placement.rules) if is_split(placement) else batch
 
@@ -57,11 +57,11 @@ class Trained:
 def load_trained(run_dir: str | pathlib.Path, which: str = "best", mesh: Mesh | None = None) -> Trained:
     """The run's best or last checkpoint, on `mesh` or else on the first device, whatever it was trained on.
 
-    The run may be under way: what is loaded is one checkpoint, with its own step.
+    The run may still be training: one consistent checkpoint is loaded, with its own step.
 
     Raises:
-      UserError: when there is no run or no checkpoint, it or the validation loss of any is damaged, or the model does
-        not split over the mesh.
+      UserError: when there is no run or checkpoint, when a checkpoint or a recorded validation loss is damaged, or when
+        the model does not split over the mesh.
     """
     require_devices()
     found = load_checkpoint(run_dir, which, mesh)
@@ -84,7 +84,7 @@ def own_window(moe: AnyExpertsConfig) -> tuple[float, float]:
 def with_room(config: ModelConfig, k_max: float) -> ModelConfig:
     """The same model with slot arrays wide enough for windows up to `k_max`, or as wide as its experts allow.
 
-    Its own window moves up with it; `at_window` gives buffers the size of the window in force. Parameters fit both.
+    Its own window moves up as well; `at_window` sizes buffers for the window in force. The parameters fit both.
     """
     moe = config.moe
     if k_max <= moe.k_max:
