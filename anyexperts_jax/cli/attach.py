@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     export(model, options.out, "anyexperts")
-    start = "as the paper starts" if options.paper else "computing what the base computes"
+    start = "with the paper's initial values" if options.paper else "computing what the base computes"
     print(f"wrote {options.out}: {options.k_min:g} to {options.k_max:g} slots, {start}")
 
 
@@ -39,11 +39,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("out", type=pathlib.Path, help="a new folder; other tools read the base in it")
     parser.add_argument("--k-min", type=positive_number, required=True, metavar="K", help="slots at importance 0")
     parser.add_argument("--k-max", type=positive_number, required=True, metavar="K", help="slots at importance 1")
-    parser.add_argument("--virtual", type=natural, default=0, metavar="V", help="virtual experts a layer")
+    parser.add_argument("--virtual", type=natural, default=0, metavar="V", help="virtual experts per layer")
     parser.add_argument(
         "--paper",
         action="store_true",
         help="start as the paper does (default: the first forward pass is the base's, bit for bit in float32)",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of the new parameters")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the new parameters")
     parser.set_defaults(command=run)

@@ -59,7 +59,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     bench = add_command(
         commands,
         "bench",
-        "time the layer, the train step and the data, beside other libraries where they are there",
+        "time the layer, the train step and the data pipeline, beside other libraries where they are installed",
         (layer_example, step_example),
     )
     actions = bench.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -75,17 +75,17 @@ def add(commands: argparse._SubParsersAction) -> None:
     dtypes = ["float32", "bfloat16"]
     layer.add_argument("--dtype", nargs="+", default=dtypes, help="float32, bfloat16 (default: both)")
     layer.add_argument("--rounds", type=positive, default=7, help="interleaved rounds; medians are shown")
-    layer.add_argument("--repeats", type=positive, default=1, help="calls on end a sample, as 10 on a GPU")
+    layer.add_argument("--repeats", type=positive, default=1, help="calls in a row per sample, for example 10 on a GPU")
     layer.add_argument(
         "--implementation",
         nargs="+",
         metavar="NAME",
-        help="of the expert ops, as pallas_gpu xla (default: the platform's)",
+        help="of the expert ops, for example pallas_gpu xla (default: the platform's)",
     )
     layer.add_argument(
         "--out",
         type=pathlib.Path,
-        help="also write bench_layer.json, .csv and .md into this folder (default: print alone)",
+        help="also write bench_layer.json, .csv and .md into this folder (default: print only)",
     )
     layer.set_defaults(command=run_layer)
     step = add_command(actions, "step", "time one train step of a text model", (step_example,))
@@ -94,12 +94,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     step.add_argument(
         "--out",
         type=pathlib.Path,
-        help="also write bench_step.json, .csv and .md into this folder (default: print alone)",
+        help="also write bench_step.json, .csv and .md into this folder (default: print only)",
     )
     step.set_defaults(command=run_step)
     data_example = "anyexperts bench data tiny --examples 100"
     data = add_command(
-        actions, "data", "time reading and encoding of a run's data, beside the plain library", (data_example,)
+        actions, "data", "time reading and encoding a run's data, beside the plain library", (data_example,)
     )
     add_config(data)
     data.add_argument("--examples", type=positive, default=200, help="train examples of each domain")
@@ -107,6 +107,6 @@ def add(commands: argparse._SubParsersAction) -> None:
     data.add_argument(
         "--out",
         type=pathlib.Path,
-        help="also write bench_data.json, .csv and .md into this folder (default: print alone)",
+        help="also write bench_data.json, .csv and .md into this folder (default: print only)",
     )
     data.set_defaults(command=run_data)

@@ -21,12 +21,12 @@ def run(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.set, options.plugin)
     use_no_device()
     if options.search:
-        say(f"compiling train steps of {options.config} for {options.topology}; nothing is run")
+        say(f"compiling train steps of {options.config} for {options.topology}; nothing runs")
         tried = search.search(config, options.topology, options.slices, options.limit, note=say)
         print_tables([search.search_table(tried, options.topology)], console)
         figures: object = search.search_json(tried)
     else:
-        say(f"compiling the train step of {options.config} for {options.topology}; nothing is run")
+        say(f"compiling the train step of {options.config} for {options.topology}; nothing runs")
         compiled = step.compile_step(config, options.topology, options.slices)
         print_tables(step_tables.step_tables(compiled), console)
         figures = step_tables.to_json(compiled)
@@ -41,7 +41,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = add_command(
         commands,
         "compile",
-        "compile the train step for TPUs or GPUs that are not here",
+        "compile the train step for TPUs or GPUs that are not attached",
         (
             "anyexperts compile tiny --topology v5e:2x4",
             "anyexperts compile small --topology h100:2x8 --set mesh.fsdp=16 --json step.json",
@@ -49,9 +49,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         ),
     )
     add_config(parser)
-    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="as v5e:4x4, v5p:8x8x8 or h100:2x8")
-    parser.add_argument("--slices", type=positive, default=1, help="so many of them; see mesh.dcn_data")
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v5p:8x8x8, h100:2x8, ...")
+    parser.add_argument("--slices", type=positive, default=1, help="number of slices; see mesh.dcn_data")
     parser.add_argument("--search", action="store_true", help="try meshes and remat policies, and rank those that fit")
-    parser.add_argument("--limit", type=positive, default=4, help="how many --search compiles")
+    parser.add_argument("--limit", type=positive, default=4, help="how many candidates --search compiles")
     parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file (default: none)")
     parser.set_defaults(command=run)

@@ -48,6 +48,6 @@ def add(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         default=[],
         metavar="KEY",
-        help="these keys or tables, as optim or train.steps (default: all)",
+        help="only these keys or tables, for example optim or train.steps (default: all)",
     )
     parser.set_defaults(command=run)

@@ -114,7 +114,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     data = add_command(
         commands,
         "data",
-        "look at the five domains or at data of your own, check those, or write the former to disk",
+        "show examples of the five domains or of your own data, check your data, or write a domain to disk",
         (show_example, check_example, export_example),
     )
     actions = data.add_subparsers(title="actions", required=True, metavar="ACTION")

@@ -31,5 +31,5 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("config", help="a preset (evolve_tiny, evolve_smoke), a TOML file, or a run")
     add_set(parser, "override, as in evolve.trains=all; repeatable; `anyexperts config CONFIG` lists all keys")
     parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
-    parser.add_argument("--stage", nargs="+", help="of warm_up evolving routing (default: all, in order)")
+    parser.add_argument("--stage", nargs="+", help="stages to run: warm_up, evolving, routing (default: all, in order)")
     parser.set_defaults(command=run)

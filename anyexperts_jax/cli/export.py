@@ -31,5 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="hub: a tensor for each expert; anyexperts: for attached slots or split networks, with what the hub's "
         "layout has no place for beside it",
     )
-    parser.add_argument("--shard-gb", type=positive_number, default=5.0, metavar="GB", help="of a file of weights")
+    parser.add_argument(
+        "--shard-gb", type=positive_number, default=5.0, metavar="GB", help="size limit of a weight file"
+    )
     parser.set_defaults(command=run)

@@ -15,7 +15,7 @@ def run(options: argparse.Namespace) -> None:
     require_new_folder(options.out)
     text = None if options.text is None else read_text(options.text, "--text")
     if text is None:
-        say("without --text the neurons are grouped by random tokens, which say little about texts")
+        say("without --text neurons are compared on random tokens, which say little about real text")
     model = split(
         load_pretrained(options.path),
         num_experts=options.experts,
@@ -45,21 +45,25 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument(
         "--experts", type=positive, required=True, metavar="E", help="groups of neurons; divides the network's width"
     )
-    parser.add_argument("--shared", type=natural, default=0, metavar="S", help="of them, groups that serve every token")
+    parser.add_argument("--shared", type=natural, default=0, metavar="S", help="of these, groups for every token")
     parser.add_argument(
         "--text",
         type=pathlib.Path,
         metavar="FILE",
-        help="neurons are grouped by what they do on it (default: random ids)",
+        help="text on which neurons are compared to group them (default: random ids)",
     )
     parser.add_argument(
         "--method",
         default="activations",
         choices=("activations", "random", "contiguous"),
-        help="activations: by the tokens on which neurons are active; the others are baselines",
+        help="activations: group neurons that are active on the same tokens; the others are baselines",
     )
     parser.add_argument(
-        "--markers", type=positive, default=4, metavar="M", help="neurons by which the router knows an expert's output"
+        "--markers",
+        type=positive,
+        default=4,
+        metavar="M",
+        help="neurons by which the router predicts an expert's output",
     )
-    parser.add_argument("--seed", type=seed, default=0, help="of random groups and tokens")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of random groups and tokens")
     parser.set_defaults(command=run)

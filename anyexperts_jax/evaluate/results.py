@@ -209,7 +209,7 @@ def read_saved(cls: type[Saved], text: str, complaint: str, advice: str) -> Save
 
 
 def _read_float(value: Any) -> Any:
-    """JSON has no NaN, so undefined figures are stored as null. Any other value that is no number stays, and is refused."""
+    """JSON has no NaN, so undefined figures are stored as null. Any other value that is no number is refused."""
     if value is None:
         return _NAN
     return float(value) if type(value) in (int, float) else value
