@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
-WIKITEXT = pathlib.Path("/work/shared/data/wikitext2/wikitext2.txt.gz")
+WIKITEXT = pathlib.Path(__file__).parents[3] / "shared/data/wikitext2/wikitext2.txt.gz"  # beside the project
 PROMPTS = ("Gravity is", "The capital of France is", "def fibonacci(n):")
 ROWS, LENGTH = 3, 256
 
