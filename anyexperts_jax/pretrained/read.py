@@ -15,7 +15,7 @@ from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import logical_axes, named_leaves, params_of_leaves
 from anyexperts_jax.nn.config import Dtype
-from anyexperts_jax.pretrained.family import Family, has_stacked_experts, without_ignored
+from anyexperts_jax.pretrained.family import Family, expert_layout, without_ignored
 from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.rules import (
     ROUTER_BIAS,
@@ -77,9 +77,10 @@ def plan_reading(family: Family, hub: HubConfig, source: Source, mesh: Mesh | No
     found = without_ignored(family, hub, source.tensors)
     config = family.config(hub)
     repeated_head = config.tie_embeddings and found.pop(HEAD, None) is not None
-    pieces = expand(family.rules(config, has_stacked_experts(found)), config)
+    shapes = {name: info.shape for name, info in found.items()}
+    pieces = expand(family.rules(config, expert_layout(family, config, shapes, source.where)), config)
     expected = expected_tensors(pieces)
-    check_tensors(expected, {name: info.shape for name, info in found.items()}, source.where)
+    check_tensors(expected, shapes, source.where)
     own: dict[str, list[Piece]] = {}
     for piece in pieces:
         own.setdefault(piece.parameter, []).append(piece)

@@ -112,7 +112,8 @@ class _Tensors:
             leaves[ROUTER_BIAS] = model.router_bias_LC
         whole = all(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable for leaf in leaves.values())
         require(whole, "the parameters are spread over several processes; export from one that holds all of them")
-        return cls(leaves, expected_tensors(expand(FAMILIES[model.family].rules(model.config, False), model.config)))
+        family = FAMILIES[model.family]
+        return cls(leaves, expected_tensors(expand(family.rules(model.config, family.hub_layout), model.config)))
 
     @property
     def total_bytes(self) -> int:
