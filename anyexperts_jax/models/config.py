@@ -48,8 +48,8 @@ class AudioConfig:
 class VisionTowerConfig:
     """The vision transformer of published models (Qwen3-VL): patches in, rows for the stream out.
 
-    Each picture, or each pair of frames of a video, is read on its own. A square of merge x merge patches gives one row,
-    and the outputs of some layers are added to the stream after the decoder's first layers.
+    Each picture, or each pair of frames of a video, is read on its own. A square of merge x merge patches gives one
+    row, and the outputs of some layers are added to the stream after the decoder's first layers.
 
     Raises:
       UserError: naming the value and the rule it breaks.

@@ -126,9 +126,7 @@ def smallest_frames(config: ModelConfig) -> PlacedFrames | None:
     tower = config.vision_tower
     if tower is None:
         return None
-    frames = Frames(
-        jnp.zeros((1, tower.merge**2, tower.patch_features)), jnp.full((1, 2), tower.merge, jnp.int32)
-    )
+    frames = Frames(jnp.zeros((1, tower.merge**2, tower.patch_features)), jnp.full((1, 2), tower.merge, jnp.int32))
     one_BT = jnp.zeros((1, 1), jnp.int32)
     return PlacedFrames(frames, row_BT=one_BT - 1, modality_BT=one_BT, rotary_BT3=jnp.zeros((1, 1, 3), jnp.int32))
 

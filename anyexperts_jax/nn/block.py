@@ -134,8 +134,8 @@ class MoEBlockCache:
 class MoEBlock(nn.Module):
     """`moe_every` - 1 dense blocks, then attention and the experts.
 
-    With `hsm_site="residual"`, h' = h + alpha w h replaces the residual stream before the experts. `first` is the number
-    of the first of these blocks among all layers; it matters where something is added after some (`deep_JBTD`).
+    With `hsm_site="residual"`, h' = h + alpha w h replaces the residual stream before the experts. `first` is the
+    number of the first of these blocks among all layers; it matters where something is added after some (`deep_JBTD`).
     """
 
     config: StackConfig

@@ -139,8 +139,8 @@ def expert_rules(
     """The router and the experts of a layer of experts.
 
     Args:
-      layout: "stacked" is what transformers 5 holds, gate before up along its rows; "stacked_kernels" has them as inputs
-        by outputs, gate before up along the columns.
+      layout: "stacked" is what transformers 5 holds, gate before up along its rows; "stacked_kernels" has them as
+        inputs by outputs, gate before up along the columns.
       block: what the layer's FFN is called.
       names: of an expert's own tensors, gate, up and down.
     """

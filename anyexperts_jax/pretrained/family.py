@@ -71,7 +71,9 @@ def without_ignored(family: Family, hub: HubConfig, tensors: Mapping[str, T]) ->
     return {name: tensor for name, tensor in tensors.items() if not any(p.fullmatch(name) for p in patterns)}
 
 
-def expert_layout(family: Family, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: str) -> ExpertLayout:
+def expert_layout(
+    family: Family, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: str
+) -> ExpertLayout:
     """How the experts of a layer are laid out in the files.
 
     Args:
@@ -91,7 +93,7 @@ def expert_layout(family: Family, config: ModelConfig, shapes: Mapping[str, tupl
     said = f"{stacked[0]} is {list(shapes[stacked[0]])}, {down} is {list(shapes.get(down, ()))}"
     require(
         width not in (d_ff, 2 * d_ff),
-        f"{where}: {said}: with hidden_size={width} and moe_intermediate_size={d_ff} the shapes do not tell whether they "
-        "are inputs by outputs, as published, or outputs by inputs, as transformers 5 writes them; this is not read",
+        f"{where}: {said}: with hidden_size={width} and moe_intermediate_size={d_ff} the shapes do not tell whether "
+        "they are inputs by outputs, as published, or outputs by inputs, as transformers 5 writes them: not read",
     )
     return "stacked" if shapes[stacked[0]][1:] == (2 * d_ff, width) else "stacked_kernels"

@@ -14,8 +14,15 @@ from anyexperts_jax.nn.config import RopeScaling
 CONFIG = "config.json"
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _REQUIRED: Any = object()
+
+
+def keys(text: str) -> frozenset[str]:
+    """The words of a text, as a list of keys is written."""
+    return frozenset(text.split())
+
+
 # Keys of any config.json that change nothing here: what a tool notes down, what training or generation asks for.
-INERT = frozenset(
+INERT = keys(
     """
     _attn_implementation _name_or_path add_cross_attention architectures attention_dropout bad_words_ids
     base_config_key begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
@@ -27,7 +34,7 @@ INERT = frozenset(
     repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef sep_token_id suppress_tokens
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
     torchscript transformers_version typical_p use_bfloat16 use_cache
-    """.split()
+    """
 )
 
 

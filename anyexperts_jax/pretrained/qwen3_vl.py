@@ -22,41 +22,41 @@ from anyexperts_jax.pretrained.decoders import (
     norm_rules,
 )
 from anyexperts_jax.pretrained.family import Family
-from anyexperts_jax.pretrained.hub_config import HubConfig
+from anyexperts_jax.pretrained.hub_config import HubConfig, keys
 from anyexperts_jax.pretrained.qwen3 import layer_pattern
 from anyexperts_jax.pretrained.rules import FLAT, KERNEL, KERNEL_OF_HEADS, ExpertLayout, Layout, Rule
 
 MROPE_SECTION = (24, 20, 20)  # of the classes, where the file does not say
-_TOP = frozenset(
+_TOP = keys(
     """
     text_config vision_config tie_word_embeddings image_token_id video_token_id vision_start_token_id
     vision_end_token_id
-    """.split()
+    """
 )
-_TEXT = frozenset(
+_TEXT = keys(
     """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     hidden_act max_position_embeddings rms_norm_eps rope_parameters rope_scaling rope_theta attention_bias
     tie_word_embeddings sliding_window use_sliding_window
-    """.split()
+    """
 )
-_MOE = frozenset(
+_MOE = keys(
     """
     num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
     mlp_only_layers
-    """.split()
+    """
 )
-_VISION = frozenset(
+_VISION = keys(
     """
     depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size spatial_merge_size
     temporal_patch_size out_hidden_size num_position_embeddings deepstack_visual_indexes rope_parameters
-    """.split()
+    """
 )
-_ROPE = frozenset(
+_ROPE = keys(
     """
     rope_theta rope_type type mrope_section mrope_interleaved factor original_max_position_embeddings low_freq_factor
     high_freq_factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim
-    """.split()
+    """
 )
 
 
@@ -177,7 +177,8 @@ def tower_rules(config: ModelConfig) -> tuple[Rule, ...]:
 
 
 def _block_rules(ours: str, theirs: str) -> list[Rule]:
-    rules = [*_norm_rules(f"{ours}attention_norm/", f"{theirs}norm1."), *_norm_rules(f"{ours}mlp_norm/", f"{theirs}norm2.")]
+    rules = _norm_rules(f"{ours}attention_norm/", f"{theirs}norm1.")
+    rules += _norm_rules(f"{ours}mlp_norm/", f"{theirs}norm2.")
     for place, name in enumerate(("query", "key", "value")):
         part: dict[str, Any] = {"part": (0, place)}
         rules.append(Rule(f"{ours}attention/{name}/kernel", f"{theirs}attn.qkv.weight", KERNEL, **part))
@@ -202,6 +203,4 @@ def _mlp_rules(ours: str, theirs: str) -> list[Rule]:
 
 
 QWEN3_VL = Family(("Qwen3VLForConditionalGeneration",), _dense_config, _rules)
-QWEN3_VL_MOE = Family(
-    ("Qwen3VLMoeForConditionalGeneration",), _moe_config, _rules, hub_layout="stacked_kernels"
-)
+QWEN3_VL_MOE = Family(("Qwen3VLMoeForConditionalGeneration",), _moe_config, _rules, hub_layout="stacked_kernels")
