@@ -27,6 +27,7 @@ POLICIES: Registry[Any] = Registry(
     "policy",
     {
         "static": "anyexperts_jax.routing.policies:STATIC",
+        "static_modality": "anyexperts_jax.routing.policies:STATIC_MODALITY",
         "mixed": "anyexperts_jax.routing.policies:MIXED",
         "top_p": "anyexperts_jax.routing.policies:TOP_P",
         "score_gap": "anyexperts_jax.routing.policies:SCORE_GAP",

@@ -184,7 +184,8 @@ class _Frames:
         """(the number of the next frame of the kind, the rows and columns it gives)."""
         number = next(self._queues[modality], None)
         kind = modality.name.lower()
-        require(number is not None, f"the tokens have places for more than the {len(self._shown.of(modality))} {kind}s")
+        given = len(self._shown.of(modality))
+        require(number is not None, f"the tokens have places for more {kind}s than are given ({given})")
         assert number is not None
         grid, merge = self._all[number][1], self._shown.tower.merge
         return number, (grid[0] // merge, grid[1] // merge)
@@ -193,7 +194,7 @@ class _Frames:
         for modality, queue in self._queues.items():
             left = len(list(queue))
             kind = modality.name.lower()
-            require(left == 0, f"the tokens have no places for {left} frames of the {kind}s that are given")
+            require(left == 0, f"{kind}s are given that the tokens have no places for ({left} frames)")
 
     def stacked(self) -> _Stacked:
         tower = self._shown.tower

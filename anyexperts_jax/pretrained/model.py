@@ -19,7 +19,7 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
 from anyexperts_jax.models.sample import GREEDY, Sampling
 from anyexperts_jax.models.vision_tower import PlacedFrames
-from anyexperts_jax.pretrained.budget import BudgetInForce, mixing_logits, with_budget
+from anyexperts_jax.pretrained.budget import BudgetInForce, mixing_logits, with_budget, with_policy
 from anyexperts_jax.pretrained.decode import Decoded, Request, Weights, decode
 from anyexperts_jax.pretrained.hub_config import HubConfig, eos_ids
 from anyexperts_jax.pretrained.media import PlaceIds, Shown, place
@@ -108,8 +108,8 @@ class Pretrained:
         if not len(images) + len(videos):
             return None
         tower = self.config.vision_tower
-        said = " and ".join(f"{len(own)} {name}" for name, own in (("images", images), ("videos", videos)) if len(own))
-        require(tower is not None, f"the model in {self.path} reads text alone; {said} are given")
+        said = " and ".join(name for name, own in (("images", images), ("videos", videos)) if len(own))
+        require(tower is not None, f"the model in {self.path} reads text alone, but {said} are given")
         assert tower is not None
         return Shown(tuple(patches_of(images, videos, self.path, tower)), tower, PlaceIds.of(self.hub))
 
@@ -226,6 +226,16 @@ class Pretrained:
             if rest:
                 tell(row, rest)
         return Generated([stream.text for stream in streams], decoded)
+
+    def with_policy(self, policy: str, dial: float) -> "Pretrained":
+        """The same weights, with a token's number of experts decided by an entry of POLICIES at its dial.
+
+        So "static_modality" at 8 gives 8 experts to text and 4 to the tokens of pictures and videos.
+
+        Raises:
+          UserError: a dense model, one with variable slots, an unknown policy, or a dial out of its range.
+        """
+        return dataclasses.replace(self, config=with_policy(self.config, policy, dial))
 
     def _prepared(
         self, prompts: Sequence[Prompt], images: Sequence[Sequence[Any]], videos: Sequence[Sequence[Any]]

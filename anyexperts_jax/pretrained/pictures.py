@@ -257,8 +257,8 @@ def _settings(folder: pathlib.Path, videos: bool) -> HubConfig:
     raise UserError(f"{folder} holds neither {own} nor a {BOTH} with {part}; copy it from where the model is from")
 
 
-def _given(hub: HubConfig, keys: Sequence[str]) -> dict[str, Any]:
-    return {key: hub.get(key) for key in keys if hub.get(key) is not None}
+def _given(hub: HubConfig, names: Sequence[str]) -> dict[str, Any]:
+    return {name: hub.get(name) for name in names if hub.get(name) is not None}
 
 
 def _channels(hub: HubConfig, key: str, tower: VisionTowerConfig) -> tuple[float, ...]:

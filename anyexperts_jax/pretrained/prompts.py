@@ -60,7 +60,8 @@ def with_media(prompt: Prompt, images: list[Any], videos: list[Any]) -> tuple[Pr
         )
         places = len(held[kind])
         require(
-            bool(named) or places in (0, len(own)), f"the conversation has places for {places} {kind}s; give as many"
+            bool(named) or places in (0, len(own)),
+            f"the conversation has {places} parts of type {kind!r}, but {len(own)} are given; give as many",
         )
         found.append(named or own)
     missing = {kind: len(own) for kind, own in given.items() if own and not held[kind]}

@@ -24,6 +24,7 @@ from anyexperts_jax.pretrained.hub_config import CONFIG, both_rope_forms
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.pretrained.rules import ROUTER_BIAS, Expected, expand, expected_tensors
 from anyexperts_jax.pretrained.sources import INDEX, SINGLE, require_safetensors
+from anyexperts_jax.routing.policies import IMPORTANCE
 from anyexperts_jax.tokenizers.files import as_text
 
 FORMS = ("hub", "anyexperts")
@@ -68,6 +69,10 @@ def export(model: Pretrained, path: str | os.PathLike[str], form: str = "hub", s
         form != "hub" or kind is None,
         f"form='hub' has no place for a model that is {kind}; use form='anyexperts', or "
         f"{'merge' if kind == 'split' else 'detach'} it first",
+    )
+    policy = model.config.moe.policy
+    require(
+        policy == IMPORTANCE, f"a checkpoint has no place for the policy {policy!r}; export the model it was put on"
     )
     base = base_of(model) if form == "anyexperts" else model
     tensors = _Tensors.of(base)
