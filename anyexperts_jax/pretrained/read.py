@@ -105,9 +105,11 @@ def summary(plan: ReadPlan, family: str) -> list[str]:
     size = sum(math.prod(own.shape) * own.dtype.itemsize for own in plan.parameters)
     experts = f", {stack.num_moe_layers} of them with {moe.num_experts} experts, {moe.k_max:g} a token"
     head = "tied" if plan.config.tie_embeddings else "of its own"
+    tower = plan.config.vision_tower
+    sees = f"; a vision tower of {tower.num_layers} layers, width {tower.d_model}" if tower is not None else ""
     return [
         f"family {family}: {stack.num_layers} layers{experts if stack.num_moe_layers else ', dense'}, "
-        f"width {stack.d_model}, {plan.config.vocab_size} ids, head {head}",
+        f"width {stack.d_model}, {plan.config.vocab_size} ids, head {head}{sees}",
         f"{elements / 1e6:.1f}M parameters, {size / 1e9:.2f} GB, computed in {stack.dtype}",
     ]
 

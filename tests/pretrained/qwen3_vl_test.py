@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,6 +17,7 @@ from anyexperts_jax.pretrained.budget import with_budget
 from anyexperts_jax.pretrained.decode import Request, decode
 from anyexperts_jax.pretrained.media import place
 from anyexperts_jax.pretrained.pictures import Video
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.tokenizers.train import train_tokenizer
 from pretrained.tiny_hub import random_tensors, tensors_in, tiny_checkpoint, write_checkpoint
 from pretrained.tiny_vl import IDS, MARKS, PREPROCESSOR, TEMPLATE, patches, scene, vl_checkpoint, vl_values
@@ -164,6 +167,18 @@ def test_fewer_experts_for_pictures_than_for_text(tmp_path, model):
         model.with_policy("top_p", 0.5).logits(text, budget=2)
     with pytest.raises(UserError, match="has no place for the policy 'static'"):
         model.with_policy("static", 2).export(tmp_path / "out")
+
+
+def test_on_a_mesh_and_in_16_bits(folder, model):
+    seen = scene([9, WIDE, 30])
+    expected_BTY = np.asarray(model.logits(seen.tokens_BT, images=[WIDE]))
+    split = load_pretrained(folder, make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2]))
+    found_BTY = np.asarray(split.logits(np.repeat(seen.tokens_BT, 2, axis=0), images=[WIDE, WIDE]))
+    np.testing.assert_allclose(found_BTY, np.repeat(expected_BTY, 2, axis=0), atol=1e-4)
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model.params)
+    stack = dataclasses.replace(model.config.stack, dtype="bfloat16", param_dtype="bfloat16")
+    low = dataclasses.replace(model, params=half, config=dataclasses.replace(model.config, stack=stack))
+    assert np.isfinite(np.asarray(low.logits(seen.tokens_BT, images=[WIDE]))).all()
 
 
 def said(model, prompt, **media):
