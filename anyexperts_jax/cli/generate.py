@@ -26,10 +26,12 @@ def _answer_of_a_run(options: argparse.Namespace) -> None:
 
     trained = load_trained(options.run, options.checkpoint, mesh_of(options))
     data = trained.config.data
+    require(len(options.image) <= 1, f"--image: a run takes one picture, not {len(options.image)}")
+    image = options.image[0] if options.image else None
     if options.question is not None:
-        example: Item = own_example(options.question, data.encoding, image=options.image, audio=options.audio)
+        example: Item = own_example(options.question, data.encoding, image=image, audio=options.audio)
     else:
-        require(not (options.image or options.audio), "--image and --audio go with --question")
+        require(not (image or options.audio), "--image and --audio go with --question")
         require(options.index >= 0, f"--index={options.index} must be >= 0")
         source = open_source(data, options.domain or data.domains[0], options.split, options.index + 1)
         example = source[options.index]
@@ -52,6 +54,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             "anyexperts generate runs/mine --domain video --index 3",
             "anyexperts generate runs/mine --question 'which digit?' --image cat.png --budget 4.8",
             "anyexperts generate models/Qwen3-30B-A3B --prompt 'Gravity is' --budget 6.4 --stream",
+            "anyexperts generate models/Qwen3-VL-30B-A3B --chat --prompt 'What is this?' --image cat.png",
         ),
     )
     add_run(parser)
@@ -61,7 +64,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--index", type=int, default=0, help="number of the example in the split, from 0")
     parser.add_argument("--question", help="ask this instead (default: the domain's own question)")
-    parser.add_argument("--image", type=pathlib.Path, help="a picture that --question is about (default: none)")
+    parser.add_argument(
+        "--image",
+        type=pathlib.Path,
+        action="append",
+        default=[],
+        help="a picture that --question or --prompt is about; repeatable with --prompt (default: none)",
+    )
     parser.add_argument("--audio", type=pathlib.Path, help="a sound file that --question is about (default: none)")
     parser.add_argument(
         "--budget", type=positive_number, metavar="K", help="real experts per token (default: as trained)"

@@ -11,10 +11,9 @@ from anyexperts_jax.core.errors import require
 def run(options: argparse.Namespace) -> None:
     """Answers --prompt."""
     from anyexperts_jax.models.sample import Sampling
-    from anyexperts_jax.pretrained.load import load_pretrained
+    from anyexperts_jax.pretrained.load import load_pretrained, open_checkpoint
 
-    media = [f"--{name}" for name in ("image", "audio") if getattr(options, name)]
-    require(not media, f"{' '.join(media)}: the model in {options.run} reads text alone")
+    require(options.audio is None, f"--audio: no published model that hears is read, {options.run} neither")
     unused = [f"--{name}" for name in ("question", "domain") if getattr(options, name) is not None]
     require(not unused, f"{' '.join(unused)}: {options.run} is a published checkpoint; give --prompt")
     require(options.prompt is not None, f"{options.run} is a published checkpoint; give --prompt")
@@ -25,6 +24,9 @@ def run(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         min_p=options.min_p,
     )
+    checkpoint = open_checkpoint(options.run)
+    sees = checkpoint.family.config(checkpoint.hub).vision_tower is not None
+    require(sees or not options.image, f"--image: the model in {options.run} reads text alone")
     model = load_pretrained(options.run, mesh_of(options))
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
 
@@ -39,6 +41,7 @@ def run(options: argparse.Namespace) -> None:
         sampling=sampling,
         seed=options.seed,
         stop=options.stop,
+        images=[options.image],
         on_text=tell if options.stream else None,
     )
     print("" if options.stream else found.texts[0])

@@ -27,6 +27,7 @@ POLICIES: Registry[Any] = Registry(
     "policy",
     {
         "static": "anyexperts_jax.routing.policies:STATIC",
+        "static_modality": "anyexperts_jax.routing.policies:STATIC_MODALITY",
         "mixed": "anyexperts_jax.routing.policies:MIXED",
         "top_p": "anyexperts_jax.routing.policies:TOP_P",
         "score_gap": "anyexperts_jax.routing.policies:SCORE_GAP",
@@ -134,6 +135,8 @@ FAMILIES: Registry[Any] = Registry(
         "llama": "anyexperts_jax.pretrained.llama:LLAMA",
         "qwen3": "anyexperts_jax.pretrained.qwen3:QWEN3",
         "qwen3_moe": "anyexperts_jax.pretrained.qwen3:QWEN3_MOE",
+        "qwen3_vl": "anyexperts_jax.pretrained.qwen3_vl:QWEN3_VL",
+        "qwen3_vl_moe": "anyexperts_jax.pretrained.qwen3_vl:QWEN3_VL_MOE",
         "olmoe": "anyexperts_jax.pretrained.olmoe:OLMOE",
         "mixtral": "anyexperts_jax.pretrained.mixtral:MIXTRAL",
         "bailing_moe": "anyexperts_jax.pretrained.bailing_moe:BAILING_MOE",

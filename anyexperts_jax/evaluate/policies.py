@@ -72,6 +72,10 @@ def policy_names(m: Pretrained) -> tuple[str, ...]:
     return (*POLICIES.names(), LAYERS, ORACLE)
 
 
+def _by_modality(name: str) -> bool:
+    return name in POLICIES and bool(POLICIES[name].by_modality)
+
+
 def measure_policies(
     m: Pretrained,
     sample: TextSample,
@@ -91,7 +95,7 @@ def measure_policies(
 
     Args:
       budgets: experts a token.
-      policies: names; none: all that fit the model.
+      policies: names; none: all that fit the model, but for those that tell modalities apart: the sample is text.
       batch_rows: rows of a batch.
       note: called with a line for each pass.
 
@@ -108,7 +112,7 @@ def measure_policies(
     for budget in budgets:
         require(1 <= budget <= most, f"budget={budget:g} must be from 1 to {most} experts a token")
     whole = sorted({k for budget in budgets for k in (math.floor(budget), math.ceil(budget))})
-    for name in policies or policy_names(m):
+    for name in policies or [name for name in policy_names(m) if not _by_modality(name)]:
         for budget in budgets:
             found.append(_one(bench, name, budget, whole))
             note(f"{name} at {budget:g}: {math.exp(min(found[-1].nats, 700)):.4g}, {found[-1].seconds:.1f} s")

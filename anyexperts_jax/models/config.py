@@ -1,6 +1,7 @@
 """What a model is made of. Each part has its own dataclass; each is checked when it is made."""
 
 import dataclasses
+import math
 
 from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.config import AnyExpertsConfig
@@ -44,6 +45,53 @@ class AudioConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VisionTowerConfig:
+    """The vision transformer of published models (Qwen3-VL): patches in, rows for the stream out.
+
+    Each picture, or each pair of frames of a video, is read on its own. A square of merge x merge patches gives one
+    row, and the outputs of some layers are added to the stream after the decoder's first layers.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    patch_size: int = 16  # pixels of a patch's side
+    temporal_patch_size: int = 2  # frames in one patch; a picture is repeated
+    channels: int = 3  # of a pixel
+    merge: int = 2  # patches of a merged square's side
+    d_model: int = 1152  # width of the tower
+    num_layers: int = 27  # blocks of attention and MLP
+    num_heads: int = 16  # of attention; the head width is a multiple of 4, for two halves rotate by row and by column
+    d_ff: int = 4304  # hidden width of its MLPs
+    side: int = 48  # places of the learned grid of positions, in each direction; it is stretched over a picture's grid
+    deep_layers: tuple[int, ...] = (8, 16, 24)  # blocks whose outputs go to the decoder's first layers, rising
+    rope_theta: float = 10_000.0  # base of the rotary wavelengths
+    norm_eps: float = 1e-6  # added to the variance in LayerNorm
+
+    def __post_init__(self) -> None:
+        names = ("patch_size", "temporal_patch_size", "channels", "merge", "d_model", "num_heads", "d_ff", "side")
+        _require_sizes("vision_tower", self, names)
+        width = f"vision_tower.d_model={self.d_model} / num_heads={self.num_heads}"
+        require(self.d_model % (4 * self.num_heads) == 0, f"{width} must be a multiple of 4")
+        deep = f"vision_tower.deep_layers={self.deep_layers}"
+        rises = list(self.deep_layers) == sorted(set(self.deep_layers))
+        inside = all(0 <= layer < self.num_layers for layer in self.deep_layers)
+        require(rises and inside, f"{deep} must rise within the {self.num_layers} layers of the tower")
+        for name in ("rope_theta", "norm_eps"):
+            require(getattr(self, name) > 0, f"vision_tower.{name}={getattr(self, name)} must be > 0")
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int, int]:
+        """Of a patch: channels, frames, rows and columns of pixels."""
+        return (self.channels, self.temporal_patch_size, self.patch_size, self.patch_size)
+
+    @property
+    def patch_features(self) -> int:
+        """X, numbers of a patch."""
+        return math.prod(self.patch_shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A multimodal decoder: encoders and embeddings, the stack of blocks, its routing policy, the output head.
 
@@ -61,6 +109,7 @@ class ModelConfig:
     moe: AnyExpertsConfig = dataclasses.field(default_factory=AnyExpertsConfig)
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)  # None: no image, no video
     audio: AudioConfig | None = dataclasses.field(default_factory=AudioConfig)  # None: no audio
+    vision_tower: VisionTowerConfig | None = None  # of a published model, which is given pictures on their own
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -74,6 +123,10 @@ class ModelConfig:
             router == "linear" or modalities == NUM_MODALITIES,
             f"moe.router={router!r} with moe.router_modalities={modalities}: a multimodal model has {NUM_MODALITIES}",
         )
+        require(
+            self.vision_tower is None or self.stack.attention.mrope_section is not None,
+            "vision_tower needs stack.attention.mrope_section: its rows are rotated by their place in the picture",
+        )
 
     @property
     def router_bias_shape(self) -> tuple[int, int]:
@@ -81,7 +134,7 @@ class ModelConfig:
         return max(self.stack.num_moe_layers, 1), self.moe.num_columns
 
 
-def _require_sizes(part: str, config: VisionConfig | AudioConfig, names: tuple[str, ...]) -> None:
+def _require_sizes(part: str, config: VisionConfig | AudioConfig | VisionTowerConfig, names: tuple[str, ...]) -> None:
     check_field_types(config, f"{part}.")
     for name in names:
         require(getattr(config, name) >= 1, f"{part}.{name}={getattr(config, name)} must be >= 1")

@@ -16,6 +16,7 @@ from anyexperts_jax.core.initializers import Normal
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.models.vision_tower import Frames, PlacedFrames
 from anyexperts_jax.nn.params import NamedAxes
 
 # Parameters of at most this many elements a layer share a few draws: XLA compiles a generator for every draw.
@@ -120,12 +121,26 @@ def smallest_batch(config: ModelConfig) -> Batch:
     )
 
 
+def smallest_frames(config: ModelConfig) -> PlacedFrames | None:
+    """One merged square for the tower, which no position of `smallest_batch` reads; None without a tower."""
+    tower = config.vision_tower
+    if tower is None:
+        return None
+    frames = Frames(jnp.zeros((1, tower.merge**2, tower.patch_features)), jnp.full((1, 2), tower.merge, jnp.int32))
+    one_BT = jnp.zeros((1, 1), jnp.int32)
+    return PlacedFrames(frames, row_BT=one_BT - 1, modality_BT=one_BT, rotary_BT3=jnp.zeros((1, 1, 3), jnp.int32))
+
+
 @functools.lru_cache(maxsize=32)
 def _boxed_shapes(config: ModelConfig) -> dict[str, Any]:
     # Parameters do not depend on how they are used; what is asked for may need a mesh, or another device.
     config = dataclasses.replace(config, stack=dataclasses.replace(config.stack, execution=Execution()))
-    init = lambda key: MultimodalModel(config).init(key, smallest_batch(config))["params"]  # noqa: E731
-    return jax.eval_shape(init, jax.random.key(0))
+
+    def init(key: Array) -> Any:
+        return MultimodalModel(config).init(key, smallest_batch(config), placed=smallest_frames(config))["params"]
+
+    shapes: dict[str, Any] = jax.eval_shape(init, jax.random.key(0))
+    return shapes
 
 
 def _is_box(node: Any) -> bool:

@@ -15,11 +15,12 @@ from anyexperts_jax.models.audio import AudioEncoder
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.media import audio_media, place_rows, visual_media
 from anyexperts_jax.models.vision import VisionEncoder
+from anyexperts_jax.models.vision_tower import PlacedFrames, VisionTower
 from anyexperts_jax.nn.block import BlockContext
 from anyexperts_jax.nn.embeddings import Embedding
 from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.norms import RMSNorm
-from anyexperts_jax.nn.rope import rotations
+from anyexperts_jax.nn.rope import rotations, rotations_in_space
 from anyexperts_jax.nn.stack import Stack, StackCache
 from anyexperts_jax.ops.attention import CausalMask
 from anyexperts_jax.routing.trace import RoutingTrace
@@ -45,6 +46,7 @@ class TextPart:
     tokens_BT: Int[Array, "B T"]
     start_B: Int[Array, "B"]
     length_B: Int[Array, "B"]
+    lead_B: Int[Array, "B"] | None = None  # by how much a token is rotated by less than its place, behind pictures
 
 
 class MultimodalModel(nn.Module):
@@ -67,6 +69,8 @@ class MultimodalModel(nn.Module):
             self.vision = VisionEncoder(config.vision, stack, **where)
         if config.audio is not None:
             self.audio = AudioEncoder(config.audio, stack)
+        if config.vision_tower is not None:
+            self.vision_tower = VisionTower(config.vision_tower, stack.d_model, **types, **where)
         self.decoder = Stack(stack, config.moe, self.placement)
         self.final_norm = RMSNorm(stack.norm_eps, **types)
         if not config.tie_embeddings:
@@ -79,11 +83,13 @@ class MultimodalModel(nn.Module):
         router_bias_LC: Float[Array, "L C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
+        placed: PlacedFrames | None = None,
     ) -> ModelOutput:
         """Teacher-forced logits.
 
         Args:
           batch: at most `max_length` positions, with the features of patches and frames the encoders expect.
+          placed: what a vision tower reads, and where its rows go; modalities and rotation are then its own.
           router_bias_LC: the expert biases of loss-free balancing; needed with `moe.expert_bias`, unused without.
           window: (k_min, k_max) in place of the configuration's, for every layer, or [L, 2], one for each.
           importance_logits_BT: in place of every layer's own.
@@ -93,7 +99,7 @@ class MultimodalModel(nn.Module):
         """
         _check_batch(self.config, batch)
         policy = {"router_bias_LC": router_bias_LC, "window": window, "importance_logits_BT": importance_logits_BT}
-        return self.decode(self.embed(batch), batch, **policy)
+        return self.decode(self.embed(batch), batch, placed=placed, **policy)
 
     def decode(
         self,
@@ -103,6 +109,7 @@ class MultimodalModel(nn.Module):
         router_bias_LC: Float[Array, "L C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
+        placed: PlacedFrames | None = None,
     ) -> ModelOutput:
         """The call from `embed` on: what follows the embedded sequence, for those who ask what depends on it."""
         stack = self.config.stack
@@ -110,6 +117,8 @@ class MultimodalModel(nn.Module):
         mask = whole_mask(causal, stack.attention.head_dim, jnp.dtype(stack.dtype), self.placement)
         context = self._batch_context(batch, mask, window)
         context = dataclasses.replace(context, importance_logits_BT=importance_logits_BT)
+        if placed is not None:
+            x_BTD, context = self._with_frames(x_BTD, context, placed)
         x_BTD, trace, _ = self._decode(x_BTD, context, router_bias_LC)
         return ModelOutput(self._logits(x_BTD), trace)
 
@@ -155,11 +164,13 @@ class MultimodalModel(nn.Module):
         router_bias_LC: Float[Array, "L C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
+        placed: PlacedFrames | None = None,
     ) -> tuple[Float[Array, "B Y"], RoutingTrace, StackCache]:
         """Logits after the last of further text tokens, each sequence's from its own position on, and the trace.
 
         Args:
           cache: filled with the positions before.
+          placed: as for the call, at these tokens.
           importance_logits_BT: in place of every layer's own.
         """
         length = text.tokens_BT.shape[1]
@@ -168,15 +179,18 @@ class MultimodalModel(nn.Module):
         valid_BT = place_1T < text.length_B[:, None]
         modality_BT = jnp.full_like(positions_BT, Modality.TEXT)
         x_BTD = self._with_modality(self.tokens(text.tokens_BT), modality_BT)
+        turned_BT = positions_BT if text.lead_B is None else positions_BT - text.lead_B[:, None]
         context = BlockContext(
             positions_BT,
             valid_BT,
             causal_mask(positions_BT, cache.length),
-            rotation=rotations(self.config.stack.attention, positions_BT),
+            rotation=rotations(self.config.stack.attention, turned_BT),
             window=window,
             modality_BT=modality_BT,
             importance_logits_BT=importance_logits_BT,
         )
+        if placed is not None:
+            x_BTD, context = self._with_frames(x_BTD, context, placed)
         x_BTD, trace, written = self._decode(x_BTD, context, router_bias_LC, cache)
         last_B = jnp.maximum(text.length_B - 1, 0)
         logits_BY = self._logits(x_BTD[jnp.arange(x_BTD.shape[0]), last_B])
@@ -196,6 +210,24 @@ class MultimodalModel(nn.Module):
 
     def _with_modality(self, x_BTD: Float[Array, "B T D"], modality_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return x_BTD + self.modality(modality_BT) if self.config.modality_embedding else x_BTD
+
+    def _with_frames(
+        self, x_BTD: Float[Array, "B T D"], context: BlockContext, placed: PlacedFrames
+    ) -> tuple[Float[Array, "B T D"], BlockContext]:
+        """The stream with the tower's rows at their places, and what goes to the first layers with their rotation."""
+        seen, row_BT = self.vision_tower(placed.frames), jnp.asarray(placed.row_BT)
+        rows_JND = jnp.concatenate([seen.rows_FRD[None], seen.deep_JFRD]).reshape(
+            1 + len(seen.deep_JFRD), -1, x_BTD.shape[-1]
+        )
+        found_JBTD = rows_JND[:, jnp.maximum(row_BT, 0)].astype(x_BTD.dtype)
+        reads_BT1 = (row_BT >= 0)[:, :, None]
+        context = dataclasses.replace(
+            context,
+            rotation=rotations_in_space(self.config.stack.attention, jnp.asarray(placed.rotary_BT3)),
+            modality_BT=jnp.asarray(placed.modality_BT),
+            deep_JBTD=jnp.where(reads_BT1[None], found_JBTD[1:], 0),
+        )
+        return jnp.where(reads_BT1, found_JBTD[0], x_BTD), context
 
     def _batch_context(
         self, batch: Batch, mask: Bool[Array, "B T S"] | CausalMask, window: Float[Array, "*layers 2"] | None

@@ -53,7 +53,12 @@ def is_matmul(name: str) -> bool:
 def tower_of(name: str) -> Tower:
     """The part of the model that a parameter is in: an encoder, the stack of blocks, or what is around it ("text")."""
     top = name.partition("/")[0]
-    towers: dict[str, Tower] = {"vision": "vision", "audio": "audio", "decoder": "decoder"}
+    towers: dict[str, Tower] = {
+        "vision": "vision",
+        "vision_tower": "vision",
+        "audio": "audio",
+        "decoder": "decoder",
+    }
     return towers.get(top, "text")
 
 

@@ -36,6 +36,20 @@ class BlockContext:
     modality_BT: Int[Array, "B T"] | None = None  # for routers with per-modality weights
     segment_BT: Int[Array, "B T"] | None = None  # for layers that separate packed examples; attention uses the mask
     importance_logits_BT: Float[Array, "B T"] | None = None  # replace every layer's own, where the caller has them
+    deep_JBTD: Float[Array, "J B T D"] | None = None  # added to the stream, one after each of the first J layers
+
+
+def add_deep(
+    x_BTD: Float[Array, "B T D"], deep_JBTD: Float[Array, "J B T D"] | None, layer: int | Int[Array, ""]
+) -> Float[Array, "B T D"]:
+    """The stream after layer number `layer`, with what is added there (DeepStack, arXiv 2406.04334)."""
+    if deep_JBTD is None or not deep_JBTD.shape[0]:
+        return x_BTD
+    count = deep_JBTD.shape[0]
+    if isinstance(layer, int):
+        return x_BTD + deep_JBTD[layer].astype(x_BTD.dtype) if layer < count else x_BTD
+    own_BTD = deep_JBTD[jnp.minimum(layer, count - 1)].astype(x_BTD.dtype)
+    return x_BTD + jnp.where(layer < count, own_BTD, 0)
 
 
 def _norm(config: StackConfig, name: str) -> RMSNorm:
@@ -86,14 +100,20 @@ class DenseBlock(nn.Module):
 
 def dense_blocks(
     config: StackConfig, placement: Placement | None, block: type[nn.Module], name: str, count: int
-) -> Callable[[Array, BlockContext, KVCache | None], tuple[Array, KVCache | None]]:
-    """`count` dense blocks in sequence, named `name`_0 and so on, with a cache stacked over them."""
+) -> Callable[..., tuple[Array, KVCache | None]]:
+    """`count` dense blocks in sequence, named `name`_0 and so on, with a cache stacked over them.
 
-    def run(x_BTD: Array, context: BlockContext, cache: KVCache | None) -> tuple[Array, KVCache | None]:
+    The function takes the stream, the context, the cache, and the first block's number among all layers.
+    """
+
+    def run(
+        x_BTD: Array, context: BlockContext, cache: KVCache | None, first: int | Array = 0
+    ) -> tuple[Array, KVCache | None]:
         written = []
         for i in range(count):
             own = None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache)
             x_BTD, own = block(config, placement, name=f"{name}_{i}")(x_BTD, context, own)
+            x_BTD = add_deep(x_BTD, context.deep_JBTD, first + i)
             written.append(own)
         if cache is None or not written:
             return x_BTD, cache
@@ -114,7 +134,8 @@ class MoEBlockCache:
 class MoEBlock(nn.Module):
     """`moe_every` - 1 dense blocks, then attention and the experts.
 
-    With `hsm_site="residual"`, h' = h + alpha w h replaces the residual stream before the experts.
+    With `hsm_site="residual"`, h' = h + alpha w h replaces the residual stream before the experts. `first` is the
+    number of the first of these blocks among all layers; it matters where something is added after some (`deep_JBTD`).
     """
 
     config: StackConfig
@@ -129,10 +150,12 @@ class MoEBlock(nn.Module):
         bias_C: Float[Array, "C"] | None = None,
         cache: MoEBlockCache | None = None,
         window: Float[Array, "2"] | None = None,
+        first: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[RoutingTrace, MoEBlockCache | None]]:
         config = self.config
+        first = 0 if first is None else first
         x_BTD, before = dense_blocks(config, self.placement, DenseBlock, "before", config.moe_every - 1)(
-            x_BTD, context, None if cache is None else cache.before
+            x_BTD, context, None if cache is None else cache.before, first
         )
         attention = SelfAttention(config, self.placement, name="self_attention")
         x_BTD, own = attention(x_BTD, context, None if cache is None else cache.moe)
@@ -159,4 +182,5 @@ class MoEBlock(nn.Module):
         seen = MoEContext(context.valid_BT, context.modality_BT, window, bias_C, importance_logits_BT)
         y_BTD, trace = layer(normed_BTD, seen)
         written = None if before is None or own is None else MoEBlockCache(before, own)
-        return x_BTD + y_BTD.astype(x_BTD.dtype), (trace, written)
+        x_BTD = add_deep(x_BTD + y_BTD.astype(x_BTD.dtype), context.deep_JBTD, first + config.moe_every - 1)
+        return x_BTD, (trace, written)

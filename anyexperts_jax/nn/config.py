@@ -57,6 +57,7 @@ class AttentionConfig:
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     rope_fraction: float = 1.0  # leading fraction of a head's width that is rotated
     rope_scaling: RopeScaling | None = None  # stretches the wavelengths for longer sequences; None: as they are
+    mrope_section: tuple[int, ...] | None = None  # waves that turn by time, row, column, interleaved; None: by position
     qk_norm: bool = False  # RMSNorm of queries and keys, before they are rotated
     qk_norm_over: Literal["head", "width"] = "head"  # what that norm's mean is over: each head, or all heads at once
     qkv_bias: bool = False  # whether the maps to queries, keys and values have a bias
@@ -78,6 +79,9 @@ class AttentionConfig:
             "dimensions; must be even and >= 2",
         )
         require(self.rope_theta > 0, f"attention.rope_theta={self.rope_theta} must be > 0")
+        section = self.mrope_section
+        fits = section is None or (len(section) == 3 and min(section) >= 0)
+        require(fits, f"attention.mrope_section={section} must be three numbers of waves: of time, row and column")
         clip = self.clip_qkv
         require(clip is None or clip > 0, f"attention.clip_qkv={clip} must be > 0")
 

@@ -1,4 +1,4 @@
-"""The dense SwiGLU feed-forward network of dense layers and shared experts."""
+"""Dense feed-forward networks: SwiGLU, of dense layers and shared experts, and GELU, of vision towers."""
 
 from typing import Any
 
@@ -28,6 +28,24 @@ class SwiGLU(nn.Module):
         up = Linear((self.d_ff,), ("embed", "mlp"), name="up", **types)(x)
         down = Linear(x.shape[-1:], ("mlp", "embed"), scale=self.residual_scale, name="down", **types)
         return down(gated(gate, up))
+
+
+class GeluMLP(nn.Module):
+    """down(gelu(up(x))) with biases; GELU in float32, exact or by its usual approximation with tanh."""
+
+    d_ff: int
+    d_out: int
+    exact: bool = False
+    residual_scale: float = 1.0  # scale of the down projection's initial values
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D_out"]:
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "use_bias": True}
+        up = Linear((self.d_ff,), ("embed", "mlp"), name="up", **types)(x)
+        hidden = jax.nn.gelu(up.astype(jnp.float32), approximate=not self.exact).astype(up.dtype)
+        return Linear((self.d_out,), ("mlp", "embed"), scale=self.residual_scale, name="down", **types)(hidden)
 
 
 def _plain_gated(gate: Array, up: Array) -> Array:

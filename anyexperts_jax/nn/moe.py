@@ -42,7 +42,7 @@ class MoEContext:
     """The inputs of a MoE layer other than the tokens. All fields are optional."""
 
     valid_BT: Bool[ArrayLike, "B T"] | None = None  # False at padding: no slots, no output, not counted in the losses
-    modality_BT: Int[ArrayLike, "B T"] | None = None  # ids in [0, router_modalities), for per-modality routers
+    modality_BT: Int[ArrayLike, "B T"] | None = None  # ids in [0, router_modalities), for routers and policies
     window: Window | None = None  # (k_min, k_max), overrides the configuration's
     bias_C: Float[ArrayLike, "C"] | None = None  # the expert bias of loss-free balancing; required if `expert_bias`
     importance_logits_BT: Float[ArrayLike, "B T"] | None = None  # if the caller has computed them
@@ -218,6 +218,7 @@ class MoE(nn.Module):
             num_sequences=batch,
             batch_shards=1 if self.placement is None else batch_shards(self.placement.mesh, self.placement.rules),
             key=self.make_rng("routing") if rounds_stochastically else None,
+            modality_N=modality_N,
         )
         self._probe("weights_BTK", plan.weights_NK.reshape(batch, length, -1))
         self._probe("virtual_weight_BT", plan.virtual_weight_N.reshape(batch, length))

@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.nn.config import AttentionConfig, RopeScaling
@@ -12,7 +13,35 @@ Rotations = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotations:
     """Cosines and sines of each position's rotation angles, float32."""
-    angles = positions_BT[:, :, None].astype(jnp.float32) * frequencies(config)[None, None]
+    return _turned(config, positions_BT[:, :, None].astype(jnp.float32) * frequencies(config)[None, None])
+
+
+def rotations_in_space(config: AttentionConfig, positions_BT3: Int[Array, "B T 3"]) -> Rotations:
+    """`rotations` where a position has a time, a row and a column, as in pictures (interleaved M-RoPE, Qwen3-VL).
+
+    Of the waves in threes, the second turns by the row and the third by the column, as long as `mrope_section` says;
+    the others turn by time. Where the three are one number, as in text, this is `rotations`.
+    """
+    assert config.mrope_section is not None
+    axis_of_wave = np.zeros(config.rotary_dim // 2, np.int32)
+    for axis in (1, 2):
+        axis_of_wave[axis : 3 * config.mrope_section[axis] : 3] = axis
+    places = positions_BT3[:, :, axis_of_wave].astype(jnp.float32)
+    return _turned(config, places * frequencies(config)[None, None])
+
+
+def rotations_on_grid(
+    row_FP: Int[Array, "F P"], column_FP: Int[Array, "F P"], head_dim: int, theta: float
+) -> Rotations:
+    """Rotations by the row in the first half of the waves and by the column in the second, for a whole head."""
+    quarter = head_dim // 4
+    waves = theta ** (-jnp.arange(quarter, dtype=jnp.float32) / quarter)
+    angles = [place_FP[:, :, None].astype(jnp.float32) * waves[None, None] for place_FP in (row_FP, column_FP)]
+    both = jnp.concatenate(angles, axis=-1)
+    return jnp.cos(both), jnp.sin(both)
+
+
+def _turned(config: AttentionConfig, angles: Float[Array, "B T half"]) -> Rotations:
     scaling = config.rope_scaling
     if scaling is None or scaling.attention_factor == 1:
         return jnp.cos(angles), jnp.sin(angles)

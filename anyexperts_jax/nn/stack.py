@@ -3,7 +3,8 @@
 import dataclasses
 
 import flax.linen as nn
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.remat import remat_policy
@@ -65,15 +66,21 @@ class Stack(nn.Module):
             moe_block,
             variable_axes={"params": 0, "probe": 0},
             split_rngs={"params": True, "routing": True, "shuffle": True},
-            in_axes=(nn.broadcast, 0, 0, 0),
+            in_axes=(nn.broadcast, 0, 0, 0, 0),
             length=self.config.num_moe_layers,
             unroll=self.config.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = scanned(self.config, self.moe, self.placement, name="moe_layers")
         own = None if cache is None else cache.blocks
-        x_BTD, (trace, blocks) = layers(x_BTD, context, router_bias_LC, own, window_L2)
+        first_L = None if context.deep_JBTD is None else self._first_of_blocks()
+        x_BTD, (trace, blocks) = layers(x_BTD, context, router_bias_LC, own, window_L2, first_L)
         return x_BTD, trace, None if dense_cache is None else StackCache(dense_cache, blocks)
+
+    def _first_of_blocks(self) -> Int[Array, "L"]:
+        """The number of each scanned block's first layer among all layers."""
+        config = self.config
+        return config.num_dense_layers + config.moe_every * jnp.arange(config.num_moe_layers, dtype=jnp.int32)
 
     def _blocks(self) -> tuple[type[nn.Module], type[nn.Module]]:
         if self.config.remat == "none":

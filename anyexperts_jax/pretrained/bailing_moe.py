@@ -9,7 +9,7 @@ from anyexperts_jax.pretrained.decoders import LAYER, around_rules, attention_co
 from anyexperts_jax.pretrained.family import Family
 from anyexperts_jax.pretrained.grouped_sigmoid import further_heads, grouped_config, grouped_mlp_rules
 from anyexperts_jax.pretrained.hub_config import HubConfig
-from anyexperts_jax.pretrained.rules import FLAT, KERNEL, KERNEL_OF_HEADS, Rule
+from anyexperts_jax.pretrained.rules import FLAT, KERNEL, KERNEL_OF_HEADS, ExpertLayout, Rule
 
 _THREE = ("query", "key", "value")
 
@@ -27,7 +27,7 @@ def _config(hub: HubConfig) -> ModelConfig:
     return grouped_config(hub, attention, eps=1e-6, expert_bias=hub.flag("moe_router_enable_expert_bias", True))
 
 
-def _rules(config: ModelConfig, stacked: bool) -> tuple[Rule, ...]:
+def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
     ours, theirs = "{layer}/self_attention/attention/", f"{LAYER}attention."
     rules = [Rule(f"{ours}out/kernel", f"{theirs}dense.weight", KERNEL_OF_HEADS)]
     for place, name in enumerate(_THREE):
@@ -36,7 +36,7 @@ def _rules(config: ModelConfig, stacked: bool) -> tuple[Rule, ...]:
             rules.append(Rule(f"{ours}{name}/bias", f"{theirs}query_key_value.bias", FLAT, part=(0, place)))
     if config.stack.attention.qk_norm:
         rules += [Rule(f"{ours}{name}_norm/scale", f"{theirs}{name}_layernorm.weight") for name in _THREE[:2]]
-    mlp = grouped_mlp_rules(config, stacked, "expert_bias")
+    mlp = grouped_mlp_rules(config, layout, "expert_bias")
     return (*around_rules(config, "model.word_embeddings.weight"), *norm_rules(), *rules, *mlp)
 
 

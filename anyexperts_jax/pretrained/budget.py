@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.registries import POLICIES
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.routing.budget import shift_budget
+from anyexperts_jax.routing.policies import IMPORTANCE
 
 _GOLDEN = 0.6180339887498949  # multiples of it, modulo one, spread evenly from the first on
 _SURE = 40.0  # an importance logit whose sigmoid is 0 or 1 in float32
@@ -39,6 +41,7 @@ def with_budget(config: ModelConfig, budget: float | None) -> tuple[ModelConfig,
     if moe.uses_importance or moe.num_virtual:
         shifted = shift_budget(moe, budget)
         return _with_room(config, shifted), BudgetInForce(jnp.asarray((shifted.k_min, shifted.k_max), jnp.float32))
+    require(moe.policy == IMPORTANCE, f"budget={budget:g}: the policy {moe.policy!r} decides already; set its dial")
     most = moe.experts_in_reach
     require(1 <= budget <= most, f"budget={budget:g} must be from 1 to {most} experts a token")
     low, high = math.floor(budget), math.ceil(budget)
@@ -46,6 +49,26 @@ def with_budget(config: ModelConfig, budget: float | None) -> tuple[ModelConfig,
     room = dataclasses.replace(moe, k_min=high, k_max=high)
     share = None if low == high else jnp.float32(budget - low)
     return _with_room(config, room), BudgetInForce(window, share)
+
+
+def with_policy(config: ModelConfig, policy: str, dial: float) -> ModelConfig:
+    """The model with a token's number of experts decided by an entry of POLICIES, at its dial.
+
+    Raises:
+      UserError: a dense model, one with variable slots, an unknown policy, or a dial out of its range.
+    """
+    moe = config.moe
+    require(config.stack.num_moe_layers > 0, f"policy={policy!r}: the model is dense and has no experts to choose")
+    require(not moe.uses_importance and not moe.num_virtual, f"policy={policy!r}: the model has slots of its own")
+    require_one_of("policy", policy, POLICIES.names())
+    most = moe.experts_in_reach
+    ends = POLICIES[policy].dial
+    if ends is not None:
+        low, high = min(ends), min(max(ends), most)
+        require(low <= dial <= high, f"policy={policy!r}: dial={dial:g} must be from {low:g} to {high:g}")
+        most = math.ceil(dial) if max(ends) == math.inf else most  # else a share of the scores: any number of experts
+    room = dataclasses.replace(moe, policy=policy, policy_dial=float(dial), k_min=most, k_max=most)
+    return dataclasses.replace(config, moe=room)
 
 
 def _with_room(config: ModelConfig, moe: AnyExpertsConfig) -> ModelConfig:

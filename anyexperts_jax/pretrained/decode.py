@@ -16,8 +16,10 @@ from anyexperts_jax.dispatch.execution import BUFFERED
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel, TextPart
 from anyexperts_jax.models.sample import GREEDY, Sampling, next_tokens
+from anyexperts_jax.models.vision_tower import PlacedFrames
 from anyexperts_jax.nn.stack import StackCache, empty_stack_cache
 from anyexperts_jax.pretrained.budget import BudgetInForce, mixing_logits
+from anyexperts_jax.pretrained.media import Placed, Shown, place
 from anyexperts_jax.sharding.placement import Placement
 
 _PROMPT_STEP, _CACHE_STEP = 16, 64  # lengths are rounded up to these, so that few programs are compiled
@@ -57,9 +59,18 @@ OnToken = Callable[[int, int], bool]  # (row, token) -> whether the row goes on
 
 
 def decode(
-    weights: Weights, prompts: Sequence[Sequence[int]], request: Request, budget: BudgetInForce, on_token: OnToken
+    weights: Weights,
+    prompts: Sequence[Sequence[int]],
+    request: Request,
+    budget: BudgetInForce,
+    on_token: OnToken,
+    *,
+    shown: Shown | None = None,
 ) -> Decoded:
     """Continues every prompt.
+
+    Args:
+      shown: the pictures and videos that the prompts have places for.
 
     Raises:
       UserError: an empty prompt, one longer than the model's positions, or max_new_tokens < 1.
@@ -74,10 +85,11 @@ def decode(
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
         seen_BY[row, list(prompt)] = True
+    placed = None if shown is None else place(shown, tokens_BT, np.arange(width)[None] < lengths_B[:, None])
     state = _State(weights, request, budget, batch=len(prompts), room=room, seen_BY=jnp.asarray(seen_BY))
 
     began = time.perf_counter()
-    next_B = state.extend(tokens_BT, np.zeros_like(lengths_B), lengths_B)
+    next_B = state.extend(tokens_BT, np.zeros_like(lengths_B), lengths_B, placed)
     first = time.perf_counter()
     found: list[list[int]] = [[] for _ in prompts]
     live_B = np.ones(len(prompts), bool)
@@ -108,12 +120,17 @@ class _State:
         self._cache: StackCache = jax.tree.map(jnp.copy, empty)  # keys and values each their own: they are donated
         self._seen_BY, self._key = seen_BY, jax.random.key(request.seed)
         self._step, self._used, self._asked = 0, list[Array](), 0
+        self._lead_B: Array | None = None  # of the pictures that were shown
 
-    def extend(self, tokens_BT: np.ndarray, start_B: np.ndarray, length_B: np.ndarray) -> np.ndarray:
+    def extend(
+        self, tokens_BT: np.ndarray, start_B: np.ndarray, length_B: np.ndarray, placed: Placed | None = None
+    ) -> np.ndarray:
         """The next token of each row after these."""
-        part = TextPart(jnp.asarray(tokens_BT), jnp.asarray(start_B), jnp.asarray(length_B))
+        part = TextPart(jnp.asarray(tokens_BT), jnp.asarray(start_B), jnp.asarray(length_B), self._lead_B)
         held = (self._cache, self._seen_BY)
-        arguments = (self._weights.params, self._weights.router_bias_LC, self._budget, part)
+        frames = None if placed is None else placed.frames
+        arguments = (self._weights.params, self._weights.router_bias_LC, self._budget, (part, frames))
+        self._lead_B = self._lead_B if placed is None else placed.lead_B
         next_B, used, held = _extend(self._static, *arguments, held, (self._key, jnp.int32(self._step)))
         self._cache, self._seen_BY = held
         self._step += 1
@@ -132,12 +149,12 @@ def _extend(
     params: Any,
     router_bias_LC: Array | None,
     budget: BudgetInForce,
-    part: TextPart,
+    given: tuple[TextPart, PlacedFrames | None],
     held: tuple[StackCache, Array],
     draw: tuple[Array, Array],
 ) -> tuple[Array, Array, tuple[StackCache, Array]]:
     config, placement, sampling = static
-    cache, seen_BY = held
+    (part, placed), (cache, seen_BY) = given, held
     length = part.tokens_BT.shape[1]
     logits_BT = None
     if budget.share is not None:
@@ -150,6 +167,7 @@ def _extend(
         router_bias_LC=router_bias_LC,
         window=budget.window,
         importance_logits_BT=logits_BT,
+        placed=placed,
         method="extend",
     )
     next_B = next_tokens(sampling, logits_BY, seen_BY, *draw)

@@ -7,7 +7,15 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.nn.config import AttentionConfig, StackConfig
 from anyexperts_jax.pretrained.hub_config import HubConfig, eos_ids
-from anyexperts_jax.pretrained.rules import BATCHED_KERNEL, FLAT, KERNEL, KERNEL_OF_HEADS, Rule
+from anyexperts_jax.pretrained.rules import (
+    BATCHED_KERNEL,
+    FLAT,
+    KERNEL,
+    KERNEL_OF_HEADS,
+    SAME,
+    ExpertLayout,
+    Rule,
+)
 
 LAYER = "model.layers.{i}."
 
@@ -126,23 +134,25 @@ def dense_mlp_rules(config: ModelConfig) -> tuple[Rule, ...]:
 
 
 def expert_rules(
-    stacked: bool, block: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    layout: ExpertLayout, block: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 ) -> tuple[Rule, ...]:
     """The router and the experts of a layer of experts.
 
     Args:
-      stacked: all experts of a layer in one tensor, gate before up along its rows, as transformers 5 holds them.
+      layout: "stacked" is what transformers 5 holds, gate before up along its rows; "stacked_kernels" has them as
+        inputs by outputs, gate before up along the columns.
       block: what the layer's FFN is called.
       names: of an expert's own tensors, gate, up and down.
     """
     ours, theirs = "{layer}/moe/experts/", f"{LAYER}{block}.experts."
     router = Rule("{layer}/moe/router/kernel", f"{LAYER}{block}.gate.weight", KERNEL, "moe")
-    if stacked:
+    if layout != "each":
+        held, axis = (BATCHED_KERNEL, 1) if layout == "stacked" else (SAME, 2)
         return (
             router,
-            Rule(f"{ours}w_gate_EDF", f"{theirs}gate_up_proj", BATCHED_KERNEL, "moe", part=(1, 0)),
-            Rule(f"{ours}w_up_EDF", f"{theirs}gate_up_proj", BATCHED_KERNEL, "moe", part=(1, 1)),
-            Rule(f"{ours}w_down_EFD", f"{theirs}down_proj", BATCHED_KERNEL, "moe"),
+            Rule(f"{ours}w_gate_EDF", f"{theirs}gate_up_proj", held, "moe", part=(axis, 0)),
+            Rule(f"{ours}w_up_EDF", f"{theirs}gate_up_proj", held, "moe", part=(axis, 1)),
+            Rule(f"{ours}w_down_EFD", f"{theirs}down_proj", held, "moe"),
         )
     leaves = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
     own = [

@@ -2,14 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from anyexperts_jax.core.errors import UserError, comma_list, require, shown
 from anyexperts_jax.core.registries import FAMILIES
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.pretrained.hub_config import HubConfig
-from anyexperts_jax.pretrained.rules import Rule
+from anyexperts_jax.pretrained.rules import ExpertLayout, Rule
 
 T = TypeVar("T")
 
@@ -25,17 +25,18 @@ class Family:
     Attributes:
       architectures: what `architectures` of config.json says, of every class that is read by this entry.
       config: the model's configuration here. Refuses, by `UserError`, what this package does not compute.
-      rules: the weight rules of a configuration; the flag says whether the experts of a layer are stacked in one tensor
-        (`experts.gate_up_proj`) or have a tensor each, as on the hub.
+      rules: the weight rules of a configuration, by how the experts of a layer are laid out in the files.
       model_types: those of config.json that belong here, where another family has a class of the same name.
       ignored: patterns of the tensors that are no part of the model, such as heads that predict further tokens.
+      hub_layout: of the experts as they are published, in which they are written.
     """
 
     architectures: tuple[str, ...]
     config: Callable[[HubConfig], ModelConfig]
-    rules: Callable[[ModelConfig, bool], tuple[Rule, ...]]
+    rules: Callable[[ModelConfig, ExpertLayout], tuple[Rule, ...]]
     ignored: Callable[[HubConfig], tuple[str, ...]] = _nothing
     model_types: tuple[str, ...] = ()
+    hub_layout: ExpertLayout = "each"
 
 
 def family_of(hub: HubConfig) -> tuple[str, Family]:
@@ -70,6 +71,29 @@ def without_ignored(family: Family, hub: HubConfig, tensors: Mapping[str, T]) ->
     return {name: tensor for name, tensor in tensors.items() if not any(p.fullmatch(name) for p in patterns)}
 
 
-def has_stacked_experts(names: Iterable[str]) -> bool:
-    """Whether the experts of a layer are in one tensor."""
-    return any(name.endswith("experts.gate_up_proj") for name in names)
+def expert_layout(
+    family: Family, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: str
+) -> ExpertLayout:
+    """How the experts of a layer are laid out in the files.
+
+    Args:
+      shapes: of the tensors by name.
+      where: names the checkpoint in messages.
+
+    Raises:
+      UserError: when the shapes leave open which axis is which.
+    """
+    stacked = [name for name in shapes if name.endswith("experts.gate_up_proj")]
+    if not stacked:
+        return family.hub_layout
+    if family.hub_layout == "each":
+        return "stacked"
+    width, d_ff = config.stack.d_model, config.stack.expert_d_ff
+    down = stacked[0].replace("gate_up_proj", "down_proj")
+    said = f"{stacked[0]} is {list(shapes[stacked[0]])}, {down} is {list(shapes.get(down, ()))}"
+    require(
+        width not in (d_ff, 2 * d_ff),
+        f"{where}: {said}: with hidden_size={width} and moe_intermediate_size={d_ff} the shapes do not tell whether "
+        "they are inputs by outputs, as published, or outputs by inputs, as transformers 5 writes them: not read",
+    )
+    return "stacked" if shapes[stacked[0]][1:] == (2 * d_ff, width) else "stacked_kernels"

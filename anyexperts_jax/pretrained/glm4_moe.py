@@ -5,7 +5,7 @@ from anyexperts_jax.pretrained.decoders import around_rules, attention_config, a
 from anyexperts_jax.pretrained.family import Family
 from anyexperts_jax.pretrained.grouped_sigmoid import further_heads, grouped_config, grouped_mlp_rules
 from anyexperts_jax.pretrained.hub_config import HubConfig
-from anyexperts_jax.pretrained.rules import Rule
+from anyexperts_jax.pretrained.rules import ExpertLayout, Rule
 
 
 def _config(hub: HubConfig) -> ModelConfig:
@@ -18,8 +18,8 @@ def _config(hub: HubConfig) -> ModelConfig:
     return grouped_config(hub, attention, eps=1e-5)
 
 
-def _rules(config: ModelConfig, stacked: bool) -> tuple[Rule, ...]:
-    mlp = grouped_mlp_rules(config, stacked, "e_score_correction_bias")
+def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
+    mlp = grouped_mlp_rules(config, layout, "e_score_correction_bias")
     return (*around_rules(config), *norm_rules(), *attention_rules(config), *mlp)
 
 

@@ -11,7 +11,7 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.nn.config import AttentionConfig
 from anyexperts_jax.pretrained.decoders import LAYER, decoder_config, dense_mlp_rules, expert_rules
 from anyexperts_jax.pretrained.hub_config import HubConfig
-from anyexperts_jax.pretrained.rules import KERNEL, ROUTER_BIAS, Rule
+from anyexperts_jax.pretrained.rules import KERNEL, ROUTER_BIAS, ExpertLayout, Rule
 
 
 def grouped_config(hub: HubConfig, attention: AttentionConfig, *, eps: float, **policy: Any) -> ModelConfig:
@@ -48,9 +48,9 @@ def grouped_config(hub: HubConfig, attention: AttentionConfig, *, eps: float, **
     )
 
 
-def grouped_mlp_rules(config: ModelConfig, stacked: bool, bias: str) -> tuple[Rule, ...]:
+def grouped_mlp_rules(config: ModelConfig, layout: ExpertLayout, bias: str) -> tuple[Rule, ...]:
     """The feed-forward parts of a layer; `bias` is what the router's bias is called."""
-    rules = [*dense_mlp_rules(config), *expert_rules(stacked)]
+    rules = [*dense_mlp_rules(config), *expert_rules(layout)]
     if config.moe.expert_bias:
         rules.append(Rule(ROUTER_BIAS, f"{LAYER}mlp.gate.{bias}", layers="moe"))
     if config.stack.num_shared_experts:

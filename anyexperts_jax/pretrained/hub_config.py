@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from anyexperts_jax.core.errors import UserError, comma_list, require, shown
@@ -14,6 +14,28 @@ from anyexperts_jax.nn.config import RopeScaling
 CONFIG = "config.json"
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _REQUIRED: Any = object()
+
+
+def keys(text: str) -> frozenset[str]:
+    """The words of a text, as a list of keys is written."""
+    return frozenset(text.split())
+
+
+# Keys of any config.json that change nothing here: what a tool notes down, what training or generation asks for.
+INERT = keys(
+    """
+    _attn_implementation _name_or_path add_cross_attention architectures attention_dropout bad_words_ids
+    base_config_key begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
+    initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_router_logits output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate router_aux_loss_coef sep_token_id suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p use_bfloat16 use_cache
+    """
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +113,26 @@ class HubConfig:
         value = self.get(key)
         fits = value is None or any(type(value) is type(a) and value == a for a in allowed)
         require(fits, f"{self._at(key)} is not supported, only {comma_list(json.dumps(a) for a in allowed)}")
+
+    def require_known(self, known: Collection[str]) -> None:
+        """Refuses keys that hold something and are neither in `known` nor among those that mean nothing here.
+
+        Raises:
+          UserError: naming the keys.
+        """
+        unknown = [key for key, value in self.values.items() if value is not None and key not in {*known, *INERT}]
+        said = comma_list(f"{key}={shown(self.values[key])}" for key in unknown)
+        require(not unknown, f"{self.where}: {said}: not supported by this family")
+
+    def part(self, key: str) -> "HubConfig":
+        """A configuration inside this one.
+
+        Raises:
+          UserError: when it is missing or no object.
+        """
+        value = self._given(key, _REQUIRED)
+        require(isinstance(value, Mapping), f"{self._at(key)} must be an object")
+        return HubConfig(value, f"{self.where}: {key}")
 
     def rope(self, head_dim: int) -> dict[str, Any]:
         """`rope_theta`, `rope_fraction` and `rope_scaling` of an AttentionConfig, from wherever they are.
@@ -197,12 +239,14 @@ def both_rope_forms(values: Mapping[str, Any]) -> dict[str, Any]:
     kind = own.get("rope_type", legacy.get("rope_type", legacy.get("type", "default")))
     theta = own.get("rope_theta", values.get("rope_theta"))
     if theta is None:
-        return dict(values)
+        return dict(values) | {
+            key: both_rope_forms(part) for key, part in values.items() if key == "text_config" and part
+        }
     partial = own.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     settings = {k: v for k, v in {**legacy, **own}.items() if k not in ("type", "rope_theta", "partial_rotary_factor")}
     rotary = {} if partial is None else {"partial_rotary_factor": partial}
     new = {**settings, "rope_type": kind, "rope_theta": theta, **rotary}
-    old = None if kind == "default" else {**settings, "rope_type": kind}
+    old = {**settings, "rope_type": kind} if kind != "default" or set(settings) - {"rope_type"} else None
     return {**values, "rope_parameters": new, "rope_theta": theta, "rope_scaling": old, **rotary}
 
 

@@ -11,7 +11,7 @@ from anyexperts_jax.pretrained.decoders import (
 )
 from anyexperts_jax.pretrained.family import Family
 from anyexperts_jax.pretrained.hub_config import HubConfig
-from anyexperts_jax.pretrained.rules import Rule
+from anyexperts_jax.pretrained.rules import ExpertLayout, Rule
 
 
 def _config(hub: HubConfig) -> ModelConfig:
@@ -23,8 +23,8 @@ def _config(hub: HubConfig) -> ModelConfig:
     )
 
 
-def _rules(config: ModelConfig, stacked: bool) -> tuple[Rule, ...]:
-    del stacked  # no experts
+def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
+    del layout  # no experts
     return (*around_rules(config), *norm_rules(), *attention_rules(config), *dense_mlp_rules(config))
 
 

@@ -12,7 +12,7 @@ from anyexperts_jax.pretrained.decoders import (
 )
 from anyexperts_jax.pretrained.family import Family
 from anyexperts_jax.pretrained.hub_config import HubConfig
-from anyexperts_jax.pretrained.rules import Rule
+from anyexperts_jax.pretrained.rules import ExpertLayout, Rule
 
 
 def _config(hub: HubConfig) -> ModelConfig:
@@ -23,8 +23,8 @@ def _config(hub: HubConfig) -> ModelConfig:
     )
 
 
-def _rules(config: ModelConfig, stacked: bool) -> tuple[Rule, ...]:
-    experts = expert_rules(True) if stacked else expert_rules(False, "block_sparse_moe", ("w1", "w3", "w2"))
+def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
+    experts = expert_rules(layout) if layout != "each" else expert_rules(layout, "block_sparse_moe", ("w1", "w3", "w2"))
     return (*around_rules(config), *norm_rules(), *attention_rules(config), *experts)
 
 

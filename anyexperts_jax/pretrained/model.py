@@ -18,10 +18,13 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
 from anyexperts_jax.models.sample import GREEDY, Sampling
-from anyexperts_jax.pretrained.budget import BudgetInForce, mixing_logits, with_budget
+from anyexperts_jax.models.vision_tower import PlacedFrames
+from anyexperts_jax.pretrained.budget import BudgetInForce, mixing_logits, with_budget, with_policy
 from anyexperts_jax.pretrained.decode import Decoded, Request, Weights, decode
 from anyexperts_jax.pretrained.hub_config import HubConfig, eos_ids
-from anyexperts_jax.pretrained.prompts import Prompt, TextStream, prompt_tokens, require_text
+from anyexperts_jax.pretrained.media import PlaceIds, Shown, place
+from anyexperts_jax.pretrained.pictures import patches_of
+from anyexperts_jax.pretrained.prompts import Prompt, TextStream, prompt_tokens, require_text, with_media
 from anyexperts_jax.sharding.placement import Placement, placement_of
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.store import open_tokenizer
@@ -89,13 +92,39 @@ class Pretrained:
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end an answer: those of generation_config.json, config.json and the tokenizer."""
-        return tuple(dict.fromkeys([*eos_ids(self.generation), *eos_ids(self.hub.values)]))
+        text = self.hub.get("text_config", {})
+        return tuple(dict.fromkeys([*eos_ids(self.generation), *eos_ids(self.hub.values), *eos_ids(text)]))
+
+    def show(self, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Shown | None:
+        """The patches of pictures and videos, as the settings beside the weights say; None for none of either.
+
+        Args:
+          images: each the path of a file, one of Pillow's pictures, an array [H, W, 3], or `pictures.Patches`.
+          videos: each a `pictures.Video`, or `pictures.Patches`.
+
+        Raises:
+          UserError: for a model of text, or for what cannot be read.
+        """
+        if not len(images) + len(videos):
+            return None
+        tower = self.config.vision_tower
+        said = " and ".join(name for name, own in (("images", images), ("videos", videos)) if len(own))
+        require(tower is not None, f"the model in {self.path} reads text alone, but {said} are given")
+        assert tower is not None
+        return Shown(tuple(patches_of(images, videos, self.path, tower)), tower, PlaceIds.of(self.hub))
+
+    def tokens(self, prompt: Prompt, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> list[int]:
+        """The ids of a prompt, as `generate` takes it, with a place for every row of its pictures and videos."""
+        return self._prepared([prompt], [images], [videos])[0][0]
 
     def logits(
         self,
         tokens_BT: Any,
         valid_BT: Bool[ArrayLike, "B T"] | None = None,
         budget: float | None = None,
+        *,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
     ) -> Float[Array, "B T Y"]:
         """Float32 logits of the token after each position.
 
@@ -103,17 +132,22 @@ class Pretrained:
           tokens_BT: ids, as an array or as lists of one length.
           valid_BT: False at padding, on either side; None: all tokens count.
           budget: real experts a token; None: the model's own.
+          images, videos: those that the tokens have places for, in the order of reading, row by row; as for `show`.
 
         Raises:
-          UserError: ids or lengths that the model does not have, or a budget out of reach.
+          UserError: ids or lengths that the model does not have, a budget out of reach, or pictures that do not fit
+            the places.
         """
-        return self.forward(tokens_BT, valid_BT, budget).logits_BTY
+        return self.forward(tokens_BT, valid_BT, budget, images=images, videos=videos).logits_BTY
 
     def forward(
         self,
         tokens_BT: Any,
         valid_BT: Bool[ArrayLike, "B T"] | None = None,
         budget: float | None = None,
+        *,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
     ) -> ModelOutput:
         """`logits`, with what every layer's router did."""
         tokens_BT = as_array("tokens_BT", tokens_BT)
@@ -123,7 +157,9 @@ class Pretrained:
         valid_BT = np.ones(tokens_BT.shape, bool) if valid_BT is None else np.asarray(valid_BT)
         require(valid_BT.shape == tokens_BT.shape, f"valid_BT has shape {valid_BT.shape}; need {tokens_BT.shape}")
         config, in_force = with_budget(self.config, budget)
-        arrays = (jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(valid_BT, bool))
+        shown = self.show(images, videos)
+        placed = None if shown is None else place(shown, np.asarray(tokens_BT), valid_BT).frames
+        arrays = (jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(valid_BT, bool), placed)
         return _forward((config, self.placement), self.params, self.router_bias_LC, arrays, in_force)
 
     def generate(
@@ -134,10 +170,12 @@ class Pretrained:
         Args:
           prompt: a text to continue, a conversation for the chat template (a list of messages), or a list of texts.
           budget: real experts a token; None: the model's own.
-          how: as for `generate_many`.
+          how: as for `generate_many`; `images` and `videos` are those of one prompt, or a list a text.
         """
         many = not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(one, str) for one in prompt)
         prompts: Any = prompt if many else [prompt]
+        if not many:
+            how |= {name: [how[name]] for name in ("images", "videos") if name in how}
         texts = self.generate_many(prompts, max_new_tokens=max_new_tokens, budget=budget, **how).texts
         return texts if many else texts[0]
 
@@ -151,6 +189,8 @@ class Pretrained:
         seed: int = 0,
         stop: Sequence[str] = (),
         on_text: OnText | None = None,
+        images: Sequence[Sequence[Any]] = (),
+        videos: Sequence[Sequence[Any]] = (),
     ) -> Generated:
         """Continues several prompts at once, of any lengths; an answer does not depend on the others.
 
@@ -159,15 +199,15 @@ class Pretrained:
           seed: of the draws.
           stop: texts that end an answer and are no part of it.
           on_text: called with (number of the prompt, new text) as an answer grows.
+          images, videos: of each prompt, as for `show`. They stand before a text; in a conversation, where it has parts
+            of type "image" and "video", or at the beginning of its last message. Its parts may also hold them.
 
         Raises:
-          UserError: an empty prompt, one longer than the model's positions, one that is not text, or a budget out of
-            reach.
+          UserError: an empty prompt, one longer than the model's positions, one that the model cannot read, or a budget
+            out of reach.
         """
-        for prompt in prompts:
-            require_text(prompt)
         config, in_force = with_budget(self.config, budget)
-        ids = [prompt_tokens(self.tokenizer, prompt) for prompt in prompts]
+        ids, shown = self._prepared(prompts, images, videos)
         streams = [TextStream(self.tokenizer, stop) for _ in prompts]
         tell = on_text or (lambda row, text: None)
 
@@ -179,12 +219,43 @@ class Pretrained:
 
         stops = tuple(dict.fromkeys([*self.stop_ids, *self.tokenizer.special.eos]))
         request = Request(max_new_tokens, sampling, seed, stops)
-        decoded = decode(dataclasses.replace(self.weights, config=config), ids, request, in_force, on_token)
+        weights = dataclasses.replace(self.weights, config=config)
+        decoded = decode(weights, ids, request, in_force, on_token, shown=shown)
         for row, stream in enumerate(streams):
             rest = stream.rest()
             if rest:
                 tell(row, rest)
         return Generated([stream.text for stream in streams], decoded)
+
+    def with_policy(self, policy: str, dial: float) -> "Pretrained":
+        """The same weights, with a token's number of experts decided by an entry of POLICIES at its dial.
+
+        So "static_modality" at 8 gives 8 experts to text and 4 to the tokens of pictures and videos.
+
+        Raises:
+          UserError: a dense model, one with variable slots, an unknown policy, or a dial out of its range.
+        """
+        return dataclasses.replace(self, config=with_policy(self.config, policy, dial))
+
+    def _prepared(
+        self, prompts: Sequence[Prompt], images: Sequence[Sequence[Any]], videos: Sequence[Sequence[Any]]
+    ) -> tuple[list[list[int]], Shown | None]:
+        """The ids of each prompt, and what all of them show."""
+        for name, given in (("images", images), ("videos", videos)):
+            said = f"{name} hold {len(given)} lists for {len(prompts)} prompts; give a list a prompt"
+            require(len(given) in (0, len(prompts)), said)
+        ids, items = [], list[Any]()
+        for number, prompt in enumerate(prompts):
+            own = [list(given[number]) if len(given) else [] for given in (images, videos)]
+            if self.config.vision_tower is None:
+                require_text(prompt)
+            else:
+                prompt, own = with_media(prompt, *own)
+            shown = self.show(*own)
+            ids.append(prompt_tokens(self.tokenizer, prompt, shown))
+            items += shown.items if shown is not None else ()
+        tower = self.config.vision_tower
+        return ids, Shown(tuple(items), tower, PlaceIds.of(self.hub)) if items and tower is not None else None
 
     def export(self, path: str | os.PathLike[str], form: str = "hub") -> None:
         """Writes the model into a new folder, as `pretrained.write.export` says."""
@@ -198,11 +269,11 @@ def _forward(
     static: tuple[ModelConfig, Placement],
     params: Any,
     router_bias_LC: Array | None,
-    arrays: tuple[Array, Array],
+    arrays: tuple[Array, Array, PlacedFrames | None],
     budget: BudgetInForce,
 ) -> ModelOutput:
     config, placement = static
-    tokens_BT, valid_BT = arrays
+    tokens_BT, valid_BT, placed = arrays
     positions_BT = jnp.maximum(jnp.cumsum(valid_BT, axis=1, dtype=jnp.int32) - 1, 0)
     batch = make_batch(tokens_BT, valid_BT=valid_BT, position_BT=positions_BT)
     logits_BT = None if budget.share is None else mixing_logits(budget.share, positions_BT)
@@ -212,6 +283,7 @@ def _forward(
         router_bias_LC=router_bias_LC,
         window=budget.window,
         importance_logits_BT=logits_BT,
+        placed=placed,
     )
     assert isinstance(output, ModelOutput)
     return output

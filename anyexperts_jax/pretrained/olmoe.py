@@ -12,7 +12,7 @@ from anyexperts_jax.pretrained.decoders import (
 )
 from anyexperts_jax.pretrained.family import Family
 from anyexperts_jax.pretrained.hub_config import HubConfig
-from anyexperts_jax.pretrained.rules import Rule
+from anyexperts_jax.pretrained.rules import ExpertLayout, Rule
 
 
 def _config(hub: HubConfig) -> ModelConfig:
@@ -34,8 +34,8 @@ def _config(hub: HubConfig) -> ModelConfig:
     return decoder_config(hub, attention, eps=1e-5, moe=moe, num_dense_layers=0, expert_d_ff=width)
 
 
-def _rules(config: ModelConfig, stacked: bool) -> tuple[Rule, ...]:
-    return (*around_rules(config), *norm_rules(), *attention_rules(config), *expert_rules(stacked))
+def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
+    return (*around_rules(config), *norm_rules(), *attention_rules(config), *expert_rules(layout))
 
 
 OLMOE = Family(("OlmoeForCausalLM",), _config, _rules)

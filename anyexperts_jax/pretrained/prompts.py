@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.pretrained.media import Shown
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.chat import ChatTemplate
 from anyexperts_jax.tokenizers.files import parse_object
@@ -14,20 +15,81 @@ Messages = Sequence[Mapping[str, Any]]
 Prompt = str | Messages  # a text to continue, or a conversation for the chat template
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, shown: Shown | None = None) -> list[int]:
     """The ids of a prompt: a text as it is, with the ids that the tokenizer puts before one, or a conversation with
     what comes before the assistant's next turn.
+
+    Args:
+      shown: pictures and videos, which stand before a text, and in a conversation where it has parts for them.
 
     Raises:
       UserError: an empty prompt, or a conversation for a tokenizer without a template.
     """
+    texts = shown.ids.texts(tokenizer) if shown is not None else {}
     if isinstance(prompt, str):
-        found = [*leading_ids(tokenizer), *tokenizer.encode(prompt).ids_T.tolist()]
+        before = "" if shown is None else "".join(shown.place_text(item, texts) for item in shown.items)
+        places = tokenizer.encode_rendered(before).ids_T.tolist() if before else []
+        found = [*leading_ids(tokenizer), *places, *tokenizer.encode(prompt).ids_T.tolist()]
         require(bool(found), "the prompt is empty; give at least one token")
         return found
     template = ChatTemplate.of(tokenizer)
     rendered = template.render(prompt, add_generation_prompt=True)
-    return tokenizer.encode_rendered(rendered.text).ids_T.tolist()
+    text = rendered.text if shown is None else shown.fill(rendered.text, texts)
+    return tokenizer.encode_rendered(text).ids_T.tolist()
+
+
+def with_media(prompt: Prompt, images: list[Any], videos: list[Any]) -> tuple[Prompt, list[list[Any]]]:
+    """A conversation with a part for each picture and video, and what its parts stand for, in their order.
+
+    Where it has no parts for them, they go to the beginning of its last message. A text is left as it is.
+
+    Raises:
+      UserError: for parts that say what they stand for beside pictures that are given, or too many or few of these.
+    """
+    given = {"image": images, "video": videos}
+    if isinstance(prompt, str):
+        return prompt, [images, videos]
+    held = media_in(prompt)
+    found = []
+    for kind, own in given.items():
+        named = [value for value in held[kind] if value is not None]
+        require(
+            not (named and own) and len(named) in (0, len(held[kind])),
+            f"the conversation has {len(held[kind])} parts of type {kind!r}, {len(named)} of them say which; "
+            f"{len(own)} are given beside it: let all parts say which, or give all",
+        )
+        places = len(held[kind])
+        require(
+            bool(named) or places in (0, len(own)),
+            f"the conversation has {places} parts of type {kind!r}, but {len(own)} are given; give as many",
+        )
+        found.append(named or own)
+    missing = {kind: len(own) for kind, own in given.items() if own and not held[kind]}
+    if not missing:
+        return prompt, found
+    last = dict(prompt[-1])
+    content = last.get("content", "")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    last["content"] = [*({"type": kind} for kind, count in missing.items() for _ in range(count)), *parts]
+    return [*prompt[:-1], last], found
+
+
+def media_in(messages: Sequence[Any]) -> dict[str, list[Any]]:
+    """What the parts of a conversation stand for beside text, by kind; None where a part does not say.
+
+    Raises:
+      UserError: for a part of another kind.
+    """
+    found: dict[str, list[Any]] = {"image": [], "video": []}
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, list) else []:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            known = kind in (None, "text", *found)
+            require(known, f"the prompt holds a part of type {kind!r}; the model reads text, image and video")
+            if kind in found:
+                found[kind].append(part.get(kind))
+    return found
 
 
 def leading_ids(tokenizer: Tokenizer) -> list[int]:

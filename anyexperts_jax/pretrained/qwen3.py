@@ -15,7 +15,7 @@ from anyexperts_jax.pretrained.decoders import (
 )
 from anyexperts_jax.pretrained.family import Family
 from anyexperts_jax.pretrained.hub_config import HubConfig
-from anyexperts_jax.pretrained.rules import Rule
+from anyexperts_jax.pretrained.rules import ExpertLayout, Rule
 
 
 def _attention(hub: HubConfig) -> AttentionConfig:
@@ -32,7 +32,7 @@ def _moe_config(hub: HubConfig) -> ModelConfig:
     moe = AnyExpertsConfig.static_top_k(
         hub.num_experts(), hub.whole("num_experts_per_tok"), normalisation="all" if renormalised else "none"
     )
-    first, every = _layer_pattern(hub)
+    first, every = layer_pattern(hub)
     return decoder_config(
         hub,
         _attention(hub),
@@ -45,7 +45,7 @@ def _moe_config(hub: HubConfig) -> ModelConfig:
     )
 
 
-def _layer_pattern(hub: HubConfig) -> tuple[int, int]:
+def layer_pattern(hub: HubConfig) -> tuple[int, int]:
     """(leading dense layers, of the others each n-th has experts): layer i has them iff step divides i + 1 and it is
     not in mlp_only_layers.
 
@@ -57,7 +57,7 @@ def _layer_pattern(hub: HubConfig) -> tuple[int, int]:
     require(isinstance(dense, list), f"{hub.where}: mlp_only_layers must be a list")
     require(step >= 1, f"{hub.where}: decoder_sparse_step={step} must be >= 1")
     sparse = [i for i in range(layers) if (i + 1) % step == 0 and i not in dense]
-    require(bool(sparse), f"{hub.where}: no layer has experts; read it as a dense model, Qwen3ForCausalLM")
+    require(bool(sparse), f"{hub.where}: no layer has experts; name the dense class in architectures")
     every = sparse[1] - sparse[0] if len(sparse) > 1 else 1
     first = sparse[0] - every + 1
     regular = first >= 0 and sparse == list(range(sparse[0], layers, every)) and sparse[-1] == layers - 1
@@ -69,9 +69,9 @@ def _layer_pattern(hub: HubConfig) -> tuple[int, int]:
     return first, every
 
 
-def _rules(config: ModelConfig, stacked: bool) -> tuple[Rule, ...]:
+def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
     own = (*around_rules(config), *norm_rules(), *attention_rules(config), *dense_mlp_rules(config))
-    return (*own, *expert_rules(stacked)) if config.stack.num_moe_layers else own
+    return (*own, *expert_rules(layout)) if config.stack.num_moe_layers else own
 
 
 QWEN3 = Family(("Qwen3ForCausalLM",), _dense_config, _rules)

@@ -15,7 +15,7 @@ from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import logical_axes, named_leaves, params_of_leaves
 from anyexperts_jax.nn.config import Dtype
-from anyexperts_jax.pretrained.family import Family, has_stacked_experts, without_ignored
+from anyexperts_jax.pretrained.family import Family, expert_layout, without_ignored
 from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.rules import (
     ROUTER_BIAS,
@@ -77,9 +77,10 @@ def plan_reading(family: Family, hub: HubConfig, source: Source, mesh: Mesh | No
     found = without_ignored(family, hub, source.tensors)
     config = family.config(hub)
     repeated_head = config.tie_embeddings and found.pop(HEAD, None) is not None
-    pieces = expand(family.rules(config, has_stacked_experts(found)), config)
+    shapes = {name: info.shape for name, info in found.items()}
+    pieces = expand(family.rules(config, expert_layout(family, config, shapes, source.where)), config)
     expected = expected_tensors(pieces)
-    check_tensors(expected, {name: info.shape for name, info in found.items()}, source.where)
+    check_tensors(expected, shapes, source.where)
     own: dict[str, list[Piece]] = {}
     for piece in pieces:
         own.setdefault(piece.parameter, []).append(piece)
@@ -104,9 +105,11 @@ def summary(plan: ReadPlan, family: str) -> list[str]:
     size = sum(math.prod(own.shape) * own.dtype.itemsize for own in plan.parameters)
     experts = f", {stack.num_moe_layers} of them with {moe.num_experts} experts, {moe.k_max:g} a token"
     head = "tied" if plan.config.tie_embeddings else "of its own"
+    tower = plan.config.vision_tower
+    sees = f"; a vision tower of {tower.num_layers} layers, width {tower.d_model}" if tower is not None else ""
     return [
         f"family {family}: {stack.num_layers} layers{experts if stack.num_moe_layers else ', dense'}, "
-        f"width {stack.d_model}, {plan.config.vocab_size} ids, head {head}",
+        f"width {stack.d_model}, {plan.config.vocab_size} ids, head {head}{sees}",
         f"{elements / 1e6:.1f}M parameters, {size / 1e9:.2f} GB, computed in {stack.dtype}",
     ]
 

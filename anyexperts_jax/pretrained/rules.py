@@ -20,6 +20,8 @@ from anyexperts_jax.models.paths import is_moe_layer, layer_place
 ROUTER_BIAS = "router_bias"  # [L, C], kept beside the parameters: no gradient moves it
 Shape = tuple[int, ...]
 Layers = Literal["all", "dense", "moe"]
+# The experts of a layer on disk: a tensor each; all in one, [E, outputs, inputs]; or all in one, [E, inputs, outputs].
+ExpertLayout = Literal["each", "stacked", "stacked_kernels"]
 _SHOWN = 6  # names in a message
 
 
@@ -31,25 +33,29 @@ class Layout:
       kind: "same"; "flat", the tensor has one axis; "kernel", the tensor is [outputs, inputs] and the parameter
         (*inputs, *outputs); "batched_kernel", the same behind a leading axis of experts.
       num_in: axes of inputs of a kernel.
+      inputs: of a kernel, the tensor's own axes of inputs, where they are not one: those of a convolution.
     """
 
     kind: Literal["same", "flat", "kernel", "batched_kernel"] = "same"
     num_in: int = 1
+    inputs: Shape = ()
 
     def theirs(self, ours: Shape) -> Shape:
         """The shape of the tensor of a parameter of shape `ours`."""
         if self.kind == "flat":
             return (math.prod(ours),)
         if self.kind == "kernel":
-            return (math.prod(ours[self.num_in :]), math.prod(ours[: self.num_in]))
+            return (math.prod(ours[self.num_in :]), *(self.inputs or (math.prod(ours[: self.num_in]),)))
         return (*ours[:-2], ours[-1], ours[-2]) if self.kind == "batched_kernel" else ours
 
     def to_ours(self, tensor: np.ndarray, ours: Shape) -> np.ndarray:
+        if self.inputs:
+            tensor = tensor.reshape(len(tensor), -1)
         return (np.swapaxes(tensor, -1, -2) if "kernel" in self.kind else tensor).reshape(ours)
 
     def to_theirs(self, value: np.ndarray) -> np.ndarray:
         if self.kind == "kernel":
-            return value.reshape(math.prod(value.shape[: self.num_in]), -1).T
+            return value.reshape(math.prod(value.shape[: self.num_in]), -1).T.reshape(self.theirs(value.shape))
         return np.swapaxes(value, -1, -2) if self.kind == "batched_kernel" else value.reshape(self.theirs(value.shape))
 
 

@@ -24,6 +24,7 @@ from anyexperts_jax.pretrained.hub_config import CONFIG, both_rope_forms
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.pretrained.rules import ROUTER_BIAS, Expected, expand, expected_tensors
 from anyexperts_jax.pretrained.sources import INDEX, SINGLE, require_safetensors
+from anyexperts_jax.routing.policies import IMPORTANCE
 from anyexperts_jax.tokenizers.files import as_text
 
 FORMS = ("hub", "anyexperts")
@@ -69,6 +70,10 @@ def export(model: Pretrained, path: str | os.PathLike[str], form: str = "hub", s
         f"form='hub' has no place for a model that is {kind}; use form='anyexperts', or "
         f"{'merge' if kind == 'split' else 'detach'} it first",
     )
+    policy = model.config.moe.policy
+    require(
+        policy == IMPORTANCE, f"a checkpoint has no place for the policy {policy!r}; export the model it was put on"
+    )
     base = base_of(model) if form == "anyexperts" else model
     tensors = _Tensors.of(base)
     need, free = tensors.total_bytes, shutil.disk_usage(out.absolute().parent).free
@@ -112,7 +117,8 @@ class _Tensors:
             leaves[ROUTER_BIAS] = model.router_bias_LC
         whole = all(not isinstance(leaf, jax.Array) or leaf.is_fully_addressable for leaf in leaves.values())
         require(whole, "the parameters are spread over several processes; export from one that holds all of them")
-        return cls(leaves, expected_tensors(expand(FAMILIES[model.family].rules(model.config, False), model.config)))
+        family = FAMILIES[model.family]
+        return cls(leaves, expected_tensors(expand(family.rules(model.config, family.hub_layout), model.config)))
 
     @property
     def total_bytes(self) -> int:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from anyexperts_jax.core.modality import Modality
 
 IMPORTANCE = "importance"
 _GOLDEN = 0.6180339887498949
@@ -24,6 +26,7 @@ class Seen(NamedTuple):
 
     logits_NE: Float[Array, "N E"]
     scores_NE: Float[Array, "N E"]  # summing to one per token
+    modality_N: Int[Array, "N"] | None = None  # core.modality.Modality; None: all are text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +37,26 @@ class Policy:
       slots: (what it sees, the dial) -> slots, unrounded; below one slot counts as one.
       dial: the dial's range, from that end at which tokens get the fewest slots; None: the range of the logits, from
         the highest down.
+      by_modality: whether it tells text from other tokens; on text alone it is then another policy under a second name.
       causal: whether a token's slots depend on that token alone. False: a control for measurements, not for decoding.
     """
 
     slots: Callable[[Seen, Float[Array, ""]], Float[Array, "N"]]
     dial: tuple[float, float] | None
     causal: bool = True
+    by_modality: bool = False
 
 
 def _static(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
     return jnp.full(seen.scores_NE.shape[0], jnp.floor(dial + 0.5))
+
+
+def _static_modality(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
+    """The dial, rounded, for text; half of that, rounded up, for a token of a picture, a video or a sound."""
+    text = jnp.floor(dial + 0.5)
+    if seen.modality_N is None:
+        return jnp.full(seen.scores_NE.shape[0], text)
+    return jnp.where(seen.modality_N == Modality.TEXT, text, jnp.ceil(text / 2))
 
 
 def _mixed(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
@@ -83,6 +96,7 @@ def _count(kept_NE: Array) -> Float[Array, "N"]:
 
 
 STATIC = Policy(_static, (1.0, float("inf")))
+STATIC_MODALITY = Policy(_static_modality, (1.0, float("inf")), by_modality=True)
 MIXED = Policy(_mixed, (1.0, float("inf")))
 TOP_P = Policy(_top_p, (0.0, 1.0))
 SCORE_GAP = Policy(_score_gap, (1.0, 0.0))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.arrays import as_array
 from anyexperts_jax.core.batch import ArrayLike
@@ -38,6 +38,7 @@ def route(
     num_sequences: int = 1,
     batch_shards: int | None = None,
     key: Array | None = None,
+    modality_N: Int[ArrayLike, "N"] | None = None,
 ) -> RoutingPlan:
     """Routes N tokens over C = E + V columns (AnyExperts section 2, steps 2 and 4 to 7). Computes in float32.
 
@@ -56,6 +57,7 @@ def route(
         balance_scope="sequence", and for dispatch, which drops the latest positions of all sequences first.
       batch_shards: the number of parts into which devices split the sequences; for salience_scope="device" only.
       key: random key; required for slot_rounding="stochastic" and unused otherwise.
+      modality_N: core.modality.Modality of each token, for policies that tell them apart. Default: all are text.
 
     Raises:
       UserError: for shapes that do not fit the config or each other; if bias_C, key or batch_shards is missing, or
@@ -75,6 +77,7 @@ def route(
         as_array("importance_logits_N", importance_logits_N),
         None if valid_N is None else as_array("valid_N", valid_N),
         None if bias_C is None else as_array("bias_C", bias_C),
+        None if modality_N is None else as_array("modality_N", modality_N),
     )
     _check_inputs(config, given, num_sequences)
     _check_key(key)
@@ -105,7 +108,7 @@ def _route(
     if config.policy == IMPORTANCE:
         continuous_N = continuous_slots(config, importance_N, window)
     else:
-        continuous_N = policy_slots(config, logits_NC, probabilities_NC, window)
+        continuous_N = policy_slots(config, logits_NC, probabilities_NC, window, given.modality_N)
     slots_N = checkpoint_name(jnp.where(valid_N, round_slots(config, continuous_N, key), 0), ROUTING)
     selection = select(config, *ranking(config, logits_NC, importance_N, bias_C), slots_N)
     weights_NK, virtual_weight_N = combine_weights(config, logits_NC, importance_N, continuous_N, selection)
@@ -160,10 +163,11 @@ class _Given(NamedTuple):
     importance_logits_N: Array
     valid_N: Array | None
     bias_C: Array | None
+    modality_N: Array | None
 
 
 def _check_inputs(config: AnyExpertsConfig, given: _Given, num_sequences: Any) -> None:
-    C, (logits_NC, importance_logits_N, valid_N, bias_C) = config.num_columns, given
+    C, (logits_NC, importance_logits_N, valid_N, bias_C, modality_N) = config.num_columns, given
     require(
         logits_NC.ndim == 2 and logits_NC.shape[1] == C,
         f"logits_NC has shape {logits_NC.shape}; need [tokens, {C}], num_experts + num_virtual columns",
@@ -177,6 +181,11 @@ def _check_inputs(config: AnyExpertsConfig, given: _Given, num_sequences: Any) -
         require(
             valid_N.shape == (N,) and valid_N.dtype == bool,
             f"valid_N has shape {valid_N.shape} and dtype {valid_N.dtype}; need bool ({N},)",
+        )
+    if modality_N is not None:
+        require(
+            modality_N.shape == (N,) and jnp.issubdtype(modality_N.dtype, jnp.integer),
+            f"modality_N has shape {modality_N.shape} and dtype {modality_N.dtype}; need whole numbers ({N},)",
         )
     if config.expert_bias:
         require(bias_C is not None, "expert_bias=True needs bias_C, one float per column")

@@ -25,12 +25,14 @@ def policy_slots(
     logits_NC: Float[Array, "N C"],
     probabilities_NC: Float[Array, "N C"],
     window: Window | None = None,
+    modality_N: Int[Array, "N"] | None = None,
 ) -> Float[Array, "N"]:
     """The slots that an entry of POLICIES gives, clipped to [1, the window's most]; they pass no gradient on."""
     dial, most = window_array(config, window)
     E = config.num_experts
     scores_NE = probabilities_NC[:, :E]
-    seen = Seen(logits_NC[:, :E], scores_NE / (scores_NE.sum(axis=1, keepdims=True) + EPSILON))
+    shares_NE = scores_NE / (scores_NE.sum(axis=1, keepdims=True) + EPSILON)
+    seen = Seen(logits_NC[:, :E], shares_NE, modality_N)
     slots_N = POLICIES[config.policy].slots(jax.lax.stop_gradient(seen), dial)
     return jnp.clip(slots_N, 1.0, jnp.minimum(most, config.slots_bound))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_what_a_policy_gives(name, dial, expected):
 
 @pytest.mark.parametrize("name", POLICIES.names())
 def test_a_dial_is_found_for_a_mean(name):
-    layers = Seen(*(part[None] for part in seen()))
+    layers = jax.tree.map(lambda part: part[None], seen())
     dial = find_dial(name, layers, 3.0, 8)
     given = np.clip(POLICIES[name].slots(seen(), jnp.float32(dial)), 1, 8)
     assert abs(given.mean() - 3) < 0.02

@@ -2,8 +2,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from scipy.special import erf
 
-from anyexperts_jax.nn.mlp import SwiGLU, gated
+from anyexperts_jax.nn.mlp import GeluMLP, SwiGLU, gated
 from nn.layers import initial_params, run
 
 
@@ -30,3 +32,14 @@ def test_the_activations_gradients_are_autodiffs():
     theirs = lambda g, u: ((jax.nn.silu(g) * u) ** 2).sum()  # noqa: E731
     grads, expected = (jax.jit(jax.grad(f, (0, 1)))(gate, up) for f in (ours, theirs))
     chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_gelu_is_exact_or_approximated_with_tanh(exact):
+    rng = np.random.default_rng(0)
+    x, up, down, b_up, b_down = (rng.normal(size=s).astype(np.float32) for s in ((2, 4), (4, 6), (6, 3), 6, 3))
+    params = {"up": {"kernel": up, "bias": b_up}, "down": {"kernel": down, "bias": b_down}}
+    h = (x @ up + b_up).astype(np.float64)
+    cdf = (1 + (erf(h / 2**0.5) if exact else np.tanh((2 / np.pi) ** 0.5 * (h + 0.044715 * h**3)))) / 2
+    y = run(GeluMLP(6, 3, exact=exact))(params, jnp.asarray(x))
+    np.testing.assert_allclose(y, (h * cdf) @ down + b_down, rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anyexperts_jax.nn.norms import RMSNorm
+from anyexperts_jax.nn.norms import LayerNorm, RMSNorm
 from nn.layers import run
 
 
@@ -27,3 +27,13 @@ def test_zeros_stay_zero_with_finite_gradients():
     value, grad = jax.value_and_grad(lambda x: apply({"params": {"scale": jnp.ones(4)}}, x).sum())(jnp.zeros((1, 4)))
     assert float(value) == 0.0
     assert bool(np.isfinite(grad).all())
+
+
+def test_layer_norm_subtracts_the_mean_too():
+    x = np.random.default_rng(0).normal(size=(2, 3, 8)) * 5 + 3
+    scale, bias = np.linspace(0.5, 2, 8), np.linspace(-1, 1, 8)
+    y = run(LayerNorm(1e-6))({"scale": jnp.float32(scale), "bias": jnp.float32(bias)}, jnp.float32(x))
+    centred = x - x.mean(-1, keepdims=True)
+    np.testing.assert_allclose(
+        y, centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale + bias, atol=1e-5
+    )

@@ -84,7 +84,8 @@ def random_tensors(values, stacked=False, seed=0, dtype=np.float32):
     _, family = family_of(hub)
     config = family.config(hub)
     tensors, random = {}, np.random.default_rng(seed)
-    for name, tensor in expected_tensors(expand(family.rules(config, stacked), config)).items():
+    layout = "stacked" if stacked else family.hub_layout
+    for name, tensor in expected_tensors(expand(family.rules(config, layout), config)).items():
         scale = 1.0 if len(tensor.shape) == 1 else tensor.shape[-1] ** -0.5
         value = scale * random.standard_normal(tensor.shape) + (1.0 if "norm" in name else 0.0)
         tensors[name] = value.astype(np.float32 if name.endswith("bias") else dtype)
