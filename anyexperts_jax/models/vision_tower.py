@@ -76,7 +76,7 @@ class VisionTower(nn.Module):
         mask_FPP = jnp.broadcast_to(valid_FP[:, None, :], (x_FPD.shape[0], length, length))
         head_dim = config.d_model // config.num_heads
         rotation = rotations_on_grid(row_FP, column_FP, head_dim, config.rope_theta)
-        deep = []
+        deep: list[Array] = []
         for layer in range(config.num_layers):
             x_FPD = TowerBlock(config, placement=self.placement, name=f"block_{layer}", **types)(
                 x_FPD, mask_FPP, rotation

@@ -93,8 +93,8 @@ class Shown:
         """
         queues = {name: iter(self.of(kind)) for name, kind in (("image", Modality.IMAGE), ("video", Modality.VIDEO))}
         for name, kind in (("image", Modality.IMAGE), ("video", Modality.VIDEO)):
-            places, given = text.count(texts[name]), len(self.of(kind))
-            require(places == given, f"the chat template made {places} places of kind {name}, but {given} are given")
+            made, given = text.count(texts[name]), len(self.of(kind))
+            require(made == given, f"the chat template made {made} places of kind {name}, but {given} are given")
         done, rest = "", text
         while places := [(rest.find(texts[name]), name) for name in queues if texts[name] in rest]:
             at, name = min(places)

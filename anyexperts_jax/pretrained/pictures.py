@@ -157,7 +157,7 @@ class Preprocessing:
         grid = (count // pair, height // size, width // size)
         inside = (grid[1] // merge, merge, size), (grid[2] // merge, merge, size)
         cut = frames_FHW3.reshape(grid[0], pair, *inside[0], *inside[1], channels)
-        ordered = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # squares, patches in one, then channel, frame, pixels
+        ordered = cut.transpose((0, 2, 5, 3, 6, 8, 1, 4, 7))  # squares, patches in one, then channel, frame, pixels
         return np.ascontiguousarray(ordered.reshape(math.prod(grid), -1)), grid
 
 
