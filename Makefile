@@ -12,7 +12,7 @@ BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 AOT_BIN := $(AOT_VENV)/bin
 
-.PHONY: help install demo demo-smoke test fuzz test-kills test-aot test-libtpu test-notebooks test-docs docs lint types \
+.PHONY: help install demo demo-smoke test fuzz test-kills test-aot test-libtpu test-notebooks test-docs test-report docs lint types \
   format check release-check clean
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
 	@echo "make docs        build the documentation into build/site; a broken link is an error"
 	@echo "make test-docs   run every command of README and docs/ (about ten minutes)"
+	@echo "make test-report  the report page in headless Chromium (apt-get install chromium)"
 	@echo "make release-check  build, install the wheel on every Python there is, run the smallest demo (some minutes)"
 	@echo "make fuzz        run configurations, calls and files broken at random, 200 of each"
 	@echo "make test-libtpu  compile one step for TPUs that are not here (Linux; 0.7 GB of compiler)"
@@ -89,6 +90,13 @@ docs: $(BIN)/.installed-docs
 
 test-docs: $(BIN)/.installed-test
 	$(BIN)/python -m pytest tests/docs_test.py --docs-slow $(PYTEST_ARGS)
+
+$(BIN)/.installed-browser: $(BIN)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[test,browser]'
+	touch $@
+
+test-report: $(BIN)/.installed-browser
+	$(BIN)/python -m pytest tests/report $(PYTEST_ARGS)
 
 release-check:
 	.ci/release-check

@@ -122,8 +122,10 @@ def _draw_balance_over_steps(axes: "Axes", train: Records) -> None:
     axes.axhline(2, color=style.SERIES[0], linestyle="--", linewidth=1)
     axes.set_ylim(1, None)
     axes.set_title("Load and virtual share")
+    axes.set_ylabel("slots of the busiest over mean")
     shares = axes.twinx()
     shares.plot(steps, [_number(r["mean_virtual_share"]) for r in train], color=style.SERIES[1], label="virtual share")
+    shares.set_ylabel("virtual slots of all")
     shares.set_ylim(0, None)
     shares.yaxis.set_major_formatter(_percent)
     shares.spines["right"].set_visible(True)
@@ -171,7 +173,7 @@ def draw_load(summary: RoutingSummary, path: Path) -> Path:
     panels = [("all tokens", load_LME.sum(axis=1))]
     panels += [(name, load_LME[:, m]) for m, name in enumerate(MODALITY_NAMES) if load_LME[:, m].sum() > 0]
     layers = load_LME.shape[0]
-    with style.figure(8.0, 0.55 + len(panels) * (0.34 + 0.17 * max(layers, 2)), path) as drawn:
+    with style.figure(8.0, 0.55 + len(panels) * (0.34 + 0.17 * max(layers, 2)), path, painting=True) as drawn:
         grid = drawn.subplots(len(panels), 1, sharex=True)
         for axes, (name, load_LE) in zip(np.atleast_1d(grid), panels, strict=True):
             relative = load_LE / np.maximum(load_LE.mean(axis=1, keepdims=True), 1e-9)

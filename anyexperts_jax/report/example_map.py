@@ -1,23 +1,18 @@
 """`ExampleMap`: the importance of one example's tokens, mapped back onto its question, picture, frames or sound."""
 
 import dataclasses
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
 from anyexperts_jax.core.modality import Modality
-from anyexperts_jax.data.batches import pad_rows, stack
 from anyexperts_jax.data.config import EncodingSpec
-from anyexperts_jax.data.encode import encode
 from anyexperts_jax.data.example import SAMPLE_RATE, Example
 from anyexperts_jax.data.features import HOP
-from anyexperts_jax.data.mixture import examples_there, open_source
-from anyexperts_jax.data.prepare import prepare
-from anyexperts_jax.evaluate.measure import Window, run_at
-from anyexperts_jax.evaluate.scoring import predict
-from anyexperts_jax.evaluate.trained import Trained, own_window
+from anyexperts_jax.evaluate.trained import Trained
+from anyexperts_jax.report.followed import FollowedItem, follow
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.bytes import BYTES
 
@@ -45,38 +40,25 @@ class ExampleMap:
 
 
 def map_examples(trained: Trained, domain: str, count: int, rows: int, max_new_tokens: int) -> list[ExampleMap]:
-    """The first `count` test examples of a domain, with their importance and the model's answers at its own window.
+    """The maps of those of the first `count` test items of a domain that are examples: see `followed.follow`."""
+    spec = trained.config.data.encoding
+    return maps_of(follow(trained, domain, count, rows, max_new_tokens), spec, trained.tokenizer)
 
-    A folder with fewer examples gives all of them. The batch is padded to `rows`, at least `count`, or to the next size
-    that the mesh splits evenly, so that a program already compiled for that size can be reused.
-    """
-    config = trained.config
-    source = open_source(config.data, domain, "test", examples_there(config.data, domain, "test", count))
-    items = [source[i] for i in range(min(count, len(source)))]
-    examples = [prepare(item, config.data.encoding) for item in items if isinstance(item, Example)]  # as the model sees
-    if not examples:  # conversations have no map yet
-        return []
-    spec = config.data.encoding
-    index = config.data.domain_index(domain)
-    tokenizer = trained.tokenizer
-    encoded = [encode(example, spec, tokenizer=tokenizer, domain_index=index) for example in examples]
-    batch = pad_rows(stack(encoded), trained.whole_rows(rows), tokenizer)
-    window: Window = own_window(config.model.moe)
-    output = run_at(trained, config.model, batch, window)
-    importance_LBT = np.asarray(jax.device_get(output.trace.importance_BT))
-    said = predict(trained, config.model, batch, window, max_new_tokens)
-    tokens_BT, modality_BT = np.asarray(batch.tokens_BT), np.asarray(batch.modality_BT)
+
+def maps_of(items: Sequence[FollowedItem], spec: EncodingSpec, tokenizer: Tokenizer) -> list[ExampleMap]:
+    """The maps of those items that are examples. the page's script draws the others, from `explorer`."""
     return [
         lay_out(
-            example,
-            said[i],
-            tokens_T=tokens_BT[i],
-            modality_T=modality_BT[i],
-            importance_LT=importance_LBT[:, i],
+            one.item,
+            one.prediction,
+            tokens_T=one.sequence.tokens_T,
+            modality_T=one.sequence.modality_T,
+            importance_LT=one.routing.importance_LBT[:, 0],
             spec=spec,
             tokenizer=tokenizer,
         )
-        for i, example in enumerate(examples)
+        for one in items
+        if isinstance(one.item, Example)
     ]
 
 

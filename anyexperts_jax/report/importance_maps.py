@@ -36,7 +36,7 @@ def draw_importance_maps(maps: Sequence[ExampleMap], path: Path) -> Path:
     kinds = {one.example.media for one in maps}
     require(len(kinds) == 1, f"examples with media {kinds} in one picture; draw each kind on its own")
     total = sum(_height(one) for one in maps) + _FOOT
-    with style.figure(WIDTH, total, path, layout="none") as drawn:
+    with style.figure(WIDTH, total, path, painting=True, layout="none") as drawn:
         top = total
         for one in maps:
             _draw_example(drawn, one, maps, top, total)
@@ -117,7 +117,7 @@ def _draw_question(axes: "Axes", one: ExampleMap, scale: Scale) -> None:
         axes.add_patch(outline)
     axes.set_xlim(-0.1, _COLUMNS + 0.1)
     axes.set_ylim(_lines(one), -0.1)
-    note = f"question, mean of layers, {scale}"
+    note = f"question, mean of layers, importance {scale}"
     axes.set_title(note, weight="normal", fontsize=8, color=style.FAINT, pad=3)
     style.bare(axes)
 

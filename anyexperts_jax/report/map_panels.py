@@ -57,7 +57,7 @@ def draw_image(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
     for i, (title, heat_RC, scale) in enumerate(panels):
         axes = drawn.add_axes((left + 0.02 * width + i * step, bottom, 0.96 * step, height * 0.82), anchor="S")
         _paint_frame(axes, image, evidence, heat_RC, patch_size=one.patch_size, scale=scale)
-        text = title if scale is None else f"{title}\n{scale}"
+        text = title if scale is None else f"{title}\nimportance {scale}"
         axes.set_title(text, fontsize=8, weight="bold" if i == 1 else "normal", loc="center")
 
 
@@ -112,6 +112,7 @@ def _draw_bars(axes: "Axes", values: ndarray, scale: Scale, starts: ndarray, ste
     )
     axes.set_ylim(floor, scale.high + 0.06 * (scale.high - floor))
     axes.set_yticks([scale.low, scale.high], [f"{scale.low:.2f}", f"{scale.high:.2f}"])
+    axes.set_ylabel("importance", fontsize=8, labelpad=1)
     axes.tick_params(axis="x", length=0, labelbottom=False)
 
 
@@ -131,7 +132,7 @@ def draw_audio(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
     scale, value_S = _mean_scale(maps), one.chunks_LS.mean(axis=0)
     starts = np.arange(len(value_S)) * one.chunk_seconds
     _draw_bars(bars, value_S, scale, starts, step=one.chunk_seconds, marked=np.zeros(len(value_S), bool))
-    _note(bars, f"mean of layers, one bar per token of {1000 * one.chunk_seconds:.0f} ms, {scale}")
+    _note(bars, f"mean of layers, one bar per token of {1000 * one.chunk_seconds:.0f} ms, importance {scale}")
 
     seconds, top = len(audio) / SAMPLE_RATE, SAMPLE_RATE / 2000
     picture.imshow(_spectrogram(audio), aspect="auto", origin="lower", cmap="gray_r", extent=(0, seconds, 0, top))
@@ -172,7 +173,7 @@ def draw_video(drawn: "Figure", box: Box, one: ExampleMap, maps: Sequence[Exampl
     _draw_bars(bars, _frame_means(one), bar_scale, np.arange(frames) + 0.04, step=1.0, marked=marked_F)
     bars.set_xlim(0, frames)
     bars.set_xticks([])
-    _note(bars, f"mean of layers, one bar per frame, {bar_scale}; on the patches, {scale}")
+    _note(bars, f"mean of layers, one bar per frame, importance {bar_scale}; on the patches, {scale}")
     for frame in range(frames):
         marks = None if evidence is None else evidence[frame]
         x = left + (0.08 + 0.89 * (frame + 0.04) / frames) * width

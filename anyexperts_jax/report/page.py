@@ -3,14 +3,17 @@
 import base64
 import dataclasses
 import importlib.resources
+import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.report.overview import overview
 from anyexperts_jax.report.sections import Section, sections
 from anyexperts_jax.report.source import ReportSource, gather, require_run
 from anyexperts_jax.train.run_dir import RunDir
@@ -58,16 +61,33 @@ def report(run_dir: str | pathlib.Path, *, examples: int = 3, mesh: Mesh | None 
 def render(source: ReportSource, found: Sequence[Section]) -> str:
     """The HTML of the page."""
     import jinja2
+    import markupsafe
 
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    text = (importlib.resources.files("anyexperts_jax.report") / "report.html").read_text()
+    folder = importlib.resources.files("anyexperts_jax.report")
+    files = [folder / f"report.{ending}" for ending in ("html", "css", "js")]
+    text, style, script = (file.read_text(encoding="utf-8") for file in files)
     filled = [
         {**{field.name: getattr(one, field.name) for field in dataclasses.fields(one)}, "pictures": _embedded(one)}
         for one in found
     ]
-    return environment.from_string(text).render(title=source.title, summary=source.summary, sections=filled)
+    for one in filled:
+        one["data"] = None if one["data"] is None else markupsafe.Markup(_json(one["data"]))
+    return environment.from_string(text).render(
+        title=source.title,
+        summary=source.summary,
+        overview=overview(source),
+        sections=filled,
+        style=markupsafe.Markup(style),
+        script=markupsafe.Markup(script),
+    )
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    """JSON that can stand in a script element: nothing in it ends the element."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _embedded(section: Section) -> list[dict[str, str]]:
@@ -75,6 +95,8 @@ def _embedded(section: Section) -> list[dict[str, str]]:
         {
             "title": picture.title,
             "caption": picture.caption,
+            "alt": picture.alt,
+            "kind": picture.kind,
             "base64": base64.b64encode(picture.path.read_bytes()).decode(),
         }
         for picture in section.pictures

@@ -33,6 +33,7 @@ def draw_densities(found: RouterDiagnostics, path: Path) -> Path:
                 if expert == 0:
                     axes.set_ylabel(f"layer {layer}")
         drawn.supxlabel("router logit less its token's mean, nats", fontsize=9)
+        drawn.supylabel("density, per nat", fontsize=9)
         drawn.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
     return path
 
@@ -40,7 +41,7 @@ def draw_densities(found: RouterDiagnostics, path: Path) -> Path:
 def draw_similarity(found: RouterDiagnostics, path: Path) -> Path:
     """The distances between the experts' weights, as a matrix."""
     experts = len(found.distance_EE)
-    with style.figure(4.2, 3.4, path) as drawn:
+    with style.figure(4.2, 3.4, path, painting=True) as drawn:
         axes = drawn.subplots()
         picture = axes.imshow(found.distance_EE, cmap="viridis", vmin=0, interpolation="nearest")
         if experts <= 8:

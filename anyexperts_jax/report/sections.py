@@ -2,7 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from anyexperts_jax.core.modality import MODALITY_NAMES
 from anyexperts_jax.core.names import file_name
@@ -11,11 +12,12 @@ from anyexperts_jax.core.versions import device_text, versions
 from anyexperts_jax.report import tables
 from anyexperts_jax.report.budget_curves import draw_budget_curves
 from anyexperts_jax.report.charts import draw_load, draw_real_experts, draw_separations, draw_training
-from anyexperts_jax.report.example_map import ExampleMap
+from anyexperts_jax.report.example_map import ExampleMap, maps_of
+from anyexperts_jax.report.explorer import explore
 from anyexperts_jax.report.importance_maps import draw_importance_maps
 from anyexperts_jax.report.router_charts import diagnostics_table, draw_densities, draw_shares, draw_similarity
 from anyexperts_jax.report.source import ROUTING_EXAMPLES, ReportSource
-from anyexperts_jax.report.verdicts import CHANCE_MARGIN, Verdict, verdicts
+from anyexperts_jax.report.verdicts import CHANCE_MARGIN, Verdict, usual_budget, verdicts
 from anyexperts_jax.train.config import to_json
 
 _WHAT_TO_LOOK_AT = {
@@ -24,14 +26,19 @@ _WHAT_TO_LOOK_AT = {
     "video": "Are the tall bars over the outlined frames, and the red patches inside the outlines?",
     None: "Are the outlined characters redder than the others?",
 }
+_NO_ITEM = "no test example can be used"
 _STATIC = "Static top-k: every token gets the same number of experts, so there is no importance to show."
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
+    """A PNG file. A chart may be shown with its lightness turned round, on a dark page; a painting may not."""
+
     title: str
     caption: str  # what to look for
     path: pathlib.Path
+    alt: str  # what it shows, for those who do not see it
+    kind: Literal["chart", "painting"] = "chart"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Listing:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A section of the page. `missing` says what is missing and how to make it."""
+    """A section of the page. `missing` says what is not there and which command makes it."""
 
     anchor: str
     title: str
@@ -54,6 +61,7 @@ class Section:
     tables: tuple[TextTable, ...] = ()
     folded: tuple[TextTable, ...] = ()
     listings: tuple[Listing, ...] = ()
+    data: Mapping[str, Any] | None = None  # of the questions that the page's script shows
 
 
 def sections(source: ReportSource, folder: pathlib.Path) -> list[Section]:
@@ -61,6 +69,7 @@ def sections(source: ReportSource, folder: pathlib.Path) -> list[Section]:
     parts: tuple[Callable[[ReportSource, pathlib.Path], Section], ...] = (
         _allocation_verdicts,
         _budgets,
+        _follow,
         _maps,
         _separation,
         _real_experts,
@@ -100,7 +109,7 @@ def _budgets(source: ReportSource, folder: pathlib.Path) -> Section:
     result = source.evaluation
     if result is None:
         return dataclasses.replace(section, missing=(_evaluate_first(source),))
-    usual = min(result.budgets, key=lambda one: abs(one.budget - source.config.model.moe.expected_real_slots))
+    usual = usual_budget(result, source.config.model.moe)
     caption = (
         "How far left can a line go before it falls? Bars are one standard error; ticks at the left edge are chance, "
         "the best constant answer to each question type on the same examples."
@@ -111,25 +120,55 @@ def _budgets(source: ReportSource, folder: pathlib.Path) -> Section:
         "split. Dropped slots are those of the test sequences read whole; answers are generated without dropping any. "
         f"Times are medians of interleaved runs of one compiled program on {result.device}."
     )
-    picture = Picture("Score and budget", caption, draw_budget_curves(result, folder / "budget_curves.png"))
+    ranges = [
+        f"{one.domain} {100 * min(scores):.0f} to {100 * max(scores):.0f}%"
+        for index, one in enumerate(usual.scores)
+        for scores in [[budget.scores[index].score for budget in result.budgets]]
+    ]
+    picture = Picture(
+        "Score and budget",
+        caption,
+        draw_budget_curves(result, folder / "budget_curves.png"),
+        f"A line per domain, over nominal budget, realised budget and forward time: {', '.join(ranges)}.",
+    )
     shown = (tables.score_table(result), tables.budget_table(result), tables.allocation_table(result))
     folded = (tables.likelihood_table(result), tables.group_table(usual))
     return dataclasses.replace(section, text=text, pictures=(picture,), tables=shown, folded=folded)
+
+
+def _follow(source: ReportSource, folder: pathlib.Path) -> Section:
+    section = Section("follow", "Follow a question")
+    if not any(source.followed.values()):
+        return dataclasses.replace(section, missing=(f"Nothing to follow: {source.no_checkpoint or _NO_ITEM}.",))
+    data = source.config.data
+    moe = source.config.model.moe
+    found = explore(source.followed, moe.num_experts, data.encoding, source.tokenizer)
+    text = (
+        f"The first test questions of each domain, not chosen, {found.shown} in all, at the window the run was trained "
+        "with. Pick a token: click it, or move the slider with the arrow keys. Below it is where each layer sent it. "
+        "Pick an expert to see which tokens went there. The right answer follows the question, as in training."
+    )
+    if found.left_out:
+        text += f" {found.left_out} more are left out to keep the page small."
+    return dataclasses.replace(section, text=text, data={**found.data, "importance": moe.uses_importance})
 
 
 def _maps(source: ReportSource, folder: pathlib.Path) -> Section:
     section = Section("maps", "Importance maps")
     if not source.config.model.moe.uses_importance:
         return dataclasses.replace(section, missing=(_STATIC,))
-    if not source.maps:
-        return dataclasses.replace(section, missing=(f"No maps: {source.no_checkpoint}.",))
+    if not any(source.followed.values()):
+        return dataclasses.replace(section, missing=(f"No maps: {source.no_checkpoint or _NO_ITEM}.",))
     pictures = []
-    for domain, maps in source.maps.items():
+    for domain, followed in source.followed.items():
+        maps = maps_of(followed, source.config.data.encoding, source.tokenizer)
         for media, group in _by_media(maps).items():
             name = f"importance_{file_name(domain)}" + ("" if len(_by_media(maps)) == 1 else f"_{media or 'text'}")
             caption = f"The first {len(group)} test examples, not chosen. {_WHAT_TO_LOOK_AT[media]}"
             path = draw_importance_maps(group, folder / f"{name}.png")
-            pictures.append(Picture(f"{domain}: importance on {media or 'text'}", caption, path))
+            answers = ", ".join(f"“{one.example.answer}”" for one in group)
+            alt = f"The tokens of {len(group)} {domain} questions, coloured by importance. Their answers: {answers}."
+            pictures.append(Picture(f"{domain}: importance on {media or 'text'}", caption, path, alt, "painting"))
     text = (
         "Importance decides how many experts a token gets. The model was not told which tokens carry the answer; the "
         "green outlines are known from how the data were made. Each panel has its own scale."
@@ -159,7 +198,9 @@ def _separation(source: ReportSource, folder: pathlib.Path) -> Section:
         f"Over {_examples(source, source.routing_examples)}. The area under the ROC curve is the chance that "
         "a token that carries the answer has higher importance than another media or question token of its modality."
     )
-    picture = Picture("Separation", caption, draw_separations(source.separations, folder / "separation.png"))
+    path = draw_separations(source.separations, folder / "separation.png")
+    aucs = ", ".join(f"{one.modality} {tables.figure_text(one.auc)}" for one in source.separations)
+    picture = Picture("Separation", caption, path, f"ROC AUC of importance by modality: {aucs}.")
     shown = (tables.separation_table(source.separations), tables.baseline_table(source.separations))
     return dataclasses.replace(section, text=text, pictures=(picture,), tables=shown)
 
@@ -171,7 +212,9 @@ def _real_experts(source: ReportSource, folder: pathlib.Path) -> Section:
     nominal = source.config.model.moe.expected_real_slots
     path = draw_real_experts(source.routing, nominal, folder / "real_experts.png")
     caption = "Which modality gets more experts than the nominal average, and in which layers?"
-    picture = Picture("Real experts per token", caption, path)
+    means = ", ".join(f"{name} {mean:.2f}" for name, mean in source.routing.real_slots_by_modality.items())
+    alt = f"Real experts per token by MoE layer, a line per modality. Means of layers: {means}; nominal {nominal:.2f}."
+    picture = Picture("Real experts per token", caption, path, alt)
     shown = tables.routing_table(source.routing, MODALITY_NAMES)
     text = f"At the window the run was trained with, over {_examples(source, source.routing_examples)}."
     return dataclasses.replace(section, text=text, pictures=(picture,), tables=(shown,))
@@ -185,7 +228,10 @@ def _load(source: ReportSource, folder: pathlib.Path) -> Section:
         "White is the mean load, red twice the mean or more, blue an idle expert. Even rows under all tokens with "
         "uneven ones under a modality mean experts that specialise."
     )
-    picture = Picture("Load of the real experts", caption, draw_load(source.routing, folder / "load.png"))
+    worst = max(source.routing.load_max_over_mean)
+    alt = f"Slots of each expert over the layer's mean, by layer and modality. The busiest: {worst:.2f} times the mean."
+    path = draw_load(source.routing, folder / "load.png")
+    picture = Picture("Load of the real experts", caption, path, alt, "painting")
     return dataclasses.replace(section, pictures=(picture,))
 
 
@@ -204,16 +250,20 @@ def _router(source: ReportSource, folder: pathlib.Path) -> Section:
             "Router logits by modality",
             "Do the lines of two modalities lie apart?",
             draw_densities(source.router, folder / "router_logits.png"),
+            "The density of router logits, a panel per expert and layer, a line per modality.",
         ),
         Picture(
             "Distance between experts",
             "Dark cells off the diagonal are experts that are alike.",
             draw_similarity(source.router, folder / "expert_distance.png"),
+            "A matrix of the distances between the experts' weights; the table below has the least.",
+            "painting",
         ),
         Picture(
             "Experts by modality",
             "Do modalities use different experts?",
             draw_shares(source.router, folder / "expert_shares.png"),
+            "Each expert's share of a modality's real slots, a panel per layer.",
         ),
     )
     return dataclasses.replace(section, text=text, pictures=pictures, tables=(diagnostics_table(source.router),))
@@ -228,9 +278,10 @@ def _training(source: ReportSource, folder: pathlib.Path) -> Section:
         "show that allocation is learned. Load should stay below the dashed line. The router's losses, at the bottom, "
         "are unweighted: balance is 1 if load or scores are even, and that of salience rises as importances diverge."
     )
-    return dataclasses.replace(
-        section, pictures=(Picture("Training", caption, draw_training(source.records, folder / "training.png")),)
-    )
+    path = draw_training(source.records, folder / "training.png")
+    steps = max(record["step"] for record in source.records if record["kind"] == "train")
+    alt = f"Losses, answers right, real experts by modality, load and virtual share over {steps} steps."
+    return dataclasses.replace(section, pictures=(Picture("Training", caption, path, alt),))
 
 
 def _set_up(source: ReportSource, folder: pathlib.Path) -> Section:

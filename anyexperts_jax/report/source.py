@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.evaluate.evaluate import load_batches
 from anyexperts_jax.evaluate.importance import Separation
 from anyexperts_jax.evaluate.measure import measure_separations, sample_routing, summarise
@@ -14,14 +14,16 @@ from anyexperts_jax.evaluate.results import EvaluationResult, RoutingSummary, lo
 from anyexperts_jax.evaluate.router_diagnostics import RouterDiagnostics, diagnose
 from anyexperts_jax.evaluate.trained import Trained, load_trained, own_window, require_experts
 from anyexperts_jax.models.init import parameter_count
-from anyexperts_jax.report.example_map import ExampleMap, map_examples
+from anyexperts_jax.report.followed import FollowedItem, follow
+from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.bytes import BYTES
 from anyexperts_jax.train.config import RunConfig, load_config
 from anyexperts_jax.train.log_shape import require_complete
 from anyexperts_jax.train.run_dir import RunDir
 from anyexperts_jax.train.run_log import read_records
 
 ROUTING_EXAMPLES = 16  # examples per domain, if no evaluation has measured more
-_ANSWER_TOKENS = 24  # the most tokens of an answer above a map
+_ANSWER_TOKENS = 24  # the most tokens of the model's answer to a question that is followed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +39,8 @@ class ReportSource:
     routing: RoutingSummary | None  # at the window the run was trained with
     separations: tuple[Separation, ...]
     routing_examples: int  # examples per domain that `routing` was measured on
-    maps: dict[str, list[ExampleMap]]  # by domain
+    followed: dict[str, list[FollowedItem]]  # the first test items, by domain
+    tokenizer: Tokenizer
     router: RouterDiagnostics | None  # for static or per-modality routing, where it matters whether experts differ
 
     @property
@@ -48,14 +51,20 @@ class ReportSource:
     def summary(self) -> str:
         moe, stack = self.config.model.moe, self.config.model.stack
         counts = parameter_count(self.config.model)
-        virtual = f" + {moe.num_virtual} virtual" if moe.num_virtual else ""
+        size = f"{counts / 1e6:.1f}M" if counts >= 1e5 else f"{counts:,}"
+        virtual = f" and {moe.num_virtual} virtual" if moe.num_virtual else ""
         window = (
-            f"{moe.k_min:g} to {moe.k_max:g} slots per token" if moe.k_min < moe.k_max else f"static top-{moe.k_max:g}"
+            f"Each token gets {moe.k_min:g} to {moe.k_max:g} slots, with {moe.expected_real_slots:.2f} real experts on "
+            "average (nominal)."
+            if moe.k_min < moe.k_max
+            else f"Every token gets {moe.k_max:g} slots (static top-{moe.k_max:g})."
         )
-        at = "no checkpoint" if self.step is None else f"checkpoint of step {self.step}"
+        steps = self.config.train.steps
+        shown = f"This page shows the checkpoint of step {self.step}"
+        at = "There is no checkpoint yet" if self.step is None else shown
         return (
-            f"{counts / 1e6:.1f}M parameters, {stack.num_moe_layers} MoE layers, {moe.num_experts}{virtual} experts, "
-            f"{window}, nominal {moe.expected_real_slots:.2f} real experts; {at} of {self.config.train.steps} steps."
+            f"A model of {size} parameters with {stack.num_moe_layers} MoE layers of {moe.num_experts} "
+            f"real{virtual} experts. {window} Data: {comma_list(self.config.data.domains)}. {at} of {steps}."
         )
 
 
@@ -66,7 +75,7 @@ def require_run(root: pathlib.Path) -> None:
 
 
 def gather(root: pathlib.Path, examples: int, mesh: Mesh | None = None) -> ReportSource:
-    """Reads a run's files, and makes `examples` importance maps per domain with its best checkpoint.
+    """Reads a run's files, and follows `examples` questions per domain through its best checkpoint.
 
     Raises:
       UserError: if there is no run in `root`, or one of its files is not in the format of this version.
@@ -95,7 +104,8 @@ def gather(root: pathlib.Path, examples: int, mesh: Mesh | None = None) -> Repor
         routing=routing,
         separations=separations,
         routing_examples=measured,
-        maps={} if trained is None else _maps(trained, examples),
+        followed={} if trained is None else _follow(trained, examples),
+        tokenizer=BYTES if trained is None else trained.tokenizer,
         router=None if trained is None else _diagnose(trained),
     )
 
@@ -130,9 +140,6 @@ def _diagnose(trained: Trained) -> RouterDiagnostics | None:
     return diagnose(trained, load_batches(trained, trained.config.data.domains, "test", *[ROUTING_EXAMPLES] * 2))
 
 
-def _maps(trained: Trained, examples: int) -> dict[str, list[ExampleMap]]:
-    """The importance maps of each domain; empty for static top-k, which has no importance."""
-    if not trained.config.model.moe.uses_importance:
-        return {}
+def _follow(trained: Trained, examples: int) -> dict[str, list[FollowedItem]]:
     rows = max(examples, ROUTING_EXAMPLES)
-    return {name: map_examples(trained, name, examples, rows, _ANSWER_TOKENS) for name in trained.config.data.domains}
+    return {name: follow(trained, name, examples, rows, _ANSWER_TOKENS) for name in trained.config.data.domains}

@@ -70,7 +70,7 @@ def likelihood_table(result: EvaluationResult) -> TextTable:
         if first.error_rate is not None:
             rates = (figure_text(100 * (score.error_rate or 0.0), ".1f") for score in scores)
             rows.append((first.domain, f"{first.metric.upper()} of all, %", *rates))
-    columns = ("domain", "", *(f"budget {one.budget:g}" for one in result.budgets))
+    columns = ("domain", "figure", *(f"budget {one.budget:g}" for one in result.budgets))
     title = "The right answers, each token predicted from those before; error rates are of generated answers"
     return TextTable(title, columns, tuple(rows), names=2)
 
@@ -85,7 +85,7 @@ def group_table(one: BudgetResult) -> TextTable:
             row = (f"{score.domain}, {name}", str(group.examples), f"{group.score:.1%}", f"{group.chance:.1%}")
             rows.append(row)
     return TextTable(
-        f"By question type and level, at budget {one.budget:g}", ("", "examples", "score", "chance"), tuple(rows)
+        f"By question type and level, at budget {one.budget:g}", ("group", "examples", "score", "chance"), tuple(rows)
     )
 
 
@@ -106,7 +106,7 @@ def allocation_table(result: EvaluationResult) -> TextTable:
         (f"MoE layer {layer}", *(f"{one.routing.real_slots_by_layer[layer]:.2f}" for one in budgets))
         for layer in range(len(result.trained.real_slots_by_layer))
     ]
-    columns = ("", *(f"budget {one.budget:g}" for one in budgets))
+    columns = ("tokens", *(f"budget {one.budget:g}" for one in budgets))
     return TextTable("Real experts per token, by domain, modality and layer", columns, tuple(rows))
 
 

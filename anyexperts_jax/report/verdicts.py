@@ -27,9 +27,8 @@ class Verdict:
 def verdicts(result: EvaluationResult, moe: AnyExpertsConfig) -> list[Verdict]:
     """Verdicts on scores at the budget nearest to that of training, on the realised budget at every budget, and on the
     worst load and virtual share of all."""
-    usual = min(result.budgets, key=lambda one: abs(one.budget - moe.expected_real_slots))
     return [
-        *_scores(usual),
+        *_scores(usual_budget(result, moe)),
         *_separations(result),
         *_contrast(result),
         *_budget_effect(result),
@@ -37,6 +36,11 @@ def verdicts(result: EvaluationResult, moe: AnyExpertsConfig) -> list[Verdict]:
         _virtual_share(result, moe),
         _load(result),
     ]
+
+
+def usual_budget(result: EvaluationResult, moe: AnyExpertsConfig) -> BudgetResult:
+    """The measured budget nearest to that of training."""
+    return min(result.budgets, key=lambda one: abs(one.budget - moe.expected_real_slots))
 
 
 def _scores(usual: BudgetResult) -> list[Verdict]:

@@ -16,7 +16,7 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.evaluate.results import save_evaluation
 from anyexperts_jax.evaluate.trained import load_trained
 from anyexperts_jax.models.presets import static_twin
-from anyexperts_jax.report import charts, example_map, source, style
+from anyexperts_jax.report import charts, followed, source, style
 from anyexperts_jax.report.budget_curves import draw_budget_curves
 from anyexperts_jax.report.page import report
 from anyexperts_jax.report.tables import print_evaluation
@@ -74,7 +74,7 @@ def few_programs(monkeypatch):
     """Uses the batch sizes of the evaluation's tests, so that their compiled programs are reused; answers are tested
     there."""
     monkeypatch.setattr(source, "ROUTING_EXAMPLES", 6)
-    monkeypatch.setattr(example_map, "predict", lambda one, model, batch, *_: ["7"] * len(batch.tokens_BT))
+    monkeypatch.setattr(followed, "predict", lambda one, model, batch, *_: ["7"] * len(batch.tokens_BT))
 
 
 @pytest.fixture(scope="module")
