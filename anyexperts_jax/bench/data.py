@@ -15,7 +15,7 @@ from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.conversation import Conversation, Document, Item, Text
 from anyexperts_jax.data.example import Example
-from anyexperts_jax.data.mixture import examples_there, open_source
+from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.data.sequence import EncodedSequence, padded
 from anyexperts_jax.data.source import Source
 from anyexperts_jax.data.turns import chat_template, encode_item
@@ -58,11 +58,11 @@ def bench_data(
     """
     require(examples >= 1, f"examples={examples} must be >= 1")
     require(rounds >= 1, f"rounds={rounds} must be >= 1")
-    made_with = environment(rounds)
+    made_with, sources = environment(rounds), Sources(config)
     speeds: list[DataSpeed] = []
     for name in config.domains:
-        count = examples_there(config, name, SPLIT, examples)
-        source = open_source(config, name, SPLIT, count if name not in config.folder_paths() else None)
+        count = sources.count(name, SPLIT, examples)
+        source = sources.open(name, SPLIT, count if name not in config.places() else None)
         note(f"{name}: {count} examples")
         read = [source[index] for index in range(count)]
         for modality in dict.fromkeys(_modality(example) for example in read):

@@ -22,14 +22,15 @@ from anyexperts_jax.cli.options import (
 
 
 def run_show(options: argparse.Namespace) -> None:
-    from anyexperts_jax.data.mixture import describe_place
+    from anyexperts_jax.data.mixture import Sources
     from anyexperts_jax.data.show import show_domain
 
     config = _mixture(options)
+    sources = Sources(config)
     for name in config.domains:
         if name in config.places():
-            print(describe_place(config, name))
-        show_domain(config, name, options.split, options.count, options.out, start=options.start)
+            print(sources.describe(name))
+        show_domain(config, name, options.split, options.count, options.out, start=options.start, sources=sources)
 
 
 def _mixture(options: argparse.Namespace) -> "DataConfig":
@@ -67,9 +68,9 @@ def run_check(options: argparse.Namespace) -> None:
 
     from anyexperts_jax.core.errors import require
     from anyexperts_jax.core.text_table import print_tables
-    from anyexperts_jax.data.check import check_data, require_clean
+    from anyexperts_jax.data.check import check_data, require_clean, skipping
     from anyexperts_jax.data.check_tables import draw_lengths, reason_lines, shared_table, split_table, unusable_table
-    from anyexperts_jax.data.mixture import describe_place
+    from anyexperts_jax.data.mixture import Sources
     from anyexperts_jax.train.config import load_config
 
     own = data_overrides(options.config, options.data, options.plugin)
@@ -78,8 +79,9 @@ def run_check(options: argparse.Namespace) -> None:
         bool(config.folders), f"{options.config} reads generated domains alone; give data of yours: --data NAME=PATH"
     )
     console = Console(highlight=False)
+    sources = Sources(skipping(config))
     for name in config.places():
-        print(describe_place(config, name), flush=True)
+        print(sources.describe(name), flush=True)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         tasks = {name: bar.add_task(f"reading {name}", total=None) for name in config.places()}
         reports, shared = check_data(
@@ -87,6 +89,7 @@ def run_check(options: argparse.Namespace) -> None:
             processes=options.workers,
             near=options.near,
             plugins=options.plugin,
+            sources=sources,
             progress=lambda name, done, total: bar.update(tasks[name], completed=done, total=total),
         )
     tables = (split_table(reports), unusable_table(reports), shared_table(shared))

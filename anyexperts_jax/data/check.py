@@ -20,13 +20,12 @@ from anyexperts_jax.data.bad_rows import reason_of
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.conversation import Conversation, Document, Item, Medium, Text
 from anyexperts_jax.data.domain import SPLITS
-from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.data.row_source import RowSource
 from anyexperts_jax.data.sequence import Size
 from anyexperts_jax.data.sources.cache import hash_64
 from anyexperts_jax.data.sources.rows import RowError
 from anyexperts_jax.data.turns import chat_template, encode_item
-from anyexperts_jax.tokenizers.store import open_tokenizer
 
 CHUNK = 256  # examples that a process reads at a time
 SHOWN = 20  # rows that are named of those that cannot be used, or that stand in two splits
@@ -85,6 +84,7 @@ def check_data(
     processes: int | None = None,
     near: float | None = None,
     plugins: Sequence[str] = (),
+    sources: Sources | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, all: None,
 ) -> tuple[list[SplitReport], list[Shared]]:
     """Reads every example of every split of the user's domains once.
@@ -92,6 +92,7 @@ def check_data(
     Args:
       processes: that read side by side; None: one for some thousand examples, at most one a core.
       near: the share of word shingles from which two texts are near duplicates; None: not looked for.
+      sources: of `config` with data.on_bad_row=skip, which others use too; None: they are opened.
       progress: called with the domain, and how many of its examples are read of how many.
 
     Raises:
@@ -100,15 +101,15 @@ def check_data(
     if near is not None:
         require(0 < near <= 1, f"near={near} must be in (0, 1]")
         _minhash("")
-    reading = dataclasses.replace(config, on_bad_row="skip")
+    sources = sources or Sources(skipping(config))
     reports, shared = [], []
     for name in config.places():
         of_name = []
         for split in SPLITS:
-            report, jobs = _begin(reading, name, split, near)
+            report, jobs = _begin(sources, name, split, near)
             of_name.append((report, jobs))
         total, done = sum(stop - start for _, jobs in of_name for _, _, _, start, stop, _ in jobs), 0
-        with _pool(total, processes, plugins) as run:
+        with _pool(total, processes, plugins, sources) as run:
             for report, jobs in of_name:
                 for part in run(_look, jobs):
                     report.add(part)
@@ -139,11 +140,16 @@ def require_clean(reports: Sequence[SplitReport], shared: Sequence[Shared]) -> N
         )
 
 
-def _begin(config: DataConfig, name: str, split: str, near: float | None) -> tuple[SplitReport, list[Any]]:
+def skipping(config: DataConfig) -> DataConfig:
+    """The configuration with which data are checked: a row that cannot be used does not end it."""
+    return dataclasses.replace(config, on_bad_row="skip")
+
+
+def _begin(sources: Sources, name: str, split: str, near: float | None) -> tuple[SplitReport, list[Any]]:
     """An empty report, and the parts that it is made of."""
     report = SplitReport(name, split)
     try:
-        source = open_source(config, name, split)
+        source = sources.open(name, split)
     except RowError:
         raise
     except UserError as error:
@@ -156,32 +162,36 @@ def _begin(config: DataConfig, name: str, split: str, near: float | None) -> tup
         report.cut = source.rows_cut()
     else:
         report.rows = len(source)
-    starts = range(0, len(source), CHUNK)
+    starts, config = range(0, len(source), CHUNK), sources.config
     return report, [(config, name, split, start, min(start + CHUNK, len(source)), near is not None) for start in starts]
 
 
 @contextlib.contextmanager
-def _pool(total: int, processes: int | None, plugins: Sequence[str]) -> Iterator[Callable[..., Iterator[SplitReport]]]:
+def _pool(
+    total: int, processes: int | None, plugins: Sequence[str], sources: Sources
+) -> Iterator[Callable[..., Iterator[SplitReport]]]:
     """What maps a function over jobs, in order: here, or in processes."""
     count = min(os.cpu_count() or 1, 1 + total // 4096) if processes is None else processes
     if count == 1:
-        yield map
+        yield lambda look, jobs: map(functools.partial(look, sources=sources), jobs)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(count, context, initializer=load_plugins, initargs=(tuple(plugins),)) as pool:
         yield pool.map
 
 
-@functools.lru_cache(maxsize=8)
-def _opened(config: DataConfig, name: str, split: str) -> tuple[Any, Any, Any]:
-    tokenizer = open_tokenizer(config.tokenizer)
-    return open_source(config, name, split), tokenizer, chat_template(config, tokenizer)
+@functools.lru_cache(maxsize=1)
+def _opened(config: DataConfig) -> Sources:
+    """What a worker process reads all its parts from."""
+    return Sources(config)
 
 
-def _look(job: tuple[DataConfig, str, str, int, int, bool]) -> SplitReport:
+def _look(job: tuple[DataConfig, str, str, int, int, bool], sources: Sources | None = None) -> SplitReport:
     """What is found in examples `start` to `stop` of a split."""
     config, name, split, start, stop, with_words = job
-    source, tokenizer, template = _opened(config, name, split)
+    sources = sources or _opened(config)
+    source, tokenizer = sources.open(name, split), sources.tokenizer
+    template = chat_template(config, tokenizer)
     report = SplitReport(name, split)
     for index in range(start, stop):
         report.examples += 1

@@ -1,6 +1,7 @@
 """Opens the examples of a mixture's domains: generated ones, or those at a path or address."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 
@@ -13,41 +14,117 @@ from anyexperts_jax.data.row_source import RowSource
 from anyexperts_jax.data.source import FolderFormat, GeneratedSource, Source
 from anyexperts_jax.data.sources.find import find_rows
 from anyexperts_jax.data.sources.places import is_address
+from anyexperts_jax.data.sources.rows import Rows
+from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.store import open_tokenizer
 
 
-def open_source(config: DataConfig, name: str, split: str, examples: int | None = None) -> Source:
-    """The examples of a domain's split.
+class Sources:
+    """The sources of a mixture. Each place is looked at, indexed and opened once, whoever asks: make one, pass it on.
 
-    Args:
-      examples: how many; a generated domain has as many as one asks for (None: `train_examples`), a folder at most
-        what it holds (None: all).
-
-    Raises:
-      UserError: when the domain is not in the mixture, or its folder is missing, empty, or holds too few.
+    Attributes:
+      config: the mixture.
     """
-    config.domain_index(name)
-    require_one_of("split", split, SPLITS)
-    place = config.places().get(name)
-    if place is None:
-        length = config.train_examples if examples is None else examples
-        return GeneratedSource(name, split, length, config.seed, config.levels)
-    source = _open_place(config, name, place, split)
-    if examples is not None and examples > len(source):
-        raise UserError(f"{place} holds {len(source)} examples of split {split!r}, fewer than the {examples} asked for")
-    return source
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self._rows: dict[str, tuple[str, Rows]] = {}  # by domain: what is at its place, in words, and its rows
+        self._opened: dict[tuple[str, str], Source] = {}  # by domain and split
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The one that the mixture names."""
+        return open_tokenizer(self.config.tokenizer)
+
+    def open(self, name: str, split: str, examples: int | None = None) -> Source:
+        """The examples of a domain's split.
+
+        Args:
+          examples: how many; a generated domain has as many as one asks for (None: `train_examples`), a place at most
+            what it holds (None: all).
+
+        Raises:
+          UserError: when the domain is not in the mixture, or its place is missing, empty, or holds too few.
+        """
+        config = self.config
+        config.domain_index(name)
+        require_one_of("split", split, SPLITS)
+        place = config.places().get(name)
+        if place is None:
+            length = config.train_examples if examples is None else examples
+            return GeneratedSource(name, split, length, config.seed, config.levels)
+        if (name, split) not in self._opened:
+            self._opened[name, split] = self._open_place(name, place, split)
+        source = self._opened[name, split]
+        if examples is not None and examples > len(source):
+            raise UserError(
+                f"{place} holds {len(source)} examples of split {split!r}, fewer than the {examples} asked for"
+            )
+        return source
+
+    def count(self, name: str, split: str, most: int) -> int:
+        """How many of the first `most` examples of a domain's split there are: a place may hold fewer.
+
+        Raises:
+          UserError: when the domain is not in the mixture, or its place is missing, empty, or has no such split.
+        """
+        require(most >= 1, f"examples={most} must be >= 1")
+        generated = name not in self.config.places()
+        return min(most, len(self.open(name, split, most if generated else None)))
+
+    def describe(self, name: str) -> str:
+        """What was found at the place of a domain, in one line.
+
+        Raises:
+          UserError: when it cannot be read.
+        """
+        place = self.config.places()[name]
+        kind = self._folder_format(place)
+        if kind is not None:
+            return f"{name}: {place}: a folder with {kind.marker}"
+        said, rows = self._rows_of(name, place)
+        splits, what = [], "rows"
+        for split in SPLITS:
+            try:
+                source = self.open(name, split)
+            except UserError:  # whoever needs the split says why there is none
+                splits.append(f"no {split}")
+                continue
+            assert isinstance(source, RowSource)
+            by = " by hash" if source.held_out and split != "train" else ""
+            cut = f" in {len(source):,} stretches" if source.is_corpus else ""
+            what = "documents" if source.is_corpus else "rows"
+            splits.append(f"{len(source.rows_N):,} {split}{by}{cut}")
+        return f"{name}: {place}: {said}, {len(rows):,} {what}: {comma_list(splits)}"
+
+    def _open_place(self, name: str, place: str, split: str) -> Source:
+        kind = self._folder_format(place)
+        if kind is not None:
+            return kind.open(pathlib.Path(place), split)
+        return RowSource(name, self._rows_of(name, place)[1], split, self.config, self.tokenizer)
+
+    def _rows_of(self, name: str, place: str) -> tuple[str, Rows]:
+        if name not in self._rows:
+            self._rows[name] = find_rows(place)
+        return self._rows[name]
+
+    def _folder_format(self, place: str) -> FolderFormat | None:
+        """The kind of a folder that is a dataset of questions by what lies in it; None: it is read as rows."""
+        path = pathlib.Path(place)
+        if is_address(place) or not path.is_dir() or holds_other_rows(path, self.config.columns):
+            return None
+        formats: list[FolderFormat] = [SOURCES[name] for name in SOURCES]
+        return next((one for one in formats if one.is_folder(path)), None)
+
+
+def open_source(config: DataConfig, name: str, split: str, examples: int | None = None) -> Source:
+    """`Sources.open` for one who reads this one split alone."""
+    return Sources(config).open(name, split, examples)
 
 
 def examples_there(config: DataConfig, name: str, split: str, most: int) -> int:
-    """How many of the first `most` examples of a domain's split there are: a folder may hold fewer.
-
-    Raises:
-      UserError: when the domain is not in the mixture, or its folder is missing, empty, or has no such split.
-    """
-    require(most >= 1, f"examples={most} must be >= 1")
-    if name not in config.places():
-        return min(most, len(open_source(config, name, split, most)))
-    return min(most, len(open_source(config, name, split)))
+    """`Sources.count` for one who reads this one split alone."""
+    return Sources(config).count(name, split, most)
 
 
 def with_places(config: DataConfig, places: Mapping[str, str]) -> DataConfig:
@@ -56,45 +133,3 @@ def with_places(config: DataConfig, places: Mapping[str, str]) -> DataConfig:
     folders = tuple(f"{name}={place}" for name, place in {**config.places(), **places}.items())
     weights = config.weights if len(domains) == len(config.domains) else None
     return dataclasses.replace(config, domains=domains, folders=folders, weights=weights, fingerprints=())
-
-
-def _open_place(config: DataConfig, name: str, place: str, split: str) -> Source:
-    kind = None if is_address(place) else _folder_format(pathlib.Path(place), config)
-    if kind is not None:
-        return kind.open(pathlib.Path(place), split)
-    _, rows = find_rows(place)
-    return RowSource(name, rows, split, config, open_tokenizer(config.tokenizer))
-
-
-def _folder_format(path: pathlib.Path, config: DataConfig) -> FolderFormat | None:
-    """The kind of a folder that is a dataset of questions by what lies in it; None: it is read as rows."""
-    if not path.is_dir() or holds_other_rows(path, config.columns):
-        return None
-    formats: list[FolderFormat] = [SOURCES[name] for name in SOURCES]
-    return next((one for one in formats if one.is_folder(path)), None)
-
-
-def describe_place(config: DataConfig, name: str) -> str:
-    """What was found at the place of a domain, in one line.
-
-    Raises:
-      UserError: when it cannot be read.
-    """
-    place = config.places()[name]
-    kind = None if is_address(place) else _folder_format(pathlib.Path(place), config)
-    if kind is not None:
-        return f"{name}: {place}: a folder with {kind.marker}"
-    said, rows = find_rows(place)
-    tokenizer = open_tokenizer(config.tokenizer)
-    splits, what = [], "rows"
-    for split in SPLITS:
-        try:
-            source = RowSource(name, rows, split, config, tokenizer)
-        except UserError:  # told by whoever needs the split
-            splits.append(f"no {split}")
-            continue
-        by = " by hash" if source.held_out and split != "train" else ""
-        cut = f" in {len(source):,} stretches" if source.is_corpus else ""
-        what = "documents" if source.is_corpus else "rows"
-        splits.append(f"{len(source.rows_N):,} {split}{by}{cut}")
-    return f"{name}: {place}: {said}, {len(rows):,} {what}: {comma_list(splits)}"

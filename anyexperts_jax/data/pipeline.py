@@ -25,7 +25,7 @@ from anyexperts_jax.data.bad_rows import BadRows
 from anyexperts_jax.data.batches import empty_batch, pad_rows, stack
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
 from anyexperts_jax.data.conversation import Item
-from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.data.packing import PackedSequences
 from anyexperts_jax.data.row_source import RowSource
 from anyexperts_jax.data.sequence import EncodedSequence, Size, padded
@@ -34,7 +34,6 @@ from anyexperts_jax.data.sources.rows import RowError
 from anyexperts_jax.data.turns import chat_template, encode_item
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.chat import ChatTemplate
-from anyexperts_jax.tokenizers.store import open_tokenizer
 
 __all__ = ["DataConfig", "eval_batches", "train_dataset", "train_iterator"]
 
@@ -132,6 +131,7 @@ def train_dataset(
     *,
     plugins: Sequence[str] = (),
     bad_rows: BadRows | None = None,
+    sources: Sources | None = None,
 ) -> grain.IterDataset:
     """The endless training batches: all `batch_size` rows of each, or of each the `rows` that one process makes.
 
@@ -141,17 +141,19 @@ def train_dataset(
     Args:
       plugins: modules that register domains or sources; worker processes import them before they make an example.
       bad_rows: counts what is skipped; None: nobody wants to know.
+      sources: those of `config`, which others use too; None: they are opened.
 
     Raises:
       UserError: when a number is out of range, or a folder or tokenizer is missing or empty.
     """
     held, packs = _held(batch_size, rows), config.packing == "first_fit"
-    parts, lengths, tokenizer = [], [], open_tokenizer(config.tokenizer)
+    sources = sources or Sources(config)
+    parts, lengths, tokenizer = [], [], sources.tokenizer
     template = chat_template(config, tokenizer)
     if config.on_bad_row == "skip" and bad_rows is None:
         bad_rows = BadRows(config.max_bad_share)
     for name in config.domains:
-        source = open_source(config, name, "train")
+        source = sources.open(name, "train")
         counted = bad_rows if config.on_bad_row == "skip" else None
         sequences = _Sequences(name, source, config, tokenizer, template, as_rows=not packs, bad_rows=counted)
         parts.append(grain.MapDataset.source(sequences).shuffle(seed=order_seed(config, source)).repeat())
@@ -196,14 +198,15 @@ def train_iterator(
     *,
     plugins: Sequence[str] = (),
     bad_rows: BadRows | None = None,
+    sources: Sources | None = None,
 ) -> grain.DatasetIterator:
     """An iterator over `train_dataset`: `next`, `get_state` (JSON, the same for all rows) and `set_state`."""
-    return iter(train_dataset(config, batch_size, rows, plugins=plugins, bad_rows=bad_rows))
+    return iter(train_dataset(config, batch_size, rows, plugins=plugins, bad_rows=bad_rows, sources=sources))
 
 
-def source_lengths(config: DataConfig) -> dict[str, int]:
+def source_lengths(sources: Sources) -> dict[str, int]:
     """How many examples a pass over each domain's training split has."""
-    return {name: len(open_source(config, name, "train")) for name in config.domains}
+    return {name: len(sources.open(name, "train")) for name in sources.config.domains}
 
 
 def epochs(config: DataConfig, lengths: Mapping[str, int], batch_size: int, state: Any) -> dict[str, float]:
@@ -233,18 +236,29 @@ def order_seed(config: DataConfig, source: Source) -> int:
 
 
 def eval_batches(
-    config: DataConfig, domain: str, split: str, batch_size: int, num_examples: int, rows: Sequence[int] | None = None
+    config: DataConfig,
+    domain: str,
+    split: str,
+    batch_size: int,
+    num_examples: int,
+    rows: Sequence[int] | None = None,
+    *,
+    sources: Sources | None = None,
 ) -> Iterator[Batch]:
     """Examples 0 to `num_examples` - 1 of a domain's split, in order. The last batch is filled up with invalid rows.
 
     Of each batch all `batch_size` rows, or the `rows` that one process makes. With data.on_bad_row=skip a row that
     cannot be used is one of padding.
 
+    Args:
+      sources: those of `config`, which others use too; None: they are opened.
+
     Raises:
       UserError: when a number is out of range, or a folder holds fewer examples.
     """
     require(num_examples >= 1, f"num_examples={num_examples} must be >= 1")
-    source, tokenizer = open_source(config, domain, split, num_examples), open_tokenizer(config.tokenizer)
+    sources = sources or Sources(config)
+    source, tokenizer = sources.open(domain, split, num_examples), sources.tokenizer
     bad_rows = BadRows(config.max_bad_share) if config.on_bad_row == "skip" else None
     template = chat_template(config, tokenizer)
     made = _Sequences(domain, source, config, tokenizer, template, bad_rows=bad_rows, fills=False)

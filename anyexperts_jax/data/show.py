@@ -13,7 +13,7 @@ from anyexperts_jax.data.conversation import Item
 from anyexperts_jax.data.domain import domain
 from anyexperts_jax.data.drawings import Numbered, draw_sheet
 from anyexperts_jax.data.example import LEVELS, Example
-from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.data.show_turns import show_items
 from anyexperts_jax.data.source import Source
 from anyexperts_jax.data.sources.rows import RowError
@@ -58,11 +58,15 @@ def show_domain(
     out_dir: pathlib.Path,
     *,
     start: int = 0,
+    sources: Sources | None = None,
     console: "Console | None" = None,
 ) -> list[pathlib.Path]:
     """Shows examples `start` to `start + count` of a domain of a mixture, generated or of a folder: `show_examples`.
 
     A folder that ends before is shown up to its end, with a line that says so.
+
+    Args:
+      sources: those of `config`, which others use too; None: they are opened.
 
     Raises:
       UserError: when an argument is out of range, the domain cannot be read, or `out_dir` cannot be written.
@@ -73,7 +77,7 @@ def show_domain(
     require(start >= 0, f"start={start} must be >= 0")
     console = console or Console()
     in_folder = name in config.folder_paths()
-    source = open_source(config, name, split, None if in_folder else start + count)
+    source = (sources or Sources(config)).open(name, split, None if in_folder else start + count)
     require(start < len(source), f"start={start}: {name} has {len(source)} {split} examples, counted from 0")
     numbers = range(start, min(start + count, len(source)))
     if len(numbers) < count:

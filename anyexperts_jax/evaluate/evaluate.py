@@ -16,7 +16,7 @@ from anyexperts_jax.core.errors import UserError, require, require_one_of
 from anyexperts_jax.core.registries import METRICS
 from anyexperts_jax.core.versions import device_text, versions
 from anyexperts_jax.data.config import named_metrics
-from anyexperts_jax.data.mixture import describe_place, examples_there, open_source, with_places
+from anyexperts_jax.data.mixture import with_places
 from anyexperts_jax.data.pipeline import eval_batches
 from anyexperts_jax.dispatch.execution import require_capacity_for
 from anyexperts_jax.evaluate.likelihood import Likelihood, choose, likelihood_of, token_accuracies
@@ -113,7 +113,7 @@ def evaluate(
             trained = dataclasses.replace(trained, config=dataclasses.replace(trained.config, data=own))
             domains = tuple(domains or data)
             for name in data:
-                note(describe_place(own, name))
+                note(trained.sources.describe(name))
         result = evaluate_trained(trained, budgets, domains, options=options, note=note)
         show(result)
         save_evaluation(result, root)
@@ -200,15 +200,15 @@ def evaluate_trained(
 
 def load_batches(trained: Trained, domains: Sequence[str], split: str, examples: int, rows: int) -> Batches:
     """The first `examples` of each domain's split, or all where it has fewer, in batches of `trained.whole_rows`."""
-    data, size = trained.config.data, trained.whole_rows(rows)
-    there = {name: examples_there(data, name, split, examples) for name in domains}
-    return {name: tuple(eval_batches(data, name, split, size, count)) for name, count in there.items()}
+    data, sources, size = trained.config.data, trained.sources, trained.whole_rows(rows)
+    there = {name: sources.count(name, split, examples) for name in domains}
+    return {name: tuple(eval_batches(data, name, split, size, there[name], sources=sources)) for name in domains}
 
 
 def _say_what_is_missing(trained: Trained, names: Sequence[str], options: Options, note: Callable[[str], None]) -> None:
     for split, wanted in (("test", options.num_examples), ("validation", options.calibration_examples)):
         for name in names:
-            there = examples_there(trained.config.data, name, split, wanted)
+            there = trained.sources.count(name, split, wanted)
             if there < wanted:
                 note(f"{name} has {there} {split} examples, fewer than {wanted}: all of them are taken")
 
@@ -288,7 +288,7 @@ def _scored(
         accuracies[name] += token_accuracies(output, batch)
 
     sample = sample_routing(trained, model, test, window, see)
-    sources = {name: open_source(trained.config.data, name, "test") for name in test}
+    sources = {name: trained.sources.open(name, "test") for name in test}
     asked = {name: metrics.get(name, source.metric) for name, source in sources.items()}
     answered = [batches for name, batches in test.items() if not METRICS[asked[name]].by_tokens]
     length = max((longest_answer(batches) for batches in answered), default=0)

@@ -13,12 +13,12 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.devices import require_devices
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.dispatch.execution import BUFFERED
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.sharding.placement import Placement, is_split, placement_of
 from anyexperts_jax.sharding.specs import batch_shards, shard_batch
 from anyexperts_jax.tokenizers.base import Tokenizer
-from anyexperts_jax.tokenizers.store import open_tokenizer
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.run_dir import load_checkpoint
 
@@ -35,7 +35,12 @@ class Trained:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The one it was trained with."""
-        return open_tokenizer(self.config.data.tokenizer)
+        return self.sources.tokenizer
+
+    @functools.cached_property
+    def sources(self) -> Sources:
+        """The data of its mixture, each opened once."""
+        return Sources(self.config.data)
 
     @property
     def placement(self) -> Placement:

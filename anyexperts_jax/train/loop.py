@@ -12,14 +12,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from rich.console import Console
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.devices import require_devices
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.bad_rows import BadRows, describe_skipped
-from anyexperts_jax.data.mixture import describe_place
+from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.data.packing import padding_shares
 from anyexperts_jax.data.pipeline import epochs, source_lengths, train_iterator
 from anyexperts_jax.models.init import logical_axes
@@ -37,7 +36,7 @@ from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.profile import Profiler
 from anyexperts_jax.train.progress import Reporter, status_line
 from anyexperts_jax.train.recipe import EVERYTHING, Recipe
-from anyexperts_jax.train.run_data import with_fingerprints
+from anyexperts_jax.train.run_data import restore_iterator, with_fingerprints
 from anyexperts_jax.train.run_dir import RunDir, open_run_dir, require_run_of
 from anyexperts_jax.train.run_log import NoLog, RunLog, read_records
 from anyexperts_jax.train.run_together import AGAIN, describe_last_checkpoint, lock_run, make_watch, waiting
@@ -98,12 +97,11 @@ def train(
     paths = RunDir(pathlib.Path(run_dir))
     try:
         own = pin_tokenizer(config.data, config.model, paths.tokenizer, begun=bool(paths.checkpoint_steps()))
-        config = dataclasses.replace(config, data=with_fingerprints(own, paths))
-        for name in config.data.places():
-            reporter.note_later(describe_place(config.data, name))
+        sources = Sources(own)
+        config = dataclasses.replace(config, data=with_fingerprints(sources, paths, reporter.note_later))
         mesh = make_mesh(config.mesh)
         require_fits(config, mesh, trains_everything=recipe.trainable is None and recipe.optimizer is None)
-        require_validation_examples(config)
+        require_validation_examples(config, sources)
         with (
             StopRequests() as requests,
             quiet_orbax(),
@@ -113,7 +111,7 @@ def train(
             changed = require_run_of(paths, config)
             if changed:
                 reporter.note_later(f"continuing with {describe_differences(changed)}")
-            return _Run(config, mesh, paths, reporter=reporter, requests=requests, recipe=recipe).run()
+            return _Run(config, paths, sources, reporter=reporter, requests=requests, recipe=recipe).run()
     except (OSError, ValueError, RuntimeError) as error:
         said, lost = no_room(error), processes.peer_lost(error)
         if said is not None:
@@ -130,9 +128,16 @@ class _Run:
     """One process's part of a run: opens everything that the loop uses, and closes it again."""
 
     def __init__(
-        self, config: RunConfig, mesh: Mesh, paths: RunDir, reporter: Reporter, requests: StopRequests, recipe: Recipe
+        self,
+        config: RunConfig,
+        paths: RunDir,
+        sources: Sources,
+        reporter: Reporter,
+        requests: StopRequests,
+        recipe: Recipe,
     ) -> None:
-        self.config, self.mesh, self.paths, self.reporter, self.requests = config, mesh, paths, reporter, requests
+        self.config, self.paths, self.reporter, self.requests = config, paths, reporter, requests
+        self.mesh = make_mesh(config.mesh)
         self.recipe = recipe
         self.clock = Clock()
         self.watch = make_watch(config, paths)
@@ -140,9 +145,10 @@ class _Run:
         self.optimizer = recipe.optimizer or make_optimizer(config.optim, logical_axes(config.model))
         size = config.train.batch_size
         self.bad_rows, rows = BadRows(config.data.max_bad_share), batch_rows(self.mesh, size)
-        self.iterator = train_iterator(config.data, size, rows, plugins=config.plugins, bad_rows=self.bad_rows)
-        self.lengths = source_lengths(config.data)
-        self.validation = Validation(config, self.apply, self.mesh, self._waiting)
+        bad_rows, plugins = self.bad_rows, config.plugins
+        self.iterator = train_iterator(config.data, size, rows, plugins=plugins, bad_rows=bad_rows, sources=sources)
+        self.lengths = source_lengths(sources)
+        self.validation = Validation(config, self.apply, self.mesh, sources, self._waiting)
         self.checkpoints = self._open_checkpoints(read_only=True)
         self.agreement = processes.Agreement()
         self.profiler = Profiler(config.runtime, paths, watches=processes.is_first())
@@ -243,18 +249,9 @@ class _Run:
         abstract = abstract_state(model, self.optimizer, self.mesh)
         with self._waiting(f"the checkpoint of step {step}"):
             state, data_state = self.checkpoints.restore(step, abstract, self.config)
-        self._restore_data(step, data_state)
+        restore_iterator(self.iterator, data_state, self.paths.checkpoints / str(step) / "data")
         self.reporter.note_later(f"resuming from the checkpoint of step {step}")
         return state
-
-    def _restore_data(self, step: int, data_state: dict[str, Any]) -> None:
-        """Moves the data iterator to its position at the time of the checkpoint."""
-        try:
-            self.iterator.set_state(data_state)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # Grain does not validate states
-            where = self.paths.checkpoints / str(step) / "data"
-            line = f"{type(error).__name__}: {error}"[:200]
-            raise UserError(f"the data state in {where} is not one of this run's data pipeline ({line})") from error
 
     def _steps(self, state: TrainState, first: int, batch: Batch | None, step_fn: Any) -> None:
         """Takes the remaining steps, the first on `batch`. The numbers of a step are read while the next one runs."""

@@ -1,23 +1,31 @@
-"""What a run remembers of a user's data: the fingerprint of each source, by which it is known when it has changed."""
+"""What a run remembers of its data: the fingerprint of each source, which tells when one has changed, and its place."""
 
 import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
 
-from anyexperts_jax.core.errors import require
+import grain
+
+from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.data.config import DataConfig, named_places
-from anyexperts_jax.data.mixture import open_source
+from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.data.row_source import RowSource
 from anyexperts_jax.train.run_dir import RunDir, load_config
 
 
-def with_fingerprints(data: DataConfig, paths: RunDir) -> DataConfig:
-    """`data` with the fingerprints of its sources, once those are known to be the ones that the run began with.
+def with_fingerprints(sources: Sources, paths: RunDir, note: Callable[[str], None] = lambda line: None) -> DataConfig:
+    """The mixture with the fingerprints of its sources, once those are known to be the ones that the run began with.
+
+    Args:
+      note: called with a line on each of the user's sources: what it is.
 
     Raises:
       UserError: when a source cannot be read, or has changed since.
     """
-    found: dict[str, str] = {}
+    data, found = sources.config, dict[str, str]()
     for name in data.places():
-        source = open_source(data, name, "train")
+        source = sources.open(name, "train")
         if isinstance(source, RowSource):
             found[name] = source.fingerprint
     begun = paths.config.exists() and bool(paths.checkpoint_steps())
@@ -30,4 +38,19 @@ def with_fingerprints(data: DataConfig, paths: RunDir) -> DataConfig:
             f"{was}), so it cannot go on in the same order; put them back as they were, or begin another run from this "
             f"one's weights (train.start_from={paths.root})",
         )
+    for name in data.places():
+        note(sources.describe(name))
     return dataclasses.replace(data, fingerprints=tuple(f"{name}={value}" for name, value in found.items()))
+
+
+def restore_iterator(iterator: grain.DatasetIterator, state: dict[str, Any], where: pathlib.Path) -> None:
+    """Moves the data iterator to where it was at the time of the checkpoint.
+
+    Raises:
+      UserError: naming the file, when the state is not one of this run's data.
+    """
+    try:
+        iterator.set_state(state)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:  # Grain does not validate states
+        line = f"{type(error).__name__}: {error}"[:200]
+        raise UserError(f"the data state in {where} is not one of this run's data pipeline ({line})") from error

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.data.mixture import examples_there, open_source
+from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.data.pipeline import eval_batches
 from anyexperts_jax.sharding.specs import batch_rows, replicated, shard_batch
 from anyexperts_jax.train.config import RunConfig
@@ -20,7 +20,7 @@ from anyexperts_jax.train.state import TrainState
 from anyexperts_jax.train.step import Apply, BatchSums, make_eval_step
 
 
-def require_validation_examples(config: RunConfig) -> None:
+def require_validation_examples(config: RunConfig, sources: Sources) -> None:
     """Opens the validation split of every domain, so that a run without one fails before its first step.
 
     A split that was held out by hash may have fewer examples than `train.eval_examples`: all of them are taken.
@@ -31,9 +31,9 @@ def require_validation_examples(config: RunConfig) -> None:
     examples = config.train.eval_examples
     for name in config.data.domains:
         try:
-            source = open_source(config.data, name, "validation")
+            source = sources.open(name, "validation")
             if not getattr(source, "held_out", False):
-                open_source(config.data, name, "validation", examples)
+                sources.open(name, "validation", examples)
         except UserError as error:
             needed = f"a run needs {examples} validation examples of {name} (train.eval_examples)"
             raise UserError(f"{error}; {needed}") from error
@@ -47,10 +47,16 @@ class Validation:
         config: RunConfig,
         apply: Apply,
         mesh: Mesh,
+        sources: Sources | None = None,
         waiting: Callable[[str], AbstractContextManager[None]] = lambda what: nullcontext(),
     ) -> None:
-        """`waiting`: the context in which this process waits for the others."""
+        """
+        Args:
+          sources: those of `config.data`, which others use too; None: they are opened.
+          waiting: the context in which this process waits for the others.
+        """
         self._config = config
+        self._sources = sources or Sources(config.data)
         self._waiting = waiting
         self.mesh = mesh
         self._step = jax.jit(make_eval_step(apply), out_shardings=replicated(mesh))
@@ -58,7 +64,7 @@ class Validation:
 
     def of(self, apply: Apply) -> "Validation":
         """A validation of another model on the same examples."""
-        other = Validation(self._config, apply, self.mesh, self._waiting)
+        other = Validation(self._config, apply, self.mesh, self._sources, self._waiting)
         other._batches = self._batches
         return other
 
@@ -78,9 +84,9 @@ class Validation:
         if name not in self._batches:  # made once: rendering and speech synthesis take longer than the model's step
             data, train = self._config.data, self._config.train
             rows = batch_rows(self.mesh, train.batch_size)
-            there = examples_there(data, name, "validation", train.eval_examples)
-            amounts = {"batch_size": train.batch_size, "num_examples": there}
-            self._batches[name] = list(eval_batches(data, name, "validation", **amounts, rows=rows))
+            there = self._sources.count(name, "validation", train.eval_examples)
+            made = eval_batches(data, name, "validation", train.batch_size, there, rows, sources=self._sources)
+            self._batches[name] = list(made)
         size = self._config.train.batch_size
         parts = [
             self._step(state.params, state.router_bias_LC, shard_batch(self.mesh, batch, size))

@@ -11,7 +11,7 @@ import pytest
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.data.bad_rows import BadRows, describe_skipped
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
-from anyexperts_jax.data.mixture import examples_there, open_source
+from anyexperts_jax.data.mixture import Sources, examples_there, open_source
 from anyexperts_jax.data.pipeline import epochs, eval_batches, source_lengths, train_iterator
 from anyexperts_jax.data.row_source import hashed_splits
 from anyexperts_jax.train.run_data import with_fingerprints
@@ -120,7 +120,7 @@ def test_a_bad_row_of_an_evaluation_is_padding(write):
 def test_mixtures_go_by_weight_or_temperature_and_count_their_epochs(write):
     write([question(i) for i in range(100)], "large")
     config = write([question(i) for i in range(20)], "small", temperature=2.0, held_out=0.01)
-    lengths = source_lengths(config)
+    lengths = source_lengths(Sources(config))
     iterator = train_iterator(config, 8)
     batches = take(iterator, 20)
     share = np.mean(np.concatenate([batch.domain_B for batch in batches]))
@@ -151,13 +151,13 @@ def test_splits_by_hash_keep_equal_rows_together():
 
 def test_a_source_that_changed_is_told(write, tmp_path):
     paths = RunDir(tmp_path / "run")
-    config = with_fingerprints(write([question(i) for i in range(40)]), paths)
+    config = with_fingerprints(Sources(write([question(i) for i in range(40)])), paths)
     (recorded,) = config.fingerprints
     assert recorded.startswith("mine=")
-    assert with_fingerprints(config, paths).fingerprints == config.fingerprints
+    assert with_fingerprints(Sources(config), paths).fingerprints == config.fingerprints
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(question(i)) + "\n" for i in range(41)))
     with pytest.raises(UserError, match=r"the data of mine at \S+ have changed since the run began"):
-        with_fingerprints(config, paths)
+        with_fingerprints(Sources(config), paths)
 
 
 def test_kinds_of_questions_are_known_before_a_row_is_read(write):

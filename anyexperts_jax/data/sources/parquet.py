@@ -1,9 +1,9 @@
 """Parquet files. A row group is read whole or not at all, so they are copied into the cache once, in small batches
-that are mapped into memory from there."""
+that are read from there one at a time: what is in memory does not grow with the corpus."""
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,13 @@ import numpy as np
 from anyexperts_jax.core.errors import UserError, one_line, require
 from anyexperts_jax.data.huggingface import row_values
 from anyexperts_jax.data.sources.cache import Numbers, fingerprint, hash_64, made_once
+from anyexperts_jax.data.sources.lines import OpenFiles
 from anyexperts_jax.data.sources.places import File, beside, open_file, read_file
 from anyexperts_jax.data.sources.rows import RowFormat, by_suffix, split_index
 
-BATCH = 16  # rows that are read together
+BATCH = 16  # rows that are written together, and so read together,
+BATCH_BYTES = 1 << 16  # where they take no more than this; else each is written by itself
+_BUFFER = 1 << 20  # bytes of a column that are read ahead; without it a whole row group is
 
 
 class ParquetRows:
@@ -28,15 +31,17 @@ class ParquetRows:
         _pyarrow(files[0].path)
         self._files = tuple(files)
         self._folders = [
-            made_once(lambda folder, file=file: _copy(file, folder), "parquet", *file.key) for file in files
+            made_once(lambda folder, file=file: _copy(file, folder), "parquet rows", *file.key) for file in files
         ]
         self._digests = [Numbers(folder / "digests", np.uint64) for folder in self._folders]
         self._bounds = np.cumsum([len(digests) for digests in self._digests]).tolist()
+        self._places = [Numbers(folder / "places", np.int64, 3) for folder in self._folders]
         self.fingerprint = fingerprint(*(hash_64(digests.array_N.tobytes()) for digests in self._digests))
-        self._open: dict[int, Any] = {}
-        names = {tuple(self._reader(part).schema.names) for part in range(len(files))}
+        self._open = OpenFiles([str(folder / "rows") for folder in self._folders])
+        self._schemas = [_read_schema(folder) for folder in self._folders]
+        names = {tuple(schema.names) for schema in self._schemas}
         require(len(names) == 1, f"{files[0].path} and files beside it differ in their columns: {sorted(names)[:2]}")
-        self.labels = _labels(self._reader(0).schema)
+        self.labels = _labels(self._schemas[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ParquetRows, (self._files,)
@@ -56,8 +61,10 @@ class ParquetRows:
         import pyarrow
 
         part, number = split_index(self._bounds, index)
+        begin, size, place = self._places[part].array_N[number].tolist()
+        data = pyarrow.py_buffer(self._open.read(part, begin, size))
         try:
-            batch = self._reader(part).get_batch(number // BATCH).slice(number % BATCH, 1)
+            batch = pyarrow.ipc.read_record_batch(data, self._schemas[part]).slice(place, 1)
             return row_values(pyarrow.Table.from_batches([batch]))
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"cannot be read: {one_line(error, 160)}") from error
@@ -69,50 +76,45 @@ class ParquetRows:
     def read(self, index: int, path: str) -> bytes:
         return read_file(beside(self._files[split_index(self._bounds, index)[0]].path, path))
 
-    def _reader(self, part: int) -> Any:
-        """The batches of a file. Two threads may both open it; one is kept."""
-        import pyarrow
-
-        if part not in self._open:
-            mapped = pyarrow.memory_map(str(self._folders[part] / "rows.arrow"))
-            self._open[part] = pyarrow.ipc.open_file(mapped)
-        return self._open[part]
-
 
 def _copy(file: File, folder: pathlib.Path) -> None:
-    """Writes the rows in small batches, and a hash of each."""
+    """Writes the rows in small batches; of each row where its batch is, its number there, and a hash of it."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with open_file(file.path) as raw:
-            source = pyarrow.parquet.ParquetFile(raw)
+            source = pyarrow.parquet.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False)
             schema = _plain(source.schema_arrow)
+            (folder / "schema").write_bytes(schema.serialize().to_pybytes())
             with (
-                pyarrow.OSFile(str(folder / "rows.arrow"), "wb") as sink,
-                pyarrow.ipc.new_file(sink, schema) as writer,
+                open(folder / "rows", "wb") as rows,
+                open(folder / "places", "wb") as places,
                 open(folder / "digests", "wb") as digests,
             ):
-                for batch in _equal_batches(source.iter_batches(batch_size=BATCH), schema):
-                    for row in range(batch.num_rows):
-                        digests.write(row_digest(batch.slice(row, 1)).to_bytes(8, "little"))
-                    writer.write_batch(batch)
+                for batch in source.iter_batches(batch_size=BATCH):
+                    for part in _small(batch.cast(schema)):
+                        written = part.serialize().to_pybytes()
+                        for row in range(part.num_rows):
+                            places.write(np.array([rows.tell(), len(written), row], np.int64).tobytes())
+                            digests.write(row_digest(part.slice(row, 1)).to_bytes(8, "little"))
+                        rows.write(written)
     except (pyarrow.ArrowException, OSError) as error:
         said = one_line(error, 160)
         raise UserError(f"{file.path} is no Parquet file, or is damaged: {said}") from error
 
 
-def _equal_batches(batches: Iterator[Any], schema: Any) -> Iterator[Any]:
-    """The same rows in batches of BATCH, but for the last; row groups end where they like."""
+def _small(batch: Any) -> list[Any]:
+    """The batch, or where its rows are large each of them by itself."""
+    if batch.nbytes <= BATCH_BYTES:
+        return [batch]
+    return [batch.slice(row, 1) for row in range(batch.num_rows)]
+
+
+def _read_schema(folder: pathlib.Path) -> Any:
     import pyarrow
 
-    left = pyarrow.Table.from_batches([], schema)
-    for batch in batches:
-        left = pyarrow.concat_tables([left, pyarrow.Table.from_batches([batch]).cast(schema)])
-        while left.num_rows >= BATCH:
-            yield from left.slice(0, BATCH).combine_chunks().to_batches()
-            left = left.slice(BATCH)
-    yield from left.combine_chunks().to_batches()
+    return pyarrow.ipc.read_schema(pyarrow.py_buffer((folder / "schema").read_bytes()))
 
 
 def _plain(schema: Any) -> Any:

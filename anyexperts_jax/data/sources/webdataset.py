@@ -3,12 +3,13 @@
 Only where files begin is kept; a tar that is compressed or in a store is copied into the cache first.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -25,6 +26,7 @@ VIDEOS = ("mp4", "mov", "mkv", "webm", "avi")
 KIND_OF = {**dict.fromkeys(IMAGES, "image"), **dict.fromkeys(SOUNDS, "audio"), **dict.fromkeys(VIDEOS, "video")}
 _TEXTS = {"txt": "text", "text": "text", "caption": "text", "transcript": "text", "cls": "answer"}
 _ENTRY = 4  # sample, begin, size, hash of the name
+_OUTPUTS = ("members", "samples", "digests", "name_places", "names")
 
 
 class TarRows:
@@ -41,7 +43,9 @@ class TarRows:
 
     def __init__(self, files: Sequence[File]) -> None:
         self._files = tuple(files)
-        self._folders = [made_once(lambda folder, file=file: _index(file, folder), "tar", *file.key) for file in files]
+        self._folders = [
+            made_once(lambda folder, file=file: _index(file, folder), "tar members", *file.key) for file in files
+        ]
         self._paths = [
             str(folder / "data.tar") if (folder / "data.tar").exists() else file.path
             for file, folder in zip(files, self._folders, strict=True)
@@ -49,6 +53,7 @@ class TarRows:
         self._members = [Numbers(folder / "members", np.int64, _ENTRY) for folder in self._folders]
         self._samples = [Numbers(folder / "samples", np.int64) for folder in self._folders]  # first member of each
         self._digests = [Numbers(folder / "digests", np.uint64) for folder in self._folders]
+        self._by_name = [Numbers(folder / "by_name", np.int64, 2) for folder in self._folders]  # hash, member
         self._name_places = [Numbers(folder / "name_places", np.int64) for folder in self._folders]
         self._names = OpenFiles([str(folder / "names") for folder in self._folders])
         self._bounds = np.cumsum([len(samples) for samples in self._samples]).tolist()
@@ -90,11 +95,12 @@ class TarRows:
         """A member of the tar by its whole name, or beside the sample's own; else a file beside the tar."""
         part, number = split_index(self._bounds, index)
         folder = _split_name(self._name(part, int(self._samples[part].array_N[number])))[0]
-        members = self._members[part].array_N
+        by_name = self._by_name[part].array_N
         for name in (path, f"{folder}/{path}" if folder else path):
-            found = np.flatnonzero(members[:, 3] == _name_hash(name))
-            if len(found):
-                _, begin, size, _ = members[int(found[0])].tolist()
+            wanted = _name_hash(name)
+            found = int(np.searchsorted(by_name[:, 0], wanted))
+            if found < len(by_name) and by_name[found, 0] == wanted:
+                _, begin, size, _ = self._members[part].array_N[by_name[found, 1]].tolist()
                 return self._open.read(part, begin, size)
         return read_file(beside(self._files[part].path, path))
 
@@ -126,46 +132,63 @@ def _name_hash(name: str) -> int:
 
 
 def _index(file: File, folder: pathlib.Path) -> None:
-    """Writes where each member is, which sample it is of, and a hash of each sample."""
+    """Writes where each member is, which sample it belongs to, and a hash of each sample."""
     path = file.path
     if is_address(file.path) or not file.suffixes.endswith(".tar"):
         path = str(folder / "data.tar")
         with decompressed(file) as source, open(path, "wb") as copy:
             shutil.copyfileobj(source, copy, 1 << 20)
-    members: list[tuple[int, int, int, int]] = []
-    samples: list[int] = []
-    digests, names = [], [b""]
-    key, digest = None, b""
     with open(path, "rb") as raw:
         raw.seek(max(os.path.getsize(path) - 1024, 0))
         require(raw.read() == bytes(1024), f"{file.path} is no tar file, or was cut short: it has no end mark")
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                own = _split_name(member.name)[1]
-                if own != key:
-                    if key is not None:
-                        digests.append(hash_64(digest))
-                    samples.append(len(members))
-                    key, digest = own, b""
-                data = tar.extractfile(member)
-                content = b"" if data is None else data.read()
-                require(len(content) == member.size, f"{file.path} is damaged or was cut short, in {member.name}")
-                kind = _split_name(member.name)[2].encode("utf-8", "surrogateescape")
-                digest += kind + hash_64(content).to_bytes(8, "little")
-                members.append((len(samples) - 1, member.offset_data, member.size, _name_hash(member.name)))
-                names.append(member.name.encode("utf-8", "surrogateescape"))
+        with contextlib.ExitStack() as stack:
+            tar = stack.enter_context(tarfile.open(path, "r:"))
+            outputs = (stack.enter_context(open(folder / name, "wb")) for name in _OUTPUTS)
+            _write_index(tar, file, *outputs)
+        _sort_names(folder)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{file.path} is no tar file, is damaged or was cut short: {error}") from error
+
+
+def _sort_names(folder: pathlib.Path) -> None:
+    """Writes the members in the order of the hashes of their names, by which a file that a record names is found."""
+    hashes_N = Numbers(folder / "members", np.int64, _ENTRY).array_N[:, 3]
+    order_N = np.argsort(hashes_N, kind="stable")
+    np.stack([hashes_N[order_N], order_N], axis=1).tofile(folder / "by_name")
+
+
+def _write_index(tar: tarfile.TarFile, file: File, *outputs: BinaryIO) -> None:
+    """Writes the files of _OUTPUTS, one member after the other; none is kept in memory."""
+    members, samples, digests, name_places, names = outputs
+    count, samples_seen, key, digest = 0, 0, None, b""
+    name_places.write(_numbers(0))
+    for member in tar:
+        tar.members = []  # tarfile would keep them all
+        if not member.isfile():
+            continue
+        own = _split_name(member.name)[1]
+        if own != key:
+            if key is not None:
+                digests.write(hash_64(digest).to_bytes(8, "little"))
+            samples.write(_numbers(count))
+            samples_seen, key, digest = samples_seen + 1, own, b""
+        data = tar.extractfile(member)
+        content = b"" if data is None else data.read()
+        require(len(content) == member.size, f"{file.path} is damaged or was cut short, in {member.name}")
+        name = member.name.encode("utf-8", "surrogateescape")
+        digest += _split_name(member.name)[2].encode("utf-8", "surrogateescape")
+        digest += hash_64(content).to_bytes(8, "little")
+        members.write(_numbers(samples_seen - 1, member.offset_data, member.size, _name_hash(member.name)))
+        names.write(name)
+        name_places.write(_numbers(names.tell()))
+        count += 1
     if key is not None:
-        digests.append(hash_64(digest))
-    np.array(members, np.int64).tofile(folder / "members")
-    np.array(samples, np.int64).tofile(folder / "samples")
-    np.array(digests, np.uint64).tofile(folder / "digests")
-    np.cumsum([len(name) for name in names], dtype=np.int64).tofile(folder / "name_places")
-    (folder / "names").write_bytes(b"".join(names))
+        digests.write(hash_64(digest).to_bytes(8, "little"))
+
+
+def _numbers(*values: int) -> bytes:
+    return np.array(values, np.int64).tobytes()
 
 
 def _decoded(data: bytes, name: str) -> str:

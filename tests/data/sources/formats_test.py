@@ -20,7 +20,7 @@ from scipy.io import wavfile
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.data.config import DataConfig
-from anyexperts_jax.data.mixture import describe_place, open_source
+from anyexperts_jax.data.mixture import Sources, open_source
 from anyexperts_jax.data.pipeline import train_iterator
 from anyexperts_jax.data.sources.find import find_rows
 from anyexperts_jax.data.sources.rows import RowError
@@ -145,7 +145,7 @@ def test_every_kind_of_file_gives_the_same_examples(write, tmp_path):
     for i in range(COUNT):
         example = found[f"what is {i}?"]
         assert (example.answer, example.image[0, 0, 0]) == (str(i), i)
-    assert f"{COUNT:,} rows" in describe_place(data, "mine")
+    assert f"{COUNT:,} rows" in Sources(data).describe("mine")
     source = pickle.loads(pickle.dumps(open_source(data, "mine", "train")))
     assert source[3].question == open_source(data, "mine", "train")[3].question, "workers read the same"
 
@@ -188,7 +188,7 @@ def test_recordings_with_a_table_or_a_text_beside_each(tmp_path):
     table = "file\ttext\tspeaker\n" + "".join(f"{name}\tsaid {name}\t{name[:2]}\n" for name in files)
     (tmp_path / "transcripts.tsv").write_text(table)
     data = config(tmp_path, split_by="speaker", held_out=0.4)
-    said = describe_place(data, "mine")
+    said = Sources(data).describe("mine")
     assert re.search(r"8 rows: (8|4) train", said), f"a speaker is in one split: {said}"
     source = open_source(data, "mine", "train")
     assert source.metric == "wer"
@@ -214,7 +214,7 @@ def test_text_files_are_documents_cut_into_stretches(tmp_path):
     stretches = {(*source.where(i), i): source[i] for source in sources for i in range(len(source))}
     assert sum(len(item.text) for item in stretches.values()) == len(text), "nothing is lost"
     assert max(len(item.text) for item in stretches.values()) == 126
-    assert "documents" in describe_place(data, "mine")
+    assert "documents" in Sources(data).describe("mine")
     batch = next(train_iterator(data, 4))
     assert (batch.loss_mask_BT.sum(axis=1) == batch.valid_BT.sum(axis=1) - 1).all()
 
