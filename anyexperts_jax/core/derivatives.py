@@ -68,6 +68,36 @@ class Differentiable(Generic[T]):
         return run(*vary_alike(leaves))
 
 
+def linear(
+    function: Callable[..., jax.Array], transpose: Callable[..., jax.Array], x: jax.Array, *fixed: Any
+) -> jax.Array:
+    """`function(x, *fixed)`, which is linear in x and has no derivative by `fixed`, with its transpose.
+
+    Its backward pass gets `fixed` alone. A `Differentiable` gets x as well, so that a rematerialised forward pass would
+    compute x again.
+
+    Args:
+      transpose: (gradient of the result, *fixed) -> gradient of x.
+    """
+    leaves, tree = jax.tree.flatten(fixed)
+    given = vary_alike([x, *leaves])
+
+    def evaluate(values: Leaves) -> list[Any]:
+        return [function(values[0], *jax.tree.unflatten(tree, values[1:]))]
+
+    def differentiate(values: Leaves, tangents: Leaves) -> Sequence[Any]:
+        if not _moving(tangents[:1]):
+            return [SymbolicZero(aval.to_tangent_aval()) for aval in avals]
+        return step.bind([tangents[0], *values[1:]], avals)
+
+    def gradients(values: Leaves, gradients: Leaves) -> list[Any]:
+        return [transpose(gradients[0], *jax.tree.unflatten(tree, values[1:])), *[None] * (len(values) - 1)]
+
+    avals = tuple(jax.make_jaxpr(evaluate)(given).out_avals)
+    step = _Step(evaluate, differentiate, gradients)
+    return step.bind(given, avals)[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rules:
     forward: Callable[..., Any]

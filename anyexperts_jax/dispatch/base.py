@@ -28,11 +28,16 @@ class DispatchStats(NamedTuple):
 Dispatcher = Callable[..., tuple[Float[Array, "N D"], DispatchStats]]
 
 
-def sort_slots(expert_ids_NK: Int[Array, "N K"], num_experts: int, num_sequences: int = 1) -> SlotOrder:
+def sort_slots(
+    expert_ids_NK: Int[Array, "N K"], num_experts: int, num_sequences: int = 1, *, most_real: int | None = None
+) -> SlotOrder:
     """Sorts all slots by (expert, position, sequence, rank). N = num_sequences * T, sequence after sequence.
 
     Position is sorted before sequence, so that a capacity drops the latest positions of all sequences first. So no
     token is dropped because of a later one, as causality requires.
+
+    Args:
+      most_real: the most slots that can be real; the order ends there. None: all of them.
     """
     tokens, k = expert_ids_NK.shape
     positions = tokens // num_sequences
@@ -44,7 +49,7 @@ def sort_slots(expert_ids_NK: Int[Array, "N K"], num_experts: int, num_sequences
     position, sequence, rank = jnp.unravel_index(order_R, (positions, num_sequences, k))
     counts_E = jnp.zeros(num_experts, jnp.int32).at[ids_R].add(1, mode="drop")
     return SlotOrder(
-        slots_R=(sequence * positions + position) * k + rank,
+        slots_R=((sequence * positions + position) * k + rank)[:most_real],
         places_NK=places_NK,
         starts_E=jnp.cumsum(counts_E, dtype=jnp.int32) - counts_E,
         counts_E=counts_E,
@@ -62,25 +67,30 @@ def _stable_order(ids_R: Int[Array, "R"], num_experts: int) -> Int[Array, "R"]:
 
 
 def buffer_row_map(
-    order: SlotOrder, ids_NK: Int[Array, "N K"], capacity: int, first: Int[Array, ""] | int = 0
+    order: SlotOrder,
+    ids_NK: Int[Array, "N K"],
+    capacity: int,
+    part: tuple[Int[Array, "E"], Int[Array, "E"]] | None = None,
 ) -> RowMap:
-    """The map in which row e * capacity + c holds slot number `first` + c of the slots with id e, in the sorted order.
+    """The map in which row e * capacity + c holds slot number c of the slots with id e, in the sorted order.
 
     Args:
       order: the order of the slots by `ids_NK`.
       ids_NK: the expert, or the device, of each slot.
+      part: (number of the first slot, how many slots up to `capacity`) of each id. None: from 0 on, as many as fit.
     """
     num_ids, k = order.counts_E.shape[0], ids_NK.shape[1]
-    place_C = first + jnp.arange(capacity, dtype=jnp.int32)
-    place_EC = jnp.minimum(order.starts_E[:, None] + place_C[None], order.slots_R.size - 1)
+    first_E, held_E = part or (jnp.zeros_like(order.counts_E), jnp.minimum(order.counts_E, capacity))
+    start_E, row_C = order.starts_E + first_E, jnp.arange(capacity, dtype=jnp.int32)
+    place_EC = jnp.minimum(start_E[:, None] + row_C[None], order.slots_R.size - 1)
     slots_R = order.slots_R[place_EC.reshape(-1)]
     id_NK = jnp.minimum(ids_NK, num_ids - 1)
-    row_NK = order.places_NK - order.starts_E[id_NK] - first
-    held_NK = (ids_NK < num_ids) & (row_NK >= 0) & (row_NK < capacity)
+    row_NK = order.places_NK - start_E[id_NK]
+    held_NK = (ids_NK < num_ids) & (row_NK >= 0) & (row_NK < held_E[id_NK])
     return RowMap(
         tokens_R=slots_R // k,
         slots_R=slots_R,
-        live_R=(place_C[None] < order.counts_E[:, None]).reshape(-1),
+        live_R=(row_C[None] < held_E[:, None]).reshape(-1),
         rows_NK=jnp.where(held_NK, id_NK * capacity + row_NK, 0),
         held_NK=held_NK,
     )

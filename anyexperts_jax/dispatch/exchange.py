@@ -1,11 +1,12 @@
-"""Expert parallelism: the row of each real slot is sent to the device that holds its expert, and back, by all-to-all.
+"""Expert parallelism: tokens go to the devices that hold their experts, and back, by all-to-all.
 
-An all-to-all needs equal shapes, so every pair of devices along the expert axis exchanges a buffer of the same size,
-given by the budget. Slots that do not fit are dropped and counted, latest positions first, or sent in further rounds of
-the same exchange. A round takes time only if some device needs it.
+A token's row travels once to each device that holds some of its experts, with the ids and combine weights of those. The
+device sums its experts' weighted outputs in float32, and one row returns; so do the gradients, one row each way. An
+all-to-all needs equal shapes, so every pair of devices along the expert axis exchanges a buffer of the same size, given
+by the budget (`exchange_sizes`). Rows that do not fit are dropped with all their slots, latest positions first, or sent
+in further rounds of the same exchange. A round takes time only if some device needs it.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -16,13 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.remat import EXCHANGED
-from anyexperts_jax.dispatch.base import DispatchStats, buffer_row_map, sort_slots
+from anyexperts_jax.dispatch.base import DispatchStats, sort_slots
 from anyexperts_jax.dispatch.blocks import dispatch_blocks
+from anyexperts_jax.dispatch.exchange_sizes import BufferSizes, buffer_sizes
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.dispatch.local_tokens import map_local_tokens, token_axes
+from anyexperts_jax.dispatch.token_rows import TokenRows, find_token_rows, map_buffers, slots_of_rows
 from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.ops.routed_mlp import routed_mlp
-from anyexperts_jax.ops.row_map import combine_rows, take_rows
+from anyexperts_jax.ops.row_map import add_rows, take_rows
 from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import parts
@@ -37,13 +40,6 @@ class LocalTokens(NamedTuple):
     num_sequences: int
 
 
-def rows_per_shard(spec: PlanSpec, capacity_factor: float, num_tokens: int, shards: int) -> int:
-    """Rows that a shard of `num_tokens` tokens can send to each shard: capacity_factor times the share of the budget's
-    real slots, at least 1 and at most the number of slots that its tokens can have there."""
-    share = spec.expected_real_slots * num_tokens / shards
-    return min(num_tokens * (spec.num_experts // shards), max(1, math.ceil(capacity_factor * share)))
-
-
 def dispatch_exchange(
     x_ND: Float[Array, "N D"],
     plan: RoutingPlan,
@@ -54,8 +50,8 @@ def dispatch_exchange(
     """A `dispatch.base.Dispatcher` for meshes whose `expert` axis splits the experts. Stats are summed over all
     devices.
 
-    Tokens stay on their device. The row of each real slot goes to the device that holds its expert, through the expert,
-    and back. If the FFN width is split over devices, each has a partial sum, and these are added once per token. Every
+    Tokens stay on their device. A row of each goes to the devices that hold its experts, through these, and back as
+    one sum. If the FFN width is split over devices, each has a partial sum, and these are added once per token. Every
     device holds whole rows of x; weights that are split over `fsdp` are gathered first. If the axis has one device,
     this is `blocks`: nothing is sent and nothing is dropped.
 
@@ -85,7 +81,7 @@ def dispatch_exchange(
             y_ND, stats = exchange_slots(local, plan.spec, experts, execution, (str(axis), every_axis))
             done.append((y_ND.reshape(piece[0].shape), stats))
         y_BTD = jnp.concatenate([y_BtD for y_BtD, _ in done], axis=1)
-        if width_axis is not None:  # after combine and the way back: one row per token to sum, instead of one per slot
+        if width_axis is not None:  # after the way back: one row per token to sum, instead of one per token and device
             y_BTD = lax.psum(y_BTD, width_axis)
         total = lambda *counts: lax.psum(sum(counts), token_axes(placement))  # noqa: E731
         return y_BTD, jax.tree.map(total, *(stats for _, stats in done))
@@ -107,44 +103,62 @@ def exchange_slots(
       axes: the mesh axis that splits the experts, and all axes of the mesh.
     """
     axis, every_axis = axes
-    shards = lax.axis_size(axis)
-    local_experts, num_tokens = spec.num_experts // shards, local.x_ND.shape[0]
-    rows = rows_per_shard(spec, execution.capacity_factor, num_tokens, shards)
-    # Slots are sorted by device, not by expert: the sender only needs to know the buffer, and the receiver sorts the
-    # rows of all senders by expert once. An empty slot has the id E, which becomes the shard number `shards`.
-    shard_NK = local.expert_ids_NK // local_experts
-    order = sort_slots(shard_NK, shards, local.num_sequences)
+    num_devices, (num_tokens, slots_bound) = lax.axis_size(axis), local.expert_ids_NK.shape
+    local_experts = spec.num_experts // num_devices
+    sizes = buffer_sizes(spec, execution.capacity_factor, num_tokens, num_devices, slots_bound)
+    rows = find_token_rows(local.expert_ids_NK, local_experts, num_devices, local.num_sequences)
     first_expert = lax.axis_index(axis) * local_experts
 
-    def exchange(first: Int[Array, ""] | int) -> Float[Array, "N D"]:
-        """Sends the slots from number `first` on that fit in each shard's buffer, and combines what comes back."""
-        row_map = buffer_row_map(order, shard_NK, rows, first)
-        # Rows of a buffer that is not full carry the id E, so that the receiver skips them.
-        ids_R = jnp.where(row_map.live_R, local.expert_ids_NK.reshape(-1)[row_map.slots_R], spec.num_experts)
-        # The names let remat="exchanged" save what was received: otherwise the backward pass repeats every all-to-all.
-        received_RD = checkpoint_name(_swap(take_rows(local.x_ND, row_map), axis), EXCHANGED)
-        received_ids_R = checkpoint_name(_swap(ids_R, axis), EXCHANGED)
-        y_RD = _local_experts(received_RD, received_ids_R - first_expert, experts, execution)
-        # Results return in x's dtype, half the traffic of float32 for bfloat16; combine accumulates in float32 again.
-        returned_RD = checkpoint_name(_swap(y_RD.astype(local.x_ND.dtype), axis), EXCHANGED)
-        # `_swap` is its own inverse, so a row comes back to the place it was sent from and the same map combines it.
-        return combine_rows(returned_RD, local.weights_NK, row_map)
+    def exchange(first_W: Int[Array, "W"]) -> Float[Array, "N D"]:
+        """Sends the rows from number `first_W` to each device on that fit in its buffer, and adds what comes back."""
+        row_map = map_buffers(rows, sizes, first_W)
+        ids_RK, weights_RK = slots_of_rows(rows, row_map, local.expert_ids_NK, local.weights_NK)
+        # The names let remat="exchanged" save what was received: otherwise the backward pass repeats the way there.
+        received_RD, received_ids_RK, received_weights_RK = (
+            checkpoint_name(swap(a, axis), EXCHANGED)
+            for swap, a in ((_swap, take_rows(local.x_ND, row_map)), (_swap_slots, ids_RK), (_swap_slots, weights_RK))
+        )
+        ids_RK = jnp.where(received_ids_RK < 0, local_experts, received_ids_RK - first_expert)
+        order = sort_slots(ids_RK, local_experts, most_real=num_devices * sizes.slots)
+        y_RD = routed_mlp(received_RD, received_weights_RK, order, experts, **execution.op_options)
+        # Results return in x's dtype, half the traffic of float32 for bfloat16; they are added in float32 again.
+        # `_swap` is its own inverse, so a row comes back to the place it was sent from and the same map adds it.
+        return add_rows(_swap(y_RD.astype(local.x_ND.dtype), axis), row_map)
 
-    y_ND, dropped = exchange(0), jnp.maximum(order.counts_E - rows, 0).sum(dtype=jnp.int32)
-    most_slots = num_tokens * min(shard_NK.shape[1], local_experts)  # that one shard can get: experts are distinct
-    if execution.overflow == "fallback" and most_slots > rows:
+    first_by_round = _first_rows(rows, sizes, _most_rounds(sizes, num_tokens, slots_bound))
+    y_ND = exchange(first_by_round[0])
+    slots = rows.slots_of(rows.order.counts_E).sum(dtype=jnp.int32)
+    dropped = slots - rows.slots_of(rows.fitting(sizes, first_by_round[0])).sum(dtype=jnp.int32)
+    if execution.overflow == "fallback" and len(first_by_round) > 1:
         # All devices of the mesh must take a round, or none: a device that skips an all-to-all, or a reduction that the
         # compiler places in the round's backward pass, leaves the others waiting forever. So the predicate is reduced
         # over all axes of the mesh, not only over the expert axis.
-        most_anywhere = lax.pmax(order.counts_E.max(), every_axis)
+        needed = (first_by_round < rows.order.counts_E[None]).any(-1).sum(dtype=jnp.int32)
+        needed_anywhere = lax.pmax(needed, every_axis)
         further = jax.checkpoint(exchange)  # otherwise a scan stores residuals of every round, even of skipped ones
 
-        def add_round(y_ND: Array, first: Array) -> tuple[Array, None]:
-            return lax.cond(first < most_anywhere, lambda: y_ND + further(first), lambda: y_ND), None
+        def add_round(y_ND: Array, numbered: tuple[Array, Array]) -> tuple[Array, None]:
+            number, first_W = numbered
+            return lax.cond(number < needed_anywhere, lambda: y_ND + further(first_W), lambda: y_ND), None
 
-        y_ND, _ = lax.scan(add_round, y_ND, jnp.arange(rows, most_slots, rows, dtype=jnp.int32))
+        numbers = jnp.arange(1, len(first_by_round), dtype=jnp.int32)
+        y_ND, _ = lax.scan(add_round, y_ND, (numbers, first_by_round[1:]))
         dropped = jnp.zeros_like(dropped)
-    return y_ND, DispatchStats(dropped=dropped, rows=order.counts_E.sum(dtype=jnp.int32) - dropped)
+    return y_ND, DispatchStats(dropped=dropped, rows=slots - dropped)
+
+
+def _most_rounds(sizes: BufferSizes, num_tokens: int, slots_bound: int) -> int:
+    """The rounds after which every row has been sent, whatever their slots."""
+    return -(-num_tokens // min(sizes.rows, sizes.slots // slots_bound))
+
+
+def _first_rows(rows: TokenRows, sizes: BufferSizes, rounds: int) -> Int[Array, "rounds W"]:
+    """The number of the first row to each device in each round."""
+
+    def add(first_W: Array, _: None) -> tuple[Array, Array]:
+        return first_W + rows.fitting(sizes, first_W), first_W
+
+    return lax.scan(add, jnp.zeros_like(rows.order.counts_E), None, length=rounds)[1]
 
 
 def _swap(a: Array, axis: str) -> Array:
@@ -153,17 +167,12 @@ def _swap(a: Array, axis: str) -> Array:
     return lax.all_to_all(blocks, axis, split_axis=0, concat_axis=0, tiled=True).reshape(a.shape)
 
 
-def _local_experts(
-    x_RD: Float[Array, "R D"], ids_R: Int[Array, "R"], experts: ExpertWeights, execution: Execution
-) -> Float[Array, "R D"]:
-    """Applies its expert to each row; zero for ids outside this device's range.
-
-    Each row is a token with one slot of weight 1: the combine weights stay with the sender.
-    """
-    num_experts = experts.gate_EDF.shape[0]
-    ids_R1 = jnp.where((ids_R >= 0) & (ids_R < num_experts), ids_R, num_experts)[:, None].astype(jnp.int32)
-    ones_R1 = jnp.ones(ids_R1.shape, jnp.float32)
-    return routed_mlp(x_RD, ones_R1, sort_slots(ids_R1, num_experts), experts, **execution.op_options)
+def _swap_slots(a_RK: Array, axis: str) -> Array:
+    """`_swap` with rows along the last axis: a TPU would fill up K columns to 128."""
+    num_devices = lax.axis_size(axis)
+    a_WKR = a_RK.reshape(num_devices, -1, a_RK.shape[1]).swapaxes(1, 2)
+    swapped_WKR = lax.all_to_all(a_WKR, axis, split_axis=0, concat_axis=0, tiled=True)
+    return swapped_WKR.swapaxes(1, 2).reshape(a_RK.shape)
 
 
 def _check(spec: PlanSpec, num_tokens: int, execution: Execution, placement: Placement) -> None:

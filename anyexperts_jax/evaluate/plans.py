@@ -30,5 +30,7 @@ def plan_of(model: ModelConfig, trace: RoutingTrace) -> RoutingPlan:
             expected_real_slots=moe.expected_real_slots,
             virtual_output=moe.switches.virtual_output,
             num_sequences=trace.slots_BT.shape[0],
+            num_groups=moe.num_groups,
+            groups_kept=moe.groups_kept,
         ),
     )

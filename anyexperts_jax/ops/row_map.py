@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from anyexperts_jax.core.derivatives import Differentiable
+from anyexperts_jax.core.derivatives import Differentiable, linear
 from anyexperts_jax.ops._dots import wide_dtype
 
 
@@ -67,6 +67,24 @@ def _combine_rows_forward(*operands: Any) -> tuple[Array, tuple[Any, ...]]:
 
 
 combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward, definition=combine_rows.run)
+
+
+def add_rows(y_RD: Float[Array, "R D"], row_map: RowMap) -> Float[Array, "N D"]:
+    """Combine without weights: sums each token's rows, in float32 or wider. Its backward pass does not need y."""
+
+    def add(y_RD: Array, row_map: RowMap) -> Array:
+        return sum_rows(y_RD, row_map.held_NK, row_map)
+
+    def spread(d_ND: Array, row_map: RowMap) -> Array:
+        return linear(take, add_alike, d_ND.astype(y_RD.dtype), row_map)
+
+    def take(d_ND: Array, row_map: RowMap) -> Array:
+        return jnp.where(row_map.live_R[:, None], d_ND[row_map.tokens_R], 0)
+
+    def add_alike(d_RD: Array, row_map: RowMap) -> Array:
+        return add_rows(d_RD, row_map).astype(d_RD.dtype)
+
+    return linear(add, spread, y_RD, row_map)
 
 
 def sum_rows(y_RD: Float[Array, "R D"], weights_NK: Shaped[Array, "N K"], row_map: RowMap) -> Float[Array, "N D"]:

@@ -6,9 +6,13 @@ from jaxtyping import Array, Bool, Int
 
 
 class SlotOrder(NamedTuple):
-    """The slots n * K + k sorted by expert; slots without a real expert come last."""
+    """The slots n * K + k sorted by expert; slots without a real expert come last.
 
-    slots_R: Int[Array, "R"]  # the slot at each place of the order, R = N * K
+    Where it is known that few slots are real, `slots_R` may end after fewer than N * K places: it has all real slots.
+    Time and memory of the expert ops follow its length. Then empty slots may have places beyond its end.
+    """
+
+    slots_R: Int[Array, "R"]  # the slot at each place of the order, R <= N * K
     places_NK: Int[Array, "N K"]  # the inverse: the place of each slot
     starts_E: Int[Array, "E"]  # first place of each expert
     counts_E: Int[Array, "E"]  # real slots of each expert

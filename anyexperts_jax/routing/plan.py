@@ -16,6 +16,8 @@ class PlanSpec:
     expected_real_slots: float  # the nominal budget of the window in use, which sizes the buffers
     virtual_output: VirtualOutput = "identity"
     num_sequences: int = 1  # N = num_sequences * T, sequence after sequence
+    num_groups: int = 1  # the experts are in this many equal groups, and a token's are in `groups_kept` of them
+    groups_kept: int = 1
 
 
 @register_dataclass

@@ -143,6 +143,8 @@ def _route(
             expected_real_slots=budget_in_force(config, in_force),
             virtual_output=config.switches.virtual_output,
             num_sequences=num_sequences,
+            num_groups=config.num_groups,
+            groups_kept=config.groups_kept,
         ),
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.dispatch.exchange import rows_per_shard
+from anyexperts_jax.dispatch.exchange_sizes import BufferSizes, buffer_sizes
 from tests.dispatch.plans import make_operands, make_plan, random_ids
 from tests.sharding.meshes import (
     CASES,
@@ -62,8 +62,9 @@ def test_what_does_not_fit_a_chunk_is_dropped_and_counted():
     operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
     run = jax.jit(exchange(place(MESHES["expert 8"]), exchange_chunks=2))
     y_ND, stats = run(operands[0], plan, *operands[1:])
-    assert rows_per_shard(plan.spec, 1.25, LENGTH // 2, 8) == 1  # ceil(1.25 * 1.5 * 3 / 8)
-    assert stats.dropped == 2 * TOKENS - 8 * 2
+    # One row, ceil(1.25 * 1.47 * 3 / 8), and the slots of a whole token, more than ceil(1.25 * 1.5 * 3 / 8).
+    assert buffer_sizes(plan.spec, 1.25, LENGTH // 2, 8, SLOTS) == BufferSizes(rows=1, slots=SLOTS)
+    assert stats.dropped == 2 * TOKENS - 8 * 2 * 2  # devices, chunks, slots of a row
     kept_T = (y_ND != 0).any(1).reshape(SEQUENCES, LENGTH).sum(0)
     np.testing.assert_array_equal(kept_T, [SEQUENCES, 0, 0, SEQUENCES, 0, 0])
 
@@ -90,11 +91,11 @@ def test_devices_share_the_rows_of_capacity_buffers():
 
 def test_what_does_not_fit_is_dropped_and_counted_over_all_devices():
     plan = plan_of("one shard's experts alone")
-    placement, rows = place(MESHES["expert 8"]), rows_per_shard(plan.spec, 1.25, LENGTH, 8)
+    placement, sizes = place(MESHES["expert 8"]), buffer_sizes(plan.spec, 1.25, LENGTH, 8, SLOTS)
     operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
     y_ND, stats = jax.jit(exchange(placement))(operands[0], plan, *operands[1:])
-    assert rows == 2  # ceil(1.25 * 1.5 * 6 / 8)
-    assert stats.dropped == 2 * TOKENS - 8 * rows
+    assert sizes == BufferSizes(rows=2, slots=3)  # ceil(1.25 * 1.47 * 6 / 8) and, above ceil(1.25 * 1.5 * 6 / 8), K
+    assert stats.dropped == 2 * TOKENS - 8 * 2  # a second row of two slots would make four
     np.testing.assert_array_equal((y_ND != 0).any(1).reshape(SEQUENCES, LENGTH).sum(0), [SEQUENCES, 0, 0, 0, 0, 0])
 
 
@@ -109,17 +110,6 @@ def test_drops_do_not_depend_on_later_tokens():
     after, _ = run(operands[0], changed, *operands[1:])
     assert stats.dropped > 0
     np.testing.assert_array_equal(before[early], after[early])
-
-
-def test_the_buffer_follows_the_budget():
-    spec = plan_of("random").spec
-    high, low = (dataclasses.replace(spec, expected_real_slots=slots) for slots in (8.0, 4.8))
-    assert rows_per_shard(high, 1.25, 1024, 8) == 1280  # 1.25 * 8 * 1024 / 8
-    assert rows_per_shard(low, 1.25, 1024, 8) == 768
-    assert rows_per_shard(high, 1.25, 4, 8) == 5
-    assert (
-        rows_per_shard(dataclasses.replace(spec, num_experts=8), 1.25, 4, 8) == 1
-    )  # one expert a shard: a slot a token
 
 
 def test_what_the_mesh_does_not_divide_is_refused():

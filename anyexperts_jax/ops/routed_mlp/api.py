@@ -25,7 +25,7 @@ def routed_mlp(
     accumulated in float32, and the result is float32 (float64 for float64) whatever x's dtype.
 
     Args:
-      order: the slots of `weights_NK`, sorted by expert.
+      order: the slots of `weights_NK`, sorted by expert. It may leave out empty slots: see `SlotOrder`.
       implementation: "pallas_tpu", "pallas_gpu" (Hopper, bfloat16), "pallas_triton" (NVIDIA GPUs; bfloat16, and
         float32 multiplied as TF32), "xla" or "reference". None chooses "pallas_tpu" on a TPU and "pallas_triton" on an
         NVIDIA GPU if x is bfloat16 or float32 and the trace sees one device (one in use, or in a `shard_map`), and
@@ -39,7 +39,7 @@ def routed_mlp(
     check_expert_weights(x_ND, *experts)
     check_counts("order.counts_E", order.counts_E, experts.gate_EDF.shape[0])
     require(
-        order.places_NK.shape == weights_NK.shape and order.slots_R.size == weights_NK.size,
+        order.places_NK.shape == weights_NK.shape and order.slots_R.size <= weights_NK.size,
         f"weights_NK has shape {weights_NK.shape}, the order is of {order.places_NK.shape} slots",
     )
     check_residuals(residuals)

@@ -58,7 +58,7 @@ def forward(
     x_ND: Float[Array, "N D"], weights_NK: Float[Array, "N K"], order: SlotOrder, experts: Experts, *, keep: bool
 ) -> tuple[Float[Array, "N D"], Kept | None]:
     """(y_ND, residuals if `keep`)."""
-    sizes = row_sizes(weights_NK.size, x_ND.shape[0], order.counts_E.size)
+    sizes = row_sizes(order.slots_R.size, x_ND.shape[0], order.counts_E.size)
     block, dtype, wide = sizes[-1], x_ND.dtype, wide_dtype(x_ND.dtype)
     tokens_R, weight_R = _padded_rows(order, weights_NK, block)
     x_bits_ND = to_bits(x_ND)
@@ -105,7 +105,7 @@ def backward(
     d_y_ND: Float[Array, "N D"],
 ) -> tuple[Float[Array, "N D"], Float[Array, "N K"], Experts]:
     """Gradients of x, the combine weights and the experts' weights."""
-    sizes = row_sizes(weights_NK.size, x_ND.shape[0], order.counts_E.size)
+    sizes = row_sizes(order.slots_R.size, x_ND.shape[0], order.counts_E.size)
     block, dtype, wide = sizes[-1], x_ND.dtype, wide_dtype(x_ND.dtype)
     tokens_R, weight_R = _padded_rows(order, weights_NK, block)
     x_bits_ND, d_y_bits_ND = to_bits(x_ND), to_bits(d_y_ND.astype(dtype))

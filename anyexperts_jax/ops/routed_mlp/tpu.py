@@ -47,7 +47,7 @@ def routed_mlp_pallas_tpu(
     sizes = options.sizes
     if sizes is None:
         num_experts, padded, hidden = experts.gate_EDF.shape
-        shape = Shape(math.ceil(weights_NK.size / num_experts), padded, hidden, x_ND.dtype.itemsize)
+        shape = Shape(math.ceil(order.slots_R.size / num_experts), padded, hidden, x_ND.dtype.itemsize)
         sizes = aligned_sizes(tpu_limits(device_kind()), shape)
     kernels = _kernels(sizes, options.interpret)
     y_ND = buffered.routed_mlp(x_ND, weights_NK, order, experts, kernels=kernels, block=buffer_block(sizes))

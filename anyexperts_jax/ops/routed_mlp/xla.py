@@ -13,7 +13,7 @@ def forward(
     x_ND: Float[Array, "N D"], weights_NK: Float[Array, "N K"], order: SlotOrder, experts: loop.Experts, *, keep: bool
 ) -> tuple[Float[Array, "N D"], loop.Kept | None]:
     """(y_ND, residuals for `loop.backward` if `keep`)."""
-    if not keep and weights_NK.size / order.counts_E.size <= _FEW_ROWS:
+    if not keep and order.slots_R.size / order.counts_E.size <= _FEW_ROWS:
         y_RD = few_rows(x_ND, weights_NK, order, experts)
         return loop.sum_slots(y_RD, order, y_RD.dtype), None
     return loop.forward(x_ND, weights_NK, order, experts, keep=keep)
