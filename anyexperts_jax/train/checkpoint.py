@@ -39,6 +39,7 @@ from anyexperts_jax.train.state import TrainState
 
 SMALL_FILES_BYTES = 1 << 20  # a generous bound on a checkpoint's metadata, configuration and data state
 LEAST_PART_BYTES = 1 << 20  # smaller replicated arrays are not split for writing: each part compiles a program
+DELETED = "deleted"  # the folder beside the checkpoints into which one is renamed before its files are removed
 SECOND_LOOK_SECONDS = 1.0  # before a file counts as damaged: a running process may be deleting the checkpoint
 
 
@@ -75,6 +76,7 @@ class Checkpoints:
         _require_checkpoints(directory)
         if not read_only:
             directory.mkdir(parents=True, exist_ok=True)
+            self._remove_deleted()
         self._alias = PathAlias(directory)
         policy = checkpoint_managers.AnyPreservationPolicy(
             [
@@ -88,6 +90,7 @@ class Checkpoints:
             best_mode="min",
             cleanup_tmp_directories=not read_only,
             create=not read_only,
+            todelete_subdir=None if read_only else DELETED,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         self._manager = ocp.CheckpointManager(self._alias.path, options=options, handler_registry=_handlers())
@@ -119,6 +122,7 @@ class Checkpoints:
           Exception: the error of the previous save, if it failed.
         """
         self._manager.check_for_errors()
+        self._remove_deleted()
         self._require_room(state)
         self._manager.save(
             int(state.step),
@@ -174,12 +178,25 @@ class Checkpoints:
         """
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
+        self._remove_deleted()
 
     def close(self) -> None:
         try:
             self._manager.close()
+            self._remove_deleted()
         finally:
             self._alias.close()
+
+    def _remove_deleted(self) -> None:
+        """Removes the files of deleted checkpoints, which Orbax has renamed into DELETED.
+
+        A process that was killed while it removed a checkpoint in its place would leave a part of it, which looks like
+        damage. The folder itself stays, for Orbax may be renaming into it in the background.
+        """
+        folder = self.directory / DELETED
+        if not self._read_only and processes.is_first() and folder.is_dir():
+            for checkpoint in folder.iterdir():
+                shutil.rmtree(checkpoint, ignore_errors=True)
 
     def _name(self, step: int) -> str:
         return f"checkpoint {step} in {self.directory}"

@@ -121,6 +121,24 @@ def test_the_last_and_the_best_are_kept_over_restarts(tmp_path):
     checkpoints.close()
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed_damages_none(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    with monkeypatch.context() as killed, contextlib.closing(Checkpoints(folder)) as checkpoints:
+        killed.setattr(Checkpoints, "_remove_deleted", lambda self: None)
+        for step, loss in ((1, 2.0), (2, 1.0)):
+            checkpoints.save(state_at(step), {}, CONFIG, validation_loss=loss)
+        checkpoints.wait()
+    (half,) = (folder / "deleted").iterdir()
+    shutil.rmtree(half / "metrics")  # what the killed process had removed of it
+    with contextlib.closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        assert checkpoints.steps == [2]
+    assert half.exists()
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        assert checkpoints.steps == [2]
+        assert_same(checkpoints.restore(2, abstract(state_at(0)), CONFIG)[0], state_at(2))
+    assert not half.exists()
+
+
 def test_a_save_under_way_is_not_touched_by_the_next_step(tmp_path):
     """The step donates its state: the save must hold a copy of its own."""
     size = 4_000_000
