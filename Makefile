@@ -97,7 +97,7 @@ $(BIN)/.installed-browser: $(BIN)/.installed-test
 	touch $@
 
 test-report: $(BIN)/.installed-browser
-	$(BIN)/python -m pytest tests/report $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/report/browser_test.py $(PYTEST_ARGS)
 
 release-check:
 	.ci/release-check
