@@ -31,6 +31,7 @@ help:
 	@echo "make check       lint, format check and types"
 
 $(BIN)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d; Python 3.11 or newer is needed: PYTHON=python3.12 make $(MAKECMDGOALS)" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable .
@@ -96,7 +97,7 @@ $(BIN)/.installed-browser: $(BIN)/.installed-test
 	touch $@
 
 test-report: $(BIN)/.installed-browser
-	$(BIN)/python -m pytest tests/report $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/report/browser_test.py $(PYTEST_ARGS)
 
 release-check:
 	.ci/release-check

@@ -1,5 +1,6 @@
 """The command `anyexperts`, and `python -m anyexperts_jax`."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Collection, Mapping
@@ -12,8 +13,16 @@ WATCHERS = ("pydevd", "debugpy", "pdb", "bdb", "pudb", "memray", "scalene", "IPy
 LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "MV2_COMM_WORLD_", "SLURM_STEP_", "PALS_", "FLUX_TASK_", "JSM_")
 
 
+OLDEST = (3, 11)
+NEEDED = ("numpy", "jax", "flax")  # of what pip installs beside the package: enough to tell that it did
+
+
 def main() -> int:
     """Runs a command and returns its exit code."""
+    obstacle = cannot_start(sys.version_info[:2])
+    if obstacle:
+        print(f"anyexperts: {obstacle}", file=sys.stderr)
+        return 2
     wish = os.environ.get(SWITCH)
     if wish not in (None, "0", "1"):
         print(f"anyexperts: {SWITCH}={wish!r} must be 0 (never) or 1 (always)", file=sys.stderr)
@@ -23,6 +32,22 @@ def main() -> int:
     from anyexperts_jax.cli.main import main as run
 
     return run()
+
+
+def cannot_start(version: "tuple[int, int]", needed: Collection[str] = NEEDED) -> str:
+    """Why no command can run in this Python, in one line; empty if it can. Runs on older Pythons too."""
+    if version < OLDEST:
+        return (
+            f"this is Python {version[0]}.{version[1]}, and {OLDEST[0]}.{OLDEST[1]} or newer is needed: "
+            "make an environment with a newer one, as in `PYTHON=python3.12 make install`"
+        )
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        return (
+            f"{', '.join(missing)} not installed for {sys.executable}: activate the environment "
+            "(`source .venv/bin/activate`), or run `pip install .` in the checkout"
+        )
+    return ""
 
 
 def restart_with_large_pages() -> None:

@@ -37,6 +37,16 @@ def test_as_committed(path):
     assert any(cell.outputs for cell in code[1:])
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_begins_with_how_long_it_takes_on_which_runtime(path):
+    first = json.loads(path.read_text())["cells"][0]
+    text = "".join(first["source"])
+    assert first["cell_type"] == "markdown"
+    assert text.startswith("# ")
+    assert re.search(r"seconds|minutes", text)
+    assert re.search(r"runtime", text, re.IGNORECASE)
+
+
 def run_cell(code, folder, prelude=""):
     """As a notebook runs it where nothing is installed but Python: what it said and how it ended."""
     command = [sys.executable, "-I", "-S", "-c", f"{prelude}\n{code}"]

@@ -1,6 +1,7 @@
 """The command as a process."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -120,3 +121,32 @@ def test_the_new_process_has_the_old_ones_arguments_and_number(tmp_path):
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert error.startswith("anyexperts: ")
+
+
+@pytest.mark.parametrize(
+    ("version", "needed", "said"),
+    [
+        ((3, 10), ("numpy",), "this is Python 3.10, and 3.11 or newer is needed"),
+        ((3, 9), ("no_such_module",), "this is Python 3.9, and 3.11 or newer is needed"),
+        ((3, 11), ("numpy", "no_such_module"), "no_such_module not installed for "),
+        ((3, 13), ("numpy",), ""),
+        ((4, 0), ("numpy",), ""),
+    ],
+)
+def test_a_python_that_cannot_run_it_is_named_in_one_line(version, needed, said):
+    line = __main__.cannot_start(version, needed)
+    assert line.startswith(said)
+    assert bool(line) == bool(said)
+    assert "\n" not in line
+
+
+def test_without_its_packages_the_command_ends_in_one_line(tmp_path):
+    """`-S -I` is a Python in which nothing is installed."""
+    root = str(pathlib.Path(__main__.__file__).parents[1])
+    code = f"import sys; sys.path.insert(0, {root!r}); from anyexperts_jax.__main__ import main; sys.exit(main())"
+    ended = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, "train", "smoke"], cwd=tmp_path, capture_output=True
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.decode().count("\n") == 1
+    assert ended.stderr.startswith(b"anyexperts: numpy, jax, flax not installed for ")

@@ -15,7 +15,7 @@ _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
 class BadRows:
-    """What was skipped so far. Worker processes get a copy that writes into the same file, which the first deletes."""
+    """Counts rows that were skipped. Worker processes get a copy that writes to the same file; its maker deletes it."""
 
     def __init__(self, most_share: float) -> None:
         path = os.path.join(tempfile.gettempdir(), f"anyexperts-skipped-{uuid.uuid4().hex}")

@@ -81,7 +81,7 @@ def _learned(text: str) -> "Text":
 
 
 def _made_of(item: Item, config: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None) -> str:
-    """How long its sequence is and how much of it is learned, or why it makes none."""
+    """Says how long its sequence is and how much of it is learned, or why it has none."""
     try:
         sequence = encode_item(item, config.encoding, tokenizer=tokenizer, template=template)
     except UserError as error:

@@ -60,7 +60,7 @@ def _too_long(where: str, samples: int) -> str:
 
 
 def _read_wav(data: bytes, where: str) -> tuple[int, np.ndarray]:
-    """One that was cut short is refused; one whose coding SciPy does not know is left to soundfile."""
+    """Refuses a file that was cut short, and leaves codings that SciPy does not know to soundfile."""
     from scipy.io import wavfile
 
     promised = _promised_bytes(data)

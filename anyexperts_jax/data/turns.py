@@ -203,7 +203,7 @@ def _encoded_media(conversation: Conversation, spec: EncodingSpec) -> list[Media
 
 
 def _require_room(item: Item, parts: Rows, size: Size, spec: EncodingSpec) -> None:
-    """Refuses what does not fit in a row, saying of what it is made."""
+    """Refuses a sequence that does not fit in a row, and says what it consists of."""
     room = Size.of_row(spec)
     if size.fits(room):
         return

@@ -41,7 +41,7 @@ def read_video(data: bytes, where: str, most: int = MAX_FRAMES) -> UInt8[ndarray
 
 
 def _times(data: bytes, where: str, most: int) -> Float[ndarray, " F"]:
-    """The times, in seconds, whose frames are taken. Nothing is decoded for it."""
+    """The times, in seconds, at which frames are taken. It decodes nothing."""
     import av
     from PIL import Image
 
@@ -88,5 +88,5 @@ def _shown(data: bytes, where: str, times_F: Float[ndarray, " F"]) -> UInt8[ndar
 
 
 def _pixels(frame: "VideoFrame") -> UInt8[ndarray, "H W 3"]:
-    """RGB, turned by the quarters that the file asks for."""
+    """The frame as RGB, rotated by the quarter turns that the file asks for."""
     return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)

@@ -46,7 +46,7 @@ def map_examples(trained: Trained, domain: str, count: int, rows: int, max_new_t
 
 
 def maps_of(items: Sequence[FollowedItem], spec: EncodingSpec, tokenizer: Tokenizer) -> list[ExampleMap]:
-    """The maps of those items that are examples. the page's script draws the others, from `explorer`."""
+    """The maps of those items that are examples; the page's script draws the others, from `explorer`."""
     return [
         lay_out(
             one.item,

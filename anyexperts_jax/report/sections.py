@@ -93,7 +93,7 @@ def _examples(source: ReportSource, count: int) -> str:
 def _allocation_verdicts(source: ReportSource, folder: pathlib.Path) -> Section:
     section = Section("verdicts", "Does it learn to allocate?")
     if source.evaluation is None:
-        return dataclasses.replace(section, missing=(_evaluate_first(source),))
+        return dataclasses.replace(section, missing=("Not evaluated yet: the checks need an evaluation, see above.",))
     found = verdicts(source.evaluation, source.config.model.moe)
     text = (
         f"{sum(one.met for one in found)} of {len(found)} are met. A score is wanted {CHANCE_MARGIN:g} standard errors "

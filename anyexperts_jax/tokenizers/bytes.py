@@ -31,11 +31,11 @@ def _offsets(ids_T: Int32[ndarray, " T"]) -> Int32[ndarray, "T 2"]:
 
 @dataclasses.dataclass(frozen=True)
 class BytesTokenizer:
-    """A token a byte. Its special ids have no spelling, so no text can hold one."""
+    """Makes one token of each byte. Its special ids have no spelling, so no text can contain them."""
 
     @classmethod
     def reads(cls, path: pathlib.Path) -> bool:
-        """False: without a record of its kind, no file says that it is one."""
+        """Returns False: no file marks a byte tokenizer; only the record of a run does."""
         return False
 
     @classmethod

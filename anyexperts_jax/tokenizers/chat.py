@@ -210,7 +210,7 @@ def _now() -> datetime.datetime:
 
 
 def _plain_message(index: int, message: Any) -> dict[str, Any]:
-    """A message as plain data, without the keys that hold nothing; media become a word, for templates see no more."""
+    """The message as plain data without empty keys. A medium becomes one word: templates see no more of it."""
     where = f"message {index}"
     require(isinstance(message, Mapping), f"{where} is a {type(message).__name__}, not an object with role and content")
     held = {key: value for key, value in message.items() if value is not None}
@@ -230,7 +230,7 @@ def _medium(key: str, value: Any) -> Any:
 
 
 def _plain(where: str, value: Any) -> Any:
-    """`value` built anew from JSON's types: any other object would be a way out of the sandbox."""
+    """Rebuilds `value` from JSON's types: any other object could be a way out of the sandbox."""
     if isinstance(value, bool | None):
         return value
     for kind, plain in _SCALARS.items():

@@ -96,7 +96,7 @@ def _build(found: Mapping[str, Any]) -> "tokenizers.Tokenizer":
 
 
 def _splitter(library: Any, split: str) -> Any:
-    """What cuts a text into the pieces that merges stay in, and spells their bytes."""
+    """The pre-tokenizer: it cuts a text into pieces, across which nothing is merged, and spells their bytes."""
     by_words = library.ByteLevel(add_prefix_space=False, use_regex=True)
     if split == "gpt-2":
         return by_words

@@ -131,7 +131,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of what decides ids and sequences; how the files are written does not count."""
+        """A hash of all that decides ids and sequences. How the files are written does not count."""
         added = {id: [token.content, token.special] for id, token in self._text.get_added_tokens_decoder().items()}
         parts = {"tokenizer": _canonical(self._description), "added": added, "special": self.special.framing}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -213,7 +213,7 @@ class HuggingFaceTokenizer:
         return self._make()
 
     def _make(self) -> "tokenizers.Tokenizer":
-        """Without what cuts, pads or frames a sequence; a post-processor would also trim the offsets."""
+        """Makes it without truncation, padding and post-processor; the last would also trim the offsets."""
         library = require_library()
         description = {**self._description, "truncation": None, "padding": None, "post_processor": None}
         try:
@@ -245,7 +245,7 @@ class HuggingFaceTokenizer:
     def _offsets(
         self, text: str, ids_T: Int32[ndarray, " T"], found: Sequence[tuple[int, int]]
     ) -> Int32[ndarray, "T 2"]:
-        """The library's offsets, but that of a space that was put before the text is empty: it gives it a character."""
+        """The library's offsets. A space that the tokenizer puts before the text gets an empty span here."""
         offsets_T2 = np.array(found, np.int32).reshape(-1, 2)
         for i in np.nonzero(ids_T == self._space_id)[0].tolist():
             start = int(offsets_T2[i, 0])
@@ -282,7 +282,7 @@ class HuggingFaceTokenizer:
     # What must hold
 
     def _require_declared_ids(self) -> None:
-        """The library numbers added tokens on its own when the vocabulary has holes; the model's weights do not."""
+        """Refuses a vocabulary with holes: the library renumbers added tokens there, and the weights do not follow."""
         listed = self._description.get("added_tokens") or []
         wanted = {token["content"]: token["id"] for token in listed if isinstance(token, dict) and "id" in token}
         wanted |= {flags["content"]: id for id, flags in self._declared.added.items()}
@@ -291,7 +291,7 @@ class HuggingFaceTokenizer:
             require(found == id, f"the added token {content!r} has id {id} in the files, but would be read as {found}")
 
     def _require_a_way_for_the_unknown(self) -> None:
-        """Some models fail on what is new to them; BPE drops it and counts the rest's characters wrongly."""
+        """Refuses a model that cannot encode unknown characters: BPE drops them and miscounts those after them."""
         model, vocabulary = self._description["model"], self._text.get_vocab(with_added_tokens=False)
         kind, unknown = model.get("type", "BPE"), model.get("unk_token")
         if kind == "Unigram":

@@ -108,7 +108,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's, but no private name can be set: that would be a way out of the sandbox."""
+    """Jinja's namespace, in which no private name can be set: that would be a way out of the sandbox."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):

@@ -37,7 +37,7 @@ def open_tokenizer(source: str) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-    """Writes a copy, and a record of what it is, into `folder`, which is made."""
+    """Creates `folder` and writes a copy of the tokenizer into it, with a record of what it is."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     record = dataclasses.asdict(TokenizerRecord.of(tokenizer))
@@ -62,7 +62,7 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
 
 
 def read_record(folder: pathlib.Path) -> TokenizerRecord:
-    """What the copy in `folder` is a copy of.
+    """Reads which tokenizer was copied into `folder`.
 
     Raises:
       UserError: when there is no record, or it is broken.

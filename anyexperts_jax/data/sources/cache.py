@@ -1,4 +1,4 @@
-"""What is worked out of a file once: where its rows begin, and copies of what cannot be read at random.
+"""What is computed once for each file: where its rows begin, and a copy if rows cannot be read in any order.
 
 It lies in $ANYEXPERTS_CACHE, or in anyexperts/ under $XDG_CACHE_HOME or ~/.cache, by the file's path, size and time.
 To delete it costs the time to make it again.

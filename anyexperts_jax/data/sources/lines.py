@@ -149,7 +149,7 @@ def _index(file: File, folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _told(file: File) -> Iterator[None]:
-    """What a damaged archive raises, as one line that names the file."""
+    """Turns what a damaged archive raises into one line that names the file."""
     try:
         yield
     except UserError:
@@ -190,7 +190,7 @@ def decompressed(file: File) -> Iterator[Stream]:
 
 
 class _Retried(io.RawIOBase):
-    """A stream of a store, each read of which is tried again."""
+    """A stream from an object store that repeats a read that failed."""
 
     def __init__(self, stream: Stream, path: str) -> None:
         self._stream, self._path = stream, path

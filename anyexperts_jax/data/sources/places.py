@@ -46,7 +46,7 @@ class File:
 
     @property
     def key(self) -> tuple[str, int, str]:
-        """By which what is worked out of it is found again."""
+        """The key under which the cache keeps what was computed from the file."""
         return self.path if is_address(self.path) else os.path.abspath(self.path), self.size, self.version
 
 
