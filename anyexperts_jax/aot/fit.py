@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from anyexperts_jax.aot.work import token_shards
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.dispatch.exchange_sizes import expected_devices
+from anyexperts_jax.routing.plan import plan_spec
 from anyexperts_jax.train.config import RunConfig
 
 _OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMG])\)? exceeds available HBM|Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm")
@@ -84,19 +86,21 @@ def kept_bytes(config: RunConfig, mesh: dict[str, int], remat: str) -> float:
     """An estimate of the bytes that a device keeps for the backward pass, over all layers, under a remat policy."""
     stack, moe, attention = config.model.stack, config.model.moe, config.model.stack.attention
     itemsize = 2 if stack.dtype == "bfloat16" else 4
-    rows = moe.expected_real_slots * stack.execution.capacity_factor
+    slots, sent = stack.execution.capacity_factor * moe.expected_real_slots, 0.0
+    if stack.execution.dispatch == "exchange":
+        sent = stack.execution.capacity_factor * expected_devices(plan_spec(moe), mesh["expert"])
     projected = (2 * attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
     shared = 3 * stack.num_shared_experts * stack.expert_d_ff
     router = 4 * moe.num_columns
     per_token = {
         "full": stack.d_model * itemsize,
         "routing": stack.d_model * itemsize + router,
-        "exchanged": stack.d_model * itemsize * (1 + 2 * rows) + router,
+        "exchanged": stack.d_model * itemsize * (1 + sent) + 2 * 4 * moe.slots_bound * sent + router,
         "dots": (2 * stack.d_model + projected + shared) * itemsize + router,
     }
     per_token["none"] = (
         per_token["dots"]
-        + itemsize * rows * (2 * stack.d_model + 2 * stack.expert_d_ff)
+        + itemsize * (2 * stack.d_model * (sent or slots) + 2 * stack.expert_d_ff * slots)
         + (4 * attention.num_heads * config.data.encoding.max_length)
     )
     tokens = (

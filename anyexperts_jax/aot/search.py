@@ -126,13 +126,16 @@ def _expected(config: RunConfig, mesh: dict[str, int]) -> list[Collective]:
     itemsize = 2 if stack.dtype == "bfloat16" else 4
     again = stack.remat != "none"
     shards = token_shards(mesh)
-    buffers = count_work(config, mesh).rows_buffers / shards * stack.d_model * itemsize
+    sent = count_work(config, mesh).rows_sent / shards
+    slot_bytes = sent * config.model.moe.slots_bound * 4  # a slot's expert, or its weight
     tokens = train.batch_size * config.data.encoding.max_length / shards
     weights = gathered_bytes(config.model, mesh) * train.accumulation
     sums = 2 * tokens * stack.d_model * itemsize * stack.num_layers
-    trips = 4 + 2 * (again and stack.remat != "exchanged")
+    # There and back, and so do the gradients. The way there is repeated, the way back is not: no gradient needs it.
+    repeated = again and stack.remat != "exchanged"
+    exchanged = (4 + repeated) * sent * stack.d_model * itemsize + (3 + 2 * repeated) * slot_bytes
     rows = {
-        ("all-to-all", "expert"): trips * buffers if stack.execution.dispatch == "exchange" else 0,
+        ("all-to-all", "expert"): exchanged,
         ("all-gather", "fsdp"): (2 + again) * weights,
         ("reduce-scatter", "fsdp"): weights,
         ("all-reduce", "data"): weights / mesh["fsdp"],

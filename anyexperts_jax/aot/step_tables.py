@@ -54,6 +54,7 @@ def _work_table(step: CompiledStep) -> TextTable:
     title = (
         f"Matmuls of a step at the nominal budget, all devices. Expert rows: {work.rows_real / 1e6:,.2f}M real, "
         f"{work.rows_computed / 1e6:,.2f}M with tiles filled up, {work.rows_buffers / 1e6:,.2f}M in buffers"
+        + (f"; {work.rows_sent / 1e6:,.2f}M rows sent" if work.rows_sent else "")
     )
     return TextTable(title, ("what", "TFLOP", "share"), (*rows, ("all", f"{work.flops / 1e12:,.1f}", "100.0%")))
 

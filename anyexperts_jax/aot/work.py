@@ -9,14 +9,14 @@ import jax
 
 from anyexperts_jax.core.hardware import tpu_limits
 from anyexperts_jax.dispatch.capacity import rows_per_expert
-from anyexperts_jax.dispatch.exchange import rows_per_shard
+from anyexperts_jax.dispatch.exchange_sizes import buffer_sizes
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, logical_axes, named_leaves
 from anyexperts_jax.models.paths import is_matmul, tower_of
 from anyexperts_jax.ops.attention import splash
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape
 from anyexperts_jax.ops.routed_mlp.tpu import aligned_sizes
-from anyexperts_jax.routing.plan import PlanSpec
+from anyexperts_jax.routing.plan import plan_spec
 from anyexperts_jax.sharding.rules import as_tuple
 from anyexperts_jax.sharding.specs import DEFAULT_RULES
 from anyexperts_jax.train.config import RunConfig
@@ -34,7 +34,8 @@ class Work:
     extra_flops: dict[str, float]  # "expert padding", "masked attention", "computed again"
     rows_real: int  # expert rows at the configured budget, all layers
     rows_computed: int  # with the padding of each expert's last tile
-    rows_buffers: int  # rows of the buffers, which dispatch="exchange" sends
+    rows_buffers: int  # expert rows that the buffers have room for
+    rows_sent: int  # rows that travel to the experts' devices, and as many back; 0 unless dispatch="exchange"
     hbm_bytes: float  # least bytes that a device must read and write, without the state
 
     @property
@@ -59,7 +60,7 @@ def count_work(config: RunConfig, mesh: dict[str, int], device_kind: str = "") -
     scores = _FORWARD_AND_BACKWARD * 4 * pairs * stack.attention.num_heads * stack.attention.head_dim * stack.num_layers
     fits = splash.supports(config.data.encoding.max_length, stack.attention.head_dim)
     skips = fits and device_kind.startswith("TPU") and mesh["sequence"] == 1
-    computed, buffers = _rows(config, mesh, device_kind, rows)
+    computed, buffers, sent = _rows(config, mesh, device_kind, rows)
     again = 0.0 if stack.remat == "none" else 1 / _FORWARD_AND_BACKWARD
     masked = scores * (_SPLASH[0] / _SPLASH[1] - 1) if skips else scores
     dense_again = 0.0 if stack.remat == "dots" else again * blocks
@@ -73,6 +74,7 @@ def count_work(config: RunConfig, mesh: dict[str, int], device_kind: str = "") -
         rows_real=rows,
         rows_computed=computed,
         rows_buffers=buffers,
+        rows_sent=sent,
         hbm_bytes=_least_bytes(config, mesh),
     )
 
@@ -96,17 +98,18 @@ def _dense_flops(config: RunConfig, tokens: int) -> tuple[float, float]:
     return outside, inside
 
 
-def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) -> tuple[int, int]:
-    """(expert rows that kernels compute, rows of the buffers), over all layers and devices."""
+def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) -> tuple[int, int, int]:
+    """(expert rows that kernels compute, those that buffers have room for, rows sent), over all layers and devices."""
     stack, moe = config.model.stack, config.model.moe
     shards = token_shards(mesh)
     tokens = config.train.batch_size * config.data.encoding.max_length // (shards * config.train.accumulation)
-    spec, execution = PlanSpec(moe.num_experts, moe.expected_real_slots), stack.execution
+    spec, execution = plan_spec(moe), stack.execution
     parts = mesh["expert"] if execution.dispatch == "exchange" else 1
-    times = shards * config.train.accumulation * stack.num_moe_layers
+    times, sent = shards * config.train.accumulation * stack.num_moe_layers, 0
     if execution.dispatch == "exchange":
         tokens, times = tokens // execution.exchange_chunks, times * execution.exchange_chunks
-        held = parts * rows_per_shard(spec, execution.capacity_factor, tokens, parts)
+        sizes = buffer_sizes(spec, execution.capacity_factor, tokens, parts, moe.slots_bound)
+        held, sent = parts * sizes.slots, parts * sizes.rows
     elif execution.dispatch == "capacity":
         held = moe.num_experts * rows_per_expert(spec, execution.capacity_factor, tokens)
     else:
@@ -120,7 +123,7 @@ def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) 
         tile = aligned_sizes(tpu_limits(device_kind), shape).forward.step
     # An expert's last tile is half empty on average; tiles without live rows are skipped.
     computed = times * held if execution.dispatch == "dense" else rows + times * experts * tile // 2
-    return computed, times * held
+    return computed, times * held, times * sent
 
 
 def _least_bytes(config: RunConfig, mesh: dict[str, int]) -> float:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
+from anyexperts_jax.routing.plan import RoutingPlan, plan_spec
 from anyexperts_jax.routing.trace import RoutingTrace
 
 
@@ -25,12 +25,5 @@ def plan_of(model: ModelConfig, trace: RoutingTrace) -> RoutingPlan:
         virtual_slots_N=virtual_N,
         losses={},
         metrics={},
-        spec=PlanSpec(
-            num_experts=moe.num_experts,
-            expected_real_slots=moe.expected_real_slots,
-            virtual_output=moe.switches.virtual_output,
-            num_sequences=trace.slots_BT.shape[0],
-            num_groups=moe.num_groups,
-            groups_kept=moe.groups_kept,
-        ),
+        spec=plan_spec(moe, num_sequences=trace.slots_BT.shape[0]),
     )

@@ -4,6 +4,7 @@ import dataclasses
 
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.switches import VirtualOutput
 from anyexperts_jax.core.tree import register_dataclass
 
@@ -18,6 +19,18 @@ class PlanSpec:
     num_sequences: int = 1  # N = num_sequences * T, sequence after sequence
     num_groups: int = 1  # the experts are in this many equal groups, and a token's are in `groups_kept` of them
     groups_kept: int = 1
+
+
+def plan_spec(config: AnyExpertsConfig, budget: float | None = None, num_sequences: int = 1) -> PlanSpec:
+    """The spec of the plans that this configuration makes, at a budget; None: its own."""
+    return PlanSpec(
+        num_experts=config.num_experts,
+        expected_real_slots=config.expected_real_slots if budget is None else budget,
+        virtual_output=config.switches.virtual_output,
+        num_sequences=num_sequences,
+        num_groups=config.num_groups,
+        groups_kept=config.groups_kept,
+    )
 
 
 @register_dataclass

@@ -17,7 +17,7 @@ from anyexperts_jax.core.remat import ROUTING
 from anyexperts_jax.routing.importance import importance
 from anyexperts_jax.routing.losses import routing_losses
 from anyexperts_jax.routing.metrics import column_load, routing_metrics
-from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
+from anyexperts_jax.routing.plan import RoutingPlan, plan_spec
 from anyexperts_jax.routing.policies import IMPORTANCE
 from anyexperts_jax.routing.regularisers import Importances
 from anyexperts_jax.routing.scores import probabilities, ranking
@@ -138,14 +138,7 @@ def _route(
         metrics=routing_metrics(
             config, probabilities_NC, importance_N, selection, load_C=load_SC.sum(axis=0), valid_N=valid_N
         ),
-        spec=PlanSpec(
-            num_experts=config.num_experts,
-            expected_real_slots=budget_in_force(config, in_force),
-            virtual_output=config.switches.virtual_output,
-            num_sequences=num_sequences,
-            num_groups=config.num_groups,
-            groups_kept=config.groups_kept,
-        ),
+        spec=plan_spec(config, budget_in_force(config, in_force), num_sequences),
     )
 
 

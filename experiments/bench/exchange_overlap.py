@@ -22,7 +22,7 @@ from anyexperts_jax.dispatch.apply import apply_plan
 from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.presets import model_preset
 from anyexperts_jax.ops.experts import ExpertWeights
-from anyexperts_jax.routing.plan import PlanSpec, RoutingPlan
+from anyexperts_jax.routing.plan import RoutingPlan, plan_spec
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.sharding.placement import Placement
 from experiments.bench.pods import PODS, RESULTS, path_of
@@ -49,7 +49,7 @@ def compile_layer(topology: str, chunks: int, beside: bool) -> str:
     """The scheduled program of a layer's output and gradients: one sequence a device, the experts over all devices."""
     model = model_preset("ling_mini_2")
     moe, width, hidden = model.moe, model.stack.d_model, model.stack.expert_d_ff
-    spec = PlanSpec(moe.num_experts, moe.expected_real_slots, num_sequences=DEVICES)
+    spec = plan_spec(moe, num_sequences=DEVICES)
     execution = Execution(dispatch="exchange", exchange_chunks=chunks)
     placement = Placement(make_mesh(MeshConfig(data=1, expert=DEVICES), slice_devices(topology)))
 
@@ -79,7 +79,7 @@ def compile_layer(topology: str, chunks: int, beside: bool) -> str:
 
 
 def read_overlap(program: str) -> Overlap:
-    """What the main computation's schedule says. All-to-alls of 32-bit integers, the rows' experts, are left out."""
+    """What the main computation's schedule says. All-to-alls of 32 bits, slots' experts and weights, are left out."""
     exchanges = kernels = kernels_beside = 0
     flying: dict[str, int] = {}  # kernels since the start of each all-to-all under way
     beside: set[str] = set()
@@ -88,7 +88,7 @@ def read_overlap(program: str) -> Overlap:
         if not found:
             continue
         name, result, kind, operand = found.groups()
-        if kind in ("all-to-all", "all-to-all-start") and "s32[8," not in result:
+        if kind in ("all-to-all", "all-to-all-start") and "bf16[" in result:
             exchanges += 1
             flying |= {name: 0} if kind == "all-to-all-start" else {}
         elif kind == "all-to-all-done" and flying.pop(operand, 0):

@@ -70,6 +70,13 @@ def path_of(case: Case) -> pathlib.Path:
     return RESULTS / "pods" / f"ling_mini_2_{case.name}.json"
 
 
+def read(case: Case) -> dict | None:
+    """The figures of the case's program; None where it is not there, or of the earlier exchange: a row a slot."""
+    path = path_of(case)
+    step = json.loads(path.read_text()) if path.exists() else None
+    return step if step is not None and "rows_sent" in step["work"] else None
+
+
 def write(case: Case, step: CompiledStep) -> None:
     path_of(case).write_text(json.dumps(to_json(step), indent=1) + "\n")
 
@@ -96,19 +103,18 @@ def row_of(case: Case, base: Case, *, derive: bool = False) -> Row | None:
 
     With `derive` they are derived although its own program is there.
 
-    Bytes exchanged follow the rows of the buffers; all others depend on neither the budget nor the size of `fsdp`.
+    Bytes exchanged follow the rows sent; all others depend on neither the budget nor the size of `fsdp`.
     """
-    derived = derive or not path_of(case).exists()
-    source = path_of(base if derived else case)
-    if not source.exists():
+    derived = derive or read(case) is None
+    step = read(base if derived else case)
+    if step is None:
         return None
-    step = json.loads(source.read_text())
     config = case.config()
     devices = slice_devices(case.topology)
     mesh = make_mesh(config.mesh, devices)
     sizes = dict(mesh.shape)
     work = count_work(config, sizes, devices[0].device_kind)
-    share = work.rows_buffers / len(devices) / (step["work"]["rows_buffers"] / step["devices"])
+    share = work.rows_sent / len(devices) / (step["work"]["rows_sent"] / step["devices"])
     rows = tuple(
         Collective(row["kind"], tuple(row["axes"]), row["count"], round(row["bytes"] * share))
         if row["kind"] == "all-to-all" and row["axes"] == ["expert"]
@@ -191,8 +197,8 @@ everything else fully sharded.
 
 - *Compiled*: the program of this very case was compiled. *Derived*: the collectives are those of the program compiled
   for the same chip at the default budget (v5p:8x8x8 for scaling), the bytes exchanged between experts in proportion to
-  the rows of the exchange buffers, which the budget sizes. Temporaries are given for compiled programs alone; the
-  state, which follows from the shardings, for all.
+  the rows sent: one for a token and a device that holds some of its experts, in buffers that the budget sizes.
+  Temporaries are given for compiled programs alone; the state, which follows from the shardings, for all.
 - A bound is the least time that the arithmetic, the memory traffic that cannot be avoided, or the links of the slice
   leave, at the peaks in `anyexperts_jax/core/hardware.toml`. MFU at most: real FLOPs over peak in the largest of them,
   with perfect overlap and every kernel at its peak. It rises as the budget falls where the network binds: fewer rows
@@ -203,7 +209,7 @@ everything else fully sharded.
 
 def markdown(tables: list[TextTable], first: dict) -> str:
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("jax", "jaxlib"))
-    absent = [case.topology for case in PODS if not path_of(case).exists()]
+    absent = [case.topology for case in PODS if read(case) is None]
     missing = f"\n- Not compiled yet: {', '.join(absent)}." if absent else ""
     text = ["# The 16B model on pods", ""]
     text += [NOTES.format(versions=versions, parameters=first["parameters"] / 1e9, missing=missing)]
@@ -226,8 +232,8 @@ def report() -> str:
     ]
     v5p = next(pod for pod in PODS if pod.topology == f"v5p:{SCALING[4]}")
     scaling = [(Case(f"v5p_{shape}", f"v5p:{shape}"), v5p) for shape in SCALING]
-    checks = [(case, of_chip(case)) for case in CHECKS if path_of(case).exists() and path_of(of_chip(case)).exists()]
-    pods = rows_of([(pod, pod) for pod in PODS if path_of(pod).exists()])
+    checks = [(case, of_chip(case)) for case in CHECKS if read(case) is not None and read(of_chip(case)) is not None]
+    pods = rows_of([(pod, pod) for pod in PODS if read(pod) is not None])
     tables = [
         pods_table(pods),
         bounds_table(pods, "Bounds on a step at the default budget"),
@@ -253,7 +259,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         for case in (*PODS, *CHECKS):
-            if path_of(case).exists() or (options.only is not None and case.name not in options.only):
+            if read(case) is not None or (options.only is not None and case.name not in options.only):
                 continue
             print(f"compiling {case.name}", flush=True)
             write(case, compile_step(case.config(), case.topology))

@@ -52,11 +52,11 @@ def test_candidates_come_by_their_estimate(eight_chips):
     assert estimates == sorted(estimates)
     assert {one.model.stack.remat for _, one in found} == set(module.REMATS)
     wide = {one.model.stack.remat: e for e, one in found if one.mesh.expert == 8}
-    assert wide["exchanged"] < wide["full"]  # where the network binds, rows that travel twice less cost less
+    assert wide["exchanged"] < wide["full"]  # where the network binds, rows that travel once less cost less
 
 
 def fake_step(bound, free):
-    bounds, work = Bounds(bound, 0.0, 0.0, 0.0, (), 0.5), Work({}, {}, 0, 0, 0, 0.0)
+    bounds, work = Bounds(bound, 0.0, 0.0, 0.0, (), 0.5), Work({}, {}, 0, 0, 0, 0, 0.0)
     return CompiledStep("v5e:2x4", 1, 8, {}, 1, {"all": round(100 * (1 - free))}, 100, (), work, bounds, 1.0)
 
 

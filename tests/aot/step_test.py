@@ -51,8 +51,8 @@ def test_the_step_compiles_for_a_slice_and_exchanges_rows_over_the_expert_axis(t
     assert step["devices"] == 8
     assert step["mesh"] == {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1, "sequence": 1}
     sent = {(row["kind"], *row["axes"]): row for row in step["collectives"]}
-    # Two MoE layers; rows and ids there and rows back, and back through rows and rows' gradients.
-    assert sent["all-to-all", "expert"]["count"] == 2 * 5
+    # Two MoE layers; rows, ids and weights there and rows back, and back through all but the ids.
+    assert sent["all-to-all", "expert"]["count"] == 2 * 7
     assert sent["all-to-all", "expert"]["bytes"] == 2 * exchanged_bytes(load_config("smoke", EXCHANGE))
     assert ("all-reduce", "data", "expert") in sent
     assert 0 < step["free"] < 1
@@ -80,11 +80,16 @@ def test_by_default_no_row_travels_and_each_device_runs_the_kernels(monkeypatch)
 
 
 def exchanged_bytes(config):
-    """Of one layer and device by hand: four times rows of every pair of shards, once their experts."""
-    tokens = config.data.encoding.max_length  # a sequence a device
-    budget = (1 - config.model.moe.rho_max) * (config.model.moe.k_min + config.model.moe.k_max) / 2
-    rows = 4 * math.ceil(config.model.stack.execution.capacity_factor * budget * tokens / 4)
-    return rows * 4 * (4 * config.model.stack.d_model + 1)  # float32, int32
+    """Of one layer and device by hand: four times rows of every pair of devices, their ids, twice their weights."""
+    moe, tokens = config.model.moe, config.data.encoding.max_length  # a sequence a device
+    budget = (1 - moe.rho_max) * (moe.k_min + moe.k_max) / 2
+    low, high = (
+        4 * (1 - math.comb(moe.num_experts * 3 // 4, k) / math.comb(moe.num_experts, k))
+        for k in (math.floor(budget), math.floor(budget) + 1)
+    )
+    devices = low + (budget - math.floor(budget)) * (high - low)
+    rows = 4 * min(tokens, math.ceil(config.model.stack.execution.capacity_factor * devices * tokens / 4))
+    return rows * 4 * (4 * config.model.stack.d_model + 3 * moe.slots_bound)  # float32, int32
 
 
 @pytest.mark.aot

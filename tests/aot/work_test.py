@@ -50,6 +50,9 @@ def test_expert_rows_follow_the_budget_in_work_and_in_buffers():
     assert low.real_flops["experts"] < high.real_flops["experts"]
     assert low.real_flops["dense"] == high.real_flops["dense"]
     assert high.rows_buffers >= high.rows_real
+    assert 0 < low.rows_sent < high.rows_sent < high.rows_buffers  # a token's experts share a row on a device
+    assert low.rows_sent / high.rows_sent > low.rows_buffers / high.rows_buffers  # the fewer, the less they share
+    assert count_work(config(), mesh).rows_sent == 0
 
 
 def test_remat_computes_the_stack_again_and_dots_no_dense_matmul():

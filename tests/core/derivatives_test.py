@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from anyexperts_jax.core.derivatives import Differentiable
+from anyexperts_jax.core.derivatives import Differentiable, linear
 from anyexperts_jax.core.errors import UserError
 
 X, W = jnp.linspace(0.1, 1, 5), jnp.linspace(0.3, 2, 4)
@@ -108,3 +108,31 @@ def test_without_a_definition_grad_is_all_there_is():
         for run in (derivative, jax.jit(derivative)):
             with pytest.raises(UserError, match="kernel has grad alone"):
                 run(3.0)
+
+
+PLACES = jnp.array([3, 0, 3, 1])
+
+
+def picked(x, w, _):
+    """The part that is linear in x gives way to plain multiplications."""
+    taken = linear(lambda x, places: x[places], lambda d, places: jnp.zeros(5).at[places].add(d), x, PLACES)
+    return (taken * w[PLACES]).sum() * x
+
+
+def picked_plainly(x, w, _):
+    return (x[PLACES] * w[PLACES]).sum() * x
+
+
+@pytest.mark.parametrize("name", ["grad", "jvp", "transpose", "grad of vmap", "grad of remat", "hessian of scan"])
+def test_derivatives_of_a_linear_function_with_its_transpose(name):
+    actual, expected = (jax.jit(functools.partial(DERIVATIVES[name], f))() for f in (picked, picked_plainly))
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rematerialised_forward_pass_does_not_compute_what_is_linear_again():
+    def total(x):
+        return linear(lambda y, places: y[places], lambda d, places: jnp.zeros(5).at[places].add(d), jnp.sin(x), PLACES)
+
+    program = str(jax.make_jaxpr(jax.grad(jax.checkpoint(lambda x: total(x).sum())))(X))
+    assert (program.count("= sin "), program.count("= cos ")) == (1, 1), "the sine of the forward pass alone"

@@ -11,10 +11,11 @@ from models.small import FAST_COMPILE
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.base import sort_slots
 from anyexperts_jax.ops.experts import ExpertWeights
-from anyexperts_jax.ops.routed_mlp import routed_mlp, xla
+from anyexperts_jax.ops.routed_mlp import buffered, routed_mlp, xla
 from anyexperts_jax.ops.routed_mlp.few_rows import few_rows
 from anyexperts_jax.ops.routed_mlp.loop import row_sizes
 from tests.dispatch.plans import EXPERTS, PLANS, make_operands, make_plan, oracle
+from tests.ops.routed_mlp.plain_kernels import PLAIN
 
 compiled = functools.partial(jax.jit, static_argnums=2, compiler_options=FAST_COMPILE)
 
@@ -64,6 +65,29 @@ def test_gives_the_references_values_and_gradients(name):
     np.testing.assert_allclose(run(plan, operands, "xla"), expected, rtol=2e-5, atol=2e-5)
     found, expected = (gradients(plan, operands, name) for name in ("xla", "reference"))
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["reference", "xla", "buffer"])
+def test_an_order_without_the_empty_slots_gives_the_same(form):
+    """As the exchange passes: its rows have room for K slots, and few of these are real."""
+    plan = PLANS["random"]
+    real = int((plan.expert_ids_NK < EXPERTS).sum())
+    operands = make_operands(plan.expert_ids_NK.shape[0])
+    buffer = functools.partial(buffered.routed_mlp, kernels=PLAIN, block=8)
+    op = buffer if form == "buffer" else functools.partial(routed_mlp, implementation=form)
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def run(x, weights_NK, *weights):
+        def total(x, weights_NK, *weights):
+            order = sort_slots(plan.expert_ids_NK, EXPERTS, most_real=real)
+            assert order.slots_R.size == real < weights_NK.size
+            return jnp.sin(op(x, weights_NK, order, ExpertWeights(*weights))).sum()
+
+        return jax.grad(total, range(5))(x, weights_NK, *weights)
+
+    x, *weights = operands
+    found = run(x, plan.weights_NK, *weights)
+    chex.assert_trees_all_close(found, gradients(plan, operands, "reference"), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("hot", [300, 210, 190])
