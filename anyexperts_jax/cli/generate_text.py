@@ -11,7 +11,7 @@ from anyexperts_jax.core.errors import require
 def run(options: argparse.Namespace) -> None:
     """Answers --prompt."""
     from anyexperts_jax.models.sample import Sampling
-    from anyexperts_jax.pretrained.load import load_pretrained
+    from anyexperts_jax.train.published import load_published
 
     media = [f"--{name}" for name in ("image", "audio") if getattr(options, name)]
     require(not media, f"{' '.join(media)}: the model in {options.run} reads text alone")
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         min_p=options.min_p,
     )
-    model = load_pretrained(options.run, mesh_of(options))
+    model = load_published(options.run, options.checkpoint, mesh_of(options))
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
 
     def tell(_: int, text: str) -> None:
