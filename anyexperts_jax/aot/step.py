@@ -17,15 +17,15 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.batches import abstract_batch
 from anyexperts_jax.data.config import EncodingSpec
-from anyexperts_jax.models.init import abstract_params, logical_axes
+from anyexperts_jax.models.init import abstract_params
 from anyexperts_jax.sharding.mesh import make_mesh, slice_of
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import batch_shardings, batch_shards
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.fit import state_bytes
-from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.state import abstract_state
 from anyexperts_jax.train.step import jit_train_step, model_apply
+from anyexperts_jax.train.trainable import what_trains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +136,9 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
 
 def lower_step(config: RunConfig, mesh: Mesh) -> Any:
     """Traces and lowers the train step for the devices of `mesh`, which need not be attached."""
-    optimizer = make_optimizer(config.optim, logical_axes(config.model))
-    step = jit_train_step(config, optimizer, model_apply(config.model, Placement(mesh)), mesh)
+    trained = what_trains(config)
+    optimizer = trained.optimizer(config)
+    step = jit_train_step(config, optimizer, model_apply(config.model, Placement(mesh)), mesh, trained.trainable)
     state = abstract_state(config.model, optimizer, mesh)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # implementations are chosen for the mesh's platform
         return step.lower(state, placed_batch(config.data.encoding, config.train.batch_size, mesh))

@@ -3,14 +3,18 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_checkpoint, add_command, positive_number
+from anyexperts_jax.cli.options import add_command, positive_number
 
 
 def run(options: argparse.Namespace) -> None:
-    from anyexperts_jax.pretrained.load import load_pretrained
-    from anyexperts_jax.pretrained.write import export
+    from anyexperts_jax.pretrained.lora import read_adapter, with_adapter
+    from anyexperts_jax.pretrained.write import export, require_new_folder
+    from anyexperts_jax.train.published import load_published
 
-    model = load_pretrained(options.path)
+    require_new_folder(options.out)
+    model = load_published(options.path, options.checkpoint)
+    if options.adapter is not None:
+        model = with_adapter(model, read_adapter(options.adapter))
     export(model, options.out, options.form, int(options.shard_gb * 10**9))
     print(f"wrote {options.out}")
 
@@ -19,17 +23,34 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser = add_command(
         commands,
         "export",
-        "write a published checkpoint in the hub's layout",
-        ("anyexperts export model.gguf models/mine", "anyexperts export models/theirs models/mine --shard-gb 2"),
+        "write a published checkpoint, or a run that started from one, in the hub's layout",
+        (
+            "anyexperts export model.gguf models/mine",
+            "anyexperts export models/theirs models/mine --shard-gb 2",
+            "anyexperts export runs/tuned models/tuned",
+            "anyexperts export runs/tuned adapters/mine --form adapter",
+            "anyexperts export models/theirs models/mine --adapter adapters/mine",
+        ),
     )
-    add_checkpoint(parser)
+    parser.add_argument(
+        "path", type=pathlib.Path, help="a folder with config.json and safetensors, a GGUF file, or a run"
+    )
     parser.add_argument("out", type=pathlib.Path, help="a new folder")
     parser.add_argument(
         "--form",
         default="hub",
-        choices=("hub", "anyexperts"),
+        choices=("hub", "anyexperts", "adapter"),
         help="hub: a tensor for each expert; anyexperts: for attached slots or split networks, with what the hub's "
-        "layout has no place for beside it",
+        "layout has no place for beside it; adapter: the low-rank adapter of a run alone; the others have it merged in",
+    )
+    parser.add_argument(
+        "--adapter", type=pathlib.Path, metavar="DIR", help="an adapter to merge into the model (default: none)"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        choices=("best", "last"),
+        help="of a run: the one with the lowest validation loss, or the latest",
     )
     parser.add_argument(
         "--shard-gb", type=positive_number, default=5.0, metavar="GB", help="size limit of a weight file"

@@ -10,11 +10,12 @@ from anyexperts_jax.core.errors import require
 
 def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.pretrained.load import is_checkpoint
+    from anyexperts_jax.train.published import is_tuned
 
-    if is_checkpoint(options.run):
+    if is_checkpoint(options.run) or (is_tuned(options.run) and options.prompt is not None):
         generate_text.run(options)
     else:
-        require(options.prompt is None, f"{options.run} is no published checkpoint; a run takes --question")
+        require(options.prompt is None, f"{options.run} did not start from a published checkpoint: give --question")
         _answer_of_a_run(options)
 
 

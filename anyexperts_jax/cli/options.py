@@ -103,7 +103,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a preset (tiny, small, smoke), a TOML file, or a run")
+    parser.add_argument("config", help="a preset (tiny, small, smoke), a TOML file, a run, or a published checkpoint")
     add_set(parser, "override, as in optim.lr=1e-3; repeatable; `anyexperts config CONFIG` lists all keys")
     add_plugin(parser)
 

@@ -31,6 +31,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             "anyexperts train tiny --run runs/mine --set optim.lr=1e-3",
             "anyexperts train tiny --data mine=chats.jsonl --set data.packing=first_fit",
             "anyexperts train small --set train.start_from=runs/static --set model.moe.k_max=12",
+            "anyexperts train models/attached --data mine=chats.jsonl --set train.trainable=['**/router/**']",
             "anyexperts train small --set mesh.fsdp=4 --processes 2 --process-index 0 --coordinator host0:1234",
         ),
     )

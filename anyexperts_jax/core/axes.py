@@ -15,6 +15,7 @@ LOGICAL_AXES = (
     "router_rank",  # rank of the maps a hypernetwork generates Q
     "importance",  # hidden width of the importance MLP
     "norm",  # scales of a norm
+    "lora",  # rank of a low-rank adapter R
     "features",  # patch or audio-frame features X
     "table",  # rows of a small embedding table: modalities, places, times
     "layers",  # layers stacked by scan L

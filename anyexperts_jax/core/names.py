@@ -10,3 +10,8 @@ def file_name(name: str) -> str:
     file_name("[/red]") is "%5B%2Fred%5D". Different names give different results.
     """
     return re.sub(r"[^\w .+,=@~-]", lambda found: "".join(f"%{byte:02X}" for byte in found[0].encode()), name)
+
+
+def lora_names(weight: str) -> tuple[str, str]:
+    """The names of the two factors of a weight's low-rank adapter, which stand beside it."""
+    return f"{weight}_lora_a", f"{weight}_lora_b"

@@ -12,7 +12,7 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, require, require_one_of
 from anyexperts_jax.core.files import parse_json_object, read_text
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.train.config import RunConfig, run_config
+from anyexperts_jax.train.config import RunConfig, TrainConfig, run_config
 from anyexperts_jax.train.config_files import names_in, read_toml, table_in, with_overrides
 from anyexperts_jax.train.moved import move_keys
 from anyexperts_jax.train.strict import build, merge
@@ -218,6 +218,15 @@ class EvolveRun:
         require(
             start is None or not self.evolve.evolve_in_warm_up,
             f"train.start_from={start} is for a dense model, and with evolve.evolve_in_warm_up=True there is none",
+        )
+        train = self.base.train
+        require(
+            train.trainable == TrainConfig.trainable and not train.learning_rates,
+            "train.trainable and train.learning_rates: each stage of evolve says itself what it trains; leave them out",
+        )
+        require(
+            not train.budgets and not train.distillation,
+            "train.budgets and train.distillation are not for evolve; train a run that starts from its last stage",
         )
         for name in STAGES:
             self.stage(name)

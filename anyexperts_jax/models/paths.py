@@ -45,6 +45,14 @@ def leaves_of(model: ModelConfig, kind: Kind) -> Any:
     return _named_map(lambda name: is_a(kind, name), logical_axes(model))
 
 
+def any_of(kind: Kind, flags: Any) -> bool:
+    """Whether a tree of bools over parameters is True for one of the kind; None stands for True everywhere."""
+    if flags is None:
+        return True
+    leaves = jax.tree_util.tree_leaves_with_path(flags)
+    return any(flag and is_a(kind, jax.tree_util.keystr(path, simple=True, separator="/")) for path, flag in leaves)
+
+
 def is_matmul(name: str) -> bool:
     """Whether a parameter is a dense matrix that every position goes through: no expert's, no table of embeddings."""
     return name.endswith("/kernel")

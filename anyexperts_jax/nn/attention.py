@@ -1,13 +1,14 @@
 """Grouped-query attention with rotary position embeddings and an explicit key/value cache."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.tree import register_dataclass
-from anyexperts_jax.nn.config import AttentionConfig, Dtype
+from anyexperts_jax.nn.config import AttentionConfig, Dtype, LoraConfig
 from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.norms import RMSNorm
 from anyexperts_jax.nn.rope import Rotations
@@ -50,6 +51,7 @@ class Attention(nn.Module):
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
     placement: Placement | None = None  # where the arrays lie; None: on one device
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(
@@ -87,6 +89,7 @@ class Attention(nn.Module):
             scale=self.residual_scale,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            lora=self.lora,
             name="out",
         )
         return project(out_BTHA), cache
@@ -94,7 +97,8 @@ class Attention(nn.Module):
     def _heads(self, heads: int, axis: str, name: str) -> Linear:
         shape, axes = (heads, self.config.head_dim), ("embed", axis, "head_dim")
         bias = self.config.qkv_bias
-        return Linear(shape, axes, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "lora": self.lora}
+        return Linear(shape, axes, use_bias=bias, name=name, **types)
 
     def _normed(self, x_BTHA: Float[Array, "B T H A"], name: str) -> Float[Array, "B T H A"]:
         norm = RMSNorm(self.norm_eps, self.dtype, self.param_dtype, name=name)

@@ -74,6 +74,7 @@ class SelfAttention(nn.Module):
             dtype=config.dtype,
             param_dtype=config.param_dtype,
             placement=self.placement,
+            lora=config.lora,
             name="attention",
         )
         normed_BTD = _norm(config, "norm")(x_BTD)
@@ -94,7 +95,7 @@ class DenseBlock(nn.Module):
         config = self.config
         x_BTD, cache = SelfAttention(config, self.placement, name="self_attention")(x_BTD, context, cache)
         types = (config.dtype, config.param_dtype)
-        mlp = SwiGLU(config.d_ff, config.residual_scale, *types, use_bias=config.mlp_bias, name="mlp")
+        mlp = SwiGLU(config.d_ff, config.residual_scale, *types, use_bias=config.mlp_bias, lora=config.lora, name="mlp")
         return x_BTD + mlp(_norm(config, "norm")(x_BTD)).astype(x_BTD.dtype), cache
 
 
@@ -175,6 +176,7 @@ class MoEBlock(nn.Module):
             dtype=config.dtype,
             param_dtype=config.param_dtype,
             placement=self.placement,
+            lora=config.lora,
             name="moe",
         )
         normed_BTD = _norm(config, "norm")(x_BTD)

@@ -91,6 +91,32 @@ class AttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: a weight W of the patterns becomes W + (alpha / rank) A B, where B starts at 0.
+
+    They fit the maps of attention, of dense FFNs and of shared experts, and the stacked matrices of the experts.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    rank: int = 8  # R, columns of A and rows of B
+    alpha: float = 16.0  # the product A B is multiplied by alpha / rank
+    patterns: tuple[str, ...] = ("**/attention/*/kernel",)  # over the names of the weights that are adapted
+    experts: Literal["own", "shared"] = "own"  # own: an A and a B for each expert; shared: one pair for all of a layer
+
+    def __post_init__(self) -> None:
+        check_field_types(self, "stack.lora.")
+        require(self.rank >= 1, f"stack.lora.rank={self.rank} must be >= 1")
+        require(self.alpha > 0, f"stack.lora.alpha={self.alpha} must be > 0")
+        require(len(self.patterns) > 0 and all(self.patterns), "stack.lora.patterns must hold patterns, none empty")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class StackConfig:
     """The decoder's blocks: `num_dense_layers` with a dense FFN, then every `moe_every`-th with a mixture of experts.
 
@@ -110,6 +136,7 @@ class StackConfig:
     mlp_bias: bool = False  # whether the maps of the dense FFNs have biases
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     attention: AttentionConfig = dataclasses.field(default_factory=AttentionConfig)
+    lora: LoraConfig | None = None  # low-rank adapters beside the weights; None: none
     execution: Execution = dataclasses.field(default_factory=Execution)  # how the MoE layers are computed
     remat: Remat = "none"  # what the backward pass recomputes; see core.remat.remat_policy
     scan_unroll: int = 1  # MoE layers per scan iteration; unrolling all saves copies of the layers' parameters

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.derivatives import Differentiable
-from anyexperts_jax.nn.config import Dtype
+from anyexperts_jax.nn.config import Dtype, LoraConfig
 from anyexperts_jax.nn.linear import Linear
 
 
@@ -20,10 +20,12 @@ class SwiGLU(nn.Module):
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
     use_bias: bool = False
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest D"]:
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype, "use_bias": self.use_bias}
+        types["lora"] = self.lora
         gate = Linear((self.d_ff,), ("embed", "mlp"), name="gate", **types)(x)
         up = Linear((self.d_ff,), ("embed", "mlp"), name="up", **types)(x)
         down = Linear(x.shape[-1:], ("mlp", "embed"), scale=self.residual_scale, name="down", **types)

@@ -5,7 +5,6 @@ import dataclasses
 from typing import Any, get_args
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
@@ -19,8 +18,9 @@ from anyexperts_jax.core.remat import ROUTER_LOGITS
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.dispatch.apply import apply_plan
 from anyexperts_jax.dispatch.execution import Execution, require_capacity_for
-from anyexperts_jax.nn.config import Dtype
+from anyexperts_jax.nn.config import Dtype, LoraConfig
 from anyexperts_jax.nn.importance import ImportanceMLP
+from anyexperts_jax.nn.lora import WeightAxes, adapted, low_rank
 from anyexperts_jax.nn.mlp import SwiGLU
 from anyexperts_jax.nn.params import named
 from anyexperts_jax.nn.router import Router
@@ -88,18 +88,25 @@ class Experts(nn.Module):
     residual_scale: float = 1.0
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, d_model: int) -> ExpertWeights:
         wide, narrow = (self.num_experts, d_model, self.d_ff), (self.num_experts, self.d_ff, d_model)
-        widen = named(FanIn(num_batch=1), ("expert", "embed", "expert_mlp"))
-        narrow_init = named(FanIn(num_batch=1, scale=self.residual_scale), ("expert", "expert_mlp", "embed"))
-        weights = ExpertWeights(
-            gate_EDF=self.param("w_gate_EDF", widen, wide, jnp.dtype(self.param_dtype)),
-            up_EDF=self.param("w_up_EDF", widen, wide, jnp.dtype(self.param_dtype)),
-            down_EFD=self.param("w_down_EFD", narrow_init, narrow, jnp.dtype(self.param_dtype)),
+        wide_axes, narrow_axes = ("expert", "embed", "expert_mlp"), ("expert", "expert_mlp", "embed")
+        widen = named(FanIn(num_batch=1), wide_axes)
+        narrow_init = named(FanIn(num_batch=1, scale=self.residual_scale), narrow_axes)
+
+        def weight(name: str, init: Any, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
+            own = self.param(name, init, shape, jnp.dtype(self.param_dtype))
+            adapter = low_rank(self, self.lora, name, WeightAxes(shape, axes, num_batch=1))
+            return adapted(own, adapter).astype(self.dtype)
+
+        return ExpertWeights(
+            gate_EDF=weight("w_gate_EDF", widen, wide, wide_axes),
+            up_EDF=weight("w_up_EDF", widen, wide, wide_axes),
+            down_EFD=weight("w_down_EFD", narrow_init, narrow, narrow_axes),
         )
-        return jax.tree.map(lambda w: w.astype(self.dtype), weights)
 
 
 class MoE(nn.Module):
@@ -128,6 +135,7 @@ class MoE(nn.Module):
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
     placement: Placement | None = None  # the mesh that the arrays lie on; None: one device
+    lora: LoraConfig | None = None  # of the experts, shared ones among them
 
     @nn.compact
     def __call__(
@@ -155,15 +163,16 @@ class MoE(nn.Module):
             x_BTD = modulate(x_BTD, importance_BT if strength is None else strength * importance_BT, self.config.alpha)
         x_ND = x_BTD.reshape(batch * length, d_model)
         plan = self._plan(x_ND, importance_logits_BT, context, strength)
-        weights = Experts(
-            self.config.num_experts, self.d_ff, self.residual_scale, self.dtype, self.param_dtype, name="experts"
-        )(d_model)
+        types = self.dtype, self.param_dtype, self.lora
+        experts = Experts(self.config.num_experts, self.d_ff, self.residual_scale, *types, name="experts")
+        weights = experts(d_model)
         y_ND, stats = apply_plan(x_ND, plan, weights, self.execution, self.placement)
         y_BTD = y_ND.reshape(x_BTD.shape)
         self._probe("output_BTD", y_BTD)
         if self.num_shared_experts:
             width = self.num_shared_experts * self.d_ff
-            y_BTD = y_BTD + SwiGLU(width, self.residual_scale, self.dtype, self.param_dtype, name="shared")(x_BTD)
+            shared = SwiGLU(width, self.residual_scale, *types[:2], lora=self.lora, name="shared")
+            y_BTD = y_BTD + shared(x_BTD)
         return y_BTD, RoutingTrace.from_plan(plan, batch, stats.dropped)
 
     def _check(self, x_BTD: Array) -> None:

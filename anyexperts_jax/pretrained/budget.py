@@ -25,8 +25,16 @@ class BudgetInForce(NamedTuple):
     share: Float[Array, ""] | None = None  # of positions that get k_max, the others k_min; None: importance decides
 
 
-def with_budget(config: ModelConfig, budget: float | None) -> tuple[ModelConfig, BudgetInForce]:
-    """The model with room for a budget, and what is in force.
+class BudgetWindow(NamedTuple):
+    """What a budget asks of the slots."""
+
+    moe: AnyExpertsConfig  # with room for it
+    window: tuple[float, float]  # k_min and k_max for every layer
+    share: float | None  # of positions that get k_max, the others k_min; None: importance decides, or both are the same
+
+
+def window_of(config: ModelConfig, budget: float) -> BudgetWindow:
+    """The window of a budget.
 
     A model without importance gives every token the same number of experts; a fractional budget is then mixed of the
     whole numbers around it, by the position of the token alone.
@@ -34,21 +42,30 @@ def with_budget(config: ModelConfig, budget: float | None) -> tuple[ModelConfig,
     Raises:
       UserError: a dense model, or a budget out of reach.
     """
-    if budget is None:
-        return config, BudgetInForce()
     moe = config.moe
     require(config.stack.num_moe_layers > 0, f"budget={budget:g}: the model is dense and has no experts to choose")
     if moe.uses_importance or moe.num_virtual:
         shifted = shift_budget(moe, budget)
-        return _with_room(config, shifted), BudgetInForce(jnp.asarray((shifted.k_min, shifted.k_max), jnp.float32))
+        return BudgetWindow(shifted, (shifted.k_min, shifted.k_max), None)
     require(moe.policy == IMPORTANCE, f"budget={budget:g}: the policy {moe.policy!r} decides already; set its dial")
     most = moe.experts_in_reach
     require(1 <= budget <= most, f"budget={budget:g} must be from 1 to {most} experts a token")
     low, high = math.floor(budget), math.ceil(budget)
-    window = jnp.asarray((low, high), jnp.float32)
     room = dataclasses.replace(moe, k_min=high, k_max=high)
-    share = None if low == high else jnp.float32(budget - low)
-    return _with_room(config, room), BudgetInForce(window, share)
+    return BudgetWindow(room, (low, high), None if low == high else budget - low)
+
+
+def with_budget(config: ModelConfig, budget: float | None) -> tuple[ModelConfig, BudgetInForce]:
+    """The model with room for a budget, and what is in force; see `window_of`.
+
+    Raises:
+      UserError: a dense model, or a budget out of reach.
+    """
+    if budget is None:
+        return config, BudgetInForce()
+    found = window_of(config, budget)
+    share = None if found.share is None else jnp.float32(found.share)
+    return _with_room(config, found.moe), BudgetInForce(jnp.asarray(found.window, jnp.float32), share)
 
 
 def with_policy(config: ModelConfig, policy: str, dial: float) -> ModelConfig:

@@ -12,11 +12,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError, comma_list, one_line, require, require_one_of
 from anyexperts_jax.core.files import parse_json_object, read_text
 from anyexperts_jax.core.switches import Switches
+from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, named_leaves, params_of_leaves
 from anyexperts_jax.pretrained.attach import detach, is_attached, on_devices
 from anyexperts_jax.pretrained.model import Pretrained
@@ -73,34 +75,53 @@ def write_extension(m: Pretrained, base: Pretrained, folder: pathlib.Path) -> No
         raise UserError(f"cannot write {TENSORS}: {one_line(error)}; nothing was kept") from error
 
 
+def extended_config(base: ModelConfig, folder: pathlib.Path) -> ModelConfig:
+    """The configuration of the model that was exported into the folder; `base` where nothing but the base was.
+
+    Reads no weight.
+
+    Raises:
+      UserError: when the settings are broken, or do not fit the base.
+    """
+    settings = _settings(folder)
+    if settings is None:
+        return base
+    moe = _policy(settings["moe"], folder / SETTINGS)
+    if settings["kind"] == "split":
+        shared = int(settings["shared"])
+        base = split_config(base, moe.num_experts + shared, shared, moe.router_markers)
+    return dataclasses.replace(base, moe=moe)
+
+
+def neuron_order(folder: pathlib.Path) -> Int[np.ndarray, "L F"] | None:
+    """Of a folder with a split model, where each neuron stood in the dense layer; None: the model was not split.
+
+    Raises:
+      UserError: when it is missing or broken.
+    """
+    settings = _settings(folder)
+    if settings is None or settings["kind"] != "split":
+        return None
+    return _take(_tensors(folder), _ORDER, folder)
+
+
 def with_extension(base: Pretrained, folder: pathlib.Path) -> Pretrained:
     """The model that was exported into the folder; `base` itself where nothing but the base was.
 
     Raises:
       UserError: when one of the two files is missing or broken, or they do not fit the base.
     """
-    path = folder / SETTINGS
-    if not path.is_file():
+    if not (folder / SETTINGS).is_file():
         return base
-    settings = parse_json_object(read_text(path, SETTINGS), str(path))
-    require(
-        set(settings) == {"kind", "moe", "shared"}, f"{path} must hold kind, moe and shared; export the model again"
-    )
-    require_one_of(f"{path}: kind", settings["kind"], ("attached", "split"))
-    moe, tensors = _policy(settings["moe"], path), _tensors(folder)
-    if settings["kind"] == "split":
-        order_LF = _take(tensors, _ORDER, folder)
-        config = split_config(
-            base.config, moe.num_experts + int(settings["shared"]), int(settings["shared"]), moe.router_markers
-        )
-        config = dataclasses.replace(config, moe=moe)
+    config, tensors = extended_config(base.config, folder), _tensors(folder)
+    order_LF = neuron_order(folder)
+    if order_LF is not None:
         layers, width = config.stack.num_layers, base.config.stack.d_ff
         fits = order_LF.shape == (layers, width) and (np.sort(order_LF, axis=1) == np.arange(width)[None]).all()
         require(bool(fits), f"{folder / TENSORS}: {_ORDER} is no order of the {width} neurons of {layers} layers")
         router = {name: _take(tensors, name, folder) for name in ROUTER_NAMES}
         _require_shapes(router, named_leaves(abstract_params(config)), folder)
         return assemble(base, config, order_LF, router)
-    config = dataclasses.replace(base.config, moe=moe)
     known, wanted = named_leaves(base.params), named_leaves(abstract_params(config))
     new = {name: _take(tensors, name, folder) for name in wanted if name not in known}
     _require_shapes(new, wanted, folder)
@@ -109,6 +130,18 @@ def with_extension(base: Pretrained, folder: pathlib.Path) -> Pretrained:
         bias_LC = jax.device_put(jnp.asarray(_take(tensors, ROUTER_BIAS, folder)), base.router_bias_LC.sharding)
     leaves = {**known, **on_devices(config, new, base.placement)}
     return dataclasses.replace(base, config=config, params=params_of_leaves(config, leaves), router_bias_LC=bias_LC)
+
+
+def _settings(folder: pathlib.Path) -> dict[str, Any] | None:
+    path = folder / SETTINGS
+    if not path.is_file():
+        return None
+    settings = parse_json_object(read_text(path, SETTINGS), str(path))
+    require(
+        set(settings) == {"kind", "moe", "shared"}, f"{path} must hold kind, moe and shared; export the model again"
+    )
+    require_one_of(f"{path}: kind", settings["kind"], ("attached", "split"))
+    return settings
 
 
 def _policy(values: Any, path: pathlib.Path) -> AnyExpertsConfig:

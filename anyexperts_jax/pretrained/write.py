@@ -20,14 +20,16 @@ from anyexperts_jax.core.files import require_local, require_printable
 from anyexperts_jax.core.registries import FAMILIES
 from anyexperts_jax.models.init import named_leaves
 from anyexperts_jax.pretrained.extension import base_of, kind_of, write_extension
-from anyexperts_jax.pretrained.hub_config import CONFIG, both_rope_forms
+from anyexperts_jax.pretrained.hub_config import CONFIG, HubConfig, both_rope_forms
+from anyexperts_jax.pretrained.lora import merge_adapter, save_adapter
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.pretrained.rules import ROUTER_BIAS, Expected, expand, expected_tensors
 from anyexperts_jax.pretrained.sources import INDEX, SINGLE, require_safetensors
 from anyexperts_jax.routing.policies import IMPORTANCE
 from anyexperts_jax.tokenizers.files import as_text
+from anyexperts_jax.tokenizers.store import open_tokenizer
 
-FORMS = ("hub", "anyexperts")
+FORMS = ("hub", "anyexperts", "adapter")
 SHARD_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"
 _BESIDE = (  # what goes along where it lies beside the weights
@@ -55,7 +57,8 @@ def export(model: Pretrained, path: str | os.PathLike[str], form: str = "hub", s
 
     Args:
       form: "hub", the layout that published checkpoints have; "anyexperts", for a model with attached slots or split
-        networks: that of its base, and what the base has no place for beside it.
+        networks: that of its base, and what the base has no place for beside it; "adapter", the low-rank adapter
+        alone, as `pretrained.lora` saves it. The other forms have an adapter merged into the weights.
       shard_bytes: of a file, at most, but for a tensor that is larger.
 
     Raises:
@@ -64,6 +67,11 @@ def export(model: Pretrained, path: str | os.PathLike[str], form: str = "hub", s
     """
     require_one_of("form", form, FORMS)
     out = require_new_folder(path)
+    if form == "adapter":
+        with _appearing(out) as folder:
+            save_adapter(model, folder)
+        return
+    model = merge_adapter(model)
     kind = kind_of(model)
     require(
         form != "hub" or kind is None,
@@ -78,13 +86,20 @@ def export(model: Pretrained, path: str | os.PathLike[str], form: str = "hub", s
     tensors = _Tensors.of(base)
     need, free = tensors.total_bytes, shutil.disk_usage(out.absolute().parent).free
     require(need < free, f"{out} needs {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk")
-    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    with contextlib.ExitStack() as undo:
-        undo.callback(shutil.rmtree, folder, ignore_errors=True)  # nothing half-written stays, whatever stopped it
+    with _appearing(out) as folder:
         _write_weights(tensors, folder, shard_bytes)
-        _write_beside(base, folder)
+        write_beside(base.hub, base.path, base.config.stack.param_dtype, folder)
         if form == "anyexperts":
             write_extension(model, base, folder)
+
+
+@contextlib.contextmanager
+def _appearing(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder beside `out`, which takes that name at the end; nothing stays of it if writing fails."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        yield folder
         folder.chmod(0o755)
         folder.rename(out)
         undo.pop_all()
@@ -172,21 +187,28 @@ def _write_weights(tensors: _Tensors, folder: pathlib.Path, shard_bytes: int) ->
         (folder / INDEX).write_text(as_text(index), encoding="utf-8")
 
 
-def _write_beside(model: Pretrained, folder: pathlib.Path) -> None:
-    values = both_rope_forms(model.hub.values)
+def write_beside(hub: HubConfig, source: pathlib.Path, dtype: str, folder: pathlib.Path) -> None:
+    """Writes what lies beside the weights: config.json and, from `source`, tokenizer, template and settings.
+
+    Args:
+      source: the folder or the GGUF file that the model was read from.
+      dtype: of the weights, where config.json does not say.
+    """
+    values = both_rope_forms(hub.values)
     if "dtype" not in values and "torch_dtype" not in values:
-        values["dtype"] = model.config.stack.param_dtype
+        values["dtype"] = dtype
     (folder / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if model.path.is_dir():
+    if source.is_dir():
         for name in _BESIDE:
-            if (model.path / name).is_file():
-                shutil.copyfile(model.path / name, folder / name)
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
         return
-    model.tokenizer.save(folder)
+    tokenizer = open_tokenizer(str(source))
+    tokenizer.save(folder)
     settings = folder / "tokenizer_config.json"
     own = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     settings.write_text(as_text({"tokenizer_class": "PreTrainedTokenizerFast", **own}), encoding="utf-8")
-    special = model.tokenizer.special
+    special = tokenizer.special
     generation = {"bos_token_id": special.bos, "eos_token_id": list(special.eos), "pad_token_id": special.pad}
     known = {key: value for key, value in generation.items() if value is not None}
     (folder / GENERATION).write_text(as_text(known), encoding="utf-8")

@@ -39,6 +39,7 @@ class ShardingRules:
     router_rank: MeshAxes = None
     importance: MeshAxes = None
     norm: MeshAxes = None
+    lora: MeshAxes = None
     features: MeshAxes = None
     table: MeshAxes = None
     layers: MeshAxes = None

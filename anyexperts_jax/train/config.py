@@ -18,8 +18,11 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.presets import model_preset
 from anyexperts_jax.sharding.mesh import MeshConfig
 from anyexperts_jax.train.config_files import names_in, read_toml, table_in, with_overrides
+from anyexperts_jax.train.curriculum import budget_windows
 from anyexperts_jax.train.moved import move_keys
 from anyexperts_jax.train.optim import OptimConfig
+from anyexperts_jax.train.published_config import is_published, with_start
+from anyexperts_jax.train.rates import named_rates
 from anyexperts_jax.train.run_tokenizer import ids_of_tokenizer
 from anyexperts_jax.train.runtime import RuntimeConfig
 from anyexperts_jax.train.strict import build, merge
@@ -44,13 +47,29 @@ class TrainConfig:
     eval_examples: int = 64  # validation examples per domain
     keep_last: int = 2  # number of latest checkpoints kept, in addition to the one with the lowest validation loss
     on_nonfinite: OnNonfinite = "stop"  # stop: end the run; skip: discard the step's update and count it
-    start_from: str | None = None  # a run directory to take the initial parameters from; see train.warm_start
+    start_from: str | None = None  # a run or a published checkpoint to take the initial parameters from
+    trainable: tuple[str, ...] = ("**",)  # patterns over parameter names, as **/router/**; the rest is frozen
+    learning_rates: tuple[str, ...] = ()  # "PATTERN=RATE": a peak in place of optim.lr's; the last that matches counts
+
+    budgets: tuple[float, ...] = ()  # real experts per token, of which each step draws one; empty: the model's window
+    distillation: float = 0.0  # share of the loss that is learned from the run's initial model at its own window
 
     def __post_init__(self) -> None:
         check_field_types(self, "train.")
         sizes = ("steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "eval_every", "eval_examples")
         for name in (*sizes, "keep_last"):
             require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be >= 1")
+        require(
+            len(self.trainable) > 0, "train.trainable is empty: nothing would train; give patterns, or leave it out"
+        )
+        named_rates(self.learning_rates)
+        require(0 <= self.distillation <= 1, f"train.distillation={self.distillation} must be in [0, 1]")
+        require(
+            self.distillation == 0 or self.start_from is not None,
+            f"train.distillation={self.distillation} without train.start_from: the model as the run begins is the "
+            "teacher, and it would have learned nothing",
+        )
+        require(all(self.trainable), "train.trainable holds an empty pattern; write ** for all parameters")
         require(
             self.batch_size % self.accumulation == 0,
             f"train.accumulation={self.accumulation} must divide train.batch_size={self.batch_size}",
@@ -88,6 +107,12 @@ class RunConfig:
             "computed per row, but packing puts several examples into a row; set the former to none or the latter to "
             "batch",
         )
+        budget_windows(self.model, self.train.budgets)
+        require(
+            self.model.stack.lora is None or self.train.trainable != TrainConfig.trainable,
+            "model.stack.lora beside train.trainable=['**'] would train the base as well; set train.trainable to the "
+            "adapters, ['**/*_lora_*'], and what else is to be trained",
+        )
         length, parts = self.data.encoding.max_length, self.mesh.sequence
         require(
             parts == -1 or length % parts == 0,
@@ -105,13 +130,14 @@ def preset_names() -> list[str]:
 
 
 def load_config(source: str | pathlib.Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> RunConfig:
-    """Loads a run configuration from the name of a preset, a TOML file or a run's config.json.
+    """Loads a run configuration from the name of a preset, a TOML file, a run's config.json, or a published checkpoint.
 
     A TOML file has the tables of `RunConfig`; `preset = "tiny"` at its top makes that model preset the base of the
     table `model`. An override is `key=value` with a dotted key and a TOML value: "optim.lr=1e-3",
     "model.moe.switches.iar=off" (a bare word is a string). `plugins` are modules to import before the configuration is
-    read; the run records them. With a tokenizer other than bytes, the model's `vocab_size`, `pad_id` and `eos_id` are
-    taken from the tokenizer unless they are given.
+    read; the run records them. A published checkpoint stands for a run that starts from it, with its model. With a
+    tokenizer other than bytes, the model's `vocab_size`, `pad_id` and `eos_id` are taken from the tokenizer unless they
+    are given.
 
     Raises:
       UserError: one line with file, key and valid keys or values.
@@ -134,6 +160,8 @@ def run_config(name: str, values: dict[str, Any]) -> RunConfig:
     try:
         base = {} if preset is None else dataclasses.asdict(model_preset(str(preset)))
         _load_plugins(values)
+        values = with_start(values, preset)
+        model = values.get("model", model)
         base |= ids_of_tokenizer(values.get("data"), model)
         if base:
             values["model"] = merge(base, model)
@@ -180,6 +208,8 @@ def _presets() -> Traversable:
 def _read(source: str | pathlib.Path) -> tuple[str, dict[str, Any]]:
     """The name (for messages) and the raw values of a preset or file."""
     path = pathlib.Path(source)
+    if str(source) not in preset_names() and is_published(path):
+        return str(path), {"train": {"start_from": str(path)}}
     if path.is_dir() and str(source) not in preset_names():
         path = path / "config.json"
     if path.suffix == ".json":

@@ -6,6 +6,7 @@ a run that fits is never refused, and one that is far too large is refused at on
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -16,8 +17,9 @@ from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.models.init import abstract_params, logical_axes
 from anyexperts_jax.sharding.specs import batch_shards, param_shardings
 from anyexperts_jax.train.config import RunConfig
-from anyexperts_jax.train.optim import make_optimizer
+from anyexperts_jax.train.frozen import select
 from anyexperts_jax.train.state import abstract_state
+from anyexperts_jax.train.trainable import what_trains
 
 _NUMBER = 4  # bytes of a float32 or an int32
 
@@ -26,7 +28,7 @@ def require_fits(config: RunConfig, mesh: Mesh, *, trains_everything: bool = Tru
     """Checks that a run's arrays split over the mesh and fit into memory.
 
     Args:
-      trains_everything: False: some parameters are frozen and have neither gradients nor optimiser state.
+      trains_everything: False: a recipe says what is trained, and nothing is assumed of gradients and optimiser state.
 
     Raises:
       UserError: naming the size and the mesh axis, or the bytes needed and available.
@@ -64,7 +66,7 @@ def room_on_devices(mesh: Mesh) -> int | None:
 
 def state_bytes(config: RunConfig, mesh: Mesh) -> int:
     """Bytes of the train state that one device holds."""
-    optimizer = make_optimizer(config.optim, logical_axes(config.model))
+    optimizer = what_trains(config).optimizer(config)
     arrays = jax.tree.leaves(abstract_state(config.model, optimizer, mesh))
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
 
@@ -96,7 +98,8 @@ def device_bytes(config: RunConfig, mesh: Mesh, trains_everything: bool) -> dict
     logits = {"the logits": tokens_here * (config.model.vocab_size // mesh.shape["tensor"]) * _NUMBER}
     if not trains_everything:
         return {"the parameters": parameters, **logits}
-    return {"parameters, gradients and optimiser state": state_bytes(config, mesh) + parameters, **logits}
+    gradients = _parameter_bytes(config, mesh, what_trains(config).trainable)
+    return {"parameters, gradients and optimiser state": state_bytes(config, mesh) + gradients, **logits}
 
 
 def attention_bytes(config: RunConfig) -> dict[str, int]:
@@ -115,12 +118,16 @@ def _require_splits(config: RunConfig, mesh: Mesh) -> None:
     require(length % parts == 0, f"data.encoding.max_length={length} does not split over mesh.sequence={parts}")
 
 
-def _parameter_bytes(config: RunConfig, mesh: Mesh) -> int:
-    """Bytes of the parameters on one device. Raises `UserError` if a parameter does not split over the mesh."""
+def _parameter_bytes(config: RunConfig, mesh: Mesh, trainable: Any = None) -> int:
+    """Bytes of the parameters, or of those that train, on one device.
+
+    Raises:
+      UserError: if a parameter does not split over the mesh.
+    """
     params = abstract_params(config.model)
     shardings = param_shardings(mesh, logical_axes(config.model), params)
     sizes = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)) * p.dtype.itemsize, params, shardings)
-    return sum(jax.tree.leaves(sizes))
+    return sum(jax.tree.leaves(select(sizes, trainable)))
 
 
 def _require_room(needed: Mapping[str, int], room: int, where: str) -> None:

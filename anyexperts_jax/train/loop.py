@@ -21,20 +21,20 @@ from anyexperts_jax.data.bad_rows import BadRows, describe_skipped
 from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.data.packing import padding_shares
 from anyexperts_jax.data.pipeline import epochs, source_lengths, train_iterator
-from anyexperts_jax.models.init import logical_axes
 from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import batch_rows, shard_batch
 from anyexperts_jax.train import processes
+from anyexperts_jax.train.begin import first_state
 from anyexperts_jax.train.checkpoint import Checkpoints, quiet_orbax
 from anyexperts_jax.train.config import RunConfig, describe_differences, to_json
 from anyexperts_jax.train.fit import require_fits
 from anyexperts_jax.train.goodput import Clock
 from anyexperts_jax.train.log_shape import require_complete
 from anyexperts_jax.train.metrics import routing_means
-from anyexperts_jax.train.optim import make_optimizer
 from anyexperts_jax.train.profile import Profiler
 from anyexperts_jax.train.progress import Reporter, status_line
+from anyexperts_jax.train.published import keep_start
 from anyexperts_jax.train.recipe import EVERYTHING, Recipe
 from anyexperts_jax.train.run_data import restore_iterator, with_fingerprints
 from anyexperts_jax.train.run_dir import RunDir, open_run_dir, require_run_of
@@ -42,7 +42,7 @@ from anyexperts_jax.train.run_log import NoLog, RunLog, read_records
 from anyexperts_jax.train.run_together import AGAIN, describe_last_checkpoint, lock_run, make_watch, waiting
 from anyexperts_jax.train.run_tokenizer import pin_tokenizer
 from anyexperts_jax.train.runtime import compile_cache
-from anyexperts_jax.train.state import TrainState, abstract_state, create_state, state_from
+from anyexperts_jax.train.state import TrainState, abstract_state
 from anyexperts_jax.train.step import CHECKED_SCALARS, StepReport, jit_train_step, model_apply
 from anyexperts_jax.train.stops import (
     DiskFullError,
@@ -52,8 +52,8 @@ from anyexperts_jax.train.stops import (
     StopRequests,
     no_room,
 )
+from anyexperts_jax.train.trainable import what_trains
 from anyexperts_jax.train.validation import Validation, require_validation_examples
-from anyexperts_jax.train.warm_start import warm_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def train(
         sources = Sources(own)
         config = dataclasses.replace(config, data=with_fingerprints(sources, paths, reporter.note_later))
         mesh = make_mesh(config.mesh)
-        require_fits(config, mesh, trains_everything=recipe.trainable is None and recipe.optimizer is None)
+        require_fits(config, mesh, trains_everything=not recipe.says_what_trains)
         require_validation_examples(config, sources)
         with (
             StopRequests() as requests,
@@ -142,7 +142,9 @@ class _Run:
         self.clock = Clock()
         self.watch = make_watch(config, paths)
         self.apply = (recipe.apply or model_apply)(config.model, Placement(self.mesh))
-        self.optimizer = recipe.optimizer or make_optimizer(config.optim, logical_axes(config.model))
+        self.trained = what_trains(config)
+        self.optimizer = recipe.optimizer or self.trained.optimizer(config)
+        self.trainable = recipe.trainable if recipe.says_what_trains else self.trained.trainable
         size = config.train.batch_size
         self.bad_rows, rows = BadRows(config.data.max_bad_share), batch_rows(self.mesh, size)
         bad_rows, plugins = self.bad_rows, config.plugins
@@ -207,13 +209,19 @@ class _Run:
 
     def _open_for_writing(self, first: int) -> None:
         """Takes over the directory: writes the configuration, opens logs, removes what a killed run left incomplete."""
+        if not self.trained.is_everything:
+            self.reporter.note_later(self.trained.table())
         self.reporter.show_notes()
         if self.recipe.begin is not None and processes.is_first():
             self.recipe.begin()
         open_run_dir(self.paths.root, self.config, writes=processes.is_first())
+        if processes.is_first():
+            keep_start(self.config.train.start_from, self.paths)
         self.checkpoints.close()
         self.checkpoints = self._open_checkpoints(read_only=False)
         self.log: RunLog | NoLog = RunLog(self.paths, first) if processes.is_first() else NoLog()
+        if not self.trained.is_everything:
+            self.log.write("trained", first, self.trained.record())
         if self.first_rows is not None and self.config.data.packing != "none":
             self._report_padding(self.first_rows)
 
@@ -232,25 +240,19 @@ class _Run:
 
     def _start(self) -> TrainState:
         """The state of the last checkpoint, with the data iterator at the same place, or a new state."""
-        model, step, key = self.config.model, self.checkpoints.latest, jax.random.key(self.config.seed)
-        if step is None and self.recipe.start is not None:
-            return state_from(model, self.optimizer, self.mesh, self.recipe.start(self.mesh))
-        if step is None and self.config.train.start_from is not None:
-            with self._waiting(f"the checkpoint in {self.config.train.start_from}"):
-                started = warm_start(self.config.train.start_from, model, key, self.mesh, data=self.config.data)
-            self.reporter.note_later(started.describe(self.config.train.start_from))
-            return state_from(model, self.optimizer, self.mesh, started.params, started.router_bias_LC)
+        step, note = self.checkpoints.latest, self.reporter.note_later
         if step is None:
-            return create_state(model, self.optimizer, self.mesh, key)
+            own = self.config, self.optimizer, self.mesh, self.recipe
+            return first_state(*own, waiting=self._waiting, note=note)
         require(
             step <= self.config.train.steps,
             f"the run in {self.paths.root} is at step {step}, past train.steps={self.config.train.steps}",
         )
-        abstract = abstract_state(model, self.optimizer, self.mesh)
+        abstract = abstract_state(self.config.model, self.optimizer, self.mesh)
         with self._waiting(f"the checkpoint of step {step}"):
             state, data_state = self.checkpoints.restore(step, abstract, self.config)
         restore_iterator(self.iterator, data_state, self.paths.checkpoints / str(step) / "data")
-        self.reporter.note_later(f"resuming from the checkpoint of step {step}")
+        note(f"resuming from the checkpoint of step {step}")
         return state
 
     def _steps(self, state: TrainState, first: int, batch: Batch | None, step_fn: Any) -> None:
@@ -338,7 +340,7 @@ class _Run:
     def _compile(self, state: TrainState, batch: Batch) -> Any:
         start = time.perf_counter()
         with self.clock.spending("compile"):
-            step_fn = jit_train_step(self.config, self.optimizer, self.apply, self.mesh, self.recipe.trainable)
+            step_fn = jit_train_step(self.config, self.optimizer, self.apply, self.mesh, self.trainable)
             compiled = step_fn.lower(state, batch).compile()
         self.compiled_in = time.perf_counter() - start
         return compiled

@@ -71,11 +71,14 @@ def clip(grads: Any, norm: float) -> Any:
     return jax.tree.map(lambda g: factor.astype(g.dtype) * g, grads)
 
 
-def make_optimizer(config: OptimConfig, logical_axes: Any) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimConfig, logical_axes: Any, scales: Any = None) -> optax.GradientTransformationExtraArgs:
     """AdamW. Its `update` takes `learning_rate`, because the rate depends on the step count including skipped steps,
     and `finite`: if that is False, the state does not change and the updates are meaningless.
 
     Moments are float32 whatever the gradients' dtype. Parameters that are None (see `train.frozen`) have no moments.
+
+    Args:
+      scales: a tree of numbers, by which each parameter's learning rate is multiplied; None: 1 for all.
     """
     mask = jax.tree.map(decays, logical_axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
     direction = optax.chain(
@@ -90,7 +93,9 @@ def make_optimizer(config: OptimConfig, logical_axes: Any) -> optax.GradientTran
         # optax raises b1 to the integer count, and adds the decay of bfloat16 parameters to float32 updates.
         with jax.numpy_dtype_promotion("standard"):
             updates, state = direction.update(grads, state, params, finite=finite)
-        return jax.tree.map(lambda u: -learning_rate * u, updates), state
+        if scales is None:
+            return jax.tree.map(lambda u: -learning_rate * u, updates), state
+        return jax.tree.map(lambda u, scale: (-scale * learning_rate) * u, updates, scales), state
 
     return optax.GradientTransformationExtraArgs(direction.init, update)
 

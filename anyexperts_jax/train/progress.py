@@ -34,7 +34,7 @@ class Reporter:
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn())
         self._bar = _Bar(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task: Any = None
-        self._later: list[str] = []
+        self._later: list[str | TextTable] = []
         self._last_line = time.monotonic()
 
     def start(self, done: int, steps: int) -> None:
@@ -51,13 +51,16 @@ class Reporter:
     def note(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
-    def note_later(self, line: str) -> None:
-        """Keeps a line until `show_notes`, so that a run that is refused at the start shows only the reason."""
+    def note_later(self, line: str | TextTable) -> None:
+        """Keeps a line or a table until `show_notes`, so that a run that is refused shows only the reason."""
         self._later.append(line)
 
     def show_notes(self) -> None:
         for line in self._later:
-            self.note(line)
+            if isinstance(line, TextTable):
+                print_tables([line], self._console, lines=True)
+            else:
+                self.note(line)
         self._later = []
 
     def evaluation(self, step: int, record: dict[str, Any]) -> None:

@@ -28,5 +28,10 @@ class Recipe:
     measure: Callable[[TrainState, Validation], dict[str, Any]] | None = None  # more fields for validation records
     begin: Callable[[], None] | None = None  # called after all checks, before the run writes its first file
 
+    @property
+    def says_what_trains(self) -> bool:
+        """Whether the recipe, and not `train.trainable`, says which parameters are trained."""
+        return self.trainable is not None or self.optimizer is not None
+
 
 EVERYTHING = Recipe()  # trains every parameter of the model from scratch

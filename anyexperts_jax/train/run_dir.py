@@ -59,6 +59,11 @@ class RunDir:
         return self.root / "tokenizer"
 
     @property
+    def base(self) -> pathlib.Path:
+        """What the run keeps of the published checkpoint that it started from; other runs have none."""
+        return self.root / "base"
+
+    @property
     def profile(self) -> pathlib.Path:
         """The folder of profiler traces."""
         return self.root / "profile"

@@ -15,11 +15,14 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
+from anyexperts_jax.models.paths import any_of
 from anyexperts_jax.routing.bias import update_expert_bias
 from anyexperts_jax.routing.trace import RoutingTrace, layer_mean
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import replicated
 from anyexperts_jax.train.config import RunConfig
+from anyexperts_jax.train.curriculum import budget_windows, draw_budget
+from anyexperts_jax.train.distillation import divergence, teacher_params
 from anyexperts_jax.train.frozen import overlay, select
 from anyexperts_jax.train.losses import answer_scores, auxiliary_loss, predicting_positions
 from anyexperts_jax.train.metrics import RoutingSums, routing_sums
@@ -104,8 +107,10 @@ def make_train_step(
 
     The loss is the cross entropy per answer token of the whole batch, however many micro-batches it is divided into,
     plus `auxiliary_loss`. The latter weights micro-batches by their valid tokens, which is exact for the importance and
-    z losses; the balance loss is computed per micro-batch. Randomness depends only on the seed, the step and the
-    micro-batch. If a loss or the gradient's norm is not finite, only the step count changes.
+    z losses; the balance loss is computed per micro-batch. With `train.distillation`, that share of the cross entropy
+    gives way to the divergence from the teacher at the same positions. Randomness depends only on the seed, the step
+    and the micro-batch, the budget of `train.budgets` on the seed and the step. If a loss or the gradient's norm is not
+    finite, only the step count changes.
 
     Args:
       optimizer: its `update` takes `learning_rate` and `finite`; if that is False it must not change its state, like
@@ -114,15 +119,28 @@ def make_train_step(
         be `frozen.train_only(optimizer, trainable)`. None: all are trained.
     """
     moe, train = config.model.moe, config.train
+    budgets, windows = train.budgets, budget_windows(config.model, train.budgets)
+    # Expert biases are part of the routing: they stay where all routers are frozen.
+    moves_bias = moe.expert_bias and config.model.stack.num_moe_layers > 0 and any_of("router", trainable)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         # The key is derived from the step and not kept in the state, so that a resumed run draws the same numbers.
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        drawn, window = draw_budget(budgets, windows, config.seed, state.step) if budgets else (None, None)
         grads, sums, losses = accumulate(
-            apply, moe, train.accumulation, state=state, batch=batch, key=key, trainable=trainable
+            apply,
+            moe,
+            train.accumulation,
+            state=state,
+            batch=batch,
+            key=key,
+            trainable=trainable,
+            window=window,
+            distillation=train.distillation,
         )
         scalars = {
             **losses,
+            **({} if drawn is None else {"budget": drawn}),
             "grad_norm": optax.tree.norm(grads).astype(jnp.float32),
             "learning_rate": learning_rate(config.optim, train.steps, state.step),
             "token_accuracy": sums.correct_tokens / jnp.maximum(sums.answer_tokens, 1),
@@ -134,7 +152,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **steering)
         params = overlay(apply_updates(select(state.params, trainable), updates), state.params)
         bias_LC = state.router_bias_LC
-        if moe.expert_bias and config.model.stack.num_moe_layers:
+        if moves_bias:
             bias_LC = update_expert_bias(bias_LC, sums.routing.load_LC, moe.expert_bias_rate)
         # A select and not a `cond`: it needs no host round trip, and XLA fuses it into the update.
         params, bias_LC = jax.tree.map(
@@ -170,8 +188,15 @@ def accumulate(
     batch: Batch,
     key: Array,
     trainable: Any = None,
+    window: Float[Array, "2"] | None = None,
+    distillation: float = 0.0,
 ) -> tuple[Any, BatchSums, dict[str, Array]]:
-    """The float32 gradient of the trainable parameters, the sums and the losses of a batch in `parts` micro-batches."""
+    """The float32 gradient of the trainable parameters, the sums and the losses of a batch in `parts` micro-batches.
+
+    Args:
+      window: (k_min, k_max) in place of the configuration's; not for the teacher.
+      distillation: the share of the loss that is the teacher's; if not 0, the optimiser keeps one.
+    """
     live = select(state.params, trainable)
     # Denominators are those of the whole batch. Averaging the means of micro-batches would weight them alike, although
     # they have different numbers of answer tokens.
@@ -179,13 +204,20 @@ def accumulate(
     valid_tokens = jnp.maximum(jnp.sum(jnp.asarray(batch.valid_BT)), 1)
 
     def micro_loss(live: Any, micro: Batch, key: Array) -> tuple[Array, tuple[BatchSums, dict[str, Array]]]:
-        logits_BTY, trace = apply(overlay(live, state.params), micro, state.router_bias_LC, key, None)
+        logits_BTY, trace = apply(overlay(live, state.params), micro, state.router_bias_LC, key, window)
         sums = batch_sums(logits_BTY, trace, micro)
         share = jnp.sum(jnp.asarray(micro.valid_BT)) / valid_tokens
         answer_loss = sums.answer_loss / answer_tokens.astype(jnp.float32)
-        loss = answer_loss + share * auxiliary_loss(moe, trace.losses)
-        router_losses = {f"{name}_loss": share * layer_mean(value) for name, value in trace.losses.items()}
-        return loss, (sums, {"loss": loss, "answer_loss": answer_loss, **router_losses})
+        terms = {f"{name}_loss": share * layer_mean(value) for name, value in trace.losses.items()}
+        learned = answer_loss
+        if distillation:
+            teacher = teacher_params(state.opt_state, state.params)
+            theirs_BTY, _ = apply(teacher, micro, state.router_bias_LC, None, None)
+            mask_BT = predicting_positions(micro.loss_mask_BT, micro.segment_BT)
+            terms["distillation_loss"] = divergence(theirs_BTY, logits_BTY, mask_BT) / answer_tokens.astype(jnp.float32)
+            learned = (1 - distillation) * answer_loss + distillation * terms["distillation_loss"]
+        loss = learned + share * auxiliary_loss(moe, trace.losses)
+        return loss, (sums, {"loss": loss, "answer_loss": answer_loss, **terms})
 
     def part(micro: Batch, index: Array | int) -> tuple[Any, BatchSums, dict[str, Array]]:
         grads, (sums, losses) = jax.grad(micro_loss, has_aux=True)(live, micro, jax.random.fold_in(key, index))

@@ -16,18 +16,21 @@ from jaxtyping import Array, Float
 
 from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.data.config import DataConfig
+from anyexperts_jax.models.adapters import is_adapter
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, init_leaves, logical_axes, named_leaves, params_of_leaves
 from anyexperts_jax.models.paths import is_routing, short_name
 from anyexperts_jax.sharding.specs import param_shardings, replicated
 from anyexperts_jax.train.config import describe_differences
+from anyexperts_jax.train.published import start_of
+from anyexperts_jax.train.published_config import is_published
 from anyexperts_jax.train.run_dir import load_run
 from anyexperts_jax.train.run_tokenizer import require_same_tokens
 from anyexperts_jax.train.same_run import EXECUTION_KEYS, is_among
 from anyexperts_jax.train.strict import differing_keys
 
 # Keys in which the models may differ: how tokens are routed, and how the same values are computed.
-_FREE_KEYS = ("moe.", "max_length", "stack.dtype", *EXECUTION_KEYS)
+_FREE_KEYS = ("moe.", "max_length", "stack.dtype", "stack.lora", "stack.lora.", *EXECUTION_KEYS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +51,9 @@ class WarmStart:
 
 
 def warm_start(
-    run_dir: str | pathlib.Path, model: ModelConfig, key: Array, mesh: Mesh, *, data: DataConfig | None = None
+    start: str | pathlib.Path, model: ModelConfig, key: Array, mesh: Mesh, *, data: DataConfig | None = None
 ) -> WarmStart:
-    """Initial parameters of `model` on `mesh` from the last checkpoint of the run in `run_dir`.
+    """Initial parameters of `model` on `mesh` from the last checkpoint of a run, or from a published checkpoint.
 
     Args:
       key: random key for new parameters.
@@ -59,13 +62,17 @@ def warm_start(
     Raises:
       UserError: if there is no checkpoint, or its model differs in more than its routing.
     """
-    config, params, router_bias_LC = load_run(run_dir, "last", mesh)
     try:
-        if data is not None:
-            require_same_tokens(data, config.data, "it")
-        return carried_over(params, router_bias_LC, found=config.model, model=model, key=key, mesh=mesh)
+        if is_published(start):
+            found, params, router_bias_LC = start_of(str(start), model, mesh, data)
+        else:
+            config, params, router_bias_LC = load_run(start, "last", mesh)
+            found = config.model
+            if data is not None:
+                require_same_tokens(data, config.data, "it")
+        return carried_over(params, router_bias_LC, found=found, model=model, key=key, mesh=mesh)
     except UserError as error:
-        raise UserError(f"train.start_from={run_dir}: {error}") from error
+        raise UserError(f"train.start_from={start}: {error}") from error
 
 
 def carried_over(
@@ -92,7 +99,7 @@ def carried_over(
     known, wanted = named_leaves(params), named_leaves(abstract_params(model))
     fits = {name for name, leaf in wanted.items() if name in known and known[name].shape == leaf.shape}
     new = tuple(name for name in wanted if name not in fits)
-    wrong = [name for name in new if not is_routing(name)]
+    wrong = [name for name in new if not (is_routing(name) or is_adapter(name))]
     require(not wrong, f"its parameters do not fit: {', '.join(wrong[:3])}")
 
     def fresh(key: Array, taken: dict[str, Array], bias_LX: Array) -> tuple[dict[str, Array], Array]:

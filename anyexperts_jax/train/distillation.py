@@ -1,0 +1,52 @@
+"""Self-distillation to a budget: the model at a drawn budget learns from itself as it was when the run began.
+
+The teacher is the run's initial parameters at the configuration's own window of slots. Frozen parameters are shared
+with the model; of those that train, the optimiser's state keeps a copy, so that checkpoints hold it and a mesh splits
+it like any other state.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from anyexperts_jax.train.frozen import overlay, select
+
+
+class TaughtState(NamedTuple):
+    """An optimiser's state, and the trained parameters as they were before the first step."""
+
+    inner: Any
+    teacher: Any  # None where a parameter is frozen
+
+
+def keep_teacher(
+    optimizer: optax.GradientTransformationExtraArgs, trainable: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The optimiser with a state of `TaughtState`; it updates what `optimizer` updates."""
+
+    def init(params: Any) -> TaughtState:
+        return TaughtState(optimizer.init(params), select(params, trainable))
+
+    def update(grads: Any, state: TaughtState, params: Any = None, **extra: Any) -> tuple[Any, TaughtState]:
+        updates, inner = optimizer.update(grads, state.inner, params, **extra)
+        return updates, TaughtState(inner, state.teacher)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def teacher_params(state: TaughtState, params: Any) -> Any:
+    """All parameters of the teacher, through which no gradient flows."""
+    return jax.lax.stop_gradient(overlay(state.teacher, params))
+
+
+def divergence(
+    teacher_BTY: Float[Array, "B T Y"], student_BTY: Float[Array, "B T Y"], mask_BT: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """KL(teacher || student) of the next token in nats, in float32, summed over the positions of the mask."""
+    teacher_BTY = jax.nn.log_softmax(teacher_BTY.astype(jnp.float32), axis=-1)
+    student_BTY = jax.nn.log_softmax(student_BTY.astype(jnp.float32), axis=-1)
+    nats_BT = jnp.sum(jnp.exp(teacher_BTY) * (teacher_BTY - student_BTY), axis=-1)
+    return jnp.where(mask_BT, nats_BT, 0.0).sum()

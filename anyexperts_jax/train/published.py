@@ -1,0 +1,110 @@
+"""Runs that start from a published checkpoint: their first parameters, what they keep, and the way back.
+
+Such a run keeps everything of the checkpoint but its weights in the folder "base"; with that, `load_tuned` makes of the
+run's weights a published model, which generates from any text and is exported as it was read.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.files import parse_json_object, read_text
+from anyexperts_jax.data.config import DataConfig
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.init import abstract_params, named_leaves, params_of_leaves
+from anyexperts_jax.pretrained.base_folder import keep_base
+from anyexperts_jax.pretrained.extension import neuron_order
+from anyexperts_jax.pretrained.family import family_of
+from anyexperts_jax.pretrained.hub_config import HubConfig
+from anyexperts_jax.pretrained.load import GENERATION, load_pretrained
+from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.sharding.specs import replicated
+from anyexperts_jax.train.published_config import is_published
+from anyexperts_jax.train.run_dir import RunDir, load_checkpoint
+from anyexperts_jax.train.run_tokenizer import require_same_tokens
+
+
+def start_of(
+    checkpoint: str, model: ModelConfig, mesh: Mesh, data: DataConfig | None
+) -> tuple[ModelConfig, Any, jax.Array]:
+    """Configuration, parameters and expert biases [L, C] of a checkpoint, in the types and with the ids of `model`.
+
+    Raises:
+      UserError: when it cannot be read, or its tokenizer is not that of `data`.
+    """
+    read = load_pretrained(checkpoint, mesh)
+    if data is not None:
+        own = read.tokenizer
+        theirs = dataclasses.replace(data, tokenizer=str(checkpoint), token_fingerprint=own.fingerprint)
+        require_same_tokens(data, theirs, "it")
+    stack = dataclasses.replace(read.config.stack, param_dtype=model.stack.param_dtype)
+    config = dataclasses.replace(read.config, stack=stack, pad_id=model.pad_id, eos_id=model.eos_id)
+    types = named_leaves(abstract_params(config))
+    leaves = {name: leaf.astype(types[name].dtype) for name, leaf in named_leaves(read.params).items()}
+    bias_LC = read.router_bias_LC
+    if bias_LC is None:
+        bias_LC = jax.device_put(np.zeros(config.router_bias_shape, np.float32), replicated(mesh))
+    return config, params_of_leaves(config, leaves), bias_LC
+
+
+def keep_start(start_from: str | None, paths: RunDir) -> None:
+    """Writes the run's folder "base", if it starts from a published checkpoint or from a run that did, unless it is
+    there already.
+
+    Raises:
+      UserError: when the checkpoint cannot be read.
+      OSError: when the folder cannot be written.
+    """
+    if start_from is None or paths.base.is_dir():
+        return
+    if is_published(start_from):
+        keep_base(pathlib.Path(start_from), paths.base)
+    elif is_tuned(start_from):
+        shutil.copytree(RunDir(pathlib.Path(start_from)).base, paths.base)
+
+
+def is_tuned(run_dir: str | os.PathLike[str]) -> bool:
+    """Whether a run started from a published checkpoint."""
+    return (pathlib.Path(run_dir) / "base" / "config.json").is_file()
+
+
+def load_tuned(run_dir: str | os.PathLike[str], which: str = "best", mesh: Mesh | None = None) -> Pretrained:
+    """A run that started from a published checkpoint, as a published model: for generation from text, and for export.
+
+    Raises:
+      UserError: when the run did not start from one, or has no checkpoint.
+    """
+    paths = RunDir(pathlib.Path(run_dir))
+    require(is_tuned(paths.root), f"{paths.root} did not start from a published checkpoint: there is no {paths.base}")
+    found = load_checkpoint(paths.root, which, mesh)
+    model, read = found.config.model, HubConfig.read(paths.base)
+    others = {key: value for key, value in read.values.items() if key != "torch_dtype"}
+    hub = HubConfig({**others, "dtype": model.stack.param_dtype}, read.where)
+    settings = paths.base / GENERATION
+    biased = model.moe.expert_bias and model.stack.num_moe_layers > 0
+    return Pretrained(
+        model,
+        found.params,
+        found.router_bias_LC if biased else None,
+        hub=hub,
+        family=family_of(hub)[0],
+        path=paths.base,
+        generation=parse_json_object(read_text(settings, GENERATION), str(settings)) if settings.is_file() else {},
+        order_LF=neuron_order(paths.base),
+    )
+
+
+def load_published(path: str | os.PathLike[str], which: str = "best", mesh: Mesh | None = None) -> Pretrained:
+    """A published checkpoint, or a run that started from one.
+
+    Raises:
+      UserError: when it is neither, or cannot be read.
+    """
+    return load_tuned(path, which, mesh) if is_tuned(path) else load_pretrained(path, mesh)
