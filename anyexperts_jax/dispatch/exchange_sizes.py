@@ -50,9 +50,7 @@ def expected_devices(spec: PlanSpec, num_devices: int) -> float:
 
     Example: 8 of 256 experts lie on 5.3 of 8 devices; with the best 4 of 8 groups on 4.0.
     """
-    require(
-        spec.num_experts % num_devices == 0, f"{spec.num_experts} experts do not split over {num_devices} devices"
-    )
+    require(spec.num_experts % num_devices == 0, f"{spec.num_experts} experts do not split over {num_devices} devices")
     in_reach = spec.num_experts // spec.num_groups * spec.groups_kept
     slots = min(spec.expected_real_slots, in_reach)
     fewer, share = int(slots), slots - int(slots)
