@@ -34,7 +34,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- run: ([^\n]*) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RUNNABLE = {"bash", "python"}
-MODEL_COMMANDS = ("train", "evolve", "evaluate", "report", "generate", "bench", "compile")
+MODEL_COMMANDS = ("train", "evolve", "evaluate", "report", "generate", "serve", "bench", "compile")
 SMALLEST = ("--set", "train.steps=1", "--set", "optim.warmup_steps=0", "--set", "train.eval_examples=1")
 
 

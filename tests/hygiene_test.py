@@ -30,6 +30,8 @@ LAYERS = [
     {"train"},
     {"evolution"},
     {"evaluate"},
+    {"serve"},
+    {"harness"},
     {"report"},
     {"bench"},
     {"aot"},

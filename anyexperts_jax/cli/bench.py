@@ -1,9 +1,9 @@
-"""`anyexperts bench layer`, `anyexperts bench step` and `anyexperts bench data`."""
+"""`anyexperts bench layer`, `step`, `data` and `serve`."""
 
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_command, add_config, positive, say
+from anyexperts_jax.cli.options import add_command, add_config, positive, positive_number, say, seed
 from anyexperts_jax.core.shapes import HOST_SHAPES, SHAPES
 
 
@@ -50,6 +50,35 @@ def run_data(options: argparse.Namespace) -> None:
     if options.out:
         names = " ".join([options.config, *(f"--set {one!r}" for one in options.set)])
         command = f"anyexperts bench data {names} --examples {options.examples} --rounds {options.rounds}"
+        print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
+
+
+def run_serve(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from anyexperts_jax.core.text_table import print_tables
+    from anyexperts_jax.serve.run import require_serve
+
+    require_serve()
+    from anyexperts_jax.bench.serve import Load, bench_serve, serve_table, write_bench
+    from anyexperts_jax.serve.model import load_served
+
+    load = Load(
+        tuple(options.clients),
+        options.requests,
+        options.prompt_tokens,
+        options.answer_tokens,
+        slots=options.slots,
+        length=options.length,
+        budgets=tuple(options.budget or ()),
+        seed=options.seed,
+    )
+    model = load_served(options.path, max_budget=max(load.budgets, default=None))
+    bench = bench_serve(model, load, note=say)
+    print_tables([serve_table(bench)], Console(highlight=False))
+    if options.out:
+        sizes = f"--requests {load.requests} --prompt-tokens {load.prompt} --answer-tokens {load.answer}"
+        command = f"anyexperts bench serve {options.path} {sizes} --slots {load.slots} --out {options.out}"
         print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
 
 
@@ -110,3 +139,34 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="also write bench_data.json, .csv and .md into this folder (default: print only)",
     )
     data.set_defaults(command=run_data)
+    _add_serve(actions)
+
+
+def _add_serve(actions: argparse._SubParsersAction) -> None:
+    serve = add_command(
+        actions,
+        "serve",
+        "put the server under load, and compare every answer with the one alone",
+        ("anyexperts bench serve models/mine --clients 1 4 16 --budget 2 4",),
+    )
+    serve.add_argument("path", type=pathlib.Path, help="a run's directory, a folder of the hub's, or a GGUF file")
+    serve.add_argument("--clients", type=positive, nargs="+", default=[1, 4, 16], metavar="N", help="at once, in turn")
+    serve.add_argument("--requests", type=positive, default=32, metavar="N", help="at each number of clients")
+    serve.add_argument("--prompt-tokens", type=positive, default=48, metavar="N", help="median of a prompt's length")
+    serve.add_argument("--answer-tokens", type=positive, default=24, metavar="N", help="median of an answer's length")
+    serve.add_argument(
+        "--budget",
+        type=positive_number,
+        nargs="+",
+        metavar="K",
+        help="real experts per token, in turn over the requests (default: the model's own)",
+    )
+    serve.add_argument("--slots", type=positive, default=8, metavar="N", help="requests that the server runs at once")
+    serve.add_argument("--length", type=positive, default=256, metavar="T", help="tokens of a prompt and its answer")
+    serve.add_argument("--seed", type=seed, default=0, help="of the prompts and lengths")
+    serve.add_argument(
+        "--out",
+        type=pathlib.Path,
+        help="also write bench_serve.json, .csv and .md into this folder (default: print alone)",
+    )
+    serve.set_defaults(command=run_serve)

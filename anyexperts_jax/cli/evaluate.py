@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from anyexperts_jax.cli import evaluate_text
+from anyexperts_jax.cli import evaluate_tasks, evaluate_text
 from anyexperts_jax.cli.options import add_command, add_data, add_run, mesh_of, positive, positive_number, say
 
 
@@ -11,7 +11,10 @@ def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.core.errors import require
     from anyexperts_jax.pretrained.load import is_checkpoint
 
-    if is_checkpoint(options.run):
+    evaluate_tasks.require_its_options(options)
+    if options.tasks is not None:
+        evaluate_tasks.run(options)
+    elif is_checkpoint(options.run):
         evaluate_text.run(options)
     else:
         require(options.text is None, f"{options.run} is no published checkpoint; a run has data of its own")
@@ -40,6 +43,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             "anyexperts evaluate runs/mine --metric mine=cer",
             "anyexperts evaluate models/mine --text wiki.txt --budget 2 4.5 --policy static top_p oracle",
             "anyexperts evaluate runs/mine --domain ocr speech --examples 256 --checkpoint last",
+            "anyexperts evaluate models/mine --tasks gsm8k,arc_easy --budget 4.8 8 --limit 100",
         ),
     )
     add_run(parser)
@@ -68,4 +72,5 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="validation examples of each domain that set the window",
     )
     evaluate_text.add_options(parser)
+    evaluate_tasks.add_options(parser)
     parser.set_defaults(command=run)

@@ -1,5 +1,5 @@
-"""The command line: `anyexperts train | evolve | evaluate | report | generate | import | export | attach |
-split | config | data | tokenizer | bench | compile`.
+"""The command line: `anyexperts train | evolve | evaluate | report | generate | serve | import | export |
+attach | split | config | data | tokenizer | bench | compile`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input or a file that cannot
 be used, 3 a loss that is not finite, 4 a full disk, 5 another process of the run gone, 130 and 143 interrupted with a
@@ -26,6 +26,7 @@ from anyexperts_jax.cli import (
     generate,
     import_checkpoint,
     report,
+    serve,
     split,
     tokenizer,
     train,
@@ -48,6 +49,7 @@ COMMANDS = (
     evaluate,
     report,
     generate,
+    serve,
     import_checkpoint,
     export,
     attach,

@@ -93,7 +93,7 @@ def _generate(
     lengths_B = prompt_batch.valid_BT.sum(axis=1)
     room_B = jnp.where(lengths_B == 0, 0, jnp.minimum(config.max_length - lengths_B, max_new_tokens))
     cache = empty_stack_cache(config.stack, batch_size, min(length + max_new_tokens - 1, config.max_length))
-    logits_BY, cache = run(prompt_batch, cache, method="prefill")
+    logits_BY, _, cache = run(prompt_batch, cache, method="prefill")
 
     def step(tokens_B: Array, j: Array, live_B: Array, cache: StackCache) -> tuple[Array, StackCache]:
         return run(tokens_B, lengths_B + j, live_B, cache, method="step")

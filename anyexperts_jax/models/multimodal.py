@@ -129,17 +129,19 @@ class MultimodalModel(nn.Module):
         *,
         router_bias_LC: Float[Array, "L C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
-    ) -> tuple[Float[Array, "B Y"], StackCache]:
-        """Logits after each sequence's last valid position, and the cache filled with the sequences.
+        importance_logits_BT: Float[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B Y"], RoutingTrace, StackCache]:
+        """Logits after each sequence's last valid position, the trace, and the cache filled with the sequences.
 
         A sequence is one segment: the cache keeps none apart.
         """
         _check_batch(self.config, batch)
         valid_BT = jnp.asarray(batch.valid_BT)
         context = self._batch_context(batch, causal_mask(_row_positions(batch), cache.length), window)
-        x_BTD, _, written = self._decode(self.embed(batch), context, router_bias_LC, cache)
+        context = dataclasses.replace(context, importance_logits_BT=importance_logits_BT)
+        x_BTD, trace, written = self._decode(self.embed(batch), context, router_bias_LC, cache)
         last_B = jnp.maximum(valid_BT.sum(axis=1) - 1, 0)
-        return self._logits(x_BTD[jnp.arange(x_BTD.shape[0]), last_B]), cast(StackCache, written)
+        return self._logits(x_BTD[jnp.arange(x_BTD.shape[0]), last_B]), trace, cast(StackCache, written)
 
     def step(
         self,

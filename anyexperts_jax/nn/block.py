@@ -32,7 +32,7 @@ class BlockContext:
     valid_BT: Bool[Array, "B T"]
     mask: Bool[Array, "B T S"] | CausalMask  # True: position t attends to s
     rotation: Rotations | None = None
-    window: Float[Array, "*layers 2"] | None = None  # for all MoE layers, or one for each
+    window: Float[Array, "*layers 2"] | None = None  # for all MoE layers, or [L, 2], or [B, T, 2] for each token
     modality_BT: Int[Array, "B T"] | None = None  # for routers with per-modality weights
     segment_BT: Int[Array, "B T"] | None = None  # for layers that separate packed examples; attention uses the mask
     importance_logits_BT: Float[Array, "B T"] | None = None  # replace every layer's own, where the caller has them

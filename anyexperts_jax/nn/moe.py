@@ -43,7 +43,7 @@ class MoEContext:
 
     valid_BT: Bool[ArrayLike, "B T"] | None = None  # False at padding: no slots, no output, not counted in the losses
     modality_BT: Int[ArrayLike, "B T"] | None = None  # ids in [0, router_modalities), for routers and policies
-    window: Window | None = None  # (k_min, k_max), overrides the configuration's
+    window: Window | Float[Array, "B T 2"] | None = None  # (k_min, k_max), or for each token; overrides the config's
     bias_C: Float[ArrayLike, "C"] | None = None  # the expert bias of loss-free balancing; required if `expert_bias`
     importance_logits_BT: Float[ArrayLike, "B T"] | None = None  # if the caller has computed them
 
@@ -64,7 +64,9 @@ def _checked(config: AnyExpertsConfig, context: Any, fields: dict[str, Any], sha
         require_one_of("argument", name, names)
     given = {name: getattr(context, name) for name in names} | fields
     window = given.pop("window")
-    if window is not None:
+    if window is not None and getattr(window, "ndim", 1) == 3:
+        require(window.shape == (*shape, 2), f"window has shape {window.shape}; it must be {(*shape, 2)} or (2,)")
+    elif window is not None:
         check_window(config, window)
     arrays = {name: as_array(name, value) for name, value in given.items() if value is not None}
     for name, array in arrays.items():
@@ -78,6 +80,12 @@ def _checked(config: AnyExpertsConfig, context: Any, fields: dict[str, Any], sha
 def _dtype_name(dtype: Any) -> str:
     """The name of a dtype, given as a name or, as is usual in Flax, as `jnp.bfloat16`."""
     return dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+
+
+def _of_tokens(window: Any) -> Window | None:
+    """One window, or [B T, 2] where each token of [B, T] has its own."""
+    of_tokens: Window | None = window.reshape(-1, 2) if getattr(window, "ndim", 1) == 3 else window
+    return of_tokens
 
 
 class Experts(nn.Module):
@@ -223,7 +231,7 @@ class MoE(nn.Module):
             importance_logits_BT.reshape(-1),
             None if context.valid_BT is None else context.valid_BT.reshape(-1),
             bias_C,
-            window=context.window,
+            window=_of_tokens(context.window),
             num_sequences=batch,
             batch_shards=1 if self.placement is None else batch_shards(self.placement.mesh, self.placement.rules),
             key=self.make_rng("routing") if rounds_stochastically else None,

@@ -44,7 +44,7 @@ def window_of(config: ModelConfig, budget: float) -> BudgetWindow:
     """
     moe = config.moe
     require(config.stack.num_moe_layers > 0, f"budget={budget:g}: the model is dense and has no experts to choose")
-    if moe.uses_importance or moe.num_virtual:
+    if not mixes(config):
         shifted = shift_budget(moe, budget)
         return BudgetWindow(shifted, (shifted.k_min, shifted.k_max), None)
     require(moe.policy == IMPORTANCE, f"budget={budget:g}: the policy {moe.policy!r} decides already; set its dial")
@@ -88,12 +88,23 @@ def with_policy(config: ModelConfig, policy: str, dial: float) -> ModelConfig:
     return dataclasses.replace(config, moe=room)
 
 
+def mixes(config: ModelConfig) -> bool:
+    """Whether a fractional budget is mixed by position, because every token gets the same number of slots."""
+    return not (config.moe.uses_importance or config.moe.num_virtual)
+
+
 def _with_room(config: ModelConfig, moe: AnyExpertsConfig) -> ModelConfig:
     """Slot arrays as wide as the budget needs, or as the model has them."""
     return config if moe.k_max <= config.moe.k_max else dataclasses.replace(config, moe=moe)
 
 
-def mixing_logits(share: Float[Array, ""], positions_BT: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Importance logits by which a share of the positions, evenly spread, takes k_max and the rest k_min."""
+def mixing_logits(
+    share: Float[Array, ""] | Float[Array, "B 1"], positions_BT: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Importance logits by which a share of the positions, evenly spread, takes k_max and the rest k_min.
+
+    Args:
+      share: of all rows, or of each.
+    """
     place_BT = (positions_BT + 1).astype(jnp.float32) * _GOLDEN % 1.0
     return jnp.where(place_BT < share, _SURE, -_SURE)

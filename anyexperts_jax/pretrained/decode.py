@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.dispatch.execution import BUFFERED
 from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.generate import dropless
 from anyexperts_jax.models.multimodal import MultimodalModel, TextPart
 from anyexperts_jax.models.sample import GREEDY, Sampling, next_tokens
 from anyexperts_jax.models.vision_tower import PlacedFrames
@@ -113,7 +113,7 @@ class _State:
     def __init__(
         self, weights: Weights, request: Request, budget: BudgetInForce, batch: int, room: int, seen_BY: Array
     ) -> None:
-        config = _without_buffers(weights.config)
+        config = dropless(weights.config)
         self._static = (config, weights.placement, request.sampling)
         self._weights, self._budget = weights, budget
         empty = empty_stack_cache(config.stack, batch, room)
@@ -173,14 +173,6 @@ def _extend(
     next_B = next_tokens(sampling, logits_BY, seen_BY, *draw)
     seen_BY = seen_BY.at[jnp.arange(next_B.shape[0]), next_B].set(True)
     return next_B, trace.real_slots_BT.sum(), (cache, seen_BY)
-
-
-def _without_buffers(config: ModelConfig) -> ModelConfig:
-    """Nothing is dropped while decoding: where experts have buffers of a fixed size, their rows go without."""
-    if config.stack.execution.dispatch not in BUFFERED:
-        return config
-    execution = dataclasses.replace(config.stack.execution, dispatch="blocks")
-    return dataclasses.replace(config, stack=dataclasses.replace(config.stack, execution=execution))
 
 
 def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], request: Request) -> None:

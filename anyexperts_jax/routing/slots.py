@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
-from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.core.registries import POLICIES
 from anyexperts_jax.routing.policies import Seen
 from anyexperts_jax.routing.scores import EPSILON
@@ -29,6 +29,7 @@ def policy_slots(
 ) -> Float[Array, "N"]:
     """The slots that an entry of POLICIES gives, clipped to [1, the window's most]; they pass no gradient on."""
     dial, most = window_array(config, window)
+    require(dial.ndim == 0, f"policy={config.policy!r} takes one window for all tokens")
     E = config.num_experts
     scores_NE = probabilities_NC[:, :E]
     shares_NE = scores_NE / (scores_NE.sum(axis=1, keepdims=True) + EPSILON)

@@ -12,7 +12,7 @@ from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.config import AnyExpertsConfig, round_half_up
 from anyexperts_jax.core.errors import UserError, require
 
-Window = Float[ArrayLike, "2"] | Sequence[float]
+Window = Float[ArrayLike, "2"] | Float[ArrayLike, "N 2"] | Sequence[float]
 
 
 def check_window(config: AnyExpertsConfig, window: Any) -> tuple[float, float] | None:
@@ -20,14 +20,15 @@ def check_window(config: AnyExpertsConfig, window: Any) -> tuple[float, float] |
 
     Returns it, or None for a traced window, whose values are not known yet.
 
-    A traced window is clipped to [1, slots_bound] where it is used. The caller should check its values here before
-    tracing.
+    A traced window may also be [N, 2], one for each token: a batch then holds requests of different budgets. It is
+    clipped to [1, slots_bound] where it is used. The caller should check its values here before tracing.
 
     Raises:
       UserError: unless the window is two finite numbers in order, from 1 to what the configuration's arrays can hold.
     """
     if isinstance(window, jax.core.Tracer):
-        require(window.shape == (2,), f"window has shape {window.shape}; need (2,), k_min and k_max")
+        whole = window.shape == (2,) or (window.ndim == 2 and window.shape[1] == 2)
+        require(whole, f"window has shape {window.shape}; need (2,), k_min and k_max, or a row of them for each token")
         return None
     try:
         values = np.asarray(window, np.float64)
@@ -46,10 +47,10 @@ def check_window(config: AnyExpertsConfig, window: Any) -> tuple[float, float] |
     return k_min, k_max
 
 
-def window_array(config: AnyExpertsConfig, window: Window | None) -> Float[Array, "2"]:
-    """The window in use as float32: `window`, or the configuration's if that is None."""
+def window_array(config: AnyExpertsConfig, window: Window | None) -> Float[Array, "2 *N"]:
+    """The window in use as float32, k_min before k_max: `window`, or the configuration's if that is None."""
     first = config.k_min if config.policy == "importance" else config.policy_dial
-    return jnp.asarray((first, config.k_max) if window is None else window, jnp.float32)
+    return jnp.asarray((first, config.k_max) if window is None else window, jnp.float32).T
 
 
 def budget_in_force(config: AnyExpertsConfig, window: tuple[float, float] | None) -> float:

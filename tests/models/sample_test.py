@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.models.sample import GREEDY, Sampling, next_tokens, penalised, truncated
+from anyexperts_jax.models.sample import (
+    GREEDY,
+    RowSampling,
+    Sampling,
+    next_tokens,
+    penalised,
+    row_tokens,
+    truncated,
+)
 
 LOGITS_BY = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1], [0.1, 0.2, 0.3, 0.4]]))
 
@@ -57,3 +65,37 @@ def test_values_that_make_no_sense(field):
     (name,) = field
     with pytest.raises(UserError, match=f"{name}="):
         Sampling(**field)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        Sampling(temperature=0.7),
+        Sampling(temperature=2.0, top_k=3),
+        Sampling(temperature=1.0, top_p=0.6),
+        Sampling(temperature=1.0, min_p=0.45),
+        Sampling(temperature=1.5, top_k=3, top_p=0.9, min_p=0.1),
+    ],
+)
+def test_a_row_of_many_requests_draws_as_it_would_alone(sampling):
+    seeds, steps = np.array([3, 2**32 - 1], np.uint32), np.array([0, 5])
+    rows = RowSampling(
+        jnp.full(2, sampling.temperature),
+        jnp.full(2, sampling.top_k),
+        jnp.full(2, sampling.top_p),
+        jnp.full(2, sampling.min_p),
+        seed_B=jnp.asarray(seeds),
+        step_B=jnp.asarray(steps),
+    )
+    together = row_tokens(rows, LOGITS_BY)
+    for row in range(2):
+        own = LOGITS_BY[row : row + 1]
+        seen_BY, key = jnp.zeros((1, 4), bool), jax.random.key(seeds[row])
+        assert next_tokens(sampling, own, seen_BY, key, jnp.int32(steps[row]))[0] == together[row]
+
+
+def test_greedy_rows_and_drawn_rows_share_a_batch():
+    some = [jnp.array([0.0, 1.0]), jnp.zeros(2, int), jnp.ones(2), jnp.zeros(2)]
+    rows = RowSampling(*some, seed_B=jnp.zeros(2, jnp.uint32), step_B=jnp.zeros(2, int))
+    assert row_tokens(rows, LOGITS_BY)[0] == 0

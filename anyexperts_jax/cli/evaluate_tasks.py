@@ -1,0 +1,72 @@
+"""`anyexperts evaluate --tasks`: tasks of EleutherAI's evaluation harness."""
+
+import argparse
+import pathlib
+
+from anyexperts_jax.cli.options import natural, positive, say
+from anyexperts_jax.core.errors import require
+
+_OTHERS = ("domain", "data", "metric", "text", "policy", "mesh")  # options of the other ways to evaluate
+
+
+def require_its_options(options: argparse.Namespace) -> None:
+    """Refuses options of --tasks without it.
+
+    Raises:
+      UserError: naming them.
+    """
+    own = {"include": [], "limit": None, "fewshot": None, "chat": False, "out": None}
+    given = [f"--{name}" for name, default in own.items() if getattr(options, name) != default]
+    require(options.tasks is not None or not given, f"{' '.join(given)}: only with --tasks")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Scores a run or a published checkpoint on the tasks."""
+    from rich.console import Console
+
+    from anyexperts_jax.core.text_table import print_tables
+    from anyexperts_jax.harness.run import (
+        TaskOptions,
+        evaluate_tasks,
+        layer_table,
+        require_harness,
+        score_table,
+        write_scores,
+    )
+    from anyexperts_jax.serve.model import load_served
+
+    unused = [f"--{name}" for name in _OTHERS if getattr(options, name)]
+    require(not unused, f"{' '.join(unused)}: not with --tasks")
+    require_harness()
+    tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    budgets = options.budget or [None]
+    most = max((budget for budget in budgets if budget is not None), default=None)
+    model = load_served(options.run, options.checkpoint, most)
+    how = TaskOptions(tuple(options.include), options.limit, options.fewshot, options.chat, rows=options.batch_rows)
+    scores = evaluate_tasks(model, tasks, budgets, how, note=say)
+    tables = [score_table(scores, f"{options.run}: tasks of lm-eval"), layer_table(scores)]
+    print_tables([table for table in tables if table is not None], Console(highlight=False))
+    if options.out is not None:
+        asked = "".join(f" {budget:g}" for budget in options.budget or ())
+        command = f"anyexperts evaluate {options.run} --tasks {options.tasks}"
+        write_scores(scores, options.out, f"{command} --budget{asked}" if asked else command)
+        print(f"wrote {options.out}")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with lm-eval's tasks in place of the run's own data or --text")
+    group.add_argument("--tasks", metavar="NAME[,NAME]", help="names of tasks or groups of lm-eval (default: none)")
+    group.add_argument(
+        "--include",
+        type=pathlib.Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a folder with tasks of yours in lm-eval's form; repeatable",
+    )
+    group.add_argument("--limit", type=positive, metavar="N", help="examples of each task, at most (default: all)")
+    group.add_argument(
+        "--fewshot", type=natural, metavar="N", help="examples in the prompt (default: as the task says)"
+    )
+    group.add_argument("--chat", action="store_true", help="ask by the model's chat template")
+    group.add_argument("--out", type=pathlib.Path, metavar="FILE", help="also write the scores as JSON (default: none)")

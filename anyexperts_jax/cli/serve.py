@@ -1,0 +1,65 @@
+"""`anyexperts serve`."""
+
+import argparse
+import pathlib
+
+from anyexperts_jax.cli.options import add_command, natural, positive, positive_number, say
+
+
+def run(options: argparse.Namespace) -> None:
+    from anyexperts_jax.serve.run import require_serve
+
+    require_serve()
+    from anyexperts_jax.serve.app import Limits
+    from anyexperts_jax.serve.model import load_served
+    from anyexperts_jax.serve.run import API_KEY, Address, api_key_of, bind, is_loopback, make_service, serve
+
+    key = api_key_of()
+    if key is None and not is_loopback(options.host):
+        say(f"{options.host} may be reached from other machines and there is no key; set {API_KEY}")
+    limits = Limits(int(options.max_body_mb * 2**20), options.queue, options.timeout)
+    with bind(Address(options.host, options.port)) as found:
+        model = load_served(options.path, options.checkpoint, options.max_budget, options.name)
+        service = make_service(model, slots=options.slots, length=options.length, limits=limits, api_key=key, note=say)
+        serve(service, found, lambda url: say(f"serving {model.name} at {url}"))
+    say("stopped: every request that was taken is answered")
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "serve",
+        "answer OpenAI's requests with a run or a published checkpoint, each request at its own budget",
+        (
+            "anyexperts serve models/Qwen3-30B-A3B --port 8000 --slots 16 --length 4096",
+            "anyexperts serve runs/mine --name mine --max-budget 9.6",
+        ),
+    )
+    parser.add_argument("path", type=pathlib.Path, help="a run's directory, a folder of the hub's, or a GGUF file")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's")
+    parser.add_argument("--port", type=natural, default=8000, help="port to listen on; 0: a free one, which is told")
+    parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument(
+        "--checkpoint", default="best", choices=("best", "last"), help="of a run: lowest validation loss, or the latest"
+    )
+    parser.add_argument(
+        "--max-budget",
+        type=positive_number,
+        metavar="K",
+        help="real experts per token that a request may ask for, at most (default: as the model's own window)",
+    )
+    parser.add_argument("--slots", type=positive, default=8, metavar="N", help="requests that run at once")
+    parser.add_argument(
+        "--length",
+        type=positive,
+        metavar="T",
+        help="tokens of a prompt and its answer, at most (default: the model's positions, at most 2048)",
+    )
+    parser.add_argument("--queue", type=natural, default=64, metavar="N", help="requests that may wait for a slot")
+    parser.add_argument(
+        "--timeout", type=positive_number, default=600.0, metavar="S", help="seconds a request may take"
+    )
+    parser.add_argument(
+        "--max-body-mb", type=positive_number, default=8.0, metavar="MB", help="of a request with its media, in MiB"
+    )
+    parser.set_defaults(command=run)

@@ -1,0 +1,259 @@
+"""`evaluate_tasks`: lm-eval's own `simple_evaluate` with a model of ours, a task and a budget at a time."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from anyexperts_jax.core.errors import UserError, comma_list, one_line, require
+from anyexperts_jax.core.extras import require_package
+from anyexperts_jax.core.text_table import TextTable
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.pretrained.budget import mixes
+from anyexperts_jax.serve.model import ServedModel
+from anyexperts_jax.serve.slots import row_budget
+
+_SHOWN_UNKNOWN = 8  # names of tasks in a message
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOptions:
+    """How tasks are asked."""
+
+    include: tuple[pathlib.Path, ...] = ()  # folders with tasks of one's own
+    limit: int | None = None  # examples of each task; None: all
+    fewshot: int | None = None  # examples in the prompt; None: as the task says
+    chat: bool = False  # by the model's chat template
+    rows: int = 8  # sequences at once
+    length: int | None = None  # positions of a sequence; None: the model's
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScore:
+    """A score of a task at a budget, and what it cost.
+
+    Attributes:
+      score: lm-eval's, as `metric`; `standard_error` is nan where it tells none.
+      examples: that were scored.
+      budget: real experts a token that were asked for; None: the model's own.
+      realised: real experts that a token took, mean over MoE layers; nan for a dense model.
+      by_layer: the same of each MoE layer.
+      policy: what decides a token's experts.
+      seconds: of the whole task, with compiling.
+    """
+
+    task: str
+    metric: str
+    score: float
+    standard_error: float
+    higher_is_better: bool | None
+    examples: int
+    budget: float | None
+    realised: float
+    by_layer: tuple[float, ...]
+    policy: str
+    seconds: float
+
+
+def evaluate_tasks(
+    model: ServedModel,
+    tasks: Sequence[str],
+    budgets: Sequence[float | None] = (None,),
+    options: TaskOptions = TaskOptions(),  # noqa: B008: frozen
+    note: Callable[[str], None] = lambda line: None,
+) -> list[TaskScore]:
+    """Scores of lm-eval's tasks, or of one's own in its form.
+
+    Args:
+      tasks: names of tasks or groups.
+      budgets: real experts a token; None: the model's own.
+      note: told each task as it begins.
+
+    Raises:
+      UserError: when lm-eval is not installed, there is no such task, it cannot be read, or a budget is out of reach.
+    """
+    require_harness()
+    for budget in budgets:
+        row_budget(model.base, model.weights.config, budget)
+    with _quiet():
+        manager = _manager(options.include)
+        _require_known(manager, tasks)
+        return [
+            score
+            for task in tasks
+            for budget in budgets
+            for score in _evaluate(model, task, budget, options, manager=manager, note=note)
+        ]
+
+
+def require_harness() -> None:
+    """Refuses to go on without the extra `harness`.
+
+    Raises:
+      UserError: saying how to install it.
+    """
+    require_package("lm_eval", "harness", "--tasks needs")
+
+
+def score_table(scores: Sequence[TaskScore], title: str) -> TextTable:
+    """The scores as they are printed."""
+    columns = ("task", "metric", "budget", "score", "± error", "real experts", "examples", "seconds", "policy")
+    rows = [
+        (
+            one.task,
+            one.metric,
+            "own" if one.budget is None else f"{one.budget:g}",
+            f"{one.score:.4f}",
+            "-" if math.isnan(one.standard_error) else f"{one.standard_error:.4f}",
+            "dense" if math.isnan(one.realised) else f"{one.realised:.2f}",
+            str(one.examples),
+            f"{one.seconds:.1f}",
+            one.policy,
+        )
+        for one in scores
+    ]
+    return TextTable(title, columns, tuple(rows), names=2)
+
+
+def layer_table(scores: Sequence[TaskScore]) -> TextTable | None:
+    """Real experts a token by MoE layer; None for a dense model."""
+    measured = {(one.task, one.budget): one for one in scores if one.by_layer}
+    if not measured:
+        return None
+    layers = max(len(one.by_layer) for one in measured.values())
+    rows = [
+        (task, "own" if budget is None else f"{budget:g}", *(f"{real:.2f}" for real in one.by_layer))
+        for (task, budget), one in measured.items()
+    ]
+    return TextTable(
+        "real experts per token, by MoE layer", ("task", "budget", *map(str, range(layers))), tuple(rows), names=2
+    )
+
+
+def write_scores(scores: Sequence[TaskScore], path: pathlib.Path, command: str) -> None:
+    """Writes the scores as JSON; what is no number is null."""
+    rows = [{key: _plain(value) for key, value in dataclasses.asdict(one).items()} for one in scores]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"command": command, "scores": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def policy_name(config: ModelConfig, budget: float | None) -> str:
+    """What decides a token's experts, in words for a table."""
+    if config.stack.num_moe_layers == 0:
+        return "dense"
+    if not mixes(config) or config.moe.policy != "importance":
+        return config.moe.policy
+    return "static" if budget is None or budget == round(budget) else "static, mixed by position"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval logs its progress; warnings and what it prints about tasks stay."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _manager(include: Sequence[pathlib.Path]) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    for folder in include:
+        require(folder.is_dir(), f"--include {folder} is no folder")
+    return TaskManager(include_path=[str(folder) for folder in include] or None)
+
+
+def _require_known(manager: Any, tasks: Sequence[str]) -> None:
+    require(len(tasks) > 0, "--tasks names no task")
+    known = list(manager.all_tasks)
+    for task in tasks:
+        if task in known:
+            continue
+        near = [name for name in known if task[:3].lower() in name.lower()][:_SHOWN_UNKNOWN]
+        hint = f"; near it: {comma_list(near)}" if near else ""
+        raise UserError(f"the task {task!r} is not known to lm-eval, nor in a folder of --include{hint}")
+
+
+def _evaluate(
+    model: ServedModel,
+    task: str,
+    budget: float | None,
+    options: TaskOptions,
+    *,
+    manager: Any,
+    note: Callable[[str], None],
+) -> list[TaskScore]:
+    import lm_eval
+    import yaml
+
+    from anyexperts_jax.harness.lm import HarnessLM
+
+    note(f"{task} at {'its own budget' if budget is None else f'budget {budget:g}'}")
+    lm = HarnessLM(model, budget, rows=options.rows, length=options.length)
+    began = time.perf_counter()
+    try:
+        found = lm_eval.simple_evaluate(
+            lm,
+            tasks=[task],
+            num_fewshot=options.fewshot,
+            limit=options.limit,
+            log_samples=False,
+            apply_chat_template=options.chat,
+            fewshot_as_multiturn=options.chat,
+            task_manager=manager,
+            bootstrap_iters=1000,
+        )
+    except (OSError, yaml.YAMLError) as error:  # of the task's files, or of data that cannot be fetched
+        raise UserError(f"the task {task!r} cannot be read: {one_line(error, 300)}") from error
+    seconds = time.perf_counter() - began
+    assert found is not None
+    used = lm.used.by_layer
+    return [
+        TaskScore(
+            name,
+            metric,
+            score,
+            error,
+            better,
+            examples=_examples(found, name),
+            budget=budget,
+            realised=sum(used) / len(used) if used else float("nan"),
+            by_layer=used,
+            policy=policy_name(model.base, budget),
+            seconds=seconds,
+        )
+        for name, metric, score, error, better in _metrics(found)
+    ]
+
+
+def _metrics(found: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float, bool | None]]:
+    """Every (task, metric, score, standard error, whether higher is better), as lm-eval tells them."""
+    for name, values in {**found["results"], **found.get("groups", {})}.items():
+        for key, value in values.items():
+            metric, _, kept = key.partition(",")
+            if not kept or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{kept}")
+            error = float(error) if isinstance(error, int | float) else float("nan")
+            shown = metric if kept == "none" else f"{metric} ({kept})"
+            yield name, shown, float(value), error, found["higher_is_better"].get(name, {}).get(metric)
+
+
+def _examples(found: Mapping[str, Any], name: str) -> int:
+    counts = found.get("n-samples", {})
+    if name in counts:
+        return int(counts[name]["effective"])
+    below = found.get("group_subtasks", {}).get(name, [])
+    return sum(int(counts[one]["effective"]) for one in below if one in counts)

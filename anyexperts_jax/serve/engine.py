@@ -1,0 +1,340 @@
+"""Continuous batching: requests take a slot, a piece of a prompt at a time, then a token a step, and leave."""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.models.generate import dropless
+from anyexperts_jax.models.sample import GREEDY, Sampling
+from anyexperts_jax.nn.stack import StackCache
+from anyexperts_jax.pretrained.decode import Weights
+from anyexperts_jax.pretrained.prompts import TextStream
+from anyexperts_jax.serve.slots import (
+    Chosen,
+    RowBudget,
+    Rows,
+    extend_slot,
+    make_rows,
+    prefill_slot,
+    row_budget,
+    slot_cache,
+    step_slots,
+)
+from anyexperts_jax.tokenizers.base import Tokenizer
+
+PIECES = (16, 128)  # widths in which prompts are read: a program each
+
+
+class Prompt(NamedTuple):
+    """The tokens of a prompt, and where it has media, its one row as the model reads it."""
+
+    tokens: tuple[int, ...]
+    batch: Batch | None = None
+
+
+class Token(NamedTuple):
+    """A token of an answer, and where the request asks for them, its log probability and those of the likeliest."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+class Usage(NamedTuple):
+    """What an answer took."""
+
+    prompt_tokens: int
+    completion_tokens: int  # the one that ended it included
+    real_by_layer: tuple[float, ...] = ()  # real experts a token, of each MoE layer; () for a dense model
+
+    @property
+    def real_experts(self) -> float:
+        """A token and MoE layer; nan for a dense model."""
+        return sum(self.real_by_layer) / len(self.real_by_layer) if self.real_by_layer else float("nan")
+
+
+class Progress(NamedTuple):
+    """A token, and the text that is new and sure."""
+
+    text: str
+    token: Token
+
+
+class Finished(NamedTuple):
+    """The rest of the text, and why there is no more."""
+
+    text: str
+    reason: Literal["stop", "length"]
+    usage: Usage
+
+
+class Failed(NamedTuple):
+    """No more comes: the time is up, or the engine lost the slot."""
+
+    reason: Literal["timeout", "engine"]
+    message: str
+
+
+Event = Progress | Finished | Failed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """One answer to be made."""
+
+    prompt: Prompt
+    max_new_tokens: int
+    budget: RowBudget
+    tell: Callable[[Event], None]
+    sampling: Sampling = GREEDY
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    tells_logprobs: bool = False
+    seconds: float = float("inf")  # from its arrival on
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """A job on its way. `cancelled`: nobody waits for it any more; its slot is free before the next step."""
+
+    job: Job
+    arrived: float
+    cancelled: bool = False
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() - self.arrived > self.job.seconds
+
+
+@dataclasses.dataclass(eq=False)
+class _Slot:
+    ticket: Ticket
+    stream: TextStream
+    filled: int = 0  # positions in the cache
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    real_L: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((), np.int64))
+    last_told: float = 0.0
+
+    @property
+    def reads(self) -> bool:
+        return not self.tokens
+
+
+Watch = Callable[[str, float], None]
+
+
+class Engine:
+    """Slots over one cache. Not safe for several threads: one calls `submit` and `step`.
+
+    Args:
+      weights: the model with room for the largest budget.
+      base: its own configuration.
+      slots: requests that run at once.
+      length: positions of a slot: prompt and answer.
+      watch: told (what, how much) of "first_token_seconds", "between_tokens_seconds", "prompt_tokens",
+        "completion_tokens" and "real_experts".
+    """
+
+    def __init__(
+        self, weights: Weights, tokenizer: Tokenizer, stop_ids: Sequence[int], *, slots: int, length: int, watch: Watch
+    ) -> None:
+        config = dropless(weights.config)
+        require(length <= config.max_length, f"length={length} is more than the model's {config.max_length} positions")
+        self.length, self._watch = length, watch
+        self._static = (config, weights.placement)
+        self._arguments = (self._static, weights.params, weights.router_bias_LC)
+        self._tokenizer, self._stop_ids = tokenizer, frozenset(stop_ids)
+        self._waiting = collections.deque[Ticket]()
+        self._slots: list[_Slot | None] = [None] * slots
+        self._rest = row_budget(config, config, None)
+        self._cache = self._empty_cache(slots)
+
+    @property
+    def running(self) -> int:
+        return sum(slot is not None for slot in self._slots)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def free(self) -> int:
+        return len(self._slots) - self.running
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self._waiting)
+
+    def piece_lengths(self) -> list[int]:
+        """Lengths of prompts that between them need every program for text."""
+        needing = [1, *(width + 1 for width in PIECES[:-1])]
+        return [length for length in needing if length + 2 <= self.length] or [1]
+
+    def check(self, job: Job) -> None:
+        """Refuses what `submit` would; safe from any thread."""
+        check_fits(job.prompt.tokens, job.max_new_tokens, self.length, self._static[0].vocab_size)
+
+    def submit(self, ticket: Ticket) -> None:
+        """Puts a job at the end of the queue.
+
+        Raises:
+          UserError: a prompt that is empty, holds an id that the model does not have, or does not fit with its answer.
+        """
+        self.check(ticket.job)
+        self._waiting.append(ticket)
+
+    def step(self) -> bool:
+        """A piece of one prompt, and a token for every slot that has read its own; False where there was nothing."""
+        self._drop()
+        for number, slot in enumerate(self._slots):
+            if slot is None and self._waiting:
+                ticket = self._waiting.popleft()
+                self._slots[number] = _Slot(ticket, TextStream(self._tokenizer, ticket.job.stop))
+        read = self._read_piece()
+        return self._step_all() or read
+
+    def fail_all(self, message: str, waiting: bool = False) -> None:
+        """Fails what runs, and what waits if told to, and begins with an empty cache, after a step that raised."""
+        failed = [slot.ticket for slot in self._slots if slot is not None]
+        if waiting:
+            failed += self._waiting
+            self._waiting.clear()
+        for ticket in failed:
+            ticket.job.tell(Failed("engine", message))
+        self._slots = [None] * len(self._slots)
+        self._cache = self._empty_cache(len(self._slots))
+
+    def _empty_cache(self, slots: int) -> StackCache:
+        """Placed as the programs return it: JAX would compile them anew for one that is placed otherwise."""
+        cache: StackCache = slot_cache(self._static[0], slots, self.length)
+        devices = {device for leaf in jax.tree.leaves(self._arguments[1]) for device in leaf.devices()}
+        return jax.device_put(cache, devices.pop()) if len(devices) == 1 else cache
+
+    def _drop(self) -> None:
+        """Frees the places of those who went away, and of those whose time is up."""
+        for number, slot in enumerate(self._slots):
+            if slot is not None and self._is_over(slot.ticket):
+                self._slots[number] = None
+        self._waiting = collections.deque(ticket for ticket in self._waiting if not self._is_over(ticket))
+
+    def _is_over(self, ticket: Ticket) -> bool:
+        if ticket.late and not ticket.cancelled:
+            ticket.job.tell(Failed("timeout", f"the answer took more than {ticket.job.seconds:g} seconds"))
+        return ticket.cancelled or ticket.late
+
+    def _read_piece(self) -> bool:
+        readers = [(slot.ticket.arrived, number) for number, slot in enumerate(self._slots) if slot and slot.reads]
+        if not readers:
+            return False
+        number = min(readers)[1]
+        slot = self._slots[number]
+        assert slot is not None
+        job, place = slot.ticket.job, jnp.int32(number)
+        if job.prompt.batch is None:
+            rest = job.prompt.tokens[slot.filled :]
+            width = next((width for width in PIECES if width >= len(rest)), PIECES[-1])
+            piece = rest[:width]
+            tokens_1T = np.zeros((1, width), np.int32)
+            tokens_1T[0, : len(piece)] = piece
+            rows = self._rows(tokens_1T, [(slot, len(piece))])
+            chosen, self._cache = extend_slot(*self._arguments, rows, self._cache, place)
+        else:
+            piece = job.prompt.tokens
+            rows = self._rows(np.zeros((1, 1), np.int32), [(slot, len(piece))])
+            chosen, self._cache = prefill_slot(*self._arguments, (job.prompt.batch, rows), self._cache, place)
+        chosen = jax.device_get(chosen)  # to index an array on the device is a program as well
+        slot.filled += len(piece)
+        slot.real_L = slot.real_L + chosen.real_BL[0]
+        if slot.filled == len(job.prompt.tokens):
+            self._watch("first_token_seconds", time.monotonic() - slot.ticket.arrived)
+            self._take(number, slot, _token(chosen, 0, job.tells_logprobs))
+        return True
+
+    def _step_all(self) -> bool:
+        live = [slot is not None and not slot.reads for slot in self._slots]
+        if not any(live):
+            return False
+        tokens_B1 = np.zeros((len(live), 1), np.int32)
+        rows: list[tuple[_Slot | None, int]] = []
+        for number, slot in enumerate(self._slots):
+            if slot is not None and live[number]:
+                tokens_B1[number, 0] = slot.tokens[-1]
+            rows.append((slot, int(live[number])))
+        chosen, self._cache = step_slots(*self._arguments, self._rows(tokens_B1, rows), self._cache)
+        chosen = jax.device_get(chosen)
+        for number, slot in enumerate(self._slots):
+            if slot is not None and live[number]:
+                slot.filled += 1
+                slot.real_L = slot.real_L + chosen.real_BL[number]
+                self._watch("between_tokens_seconds", time.monotonic() - slot.last_told)
+                self._take(number, slot, _token(chosen, number, slot.ticket.job.tells_logprobs))
+        return True
+
+    def _rows(self, tokens_BT: np.ndarray, slots: Sequence[tuple[_Slot | None, int]]) -> Rows:
+        jobs = [(slot, None if slot is None else slot.ticket.job) for slot, _ in slots]
+        return make_rows(
+            tokens_BT,
+            [0 if slot is None else slot.filled for slot, _ in slots],
+            [length for _, length in slots],
+            [self._rest if job is None else job.budget for _, job in jobs],
+            draws=[(GREEDY, 0, 0) if job is None else (job.sampling, job.seed, len(slot.tokens)) for slot, job in jobs],
+            tells=any(job is not None and job.tells_logprobs for _, job in jobs),
+        )
+
+    def _take(self, number: int, slot: _Slot, token: Token) -> None:
+        """Gives a slot its next token, and frees the slot where that is the last."""
+        job = slot.ticket.job
+        slot.tokens.append(token.id)
+        slot.last_told = time.monotonic()
+        if token.id in self._stop_ids:
+            return self._finish(number, slot, "stop")
+        job.tell(Progress(slot.stream.add(token.id), token))
+        if slot.stream.stopped:
+            self._finish(number, slot, "stop")
+        elif len(slot.tokens) == job.max_new_tokens:
+            self._finish(number, slot, "length")
+
+    def _finish(self, number: int, slot: _Slot, reason: Literal["stop", "length"]) -> None:
+        self._slots[number] = None
+        prompt, answer = len(slot.ticket.job.prompt.tokens), len(slot.tokens)
+        usage = Usage(prompt, answer, tuple((slot.real_L / slot.filled).tolist()))
+        real = int(slot.real_L.sum())
+        for name, amount in (("prompt_tokens", prompt), ("completion_tokens", answer), ("real_experts", real)):
+            self._watch(name, amount)
+        slot.ticket.job.tell(Finished(slot.stream.rest(), reason, usage))
+
+
+def check_fits(prompt: Sequence[int], max_new_tokens: int, length: int, vocab_size: int) -> None:
+    """Refuses a prompt that no slot can continue.
+
+    Raises:
+      UserError: naming the lengths or the id.
+    """
+    require(len(prompt) > 0, "the prompt is empty; give at least one token")
+    require(max_new_tokens >= 1, f"max_tokens={max_new_tokens} must be >= 1")
+    require(
+        len(prompt) + max_new_tokens <= length,
+        f"the prompt has {len(prompt)} tokens and max_tokens={max_new_tokens}, together more than the {length} "
+        "positions of a slot; shorten one of them",
+    )
+    low, high = min(prompt), max(prompt)
+    unknown = low if low < 0 else high
+    require(
+        low >= 0 and high < vocab_size, f"the prompt holds the id {unknown}; the model has ids 0 to {vocab_size - 1}"
+    )
+
+
+def _token(chosen: Chosen, row: int, tells: bool) -> Token:
+    token = int(chosen.tokens_B[row])
+    if not tells:
+        return Token(token, 0.0, ())
+    ids, logprobs = (np.asarray(values[row]).tolist() for values in (chosen.top_ids_BX, chosen.top_logprobs_BX))
+    return Token(token, float(chosen.logprobs_B[row]), tuple(zip(ids, logprobs, strict=True)))

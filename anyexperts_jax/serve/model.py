@@ -1,0 +1,196 @@
+"""What is served: a published checkpoint or a trained run, with one way to read prompts of either."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.data.batches import prompts, stack
+from anyexperts_jax.data.config import DataConfig
+from anyexperts_jax.data.conversation import Conversation, Document, Message, Part, Text, joined
+from anyexperts_jax.data.sequence import padded
+from anyexperts_jax.data.turns import chat_template, encode_item
+from anyexperts_jax.evaluate.trained import Trained, load_trained
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.pretrained.budget import with_budget
+from anyexperts_jax.pretrained.decode import Weights
+from anyexperts_jax.pretrained.load import is_checkpoint, load_pretrained
+from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.pretrained.prompts import leading_ids, prompt_tokens, require_text
+from anyexperts_jax.serve.engine import Prompt
+from anyexperts_jax.serve.media import medium_of
+from anyexperts_jax.tokenizers.base import Tokenizer
+from anyexperts_jax.tokenizers.chat import ASSISTANT
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Requests to prompts. Each raises UserError for what the model cannot read."""
+
+    media: tuple[str, ...]  # kinds beside text: "image", "audio"
+
+    def text(self, text: str) -> Prompt: ...
+
+    def ids(self, ids: Sequence[int]) -> Prompt: ...
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ServedModel:
+    """A model with room for the largest budget, and what reads prompts for it."""
+
+    name: str
+    weights: Weights
+    base: ModelConfig  # as it was trained or published
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+    reader: Reader
+    longest: int  # positions of prompt and answer, at most
+    leading_ids: tuple[int, ...] = ()  # before every text
+    path: pathlib.Path | None = None  # of a published checkpoint
+
+
+def load_served(
+    path: pathlib.Path, checkpoint: str = "best", max_budget: float | None = None, name: str | None = None
+) -> ServedModel:
+    """The model in a folder.
+
+    Args:
+      checkpoint: of a run, "best" or "last".
+      max_budget: real experts a token that requests may ask for; None: the model's own window is the room.
+      name: what clients call it; None: the folder's name.
+
+    Raises:
+      UserError: when there is no model, it has no tokenizer, or the budget is out of its reach.
+    """
+    if is_checkpoint(path):
+        return serve_pretrained(load_pretrained(path), name or path.resolve().name, max_budget)
+    return serve_trained(load_trained(path, checkpoint), name or path.resolve().name, max_budget)
+
+
+def serve_pretrained(model: Pretrained, name: str, max_budget: float | None = None) -> ServedModel:
+    """A published model, served by a name.
+
+    Raises:
+      UserError: when it has no tokenizer, or the budget is out of its reach.
+    """
+    tokenizer = model.tokenizer
+    return ServedModel(
+        name,
+        dataclasses.replace(model.weights, config=_roomy(model.config, max_budget)),
+        model.config,
+        tokenizer,
+        stop_ids=tuple(dict.fromkeys([*model.stop_ids, *tokenizer.special.eos])),
+        reader=CheckpointReader(tokenizer),
+        longest=model.config.max_length,
+        leading_ids=tuple(leading_ids(tokenizer)),
+        path=model.path,
+    )
+
+
+def serve_trained(trained: Trained, name: str, max_budget: float | None = None) -> ServedModel:
+    """A run's checkpoint, served by a name.
+
+    Raises:
+      UserError: when the budget is out of its reach.
+    """
+    base, tokenizer = trained.config.model, trained.tokenizer
+    bias_LC = trained.router_bias_LC if base.moe.expert_bias else None
+    return ServedModel(
+        name,
+        Weights(_roomy(base, max_budget), trained.placement, trained.params, bias_LC),
+        base,
+        tokenizer,
+        stop_ids=tuple(dict.fromkeys([base.eos_id, *tokenizer.special.eos])),
+        reader=RunReader(trained.config.data, tokenizer),
+        longest=base.max_length,
+        leading_ids=(tokenizer.special.begin,),
+    )
+
+
+def _roomy(base: ModelConfig, max_budget: float | None) -> ModelConfig:
+    return base if max_budget is None else with_budget(base, max_budget)[0]
+
+
+class CheckpointReader:
+    """Text and conversations for a published model of text."""
+
+    media: tuple[str, ...] = ()
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def text(self, text: str) -> Prompt:
+        return Prompt(tuple(prompt_tokens(self._tokenizer, text)))
+
+    def ids(self, ids: Sequence[int]) -> Prompt:
+        return Prompt(tuple(ids))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        require_text(messages)
+        return Prompt(tuple(prompt_tokens(self._tokenizer, [_with_plain_content(one) for one in messages])))
+
+
+class RunReader:
+    """Text, pictures and sounds for a run, written as its training examples are."""
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer) -> None:
+        self._spec, self._tokenizer = data.encoding, tokenizer
+        self._template = chat_template(data, tokenizer)
+        rooms = (("image", data.encoding.max_patches), ("audio", data.encoding.max_frames))
+        self.media = tuple(kind for kind, room in rooms if room > 0)
+
+    def text(self, text: str) -> Prompt:
+        """A document's beginning."""
+        return self._prompt(Document("served", text, "request", ends=False), whole=True)
+
+    def ids(self, ids: Sequence[int]) -> Prompt:
+        return Prompt(tuple(ids))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        read = [self._message(i, message) for i, message in enumerate(messages)]
+        require(bool(read), "messages is empty; it needs at least one message")
+        answer = Message(ASSISTANT, (Text("?"),))  # stands for what is asked for; cut off again
+        return self._prompt(Conversation("served", (*read, answer), "request"), whole=False)
+
+    def _prompt(self, item: Conversation | Document, whole: bool) -> Prompt:
+        sequence = encode_item(item, self._spec, tokenizer=self._tokenizer, template=self._template)
+        batch = stack([padded(sequence, self._spec)])
+        batch = batch if whole else prompts(batch, self._tokenizer)
+        valid_T = np.asarray(batch.valid_BT)[0]
+        return Prompt(tuple(np.asarray(batch.tokens_BT)[0][valid_T].tolist()), batch)
+
+    def _message(self, number: int, message: Mapping[str, Any]) -> Message:
+        where = f"messages[{number}]"
+        unknown = sorted(set(message) - {"role", "content"})
+        require(not unknown, f"{where} holds {', '.join(unknown)}; the run reads role and content")
+        content = message.get("content")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        require(isinstance(parts, list) and len(parts) > 0, f"{where}: content must be a text or a list of parts")
+        assert isinstance(parts, list)
+        found = [self._part(f"{where}.content[{i}]", part) for i, part in enumerate(parts)]
+        return Message(message.get("role", ""), joined(tuple(found)))
+
+    def _part(self, where: str, part: Any) -> Part:
+        if _is_text(part):
+            return Text(part["text"])
+        return medium_of(part, where, self.media)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _with_plain_content(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with its texts as one: many templates read nothing else."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    for part in content:
+        if not _is_text(part):
+            raise UserError("a part of a message's content must be an object with type and text")
+    return {**message, "content": "".join(part["text"] for part in content)}

@@ -1,0 +1,207 @@
+"""`serve`: the model, the engine and the HTTP shell put together, and run until a signal."""
+
+import contextlib
+import dataclasses
+import ipaddress
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from anyexperts_jax.core.errors import UserError, one_line, require
+from anyexperts_jax.core.extras import require_package
+from anyexperts_jax.serve.engine import Engine, Failed, Finished, Job, Prompt, Ticket
+from anyexperts_jax.serve.metrics import Metrics
+from anyexperts_jax.serve.model import ServedModel
+from anyexperts_jax.serve.slots import row_budget
+from anyexperts_jax.serve.worker import Worker
+
+if TYPE_CHECKING:
+    from anyexperts_jax.serve.app import Limits, Service
+
+API_KEY = "ANYEXPERTS_API_KEY"
+DEFAULT_LENGTH = 2048
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Where the server listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+
+def make_service(
+    model: ServedModel,
+    *,
+    slots: int = 8,
+    length: int | None = None,
+    limits: "Limits | None" = None,
+    api_key: str | None = None,
+    note: Callable[[str], None] = lambda line: None,
+) -> "Service":
+    """A service whose engine runs, every program compiled.
+
+    Args:
+      slots: requests that run at once.
+      length: positions of a slot; None: the model's, at most 2048.
+      api_key: what clients must send; None: nothing.
+
+    Raises:
+      UserError: when the extra `serve` is missing, or the length is more than the model's.
+    """
+    require_serve()
+    from anyexperts_jax.serve.app import Limits, Service
+
+    limits = limits or Limits()
+    length = min(model.longest, DEFAULT_LENGTH) if length is None else length
+    require(length >= 2, f"length={length} must be >= 2")
+    metrics = Metrics()
+    engine = Engine(model.weights, model.tokenizer, model.stop_ids, slots=slots, length=length, watch=metrics.watch)
+    note(f"compiling for {slots} slots of {length} positions")
+    warm_up(engine, model)
+
+    def restarted(said: str) -> None:
+        metrics.restarted()
+        note(said)
+
+    worker = Worker(engine, limits.queue, restarted)
+    metrics.follow("running", "Requests that have a slot", lambda: worker.running)
+    metrics.follow("waiting", "Requests that wait for one", lambda: worker.waiting)
+    metrics.follow("slots", "Slots", lambda: slots)
+    worker.start()
+    return Service(model, engine, worker, metrics=metrics, limits=limits, api_key=api_key)
+
+
+def require_serve() -> None:
+    """Refuses to go on without the packages of the extra `serve`.
+
+    Raises:
+      UserError: naming the package.
+    """
+    for name in ("starlette", "uvicorn", "prometheus_client"):
+        require_package(name, "serve", "`anyexperts serve` needs")
+
+
+def warm_up(engine: Engine, model: ServedModel) -> None:
+    """Compiles every program before the first request waits for it.
+
+    Raises:
+      UserError: when the model cannot take a step, with the reason.
+    """
+    budget, events = row_budget(model.base, model.weights.config, None), list[Any]()
+    for length in engine.piece_lengths():
+        job = Job(Prompt((0,) * length), 2, budget, events.append)
+        engine.submit(Ticket(job, 0.0))
+    if model.reader.media:
+        prompt = model.reader.chat([{"role": "user", "content": "?"}])
+        engine.submit(Ticket(Job(prompt, 1, budget, events.append), 0.0))
+    while engine.step():
+        continue
+    failed = [event for event in events if isinstance(event, Failed)]
+    require(not failed and any(isinstance(event, Finished) for event in events), f"the model does not run: {failed}")
+
+
+def serve(service: "Service", found: socket.socket, ready: Callable[[str], None]) -> None:
+    """Answers requests until SIGTERM or an interrupt, then finishes those that were taken.
+
+    Args:
+      found: what `bind` gave; closed at the end.
+      ready: told the address, with the port where that was 0, once requests are answered.
+    """
+    import uvicorn
+
+    from anyexperts_jax.serve.app import make_app
+
+    found.listen(128)
+    host, port = found.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(
+        make_app(service),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=5,
+        server_header=False,
+    )
+    # After its own handling uvicorn raises the signal again: to these, so that a stop that was asked for exits with 0.
+    before = {number: signal.signal(number, _told) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ready(f"http://{shown}:{port}/v1")
+        uvicorn.Server(config).run(sockets=[found])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        service.worker.stop()
+        found.close()
+
+
+@contextlib.contextmanager
+def in_thread(service: "Service") -> Iterator[str]:
+    """The service behind a free port of this machine's while the block runs; tells http://HOST:PORT.
+
+    Raises:
+      UserError: when no port is free.
+    """
+    import uvicorn
+
+    from anyexperts_jax.serve.app import make_app
+
+    found = bind(Address(port=0))
+    found.listen(128)
+    server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [found]}, daemon=True)
+    thread.start()
+    try:
+        host, port = found.getsockname()[:2]
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        service.worker.stop()
+        found.close()
+
+
+def _told(number: int, frame: Any) -> None:
+    """A signal that the server has seen already."""
+
+
+def bind(address: Address) -> socket.socket:
+    """Takes the address before the model is read; connections are refused until `serve`.
+
+    Raises:
+      UserError: when it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((address.host, address.port))
+    except (OSError, OverflowError) as error:
+        found.close()
+        raise UserError(
+            f"cannot listen on {address.host}:{address.port}: {one_line(error)}; try another port"
+        ) from error
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return host in LOOPBACK or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def api_key_of(environment: Any = os.environ) -> str | None:
+    """The key in ANYEXPERTS_API_KEY; None where it is not set.
+
+    Raises:
+      UserError: when it is set to nothing.
+    """
+    key = environment.get(API_KEY)
+    require(key is None or bool(key.strip()), f"{API_KEY} is set but empty; unset it, or give a key")
+    return None if key is None else str(key.strip())

@@ -1,0 +1,217 @@
+"""The compiled programs of the server: a step of all slots, and a piece of one slot's prompt.
+
+The cache has a row of fixed length for each slot, so both have the same shapes whoever occupies the slots: one program
+for a step, one for each width of a piece, one for a prompt with media. A row depends on no other row.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from anyexperts_jax.core.batch import Batch
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.multimodal import MultimodalModel, TextPart
+from anyexperts_jax.models.sample import RowSampling, Sampling, row_tokens
+from anyexperts_jax.nn.stack import StackCache, empty_stack_cache
+from anyexperts_jax.pretrained.budget import mixes, mixing_logits, with_budget
+from anyexperts_jax.routing.policies import IMPORTANCE
+from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.sharding.placement import Placement
+
+MOST_ALTERNATIVES = 20  # tokens whose probabilities are told beside the chosen one's
+Static = tuple[ModelConfig, Placement]
+
+
+class RowBudget(NamedTuple):
+    """The experts a request's tokens get."""
+
+    k_min: float
+    k_max: float
+    share: float  # of positions that get k_max where a fractional budget is mixed; unused where importance decides
+
+
+class Rows(NamedTuple):
+    """What each row of a program does: its tokens, their place, its budget and its draws."""
+
+    tokens_BT: Int[Array, "B T"]
+    start_B: Int[Array, "B"]  # position of the first token
+    length_B: Int[Array, "B"]  # tokens that count; 0: the row rests
+    window_B2: Float[Array, "B 2"]
+    share_B: Float[Array, "B"]
+    sampling: RowSampling
+    tells: Bool[Array, ""]  # whether any row wants probabilities
+
+
+class Chosen(NamedTuple):
+    """The next token of each row. Probabilities are zeros where no row wants them."""
+
+    tokens_B: Int[Array, "B"]
+    logprobs_B: Float[Array, "B"]
+    top_ids_BX: Int[Array, "B X"]
+    top_logprobs_BX: Float[Array, "B X"]
+    real_BL: Int[Array, "B L"]  # real experts of the row's tokens, by MoE layer
+
+
+def row_budget(base: ModelConfig, served: ModelConfig, budget: float | None) -> RowBudget:
+    """What a request's budget means in a batch of several.
+
+    Args:
+      base: the model's own configuration.
+      served: the same with the room that the server was started with.
+      budget: real experts a token; None: the model's own.
+
+    Raises:
+      UserError: a budget that the model does not have, or that needs more room.
+    """
+    if budget is None:
+        return RowBudget(float(base.moe.k_min), float(base.moe.k_max), 1.0)
+    follows = base.moe.policy
+    require(follows == IMPORTANCE, f"budget={budget:g}: the model's experts follow policy={follows!r}, not a budget")
+    roomy, in_force = with_budget(base, budget)
+    require(
+        roomy.moe.slots_bound <= served.moe.slots_bound,
+        f"budget={budget:g} needs {roomy.moe.slots_bound} slots a token, the server was started with room for "
+        f"{served.moe.slots_bound}; start it with --max-budget {budget:g}",
+    )
+    assert in_force.window is not None
+    k_min, k_max = (float(value) for value in np.asarray(in_force.window))
+    return RowBudget(k_min, k_max, 1.0 if in_force.share is None else float(in_force.share))
+
+
+def make_rows(
+    tokens_BT: np.ndarray,
+    start: list[int],
+    length: list[int],
+    budgets: list[RowBudget],
+    *,
+    draws: list[tuple[Sampling, int, int]],
+    tells: bool,
+) -> Rows:
+    """The arrays of a program.
+
+    Args:
+      draws: of each row how it is sampled, its seed, and how many tokens it has drawn.
+    """
+    sampling = RowSampling(
+        jnp.asarray([one.temperature for one, _, _ in draws], jnp.float32),
+        jnp.asarray([one.top_k for one, _, _ in draws], jnp.int32),
+        jnp.asarray([one.top_p for one, _, _ in draws], jnp.float32),
+        jnp.asarray([one.min_p for one, _, _ in draws], jnp.float32),
+        seed_B=jnp.asarray(np.array([seed for _, seed, _ in draws], np.uint32)),
+        step_B=jnp.asarray([step for _, _, step in draws], jnp.int32),
+    )
+    return Rows(
+        jnp.asarray(tokens_BT, jnp.int32),
+        jnp.asarray(start, jnp.int32),
+        jnp.asarray(length, jnp.int32),
+        jnp.asarray([(one.k_min, one.k_max) for one in budgets], jnp.float32),
+        share_B=jnp.asarray([one.share for one in budgets], jnp.float32),
+        sampling=sampling,
+        tells=jnp.asarray(tells),
+    )
+
+
+def slot_cache(config: ModelConfig, slots: int, length: int) -> StackCache:
+    """An empty cache of `length` positions a slot, ready to be donated."""
+    cache: StackCache = jax.tree.map(jnp.copy, empty_stack_cache(config.stack, slots, length))
+    return cache
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def step_slots(
+    static: Static, params: Any, router_bias_LC: Array | None, rows: Rows, cache: StackCache
+) -> tuple[Chosen, StackCache]:
+    """One token more for every slot that does not rest.
+
+    A resting slot writes one entry at its `start_B`, which its next token writes again before anything reads it.
+    """
+    return _extended(static, params, router_bias_LC, rows, cache)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def extend_slot(
+    static: Static, params: Any, router_bias_LC: Array | None, rows: Rows, cache: StackCache, slot: Int[Array, ""]
+) -> tuple[Chosen, StackCache]:
+    """A piece of the prompt of one slot, B = 1, and the token after it."""
+    chosen, own = _extended(static, params, router_bias_LC, rows, _take(cache, slot))
+    return chosen, _put(cache, own, slot)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def prefill_slot(
+    static: Static, params: Any, router_bias_LC: Array | None, given: tuple[Batch, Rows], cache: StackCache, slot: Array
+) -> tuple[Chosen, StackCache]:
+    """A whole prompt with media into one slot, B = 1, and the token after it."""
+    (config, placement), (batch, rows) = static, given
+    positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1])[None], batch.tokens_BT.shape)
+    logits_BY, trace, own = MultimodalModel(config, placement).apply(
+        {"params": params},
+        batch,
+        _take(cache, slot),
+        router_bias_LC=router_bias_LC,
+        **_policy(config, rows, positions_BT),
+        method="prefill",
+    )
+    return _chosen(rows, logits_BY, trace), _put(cache, own, slot)
+
+
+def _extended(
+    static: Static, params: Any, router_bias_LC: Array | None, rows: Rows, cache: StackCache
+) -> tuple[Chosen, StackCache]:
+    config, placement = static
+    place_1T = jnp.arange(rows.tokens_BT.shape[1], dtype=jnp.int32)[None]
+    logits_BY, trace, cache = MultimodalModel(config, placement).apply(
+        {"params": params},
+        TextPart(rows.tokens_BT, rows.start_B, rows.length_B),
+        cache,
+        router_bias_LC=router_bias_LC,
+        **_policy(config, rows, rows.start_B[:, None] + place_1T),
+        method="extend",
+    )
+    return _chosen(rows, logits_BY, trace), cache
+
+
+def _policy(config: ModelConfig, rows: Rows, positions_BT: Int[Array, "B T"]) -> dict[str, Array]:
+    """The window of each token, and what mixes it where importance does not decide."""
+    if config.stack.num_moe_layers == 0 or config.moe.policy != IMPORTANCE:
+        return {}
+    window = {"window": jnp.broadcast_to(rows.window_B2[:, None], (*positions_BT.shape, 2))}
+    if mixes(config):
+        window["importance_logits_BT"] = mixing_logits(rows.share_B[:, None], positions_BT)
+    return window
+
+
+def _chosen(rows: Rows, logits_BY: Float[Array, "B Y"], trace: RoutingTrace) -> Chosen:
+    tokens_B = row_tokens(rows.sampling, logits_BY)
+    alternatives = min(MOST_ALTERNATIVES, logits_BY.shape[-1])
+
+    def told() -> tuple[Array, Array, Array]:
+        logprobs_BY = jax.nn.log_softmax(logits_BY.astype(jnp.float32), axis=-1)
+        top_BX, ids_BX = jax.lax.top_k(logprobs_BY, alternatives)
+        own_B = jnp.take_along_axis(logprobs_BY, tokens_B[:, None], axis=-1)[:, 0]
+        return own_B, ids_BX.astype(jnp.int32), top_BX
+
+    def untold() -> tuple[Array, Array, Array]:
+        shape = (logits_BY.shape[0], alternatives)
+        return jnp.zeros(shape[:1], jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+
+    logprobs_B, top_ids_BX, top_logprobs_BX = jax.lax.cond(rows.tells, told, untold)
+    real_BL = trace.real_slots_BT.sum(axis=2, dtype=jnp.int32).T
+    return Chosen(tokens_B, logprobs_B, top_ids_BX, top_logprobs_BX, real_BL)
+
+
+def _take(cache: StackCache, slot: Array) -> StackCache:
+    row: StackCache = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1, a.ndim - 4), cache)
+    return row
+
+
+def _put(cache: StackCache, row: StackCache, slot: Array) -> StackCache:
+    whole: StackCache = jax.tree.map(
+        lambda a, own: jax.lax.dynamic_update_slice_in_dim(a, own, slot, a.ndim - 4), cache, row
+    )
+    return whole

@@ -1,0 +1,51 @@
+"""The load of the server at its smallest: nothing lost, nothing mixed up, files that say how they were made."""
+
+import json
+
+import pytest
+
+from anyexperts_jax.bench.serve import Load, bench_serve, requests_of
+from anyexperts_jax.cli.main import main
+from anyexperts_jax.core.errors import UserError
+
+for package in ("safetensors", "tokenizers", "starlette", "uvicorn", "prometheus_client"):
+    pytest.importorskip(package)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from serve.tiny import tiny_folder
+
+    return tiny_folder(tmp_path_factory.mktemp("hub") / "tiny")
+
+
+def test_lengths_follow_the_distribution_and_fit_a_slot():
+    load = Load(requests=400, prompt=20, answer=10, length=64, budgets=(1.0, 2.0))
+    asked = requests_of(load, 300, 64)
+    lengths = sorted(len(one.prompt) for one in asked)
+    assert 17 <= lengths[200] <= 23
+    assert lengths[0] < 10 < 40 < lengths[-1]
+    assert all(one.answer >= 1 and len(one.prompt) + one.answer <= 64 for one in asked)
+    assert [one.budget for one in asked[:3]] == [1.0, 2.0, 1.0]
+    assert asked == requests_of(load, 300, 64)
+
+
+def test_the_command_loses_and_mixes_up_nothing(folder, tmp_path, capsys):
+    sizes = ["--requests", "6", "--prompt-tokens", "6", "--answer-tokens", "4", "--slots", "3", "--length", "64"]
+    options = [*sizes, "--clients", "1", "4", "--budget", "1.5", "3", "--out", str(tmp_path)]
+    assert main(["bench", "serve", str(folder), *options]) == 0
+    assert "throughput" in capsys.readouterr().out
+    found = json.loads((tmp_path / "bench_serve.json").read_text())
+    assert [speed["clients"] for speed in found["speeds"]] == [1, 4]
+    for speed in found["speeds"]:
+        assert speed["lost"] == speed["mixed_up"] == 0
+        assert speed["requests"] == 6
+        assert speed["tokens_per_second"] > 0
+        assert speed["first_token_ms"] > 0
+    assert found["speeds"][0]["throughput_ratio"] == 1
+    assert found["command"].startswith("anyexperts bench serve ")
+
+
+def test_numbers_out_of_range():
+    with pytest.raises(UserError, match=r"clients=\(0,\) must be numbers >= 1"):
+        bench_serve(None, Load(clients=(0,)))
