@@ -75,8 +75,9 @@ def test_its_parameters_are_the_towers(tower):
     params = named_leaves(init_params(model, jax.random.key(0)))
     own = {name for name in params if tower_of(name) == "vision"}
     assert {name.removeprefix("vision_tower/") for name in own} == set(named_leaves(tower[1]["params"]))
-    with pytest.raises(UserError, match=r"vision_tower needs stack.attention.mrope_section"):
-        dataclasses.replace(model, stack=StackConfig())
+    for change in ({"stack": StackConfig()}, {"vision_tower": None}):
+        with pytest.raises(UserError, match=r"vision_tower and stack.attention.mrope_section go together"):
+            dataclasses.replace(model, **change)
 
 
 @pytest.mark.parametrize(
