@@ -125,8 +125,7 @@ class ModelConfig:
         )
         require(
             (self.vision_tower is None) == (self.stack.attention.mrope_section is None),
-            "vision_tower and stack.attention.mrope_section go together: the tower's rows are rotated by their place in "
-            "the picture",
+            "vision_tower and stack.attention.mrope_section go together: its rows are rotated by their place in a picture",
         )
 
     @property
