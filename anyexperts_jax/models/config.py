@@ -125,7 +125,7 @@ class ModelConfig:
         )
         require(
             (self.vision_tower is None) == (self.stack.attention.mrope_section is None),
-            "vision_tower and stack.attention.mrope_section go together: its rows are rotated by their place in a picture",
+            "vision_tower and stack.attention.mrope_section go together: its rows are rotated by place in a picture",
         )
 
     @property
