@@ -23,7 +23,7 @@ from anyexperts_jax.pretrained.budget import BudgetInForce, mixing_logits, with_
 from anyexperts_jax.pretrained.decode import Decoded, Request, Weights, decode
 from anyexperts_jax.pretrained.hub_config import HubConfig, eos_ids
 from anyexperts_jax.pretrained.media import PlaceIds, Shown, place
-from anyexperts_jax.pretrained.pictures import patches_of
+from anyexperts_jax.pretrained.pictures import listed, patches_of
 from anyexperts_jax.pretrained.prompts import Prompt, TextStream, prompt_tokens, require_text, with_media
 from anyexperts_jax.sharding.placement import Placement, placement_of
 from anyexperts_jax.tokenizers.base import Tokenizer
@@ -105,10 +105,11 @@ class Pretrained:
         Raises:
           UserError: for a model of text, or for what cannot be read.
         """
-        if not len(images) + len(videos):
+        images, videos = listed("images", images), listed("videos", videos)
+        if not images + videos:
             return None
         tower = self.config.vision_tower
-        said = " and ".join(name for name, own in (("images", images), ("videos", videos)) if len(own))
+        said = " and ".join(name for name, own in (("images", images), ("videos", videos)) if own)
         require(tower is not None, f"the model in {self.path} reads text alone, but {said} are given")
         assert tower is not None
         return Shown(tuple(patches_of(images, videos, self.path, tower)), tower, PlaceIds.of(self.hub))
@@ -246,7 +247,10 @@ class Pretrained:
             require(len(given) in (0, len(prompts)), said)
         ids, items = [], list[Any]()
         for number, prompt in enumerate(prompts):
-            own = [list(given[number]) if len(given) else [] for given in (images, videos)]
+            own = [
+                listed(name, given[number]) if len(given) else []
+                for name, given in (("images", images), ("videos", videos))
+            ]
             if self.config.vision_tower is None:
                 require_text(prompt)
             else:

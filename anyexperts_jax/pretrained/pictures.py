@@ -161,6 +161,17 @@ class Preprocessing:
         return np.ascontiguousarray(ordered.reshape(math.prod(grid), -1)), grid
 
 
+def listed(name: str, given: Any) -> list[Any]:
+    """Pictures or videos as a list.
+
+    Raises:
+      UserError: for a single one, such as a path.
+    """
+    one = isinstance(given, str | bytes | Video) or not isinstance(given, Sequence | ndarray)
+    require(not one, f"{name} is a {type(given).__name__}; give a list")
+    return list(given)
+
+
 def patches_of(
     images: Sequence[Any], videos: Sequence[Any], path: pathlib.Path, tower: VisionTowerConfig
 ) -> list[Patches]:

@@ -9,7 +9,7 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.models.config import ModelConfig, VisionTowerConfig
-from anyexperts_jax.models.init import init_params, named_leaves
+from anyexperts_jax.models.init import abstract_params, named_leaves
 from anyexperts_jax.models.paths import tower_of
 from anyexperts_jax.models.vision_tower import Frames, VisionTower, places_on_grid
 from anyexperts_jax.nn.config import AttentionConfig, StackConfig
@@ -72,11 +72,12 @@ def test_its_parameters_are_the_towers(tower):
     model = ModelConfig(
         vision=None, audio=None, vision_tower=CONFIG, stack=StackConfig(d_model=20, attention=attention)
     )
-    params = named_leaves(init_params(model, jax.random.key(0)))
+    params = named_leaves(abstract_params(model))
     own = {name for name in params if tower_of(name) == "vision"}
     assert {name.removeprefix("vision_tower/") for name in own} == set(named_leaves(tower[1]["params"]))
-    with pytest.raises(UserError, match=r"vision_tower needs stack.attention.mrope_section"):
-        dataclasses.replace(model, stack=StackConfig())
+    for change in ({"stack": StackConfig()}, {"vision_tower": None}):
+        with pytest.raises(UserError, match=r"vision_tower and stack.attention.mrope_section go together"):
+            dataclasses.replace(model, **change)
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,7 @@ def compare(model, own, seen, name):
         np.testing.assert_array_equal(np.sort(ours_BTK[valid_BT]), np.sort(their_BTK[valid_BT]), err_msg=name)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "seed"), [*((name, seed) for seed, name in enumerate(MODELS)), ("moe", 7)])
 def test_logits_and_chosen_experts(tmp_path, name, seed):
     folder = vl_checkpoint(tmp_path / "hub", seed=seed, **MODELS[name])
     model, own = load_pretrained(folder), theirs(folder)
