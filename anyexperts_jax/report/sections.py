@@ -5,10 +5,12 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from anyexperts_jax.core.errors import comma_list
 from anyexperts_jax.core.modality import MODALITY_NAMES
 from anyexperts_jax.core.names import file_name
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.core.versions import device_text, versions
+from anyexperts_jax.data.example import Example
 from anyexperts_jax.report import tables
 from anyexperts_jax.report.budget_curves import draw_budget_curves
 from anyexperts_jax.report.charts import draw_load, draw_real_experts, draw_separations, draw_training
@@ -173,6 +175,11 @@ def _maps(source: ReportSource, folder: pathlib.Path) -> Section:
         "Importance decides how many experts a token gets. The model was not told which tokens carry the answer; the "
         "green outlines are known from how the data were made. Each panel has its own scale."
     )
+    others = [
+        name for name, items in source.followed.items() if not all(isinstance(one.item, Example) for one in items)
+    ]
+    if others:
+        text += f" Conversations and documents ({comma_list(others)}) are drawn above, under “Follow a question”."
     return dataclasses.replace(section, text=text, pictures=tuple(pictures))
 
 

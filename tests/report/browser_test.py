@@ -192,4 +192,5 @@ def test_pictures_enlarge_and_close_by_keyboard(open_page, pages, width):
 def test_without_scripts_the_page_says_what_is_missing(open_page, pages):
     page = open_page(pages["whole"], 360, 740, java_script_enabled=False)
     assert "needs JavaScript" in page.locator("#follow").inner_text()
+    assert "Conversations and documents (chat, text)" in page.locator("#maps").inner_text()
     assert page.locator("figure img").count() >= 7
