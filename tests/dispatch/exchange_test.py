@@ -8,6 +8,7 @@ import pytest
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.exchange_sizes import BufferSizes, buffer_sizes
 from tests.dispatch.plans import make_operands, make_plan, random_ids
+from tests.nn.layers import equations
 from tests.sharding.meshes import (
     CASES,
     EMPTY,
@@ -20,6 +21,7 @@ from tests.sharding.meshes import (
     TOKENS,
     WIDTH,
     assert_as_one_device,
+    blocks,
     capacity,
     dispatched,
     place,
@@ -55,6 +57,32 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
 def test_chunks_give_the_values_and_gradients_of_one_device(mesh, case):
     stats, _ = assert_as_one_device(mesh, in_chunks, plan_of(case))
     assert stats.rows == (CASES[case] < EMPTY).sum()
+
+
+def test_one_row_for_a_token_and_device_travels_each_way_in_16_bits():
+    """Rows there and back, and so do their gradients; slots' ids there; their weights there, and gradients back."""
+    plan, operands = plan_of("random"), make_operands(TOKENS, EXPERTS, dtype=jnp.bfloat16, width=WIDTH, hidden=HIDDEN)
+
+    def total(x, weights_NK, *weights):
+        y_ND, _ = exchange(place(MESHES["expert 8"]))(x, dataclasses.replace(plan, weights_NK=weights_NK), *weights)
+        return y_ND.astype(jnp.float32).sum()
+
+    x, *weights = operands
+    program = jax.make_jaxpr(jax.value_and_grad(total, range(5)))(x, plan.weights_NK, *weights)
+    sent = [each.outvars[0].aval for each in equations(program.jaxpr) if each.primitive.name == "all_to_all"]
+    rows = buffer_sizes(plan.spec, 1.25, LENGTH, 8, SLOTS).rows
+    slots = ("float32", (8, SLOTS, rows))
+    wanted = [("bfloat16", (8, rows, WIDTH))] * 4 + [slots, slots, ("int32", (8, SLOTS, rows))]
+    assert sorted((str(aval.dtype), aval.shape) for aval in sent) == sorted(wanted)
+
+
+@pytest.mark.slow
+def test_16_bits_stay_close_to_one_device():
+    plan, operands = plan_of("random"), make_operands(TOKENS, EXPERTS, dtype=jnp.bfloat16, width=WIDTH, hidden=HIDDEN)
+    found, _ = jax.jit(exact(place(MESHES["data 2, expert 4"])))(operands[0], plan, *operands[1:])
+    wide = [a.astype(jnp.float32) for a in operands]
+    expected, _ = jax.jit(blocks(None))(wide[0], plan, *wide[1:])
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.02 * float(jnp.abs(expected).max()))
 
 
 def test_what_does_not_fit_a_chunk_is_dropped_and_counted():
