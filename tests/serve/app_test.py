@@ -177,8 +177,11 @@ def test_a_bad_request_is_400_and_one_line(url, body, said, field):
         ([{"role": "wizard", "content": "a"}], "'wizard'"),
         ([{"content": "a"}], "has no role"),
         ([{"role": "user", "content": 3}], "its content is a int"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}], "reads text alone"),
-        ([{"role": "user", "content": ["a"]}], "must be an object with type and text"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}],
+            "this model reads text",
+        ),
+        ([{"role": "user", "content": ["a"]}], "messages[0].content[0]"),
         ([{"role": "user", "content": "\ud800"}], "surrogate"),
     ],
 )
