@@ -127,6 +127,10 @@ class _Slot:
     def reads(self) -> bool:
         return not self.tokens
 
+    @property
+    def draw(self) -> tuple[Sampling, int, int]:
+        return self.ticket.job.sampling, self.ticket.job.seed, len(self.tokens)
+
 
 Watch = Callable[[str, float], None]
 
@@ -279,14 +283,14 @@ class Engine:
         return True
 
     def _rows(self, tokens_BT: np.ndarray, slots: Sequence[tuple[_Slot | None, int]]) -> Rows:
-        jobs = [(slot, None if slot is None else slot.ticket.job) for slot, _ in slots]
+        own = [slot for slot, _ in slots]
         return make_rows(
             tokens_BT,
-            [0 if slot is None else slot.filled for slot, _ in slots],
+            [slot.filled if slot else 0 for slot in own],
             [length for _, length in slots],
-            [self._rest if job is None else job.budget for _, job in jobs],
-            draws=[(GREEDY, 0, 0) if job is None else (job.sampling, job.seed, len(slot.tokens)) for slot, job in jobs],
-            tells=any(job is not None and job.tells_logprobs for _, job in jobs),
+            [slot.ticket.job.budget if slot else self._rest for slot in own],
+            draws=[slot.draw if slot else (GREEDY, 0, 0) for slot in own],
+            tells=any(slot.ticket.job.tells_logprobs for slot in own if slot),
         )
 
     def _take(self, number: int, slot: _Slot, token: Token) -> None:

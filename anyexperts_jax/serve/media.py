@@ -24,6 +24,7 @@ def medium_of(part: Any, where: str, kinds: Sequence[str]) -> Medium:
       UserError: for another kind, an address that is no data URL, and what cannot be decoded.
     """
     kind = part.get("type") if isinstance(part, Mapping) else None
+    require(kind != "text", f"{where}: a part of type 'text' needs its text, as a string")
     known = {"image_url": "image", "input_audio": "audio"}
     readable = comma_list(["text", *(name for name, medium in known.items() if medium in kinds)])
     require(

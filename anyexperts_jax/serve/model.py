@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.batches import prompts, stack
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.conversation import Conversation, Document, Message, Part, Text, joined
@@ -19,7 +19,7 @@ from anyexperts_jax.pretrained.budget import with_budget
 from anyexperts_jax.pretrained.decode import Weights
 from anyexperts_jax.pretrained.load import is_checkpoint, load_pretrained
 from anyexperts_jax.pretrained.model import Pretrained
-from anyexperts_jax.pretrained.prompts import leading_ids, prompt_tokens, require_text
+from anyexperts_jax.pretrained.prompts import leading_ids, prompt_tokens
 from anyexperts_jax.serve.engine import Prompt
 from anyexperts_jax.serve.media import medium_of
 from anyexperts_jax.tokenizers.base import Tokenizer
@@ -117,7 +117,7 @@ def _roomy(base: ModelConfig, max_budget: float | None) -> ModelConfig:
 
 
 class CheckpointReader:
-    """Text and conversations for a published model of text."""
+    """Text and conversations for a published model; of one that sees pictures, the text alone."""
 
     media: tuple[str, ...] = ()
 
@@ -131,8 +131,8 @@ class CheckpointReader:
         return Prompt(tuple(ids))
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
-        require_text(messages)
-        return Prompt(tuple(prompt_tokens(self._tokenizer, [_with_plain_content(one) for one in messages])))
+        plain = [_with_plain_content(f"messages[{i}]", message) for i, message in enumerate(messages)]
+        return Prompt(tuple(prompt_tokens(self._tokenizer, plain)))
 
 
 class RunReader:
@@ -185,12 +185,12 @@ def _is_text(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _with_plain_content(message: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_plain_content(where: str, message: Mapping[str, Any]) -> Mapping[str, Any]:
     """The message with its texts as one: many templates read nothing else."""
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    for part in content:
+    for i, part in enumerate(content):
         if not _is_text(part):
-            raise UserError("a part of a message's content must be an object with type and text")
+            medium_of(part, f"{where}.content[{i}]", ())
     return {**message, "content": "".join(part["text"] for part in content)}

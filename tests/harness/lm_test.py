@@ -84,7 +84,7 @@ def test_likelihoods_are_those_of_a_forward_pass(model, budget):
     own = row_budget(model.base, model.weights.config, budget)
     used = Used(3)
     pairs = [Pair((5, 3), (8, 9, 7)), Pair((1,), (2,)), Pair(tuple(range(40)), (3, 4))]
-    found = log_likelihoods(model.weights, pairs, own, rows=2, longest=96, used=used)
+    found = log_likelihoods(model.weights, pairs, own, rows=4, longest=96, used=used)
     for pair, (logprob, likeliest) in zip(pairs, found, strict=True):
         wanted = expected(model, *pair, budget)
         assert logprob == pytest.approx(wanted[0], abs=1e-4)
@@ -95,14 +95,14 @@ def test_likelihoods_are_those_of_a_forward_pass(model, budget):
 def test_a_pair_beyond_the_positions_loses_its_beginning(model):
     own = row_budget(model.base, model.weights.config, None)
     long = Pair(tuple(i % 50 for i in range(120)), (3, 4))
-    (cut,) = log_likelihoods(model.weights, [long], own, rows=2, longest=96, used=Used(3))
+    (cut,) = log_likelihoods(model.weights, [long], own, rows=4, longest=96, used=Used(3))
     kept = (*long.context, *long.continuation)[-97:]
     assert cut[0] == pytest.approx(expected(model, kept[:-2], kept[-2:])[0], abs=1e-4)
 
 
 def test_tasks_of_ones_own_at_two_budgets(model, tasks):
     told = []
-    options = TaskOptions(include=(tasks,), rows=2)
+    options = TaskOptions(include=(tasks,), rows=4)
     found = evaluate_tasks(model, ["tiny_choice", "tiny_answer"], [None, 2.0], options, told.append)
     assert [(one.task, one.metric, one.budget, one.examples) for one in found] == [
         ("tiny_choice", "acc", None, 2),
@@ -133,7 +133,7 @@ def test_a_whole_text_in_windows(model):
 
     from anyexperts_jax.harness.lm import HarnessLM
 
-    lm = HarnessLM(model, None, rows=2, length=8)
+    lm = HarnessLM(model, None, rows=4, length=8)
     text = "Hello world cat on the mat; the cat"
     (found,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
     ids = model.tokenizer.encode(text).ids_T.tolist()
@@ -150,7 +150,7 @@ def test_answers_end_before_a_stop_text(model):
 
     from anyexperts_jax.harness.lm import HarnessLM
 
-    lm = HarnessLM(model, None, rows=2)
+    lm = HarnessLM(model, None, rows=4)
     ask = lambda **how: lm.generate_until([Instance("generate_until", {}, ("Hello world", how), 0)])[0]  # noqa: E731
     free = ask(max_gen_toks=12)
     assert free == load_pretrained(model.path).generate("Hello world", max_new_tokens=12)

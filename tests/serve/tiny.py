@@ -13,6 +13,7 @@ from anyexperts_jax.tokenizers.train import train_tokenizer
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
+SLOTS, LENGTH = 4, 96  # of every test, so that all share the compiled programs
 PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6), (5, 3), (8,), tuple(range(40, 60)), (7, 7, 7), (9, 2, 11), (13,), (4, 44, 24, 14))
 BUDGETS = (None, 1.5, 2.0, 3.0, 2.25, 1.0, 2.5, None)
 LENGTHS = (9, 4, 12, 6, 1, 8, 10, 7)
@@ -28,8 +29,8 @@ def tiny_folder(path):
     return made
 
 
-def tiny_engine(served, slots=4, watch=lambda name, amount: None):
-    return Engine(served.weights, served.tokenizer, served.stop_ids, slots=slots, length=96, watch=watch)
+def tiny_engine(served, watch=lambda name, amount: None):
+    return Engine(served.weights, served.tokenizer, served.stop_ids, slots=SLOTS, length=LENGTH, watch=watch)
 
 
 def job(served, engine_prompt, length, budget, events, waited=0.0, **how):
