@@ -166,8 +166,9 @@ def require_fits_model(spec: EncodingSpec, model: ModelConfig, tokenizer: str = 
     if tokenizer == BYTES_NAME:  # another is read when training starts, and checked there
         require_model_ids(BYTES, model)
     require(
-        model.vision_tower is None,
-        "model.vision_tower is a part of published models, which are read and run; a run trains model.vision",
+        model.vision_tower is None and model.stack.attention.mrope_section is None,
+        "model.vision_tower and its stack.attention.mrope_section are parts of published models, which are read and "
+        "run; a run trains model.vision",
     )
     parts = (
         ("vision", "max_patches", "patch_features", spec.patch_features),

@@ -124,8 +124,8 @@ class ModelConfig:
             f"moe.router={router!r} with moe.router_modalities={modalities}: a multimodal model has {NUM_MODALITIES}",
         )
         require(
-            (self.vision_tower is None) == (self.stack.attention.mrope_section is None),
-            "vision_tower and stack.attention.mrope_section go together: its rows are rotated by place in a picture",
+            self.vision_tower is None or self.stack.attention.mrope_section is not None,
+            "vision_tower needs stack.attention.mrope_section: its rows are rotated by their place in the picture",
         )
 
     @property
