@@ -1,9 +1,11 @@
 """The loop that a user would write by hand over the same files: the plain library, and nothing of ours.
 
 It reads a record, decodes its media and turns its texts into ids; it checks nothing, resamples nothing, makes no
-features and no sequence.
+features and no sequence. Parquet and `datasets` are read by pyarrow, JSON Lines by `json`, and held in memory as a
+whole, which ours are not; sound is decoded by `soundfile`, pictures by Pillow, texts by `tokenizers`.
 """
 
+import csv
 import io
 import json
 import pathlib
@@ -13,18 +15,26 @@ from typing import Any
 import numpy as np
 
 from anyexperts_jax.data.config import DataConfig
+from anyexperts_jax.data.row_source import RowSource
+from anyexperts_jax.data.source import Source
 from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
 
 Loop = Callable[[Sequence[int]], None]  # over the records of these numbers
 Encode = Callable[[str], object]
 
 
-def plain_loop(config: DataConfig, name: str, split: str) -> tuple[str, Loop] | None:
-    """(the libraries' names, the loop) of a domain in a folder; None of a generated one, or of files not known here."""
+def plain_loop(config: DataConfig, name: str, split: str, source: Source | None = None) -> tuple[str, Loop] | None:
+    """(the libraries' names, the loop) of a domain in a folder; None of a generated one, or of files not known here.
+
+    Args:
+      source: the domain's, which says which of the files' rows its examples are.
+    """
     folder = config.folder_paths().get(name)
     if folder is None:
         return None
     label, encode = _bare_tokenizer(config)
+    if isinstance(source, RowSource) and not source.is_corpus:
+        return _rows_loop(source, label, encode)
     if records := sorted(folder.glob(f"{split}-*.array_record")):
         return f"array_record, numpy, {label}", _array_record_loop(records, encode)
     if arrow := sorted((folder / split).glob("*.arrow")):
@@ -55,6 +65,47 @@ def _array_record_loop(files: Sequence[pathlib.Path], encode: Encode) -> Loop:
             fields = json.loads(arrays["text"].tobytes())
             encode(fields["question"])
             encode(fields["answer"])
+
+    return loop
+
+
+def _rows_loop(source: RowSource, label: str, encode: Encode) -> tuple[str, Loop] | None:
+    """Over the rows that the examples are of, which are in one file of one of these kinds."""
+    files, rows_N = sorted({source.where(index)[0] for index in range(len(source))}), source.rows_N
+    path = pathlib.Path(files[0])
+    if len(files) > 1 or path.suffix not in (".parquet", ".jsonl", ".tsv"):
+        return None
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        columns = list(pyarrow.parquet.read_table(path).columns)
+
+        def arrow(indices: Sequence[int]) -> None:
+            for row in rows_N[list(indices)].tolist():
+                _take([column[row].as_py() for column in columns], encode)
+
+        return f"pyarrow, {label}", arrow
+    if path.suffix == ".tsv":
+        return f"csv, soundfile, {label}", _table_loop(path, rows_N, encode)
+    lines = path.read_bytes().splitlines()
+
+    def json_lines(indices: Sequence[int]) -> None:
+        for row in rows_N[list(indices)].tolist():
+            _take(json.loads(lines[row]).values(), encode)
+
+    return f"json, {label}", json_lines
+
+
+def _table_loop(path: pathlib.Path, rows_N: np.ndarray, encode: Encode) -> Loop:
+    """Over the files that a table of recordings names."""
+    with open(path, newline="") as table:
+        rows = [(row["file"], row["text"]) for row in csv.DictReader(table, delimiter="\t")]
+
+    def loop(indices: Sequence[int]) -> None:
+        for row in rows_N[list(indices)].tolist():
+            file, text = rows[row]
+            _decode((path.parent / file).read_bytes())
+            encode(text)
 
     return loop
 

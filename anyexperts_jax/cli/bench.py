@@ -3,7 +3,16 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_command, add_config, positive, positive_number, say, seed
+from anyexperts_jax.cli.options import (
+    add_command,
+    add_config,
+    add_data,
+    data_overrides,
+    positive,
+    positive_number,
+    say,
+    seed,
+)
 from anyexperts_jax.core.shapes import HOST_SHAPES, SHAPES
 
 
@@ -44,11 +53,13 @@ def run_data(options: argparse.Namespace) -> None:
     from anyexperts_jax.core.text_table import print_tables
     from anyexperts_jax.train.config import load_config
 
-    config = load_config(options.config, options.set, options.plugin).data
+    own = data_overrides(options.config, options.data, options.plugin)
+    config = load_config(options.config, [*own, *options.set], options.plugin).data
     bench = bench_data(config, options.examples, options.rounds, note=say)
     print_tables(data_tables(bench), Console(highlight=False))
     if options.out:
-        names = " ".join([options.config, *(f"--set {one!r}" for one in options.set)])
+        given = [*(f"--data {one}" for one in options.data), *(f"--set {one!r}" for one in options.set)]
+        names = " ".join([options.config, *given])
         command = f"anyexperts bench data {names} --examples {options.examples} --rounds {options.rounds}"
         print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
 
@@ -126,11 +137,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="also write bench_step.json, .csv and .md into this folder (default: print only)",
     )
     step.set_defaults(command=run_step)
-    data_example = "anyexperts bench data tiny --examples 100"
+    data_example = "anyexperts bench data tiny --data mine=chats.jsonl --examples 100"
     data = add_command(
         actions, "data", "time reading and encoding a run's data, beside the plain library", (data_example,)
     )
     add_config(data)
+    add_data(data, "data of yours: a file, pattern, folder or address; repeatable")
     data.add_argument("--examples", type=positive, default=200, help="train examples of each domain")
     data.add_argument("--rounds", type=positive, default=5, help="interleaved rounds; medians are shown")
     data.add_argument(

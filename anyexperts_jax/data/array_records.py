@@ -79,7 +79,7 @@ def export_array_record(source: Source, folder: str | pathlib.Path, split: str, 
         writer = ArrayRecordWriter(str(part), "group_size:1")  # one record a group: random access reads no other
         for index in range(shard * len(source) // shards, (shard + 1) * len(source) // shards):
             item = source[index]
-            require(isinstance(item, Example), f"{split} example {index} is no question with one answer")
+            require(isinstance(item, Example), f"{split} example {index} is not a question with one answer")
             assert isinstance(item, Example)
             writer.write(to_record(item))
         writer.close()

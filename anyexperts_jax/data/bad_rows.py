@@ -15,7 +15,7 @@ _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
 class BadRows:
-    """Counts rows that were skipped. Worker processes get a copy that writes to the same file; its maker deletes it."""
+    """The rows skipped so far. Each worker process gets a copy that writes to the same file; its maker deletes it."""
 
     def __init__(self, most_share: float) -> None:
         path = os.path.join(tempfile.gettempdir(), f"anyexperts-skipped-{uuid.uuid4().hex}")
@@ -63,7 +63,7 @@ class BadRows:
             return {name: dict(Counter(rows.values()).most_common()) for name, rows in self._reasons.items()}
 
     def _catch_up(self) -> None:
-        """Reads what was written since, by whichever process."""
+        """Reads what any process has written since the last call."""
         try:
             with open(self._path, "rb") as file:
                 file.seek(self._reached)

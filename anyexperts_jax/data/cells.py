@@ -27,7 +27,7 @@ def text_of(value: Any, labels: list[str] | None, where: str) -> str:
     require(value is not None, f"{where} is missing; leave the row out or fill it in")
     if labels is not None:
         known = type(value) is int and 0 <= value < len(labels)
-        require(known, f"{where}={value!r} is no class label; there are {len(labels)}, from 0 on")
+        require(known, f"{where}={value!r} is not a class label; there are {len(labels)}, from 0 on")
         return labels[value]
     if isinstance(value, str):
         return value

@@ -24,6 +24,7 @@ from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.data.row_source import RowSource
 from anyexperts_jax.data.sequence import Size
 from anyexperts_jax.data.sources.cache import hash_64
+from anyexperts_jax.data.sources.places import StoreError
 from anyexperts_jax.data.sources.rows import RowError
 from anyexperts_jax.data.turns import chat_template, encode_item
 
@@ -122,7 +123,7 @@ def check_data(
 
 
 def require_clean(reports: Sequence[SplitReport], shared: Sequence[Shared]) -> None:
-    """Refuses data of which a run could say nothing true.
+    """Refuses data on which a run's scores would mean nothing.
 
     Raises:
       UserError: when a split is empty, or an example of one stands in another.
@@ -170,7 +171,7 @@ def _begin(sources: Sources, name: str, split: str, near: float | None) -> tuple
 def _pool(
     total: int, processes: int | None, plugins: Sequence[str], sources: Sources
 ) -> Iterator[Callable[..., Iterator[SplitReport]]]:
-    """What maps a function over jobs, in order: here, or in processes."""
+    """Yields a function that maps over jobs in order, in this process or in several."""
     count = min(os.cpu_count() or 1, 1 + total // 4096) if processes is None else processes
     if count == 1:
         yield lambda look, jobs: map(functools.partial(look, sources=sources), jobs)
@@ -182,12 +183,12 @@ def _pool(
 
 @functools.lru_cache(maxsize=1)
 def _opened(config: DataConfig) -> Sources:
-    """What a worker process reads all its parts from."""
+    """The sources of a worker process, from which it reads all its parts."""
     return Sources(config)
 
 
 def _look(job: tuple[DataConfig, str, str, int, int, bool], sources: Sources | None = None) -> SplitReport:
-    """What is found in examples `start` to `stop` of a split."""
+    """Reads examples `start` to `stop` of a split, and reports what it finds."""
     config, name, split, start, stop, with_words = job
     sources = sources or _opened(config)
     source, tokenizer = sources.open(name, split), sources.tokenizer
@@ -200,6 +201,8 @@ def _look(job: tuple[DataConfig, str, str, int, int, bool], sources: Sources | N
             item = source[index]
             sequence = encode_item(item, config.encoding, tokenizer=tokenizer, template=template)
             require(sequence.size.fits(Size.of_row(config.encoding)), "it does not fit in a row")
+        except StoreError:
+            raise
         except UserError as error:
             reason = error.reason if isinstance(error, RowError) else str(error)
             report.unusable = [*report.unusable, (file, row, reason)][:SHOWN]
@@ -221,7 +224,7 @@ def _look(job: tuple[DataConfig, str, str, int, int, bool], sources: Sources | N
 
 
 def _content(item: Item) -> bytes:
-    """All that an example shows and teaches, wherever it stands."""
+    """The content of an example as bytes, without its place."""
     if isinstance(item, Document):
         return item.text.strip().encode()
     if isinstance(item, Conversation):

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool
 from numpy import ndarray
 
-from anyexperts_jax.core.errors import require, require_one_of
+from anyexperts_jax.core.errors import UserError, require, require_one_of
 from anyexperts_jax.data.example import LEVELS, Example, is_unicode
 from anyexperts_jax.tokenizers.chat import ASSISTANT, ROLES
 
@@ -31,7 +31,8 @@ class Text:
     evidence: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        require(is_unicode(self.text), f"text {self.text!r} is not valid Unicode")
+        if not is_unicode(self.text):
+            raise UserError(f"text {self.text!r} is not valid Unicode")
         for start, stop in self.evidence:
             inside = 0 <= start < stop <= len(self.text)
             require(inside, f"evidence span ({start}, {stop}) is outside the text of {len(self.text)} characters")
@@ -48,20 +49,21 @@ class Medium:
     values: ndarray
     evidence: Bool[ndarray, "..."] | tuple[tuple[float, float], ...] | None = None
 
-    def example(self, domain: str, **texts: str) -> Example:
+    def example(self, domain: str, **texts: Any) -> Example:
         """A question about this medium alone.
 
         Args:
-          texts: `question`, `answer` and `question_type`; left out, they are placeholders.
+          texts: `question`, `answer`, `question_type` and other fields; left out, the texts are placeholders.
 
         Raises:
           UserError: when evidence does not fit the medium.
         """
-        fields: dict[str, Any] = {"question_type": "any", "question": "?", "answer": "?", "source": "", **texts}
+        fields: dict[str, Any] = {"question_type": "any", "question": "?", "answer": "?", "source": "", "level": 1}
+        fields |= texts
         fields[self.kind] = self.values
         if self.evidence is not None:
             fields[f"{self.kind}_evidence"] = self.evidence
-        return Example(domain=domain, level=1, **fields)
+        return Example(domain=domain, **fields)
 
 
 Part = Text | Medium
@@ -69,7 +71,7 @@ Part = Text | Medium
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Message:
-    """What one role says: parts in their order.
+    """A message of one role: its parts in their order.
 
     `more`: other keys of the message, such as tool_calls, which a chat template may write.
 
@@ -137,8 +139,8 @@ class Conversation:
             "answer": answer.text,
             "source": self.source,
         }
-        one = media[0].example(self.domain, **fields) if media else Example(domain=self.domain, level=1, **fields)
-        return dataclasses.replace(one, level=self.level, question_evidence=texts[0].evidence)
+        fields |= {"level": self.level, "question_evidence": texts[0].evidence}
+        return media[0].example(self.domain, **fields) if media else Example(domain=self.domain, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +167,7 @@ Item = Example | Conversation | Document
 
 
 def question_and_answer(item: Item) -> tuple[str, str]:
-    """What is asked before the last answer, as text, and that answer; of a document nothing, and its text."""
+    """(the text of the last question, the last answer); a document gives an empty question and its text."""
     if isinstance(item, Example):
         return item.question, item.answer
     if isinstance(item, Document):
@@ -191,7 +193,7 @@ def with_answer(item: Item, answer: str) -> Item:
 
 
 def joined(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """Neighbouring texts as one, and no empty ones: tokens may reach across them."""
+    """Joins neighbouring texts, because tokens may reach across them, and drops empty ones."""
     found: list[Part] = []
     for part in parts:
         before = found[-1] if found else None
@@ -213,7 +215,7 @@ def pixel_mask(shape: tuple[int, int], boxes: Any) -> Bool[ndarray, "H W"]:
     mask = np.zeros(shape, bool)
     for box in boxes:
         whole = isinstance(box, list | tuple | ndarray) and len(box) == 4 and all(float(edge) >= 0 for edge in box)
-        require(whole, f"evidence {box!r} is no box [left, top, right, bottom] in pixels")
+        require(whole, f"evidence {box!r} is not a box [left, top, right, bottom] in pixels")
         left, top, right, bottom = (int(edge) for edge in box)
         inside = left < right <= shape[1] and top < bottom <= shape[0]
         require(inside, f"evidence box {list(box)} is outside the picture of {shape[1]} x {shape[0]} pixels")

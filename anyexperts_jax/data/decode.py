@@ -104,7 +104,7 @@ def _is_picture(value: Any) -> bool:
 
 @contextlib.contextmanager
 def _pillows_warnings() -> Iterator[None]:
-    """Large pictures are errors; metadata that cannot be read are none of ours."""
+    """Turns Pillow's warnings about large pictures into errors, and ignores those about metadata."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -252,7 +252,8 @@ def _full_scale(samples: np.ndarray, where: str) -> np.ndarray:
     if samples.dtype == np.uint8:
         return (samples - 128.0) / 128
     if samples.dtype.kind == "i":
-        return samples / -float(np.iinfo(samples.dtype).min)
+        exact = np.float32 if samples.dtype.itemsize <= 2 else np.float64
+        return samples.astype(exact) / exact(-float(np.iinfo(samples.dtype).min))
     require(samples.dtype.kind == "f", f"{where}: samples in {samples.dtype} have no known full scale; give floats")
     loudest = float(np.abs(samples).max())
     allowed = f"floats in [-1, 1], or integers of 16 or 32 bits; these reach {loudest:g}"

@@ -1,12 +1,10 @@
 """From an example to one sequence of the model: tokens, patches, audio frames, masks and evidence."""
 
-import dataclasses
-
 import numpy as np
 from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
-from anyexperts_jax.core.errors import comma_list, require
+from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.example import Example
@@ -42,13 +40,8 @@ def encode_example(
     evidence = question.overlapping(example.question_evidence)
     parts: list[Part] = [TokenPart([special.begin]), *media, TokenPart(question.ids_T, evidence=evidence)]
     parts += [TokenPart([special.separator]), TokenPart([*answer.ids_T.tolist(), special.eos[0]], in_loss=True)]
-    return dataclasses.replace(
-        assemble(parts, spec, pad=special.pad),
-        domain=domain_index,
-        question=question_index,
-        level=example.level,
-        example=example_index,
-    )
+    indices = {"domain": domain_index, "question": question_index, "level": example.level, "example": example_index}
+    return assemble(parts, spec, pad=special.pad, **indices)
 
 
 def encode(
@@ -127,10 +120,11 @@ def _audio(example: Example, spec: EncodingSpec, audio: np.ndarray) -> MediaPart
 
 def _require_room(example: Example, spec: EncodingSpec, media: int, question: int, answer: int) -> None:
     needed = media + question + answer + 3
-    require(
-        needed <= spec.max_length,
+    if needed <= spec.max_length:
+        return
+    raise UserError(
         f"a {example.domain}/{example.question_type} example needs {needed} positions (media {media}, question "
-        f"{question}, answer {answer}, BOS, SEP and EOS), more than encoding.max_length={spec.max_length}",
+        f"{question}, answer {answer}, BOS, SEP and EOS), more than encoding.max_length={spec.max_length}"
     )
 
 

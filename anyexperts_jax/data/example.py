@@ -82,8 +82,10 @@ def is_unicode(text: str) -> bool:
 
 
 def _require_text(where: str, name: str, text: Any) -> None:
-    require(isinstance(text, str), f"{where}: {name}={text!r} must be a string")
-    require(is_unicode(text), f"{where}: {name}={text!r} is not valid Unicode")
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {name}={text!r} must be a string")
+    if not is_unicode(text):  # no message is made of texts that are right: there are many, and they may be long
+        raise UserError(f"{where}: {name}={text!r} is not valid Unicode")
 
 
 def _require_pixels(where: str, name: str, pixels: np.ndarray | None, axes: int) -> None:

@@ -76,7 +76,8 @@ def log_mel(audio: Float32[ndarray, " samples"], num_bands: int = 32) -> Float32
     padded = np.zeros(max(needed, len(audio)))
     padded[: len(audio)] = audio
     windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[: needed - WINDOW + 1 : HOP]
-    power = np.abs(np.fft.rfft(windows * _hann(), n=FFT_SIZE)) ** 2
+    spectrum = np.fft.rfft(windows * _hann(), n=FFT_SIZE)
+    power = spectrum.real**2 + spectrum.imag**2
     log_power = np.log10(np.maximum(_sparse_filters(num_bands).dot(power.T).T, _POWER_FLOOR))
     return ((log_power - _LOG_MEAN) / _LOG_DEVIATION).astype(np.float32)
 

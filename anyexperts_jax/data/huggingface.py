@@ -106,7 +106,7 @@ class HuggingFaceSource:
         import pyarrow
 
         try:
-            return row_values(self._rows[index])
+            return row_values(stored_row(self._rows, index))
         except (ValueError, OSError, pyarrow.ArrowException) as error:
             raise UserError(f"cannot read {where}: {said(error)}") from error
 
@@ -129,7 +129,7 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {said(error)}") from error
-    require(isinstance(values, dict), f"{path} is no JSON object")
+    require(isinstance(values, dict), f"{path} is not a JSON object")
     return values
 
 
@@ -205,25 +205,38 @@ def _file(value: Any, folder: pathlib.Path, where: str) -> Any:
     return path
 
 
+def stored_row(rows: Any, index: int) -> Any:
+    """A row of a dataset as a table: of what is stored itself, which takes a third of the time of `datasets`' own way.
+
+    Raises:
+      IndexError: past the last.
+    """
+    if rows._indices is not None:  # rows in another order than they are stored
+        return rows[index]
+    if not 0 <= index < len(rows):
+        raise IndexError(index)
+    return rows.data.fast_slice(index, 1)
+
+
 def row_values(row: Any) -> dict[str, Any]:
-    """The values of a table of one row by column: Python's, and lists of numbers as arrays of their own type.
+    """The values of a table or batch of one row by column: Python's, and lists of numbers as arrays of their own type.
 
     Raises:
       pyarrow.ArrowException, ValueError: when it is damaged.
     """
     row.validate(full=True)  # damaged offsets would be followed out of the file
-    return {name: _value(row[name]) for name in row.column_names}
+    return {name: _value(column) for name, column in zip(row.schema.names, row.columns, strict=True)}
 
 
 def _value(column: Any) -> Any:
     """The value of a column of one row."""
     import pyarrow
 
-    value, kind = column.to_pylist()[0], column.type
-    if value is None:
-        return None
+    value, kind = column[0].as_py(), column.type
+    if value is None or isinstance(value, str | bytes | bool):
+        return value
     if pyarrow.types.is_struct(kind):
-        return {kind.field(i).name: _value(pyarrow.chunked_array([part])) for i, part in enumerate(_parts(column))}
+        return {kind.field(i).name: _value(part) for i, part in enumerate(_parts(column))}
     if pyarrow.types.is_floating(kind):
         return kind.to_pandas_dtype()(value)  # so that 0.1 in float32 reads "0.1"
     leaf = kind.storage_type if isinstance(kind, pyarrow.BaseExtensionType) else kind
@@ -237,7 +250,12 @@ def _value(column: Any) -> Any:
 
 
 def _parts(column: Any) -> list[Any]:
-    return column.combine_chunks().flatten() if column.num_chunks != 1 else column.chunk(0).flatten()
+    import pyarrow
+
+    if isinstance(column, pyarrow.ChunkedArray):
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    found: list[Any] = column.flatten()
+    return found
 
 
 def _typed(value: Any, dtype: Any) -> Any:

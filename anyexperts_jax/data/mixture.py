@@ -13,7 +13,7 @@ from anyexperts_jax.data.huggingface import holds_other_rows
 from anyexperts_jax.data.row_source import RowSource
 from anyexperts_jax.data.source import FolderFormat, GeneratedSource, Source
 from anyexperts_jax.data.sources.find import find_rows
-from anyexperts_jax.data.sources.places import is_address
+from anyexperts_jax.data.sources.places import StoreError, is_address
 from anyexperts_jax.data.sources.rows import Rows
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.store import open_tokenizer
@@ -87,6 +87,8 @@ class Sources:
         for split in SPLITS:
             try:
                 source = self.open(name, split)
+            except StoreError:
+                raise
             except UserError:  # whoever needs the split says why there is none
                 splits.append(f"no {split}")
                 continue

@@ -30,6 +30,7 @@ from anyexperts_jax.data.packing import PackedSequences
 from anyexperts_jax.data.row_source import RowSource
 from anyexperts_jax.data.sequence import EncodedSequence, Size, padded
 from anyexperts_jax.data.source import Source
+from anyexperts_jax.data.sources.places import StoreError
 from anyexperts_jax.data.sources.rows import RowError
 from anyexperts_jax.data.turns import chat_template, encode_item
 from anyexperts_jax.tokenizers.base import Tokenizer
@@ -59,7 +60,7 @@ class _Sequences:
             try:
                 sequence = self._encoded(number)
             except UserError as error:
-                if self.bad_rows is None:
+                if self.bad_rows is None or isinstance(error, StoreError):
                     raise
                 self.bad_rows.add(self.name, number, len(self), error)
                 if not self.fills:
@@ -140,7 +141,7 @@ def train_dataset(
 
     Args:
       plugins: modules that register domains or sources; worker processes import them before they make an example.
-      bad_rows: counts what is skipped; None: nobody wants to know.
+      bad_rows: counts the rows that are skipped; None: they are not counted.
       sources: those of `config`, which others use too; None: they are opened.
 
     Raises:
@@ -187,7 +188,7 @@ def _made_ahead(
 
 
 def _start_worker(plugins: tuple[str, ...], index: int, count: int) -> None:
-    """A fresh process knows nothing of what its parent registered."""
+    """Imports the plugins: a fresh process has none of what its parent registered."""
     load_plugins(plugins)
 
 

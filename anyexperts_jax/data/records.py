@@ -41,12 +41,13 @@ from anyexperts_jax.tokenizers.chat import ASSISTANT, ROLES
 _LLAVA_ROLES = {"human": "user", "gpt": ASSISTANT, **{role: role for role in ROLES}}
 _PART_KEYS = {"type", "evidence", "text", "path", "url", "base64", "detail", *KINDS, "image_url", "input_audio"}
 _PART_TYPES = ("text", *KINDS, "image_url", "input_audio")
+_WANTED = "messages, conversations, question and answer, an image, audio or video with a text, or text"
 _DECODERS = {"image": decode_picture, "video": decode_video, "audio": decode_audio}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
-    """What a record is read with.
+    """What `read_record` needs beside the record.
 
     Attributes:
       domain: the name of its source.
@@ -79,7 +80,7 @@ class Reading:
 
 
 def read_record(row: Mapping[str, Any], reading: Reading) -> Conversation | Document:
-    """The row as what it is.
+    """Reads the row as a conversation or a document, by its columns.
 
     Raises:
       UserError: naming what is missing, unknown, or does not fit; the caller says where.
@@ -106,11 +107,11 @@ def _one_answer(
     row: Mapping[str, Any], question: str | None, answer: str | None, media: "_Given", reading: Reading
 ) -> tuple[Message, ...]:
     """A question, or a medium that needs none, and its answer."""
-    wanted = "messages, conversations, question and answer, an image, audio or video with a text, or text"
-    has = comma_list(name for name, value in row.items() if value is not None) or "none"
     for column, there in (("question", question is not None or bool(media.names)), ("answer", answer is not None)):
-        name = getattr(reading.columns, column)
-        require(there, f"no column {name!r}: a row holds {wanted}; its columns are {has}; see data.columns")
+        if not there:
+            has = comma_list(name for name, value in row.items() if value is not None) or "none"
+            name = getattr(reading.columns, column)
+            raise UserError(f"no column {name!r}: a row holds {_WANTED}; its columns are {has}; see data.columns")
     parts: list[Part] = list(media.rest(row))
     if question is not None:
         parts.append(Text(question, _spans(row.get("question_evidence"), int)))
@@ -118,7 +119,7 @@ def _one_answer(
 
 
 class _Given:
-    """The media that a row holds beside its messages, taken one after the other where a message points to them."""
+    """The media that a row holds beside its messages. Each is taken when a message points to the next one."""
 
     def __init__(self, row: Mapping[str, Any], reading: Reading) -> None:
         self.reading = reading
@@ -250,7 +251,8 @@ def read_medium(kind: Kind, value: Any, reading: Reading, evidence: Any = None) 
     elif evidence is not None:
         marks = _spans(evidence, float)
     medium = Medium(kind, values, marks)
-    medium.example(reading.domain)  # refuses evidence that is outside of it
+    if marks is not None:
+        medium.example(reading.domain)  # refuses evidence that is outside of it
     return medium
 
 

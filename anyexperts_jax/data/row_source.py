@@ -17,6 +17,7 @@ from anyexperts_jax.data.conversation import Document, Item
 from anyexperts_jax.data.domain import SPLITS, Metric
 from anyexperts_jax.data.records import Reading, read_record
 from anyexperts_jax.data.sources.cache import Numbers, hash_64, made_once
+from anyexperts_jax.data.sources.places import StoreError
 from anyexperts_jax.data.sources.rows import RowError, Rows
 from anyexperts_jax.data.turns import uses_template
 from anyexperts_jax.data.windows import cut
@@ -28,7 +29,7 @@ _HELD_OUT_BASE = 2**64
 
 
 class RowSource:
-    """The examples of one split of rows: what `data.source.Source` is, with more said of each.
+    """The examples of one split of a user's rows: a `data.source.Source` that also says where each example stands.
 
     Attributes:
       question_types: the kinds of question that all splits hold, in order of their names.
@@ -96,7 +97,7 @@ class RowSource:
         return 0 if self._windows is None else int((np.bincount(self._windows.array_N[:, 0]) > 1).sum())
 
     def __iter__(self) -> Iterator[tuple[str, str, Item | RowError]]:
-        """(file, row, what it is or why it cannot be used), in order: one for each example."""
+        """(file, row, the item or the error that makes it unusable) of each example, in order."""
         for index in range(len(self)):
             file, row = self.where(index)
             try:
@@ -116,6 +117,8 @@ class RowSource:
             if self._chat or isinstance(item, Document):
                 return item
             return item.as_example() or item
+        except StoreError as error:
+            raise StoreError(f"{file} {place}: {error}") from error
         except UserError as error:
             raise error if isinstance(error, RowError) else RowError(file, place, str(error)) from error
 
@@ -143,8 +146,10 @@ class RowSource:
                 try:
                     value = self.rows[row].get(column)
                     found.add("any" if value is None else text_of(value, list(labels) if labels else None, column))
+                except StoreError:
+                    raise
                 except UserError:
-                    continue  # told when the row is read as an example
+                    continue  # reported when the row is read as an example
             (folder / "types").write_text("\0".join(sorted(found)), encoding="utf-8")
 
         folder = made_once(build, "types", self.fingerprint, column)
@@ -161,7 +166,7 @@ class RowSource:
                         item = self._item(row)
                         pieces = cut(item.text, self._tokenizer, spec.max_length) if isinstance(item, Document) else ()
                     except RowError:
-                        pieces = ()  # told when the row is read as an example
+                        pieces = ()  # reported when the row is read as an example
                     ends = len(pieces) - 1
                     whole = [[row, start, stop, i == ends] for i, (start, stop) in enumerate(pieces)]
                     file.write(np.array(whole or [[row, 0, -1, 1]], np.int64).tobytes())
@@ -172,7 +177,7 @@ class RowSource:
 
 
 class _Splits:
-    """Which rows are in which split: by the names of files and folders; those that none names, by hash."""
+    """Assigns rows to splits: by the names of files and folders, or by hash where no name says it."""
 
     def __init__(self, rows: Rows, config: DataConfig) -> None:
         self._rows, self._config = rows, config
@@ -209,7 +214,7 @@ class _Splits:
         )
 
     def _keys(self) -> np.ndarray:
-        """A hash a row: of the column that rows are held out by, or of all it holds."""
+        """A hash of each row: of the column that rows are held out by, or of the whole row."""
         column = self._config.split_by
         if column is None:
             return self._rows.digests_N
@@ -248,8 +253,10 @@ def hashed_splits(keys_N: UInt64[ndarray, " N"], held: float) -> Int[ndarray, " 
 def _key(rows: Rows, index: int, column: str) -> int:
     try:
         row = rows[index]
+    except StoreError:
+        raise
     except UserError:
-        return 2**64 - 1  # in train, where it is told or skipped
+        return 2**64 - 1  # in train, where it is reported or skipped
     if column not in row:
         file, place = rows.where(index)
         raise RowError(file, place, f"no column {column!r} (data.split_by); its columns are {comma_list(row)}")
@@ -266,7 +273,7 @@ def _named_split(name: str) -> int:
 
 
 def _is_transcript(item: Item) -> bool:
-    """A sound and what is said in it, without a question."""
+    """Whether the item is a sound with its transcript and no question."""
     messages: Any = getattr(item, "messages", ())
     kinds = [getattr(part, "kind", "text") for message in messages[:1] for part in message.parts]
     return len(messages) == 2 and kinds == ["audio"]

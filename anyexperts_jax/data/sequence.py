@@ -90,10 +90,13 @@ class Size:
         return self.positions <= room.positions and self.patches <= room.patches and self.frames <= room.frames
 
 
-def assemble(parts: Sequence[Part], spec: EncodingSpec, *, pad: int = PAD) -> EncodedSequence:
+def assemble(parts: Sequence[Part], spec: EncodingSpec, *, pad: int = PAD, **indices: int) -> EncodedSequence:
     """The parts one after the other, as one segment. Media are numbered as they come: any number of any kinds.
 
     A part in the loss is predicted from the position before each of its tokens, so it cannot come first.
+
+    Args:
+      indices: `domain`, `question`, `level` and `example`.
     """
     lengths = [len(part.ids if isinstance(part, TokenPart) else part.features) for part in parts]
     bounds = [0, *itertools.accumulate(lengths)]
@@ -101,7 +104,7 @@ def assemble(parts: Sequence[Part], spec: EncodingSpec, *, pad: int = PAD) -> En
     tokens, modality = np.full(T, pad, np.int32), np.full(T, Modality.TEXT, np.int32)
     loss_mask, evidence, time = np.zeros(T, bool), np.zeros(T, bool), np.zeros(T, np.int32)
     media: list[MediaPart] = []
-    for part, (begin, end) in zip(parts, itertools.pairwise(bounds), strict=True):
+    for part, begin, end in zip(parts, bounds[:-1], bounds[1:], strict=True):
         positions = slice(begin, end)
         if part.evidence is not None:
             evidence[positions] = part.evidence
@@ -130,12 +133,13 @@ def assemble(parts: Sequence[Part], spec: EncodingSpec, *, pad: int = PAD) -> En
         frames_SX=_features(heard, spec.frame_features),
         frame_item_S=_items(heard),
         pad=pad,
+        **indices,
     )
 
 
 def concatenate(sequences: Sequence[EncodedSequence]) -> EncodedSequence:
     """The sequences in one row. Segments and items are numbered on; positions and times stay those of each segment."""
-    names = [name for name in _array_names() if name not in ("segment_T", "patch_item_P", "frame_item_S")]
+    names = [name for name in _ARRAYS if name not in ("segment_T", "patch_item_P", "frame_item_S")]
     joined: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in sequences]) for name in names}
     segments, items = 0, 0
     numbered: dict[str, list[np.ndarray]] = {"segment_T": [], "patch_item_P": [], "frame_item_S": []}
@@ -162,40 +166,42 @@ def padded(sequence: EncodedSequence, spec: EncodingSpec) -> dict[str, np.ndarra
         f"in a row of {room.positions}, {room.patches} and {room.frames}: encoding.max_length, max_patches, max_frames",
     )
     lengths = {"T": room.positions, "P": room.patches, "S": room.frames}
-    fields = {_batch_name(name): _pad(getattr(sequence, name), lengths[_rows_of(name)]) for name in _array_names()}
+    fields = {batch: _pad(getattr(sequence, name), lengths[axis]) for name, batch, axis in _FIELDS}
     T = size.positions
-    fields["tokens_BT"][T:] = sequence.pad
-    if T > 0:  # padding goes on as the last segment
+    if 0 < T < room.positions:  # padding goes on as the last segment
         fields["segment_BT"][T:] = sequence.segment_T[-1]
         fields["position_BT"][T:] = sequence.position_T[-1] + np.arange(1, room.positions - T + 1)
+    if room.positions > T:
+        fields["tokens_BT"][T:] = sequence.pad
     fields["valid_BT"] = np.arange(room.positions) < T
     for name in ("domain", "question", "level", "example"):
         fields[f"{name}_B"] = np.asarray(getattr(sequence, name), np.int32)
     return fields
 
 
-def _array_names() -> list[str]:
-    return [field.name for field in dataclasses.fields(EncodedSequence) if field.default is dataclasses.MISSING]
-
-
-def _batch_name(name: str) -> str:
-    """ "patch_row_P" -> "patch_row_BP"."""
+def _field(name: str) -> tuple[str, str, str]:
+    """A name, that in `Batch`, and the letter of the first axis: "patch_row_P" gives "patch_row_BP" and "P"."""
     stem, _, axes = name.rpartition("_")
-    return f"{stem}_B{axes}"
+    return name, f"{stem}_B{axes}", axes[0]
 
 
-def _rows_of(name: str) -> str:
-    """The letter of the first axis."""
-    return name.rpartition("_")[2][0]
+_ARRAYS = [field.name for field in dataclasses.fields(EncodedSequence) if field.default is dataclasses.MISSING]
+_FIELDS = [_field(name) for name in _ARRAYS]
 
 
 def _pad(values: np.ndarray, rows: int) -> np.ndarray:
+    if len(values) == rows:
+        return values
     out = np.zeros((rows, *values.shape[1:]), values.dtype)
     out[: len(values)] = values
     return out
 
 
 def _features(media: Sequence[tuple[int, MediaPart]], width: int) -> np.ndarray:
+    if not media:
+        return np.zeros((0, width), np.float32)
+    if len(media) == 1:
+        return media[0][1].features
     return np.concatenate([np.zeros((0, width), np.float32), *(part.features for _, part in media)])
 
 
@@ -204,4 +210,6 @@ def _items(media: Sequence[tuple[int, MediaPart]]) -> np.ndarray:
 
 
 def _ids(values: Sequence[np.ndarray]) -> np.ndarray:
+    if not values:
+        return np.zeros(0, np.int32)
     return np.concatenate([np.zeros(0, np.int32), *values]).astype(np.int32)

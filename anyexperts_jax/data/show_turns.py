@@ -1,4 +1,4 @@
-"""Conversations and documents on the console, with what is learned of them marked; their media as files."""
+"""Prints conversations and documents with the learned parts marked, and writes their media to files."""
 
 import pathlib
 from collections.abc import Sequence

@@ -56,15 +56,10 @@ def encode_item(
         parts = _plain(item, spec, tokenizer)
     else:
         parts = _by_template(item, spec, tokenizer, template)
-    sequence = assemble(parts, spec, pad=tokenizer.special.pad)
+    numbers = {name: indices.get(f"{name}_index", 0) for name in ("domain", "question", "example")}
+    sequence = assemble(parts, spec, pad=tokenizer.special.pad, level=item.level, **numbers)
     _require_room(item, parts, sequence.size, spec)
-    return dataclasses.replace(
-        sequence,
-        domain=indices.get("domain_index", 0),
-        question=indices.get("question_index", 0),
-        level=item.level,
-        example=indices.get("example_index", 0),
-    )
+    return sequence
 
 
 def chat_template(config: DataConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -89,7 +84,7 @@ def uses_template(config: DataConfig, tokenizer: Tokenizer) -> bool:
 
 
 def document_parts(document: Document, tokenizer: Tokenizer) -> list[TokenPart]:
-    """What begins a sequence, and the text's tokens with what ends it, all learned."""
+    """The token that begins a sequence, then the text's tokens and the end token, which are learned."""
     ends = [tokenizer.special.eos[0]] if document.ends else []
     ids = [*tokenizer.encode(document.text).ids_T.tolist(), *ends]
     require(len(ids) > 0, f"tokenizer {tokenizer.name!r} has no token for the text")
@@ -126,7 +121,7 @@ def _tokens(part: Text, tokenizer: Tokenizer) -> TokenPart:
 def _by_template(
     conversation: Conversation, spec: EncodingSpec, tokenizer: Tokenizer, template: ChatTemplate
 ) -> list[TokenPart | MediaPart]:
-    """What the template renders, cut where media stand."""
+    """The text that the template renders, cut where media stand."""
     media = _encoded_media(conversation, spec)
     rendered = template.render([_for_template(message) for message in conversation.messages])
     text = rendered.text
@@ -203,7 +198,7 @@ def _encoded_media(conversation: Conversation, spec: EncodingSpec) -> list[Media
 
 
 def _require_room(item: Item, parts: Rows, size: Size, spec: EncodingSpec) -> None:
-    """Refuses a sequence that does not fit in a row, and says what it consists of."""
+    """Raises an error that lists the parts of a sequence if it does not fit in a row."""
     room = Size.of_row(spec)
     if size.fits(room):
         return

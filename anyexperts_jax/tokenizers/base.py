@@ -70,6 +70,9 @@ class TokenSpans:
     def overlapping(self, spans: Iterable[tuple[int, int]]) -> Bool[ndarray, " T"]:
         """Which tokens stand for a character of any of these spans."""
         marked_T = np.zeros(len(self), bool)
+        spans = list(spans)
+        if not spans:  # offsets take as long as the rest of an example
+            return marked_T
         starts_T, stops_T = self.offsets_T2.T
         for start, stop in spans:
             marked_T |= (starts_T < stop) & (stops_T > start) & (starts_T < stops_T)

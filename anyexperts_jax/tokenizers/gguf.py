@@ -69,7 +69,7 @@ def _metadata(path: pathlib.Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from error
     except (ValueError, IndexError, OverflowError) as error:  # what NumPy says of a file that ends too early
-        raise UserError(f"is no whole GGUF file: {error}") from error
+        raise UserError(f"is not a complete GGUF file: {error}") from error
 
 
 def _build(found: Mapping[str, Any]) -> "tokenizers.Tokenizer":

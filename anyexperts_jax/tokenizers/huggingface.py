@@ -291,7 +291,7 @@ class HuggingFaceTokenizer:
             require(found == id, f"the added token {content!r} has id {id} in the files, but would be read as {found}")
 
     def _require_a_way_for_the_unknown(self) -> None:
-        """Refuses a model that cannot encode unknown characters: BPE drops them and miscounts those after them."""
+        """Requires a token for unknown text. Without one some models fail; BPE drops it and miscounts what follows."""
         model, vocabulary = self._description["model"], self._text.get_vocab(with_added_tokens=False)
         kind, unknown = model.get("type", "BPE"), model.get("unk_token")
         if kind == "Unigram":

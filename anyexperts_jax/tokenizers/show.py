@@ -1,4 +1,4 @@
-"""A tokenizer, and what it makes of a text, for people to look at."""
+"""Describes a tokenizer, and the tokens that it makes of a text."""
 
 from anyexperts_jax.core.errors import comma_list
 from anyexperts_jax.core.text_table import TextTable
@@ -6,7 +6,7 @@ from anyexperts_jax.tokenizers.base import Tokenizer, TokenSpans
 
 
 def describe(tokenizer: Tokenizer) -> list[str]:
-    """Lines that say what it is: name, kind, size, fingerprint, special ids with their spelling."""
+    """Lines that describe it: name, kind, size, fingerprint, special ids with their spelling."""
     special = tokenizer.special
     ids = {"pad": special.pad, "bos": special.bos, "sep": special.sep}
     known = {name: id for name, id in ids.items() if id is not None}
@@ -34,7 +34,7 @@ def token_table(tokenizer: Tokenizer, tokens: TokenSpans) -> TextTable:
 
 
 def summary(text: str, tokens: TokenSpans) -> str:
-    """How many tokens the text takes, and what of it none of them stands for."""
+    """Counts the tokens of the text, and names the characters that no token stands for."""
     size, count = len(text.encode()), len(tokens)
     ratio = f" ({size / count:.2f} bytes a token)" if count else ""
     dropped = tokens.dropped(text)

@@ -33,7 +33,7 @@ def declared(config: Mapping[str, Any], token_map: Mapping[str, Any], generation
     """What tokenizer_config.json, special_tokens_map.json and generation_config.json declare; the first wins.
 
     Raises:
-      UserError: naming the file and the value that is no token or no id.
+      UserError: naming the file and the value that is neither a token nor an id.
     """
     sources = (("special_tokens_map.json", token_map), ("tokenizer_config.json", config))
     tokens = {
@@ -58,7 +58,7 @@ def _token(name: str, key: str, value: Any) -> Iterator[str]:
     if not key.endswith("_token") or value is None or isinstance(value, bool):  # add_bos_token is a switch
         return
     content = value.get("content") if isinstance(value, dict) else value
-    require(_is_token(content), f"{name}: {key}={value!r} is no token")
+    require(_is_token(content), f"{name}: {key}={value!r} is not a token")
     yield str(content)
 
 
@@ -72,7 +72,7 @@ def _extra(*sources: Mapping[str, Any]) -> Iterator[str]:
     for source in sources:
         for key in ("additional_special_tokens", "extra_special_tokens"):
             values = source.get(key) or ()
-            require(isinstance(values, list | tuple | dict), f"{key}={values!r} is no list of tokens")
+            require(isinstance(values, list | tuple | dict), f"{key}={values!r} is not a list of tokens")
             for value in values.values() if isinstance(values, dict) else values:
                 yield from _token(key, "extra_token", value)
 
@@ -85,7 +85,7 @@ def _added(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _flags(value: Any) -> dict[str, Any]:
     content = value.get("content") if isinstance(value, dict) else None
-    require(_is_token(content), f"tokenizer_config.json: added_tokens_decoder holds {value!r}, which is no token")
+    require(_is_token(content), f"tokenizer_config.json: added_tokens_decoder holds {value!r}, which is not a token")
     return {"content": content, **{name: bool(value[name]) for name in _FLAGS if name in value}}
 
 
@@ -97,6 +97,6 @@ def _id(key: str, value: Any) -> int:
     try:
         number = int(value)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{key}: {value!r} is no token id") from error
-    require(number >= 0, f"{key}: {value!r} is no token id")
+        raise UserError(f"{key}: {value!r} is not a token id") from error
+    require(number >= 0, f"{key}: {value!r} is not a token id")
     return number

@@ -1,4 +1,4 @@
-"""How a tokenizer is opened, saved and loaded again."""
+"""Opens a tokenizer, saves a copy of it, and loads the copy."""
 
 import dataclasses
 import pathlib
@@ -62,7 +62,7 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
 
 
 def read_record(folder: pathlib.Path) -> TokenizerRecord:
-    """Reads which tokenizer was copied into `folder`.
+    """The record of the tokenizer that was copied to `folder`.
 
     Raises:
       UserError: when there is no record, or it is broken.

@@ -147,7 +147,7 @@ def test_questions_and_answers_of_every_kind(save, column, feature, values, expe
         (Value("string"), None, "answer is missing; leave the row out or fill it in"),
         (Value("string"), "", "mine/any: question and answer must not be empty"),
         (Value("float64"), NAN, "answer=nan must be finite"),
-        (ClassLabel(names=["no", "yes"]), -1, "answer=-1 is no class label; there are 2, from 0 on"),
+        (ClassLabel(names=["no", "yes"]), -1, "answer=-1 is not a class label; there are 2, from 0 on"),
         (Sequence(Value("string")), ["a", "b"], "answer has 2 entries; give one"),
         (Sequence(Value("string")), [], "answer has 0 entries; give one"),
         ({"text": Value("string")}, {"text": "a"}, "answer must be text, a class label or a number, not dict"),

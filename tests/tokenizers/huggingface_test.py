@@ -269,10 +269,10 @@ def written(folder, **texts):
             r"its Unigram model has no token for what is not in its vocabulary",
         ),
         ({"tokenizer": byte_level().to_str()}, "no token ends an answer: set eos_token in tokenizer_config.json"),
-        ({"tokenizer": byte_level().to_str(), "tokenizer_config": '{"eos_token": 3}'}, "eos_token=3 is no token"),
+        ({"tokenizer": byte_level().to_str(), "tokenizer_config": '{"eos_token": 3}'}, "eos_token=3 is not a token"),
         (
             {"tokenizer": byte_level().to_str(), "generation_config": '{"eos_token_id": ["x"]}'},
-            "eos_token_id: 'x' is no token id",
+            "eos_token_id: 'x' is not a token id",
         ),
         (
             {"tokenizer": byte_level().to_str(), "generation_config": '{"eos_token_id": 99999}'},
@@ -297,14 +297,14 @@ def test_broken_files_are_one_line(tmp_path, texts, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"eos_token": ""}, "tokenizer_config.json: eos_token='' is no token"),
-        ({"eos_token": "\ud800"}, r"eos_token='.ud800' is no token"),
-        ({"eos_token": {"content": 3}}, r"eos_token=\{'content': 3\} is no token"),
-        ({**EOS, "extra_special_tokens": "<x>"}, "extra_special_tokens='<x>' is no list of tokens"),
-        ({**EOS, "extra_special_tokens": [3]}, "extra_token=3 is no token"),
+        ({"eos_token": ""}, "tokenizer_config.json: eos_token='' is not a token"),
+        ({"eos_token": "\ud800"}, r"eos_token='.ud800' is not a token"),
+        ({"eos_token": {"content": 3}}, r"eos_token=\{'content': 3\} is not a token"),
+        ({**EOS, "extra_special_tokens": "<x>"}, "extra_special_tokens='<x>' is not a list of tokens"),
+        ({**EOS, "extra_special_tokens": [3]}, "extra_token=3 is not a token"),
         ({**EOS, "added_tokens_decoder": [3]}, "added_tokens_decoder is a list"),
-        ({**EOS, "added_tokens_decoder": {"x": {"content": "<x>"}}}, "added_tokens_decoder: 'x' is no token id"),
-        ({**EOS, "added_tokens_decoder": {"0": "<x>"}}, "added_tokens_decoder holds '<x>', which is no token"),
+        ({**EOS, "added_tokens_decoder": {"x": {"content": "<x>"}}}, "added_tokens_decoder: 'x' is not a token id"),
+        ({**EOS, "added_tokens_decoder": {"0": "<x>"}}, "added_tokens_decoder holds '<x>', which is not a token"),
     ],
 )
 def test_declarations_that_are_no_tokens_are_one_line(config, message):

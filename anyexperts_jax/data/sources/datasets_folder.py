@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from anyexperts_jax.core.errors import UserError, one_line
-from anyexperts_jax.data.huggingface import load_saved, row_values
+from anyexperts_jax.data.huggingface import load_saved, row_values, stored_row
 from anyexperts_jax.data.sources.cache import Numbers, fingerprint, made_once
 from anyexperts_jax.data.sources.parquet import row_digest
 from anyexperts_jax.data.sources.places import File, Place, beside, is_address, read_file
@@ -63,7 +63,7 @@ class DatasetRows:
 
         part, number = split_index(self._bounds, index)
         try:
-            return row_values(self._splits[part][number])
+            return row_values(stored_row(self._splits[part], number))
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise UserError(f"cannot be read: {one_line(error, 160)}") from error
 
@@ -82,7 +82,7 @@ def _load(folder: str) -> dict[str, Any]:
 
 
 def _find(place: Place) -> Sequence[File]:
-    """What marks such a folder, at its top."""
+    """The file at the top of a folder that marks it as saved by `datasets`."""
     if not place.is_folder or is_address(place.path):
         return ()
     return [file for file in place.files if file.name in (_ONE, _MANY)][:1]

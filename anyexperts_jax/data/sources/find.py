@@ -1,4 +1,4 @@
-"""What is at a path: which kind of files, and their rows."""
+"""Finds out which kind of files a path holds, and opens their rows."""
 
 from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.core.registries import ROW_FORMATS, SOURCES
@@ -7,7 +7,7 @@ from anyexperts_jax.data.sources.rows import RowFormat, Rows
 
 
 def find_rows(place: str) -> tuple[str, Rows]:
-    """(what it is, as "JSON Lines, 3 files"; its rows), found out from the files' names.
+    """(a description, as "JSON Lines, 3 files"; the rows) of the files at a place, recognised by their names.
 
     Raises:
       UserError: when there is nothing, files of several kinds, or none that is known.

@@ -43,6 +43,7 @@ class LineRows:
             str(folder / "lines") if (folder / "lines").exists() else file.path
             for file, folder in zip(files, folders, strict=True)
         ]
+        self._units = ["entry" if file.suffixes.endswith(".json") else "line" for file in files]
         self._places = [Numbers(folder / "places", np.int64, 3) for folder in folders]
         self._digests = [Numbers(folder / "digests", np.uint64) for folder in folders]
         self._bounds = np.cumsum([len(places) for places in self._places]).tolist()
@@ -71,10 +72,7 @@ class LineRows:
 
     def where(self, index: int) -> tuple[str, str]:
         part, number = split_index(self._bounds, index)
-        return self._files[part].path, f"{self._unit(part)} {int(self._places[part].array_N[number][2])}"
-
-    def _unit(self, part: int) -> str:
-        return "entry" if self._files[part].suffixes.endswith(".json") else "line"
+        return self._files[part].path, f"{self._units[part]} {self._places[part].array_N[number, 2]}"
 
     @property
     def file_sizes(self) -> list[tuple[str, int]]:
@@ -177,7 +175,7 @@ def decompressed(file: File) -> Iterator[Stream]:
         head = raw.read(4)
         raw.seek(0)
         named = head.startswith(_MAGIC[kind])
-        require(named, f"{file.path} is no {suffix} file, whatever its name says: it begins with {head!r}")
+        require(named, f"{file.path} is not a {suffix} file, despite its name: it begins with {head!r}")
         if kind in (".gz", ".tgz"):
             with gzip.GzipFile(fileobj=raw) as stream:
                 yield stream
@@ -211,7 +209,7 @@ class _Retried(io.RawIOBase):
 
 
 class _Zstandard(io.RawIOBase):
-    """What is in a zstandard file of any number of frames, each of which must be whole."""
+    """The contents of a zstandard file of any number of frames; each frame must be complete."""
 
     def __init__(self, stream: Stream, path: str, zstandard: Any) -> None:
         self._stream, self._path, self._zstandard = stream, path, zstandard

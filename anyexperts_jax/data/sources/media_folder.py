@@ -69,7 +69,7 @@ class MediaRows:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         _, _, path, row = self._rows[index]
         kind = KIND_OF.get(path.rpartition(".")[2].lower())
-        require(kind is not None, f"{path} is no picture, sound or film by its name; known: {comma_list(KIND_OF)}")
+        require(kind is not None, f"{path} is not a picture, sound or film by its name; known: {comma_list(KIND_OF)}")
         values = dict(row)
         if not row.get("text") and not row.get("answer"):
             other = next((name for name in _TEXT_COLUMNS if row.get(name)), None)

@@ -65,7 +65,7 @@ class ParquetRows:
         data = pyarrow.py_buffer(self._open.read(part, begin, size))
         try:
             batch = pyarrow.ipc.read_record_batch(data, self._schemas[part]).slice(place, 1)
-            return row_values(pyarrow.Table.from_batches([batch]))
+            return row_values(batch)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"cannot be read: {one_line(error, 160)}") from error
 
@@ -101,7 +101,7 @@ def _copy(file: File, folder: pathlib.Path) -> None:
                         rows.write(written)
     except (pyarrow.ArrowException, OSError) as error:
         said = one_line(error, 160)
-        raise UserError(f"{file.path} is no Parquet file, or is damaged: {said}") from error
+        raise UserError(f"{file.path} is not a Parquet file, or is damaged: {said}") from error
 
 
 def _small(batch: Any) -> list[Any]:

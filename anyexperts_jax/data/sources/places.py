@@ -1,6 +1,7 @@
 """Files by path, pattern, folder or address: on this machine, or in an object store through fsspec.
 
-What goes wrong in a store is tried again after growing waits, then told in one line, without keys or tokens.
+A call to a store that fails is tried again after growing waits. If it keeps failing, the error is one line without keys
+or tokens.
 """
 
 import dataclasses
@@ -23,10 +24,16 @@ _WILD = re.compile(r"[*?\[]")
 _SECRETS = (
     (re.compile(r"//[^/@\s]+@"), "//"),
     (re.compile(r"\?\S+"), ""),
+    (re.compile(r"-----BEGIN [^-]+-----.*?(-----END [^-]+-----|$)", re.DOTALL), "***"),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{6,}"), r"\1 ***"),
     (re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{12,}"), "***"),
     (re.compile(r"(?i)\b(\w*(?:key|token|secret|signature|password|credential)\w*)(['\"]?\s*[=:]\s*)\S+"), r"\1\2***"),
 )
 _NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+
+
+class StoreError(UserError):
+    """A store that cannot be reached or refuses access. No row is at fault, so none is skipped for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +47,7 @@ class File:
 
     @property
     def suffixes(self) -> str:
-        """What its name ends in, in lower case: ".jsonl.gz"."""
+        """The suffixes of its name, in lower case: ".jsonl.gz"."""
         base = self.name.rpartition("/")[2].lower()
         return base[base.index(".") :] if "." in base.lstrip(".") else ""
 
@@ -52,7 +59,7 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What is at a path: the files in order of their names. A folder's are those below it, hidden ones left out."""
+    """The files at a path, in order of their names. Of a folder they are all files below it except hidden ones."""
 
     path: str
     is_folder: bool
@@ -166,14 +173,16 @@ def beside(path: str, relative: str) -> str:
     return f"{folder}/{relative}" if folder else relative
 
 
-def with_retries(action: Callable[[], T], what: str, sleep: Callable[[float], None] = time.sleep) -> T:
-    """What `action` returns, tried again after each of WAITS where a store fails in a way that may pass.
+def with_retries(action: Callable[[], T], what: str, sleep: Callable[[float], None] | None = None) -> T:
+    """Returns what `action` returns. Where a store fails in a way that may pass, tries again after each of WAITS.
 
     Args:
       what: completes "cannot ...", for the message.
+      sleep: None: `time.sleep`.
 
     Raises:
-      UserError: when it failed for good: the file is not there, access is denied, or every try failed.
+      UserError: when the file is not there.
+      StoreError: when access is denied, or every try failed.
     """
     for wait in (*WAITS, None):
         try:
@@ -181,16 +190,16 @@ def with_retries(action: Callable[[], T], what: str, sleep: Callable[[float], No
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise UserError(f"cannot {without_secrets(what)}: there is no such file or bucket") from error
         except PermissionError as error:
-            raise UserError(f"cannot {without_secrets(what)}: access is denied; {_ADVICE}") from error
+            raise StoreError(f"cannot {without_secrets(what)}: access is denied; {_ADVICE}") from error
         except _store_errors() as error:
             said = without_secrets(one_line(error))[:160] or type(error).__name__
             if any(word in type(error).__name__ for word in ("Credential", "Auth")):
-                raise UserError(f"cannot {without_secrets(what)}: {said}; {_ADVICE}") from error
+                raise StoreError(f"cannot {without_secrets(what)}: {said}; {_ADVICE}") from error
             if wait is None:
                 tries = f"tried {len(WAITS) + 1} times over {sum(WAITS):g} s"
                 advice = "the same command goes on from the last checkpoint"
-                raise UserError(f"cannot {without_secrets(what)}: {said} ({tries}; {advice})") from error
-            sleep(wait)
+                raise StoreError(f"cannot {without_secrets(what)}: {said} ({tries}; {advice})") from error
+            (sleep or time.sleep)(wait)
     raise AssertionError("the last try returns or raises")
 
 
@@ -205,7 +214,7 @@ def without_secrets(text: str) -> str:
 
 
 def _store_errors() -> tuple[type[BaseException], ...]:
-    """What a store's client may raise: of the packages that are loaded, for none other can have raised."""
+    """The exceptions that a store's client may raise. Only packages that are loaded can have raised one."""
     found: list[type[BaseException]] = [OSError, RuntimeError, ValueError, EOFError]
     for module, names in (
         ("botocore.exceptions", ("BotoCoreError", "ClientError")),

@@ -1,5 +1,6 @@
 """`Rows`: the records of one place by number; `RowError`; and the kinds of files they come from."""
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -28,7 +29,7 @@ class Rows(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of all that the rows hold."""
+        """A hash of everything that the rows hold."""
         ...
 
     @property
@@ -57,7 +58,7 @@ class Rows(Protocol):
 
     @property
     def file_sizes(self) -> list[tuple[str, int]]:
-        """Of each file, in order, its path from the place that was asked for, and how many rows it has."""
+        """(path relative to the place, number of rows) of each file, in order."""
         ...
 
     def read(self, index: int, path: str) -> bytes:
@@ -84,7 +85,7 @@ class RowFormat:
 
 
 def by_suffix(*suffixes: str) -> Callable[[Place], Sequence[File]]:
-    """Finds the files whose names end in one of these, in whatever case."""
+    """Finds the files whose names end in one of these suffixes, in upper or lower case."""
 
     def find(place: Place) -> Sequence[File]:
         return [file for file in place.files if file.suffixes.endswith(suffixes)]
@@ -98,8 +99,6 @@ def split_index(bounds: Sequence[int], index: int) -> tuple[int, int]:
     Raises:
       IndexError: past the last.
     """
-    import bisect
-
     part = bisect.bisect_right(bounds, index)
     if index < 0 or part == len(bounds):
         raise IndexError(index)

@@ -100,7 +100,7 @@ def _pieces(stream: Stream, file: File) -> Iterator[bytes]:
                 piece = piece[len(piece) - keep :]
     except (EOFError, OSError) as error:
         raise UserError(f"{file.path} is damaged or was cut short: {error}") from error
-    require(b"\0" not in piece[:PIECE], f"{file.path} is no text file, whatever its name says: it holds NUL bytes")
+    require(b"\0" not in piece[:PIECE], f"{file.path} is not a text file, despite its name: it holds NUL bytes")
     if piece:
         yield bytes(piece)
 

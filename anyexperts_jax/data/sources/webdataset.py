@@ -140,7 +140,7 @@ def _index(file: File, folder: pathlib.Path) -> None:
             shutil.copyfileobj(source, copy, 1 << 20)
     with open(path, "rb") as raw:
         raw.seek(max(os.path.getsize(path) - 1024, 0))
-        require(raw.read() == bytes(1024), f"{file.path} is no tar file, or was cut short: it has no end mark")
+        require(raw.read() == bytes(1024), f"{file.path} is not a tar file, or was cut short: it has no end mark")
     try:
         with contextlib.ExitStack() as stack:
             tar = stack.enter_context(tarfile.open(path, "r:"))
@@ -148,7 +148,7 @@ def _index(file: File, folder: pathlib.Path) -> None:
             _write_index(tar, file, *outputs)
         _sort_names(folder)
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{file.path} is no tar file, is damaged or was cut short: {error}") from error
+        raise UserError(f"{file.path} is not a tar file, is damaged or was cut short: {error}") from error
 
 
 def _sort_names(folder: pathlib.Path) -> None:
@@ -165,7 +165,7 @@ def _write_index(tar: tarfile.TarFile, file: File, *outputs: BinaryIO) -> None:
     name_places.write(_numbers(0))
     for member in tar:
         tar.members = []  # tarfile would keep them all
-        if not member.isfile():
+        if not member.isfile() or member.name.rpartition("/")[2].startswith("."):  # hidden, as a Mac's "._a.json"
             continue
         own = _split_name(member.name)[1]
         if own != key:

@@ -220,13 +220,13 @@ def test_text_files_are_documents_cut_into_stretches(tmp_path):
 
 
 DAMAGED = {
-    "no gzip": ("a.jsonl.gz", lines(), "is no gz file, whatever its name says"),
+    "no gzip": ("a.jsonl.gz", lines(), "is not a gz file, despite its name"),
     "gzip cut short": ("a.jsonl.gz", gzip.compress(lines())[:-20], "is damaged or was cut short"),
-    "no zstandard": ("a.jsonl.zst", lines(), "is no zst file"),
+    "no zstandard": ("a.jsonl.zst", lines(), "is not a zst file"),
     "zstandard cut short": ("a.jsonl.zst", zstandard.compress(lines())[:-20], "is damaged or was cut short"),
-    "no parquet": ("a.parquet", lines(), "is no Parquet file, or is damaged"),
-    "no tar": ("a.tar", lines(), "is no tar file, or was cut short"),
-    "no text": ("a.txt", bytes(100), "is no text file"),
+    "no parquet": ("a.parquet", lines(), "is not a Parquet file, or is damaged"),
+    "no tar": ("a.tar", lines(), "is not a tar file, or was cut short"),
+    "no text": ("a.txt", bytes(100), "is not a text file"),
     "no list": ("a.json", b'{"a": 1}', "holds no JSON list"),
     "list cut short": ("a.json", b'[{"a": 1}, {"a":', "is not valid JSON, or was cut short"),
     "not JSON": ("a.jsonl", b"question,answer\n", "a.jsonl line 1: not valid JSON"),
@@ -250,7 +250,7 @@ def test_what_is_wrong_with_a_file_is_one_line_that_names_it(name, content, mess
 def test_a_tar_that_was_cut_short_is_refused(tmp_path):
     path = webdataset(tmp_path)
     path.write_bytes(path.read_bytes()[:-12000])
-    with pytest.raises(UserError, match=r"all.tar is no tar file, or was cut short"):
+    with pytest.raises(UserError, match=r"all.tar is not a tar file, or was cut short"):
         find_rows(str(path))
 
 

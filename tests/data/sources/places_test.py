@@ -17,6 +17,12 @@ SECRETS = {
     "key AKIAABCDEFGHIJKLMNOP is not valid": "key *** is not valid",
     "aws_secret_access_key=abcd/efg": "aws_secret_access_key=***",
     "{'token': 'ya29.abc'}": "{'token': ***",
+    "Authorization: Bearer ya29.a0Ab_c": "Authorization: Bearer ***",
+    "authorization: Basic bWU6c2VjcmV0": "authorization: Basic ***",
+    "AccountKey=abc+d/e==;": "AccountKey=***",
+    "bad -----BEGIN PRIVATE KEY----- MIIabc -----END PRIVATE KEY----- there": "bad *** there",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIabc": "***",
+    "a basic error": "a basic error",
     "gs://bucket/data.jsonl": "gs://bucket/data.jsonl",
 }
 
