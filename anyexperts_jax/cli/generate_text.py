@@ -11,7 +11,8 @@ from anyexperts_jax.core.errors import require
 def run(options: argparse.Namespace) -> None:
     """Answers --prompt."""
     from anyexperts_jax.models.sample import Sampling
-    from anyexperts_jax.train.published import load_published
+    from anyexperts_jax.pretrained.load import open_checkpoint
+    from anyexperts_jax.train.published import is_tuned, load_published
 
     require(options.audio is None, f"--audio: no published model that hears is read, {options.run} neither")
     unused = [f"--{name}" for name in ("question", "domain") if getattr(options, name) is not None]
@@ -24,9 +25,12 @@ def run(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         min_p=options.min_p,
     )
-    model = load_published(options.run, options.checkpoint, mesh_of(options))
-    sees = model.config.vision_tower is not None
+    sees = False  # only models of text are fine-tuned
+    if not is_tuned(options.run):  # before gigabytes are read
+        checkpoint = open_checkpoint(options.run)
+        sees = checkpoint.family.config(checkpoint.hub).vision_tower is not None
     require(sees or not options.image, f"--image: the model in {options.run} reads text alone")
+    model = load_published(options.run, options.checkpoint, mesh_of(options))
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
 
     def tell(_: int, text: str) -> None:

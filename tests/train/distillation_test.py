@@ -44,7 +44,8 @@ def test_a_budget_is_a_window_of_the_model():
 @pytest.mark.parametrize(
     ("model", "budgets", "message"),
     [
-        (MODEL, (2.8,), "train.budgets: target_real=2.8 is out of reach"),
+        (MODEL, (2.8,), "train.budgets: 2.8 needs windows up to 4.5 slots, above model.moe.k_max=4"),
+        (MODEL, (5.0,), "train.budgets: target_real=5 is out of reach"),
         (STATIC, (1.5,), "train.budgets: 1.5 is no whole number"),
         (STATIC, (4.0,), "above model.moe.k_max=3, the model's own; raise that"),
         (STATIC, (9.0,), "must be from 1 to 4 experts"),
