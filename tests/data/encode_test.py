@@ -10,6 +10,7 @@ from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.data.encode import encode, require_fits_model
 from anyexperts_jax.data.features import log_mel, stack_frames
 from anyexperts_jax.models.config import AudioConfig, ModelConfig, VisionConfig
+from anyexperts_jax.nn.config import AttentionConfig, StackConfig
 from anyexperts_jax.tokenizers.bytes import BOS, EOS, PAD, SEP
 from data.examples import audio_example, image_example, text_example, video_example
 
@@ -147,6 +148,7 @@ def test_a_spec_refuses_bad_values(change, message):
 
 
 def test_a_model_must_read_what_is_encoded():
+    in_space = StackConfig(attention=AttentionConfig(mrope_section=(8, 4, 4)))
     require_fits_model(EncodingSpec(), ModelConfig())
     require_fits_model(EncodingSpec(max_frames=0), ModelConfig(audio=None))
     require_fits_model(EncodingSpec(max_patches=10_000), ModelConfig())  # a place has coordinates, not a table
@@ -167,6 +169,7 @@ def test_a_model_must_read_what_is_encoded():
         (EncodingSpec(), ModelConfig(audio=AudioConfig(frame_features=128)), "makes 160 audio features"),
         (EncodingSpec(patch_size=4), ModelConfig(vision=VisionConfig()), "makes 48 vision features"),
         (EncodingSpec(max_video_frames=17), ModelConfig(), "max_video_frames=17 is more than .* vision.max_frames=16"),
+        (EncodingSpec(), ModelConfig(stack=in_space), "model.vision_tower .* are parts of published models"),
     ):
         with pytest.raises(UserError, match=message):
             require_fits_model(spec, model)

@@ -201,8 +201,9 @@ def test_where_pictures_stand_in_a_prompt(model, folder):
 
 
 def test_the_frames_of_a_video_are_told_with_their_seconds(model):
-    film = Video(np.stack([PIXELS] * 9), fps=4)  # two of the four frames of a second are taken
-    assert said(model, "A", videos=[film]).startswith("<0.5 seconds><iii".replace("i", "v"))
+    film = Video(np.stack([PIXELS] * 9), fps=4)  # frames 0, 3, 5 and 8 are taken
+    frame = f"<{'v' * 6}>"  # 16 x 24 pixels, 2 x 3 squares
+    assert said(model, "A", videos=[film]) == f"<0.4 seconds>{frame}<1.6 seconds>{frame}A"
     assert said(model, [{"role": "user", "content": "cat"}], videos=[film]).count(" seconds><v") == 2
 
 
