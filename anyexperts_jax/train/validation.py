@@ -85,7 +85,7 @@ class Validation:
             data, train = self._config.data, self._config.train
             rows = batch_rows(self.mesh, train.batch_size)
             there = self._sources.count(name, "validation", train.eval_examples)
-            made = eval_batches(data, name, "validation", train.batch_size, there, rows, sources=self._sources)
+            made = eval_batches(data, name, "validation", train.batch_size, there, rows=rows, sources=self._sources)
             self._batches[name] = list(made)
         size = self._config.train.batch_size
         parts = [
