@@ -252,8 +252,8 @@ def _full_scale(samples: np.ndarray, where: str) -> np.ndarray:
     if samples.dtype == np.uint8:
         return (samples - 128.0) / 128
     if samples.dtype.kind == "i":
-        exact = np.float32 if samples.dtype.itemsize <= 2 else np.float64
-        return samples.astype(exact) / exact(-float(np.iinfo(samples.dtype).min))
+        scaled: np.ndarray = samples.astype(np.float32 if samples.dtype.itemsize <= 2 else np.float64)  # exact
+        return scaled / -float(np.iinfo(samples.dtype).min)
     require(samples.dtype.kind == "f", f"{where}: samples in {samples.dtype} have no known full scale; give floats")
     loudest = float(np.abs(samples).max())
     allowed = f"floats in [-1, 1], or integers of 16 or 32 bits; these reach {loudest:g}"

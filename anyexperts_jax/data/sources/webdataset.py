@@ -164,7 +164,7 @@ def _write_index(tar: tarfile.TarFile, file: File, *outputs: BinaryIO) -> None:
     count, samples_seen, key, digest = 0, 0, None, b""
     name_places.write(_numbers(0))
     for member in tar:
-        tar.members = []  # tarfile would keep them all
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
         if not member.isfile() or member.name.rpartition("/")[2].startswith("."):  # hidden, as a Mac's "._a.json"
             continue
         own = _split_name(member.name)[1]
