@@ -241,4 +241,4 @@ def serve_table(bench: ServeBench) -> TextTable:
 def write_bench(bench: ServeBench, folder: pathlib.Path, command: str) -> tuple[pathlib.Path, ...]:
     """Writes bench_serve.json, .csv and .md."""
     text = markdown("The server under load", command, bench.environment, [serve_table(bench)])
-    return write_files(folder, "bench_serve", command, bench, bench.speeds, text)
+    return write_files(folder, "bench_serve", command, bench, bench.speeds, text=text)

@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+from typing import Any
 
 from anyexperts_jax.cli.options import natural, positive, say
 from anyexperts_jax.core.errors import require
@@ -15,7 +16,7 @@ def require_its_options(options: argparse.Namespace) -> None:
     Raises:
       UserError: naming them.
     """
-    own = {"include": [], "limit": None, "fewshot": None, "chat": False, "out": None}
+    own: dict[str, Any] = {"include": [], "limit": None, "fewshot": None, "chat": False, "out": None}
     given = [f"--{name}" for name, default in own.items() if getattr(options, name) != default]
     require(options.tasks is not None or not given, f"{' '.join(given)}: only with --tasks")
 

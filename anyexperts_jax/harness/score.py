@@ -104,7 +104,7 @@ def _scores(
     budget: tuple[Float[Array, "2"], Float[Array, ""]],
 ) -> tuple[Float[Array, "B"], Bool[Array, "B"], Float[Array, " L"]]:
     (config, placement), (window, share) = static, budget
-    policy: dict[str, Array] = {}
+    policy: dict[str, Any] = {}
     if config.stack.num_moe_layers > 0 and config.moe.policy == IMPORTANCE:
         policy["window"] = window
         if mixes(config):
@@ -113,7 +113,7 @@ def _scores(
             )
             policy["importance_logits_BT"] = mixing_logits(share, positions_BT)
     batch = make_batch(arrays.tokens_BT, valid_BT=arrays.valid_BT, **_no_media(config, arrays.tokens_BT.shape[0]))
-    output = MultimodalModel(config, placement).apply(
+    output: Any = MultimodalModel(config, placement).apply(
         {"params": params}, batch, router_bias_LC=router_bias_LC, **policy
     )
     logprobs_BTY = jax.nn.log_softmax(output.logits_BTY, axis=-1)

@@ -201,7 +201,8 @@ def _tickets(service: Service, asked: Asked, tell: Callable[[int, Event], None])
         budget = row_budget(model.base, model.weights.config, asked.budget)
     except UserError as error:
         raise FieldError(str(error), "budget") from error
-    now, tickets = time.monotonic(), []
+    now = time.monotonic()
+    tickets: list[Ticket] = []
     for given in asked.prompts:
         read = reader.chat if asked.kind == "chat" else reader.text if isinstance(given, str) else reader.ids
         prompt = read(given)

@@ -176,7 +176,7 @@ def _extended(
     return _chosen(rows, logits_BY, trace), cache
 
 
-def _policy(config: ModelConfig, rows: Rows, positions_BT: Int[Array, "B T"]) -> dict[str, Array]:
+def _policy(config: ModelConfig, rows: Rows, positions_BT: Int[Array, "B T"]) -> dict[str, Any]:
     """The window of each token, and what mixes it where importance does not decide."""
     if config.stack.num_moe_layers == 0 or config.moe.policy != IMPORTANCE:
         return {}
