@@ -221,13 +221,13 @@ WRONG = [
     ({"images": [WIDE, SMALL]}, "images are given that the tokens have no places for (1 frames)"),
     ({"images": [SMALL]}, "places for more images than are given (1)"),
     ({"images": [patches((1, 8, 8))]}, "row 0 of the tokens has fewer places from 1 on than the 4 x 4 rows"),
-    ({"videos": [WIDE]}, "videos 0 is of modality image"),
+    ({"videos": [WIDE]}, "video 0 is of modality image"),
     ({"images": [WIDE._replace(grid=(1, 3, 8))]}, "patches of shape (32, 96); a grid of (1, 3, 8) needs (24, 96)"),
     ({"images": "cat.png"}, "images is a str; give a list"),
-    ({"images": ["/no/such.png"]}, "images 0 (/no/such.png)"),
+    ({"images": ["/no/such.png"]}, "image 0 (/no/such.png)"),
     ({"images": [np.zeros((1, 300, 3), np.uint8)]}, "a side may be at most 200 times the other"),
-    ({"videos": [np.zeros((4, 8, 8, 3), np.uint8)]}, "videos 0 is a ndarray; give Video(frames, fps)"),
-    ({"videos": [Video(np.zeros((1, 8, 8, 3), np.uint8), 2)]}, "videos 0 has 1 frames; the model reads 2 at a time"),
+    ({"videos": [np.zeros((4, 8, 8, 3), np.uint8)]}, "video 0 is a ndarray; give Video(frames, fps)"),
+    ({"videos": [Video(np.zeros((1, 8, 8, 3), np.uint8), 2)]}, "video 0 has 1 frames; the model reads 2 at a time"),
 ]
 
 
