@@ -44,8 +44,7 @@ def model(folder):
     return load_pretrained(folder)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize(("moe", "stacked"), [(False, False), (True, False), (True, True)])
 def test_what_is_read_is_written_bit_for_bit(tmp_path, moe, stacked):
     first = vl_checkpoint(tmp_path / "hub", moe, stacked=stacked)
     model = load_pretrained(first)
@@ -123,7 +122,7 @@ def test_a_picture_changes_nothing_before_it_and_a_row_nothing_of_another(model)
     np.testing.assert_array_equal(logits_BTY[1], others_BTY[1])
 
 
-@pytest.mark.parametrize("budget", [None, 1.5])
+@pytest.mark.parametrize("budget", [None, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_greedy_tokens_are_those_of_whole_forward_passes(model, budget):
     seen = scene([9, WIDE, 30], [8, SMALL])
     prompts = [own[valid].tolist() for own, valid in zip(seen.tokens_BT, seen.valid_BT, strict=True)]
@@ -169,6 +168,7 @@ def test_fewer_experts_for_pictures_than_for_text(tmp_path, model):
         model.with_policy("static", 2).export(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_on_a_mesh_and_in_16_bits(folder, model):
     seen = scene([9, WIDE, 30])
     expected_BTY = np.asarray(model.logits(seen.tokens_BT, images=[WIDE]))
