@@ -44,8 +44,7 @@ def model(folder):
     return load_pretrained(folder)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize(("moe", "stacked"), [(False, False), (True, False), (True, True)])
 def test_what_is_read_is_written_bit_for_bit(tmp_path, moe, stacked):
     first = vl_checkpoint(tmp_path / "hub", moe, stacked=stacked)
     model = load_pretrained(first)
@@ -123,7 +122,7 @@ def test_a_picture_changes_nothing_before_it_and_a_row_nothing_of_another(model)
     np.testing.assert_array_equal(logits_BTY[1], others_BTY[1])
 
 
-@pytest.mark.parametrize("budget", [None, 1.5])
+@pytest.mark.parametrize("budget", [None, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_greedy_tokens_are_those_of_whole_forward_passes(model, budget):
     seen = scene([9, WIDE, 30], [8, SMALL])
     prompts = [own[valid].tolist() for own, valid in zip(seen.tokens_BT, seen.valid_BT, strict=True)]
@@ -169,6 +168,7 @@ def test_fewer_experts_for_pictures_than_for_text(tmp_path, model):
         model.with_policy("static", 2).export(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_on_a_mesh_and_in_16_bits(folder, model):
     seen = scene([9, WIDE, 30])
     expected_BTY = np.asarray(model.logits(seen.tokens_BT, images=[WIDE]))
@@ -221,13 +221,13 @@ WRONG = [
     ({"images": [WIDE, SMALL]}, "images are given that the tokens have no places for (1 frames)"),
     ({"images": [SMALL]}, "places for more images than are given (1)"),
     ({"images": [patches((1, 8, 8))]}, "row 0 of the tokens has fewer places from 1 on than the 4 x 4 rows"),
-    ({"videos": [WIDE]}, "videos 0 is of modality image"),
+    ({"videos": [WIDE]}, "video 0 is of modality image"),
     ({"images": [WIDE._replace(grid=(1, 3, 8))]}, "patches of shape (32, 96); a grid of (1, 3, 8) needs (24, 96)"),
     ({"images": "cat.png"}, "images is a str; give a list"),
-    ({"images": ["/no/such.png"]}, "images 0 (/no/such.png)"),
+    ({"images": ["/no/such.png"]}, "image 0 (/no/such.png)"),
     ({"images": [np.zeros((1, 300, 3), np.uint8)]}, "a side may be at most 200 times the other"),
-    ({"videos": [np.zeros((4, 8, 8, 3), np.uint8)]}, "videos 0 is a ndarray; give Video(frames, fps)"),
-    ({"videos": [Video(np.zeros((1, 8, 8, 3), np.uint8), 2)]}, "videos 0 has 1 frames; the model reads 2 at a time"),
+    ({"videos": [np.zeros((4, 8, 8, 3), np.uint8)]}, "video 0 is a ndarray; give Video(frames, fps)"),
+    ({"videos": [Video(np.zeros((1, 8, 8, 3), np.uint8), 2)]}, "video 0 has 1 frames; the model reads 2 at a time"),
 ]
 
 
