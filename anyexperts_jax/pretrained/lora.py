@@ -179,7 +179,8 @@ def _pieces_of(m: Pretrained) -> dict[str, list[Piece]]:
     if m.order_LF is not None:
         return {}  # a split model's weights are parts of its base's
     found: dict[str, list[Piece]] = {}
-    for piece in expand(FAMILIES[m.family].rules(config, False), config):
+    family = FAMILIES[m.family]
+    for piece in expand(family.rules(config, family.hub_layout), config):
         if piece.layout.kind == "kernel" and piece.part is None and piece.parameter.endswith("/kernel"):
             found.setdefault(piece.parameter, []).append(piece)
     return found
