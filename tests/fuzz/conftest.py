@@ -4,6 +4,8 @@ A case is made from its number alone, so one that fails runs alone by its name. 
 fuzz` runs them in full.
 """
 
+from serve.conftest import served, service, url  # noqa: F401  fixtures of the server's tests
+
 
 def pytest_generate_tests(metafunc):
     if "fuzz_case" in metafunc.fixturenames:

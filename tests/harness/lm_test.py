@@ -41,8 +41,8 @@ generation_kwargs: {{until: ["the"], max_gen_toks: 6}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
 ROWS = [
-    {"question": "Hello", "choices": [" world", " cat"], "answer": 0},
-    {"question": "A cat", "choices": [" sat", " mat"], "answer": 1},
+    {"question": "Hello", "choices": ["world", "cat"], "answer": 0},
+    {"question": "A cat", "choices": ["sat", "mat"], "answer": 1},
 ]
 
 
@@ -120,7 +120,7 @@ def test_tasks_of_ones_own_at_two_budgets(model, tasks):
     right = 0
     for row in ROWS:
         question = tokenizer.encode(row["question"]).ids_T.tolist()
-        whole = [tokenizer.encode(row["question"] + choice).ids_T.tolist() for choice in row["choices"]]
+        whole = [tokenizer.encode(f"{row['question']} {choice}").ids_T.tolist() for choice in row["choices"]]
         scores = [expected(model, question, ids[len(question) :])[0] for ids in whole]
         right += int(np.argmax(scores)) == row["answer"]
     assert found[0].score == right / 2
