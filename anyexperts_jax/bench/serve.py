@@ -42,6 +42,11 @@ class Load:
     budgets: tuple[float, ...] = ()  # asked for in turn; (): the model's own
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises UserError when there is no client or no request."""
+        require(bool(self.clients) and min(self.clients) >= 1, f"clients={self.clients} must be numbers >= 1")
+        require(self.requests >= 1, f"requests={self.requests} must be >= 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class ServeSpeed:
@@ -86,10 +91,8 @@ def bench_serve(model: ServedModel, load: Load, note: Callable[[str], None] = la
     """Measures each number of clients in turn, on the same requests.
 
     Raises:
-      UserError: when a number is out of range, or the model or the server does not take the requests.
+      UserError: when the model or the server does not take the requests.
     """
-    require(bool(load.clients) and min(load.clients) >= 1, f"clients={load.clients} must be numbers >= 1")
-    require(load.requests >= 1, f"requests={load.requests} must be >= 1")
     made_with = environment(1)
     asked = requests_of(load, model.weights.config.vocab_size, model.longest)
     limits = Limits(queue=max(load.clients) * 2)

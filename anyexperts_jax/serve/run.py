@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 API_KEY = "ANYEXPERTS_API_KEY"
 DEFAULT_LENGTH = 2048
+# log_config=None: its own configuration closes the handlers of the whole process, and with them streams of others.
+_QUIET: dict[str, Any] = {"log_level": "warning", "log_config": None, "access_log": False, "lifespan": "off"}
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -119,14 +121,7 @@ def serve(service: "Service", found: socket.socket, ready: Callable[[str], None]
     found.listen(128)
     host, port = found.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    config = uvicorn.Config(
-        make_app(service),
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        timeout_keep_alive=5,
-        server_header=False,
-    )
+    config = uvicorn.Config(make_app(service), timeout_keep_alive=5, server_header=False, **_QUIET)
     # After its own handling uvicorn raises the signal again: to these, so that a stop that was asked for exits with 0.
     before = {number: signal.signal(number, _told) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -152,7 +147,7 @@ def in_thread(service: "Service") -> Iterator[str]:
 
     found = bind(Address(port=0))
     found.listen(128)
-    server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(make_app(service), **_QUIET))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [found]}, daemon=True)
     thread.start()
     try:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from anyexperts_jax.bench.serve import Load, bench_serve, requests_of
+from anyexperts_jax.bench.serve import Load, requests_of
 from anyexperts_jax.cli.main import main
 from anyexperts_jax.core.errors import UserError
 
@@ -48,4 +48,6 @@ def test_the_command_loses_and_mixes_up_nothing(folder, tmp_path, capsys):
 
 def test_numbers_out_of_range():
     with pytest.raises(UserError, match=r"clients=\(0,\) must be numbers >= 1"):
-        bench_serve(None, Load(clients=(0,)))
+        Load(clients=(0,))
+    with pytest.raises(UserError, match="requests=0 must be >= 1"):
+        Load(requests=0)
