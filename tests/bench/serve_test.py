@@ -46,6 +46,8 @@ def test_the_command_loses_and_mixes_up_nothing(folder, tmp_path, capsys):
     assert found["command"].startswith("anyexperts bench serve ")
 
 
-def test_numbers_out_of_range():
+def test_numbers_out_of_range(folder):
+    from anyexperts_jax.serve.model import load_served
+
     with pytest.raises(UserError, match=r"clients=\(0,\) must be numbers >= 1"):
-        bench_serve(None, Load(clients=(0,)))
+        bench_serve(load_served(folder), Load(clients=(0,)))
