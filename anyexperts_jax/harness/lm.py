@@ -64,7 +64,7 @@ class HarnessLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text; without a generation prompt it ends where its last message does, to go on there."""
-        text = ChatTemplate.of(self._model.tokenizer).render(chat_history, add_generation_prompt).text
+        text = ChatTemplate.of(self._model.tokenizer).write(chat_history, add_generation_prompt)
         if add_generation_prompt:
             return text
         said = chat_history[-1]["content"].strip()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ from anyexperts_jax.pretrained.budget import mixes
 from anyexperts_jax.serve.model import ServedModel
 from anyexperts_jax.serve.slots import row_budget
 
-_SHOWN_UNKNOWN = 8  # names of tasks in a message
+_SHOWN_UNKNOWN = 4  # names of tasks in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def evaluate_tasks(
     model: ServedModel,
     tasks: Sequence[str],
     budgets: Sequence[float | None] = (None,),
-    options: TaskOptions = TaskOptions(),  # noqa: B008: frozen
+    options: TaskOptions = TaskOptions(),
     note: Callable[[str], None] = lambda line: None,
 ) -> list[TaskScore]:
     """Scores of lm-eval's tasks, or of one's own in its form.
@@ -181,7 +182,7 @@ def _require_known(manager: Any, tasks: Sequence[str]) -> None:
     for task in tasks:
         if task in known:
             continue
-        near = [name for name in known if task[:3].lower() in name.lower()][:_SHOWN_UNKNOWN]
+        near = difflib.get_close_matches(task, known, _SHOWN_UNKNOWN)
         hint = f"; near it: {comma_list(near)}" if near else ""
         raise UserError(f"the task {task!r} is not known to lm-eval, nor in a folder of --include{hint}")
 

@@ -33,8 +33,8 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, shown: Shown | None = No
         require(bool(found), "the prompt is empty; give at least one token")
         return found
     template = ChatTemplate.of(tokenizer)
-    rendered = template.render(prompt, add_generation_prompt=True)
-    text = rendered.text if shown is None else shown.fill(rendered.text, texts)
+    text = template.write(prompt, add_generation_prompt=True)
+    text = text if shown is None else shown.fill(text, texts)
     return tokenizer.encode_rendered(text).ids_T.tolist()
 
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 API_KEY = "ANYEXPERTS_API_KEY"
 DEFAULT_LENGTH = 2048
-# log_config=None: its own configuration closes the handlers of the whole process, and with them streams of others.
-_QUIET: dict[str, Any] = {"log_level": "warning", "log_config": None, "access_log": False, "lifespan": "off"}
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -114,19 +112,14 @@ def serve(service: "Service", found: socket.socket, ready: Callable[[str], None]
       found: what `bind` gave; closed at the end.
       ready: told the address, with the port where that was 0, once requests are answered.
     """
-    import uvicorn
-
-    from anyexperts_jax.serve.app import make_app
-
     found.listen(128)
     host, port = found.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    config = uvicorn.Config(make_app(service), timeout_keep_alive=5, server_header=False, **_QUIET)
     # After its own handling uvicorn raises the signal again: to these, so that a stop that was asked for exits with 0.
     before = {number: signal.signal(number, _told) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ready(f"http://{shown}:{port}/v1")
-        uvicorn.Server(config).run(sockets=[found])
+        _server(service).run(sockets=[found])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -141,13 +134,9 @@ def in_thread(service: "Service") -> Iterator[str]:
     Raises:
       UserError: when no port is free.
     """
-    import uvicorn
-
-    from anyexperts_jax.serve.app import make_app
-
     found = bind(Address(port=0))
     found.listen(128)
-    server = uvicorn.Server(uvicorn.Config(make_app(service), **_QUIET))
+    server = _server(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [found]}, daemon=True)
     thread.start()
     try:
@@ -158,6 +147,24 @@ def in_thread(service: "Service") -> Iterator[str]:
         thread.join()
         service.worker.stop()
         found.close()
+
+
+def _server(service: "Service") -> Any:
+    """uvicorn with this process's own logging: its own would close every handler there is, absl's with our stderr."""
+    import uvicorn
+
+    from anyexperts_jax.serve.app import make_app
+
+    config = uvicorn.Config(
+        make_app(service),
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=5,
+        server_header=False,
+    )
+    return uvicorn.Server(config)
 
 
 def _told(number: int, frame: Any) -> None:

@@ -122,8 +122,7 @@ class ChatTemplate:
           UserError: when a message is malformed, there is no turn of the assistant's, the template refuses the
             conversation, or its text does not let the assistant's turns be found.
         """
-        plain = [_plain_message(i, message) for i, message in enumerate(messages)]
-        require(bool(plain), "the conversation is empty; it needs at least one message")
+        plain = _plain_messages(messages)
         turns = [i for i, message in enumerate(plain) if message["role"] == ASSISTANT]
         require(
             bool(turns) or add_generation_prompt,
@@ -139,6 +138,20 @@ class ChatTemplate:
             require(bool(spans), f"the chat template marks no turn of the {ASSISTANT} with {{% {GENERATION} %}}")
             return Rendered(text, spans)
         return Rendered(text, tuple(self._by_prefixes(render, plain, turns, text)))
+
+    def write(self, messages: Sequence[Any], add_generation_prompt: bool = False, **extra: Any) -> str:
+        """The conversation as text alone, for a prompt: the assistant's turns need not be found in it.
+
+        Templates may write earlier turns otherwise than the one to come, as those that leave out old thoughts.
+
+        Args:
+          messages, extra: as for `render`.
+
+        Raises:
+          UserError: when a message is malformed, or the template refuses the conversation.
+        """
+        values = _plain("values for the template", extra)
+        return self._text(values, self.now or _now(), _plain_messages(messages), add_generation_prompt)
 
     def _by_prefixes(self, render: Any, messages: list[dict[str, Any]], turns: Sequence[int], text: str) -> list[Span]:
         spans = []
@@ -207,6 +220,12 @@ def encode_chat(
 
 def _now() -> datetime.datetime:
     return datetime.datetime.now()
+
+
+def _plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    plain = [_plain_message(i, message) for i, message in enumerate(messages)]
+    require(bool(plain), "the conversation is empty; it needs at least one message")
+    return plain
 
 
 def _plain_message(index: int, message: Any) -> dict[str, Any]:

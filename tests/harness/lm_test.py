@@ -171,7 +171,7 @@ def test_the_chat_template(model):
 
 
 def test_what_is_refused(model, tasks, folder, capsys):
-    with pytest.raises(UserError, match=r"'tiny_chioce' is not known to lm-eval.*tiny_answer, tiny_choice"):
+    with pytest.raises(UserError, match=r"'tiny_chioce' is not known to lm-eval.*near it: tiny_choice"):
         evaluate_tasks(model, ["tiny_chioce"], options=TaskOptions(include=(tasks,)))
     with pytest.raises(UserError, match=r"budget=9 must be from 1 to 7"):
         evaluate_tasks(model, ["tiny_choice"], [9.0])

@@ -60,6 +60,15 @@ def test_a_chat(client, served):
     assert answer.usage.real_experts_per_token == 3
 
 
+def test_a_conversation_of_several_turns(client, served):
+    """The template writes `<assistant>` before old turns and `<a>` before the one to come."""
+    turns = [*CHAT, {"role": "assistant", "content": "A cat"}, {"role": "user", "content": "sat"}]
+    answer = client.chat.completions.create(model="tiny", messages=turns, max_tokens=2, temperature=0)
+    prompt = served.reader.chat(turns)
+    assert served.tokenizer.decode(prompt.tokens) == "<user>Hello world\n<assistant>A cat\n<user>sat\n<a>"
+    assert answer.usage.prompt_tokens == len(prompt.tokens)
+
+
 def test_a_stream_is_the_answer_piece_by_piece(client):
     how = {"model": "tiny", "messages": CHAT, "max_tokens": 12, "temperature": 0}
     whole = client.chat.completions.create(**how, logprobs=True, top_logprobs=2)
