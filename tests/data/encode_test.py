@@ -166,8 +166,6 @@ def test_a_model_must_read_what_is_encoded():
             "model.eos_id=256 is not of tokenizer 'bytes'; set model.pad_id=256, model.eos_id=259",
         ),
         (EncodingSpec(), ModelConfig(audio=None), "the model has no audio part; set encoding.max_frames=0"),
-        (EncodingSpec(max_frames=0), ModelConfig(), "max_frames=0 leaves the model's audio part nothing to read"),
-        (EncodingSpec(max_patches=0), ModelConfig(audio=None), "max_patches=0 leaves the model's vision part nothing"),
         (EncodingSpec(), ModelConfig(audio=AudioConfig(frame_features=128)), "makes 160 audio features"),
         (EncodingSpec(patch_size=4), ModelConfig(vision=VisionConfig()), "makes 48 vision features"),
         (EncodingSpec(max_video_frames=17), ModelConfig(), "max_video_frames=17 is more than .* vision.max_frames=16"),

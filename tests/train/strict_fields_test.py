@@ -122,6 +122,12 @@ SINGLE = {
     "data.levels": 2,
     "data.weights": 2,
     "runtime.profile": None,  # needs two
+    "train.trainable": None,  # a pattern must match something
+    "train.learning_rates": None,
+    "train.budgets": None,  # as many as a window has
+    "model.stack.lora.patterns": None,  # of tables that are none
+    "model.stack.attention.mrope_section": None,
+    "model.vision_tower.deep_layers": None,
     "evolve.evolution.beta_low": None,  # as many as beta_high has
     "evolve.evolution.beta_high": None,
     "evolve.evolution.snapshots": None,  # one for each follower
