@@ -27,7 +27,9 @@ def test_without_one_it_is_one_line(error, said, monkeypatch):
         raise error
 
     monkeypatch.setattr(jax, "devices", devices)
-    monkeypatch.setattr("anyexperts_jax.core.devices.jax.config", type("Config", (), {"values": {"jax_platforms": "cuda"}}))
+    monkeypatch.setattr(
+        "anyexperts_jax.core.devices.jax.config", type("Config", (), {"values": {"jax_platforms": "cuda"}})
+    )
     with pytest.raises(UserError) as refused:
         require_devices()
     assert str(refused.value).startswith(said)

@@ -1,5 +1,5 @@
 import dataclasses
-import pathlib
+import json
 
 import pytest
 
