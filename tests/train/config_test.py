@@ -44,7 +44,7 @@ def test_a_file_overrides_parts_of_a_model_preset(tmp_path):
 def test_a_run_with_a_table_of_places_is_refused_with_what_to_do(tmp_path):
     """A config.json of the version that numbered the places of patches with a single index."""
     values = json.loads(to_json(run_config()))
-    values["model"]["vision"]["max_places"] = 36
+    values["model"]["vision"] = {"max_places": 36}
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"config\.json: key model\.vision\.max_places is gone: .*trained again$"):

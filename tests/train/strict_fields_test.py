@@ -31,6 +31,9 @@ def leaves(cls, prefix=""):
 RUN_FIELDS = dict(leaves(RunConfig))
 EVOLVE_FIELDS = {key: hint for key, hint in leaves(EvolveRun) if key.startswith("evolve.")}
 FIELDS = {**RUN_FIELDS, **EVOLVE_FIELDS}
+# Tables that stand for no run of a preset: a tower belongs to published models, an adapter to a trainable part.
+OTHERS = ("model.stack.lora.", "model.vision_tower.")
+FIELDS = {key: hint for key, hint in FIELDS.items() if not key.startswith(OTHERS)}
 BASES = {"run": load_config("smoke"), "evolve": load_evolve_config("evolve_smoke")}
 FLOAT32_MAX = 3.4028234663852886e38
 
@@ -125,9 +128,7 @@ SINGLE = {
     "train.trainable": None,  # a pattern must match something
     "train.learning_rates": None,
     "train.budgets": None,  # as many as a window has
-    "model.stack.lora.patterns": None,  # of tables that are none
     "model.stack.attention.mrope_section": None,
-    "model.vision_tower.deep_layers": None,
     "evolve.evolution.beta_low": None,  # as many as beta_high has
     "evolve.evolution.beta_high": None,
     "evolve.evolution.snapshots": None,  # one for each follower
