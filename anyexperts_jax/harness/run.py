@@ -79,11 +79,11 @@ def evaluate_tasks(
       UserError: when lm-eval is not installed, there is no such task, it cannot be read, or a budget is out of reach.
     """
     require_harness()
+    require(len(tasks) > 0, "--tasks names no task")
     for budget in budgets:
         row_budget(model.base, model.weights.config, budget)
     with _quiet():
-        manager = _manager(options.include)
-        _require_known(manager, tasks)
+        manager = _manager(options.include, tasks)
         return [
             score
             for task in tasks
@@ -168,16 +168,23 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _manager(include: Sequence[pathlib.Path]) -> Any:
+def _manager(include: Sequence[pathlib.Path], tasks: Sequence[str]) -> Any:
+    """lm-eval's index of tasks: of the folders alone where they hold all that is asked for, as its own is large."""
     from lm_eval.tasks import TaskManager
 
     for folder in include:
         require(folder.is_dir(), f"--include {folder} is no folder")
-    return TaskManager(include_path=[str(folder) for folder in include] or None)
+    folders = [str(folder) for folder in include] or None
+    if folders:
+        own = TaskManager(include_path=folders, include_defaults=False)
+        if set(tasks) <= set(own.all_tasks):
+            return own
+    manager = TaskManager(include_path=folders)
+    _require_known(manager, tasks)
+    return manager
 
 
 def _require_known(manager: Any, tasks: Sequence[str]) -> None:
-    require(len(tasks) > 0, "--tasks names no task")
     known = list(manager.all_tasks)
     for task in tasks:
         if task in known:

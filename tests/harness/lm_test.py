@@ -69,12 +69,14 @@ def tasks(tmp_path_factory):
 
 
 def expected(model, context, continuation, budget=None):
-    """Log likelihood and greediness by one plain forward pass of the library's."""
+    """Log likelihood and greediness by one plain forward pass of the library's, always of the same shape."""
     pretrained = load_pretrained(model.path)
     ids = [*context, *continuation]
-    logits_TY = np.asarray(pretrained.logits([ids[:-1]], budget=budget))[0]
+    tokens_BT, last = np.zeros((1, 96), np.int32), len(ids) - 1
+    tokens_BT[0, :last] = ids[:-1]
+    logits_TY = np.asarray(pretrained.logits(tokens_BT, np.arange(96)[None] < last, budget))[0]
     logprobs_TY = logits_TY - np.logaddexp.reduce(logits_TY, axis=1, keepdims=True)
-    places = range(len(context) - 1, len(ids) - 1)
+    places = range(len(context) - 1, last)
     own = [logprobs_TY[t, ids[t + 1]] for t in places]
     return float(np.sum(own)), all(logprobs_TY[t].argmax() == ids[t + 1] for t in places)
 
@@ -83,7 +85,7 @@ def expected(model, context, continuation, budget=None):
 def test_likelihoods_are_those_of_a_forward_pass(model, budget):
     own = row_budget(model.base, model.weights.config, budget)
     used = Used(3)
-    pairs = [Pair((5, 3), (8, 9, 7)), Pair((1,), (2,)), Pair(tuple(range(40)), (3, 4))]
+    pairs = [Pair((5, 3), (8, 9, 7)), Pair((1,), (2,)), Pair(tuple(range(25)), (3, 4))]
     found = log_likelihoods(model.weights, pairs, own, rows=4, longest=96, used=used)
     for pair, (logprob, likeliest) in zip(pairs, found, strict=True):
         wanted = expected(model, *pair, budget)
@@ -170,11 +172,17 @@ def test_the_chat_template(model):
     assert lm.tokenizer_name.endswith(model.tokenizer.fingerprint)
 
 
-def test_what_is_refused(model, tasks, folder, capsys):
+@pytest.mark.slow
+def test_a_task_that_does_not_exist(model, tasks):
     with pytest.raises(UserError, match=r"'tiny_chioce' is not known to lm-eval.*near it: tiny_choice"):
         evaluate_tasks(model, ["tiny_chioce"], options=TaskOptions(include=(tasks,)))
+
+
+def test_what_is_refused(model, tasks, folder, capsys):
     with pytest.raises(UserError, match=r"budget=9 must be from 1 to 7"):
         evaluate_tasks(model, ["tiny_choice"], [9.0])
+    with pytest.raises(UserError, match=r"--include .*nowhere is no folder"):
+        evaluate_tasks(model, ["tiny_choice"], options=TaskOptions(include=(tasks / "nowhere",)))
     assert main(["evaluate", str(folder), "--limit", "3"]) == 2
     assert "--limit: only with --tasks" in capsys.readouterr().err
     assert main(["evaluate", str(folder), "--tasks", "tiny_choice", "--metric", "a=cer"]) == 2

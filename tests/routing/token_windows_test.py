@@ -16,28 +16,27 @@ def test_a_batch_of_windows_is_routed_as_each_window_alone():
     random = np.random.default_rng(0)
     logits_NC, importance_N = random.normal(size=(12, CONFIG.num_columns)), random.normal(size=12)
     window_N2 = jnp.repeat(jnp.asarray(WINDOWS, jnp.float32), 4, axis=0)
-    together = jax.jit(lambda window: route(CONFIG, logits_NC, importance_N, window=window))(window_N2)
+    routed = jax.jit(lambda window: route(CONFIG, logits_NC, importance_N, window=window))
+    together = routed(window_N2)
     for number, window in enumerate(WINDOWS):
         own = slice(4 * number, 4 * number + 4)
-        alone = route(CONFIG, logits_NC[own], importance_N[own], window=window)
-        np.testing.assert_array_equal(together.slots_N[own], alone.slots_N)
-        np.testing.assert_array_equal(together.expert_ids_NK[own], alone.expert_ids_NK)
-        np.testing.assert_allclose(together.weights_NK[own], alone.weights_NK, rtol=1e-6)
+        alone = routed(jnp.asarray(window))  # every token is routed for itself
+        np.testing.assert_array_equal(together.slots_N[own], alone.slots_N[own])
+        np.testing.assert_array_equal(together.expert_ids_NK[own], alone.expert_ids_NK[own])
+        np.testing.assert_allclose(together.weights_NK[own], alone.weights_NK[own], rtol=1e-6)
 
 
 def test_the_layer_takes_a_window_for_each_token():
     layer = MoE(CONFIG, d_ff=8)
     x_BTD = jax.random.normal(jax.random.key(0), (3, 4, 8))
-    params = layer.init(jax.random.key(1), x_BTD)
+    params = jax.jit(layer.init)(jax.random.key(1), x_BTD)
     window_BT2 = jnp.broadcast_to(jnp.asarray(WINDOWS, jnp.float32)[:, None], (3, 4, 2))
     run = jax.jit(lambda window: layer.apply(params, x_BTD, window=window))
     y_BTD, trace = run(window_BT2)
     for row, window in enumerate(WINDOWS):
-        alone_BTD, own = jax.jit(lambda window, row=row: layer.apply(params, x_BTD[row : row + 1], window=window))(
-            jnp.asarray(window)
-        )
-        np.testing.assert_array_equal(trace.slots_BT[row], own.slots_BT[0])
-        np.testing.assert_allclose(y_BTD[row], alone_BTD[0], atol=1e-5)
+        alone_BTD, own = run(jnp.asarray(window))
+        np.testing.assert_array_equal(trace.slots_BT[row], own.slots_BT[row])
+        np.testing.assert_allclose(y_BTD[row], alone_BTD[row], atol=1e-5)
     with pytest.raises(UserError, match=r"window has shape \(3, 5, 2\); it must be \(3, 4, 2\) or \(2,\)"):
         run(jnp.ones((3, 5, 2)))
 

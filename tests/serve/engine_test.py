@@ -56,6 +56,7 @@ def test_answers_in_company_are_those_alone(served, engine, how):
         assert events[-1] == alone[-1]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_generate(served, engine):
     for how in ({}, {"sampling": DRAWS, "seed": 7}):
         (events,) = asked(served, engine, [CASES[1]], **how)
