@@ -88,8 +88,11 @@ def run_serve(options: argparse.Namespace) -> None:
     bench = bench_serve(model, load, note=say)
     print_tables([serve_table(bench)], Console(highlight=False))
     if options.out:
+        clients = " ".join(map(str, load.clients))
         sizes = f"--requests {load.requests} --prompt-tokens {load.prompt} --answer-tokens {load.answer}"
-        command = f"anyexperts bench serve {options.path} {sizes} --slots {load.slots} --out {options.out}"
+        sizes += f" --slots {load.slots} --length {load.length} --seed {load.seed}"
+        sizes += "".join([" --budget", *(f" {budget:g}" for budget in load.budgets)]) if load.budgets else ""
+        command = f"anyexperts bench serve {options.path} --clients {clients} {sizes} --out {options.out}"
         print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import shlex
 from typing import Any
 
 from anyexperts_jax.cli.options import natural, positive, say
@@ -48,10 +49,19 @@ def run(options: argparse.Namespace) -> None:
     tables = [score_table(scores, f"{options.run}: tasks of lm-eval"), layer_table(scores)]
     print_tables([table for table in tables if table is not None], Console(highlight=False))
     if options.out is not None:
-        asked = "".join(f" {budget:g}" for budget in options.budget or ())
-        command = f"anyexperts evaluate {options.run} --tasks {options.tasks}"
-        write_scores(scores, options.out, f"{command} --budget{asked}" if asked else command)
+        write_scores(scores, options.out, _command(options))
         print(f"wrote {options.out}")
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command, with all that its scores depend on."""
+    words = ["anyexperts", "evaluate", str(options.run), "--tasks", options.tasks, "--checkpoint", options.checkpoint]
+    words += ["--budget", *(f"{budget:g}" for budget in options.budget)] if options.budget else []
+    words += [word for folder in options.include for word in ("--include", str(folder))]
+    for name in ("limit", "fewshot"):
+        value = getattr(options, name)
+        words += [] if value is None else [f"--{name}", str(value)]
+    return shlex.join([*words, *(["--chat"] if options.chat else [])])
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

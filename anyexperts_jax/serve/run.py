@@ -59,10 +59,16 @@ def make_service(
     limits = limits or Limits()
     length = min(model.longest, DEFAULT_LENGTH) if length is None else length
     require(length >= 2, f"length={length} must be >= 2")
-    metrics = Metrics()
-    engine = Engine(model.weights, model.tokenizer, model.stop_ids, slots=slots, length=length, watch=metrics.watch)
+    metrics, warm = Metrics(), threading.Event()
+
+    def watch(name: str, amount: float) -> None:
+        if warm.is_set():
+            metrics.watch(name, amount)
+
+    engine = Engine(model.weights, model.tokenizer, model.stop_ids, slots=slots, length=length, watch=watch)
     note(f"compiling for {slots} slots of {length} positions")
     warm_up(engine, model)
+    warm.set()
 
     def restarted(said: str) -> None:
         metrics.restarted()

@@ -44,6 +44,9 @@ def test_the_command_loses_and_mixes_up_nothing(folder, tmp_path, capsys):
         assert speed["first_token_ms"] > 0
     assert found["speeds"][0]["throughput_ratio"] == 1
     assert found["command"].startswith("anyexperts bench serve ")
+    again = main([*found["command"].split()[1:-1], str(tmp_path / "again")])
+    assert again == 0
+    assert json.loads((tmp_path / "again" / "bench_serve.json").read_text())["load"] == found["load"]
 
 
 def test_numbers_out_of_range():

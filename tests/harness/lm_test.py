@@ -195,7 +195,9 @@ def test_the_command_prints_and_writes(folder, tasks, tmp_path, capsys):
     assert main(["evaluate", str(folder), *options]) == 0
     said = capsys.readouterr()
     assert "tiny_choice" in said.out
-    (row,) = json.loads(out.read_text())["scores"]
+    written = json.loads(out.read_text())
+    assert written["command"].endswith(f"--tasks tiny_choice --checkpoint best --budget 2 --include {tasks} --limit 1")
+    (row,) = written["scores"]
     assert row["budget"] == 2
     assert row["realised"] == 2
     assert row["examples"] == 1

@@ -3,6 +3,7 @@
 import concurrent.futures
 import http.client
 import json
+import re
 import socket
 import time
 
@@ -240,8 +241,11 @@ def test_a_client_that_goes_away_frees_its_slot(url, service, stream):
 
 def test_health_and_metrics(url, client):
     assert send(url, "GET", "/health")[::2] == (200, {"status": "ok"})
+    counted = lambda page: float(re.search(r"^anyexperts_prompt_tokens_total (.*)$", page, re.MULTILINE)[1])  # noqa: E731
+    before = counted(send(url, "GET", "/metrics")[2])
     ask(client, (1, 2), 3, None)
     page = send(url, "GET", "/metrics")[2]
+    assert counted(page) == before + 2
     for name in ("requests_total", "completion_tokens_total", "real_experts_total", "first_token_seconds_bucket"):
         assert f"anyexperts_{name}" in page
     assert "anyexperts_slots 4.0" in page
@@ -266,6 +270,11 @@ def test_the_key(small):
         assert answer["error"]["code"] == "invalid_api_key"
     assert send(url, "GET", "/v1/models", headers={"authorization": "Bearer secret"})[0] == 200
     assert send(url, "GET", "/health")[0] == 200
+
+
+def test_the_warm_up_is_not_counted(small):
+    page = send(small[1], "GET", "/metrics", headers={"authorization": "Bearer secret"})[2]
+    assert "anyexperts_prompt_tokens_total 0.0" in page
 
 
 def test_a_full_queue_and_a_limit_of_time(small):
