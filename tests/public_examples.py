@@ -9,8 +9,6 @@ import json
 
 SHORT = ["model.stack.num_layers=2", "train.steps=3", "train.eval_examples=2", 'data.domains=["general", "nlp"]']
 
-OF_CHECKPOINTS = ("attach", "detach", "merge", "split")  # their examples are run from docs/guides/pretrained.md
-
 
 def documented():
     """What must have an example, by name."""
@@ -20,7 +18,6 @@ def documented():
     methods = [getattr(ax.Run, name) for name in ("evaluate", "generate", "trace")]
     methods += [getattr(RunData, name) for name in ("batch", "encode", "example")]
     functions = [getattr(ax, name) for name in ax.__all__ if inspect.isfunction(getattr(ax, name))]
-    functions = [one for one in functions if one.__name__ not in OF_CHECKPOINTS]
     return {one.__qualname__: one for one in (ax.train_run, ax.MoE, ax.Run, *methods, *functions)}
 
 

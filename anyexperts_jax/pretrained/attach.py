@@ -50,6 +50,18 @@ def attach(
 
     Raises:
       UserError: a dense model, one that has variable slots already, or a window that does not fit it.
+
+    A model of random weights, given 3 to 5 slots a token:
+
+    >>> import anyexperts_jax as ax
+    >>> from anyexperts_jax.pretrained.random_model import random_model
+    >>> shape = {"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 16, "num_attention_heads": 2}
+    >>> shape |= {"num_hidden_layers": 2, "vocab_size": 64, "num_experts": 8, "num_experts_per_tok": 4}
+    >>> shape |= {"moe_intermediate_size": 12, "norm_topk_prob": True, "max_position_embeddings": 32, "rope_theta": 1e4}
+    >>> base = random_model(shape)
+    >>> slots = ax.attach(base, k_min=3, k_max=5, num_virtual=2)
+    >>> bool((slots.logits([[1, 2, 3]]) == base.logits([[1, 2, 3]])).all())
+    True
     """
     base = m.config.moe
     require(m.config.stack.num_moe_layers > 0, "attach: the model is dense; split it into experts first")
@@ -90,6 +102,17 @@ def detach(m: Pretrained) -> Pretrained:
 
     Raises:
       UserError: when nothing is attached.
+
+    A model of random weights, with slots attached and detached again:
+
+    >>> import anyexperts_jax as ax
+    >>> from anyexperts_jax.pretrained.random_model import random_model
+    >>> shape = {"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 16, "num_attention_heads": 2}
+    >>> shape |= {"num_hidden_layers": 2, "vocab_size": 64, "num_experts": 8, "num_experts_per_tok": 4}
+    >>> shape |= {"moe_intermediate_size": 12, "norm_topk_prob": True, "max_position_embeddings": 32, "rope_theta": 1e4}
+    >>> slots = ax.attach(random_model(shape), k_min=3, k_max=5)
+    >>> ax.detach(slots).config.moe.k_max
+    4
     """
     require(is_attached(m), "detach: the model has no attached slots")
     config = base_config(m)

@@ -58,6 +58,16 @@ def split(
 
     Raises:
       UserError: a model that has experts, biases in its networks, or sizes that do not divide.
+
+    A model of random weights, cut into 6 experts, one of them for every token:
+
+    >>> import anyexperts_jax as ax
+    >>> from anyexperts_jax.pretrained.random_model import random_model
+    >>> shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+    >>> shape |= {"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "max_position_embeddings": 32}
+    >>> parts = ax.split(random_model({**shape, "rope_theta": 1e4}), num_experts=6, num_shared=1)
+    >>> parts.config.moe.num_experts, parts.config.stack.expert_d_ff
+    (5, 4)
     """
     config = split_config(m.config, num_experts, num_shared, markers)
     require_one_of("method", method, get_args(Method))
@@ -77,6 +87,16 @@ def merge(m: Pretrained) -> Pretrained:
 
     Raises:
       UserError: when the model was not split.
+
+    A model of random weights, cut into experts and put together again:
+
+    >>> import anyexperts_jax as ax
+    >>> from anyexperts_jax.pretrained.random_model import random_model
+    >>> shape = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 24}
+    >>> shape |= {"architectures": ["LlamaForCausalLM"], "vocab_size": 64, "max_position_embeddings": 32}
+    >>> parts = ax.split(random_model({**shape, "rope_theta": 1e4}), num_experts=6)
+    >>> ax.merge(parts).config.stack.num_moe_layers
+    0
     """
     require(m.order_LF is not None, "merge: the model was not made by split")
     assert m.order_LF is not None
