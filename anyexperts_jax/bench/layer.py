@@ -183,7 +183,9 @@ def compare_layers(
     for own in implementations:
         suffix = "" if own is None else f", {own}"
         for form, dispatch in (("blocks", "blocks"), ("capacity 1.25", "capacity")):
-            cases[form + suffix] = functools.partial(bench_cases.layer, plan, x_ND, weights, dispatch, own, **how)
+            cases[form + suffix] = functools.partial(
+                bench_cases.layer, plan, x_ND, weights, dispatch, implementation=own, **how
+            )
     cases[ONE_EXPERT] = functools.partial(bench_cases.one_expert, shape, x_ND, weights, implementations[0], **how)
     if jax.default_backend() != "cpu" and bench_cases.ragged_bytes(shape) <= RAGGED_LIMIT:
         cases[RAGGED_DOT] = functools.partial(bench_cases.ragged_layer, plan, x_ND, weights, **how)
@@ -233,7 +235,7 @@ def time_budgets(
     for form in ("blocks", "capacity"):
         cases = {
             f"{real:g}": functools.partial(
-                bench_cases.layer, plan, x_ND, weights, form, implementation, backward=backward
+                bench_cases.layer, plan, x_ND, weights, form, implementation=implementation, backward=backward
             )
             for real, plan in plans.items()
         }

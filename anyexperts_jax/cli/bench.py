@@ -7,6 +7,7 @@ from anyexperts_jax.cli.options import (
     add_command,
     add_config,
     add_data,
+    add_model,
     data_overrides,
     positive,
     positive_number,
@@ -125,20 +126,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="of the expert ops, for example pallas_gpu xla (default: the platform's)",
     )
-    layer.add_argument(
-        "--out",
-        type=pathlib.Path,
-        help="also write bench_layer.json, .csv and .md into this folder (default: print only)",
-    )
+    _add_out(layer, "layer")
     layer.set_defaults(command=run_layer)
     step = add_command(actions, "step", "time one train step of a text model", (step_example,))
     step.add_argument("--size", default="40M", help="40M in float32, or for GPUs 800M in bfloat16")
     step.add_argument("--rounds", type=positive, default=7, help="interleaved rounds; medians are shown")
-    step.add_argument(
-        "--out",
-        type=pathlib.Path,
-        help="also write bench_step.json, .csv and .md into this folder (default: print only)",
-    )
+    _add_out(step, "step")
     step.set_defaults(command=run_step)
     data_example = "anyexperts bench data tiny --data mine=chats.jsonl --examples 100"
     data = add_command(
@@ -148,11 +141,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add_data(data, "data of yours: a file, pattern, folder or address; repeatable")
     data.add_argument("--examples", type=positive, default=200, help="train examples of each domain")
     data.add_argument("--rounds", type=positive, default=5, help="interleaved rounds; medians are shown")
-    data.add_argument(
-        "--out",
-        type=pathlib.Path,
-        help="also write bench_data.json, .csv and .md into this folder (default: print only)",
-    )
+    _add_out(data, "data")
     data.set_defaults(command=run_data)
     _add_serve(actions)
 
@@ -164,7 +153,7 @@ def _add_serve(actions: argparse._SubParsersAction) -> None:
         "put the server under load, and compare every answer with the one alone",
         ("anyexperts bench serve models/mine --clients 1 4 16 --budget 2 4",),
     )
-    serve.add_argument("path", type=pathlib.Path, help="a run's directory, a folder of the hub's, or a GGUF file")
+    add_model(serve)
     serve.add_argument("--clients", type=positive, nargs="+", default=[1, 4, 16], metavar="N", help="at once, in turn")
     serve.add_argument("--requests", type=positive, default=32, metavar="N", help="at each number of clients")
     serve.add_argument("--prompt-tokens", type=positive, default=48, metavar="N", help="median of a prompt's length")
@@ -179,9 +168,10 @@ def _add_serve(actions: argparse._SubParsersAction) -> None:
     serve.add_argument("--slots", type=positive, default=8, metavar="N", help="requests that the server runs at once")
     serve.add_argument("--length", type=positive, default=256, metavar="T", help="tokens of a prompt and its answer")
     serve.add_argument("--seed", type=seed, default=0, help="of the prompts and lengths")
-    serve.add_argument(
-        "--out",
-        type=pathlib.Path,
-        help="also write bench_serve.json, .csv and .md into this folder (default: print alone)",
-    )
+    _add_out(serve, "serve")
     serve.set_defaults(command=run_serve)
+
+
+def _add_out(parser: argparse.ArgumentParser, name: str) -> None:
+    text = f"also write bench_{name}.json, .csv and .md into this folder (default: print only)"
+    parser.add_argument("--out", type=pathlib.Path, help=text)

@@ -102,6 +102,10 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=pathlib.Path, help="a folder with config.json and safetensors, or a GGUF file")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=pathlib.Path, help="a run's directory, a folder of the hub's, or a GGUF file")
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a preset (tiny, small, smoke), a TOML file, a run, or a published checkpoint")
     add_set(parser, "override, as in optim.lr=1e-3; repeatable; `anyexperts config CONFIG` lists all keys")

@@ -1,9 +1,8 @@
 """`anyexperts serve`."""
 
 import argparse
-import pathlib
 
-from anyexperts_jax.cli.options import add_command, natural, positive, positive_number, say
+from anyexperts_jax.cli.options import add_command, add_model, natural, positive, positive_number, say
 
 
 def run(options: argparse.Namespace) -> None:
@@ -35,7 +34,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             "anyexperts serve runs/mine --name mine --max-budget 9.6",
         ),
     )
-    parser.add_argument("path", type=pathlib.Path, help="a run's directory, a folder of the hub's, or a GGUF file")
+    add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's")
     parser.add_argument("--port", type=natural, default=8000, help="port to listen on; 0: a free one, which is told")
     parser.add_argument("--name", help="what clients call the model (default: the folder's name)")

@@ -16,8 +16,10 @@ from anyexperts_jax.core.extras import require_package
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.pretrained.budget import mixes
+from anyexperts_jax.routing.policies import IMPORTANCE
 from anyexperts_jax.serve.model import ServedModel
 from anyexperts_jax.serve.slots import row_budget
+from anyexperts_jax.train.metrics import plain
 
 _SHOWN_UNKNOWN = 4  # names of tasks in a message
 
@@ -138,20 +140,16 @@ def layer_table(scores: Sequence[TaskScore]) -> TextTable | None:
 
 def write_scores(scores: Sequence[TaskScore], path: pathlib.Path, command: str) -> None:
     """Writes the scores as JSON; what is no number is null."""
-    rows = [{key: _plain(value) for key, value in dataclasses.asdict(one).items()} for one in scores]
+    rows = plain([dataclasses.asdict(one) for one in scores])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"command": command, "scores": rows}, indent=2) + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def policy_name(config: ModelConfig, budget: float | None) -> str:
     """What decides a token's experts, in words for a table."""
     if config.stack.num_moe_layers == 0:
         return "dense"
-    if not mixes(config) or config.moe.policy != "importance":
+    if not mixes(config) or config.moe.policy != IMPORTANCE:
         return config.moe.policy
     return "static" if budget is None or budget == round(budget) else "static, mixed by position"
 

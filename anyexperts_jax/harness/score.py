@@ -13,9 +13,8 @@ from anyexperts_jax.core.batch import make_batch
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.generate import dropless
 from anyexperts_jax.models.multimodal import MultimodalModel
-from anyexperts_jax.pretrained.budget import mixes, mixing_logits
+from anyexperts_jax.pretrained.budget import window_arguments
 from anyexperts_jax.pretrained.decode import Weights
-from anyexperts_jax.routing.policies import IMPORTANCE
 from anyexperts_jax.serve.slots import RowBudget
 from anyexperts_jax.sharding.placement import Placement
 
@@ -104,14 +103,8 @@ def _scores(
     budget: tuple[Float[Array, "2"], Float[Array, ""]],
 ) -> tuple[Float[Array, "B"], Bool[Array, "B"], Float[Array, " L"]]:
     (config, placement), (window, share) = static, budget
-    policy: dict[str, Any] = {}
-    if config.stack.num_moe_layers > 0 and config.moe.policy == IMPORTANCE:
-        policy["window"] = window
-        if mixes(config):
-            positions_BT = jnp.broadcast_to(
-                jnp.arange(arrays.tokens_BT.shape[1], dtype=jnp.int32)[None], arrays.tokens_BT.shape
-            )
-            policy["importance_logits_BT"] = mixing_logits(share, positions_BT)
+    place_1T = jnp.arange(arrays.tokens_BT.shape[1], dtype=jnp.int32)[None]
+    policy = window_arguments(config, window, share, jnp.broadcast_to(place_1T, arrays.tokens_BT.shape))
     batch = make_batch(arrays.tokens_BT, valid_BT=arrays.valid_BT, **_no_media(config, arrays.tokens_BT.shape[0]))
     output: Any = MultimodalModel(config, placement).apply(
         {"params": params}, batch, router_bias_LC=router_bias_LC, **policy

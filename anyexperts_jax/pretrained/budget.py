@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -108,3 +108,24 @@ def mixing_logits(
     """
     place_BT = (positions_BT + 1).astype(jnp.float32) * _GOLDEN % 1.0
     return jnp.where(place_BT < share, _SURE, -_SURE)
+
+
+def window_arguments(
+    config: ModelConfig,
+    window: Float[Array, "... 2"],
+    share: Float[Array, ""] | Float[Array, "B 1"],
+    positions_BT: Int[Array, "B T"],
+) -> dict[str, Any]:
+    """The model's keyword arguments for a window and share as `window_of` tells them, where windows may be mixed.
+
+    They are none for a dense model, and where the experts follow another policy than importance.
+
+    Args:
+      window: [2] for all tokens, or [B, T, 2].
+      share: as `mixing_logits` takes it; unused where importance decides.
+    """
+    if config.stack.num_moe_layers == 0 or config.moe.policy != IMPORTANCE:
+        return {}
+    if not mixes(config):
+        return {"window": window}
+    return {"window": window, "importance_logits_BT": mixing_logits(share, positions_BT)}

@@ -74,10 +74,18 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(place, file.hub, name, family=family, source=file, generation={})
     hub = HubConfig.read(place)
     name, family = family_of(hub)
-    settings = place / GENERATION
-    generation = parse_json_object(read_text(settings, GENERATION), str(settings)) if settings.is_file() else {}
     source = SafetensorsFolder.find(place)
-    return Checkpoint(place, hub, name, family=family, source=source, generation=generation)
+    return Checkpoint(place, hub, name, family=family, source=source, generation=read_generation(place))
+
+
+def read_generation(folder: pathlib.Path) -> dict[str, Any]:
+    """The settings of a checkpoint's generation_config.json; none where it has no such file.
+
+    Raises:
+      UserError: when the file is not a JSON object.
+    """
+    path = folder / GENERATION
+    return parse_json_object(read_text(path, GENERATION), str(path)) if path.is_file() else {}
 
 
 def load_pretrained(path: str | os.PathLike[str], mesh: Mesh | None = None) -> Pretrained:

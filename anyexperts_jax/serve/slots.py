@@ -18,7 +18,7 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel, TextPart
 from anyexperts_jax.models.sample import RowSampling, Sampling, row_tokens
 from anyexperts_jax.nn.stack import StackCache, empty_stack_cache
-from anyexperts_jax.pretrained.budget import mixes, mixing_logits, with_budget
+from anyexperts_jax.pretrained.budget import window_arguments, with_budget
 from anyexperts_jax.routing.policies import IMPORTANCE
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.placement import Placement
@@ -178,12 +178,8 @@ def _extended(
 
 def _policy(config: ModelConfig, rows: Rows, positions_BT: Int[Array, "B T"]) -> dict[str, Any]:
     """The window of each token, and what mixes it where importance does not decide."""
-    if config.stack.num_moe_layers == 0 or config.moe.policy != IMPORTANCE:
-        return {}
-    window = {"window": jnp.broadcast_to(rows.window_B2[:, None], (*positions_BT.shape, 2))}
-    if mixes(config):
-        window["importance_logits_BT"] = mixing_logits(rows.share_B[:, None], positions_BT)
-    return window
+    window_BT2 = jnp.broadcast_to(rows.window_B2[:, None], (*positions_BT.shape, 2))
+    return window_arguments(config, window_BT2, rows.share_B[:, None], positions_BT)
 
 
 def _chosen(rows: Rows, logits_BY: Float[Array, "B Y"], trace: RoutingTrace) -> Chosen:

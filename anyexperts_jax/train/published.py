@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.core.files import parse_json_object, read_text
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, named_leaves, params_of_leaves
@@ -23,7 +22,7 @@ from anyexperts_jax.pretrained.base_folder import keep_base
 from anyexperts_jax.pretrained.extension import neuron_order
 from anyexperts_jax.pretrained.family import family_of
 from anyexperts_jax.pretrained.hub_config import HubConfig
-from anyexperts_jax.pretrained.load import GENERATION, load_pretrained
+from anyexperts_jax.pretrained.load import load_pretrained, read_generation
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.sharding.specs import replicated
 from anyexperts_jax.train.published_config import is_published
@@ -87,7 +86,6 @@ def load_tuned(run_dir: str | os.PathLike[str], which: str = "best", mesh: Mesh 
     model, read = found.config.model, HubConfig.read(paths.base)
     others = {key: value for key, value in read.values.items() if key != "torch_dtype"}
     hub = HubConfig({**others, "dtype": model.stack.param_dtype}, read.where)
-    settings = paths.base / GENERATION
     biased = model.moe.expert_bias and model.stack.num_moe_layers > 0
     return Pretrained(
         model,
@@ -96,7 +94,7 @@ def load_tuned(run_dir: str | os.PathLike[str], which: str = "best", mesh: Mesh 
         hub=hub,
         family=family_of(hub)[0],
         path=paths.base,
-        generation=parse_json_object(read_text(settings, GENERATION), str(settings)) if settings.is_file() else {},
+        generation=read_generation(paths.base),
         order_LF=neuron_order(paths.base),
     )
 
