@@ -124,11 +124,6 @@ def open_source(config: DataConfig, name: str, split: str, examples: int | None 
     return Sources(config).open(name, split, examples)
 
 
-def examples_there(config: DataConfig, name: str, split: str, most: int) -> int:
-    """`Sources.count` for one who reads this one split alone."""
-    return Sources(config).count(name, split, most)
-
-
 def with_places(config: DataConfig, places: Mapping[str, str]) -> DataConfig:
     """The mixture with further domains read from these places, or its own from elsewhere."""
     domains = tuple(dict.fromkeys([*config.domains, *places]))

@@ -27,7 +27,7 @@ _KEYS = {
 
 @dataclasses.dataclass(frozen=True)
 class PlaceIds:
-    """The ids that stand for a row of a picture, a row of a video, and those before and behind either."""
+    """The ids that mark a row of a picture and a row of a video, and those that open and close either."""
 
     image: int
     video: int
@@ -36,18 +36,18 @@ class PlaceIds:
 
     @classmethod
     def of(cls, hub: HubConfig) -> "PlaceIds":
-        """Those of a config.json; the defaults are the classes' own.
+        """Reads them from a config.json. A missing one has the default of transformers' class.
 
         Raises:
-          UserError: when one is no whole number.
+          UserError: when one is not a whole number.
         """
         return cls(**{name: hub.whole(key, default) for name, (key, default) in _KEYS.items()})
 
     def texts(self, tokenizer: Tokenizer) -> dict[str, str]:
-        """Each as the tokenizer writes it, by name.
+        """The text of each id, by name.
 
         Raises:
-          UserError: when the tokenizer has one not.
+          UserError: when an id is not a token of the tokenizer.
         """
         found = {}
         for name, number in dataclasses.asdict(self).items():
@@ -78,7 +78,7 @@ class Shown:
         return found
 
     def place_text(self, item: Patches, texts: Mapping[str, str]) -> str:
-        """What stands in a prompt's text for one item; frames of a video are told with their seconds."""
+        """The text that stands for one item in a prompt. Each frame of a video comes after its time in seconds."""
         rows = item.patches_per_frame // self.tower.merge**2
         if item.modality is Modality.IMAGE:
             return texts["start"] + texts["image"] * rows + texts["end"]
@@ -86,15 +86,16 @@ class Shown:
         return "".join(f"<{second:.1f} seconds>{frame}" for second in item.seconds)
 
     def fill(self, text: str, texts: Mapping[str, str]) -> str:
-        """A rendered conversation, in which each item has a place for one row, with places for all.
+        """Expands a rendered conversation: each item's single place becomes a place for each of its rows.
 
         Raises:
-          UserError: when there are fewer or more places than items.
+          UserError: when the conversation does not have as many places as there are items.
         """
-        queues = {name: iter(self.of(kind)) for name, kind in (("image", Modality.IMAGE), ("video", Modality.VIDEO))}
-        for name, kind in (("image", Modality.IMAGE), ("video", Modality.VIDEO)):
-            made, given = text.count(texts[name]), len(self.of(kind))
+        own = {"image": self.of(Modality.IMAGE), "video": self.of(Modality.VIDEO)}
+        for name, items in own.items():
+            made, given = text.count(texts[name]), len(items)
             require(made == given, f"the chat template made {made} places of kind {name}, but {given} are given")
+        queues = {name: iter(items) for name, items in own.items()}
         done, rest = "", text
         while places := [(rest.find(texts[name]), name) for name in queues if texts[name] in rest]:
             at, name = min(places)
@@ -106,17 +107,18 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """What the model is given of pictures, and how far rotary positions then lag behind places."""
+    """The frames and places of a batch, and by how much rotary positions lag behind the places of each row."""
 
     frames: PlacedFrames
     lead_B: Int[Array, "B"]
 
 
 def place(shown: Shown, tokens_BT: Int[ndarray, "B T"], valid_BT: Bool[ndarray, "B T"]) -> Placed:
-    """Gives each place of the tokens its row and every token its rotary position.
+    """Assigns a row of the tower to each place among the tokens, and a rotary position to every token.
 
-    A text's token has one more than the token before. A picture's rows have the time of its first and their own row
-    and column; what follows goes on behind the picture's longer side. So does every pair of frames of a video.
+    Along text the position grows by one a token. The rows of a picture share the position where it starts as their
+    time, and add their own row and column. The next token continues after the picture's longer side. Every pair of
+    frames of a video is placed like a picture.
 
     Raises:
       UserError: when the places do not fit the pictures.
@@ -125,8 +127,8 @@ def place(shown: Shown, tokens_BT: Int[ndarray, "B T"], valid_BT: Bool[ndarray, 
     modality_BT = np.full(tokens_BT.shape, int(Modality.TEXT), np.int32)
     rotary_BT3 = np.zeros((*tokens_BT.shape, 3), np.int32)
     lead_B = np.zeros(len(tokens_BT), np.int32)
-    frames, walk = _Frames(shown), _Frames(shown)
-    stacked = frames.stacked()
+    walk = _Frames(shown)
+    stacked = walk.stacked()
     for b, tokens_T in enumerate(tokens_BT):
         kept = np.flatnonzero(valid_BT[b])
         t, position = 0, 0
@@ -162,7 +164,7 @@ class _Stacked:
 
 
 class _Frames:
-    """The frames of both kinds, numbered through, pictures first; each kind is read in its order."""
+    """The frames of pictures, then of videos, numbered in this order; each kind has a queue of its own."""
 
     def __init__(self, shown: Shown) -> None:
         self._shown = shown
@@ -176,7 +178,7 @@ class _Frames:
         }
 
     def modality_of(self, token: int) -> Modality | None:
-        """What the token is a place of; None: a text's."""
+        """The modality that the token is a place for; None for text."""
         ids = self._shown.ids
         return {ids.image: Modality.IMAGE, ids.video: Modality.VIDEO}.get(token)
 

@@ -50,7 +50,7 @@ class Video:
 
 
 class Patches(NamedTuple):
-    """What a tower reads of a picture or a video."""
+    """The patches that a tower reads from a picture or a video."""
 
     patches_NX: Float32[ndarray, "N X"]
     grid: tuple[int, int, int]  # pairs of frames, rows and columns of patches
@@ -64,7 +64,7 @@ class Patches(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How pixels become patches. Read by `read_preprocessing`, of pictures and of videos apart."""
+    """How pixels become patches, as `read_preprocessing` reads it: pictures and videos have settings of their own."""
 
     tower: VisionTowerConfig
     least_pixels: int  # of a picture, or of all frames of a video together, once resized
@@ -90,7 +90,7 @@ class Preprocessing:
         return Patches(*self._cut(frames), Modality.IMAGE, ())
 
     def video(self, value: Any, where: str) -> Patches:
-        """The patches of a `Video`, of frames that are taken of it evenly.
+        """The patches of a `Video`, from frames sampled evenly over its length.
 
         Raises:
           UserError: naming it by `where`, when it cannot be read, is too short or too flat.

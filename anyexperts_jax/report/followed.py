@@ -11,7 +11,7 @@ from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.data.batches import pad_rows, stack
 from anyexperts_jax.data.conversation import Document, Item
 from anyexperts_jax.data.example import Example
-from anyexperts_jax.data.mixture import examples_there, open_source
+from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.data.prepare import prepare
 from anyexperts_jax.data.sequence import EncodedSequence, padded
 from anyexperts_jax.data.turns import chat_template, encode_item
@@ -62,7 +62,8 @@ def follow(trained: Trained, domain: str, count: int, rows: int, max_new_tokens:
     config, tokenizer = trained.config, trained.tokenizer
     data, spec = config.data, config.data.encoding
     template, index = chat_template(data, tokenizer), data.domain_index(domain)
-    source = open_source(data, domain, "test", examples_there(data, domain, "test", count))
+    sources = Sources(data)
+    source = sources.open(domain, "test", sources.count(domain, "test", count))
     found: list[tuple[int, Item, EncodedSequence]] = []
     for number in range(min(count, len(source))):
         try:

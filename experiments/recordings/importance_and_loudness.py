@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from anyexperts_jax.core.modality import Modality
-from anyexperts_jax.data.mixture import examples_there
+from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.data.pipeline import eval_batches
 from anyexperts_jax.evaluate.measure import run_at
 from anyexperts_jax.evaluate.trained import load_trained, own_window
@@ -25,8 +25,9 @@ def main() -> None:
     options = parser.parse_args()
     trained = load_trained(options.run, "last")
     data, window = trained.config.data, own_window(trained.config.model.moe)
-    count = examples_there(data, options.domain, "test", options.examples)
-    (batch,) = eval_batches(data, options.domain, "test", trained.whole_rows(count), count)
+    sources = Sources(data)
+    count = sources.count(options.domain, "test", options.examples)
+    (batch,) = eval_batches(data, options.domain, "test", trained.whole_rows(count), count, sources=sources)
     output = run_at(trained, trained.config.model, batch, window)
     importance_BT = np.asarray(jax.device_get(output.trace.importance_BT)).mean(axis=0)
     correlations, loud, quiet = [], [], []

@@ -11,7 +11,7 @@ import pytest
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.data.bad_rows import BadRows, describe_skipped
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
-from anyexperts_jax.data.mixture import Sources, examples_there, open_source
+from anyexperts_jax.data.mixture import Sources, open_source
 from anyexperts_jax.data.pipeline import epochs, eval_batches, source_lengths, train_iterator
 from anyexperts_jax.data.row_source import hashed_splits
 from anyexperts_jax.train.run_data import with_fingerprints
@@ -111,7 +111,7 @@ def test_too_many_bad_rows_stop_a_run_that_skips(write):
 def test_a_bad_row_of_an_evaluation_is_padding(write):
     rows = [question(i) if i % 4 else {"nothing": i} for i in range(1, 41)]
     config = write(rows, on_bad_row="skip", max_bad_share=0.9, held_out=0.3)
-    count = examples_there(config, "mine", "test", 99)
+    count = Sources(config).count("mine", "test", 99)
     bad = sum(int((row + 1) % 4 == 0) for row in open_source(config, "mine", "test").rows_N)
     rows = [row for batch in eval_batches(config, "mine", "test", 4, count) for row in batch.valid_BT.any(axis=1)]
     assert sum(rows) == count - bad
