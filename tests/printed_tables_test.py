@@ -30,7 +30,7 @@ BENCH = LayerBench(
     (BudgetTime("P4", "bfloat16", "forward+backward", "capacity", 8.0, 12345.678, 1.234, 1.0),) * 3,
 )
 STEP = StepTime("AnyExperts 8.0, capacity 1.25", 861_234_567, 12345.678, 1_234_567.0, 1.234, 123456.7, 15.9)
-WORK = Work({"experts": 1.2345e18, "attention": 2e15}, {"tiles filled up": 1e15}, 10**12, 10**12, 10**12, 1e3)
+WORK = Work({"experts": 1.2345e18, "attention": 2e15}, {"tiles filled up": 1e15}, 10**12, 10**12, 10**12, 10**12, 1e3)
 BOUNDS = Bounds(12.345678, 11.1, 10.01, 9.9, (12.3456, 0.1), 0.5)
 COMPILED = CompiledStep(
     "v5p:16x16x16", 8, 32768, {"data": 8, "fsdp": 64, "expert": 64}, 16_234_567_890,
