@@ -1,8 +1,9 @@
 """The loop that a user would write by hand over the same files: the plain library, and nothing of ours.
 
-It reads a record, decodes its media and turns its texts into ids; it checks nothing, resamples nothing, makes no
-features and no sequence. Parquet and `datasets` are read by pyarrow, JSON Lines by `json`, and held in memory as a
-whole, which ours are not; sound is decoded by `soundfile`, pictures by Pillow, texts by `tokenizers`.
+It reads a record, decodes its media, brings sound to the rate that training takes, and turns its texts into ids; it
+checks nothing and makes neither features nor a sequence. Parquet and `datasets` are read by pyarrow, JSON Lines by
+`json`, and held in memory as a whole, which ours are not; sound is decoded by `soundfile` and resampled by `soxr`,
+pictures are decoded by Pillow, texts are encoded by `tokenizers`.
 """
 
 import csv
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from anyexperts_jax.data.config import DataConfig
+from anyexperts_jax.data.example import SAMPLE_RATE
 from anyexperts_jax.data.row_source import RowSource
 from anyexperts_jax.data.source import Source
 from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
@@ -131,12 +133,16 @@ def _take(values: Iterable[Any], encode: Encode) -> None:
             _decode(value["bytes"])
 
 
-def _decode(data: bytes) -> np.ndarray:
+def _decode(data: bytes) -> Any:
     if data[:4] in (b"RIFF", b"fLaC", b"OggS", b"ID3\x03") or data[:2] == b"\xff\xfb":
         import soundfile
 
-        samples: np.ndarray = soundfile.read(io.BytesIO(data), dtype="float32")[0]
-        return samples
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32")
+        if rate == SAMPLE_RATE:
+            return samples
+        import soxr
+
+        return soxr.resample(samples, rate, SAMPLE_RATE)
     from PIL import Image
 
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))

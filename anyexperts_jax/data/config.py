@@ -1,6 +1,7 @@
 """What a run reads: `DataConfig`, the mixture of domains, and `EncodingSpec`, the shapes of its sequences."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -73,6 +74,12 @@ class Columns:
 
     def __post_init__(self) -> None:
         check_field_types(self, "data.columns.")
+
+    @functools.cached_property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """What each column may be called in a row: the mapped name, then its own."""
+        mapped = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {own: tuple(dict.fromkeys((name, own))) for own, name in mapped.items()}
 
 
 @dataclasses.dataclass(frozen=True)

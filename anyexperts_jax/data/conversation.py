@@ -86,10 +86,8 @@ class Message:
     def __post_init__(self) -> None:
         require_one_of("role", self.role, ROLES)
         media = [part.kind for part in self.parts if isinstance(part, Medium)]
-        require(
-            self.role != ASSISTANT or not media,
-            f"a message of the {ASSISTANT} holds {', '.join(media)}; only its text can be learned",
-        )
+        if media and self.role == ASSISTANT:
+            raise UserError(f"a message of the {ASSISTANT} holds {', '.join(media)}; only its text can be learned")
 
     @property
     def text(self) -> str:

@@ -40,12 +40,14 @@ class Example:
 
     def __post_init__(self) -> None:
         where = f"{self.domain}/{self.question_type}"
-        require(self.level in LEVELS, f"{where}: level={self.level!r} is unknown; valid: 1, 2, 3")
+        if self.level not in LEVELS:  # no message is made of what is right: there are many examples
+            raise UserError(f"{where}: level={self.level!r} is unknown; valid: 1, 2, 3")
         require(bool(self.question) and bool(self.answer), f"{where}: question and answer must not be empty")
         for name in ("question", "answer"):
             _require_text(where, name, getattr(self, name))
         media = [name for name in ("image", "video", "audio") if getattr(self, name) is not None]
-        require(len(media) <= 1, f"{where}: at most one kind of media per example, got {', '.join(media)}")
+        if len(media) > 1:
+            raise UserError(f"{where}: at most one kind of media per example, got {', '.join(media)}")
         for start, end in self.question_evidence:
             inside = 0 <= start < end <= len(self.question)
             require(inside, f"{where}: evidence span ({start}, {end}) is outside the question {self.question!r}")
@@ -84,7 +86,7 @@ def is_unicode(text: str) -> bool:
 def _require_text(where: str, name: str, text: Any) -> None:
     if not isinstance(text, str):
         raise UserError(f"{where}: {name}={text!r} must be a string")
-    if not is_unicode(text):  # no message is made of texts that are right: there are many, and they may be long
+    if not is_unicode(text):
         raise UserError(f"{where}: {name}={text!r} is not valid Unicode")
 
 

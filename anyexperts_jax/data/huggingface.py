@@ -225,16 +225,17 @@ def row_values(row: Any) -> dict[str, Any]:
       pyarrow.ArrowException, ValueError: when it is damaged.
     """
     row.validate(full=True)  # damaged offsets would be followed out of the file
-    return {name: _value(column) for name, column in zip(row.schema.names, row.columns, strict=True)}
+    return {name: _value(row.column(i)) for i, name in enumerate(row.schema.names)}
 
 
 def _value(column: Any) -> Any:
     """The value of a column of one row."""
-    import pyarrow
-
-    value, kind = column[0].as_py(), column.type
+    value = column[0].as_py()
     if value is None or isinstance(value, str | bytes | bool):
         return value
+    import pyarrow
+
+    kind = column.type
     if pyarrow.types.is_struct(kind):
         return {kind.field(i).name: _value(part) for i, part in enumerate(_parts(column))}
     if pyarrow.types.is_floating(kind):

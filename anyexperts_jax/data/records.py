@@ -27,6 +27,7 @@ from anyexperts_jax.data.conversation import (
     KINDS,
     Conversation,
     Document,
+    Item,
     Kind,
     Medium,
     Message,
@@ -36,6 +37,7 @@ from anyexperts_jax.data.conversation import (
     pixel_mask,
 )
 from anyexperts_jax.data.decode import decode_audio, decode_picture, decode_video
+from anyexperts_jax.data.example import Example
 from anyexperts_jax.tokenizers.chat import ASSISTANT, ROLES
 
 _LLAVA_ROLES = {"human": "user", "gpt": ASSISTANT, **{role: role for role in ROLES}}
@@ -54,6 +56,7 @@ class Reading:
       source: where it stands: file and row.
       read: the bytes of a file that the record names; UserError where there is none.
       labels: the names of class labels, by column.
+      as_examples: whether a question with at most one medium is read as an `Example`, which no template writes.
     """
 
     domain: str
@@ -61,10 +64,11 @@ class Reading:
     read: Callable[[str], bytes]
     columns: Columns = dataclasses.field(default_factory=Columns)
     labels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    as_examples: bool = False
 
     def column(self, row: Mapping[str, Any], name: str) -> str | None:
         """The row's own name of a column, None where it holds nothing there: the mapped one first."""
-        for own in (getattr(self.columns, name), name):
+        for own in self.columns.names[name]:
             if row.get(own) is not None:
                 return own
         return None
@@ -76,11 +80,16 @@ class Reading:
     def text(self, row: Mapping[str, Any], name: str) -> str | None:
         """A column's value as text."""
         own = self.column(row, name)
-        return None if own is None else text_of(row[own], list(self.labels[own]) if own in self.labels else None, own)
+        if own is None:
+            return None
+        value = row[own]
+        if isinstance(value, str) and own not in self.labels:  # most columns
+            return value
+        return text_of(value, list(self.labels[own]) if own in self.labels else None, own)
 
 
-def read_record(row: Mapping[str, Any], reading: Reading) -> Conversation | Document:
-    """Reads the row as a conversation or a document, by its columns.
+def read_record(row: Mapping[str, Any], reading: Reading) -> Item:
+    """Reads the row as a document, a conversation, or an example where the reading allows it, by its columns.
 
     Raises:
       UserError: naming what is missing, unknown, or does not fit; the caller says where.
@@ -99,19 +108,22 @@ def read_record(row: Mapping[str, Any], reading: Reading) -> Conversation | Docu
         question, answer, text = (reading.text(row, name) for name in ("question", "answer", "text"))
         if question is None and answer is None and text is not None and not media.names:
             return Document(reading.domain, text, reading.source, question_type=kind, level=level)
+        if reading.as_examples and question and answer and not media.names and not row.get("question_evidence"):
+            return Example(reading.domain, kind, level, question, answer, reading.source)  # by far the most rows
         messages = _one_answer(row, question, answer if answer is not None else text, media, reading)
-    return Conversation(reading.domain, messages, reading.source, kind, level)
+    conversation = Conversation(reading.domain, messages, reading.source, kind, level)
+    return (conversation.as_example() if reading.as_examples else None) or conversation
 
 
 def _one_answer(
     row: Mapping[str, Any], question: str | None, answer: str | None, media: "_Given", reading: Reading
 ) -> tuple[Message, ...]:
     """A question, or a medium that needs none, and its answer."""
-    for column, there in (("question", question is not None or bool(media.names)), ("answer", answer is not None)):
-        if not there:
-            has = comma_list(name for name, value in row.items() if value is not None) or "none"
-            name = getattr(reading.columns, column)
-            raise UserError(f"no column {name!r}: a row holds {_WANTED}; its columns are {has}; see data.columns")
+    missing = "question" if question is None and not media.names else "answer" if answer is None else None
+    if missing is not None:
+        has = comma_list(name for name, value in row.items() if value is not None) or "none"
+        name = getattr(reading.columns, missing)
+        raise UserError(f"no column {name!r}: a row holds {_WANTED}; its columns are {has}; see data.columns")
     parts: list[Part] = list(media.rest(row))
     if question is not None:
         parts.append(Text(question, _spans(row.get("question_evidence"), int)))

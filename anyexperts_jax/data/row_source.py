@@ -111,12 +111,10 @@ class RowSource:
         def read(path: str) -> bytes:
             return self.rows.read(row, path)
 
-        reading = Reading(self._name, f"{file} {place}".strip(), read, self._config.columns, self.rows.labels)
+        source = f"{file} {place}".strip()
+        reading = Reading(self._name, source, read, self._config.columns, self.rows.labels, not self._chat)
         try:
-            item = read_record(self.rows[row], reading)
-            if self._chat or isinstance(item, Document):
-                return item
-            return item.as_example() or item
+            return read_record(self.rows[row], reading)
         except StoreError as error:
             raise StoreError(f"{file} {place}: {error}") from error
         except UserError as error:

@@ -69,7 +69,8 @@ class MediaRows:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         _, _, path, row = self._rows[index]
         kind = KIND_OF.get(path.rpartition(".")[2].lower())
-        require(kind is not None, f"{path} is not a picture, sound or film by its name; known: {comma_list(KIND_OF)}")
+        if kind is None:
+            raise UserError(f"{path} is not a picture, sound or film by its name; known: {comma_list(KIND_OF)}")
         values = dict(row)
         if not row.get("text") and not row.get("answer"):
             other = next((name for name in _TEXT_COLUMNS if row.get(name)), None)
@@ -77,7 +78,7 @@ class MediaRows:
                 values["text"] = values.pop(other)
         if "text" not in values and "answer" not in values and not row:
             values["text"] = _text_file(path)
-        return {**values, str(kind): path}
+        return {**values, kind: path}
 
     def where(self, index: int) -> tuple[str, str]:
         table, place, _, _ = self._rows[index]
