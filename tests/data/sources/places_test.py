@@ -83,8 +83,8 @@ def test_a_place_that_is_not_there_is_one_line(place, message, tmp_path, monkeyp
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    """A bucket of moto's server, as S3."""
+def s3_bucket(monkeypatch):
+    """A bucket of moto's server: its address, the file system, and what loses it."""
     moto = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -101,28 +101,54 @@ def bucket(monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
     system = s3fs.S3FileSystem()
     system.mkdir("bucket")
-    yield system, server
+    yield "s3://bucket", system, server.stop
     server.stop()
     s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def gs_bucket(monkeypatch):
+    """A bucket of gcp-storage-emulator: its address, the file system, and what loses it."""
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks over gRPC, which the emulator lacks
+    gcsfs = pytest.importorskip("gcsfs")
+    server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+    server.start()
+    host, port = server._api._httpd.server_address
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", _no_sleep)  # its own tries, beside ours
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    yield "gs://bucket", gcsfs.GCSFileSystem(), server.stop
+    server.stop()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+async def _no_sleep(seconds):
+    """In place of asyncio.sleep."""
+
+
+@pytest.fixture(params=["s3_bucket", "gs_bucket"])
+def bucket(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_bucket_is_read_and_its_loss_is_one_line(bucket, monkeypatch):
     from PIL import Image
 
-    system, server = bucket
+    address, system, lose = bucket
     picture = io.BytesIO()
     Image.new("RGB", (8, 8), (7, 0, 0)).save(picture, "PNG")
     rows = [{"question": f"q{i}?", "answer": f"a{i}", "image": "p/red.png"} for i in range(20)]
     system.pipe("bucket/data/all.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     system.pipe("bucket/data/p/red.png", picture.getvalue())
-    data = DataConfig(domains=("mine",), folders=("mine=s3://bucket/data/all.jsonl",), threads=0)
+    data = DataConfig(domains=("mine",), folders=(f"mine={address}/data/all.jsonl",), threads=0)
     source = open_source(data, "mine", "train")
     assert source[0].image[0, 0, 0] == 7
-    with pytest.raises(UserError, match=r"there is no data at s3://bucket/none|no such file or bucket"):
-        find_files("s3://bucket/none.jsonl")
+    with pytest.raises(UserError, match=rf"there is no data at {address}/none|no such file or bucket"):
+        find_files(f"{address}/none.jsonl")
     monkeypatch.setattr(places, "WAITS", (0.01,))
-    server.stop()
-    with pytest.raises(UserError, match=r"line \d+: cannot read s3://bucket/data/p/red.png") as caught:
+    lose()
+    with pytest.raises(UserError, match=rf"line \d+: cannot read {address}/data/p/red.png") as caught:
         source[1]
     assert "testing-secret" not in str(caught.value)
