@@ -112,7 +112,7 @@ class RowSource:
             return self.rows.read(row, path)
 
         source = f"{file} {place}".strip()
-        reading = Reading(self._name, source, read, self._config.columns, self.rows.labels, not self._chat)
+        reading = Reading(self._name, source, read, self._config.columns, self.rows.labels, as_examples=not self._chat)
         try:
             return read_record(self.rows[row], reading)
         except StoreError as error:
