@@ -188,10 +188,10 @@ class Checkpoints:
             self._alias.close()
 
     def _remove_deleted(self) -> None:
-        """Removes the files of deleted checkpoints, which Orbax has renamed into DELETED.
+        """Removes the files of deleted checkpoints, which Orbax has moved to DELETED.
 
-        A process that was killed while it removed a checkpoint in its place would leave a part of it, which looks like
-        damage. The folder itself stays, for Orbax may be renaming into it in the background.
+        If a checkpoint were removed in place and the process killed meanwhile, the rest of it would look like damage.
+        The folder itself stays, because Orbax may be moving checkpoints to it in the background.
         """
         folder = self.directory / DELETED
         if not self._read_only and processes.is_first() and folder.is_dir():

@@ -44,8 +44,7 @@ def find_peers(
 
     Args:
       processes: "1": a single process, whatever the environment says; "auto": ask the cluster; any other number
-      requires
-        the other two options.
+        requires the other two options.
 
     Raises:
       UserError: for an incomplete description, or numbers that do not fit each other.

@@ -1,4 +1,4 @@
-"""Learning rates by pattern, as `train.learning_rates` gives them."""
+"""Parses the learning rates by pattern in `train.learning_rates`."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ def named_rates(entries: Iterable[str]) -> dict[str, float]:
     """Learning rates by pattern, from entries that read PATTERN=RATE.
 
     Raises:
-      UserError: for an entry of another form, a rate that is not a number > 0, or a pattern that comes twice.
+      UserError: for an entry of another form, a rate that is not a number > 0, or a pattern that appears twice.
     """
     rates: dict[str, float] = {}
     for entry in entries:
