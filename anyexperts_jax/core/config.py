@@ -71,7 +71,7 @@ class AnyExpertsConfig:
     policy: str = "importance"  # what decides a token's slots: importance, as in the paper, or an entry of POLICIES
     policy_dial: float = 1.0  # the one number that an entry of POLICIES takes; it gives at most k_max slots
 
-    router_modalities: int = NUM_MODALITIES  # M, for routers with per-modality weights
+    router_modalities: int = NUM_MODALITIES  # M, of routers with per-modality weights
     router_hidden: int = 128  # Z, the width of a hypernetwork's code (reading: hidden x rank fits the added parameters)
     router_rank: int = 16  # Q, the rank of the maps a hypernetwork generates (reading)
     router_markers: int = 4  # neurons of an expert by which the router "markers" estimates its output

@@ -35,10 +35,10 @@ class Frames:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PlacedFrames:
-    """Frames, and the positions in a batch of sequences that read the tower's output rows."""
+    """Frames, and where in a batch of sequences the rows are that the tower makes of them."""
 
     frames: Frames
-    row_BT: Int[ArrayLike, "B T"]  # the row this position reads, counted over all frames; -1: none
+    row_BT: Int[ArrayLike, "B T"]  # of all frames' rows, one after the other, the one this position reads; -1: none
     modality_BT: Int[ArrayLike, "B T"]  # core.modality.Modality
     rotary_BT3: Int[ArrayLike, "B T 3"]  # time, row and column by which the position is rotated
 
@@ -90,7 +90,7 @@ class VisionTower(nn.Module):
 
 
 class TowerBlock(nn.Module):
-    """Attention among the patches of a frame, then an MLP, each after a LayerNorm."""
+    """Attention among the patches of a frame, then an MLP, each behind a LayerNorm."""
 
     config: VisionTowerConfig
     dtype: Dtype = "float32"

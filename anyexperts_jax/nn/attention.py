@@ -33,8 +33,7 @@ def empty_cache(config: AttentionConfig, batch_size: int, length: int, dtype: Dt
 
 
 def rotate(x_BTHA: Float[Array, "B T H A"], rotation: Rotations) -> Float[Array, "B T H A"]:
-    """Rotates the pairs (i, i + half) of the leading part of the head width (RoFormer, half-split). The rest of the
-    width is unchanged."""
+    """Rotates the pairs (i, i + half) of the leading part of the head width (RoFormer, half-split); the rest passes."""
     cos, sin = (part[:, :, None, :] for part in rotation)
     half = cos.shape[-1]
     rest = x_BTHA[..., 2 * half :]

@@ -17,7 +17,7 @@ def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotat
 
 
 def rotations_in_space(config: AttentionConfig, positions_BT3: Int[Array, "B T 3"]) -> Rotations:
-    """`rotations` for positions that have a time, a row and a column, as in pictures (interleaved M-RoPE, Qwen3-VL).
+    """`rotations` where a position has a time, a row and a column, as in pictures (interleaved M-RoPE, Qwen3-VL).
 
     In each group of three waves, the second rotates by row and the third by column, until their numbers in
     `mrope_section` are used up. All other waves rotate by time. If time, row and column are equal, as for text, the
