@@ -39,7 +39,7 @@ from anyexperts_jax.train.state import TrainState
 
 SMALL_FILES_BYTES = 1 << 20  # a generous bound on a checkpoint's metadata, configuration and data state
 LEAST_PART_BYTES = 1 << 20  # smaller replicated arrays are not split for writing: each part compiles a program
-DELETED = "deleted"  # the folder beside the checkpoints into which one is renamed before its files are removed
+DELETED = "deleted"  # folder beside the checkpoints; a checkpoint is moved there before its files are removed
 SECOND_LOOK_SECONDS = 1.0  # before a file counts as damaged: a running process may be deleting the checkpoint
 
 
@@ -67,7 +67,7 @@ class Checkpoints:
         """Opens the directory. For writing, creates it and removes what a killed run left incomplete.
 
         Raises:
-          UserError: if something in it has the name of a checkpoint but is none, or if the validation loss of one is
+          UserError: if something in it has a checkpoint's name but is not one, or if the validation loss of one is
             unreadable.
         """
         self.directory = directory

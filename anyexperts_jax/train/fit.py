@@ -46,7 +46,7 @@ def require_fits(config: RunConfig, mesh: Mesh, *, trains_everything: bool = Tru
 
 
 def require_room_for_examples(spec: EncodingSpec, examples: int, option: str) -> None:
-    """Checks that this machine has memory for so many examples of `spec` at once.
+    """Checks that this machine has memory for this number of examples of `spec` at once.
 
     Raises:
       UserError: naming `option`, as in "--examples=64", and the bytes needed and available.
