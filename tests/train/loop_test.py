@@ -171,7 +171,7 @@ def test_a_directory_of_another_run_is_refused_and_kept(tmp_path, linear_model):
         train(run_config(), tmp_path / "file", progress=False)
 
 
-def test_batches_that_do_not_split_are_refused_and_bind_nothing(tmp_path, linear_model):
+def test_batches_that_do_not_split_are_refused_and_leave_nothing(tmp_path, linear_model):
     with pytest.raises(UserError, match="= 4 does not split over the mesh's 8 batch shards"):
         train(run_config(accumulation=2, steps=3), tmp_path, progress=False)
     assert not (tmp_path / "config.json").exists(), "what cannot start leaves nothing behind"
@@ -210,7 +210,7 @@ def test_a_step_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert error.value.exit_code == 3
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4]
     assert losses(tmp_path, "nonfinite").keys() == {5}
-    assert closed  # with it go its workers, which would keep the process for seconds
+    assert closed  # its workers end with it; they would keep the process alive for seconds
 
 
 def test_a_step_that_is_not_finite_is_skipped_where_asked(tmp_path, monkeypatch, capsys):
