@@ -1,4 +1,4 @@
-"""What the options of `python -m experiments.reproduce` ask for; that it makes it, end_to_end_test shows."""
+"""What the options of `python -m experiments.reproduce` ask for. end_to_end_test tests that the command makes it."""
 
 import dataclasses
 import os

@@ -132,7 +132,7 @@ def test_stages_are_trained_once_and_go_on_after_sigterm(runs, tmp_path, monkeyp
 
 
 def test_links_and_locks_without_training(tmp_path, monkeypatch):
-    """Whoever comes first makes a stage; one that was stopped is made by the next."""
+    """The first run that needs a stage trains it; if it is stopped, the next one does."""
     run = load_evolve_config("evolve_smoke")
     made = []
 

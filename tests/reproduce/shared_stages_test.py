@@ -1,4 +1,4 @@
-"""EvoMoE's experiments: what they declare, which stages their runs share, and who waits for whom."""
+"""EvoMoE's experiments: what they declare, which stages their runs share, and which runs wait for which."""
 
 import dataclasses
 import pathlib
@@ -35,7 +35,7 @@ def committed():
 
 @pytest.fixture(scope="module")
 def every(committed):
-    """By variant and seed, of all experiments."""
+    """The runs of all experiments, by variant and seed."""
     return {key: run for runs in committed.values() for key, run in runs.items()}
 
 
@@ -51,7 +51,7 @@ def test_the_committed_experiments_share_their_runs(committed):
 
 @pytest.mark.slow
 def test_their_slots_are_the_runs_whose_results_are_committed(every):
-    """By the numbers that runs had when those were made."""
+    """They are compared by the ids that runs had when the results were made."""
     made = load_kept(CONFIGS.parent / "results" / "reproduce" / "evomoe")
     for seed in SEEDS:
         assert made[every["dynamic 8.0", seed].older_id].name == "dynamic 8.0"
@@ -98,7 +98,7 @@ def test_a_stage_that_is_done_is_not_missing(every, tmp_path):
     assert len(missing_stages(every[BOTH, 0], tmp_path)) == 1, "stage II is"
 
 
-def test_a_start_is_trained_by_who_comes_first(tmp_path, monkeypatch):
+def test_a_start_is_trained_by_the_first_run_that_needs_it(tmp_path, monkeypatch):
     path, trained = tmp_path / "one.toml", []
     path.write_text('title = "x"\nbase = "smoke"\nstart = "smoke"\nseeds = [0, 1]\n[[variants]]\nname = "one"\n')
     runs = runs_of(*load_experiment(path))
@@ -165,7 +165,7 @@ def test_quick_goes_through_the_same_stages(every):
             assert max(getattr(run.evolve, stage).steps for stage in run.evolve_run.stages) <= 20
 
 
-def test_a_wrong_stage_is_told_the_valid_ones(tmp_path):
+def test_a_wrong_stage_is_refused_with_the_valid_ones(tmp_path):
     path = tmp_path / "one.toml"
     path.write_text(
         'title = "x"\nbase = "evolve_smoke"\nrecipe = "evolve_and_evaluate"\n'
