@@ -1,4 +1,4 @@
-"""Configurations as a hurried user writes them: presets with misspelt keys, and values of other types or out of range."""
+"""Configurations as a hurried user writes them: presets with misspelt keys, or with values of a wrong type or range."""
 
 import pathlib
 from typing import Any, Literal, get_args, get_origin

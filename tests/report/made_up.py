@@ -26,7 +26,7 @@ SPEC = EncodingSpec(patch_size=8)
 
 
 def routing(length: int, modality_T: np.ndarray, seed: int = 0) -> TokenRouting:
-    """The routing of a sequence: 3 to 5 real experts and a virtual one per token; importance grows along the sequence."""
+    """The routing of a sequence: 3 to 5 real experts and a virtual one per token; importance grows along it."""
     rng = np.random.default_rng(seed)
     real_LBT = rng.integers(3, 6, (LAYERS, 1, length))
     ids_LBTK = np.argsort(rng.random((LAYERS, 1, length, EXPERTS)), axis=-1)[..., :SLOTS]
