@@ -35,7 +35,7 @@ def tables_of(checkpoint: str, data: Any = None) -> dict[str, Any]:
     """
     found = open_checkpoint(checkpoint)
     model = extended_config(found.plan().config, found.path)
-    require(model.vision_tower is None, f"{checkpoint} reads pictures; only models of text are fine-tuned")
+    require(model.vision_tower is None, f"{checkpoint} reads pictures; only text models can be fine-tuned")
     named = data.get("tokenizer") if isinstance(data, Mapping) else None
     tokenizer = named if isinstance(named, str) else str(found.path)
     special = open_tokenizer(tokenizer).special

@@ -18,7 +18,7 @@ def named_rates(entries: Iterable[str]) -> dict[str, float]:
         pattern = pattern.strip()
         require(
             bool(pattern and equals),
-            f"train.learning_rates entry {shown(entry)} must read PATTERN=RATE, as **/mlp/**=1e-4",
+            f"train.learning_rates entry {shown(entry)} must read PATTERN=RATE, such as **/mlp/**=1e-4",
         )
         require(pattern not in rates, f"train.learning_rates names {pattern!r} twice")
         try:
