@@ -119,7 +119,7 @@ def test_quick_takes_fewer_seeds_and_other_steps(tmp_path):
     runs = load(tmp_path, text, quick=True)
     amounts, most = (next(iter(found.values())).evaluation for found in (runs, load(tmp_path, text)))
     assert amounts.test_examples < most.test_examples
-    assert amounts.validation_examples == most.validation_examples, "never more than without"
+    assert amounts.validation_examples == most.validation_examples, "quick never takes more examples"
     assert list(runs) == [("early", 1), ("late", 1)]
     assert {run.config.train.steps for run in runs.values()} == {4}
     assert not {run.id for run in runs.values()} & {run.id for run in load(tmp_path, text).values()}
@@ -169,7 +169,7 @@ def test_another_default_is_another_run(tmp_path, monkeypatch):
     older = before.older_id
     monkeypatch.setattr(experiment, "RunConfig", lambda: slower(RunConfig()))
     after = dataclasses.replace(before, config=slower(before.config), start=slower(before.start))
-    assert after.older_id == older, "which the ids of old did not tell apart"
+    assert after.older_id == older, "the old ids did not tell them apart"
     assert after.id != before.id
     assert config_digest(after.start) != config_digest(before.start)
 

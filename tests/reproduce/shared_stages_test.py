@@ -78,7 +78,7 @@ def test_copies_train_for_as_long_as_evolved_ones(every):
 def test_stages_are_shared_by_all_that_have_them_in_common(every, tmp_path):
     counts = Counter(stage for run in every.values() for stage in missing_stages(run, tmp_path))
     stage_one = [count for name, count in counts.items() if name.startswith("warm_up")]
-    assert sorted(stage_one) == [1] * len(SEEDS) + [36] * len(SEEDS), "evolving in stage I has one of its own"
+    assert sorted(stage_one) == [1] * len(SEEDS) + [36] * len(SEEDS), "evolving in stage I needs a stage I of its own"
     assert missing_stages(every["evolution + linear", 0], tmp_path) == missing_stages(every[BOTH, 0], tmp_path)
     assert missing_stages(every["snapshots + DTR", 0], tmp_path) != missing_stages(every[BOTH, 0], tmp_path)
     assert missing_stages(every[BOTH, 0], tmp_path).isdisjoint(missing_stages(every[BOTH, 1], tmp_path))
@@ -92,10 +92,10 @@ def test_a_stage_that_is_done_is_not_missing(every, tmp_path):
     (name,) = missing_stages(dense, tmp_path)
     checkpoints = tmp_path / STORE_NAME / name / "warm_up" / "checkpoints"
     (checkpoints / "1800").mkdir(parents=True)
-    assert missing_stages(dense, tmp_path) == {name}, "it stopped on the way"
+    assert missing_stages(dense, tmp_path) == {name}, "the stage stopped before its end"
     (checkpoints / "2000").mkdir()
     assert missing_stages(dense, tmp_path) == frozenset()
-    assert len(missing_stages(every[BOTH, 0], tmp_path)) == 1, "stage II is"
+    assert len(missing_stages(every[BOTH, 0], tmp_path)) == 1, "only stage II is missing"
 
 
 def test_a_start_is_trained_by_the_first_run_that_needs_it(tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_a_start_is_trained_by_the_first_run_that_needs_it(tmp_path, monkeypatch
     assert {name} != missing_stages(runs["one", 1], tmp_path)
     half = tmp_path / STORE_NAME / name / "checkpoints" / str(start.train.steps // 2)
     half.mkdir(parents=True)
-    assert missing_stages(runs["one", 0], tmp_path) == {name}, "it stopped on the way"
+    assert missing_stages(runs["one", 0], tmp_path) == {name}, "the start stopped before its end"
     for _ in range(2):
         assert trained_start(start, tmp_path, lambda line: None) == tmp_path / STORE_NAME / name
     assert trained == [start]

@@ -51,7 +51,7 @@ def test_a_second_command_is_refused_in_one_line_that_names_the_first(tmp_path, 
         pass
     assert "\n" not in str(error.value)
     with run_lock(tmp_path, "evaluate"):
-        assert holder.poll() is None, "what else is written has a lock of its own"
+        assert holder.poll() is None, "other files have locks of their own"
     assert [path.name for path in tmp_path.iterdir()] == [TRAIN_LOCK]
 
 
@@ -88,7 +88,7 @@ def test_a_holder_on_another_host_counts_until_it_is_silent_for_a_minute(tmp_pat
     )
     with pytest.raises(UserError, match=said), run_lock(tmp_path, "train"):
         pass
-    assert json.loads(path.read_text())["host"] == "elsewhere", "who is refused changes nothing"
+    assert json.loads(path.read_text())["host"] == "elsewhere", "a refused process changes nothing"
     os.utime(path, (time.time() - 61, time.time() - 61))
     with run_lock(tmp_path, "train"):
         assert json.loads(path.read_text())["pid"] == os.getpid()
