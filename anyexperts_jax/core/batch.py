@@ -43,7 +43,7 @@ class Batch:
     patch_item_BP: Int[ArrayLike, "B P"]  # item of the patch
     frames_BSX: Float[ArrayLike, "B S XA"]  # float32 stacked log-mel frames, rows past the sequence's own are zero
     frame_item_BS: Int[ArrayLike, "B S"]  # item of the frame
-    domain_B: Int[ArrayLike, "B"]  # index into the mixture's domain names; domain to example describe the first segment
+    domain_B: Int[ArrayLike, "B"]  # index into the mixture's domain names; this and the fields below describe segment 0
     question_B: Int[ArrayLike, "B"]  # index into the domain's question types
     level_B: Int[ArrayLike, "B"]  # difficulty, 1 to 3
     example_B: Int[ArrayLike, "B"]  # index of the example in its domain and split

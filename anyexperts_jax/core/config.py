@@ -69,7 +69,7 @@ class AnyExpertsConfig:
 
     router: str = "linear"  # what computes the logits, an entry of ROUTERS; the dtr ones are EvoMoE's
     policy: str = "importance"  # what decides a token's slots: importance, as in the paper, or an entry of POLICIES
-    policy_dial: float = 1.0  # of an entry of POLICIES: its one number; k_max is the most slots it gives
+    policy_dial: float = 1.0  # the one number that an entry of POLICIES takes; it gives at most k_max slots
 
     router_modalities: int = NUM_MODALITIES  # M, of routers with per-modality weights
     router_hidden: int = 128  # Z, the width of a hypernetwork's code (reading: hidden x rank fits the added parameters)

@@ -136,7 +136,7 @@ class _Call:
         return tuple(jax.tree.unflatten(derivative.out_tree, own) for own in (attached, out_tangents))
 
     def forward(self, leaves: Leaves) -> tuple[list[Any], "_Derivative", list[Any]]:
-        """(outputs without a derivative, the derivative, residuals that are no operands)."""
+        """(outputs without a derivative, the derivative, residuals that are not operands)."""
         fixed = leaves if self.rules.plain_backward else [jax.lax.stop_gradient(leaf) for leaf in leaves]
         out, residuals = self.rules.forward(*self.operands(fixed), *self.static)
         out_leaves, out_tree = jax.tree.flatten(out)
@@ -374,7 +374,7 @@ def _instantiate(value: Any, tangent: Any) -> Any:
 
 
 def _jvp(function: Callable[..., Any], values: Leaves, tangents: Leaves) -> list[Any]:
-    """`jax.jvp` of `function` for arguments of which some have no tangent; returns the tangents alone."""
+    """`jax.jvp` of `function` if some arguments may have no tangent; returns only the tangents."""
     moving = _moving(tangents)
 
     def of_moving(*moved: Any) -> Any:

@@ -10,7 +10,7 @@ def require_package(name: str, extra: str, who: str = "this needs") -> Any:
     """Imports a package that comes with an extra.
 
     Args:
-      who: what needs it, with the verb, for the message.
+      who: the subject and verb of the message: "reading Parquet needs".
 
     Raises:
       UserError: if it is not installed, saying how to install it.

@@ -20,7 +20,7 @@ def require_local(path: str | os.PathLike[str], what: str) -> pathlib.Path:
     address would be accepted and the files written to the wrong place.
 
     Args:
-      what: names the path in the message, as in "run directory".
+      what: the kind of path, for the message: "run directory".
 
     Raises:
       UserError: for the address of an object store or anything else with a scheme, and for a NUL character.
@@ -52,7 +52,7 @@ def read_text(path: pathlib.Path, what: str) -> str:
     """The text of a UTF-8 file, with or without a byte order mark.
 
     Args:
-      what: names the file in messages, as in "config".
+      what: the kind of file, for messages: "config".
 
     Raises:
       UserError: if it cannot be read or is not UTF-8.
@@ -85,7 +85,7 @@ def parse_json_object(text: str, name: str) -> dict[str, Any]:
     """Parses a text that must be a JSON object.
 
     Raises:
-      UserError: as `parse_json`, or if it is a number, a list or another value.
+      UserError: like `parse_json`, and also if the text is a number, a list or another value.
     """
     values = parse_json(text, name)
     require(isinstance(values, dict), f"{name}: not a JSON object")

@@ -13,5 +13,5 @@ def file_name(name: str) -> str:
 
 
 def lora_names(weight: str) -> tuple[str, str]:
-    """The names of the two factors of a weight's low-rank adapter, which stand beside it."""
+    """The names of the two factors of a weight's low-rank adapter, which are stored beside the weight."""
     return f"{weight}_lora_a", f"{weight}_lora_b"

@@ -1,7 +1,7 @@
-"""Patterns over the names of parameters (`models.paths`), as `train.trainable` and LoRA take them.
+"""Patterns over the names of parameters (`models.paths`), which `train.trainable` and LoRA take.
 
-A pattern is a path whose parts may hold `*` (any characters within a part) and be `**` (any number of parts): as in
-"**/router/**" or "decoder/dense_*/mlp/up/kernel".
+A pattern is a path. Its parts may contain `*` (any characters within a part) or be `**` (any number of parts):
+"**/router/**", "decoder/dense_*/mlp/up/kernel".
 """
 
 import difflib
@@ -19,10 +19,10 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def require_match(option: str, pattern: str, names: Iterable[str]) -> list[str]:
-    """`matching`, where there must be a match; `option` is for the message.
+    """`matching`, but requires a match; `option` is the name of the option in the message.
 
     Raises:
-      UserError: with the pattern and the names nearest to it.
+      UserError: naming the pattern that matches nothing, and the names nearest to it.
     """
     names = list(names)
     found = matching(pattern, names)

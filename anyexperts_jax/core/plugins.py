@@ -17,7 +17,7 @@ def load_plugins(modules: Iterable[str]) -> None:
         if name in sys.modules:
             continue
         dotted = all(part.isidentifier() for part in name.split("."))
-        require(dotted, f"plugin {name!r} is no module's name; give one as `import` takes it, as my_package.routers")
+        require(dotted, f"plugin {name!r} is not a module name; give a dotted name such as my_package.routers")
         sys.path.append("")  # the current directory: unlike `python -m`, an installed command does not search it
         try:
             import_users(name, f"plugin {name!r} fails")

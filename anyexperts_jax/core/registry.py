@@ -1,4 +1,4 @@
-"""`Registry`: named things of one kind for the configuration to refer to, and the place to add one's own."""
+"""`Registry`: named things of one kind that the configuration refers to, and to which users add their own."""
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -74,7 +74,7 @@ class Registry(Generic[T]):
 
 
 def _imported(module: str, what: str) -> ModuleType:
-    """Imports a module. Errors in our own are bugs and keep their traceback; those in a user's become one line."""
+    """Imports a module. An error in one of ours is a bug and keeps its traceback; one in a user's becomes one line."""
     ours = module.partition(".")[0] == __name__.partition(".")[0]
     return importlib.import_module(module) if ours else import_users(module, what)
 

@@ -31,4 +31,4 @@ SHAPES = {
     "P4": LayerShape(32768, 2048, 512, 256, 8),
 }
 HOST_SHAPES = ("S1", "S2", "S3", "S4")  # small enough for a CPU
-KERNEL_SHAPES = ("A", "B", "P")  # that kernels are compiled at and block sizes are chosen for
+KERNEL_SHAPES = ("A", "B", "P")  # shapes that kernels are compiled at and block sizes are chosen for

@@ -56,7 +56,7 @@ class Switches:
     virtual_bias_init: float = 1.0  # initial bias of the virtual logits: centres the IAR gap at w = 0.5
     virtual_output: VirtualOutput = "identity"  # what a virtual expert returns: the block's input, or zero
     normalisation: Normalisation = "all"  # of the combine weights; see routing.weights.combine_weights
-    balance_scope: BalanceScope = "batch"  # the tokens over which the balance loss counts the load
+    balance_scope: BalanceScope = "batch"  # the tokens over which the balance loss measures the load
     # Mean z^2, or (mean w - importance_target)^2; salience is an extension of ours, see routing.salience.
     importance_regulariser: str = "logit_l2"  # an entry of REGULARISERS: logit_l2, mean_target, salience
     importance_target: float = 0.5  # of the mean importance, for mean_target

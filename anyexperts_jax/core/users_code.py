@@ -1,4 +1,4 @@
-"""Code of the user's that runs inside ours: whatever it raises ends in one line that says where."""
+"""Runs a user's code inside ours: whatever it raises becomes one line that says where."""
 
 import importlib
 import os
@@ -14,12 +14,12 @@ _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 class UsersCode:
     """A context in which every exception becomes a `UserError` with the user's file and line.
 
-    A context manager sees exceptions of all kinds: code that is not ours may raise any, its own included, or call
-    `sys.exit`. Only an interrupt from the keyboard passes.
+    It is a context manager because user code may raise any exception, also of its own types, or call `sys.exit`. Only
+    an interrupt from the keyboard passes through.
 
     Args:
       what: the beginning of the message: "plugin 'my_experts' fails".
-      module: the module that runs; its package's frames are the user's wherever it is installed.
+      module: the module that runs. Frames of its package count as the user's, wherever it is installed.
     """
 
     def __init__(self, what: str, module: str) -> None:
@@ -37,7 +37,7 @@ class UsersCode:
         raise UserError(f"{self._what} at {self._where(error, trace)}: {one_line(said)}") from error
 
     def _where(self, error: BaseException, trace: TracebackType | None) -> str:
-        """FILE:LINE of the innermost frame that is the user's, or else of the innermost."""
+        """FILE:LINE of the innermost frame in the user's code, or of the innermost frame if there is none."""
         if isinstance(error, SyntaxError) and error.filename is not None:  # no frame: the file never ran
             return f"{error.filename}:{error.lineno}"
         found = ""
@@ -49,18 +49,18 @@ class UsersCode:
 
 
 def import_users(module: str, what: str) -> ModuleType:
-    """Imports a module of the user's; `what` begins the message where it fails: "plugin 'my_experts' fails".
+    """Imports a user's module; if that fails, `what` begins the message: "plugin 'my_experts' fails".
 
     Raises:
-      ModuleNotFoundError: there is no such module.
-      UserError: it raised something: its file and line, and what.
+      ModuleNotFoundError: if there is no such module.
+      UserError: if the module raised an exception; the message has its file, its line and the exception.
     """
     with UsersCode(what, module):
         try:
             return importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # the module is there, and imports another that is not
+                raise  # the module exists, but imports one that does not
             missing = error
     raise missing
 
@@ -70,7 +70,7 @@ def _message(error: BaseException) -> str:
 
 
 def _is_library(file: str) -> bool:
-    """Whether a file is of Python, of an installed package or of this one."""
+    """Whether a file belongs to Python, to an installed package or to this one."""
     paths = sysconfig.get_paths()
     folders = (_OURS, *(os.path.abspath(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
     return file.startswith("<") or os.path.abspath(file).startswith(tuple(folder + os.sep for folder in folders))

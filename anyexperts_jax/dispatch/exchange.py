@@ -50,10 +50,10 @@ def dispatch_exchange(
     """A `dispatch.base.Dispatcher` for meshes whose `expert` axis splits the experts. Stats are summed over all
     devices.
 
-    Tokens stay on their device. A row of each goes to the devices that hold its experts, through these, and back as
-    one sum. If the FFN width is split over devices, each has a partial sum, and these are added once per token. Every
-    device holds whole rows of x; weights that are split over `fsdp` are gathered first. If the axis has one device,
-    this is `blocks`: nothing is sent and nothing is dropped.
+    Tokens stay on their device. A row of each token goes to the devices that hold its experts and returns as one sum of
+    their outputs. If the FFN width is split over devices, each has a partial sum, added once per token. Every device
+    holds whole rows of x; weights that are split over `fsdp` are gathered first. If the axis has one device, this is
+    `blocks`: nothing is sent and nothing is dropped.
 
     Raises:
       UserError: without a placement, and for experts, widths, sequences or positions that the mesh or

@@ -14,7 +14,7 @@ from anyexperts_jax.core.patterns import matching, require_match
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, logical_axes, named_leaves
 
-_FACTORS = lora_names("")  # endings
+_FACTORS = lora_names("")  # the endings of the factors' names
 RANK_AXIS = "lora"
 
 
@@ -37,7 +37,7 @@ def require_adapted(model: ModelConfig) -> None:
     """Checks that each pattern of `stack.lora.patterns` matches a weight that can be adapted.
 
     Raises:
-      UserError: with the pattern, and what is near it or what it matches.
+      UserError: naming the pattern, and the parameters that it matches or that are nearest to it.
     """
     if model.stack.lora is None:
         return
@@ -58,7 +58,8 @@ def factor_axes(model: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 
 def factors(model: ModelConfig, leaves: Mapping[str, Any], weight: str) -> tuple[Array, Array]:
-    """A [*batch, X, R] and B [*batch, R, Y] of a weight's adapter: input axes and output axes are joined into one."""
+    """A [*batch, X, R] and B [*batch, R, Y] of a weight's adapter. The input axes are flattened into X, the output
+    axes into Y."""
     a_name, b_name = lora_names(weight)
     a, b = jnp.asarray(leaves[a_name]), jnp.asarray(leaves[b_name])
     batch = factor_axes(model)[b_name].index(RANK_AXIS)
@@ -67,10 +68,10 @@ def factors(model: ModelConfig, leaves: Mapping[str, Any], weight: str) -> tuple
 
 
 def added(model: ModelConfig, leaves: Mapping[str, Any], sign: int = 1) -> dict[str, Float[Array, "..."]]:
-    """The adapted weights by name, each with its adapter added (`sign=1`) or taken away (-1), in the weight's dtype.
+    """The adapted weights by name, each with its adapter added (`sign=1`) or subtracted (-1), in the weight's dtype.
 
     Args:
-      model: with `stack.lora`.
+      model: a configuration that has `stack.lora`.
       leaves: the weights and the adapters' factors by name.
     """
     lora = model.stack.lora
@@ -80,7 +81,7 @@ def added(model: ModelConfig, leaves: Mapping[str, Any], sign: int = 1) -> dict[
         weight = jnp.asarray(leaves[name])
         a, b = factors(model, leaves, name)
         product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        if product.size != weight.size:  # one pair for all experts of a layer
+        if product.size != weight.size:  # all experts of a layer share one pair
             product = jnp.broadcast_to(product[:, None], (*weight.shape[:2], *product.shape[1:]))
         delta = sign * lora.scale * product.reshape(weight.shape)
         found[name] = (weight.astype(jnp.float32) + delta).astype(weight.dtype)

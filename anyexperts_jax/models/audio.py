@@ -12,9 +12,10 @@ from anyexperts_jax.nn.rope import rotations
 
 
 class AudioEncoder(nn.Module):
-    """Linear frames; in transformer layers, where configured, the frames of one clip see one another, with RoPE.
+    """A linear map of each frame, then, if configured, transformer layers in which the frames of a clip attend to each
+    other, with RoPE.
 
-    A frame sees no other clip of its sequence, and its angle is that of its place in its own clip.
+    A frame does not see other clips of its sequence, and its rotation angle depends on its position in its own clip.
     """
 
     config: AudioConfig

@@ -14,7 +14,7 @@ from anyexperts_jax.nn.norms import RMSNorm
 
 
 class FeatureEmbedding(nn.Module):
-    """Features of a patch or a frame, one linear map to the model's width."""
+    """One linear map from the features of a patch or frame to the model's width."""
 
     config: StackConfig
 
@@ -26,7 +26,8 @@ class FeatureEmbedding(nn.Module):
 
 
 class EncoderTail(nn.Module):
-    """Optional bidirectional transformer layers, one feed-forward layer, and a norm to the scale of text embeddings."""
+    """Optional bidirectional transformer layers, one feed-forward layer, and a norm that gives the scale of text
+    embeddings."""
 
     config: StackConfig
     num_layers: int

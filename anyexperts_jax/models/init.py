@@ -19,13 +19,14 @@ from anyexperts_jax.models.multimodal import MultimodalModel
 from anyexperts_jax.models.vision_tower import Frames, PlacedFrames
 from anyexperts_jax.nn.params import NamedAxes
 
-# Parameters of at most this many elements a layer share a few draws: XLA compiles a generator for every draw.
+# Parameters with at most this many elements per layer share a few draws: XLA compiles a generator for every draw.
 _DRAW_SIZES = (2**8, 2**12, 2**16, 2**20)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: Array) -> dict[str, Any]:
-    """Initial parameters: each from the key and its own name, so no part of the configuration moves another's values.
+    """Initial parameters. Each is drawn from the key and its own name, so that a change to one part of the
+    configuration leaves the values of the other parts alone.
 
     The model itself is not run.
     """
@@ -35,7 +36,7 @@ def init_params(config: ModelConfig, key: Array) -> dict[str, Any]:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """The tree's leaves by name, as "decoder/dense_0/norm/scale", in the tree's order."""
+    """The tree's leaves by name, such as "decoder/dense_0/norm/scale", in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -47,7 +48,7 @@ def params_of_leaves(config: ModelConfig, leaves: Mapping[str, Any]) -> dict[str
 
 
 def init_leaves(config: ModelConfig, key: Array, names: tuple[str, ...]) -> dict[str, Array]:
-    """The initial values of some parameters alone, those that `init_params` gives them up to rounding."""
+    """The initial values of the named parameters only. They equal those of `init_params` up to rounding."""
     every = named_leaves(_boxed_shapes(config))
     boxes = {name: every[name] for name in names}
     normals = _standard_normals(key, {name: box for name, box in boxes.items() if _is_random(box)})
@@ -63,7 +64,8 @@ def init_leaves(config: ModelConfig, key: Array, names: tuple[str, ...]) -> dict
 
 
 def _standard_normals(key: Array, boxes: dict[str, NamedAxes]) -> dict[str, Array]:
-    """Flat [layers, elements] standard normal draws: a layer's from the key, the parameter's name and its number."""
+    """Standard normal draws, flattened to [layers, elements]. A layer's draws depend on the key, the parameter's name
+    and the layer's index."""
     groups: dict[int, list[str]] = {}
     for name, box in boxes.items():
         layers, elements = _layers_and_elements(box)
@@ -109,7 +111,7 @@ def active_parameter_count(config: ModelConfig, real_slots: float | None = None)
 
 
 def smallest_batch(config: ModelConfig) -> Batch:
-    """One sequence of one text token with one patch and one frame of room: enough to make every parameter."""
+    """One sequence of one text token, with room for one patch and one audio frame: enough to create every parameter."""
     one_BT = jnp.ones((1, 1), jnp.int32)
     patch_features = config.vision.patch_features if config.vision else 0
     frame_features = config.audio.frame_features if config.audio else 0
@@ -133,7 +135,7 @@ def smallest_frames(config: ModelConfig) -> PlacedFrames | None:
 
 @functools.lru_cache(maxsize=32)
 def _boxed_shapes(config: ModelConfig) -> dict[str, Any]:
-    # Parameters do not depend on how they are used; what is asked for may need a mesh, or another device.
+    # Parameters do not depend on the execution. The configured one may need a mesh or another device: use the default.
     config = dataclasses.replace(config, stack=dataclasses.replace(config.stack, execution=Execution()))
 
     def init(key: Array) -> Any:

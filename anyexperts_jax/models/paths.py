@@ -1,6 +1,6 @@
-"""Where a model's parameters are: their names, and which of them are of which kind.
+"""The names of a model's parameters, and the kind of parameter that each name stands for.
 
-A name is the path of `models.init.named_leaves`, as "decoder/moe_layers/moe/router/kernel". Parameters of the repeated
+A name is the path of `models.init.named_leaves`: "decoder/moe_layers/moe/router/kernel". Parameters of the repeated
 blocks are stacked over layers under "decoder/moe_layers"; leading dense blocks are "decoder/dense_0" and so on. The
 modules of `nn` and `models` choose these names; code outside them asks here.
 """
@@ -23,7 +23,7 @@ ROUTER_KERNEL = f"{MOE_LAYERS}moe/router/kernel"  # [L, D, C], of a linear route
 _KINDS: dict[Kind, re.Pattern[str]] = {
     "expert": re.compile(r"(.*/)?moe/experts/.*"),
     "router": re.compile(r"(.*/)?moe/router/.*"),
-    "importance": re.compile(r"(.*/)?importance/.*"),  # in the mixture, or in the block where it modulates the stream
+    "importance": re.compile(r"(.*/)?importance/.*"),  # in the MoE layer, or in the block if it modulates the stream
 }
 _EXPERT_WEIGHT = re.compile(rf"{MOE_LAYERS}moe/experts/w_(gate|up|down)_E[DF][DF]")
 _DENSE_BEFORE = re.compile(rf"{MOE_LAYERS}before_(\d+)/(.*)")
@@ -31,7 +31,7 @@ _MOE_BLOCK = re.compile(rf"{MOE_LAYERS}((self_attention|norm)/.*)")
 
 
 def is_a(kind: Kind, name: str) -> bool:
-    """Whether a parameter is an expert's weight [L, E, ...], a router's, or an importance network's."""
+    """Whether a parameter is of this kind: an expert's weight [L, E, ...], a router's or an importance network's."""
     return _KINDS[kind].fullmatch(name) is not None
 
 
@@ -41,12 +41,12 @@ def is_routing(name: str) -> bool:
 
 
 def leaves_of(model: ModelConfig, kind: Kind) -> Any:
-    """A tree of bools in the parameters' structure: which of them are of the kind."""
+    """A tree of bools with the parameters' structure: True for the parameters of this kind."""
     return _named_map(lambda name: is_a(kind, name), logical_axes(model))
 
 
 def any_of(kind: Kind, flags: Any) -> bool:
-    """Whether a tree of bools over parameters is True for one of the kind; None stands for True everywhere."""
+    """Whether a tree of bools over the parameters is True for any of this kind; None stands for True everywhere."""
     if flags is None:
         return True
     leaves = jax.tree_util.tree_leaves_with_path(flags)
@@ -54,12 +54,12 @@ def any_of(kind: Kind, flags: Any) -> bool:
 
 
 def is_matmul(name: str) -> bool:
-    """Whether a parameter is a dense matrix that every position goes through: no expert's, no table of embeddings."""
+    """Whether a parameter is a dense matrix that all positions go through: not an expert's, not an embedding table."""
     return name.endswith("/kernel")
 
 
 def tower_of(name: str) -> Tower:
-    """The part of the model that a parameter is in: an encoder, the stack of blocks, or what is around it ("text")."""
+    """The part of the model that a parameter is in: an encoder, the stack of blocks, or everything else ("text")."""
     top = name.partition("/")[0]
     towers: dict[str, Tower] = {
         "vision": "vision",
@@ -71,26 +71,26 @@ def tower_of(name: str) -> Tower:
 
 
 def short_name(name: str) -> str:
-    """The name as users say it: "moe/router/kernel"."""
+    """The name as users are shown it: "moe/router/kernel"."""
     return name.removeprefix(MOE_LAYERS)
 
 
 def expert_weight(name: str) -> str | None:
-    """ "gate", "up" or "down" where the parameter is that matrix of the experts."""
+    """ "gate", "up" or "down" if the parameter is that matrix of the experts, else None."""
     found = _EXPERT_WEIGHT.fullmatch(name)
     return found and found[1]
 
 
 def dense_name(layer: int, rest: str) -> str:
-    """A parameter of dense block number `layer`, as "decoder/dense_3/mlp/up/kernel"."""
+    """The name of a parameter of dense block number `layer`: "decoder/dense_3/mlp/up/kernel"."""
     return f"decoder/dense_{layer}/{rest}"
 
 
 class LayerPlace(NamedTuple):
     """Where the parameters of one layer are."""
 
-    prefix: str  # of their names, without the last slash
-    place: tuple[int, ...]  # among those stacked with it; empty: they are on their own
+    prefix: str  # what their names begin with, without the last slash
+    place: tuple[int, ...]  # index into the stacked arrays; empty: the layer's arrays are not stacked
 
 
 def layer_place(stack: StackConfig, layer: int) -> LayerPlace:
@@ -109,8 +109,9 @@ def is_moe_layer(stack: StackConfig, layer: int) -> bool:
 
 
 def dense_twins(model: ModelConfig, name: str) -> list[str]:
-    """The parameters of the same model without experts that stand where this one does, one for each layer stacked in
-    it; empty for what the dense model has not. An expert's matrix stands where the dense block's does."""
+    """The names of the parameters that correspond to this one in the same model without experts, one for each layer
+    stacked in it. An expert's matrix corresponds to the dense block's. Empty if the dense model has no such parameter.
+    """
     stack = model.stack
     first_of_group = [stack.num_dense_layers + group * stack.moe_every for group in range(stack.num_moe_layers)]
     last = stack.moe_every - 1
@@ -124,11 +125,11 @@ def dense_twins(model: ModelConfig, name: str) -> list[str]:
 
 
 def moe_probe(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the collection "probe" holds of the mixtures, stacked over layers: "logits_BTC", "output_BTD" and so on."""
+    """The arrays that the MoE layers put into the collection "probe", stacked over layers: "logits_BTC" and so on."""
     return variables["probe"]["decoder"]["moe_layers"]["moe"]
 
 
 def _named_map(function: Callable[[str], Any], tree: Any) -> Any:
-    """`function` of each leaf's name in its place; tuples are leaves."""
+    """The tree with each leaf replaced by `function` of its name; tuples are leaves."""
     name = lambda path, _: function(jax.tree_util.keystr(path, simple=True, separator="/"))  # noqa: E731
     return jax.tree_util.tree_map_with_path(name, tree, is_leaf=lambda node: isinstance(node, tuple))

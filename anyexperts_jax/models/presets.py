@@ -1,4 +1,4 @@
-"""Named models, and the static top-k twin of any."""
+"""Named models, and the dense and static top-k twins of any model."""
 
 import dataclasses
 from collections.abc import Callable
@@ -48,8 +48,8 @@ def _small() -> ModelConfig:
 def _ling_mini_2() -> ModelConfig:
     """The paper's base, Ling-mini-2.0 (16B), with AnyExperts' window of 8 to 12 slots and 64 virtual experts.
 
-    The language model is Ling-mini-2.0's, but that sequences are padded and ended by the ids of the tokenizer here. Of
-    the modality encoders the public text tells nothing: these are linear patches and frames.
+    The language model is Ling-mini-2.0's, except that padding and the end of a sequence have the ids of the tokenizer
+    here. The paper does not describe the modality encoders; these map patches and frames linearly.
     """
     return ModelConfig(
         vocab_size=157_184,
@@ -79,7 +79,7 @@ def _ling_mini_2() -> ModelConfig:
 
 
 def _tiny_dense() -> ModelConfig:
-    """`tiny` with four dense layers and no experts: what EvoMoE's experts evolve from."""
+    """`tiny` with four dense layers and no experts: the model from which EvoMoE's experts evolve."""
     tiny = _tiny()
     return dense_twin(dataclasses.replace(tiny, stack=dataclasses.replace(tiny.stack, num_layers=4)))
 
@@ -93,7 +93,7 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 
 
 def model_preset(name: str) -> ModelConfig:
-    """The model of that name.
+    """The model preset of that name.
 
     Raises:
       UserError: for an unknown name.
@@ -103,7 +103,7 @@ def model_preset(name: str) -> ModelConfig:
 
 
 def dense_twin(config: ModelConfig) -> ModelConfig:
-    """The same model with a dense FFN of `d_ff` in every layer, no router and no expert."""
+    """The same model with a dense FFN of width `d_ff` in every layer, without routers and experts."""
     stack = dataclasses.replace(
         config.stack, num_dense_layers=config.stack.num_layers, moe_every=1, num_shared_experts=0, scan_unroll=1
     )
@@ -113,10 +113,10 @@ def dense_twin(config: ModelConfig) -> ModelConfig:
 def static_twin(config: ModelConfig, k: int) -> ModelConfig:
     """The same model with static top-k routing: k real experts for every token, no virtual ones, no importance.
 
-    Its parameters differ by the router's virtual columns and the importance network alone.
+    It lacks the router's virtual columns and the importance network; all other parameters have the same shapes.
 
     Raises:
-      UserError: when k does not fit the number of experts in reach.
+      UserError: if k is below 1 or exceeds the number of experts in reach.
     """
     moe = config.moe.with_switches(slot_rounding="round", slot_gradient="none", hsm_site="off", iar="off")
     moe = dataclasses.replace(moe, num_virtual=0, k_min=k, k_max=k, rho_max=0.0, importance_weight=0.0)

@@ -13,16 +13,16 @@ from anyexperts_jax.core.errors import require
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. In the order of the fields: the penalty first, then the temperature and so on.
+    """How the next token is chosen. The fields apply in order: first the penalty, then the temperature and so on.
 
     Raises:
       UserError: naming the value and the rule it breaks.
     """
 
     repetition_penalty: float = 1.0  # logits of tokens seen before are divided by it, or multiplied where negative
-    temperature: float = 0.0  # logits are divided by it; 0: the most likely token, and what follows has no effect
+    temperature: float = 0.0  # logits are divided by it; 0: the most likely token, and the fields below have no effect
     top_k: int = 0  # keep the k most likely tokens; 0: all
-    top_p: float = 1.0  # keep the most likely tokens whose probabilities sum to p, the one that reaches it included
+    top_p: float = 1.0  # keep the fewest most likely tokens whose probabilities sum to at least p
     min_p: float = 0.0  # keep tokens at least min_p times as likely as the most likely one
 
     def __post_init__(self) -> None:
@@ -40,10 +40,10 @@ GREEDY = Sampling()
 def next_tokens(
     sampling: Sampling, logits_BY: Float[Array, "B Y"], seen_BY: Bool[Array, "B Y"], key: Array, step: Int[Array, ""]
 ) -> Int[Array, "B"]:
-    """The next token of every row. A row's draws depend on the key, the step and the row's number alone.
+    """The next token of every row. A row's draws depend only on the key, the step and the row's index.
 
     Args:
-      seen_BY: the tokens that the row holds already, for the penalty.
+      seen_BY: True for the tokens that the row already has, for the penalty.
     """
     logits_BY = penalised(sampling, logits_BY.astype(jnp.float32), seen_BY)
     if sampling.temperature == 0:
@@ -63,7 +63,7 @@ def penalised(sampling: Sampling, logits_BY: Float[Array, "B Y"], seen_BY: Bool[
 
 
 def truncated(sampling: Sampling, logits_BY: Float[Array, "B Y"]) -> Float[Array, "B Y"]:
-    """Logits with -inf where top-k, top-p or min-p leaves a token out; the most likely one always stays."""
+    """Logits with -inf for tokens that top-k, top-p or min-p excludes; the most likely token always stays."""
     if 0 < sampling.top_k < logits_BY.shape[-1]:
         least_B1 = jax.lax.top_k(logits_BY, sampling.top_k)[0][:, -1:]
         logits_BY = jnp.where(logits_BY < least_B1, -jnp.inf, logits_BY)
@@ -89,9 +89,9 @@ def _with_min_p(logits_BY: Float[Array, "B Y"], min_p: float | Float[Array, "B 1
 
 
 class RowSampling(NamedTuple):
-    """How the next token of each row is chosen, where rows belong to different requests: `Sampling`'s fields by row.
+    """How the next token of each row is chosen if rows belong to different requests: the fields of `Sampling`, by row.
 
-    A row draws from its own seed and its number of tokens so far, as the one row of a batch with that seed would.
+    A row's draws depend on its own seed and its number of tokens so far, as if it were alone in a batch with that seed.
     """
 
     temperature_B: Float[Array, "B"]

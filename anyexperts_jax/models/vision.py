@@ -17,19 +17,19 @@ from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.sharding.placement import Placement
 
 SHORTEST_WAVE, LONGEST_WAVE = 4.0, 256.0  # patches: neighbours differ clearly, and no grid in sight wraps around
-_STD = 0.5  # of what place and time each add to a patch at initialisation
+_STD = 0.5  # standard deviation, at initialisation, of what place and time each add to a patch
 
 
 class VisionEncoder(nn.Module):
-    """Linear patches, plus learned embeddings of the place on the frame and of the frame's time.
+    """A linear map of each patch, plus learned embeddings of its place on the frame and of the frame's time.
 
-    Transformer layers, where configured, let a patch see the patches of its own frame: no other frame, so that a later
-    one never changes an earlier one, and no other picture or video of its sequence.
+    In the transformer layers, if configured, a patch attends to the patches of its own frame only. So a later frame
+    never changes an earlier one, and the pictures and videos of a sequence do not see each other.
     """
 
     config: VisionConfig
     stack: StackConfig
-    placement: Placement | None = None  # of the arrays; None: on one device
+    placement: Placement | None = None  # where the arrays lie; None: on one device
 
     @nn.compact
     def __call__(self, patches: MediaBatch) -> Float[Array, "B P D"]:
@@ -37,7 +37,7 @@ class VisionEncoder(nn.Module):
         types: dict[str, Any] = {"dtype": stack.dtype, "param_dtype": stack.param_dtype}
         where: dict[str, Any] = {"placement": self.placement, "id_axes": ("batch",)}
         waves_BPX = place_waves(patches.grid_row_BR, patches.grid_column_BR, config.place_frequencies)
-        # The squares of a sine and a cosine add up to one, so half the features' number is the sum of their squares.
+        # sin^2 + cos^2 = 1, so the squares of the features sum to half their number. Hence the factor sqrt(2).
         place = Linear((stack.d_model,), ("features", "embed"), scale=_STD * math.sqrt(2), name="place", **types)
         time = Embedding(config.max_frames, stack.d_model, std=_STD, name="time", **types, **where)
         x_BPD = FeatureEmbedding(stack, name="patch")(patches.features_BRX)
@@ -49,9 +49,9 @@ class VisionEncoder(nn.Module):
 def place_waves(
     row_BP: Int[Array, "B P"], column_BP: Int[Array, "B P"], frequencies: int
 ) -> Float[Array, "B P four_frequencies"]:
-    """Sines and cosines of a patch's row, then of its column, float32: an address on a grid of any size.
+    """Sines and cosines of a patch's row, then of its column, in float32: its place on a grid of any size.
 
-    The waves are from `SHORTEST_WAVE` to `LONGEST_WAVE` patches long, in geometric steps.
+    The wavelengths form a geometric sequence from `SHORTEST_WAVE` to `LONGEST_WAVE` patches.
     """
     exponents = jnp.arange(frequencies, dtype=jnp.float32) / max(frequencies - 1, 1)
     per_patch = 2 * jnp.pi / SHORTEST_WAVE * (SHORTEST_WAVE / LONGEST_WAVE) ** exponents

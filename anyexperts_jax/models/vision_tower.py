@@ -25,7 +25,7 @@ from anyexperts_jax.sharding.placement import Placement
 class Frames:
     """Pictures, and pairs of frames of videos, each padded to P patches.
 
-    The patches of a merged square follow one another, row by row inside it, and the squares do so on the grid.
+    Patches are ordered by merged square: the squares go row by row over the grid, and so do the patches in each square.
     """
 
     patches_FPX: Float[ArrayLike, "F P X"]  # normalised pixels; rows past the frame's own are zero
@@ -46,20 +46,21 @@ class PlacedFrames:
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TowerOutput:
-    """R rows a frame, of the decoder's width."""
+    """R rows per frame, of the decoder's width."""
 
     rows_FRD: Float[Array, "F R D"]
-    deep_JFRD: Float[Array, "J F R D"]  # what is added after the decoder's first J layers
+    deep_JFRD: Float[Array, "J F R D"]  # added to the stream, one after each of the decoder's first J layers
 
 
 class VisionTower(nn.Module):
-    """Linear patches with learned positions, transformer blocks with positions by row and column, and mergers."""
+    """A linear map of patches with learned positions, transformer blocks with rotary positions by row and column, and
+    mergers."""
 
     config: VisionTowerConfig
     out_width: int  # D of the decoder
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
-    placement: Placement | None = None  # of the arrays; None: on one device
+    placement: Placement | None = None  # where the arrays lie; None: on one device
 
     @nn.compact
     def __call__(self, frames: Frames) -> TowerOutput:
@@ -118,11 +119,11 @@ class TowerBlock(nn.Module):
 
 
 class Merger(nn.Module):
-    """A square of merged patches to one row of the decoder's width."""
+    """Maps each square of merge x merge patches to one row of the decoder's width."""
 
     config: VisionTowerConfig
     out_width: int
-    norm_after: bool = False  # whether the norm is over the whole square, in place of each patch
+    norm_after: bool = False  # whether the norm is over the whole square instead of each patch
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
 
@@ -140,7 +141,7 @@ class Merger(nn.Module):
 def places_on_grid(
     place_FP: Int[Array, "#F P"], grid_F2: Int[Array, "F 2"], merge: int
 ) -> tuple[Int[Array, "F P"], Int[Array, "F P"]]:
-    """(row, column) on the grid of the patch at each place of the order that `Frames` tells."""
+    """(row, column) on the grid of each patch, which is given by its place in the order described in `Frames`."""
     inside_FP, square_FP = place_FP % merge**2, place_FP // merge**2
     squares_F1 = jnp.maximum(grid_F2[:, 1:] // merge, 1)
     row_FP = square_FP // squares_F1 * merge + inside_FP // merge
@@ -150,7 +151,7 @@ def places_on_grid(
 def _stretched(
     table: Embedding, row_FP: Int[Array, "F P"], column_FP: Int[Array, "F P"], grid_F2: Int[Array, "F 2"], side: int
 ) -> Float[Array, "F P D"]:
-    """The learned grid, stretched corner to corner over each frame's own, bilinear, float32."""
+    """The learned grid of positions, interpolated bilinearly to each frame's grid, corner to corner, in float32."""
     sums = []
     for place_FP, axis in ((row_FP, 0), (column_FP, 1)):
         last_F1 = jnp.maximum(grid_F2[:, axis, None] - 1, 1).astype(jnp.float32)

@@ -42,7 +42,7 @@ class BlockContext:
 def add_deep(
     x_BTD: Float[Array, "B T D"], deep_JBTD: Float[Array, "J B T D"] | None, layer: int | Int[Array, ""]
 ) -> Float[Array, "B T D"]:
-    """The stream after layer number `layer`, with what is added there (DeepStack, arXiv 2406.04334)."""
+    """The stream after layer number `layer`, plus that layer's entry of `deep_JBTD` (DeepStack, arXiv 2406.04334)."""
     if deep_JBTD is None or not deep_JBTD.shape[0]:
         return x_BTD
     count = deep_JBTD.shape[0]
@@ -126,7 +126,7 @@ def dense_blocks(
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoEBlockCache:
-    """The cache of a MoE block and, stacked, of the dense blocks before it. For all MoE blocks it is stacked again."""
+    """The caches of a MoE block and, stacked, of the dense blocks before it. The scan stacks these over MoE blocks."""
 
     before: KVCache
     moe: KVCache
@@ -136,7 +136,7 @@ class MoEBlock(nn.Module):
     """`moe_every` - 1 dense blocks, then attention and the experts.
 
     With `hsm_site="residual"`, h' = h + alpha w h replaces the residual stream before the experts. `first` is the
-    number of the first of these blocks among all layers; it matters where something is added after some (`deep_JBTD`).
+    index of the first of these blocks among all layers; it matters only if `deep_JBTD` is added after some layers.
     """
 
     config: StackConfig

@@ -20,13 +20,13 @@ class RopeScaling:
       UserError: naming the value and the rule it breaks.
     """
 
-    kind: Literal["linear", "llama3", "yarn"] = "linear"  # whose rule says which wavelengths are stretched
+    kind: Literal["linear", "llama3", "yarn"] = "linear"  # the rule that decides which wavelengths are stretched
     factor: float = 1.0  # by which stretched wavelengths grow
-    original_length: int = 8192  # positions of the sequences before, for llama3 and yarn
-    low_rotations: float = 1.0  # waves that turn fewer times than this in original_length are stretched in full
-    high_rotations: float = 4.0  # waves that turn more often are left as they are (yarn: 32); between, by degrees
+    original_length: int = 8192  # longest sequence before the stretching, in positions; llama3 and yarn
+    low_rotations: float = 1.0  # waves that turn fewer times in original_length are stretched by the full factor
+    high_rotations: float = 4.0  # waves that turn more often are not stretched (yarn: 32); in between, partly
     whole_bounds: bool = True  # yarn: the two bounds are rounded outwards to whole waves
-    attention_factor: float = 1.0  # on the cosines and sines (yarn)
+    attention_factor: float = 1.0  # multiplies the cosines and sines (yarn)
 
     def __post_init__(self) -> None:
         check_field_types(self, "attention.rope_scaling.")
@@ -57,9 +57,9 @@ class AttentionConfig:
     rope_theta: float = 10_000.0  # base of the rotary wavelengths
     rope_fraction: float = 1.0  # leading fraction of a head's width that is rotated
     rope_scaling: RopeScaling | None = None  # stretches the wavelengths for longer sequences; None: as they are
-    mrope_section: tuple[int, ...] | None = None  # waves that turn by time, row, column, interleaved; None: by position
+    mrope_section: tuple[int, ...] | None = None  # waves rotated by time, row, column, interleaved; None: by position
     qk_norm: bool = False  # RMSNorm of queries and keys, before they are rotated
-    qk_norm_over: Literal["head", "width"] = "head"  # what that norm's mean is over: each head, or all heads at once
+    qk_norm_over: Literal["head", "width"] = "head"  # the norm's mean is over each head, or over all heads together
     qkv_bias: bool = False  # whether the maps to queries, keys and values have a bias
     out_bias: bool = False  # whether the map from the heads back to the stream has a bias
     clip_qkv: float | None = None  # queries, keys and values are clipped to [-clip_qkv, clip_qkv]; None: never
@@ -94,7 +94,7 @@ class AttentionConfig:
 class LoraConfig:
     """Low-rank adapters: a weight W of the patterns becomes W + (alpha / rank) A B, where B starts at 0.
 
-    They fit the maps of attention, of dense FFNs and of shared experts, and the stacked matrices of the experts.
+    Adapters fit the linear maps of attention, dense FFNs and shared experts, and the stacked matrices of the experts.
 
     Raises:
       UserError: naming the value and the rule it breaks.
@@ -102,7 +102,7 @@ class LoraConfig:
 
     rank: int = 8  # R, columns of A and rows of B
     alpha: float = 16.0  # the product A B is multiplied by alpha / rank
-    patterns: tuple[str, ...] = ("**/attention/*/kernel",)  # over the names of the weights that are adapted
+    patterns: tuple[str, ...] = ("**/attention/*/kernel",)  # which weights are adapted, by name
     experts: Literal["own", "shared"] = "own"  # own: an A and a B for each expert; shared: one pair for all of a layer
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ class Linear(nn.Module):
     param_dtype: Dtype = "float32"
     out_dtype: Dtype | None = None  # None: dtype
     precision: jax.lax.Precision | None = None
-    lora: LoraConfig | None = None  # of a map that may be adapted
+    lora: LoraConfig | None = None  # gives the map an adapter if a pattern matches; None: never
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:

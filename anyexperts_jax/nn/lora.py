@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): the one hook through which a weight gets its own.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) and the one function through which modules get them.
 
 A module that contracts with a weight asks `low_rank` for the adapter of that weight by name. There is one if a pattern
 of `LoraConfig` matches the weight's path; its parameters stand beside the weight as "NAME_lora_a" and "NAME_lora_b".
@@ -18,7 +18,8 @@ from anyexperts_jax.nn.params import AxisNames, named
 
 
 class WeightAxes(NamedTuple):
-    """A weight's shape and logical axes: `num_batch` axes of a matrix each, then `num_in` of inputs, then outputs."""
+    """A weight's shape and logical axes: `num_batch` batch axes (one matrix per entry), `num_in` input axes, then
+    output axes."""
 
     shape: tuple[int, ...]
     axes: AxisNames
@@ -63,9 +64,9 @@ def low_rank(module: nn.Module, config: LoraConfig | None, name: str, weight: We
 
 
 def adapted(weight_EXY: Float[Array, "E X Y"], adapter: LowRank | None) -> Float[Array, "E X Y"]:
-    """The experts' weights with their adapters added, in float32; any implementation of the experts takes the sum."""
+    """The experts' weights with their adapters added, in float32. Any implementation of the experts can use the sum."""
     if adapter is None:
         return weight_EXY
-    product = jnp.matmul(adapter.a, adapter.b)  # [E, X, Y], or [X, Y] of all experts
+    product = jnp.matmul(adapter.a, adapter.b)  # [E, X, Y], or [X, Y] shared by all experts
     delta_EXY = adapter.scale * (product if product.ndim == weight_EXY.ndim else product[None])
     return weight_EXY.astype(jnp.float32) + delta_EXY

@@ -1,4 +1,4 @@
-"""Dense feed-forward networks: SwiGLU, of dense layers and shared experts, and GELU, of vision towers."""
+"""Dense feed-forward networks: SwiGLU for dense layers and shared experts, GELU for vision towers."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """down(gelu(up(x))) with biases; GELU in float32, exact or by its usual approximation with tanh."""
+    """down(gelu(up(x))) with biases. GELU is computed in float32, exactly or by the usual tanh approximation."""
 
     d_ff: int
     d_out: int

@@ -78,12 +78,12 @@ def _checked(config: AnyExpertsConfig, context: Any, fields: dict[str, Any], sha
 
 
 def _dtype_name(dtype: Any) -> str:
-    """The name of a dtype, given as a name or, as is usual in Flax, as `jnp.bfloat16`."""
+    """The name of a dtype, which is given as a name or, as is usual in Flax, as `jnp.bfloat16`."""
     return dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
 
 
 def _of_tokens(window: Any) -> Window | None:
-    """One window, or [B T, 2] where each token of [B, T] has its own."""
+    """The window of all tokens, or their own windows flattened from [B, T, 2] to [B T, 2]."""
     of_tokens: Window | None = window.reshape(-1, 2) if getattr(window, "ndim", 1) == 3 else window
     return of_tokens
 
@@ -143,7 +143,7 @@ class MoE(nn.Module):
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
     placement: Placement | None = None  # the mesh that the arrays lie on; None: one device
-    lora: LoraConfig | None = None  # of the experts, shared ones among them
+    lora: LoraConfig | None = None  # adapters of the experts, including shared ones
 
     @nn.compact
     def __call__(

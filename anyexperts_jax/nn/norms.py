@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, and that by mean and variance."""
+"""Root-mean-square normalisation (RMSNorm) and normalisation by mean and variance (LayerNorm)."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""Rotary positions: the frequencies of the waves, and how they are stretched for sequences longer than trained on."""
+"""Rotary positions: the frequencies of the waves, and how they are stretched for sequences longer than in training."""
 
 import math
 
@@ -19,8 +19,9 @@ def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotat
 def rotations_in_space(config: AttentionConfig, positions_BT3: Int[Array, "B T 3"]) -> Rotations:
     """`rotations` where a position has a time, a row and a column, as in pictures (interleaved M-RoPE, Qwen3-VL).
 
-    Of the waves in threes, the second turns by the row and the third by the column, as long as `mrope_section` says;
-    the others turn by time. Where the three are one number, as in text, this is `rotations`.
+    In each group of three waves, the second rotates by row and the third by column, until their numbers in
+    `mrope_section` are used up. All other waves rotate by time. If time, row and column are equal, as for text, the
+    result is that of `rotations`.
     """
     assert config.mrope_section is not None
     axis_of_wave = np.zeros(config.rotary_dim // 2, np.int32)
@@ -33,7 +34,7 @@ def rotations_in_space(config: AttentionConfig, positions_BT3: Int[Array, "B T 3
 def rotations_on_grid(
     row_FP: Int[Array, "F P"], column_FP: Int[Array, "F P"], head_dim: int, theta: float
 ) -> Rotations:
-    """Rotations by the row in the first half of the waves and by the column in the second, for a whole head."""
+    """Rotations of the whole head width: by row in the first half of the waves and by column in the second."""
     quarter = head_dim // 4
     waves = theta ** (-jnp.arange(quarter, dtype=jnp.float32) / quarter)
     angles = [place_FP[:, :, None].astype(jnp.float32) * waves[None, None] for place_FP in (row_FP, column_FP)]
@@ -49,7 +50,7 @@ def _turned(config: AttentionConfig, angles: Float[Array, "B T half"]) -> Rotati
 
 
 def frequencies(config: AttentionConfig) -> Float[Array, " half"]:
-    """Radians a position of each wave, float32, the fastest first."""
+    """Radians per position for each wave, in float32, fastest first."""
     half = config.rotary_dim // 2
     plain = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     scaling = config.rope_scaling
@@ -62,13 +63,13 @@ def frequencies(config: AttentionConfig) -> Float[Array, " half"]:
 
 
 def _by_rotations(scaling: RopeScaling, plain: Float[Array, " half"]) -> Float[Array, " half"]:
-    """How far each wave stays as it is, 0 to 1, linear in how often it turns in the original length (Llama 3.1)."""
+    """The share, 0 to 1, of each wave's plain frequency: linear in its turns over the original length (Llama 3.1)."""
     turns = scaling.original_length * plain / (2 * math.pi)
     return jnp.clip((turns - scaling.low_rotations) / (scaling.high_rotations - scaling.low_rotations), 0, 1)
 
 
 def _by_wave(config: AttentionConfig, scaling: RopeScaling) -> Float[Array, " half"]:
-    """The same, linear in the number of the wave (YaRN, arXiv 2309.00071)."""
+    """The same, but linear in the wave's index (YaRN, arXiv 2309.00071)."""
     dim = config.rotary_dim
 
     def wave_of(rotations: float) -> float:
@@ -79,5 +80,5 @@ def _by_wave(config: AttentionConfig, scaling: RopeScaling) -> Float[Array, " ha
     if scaling.whole_bounds:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
-    width = last - first if last != first else 0.001  # as the published code has it: one wave is the bound
+    width = last - first if last != first else 0.001  # the two bounds coincide; the published code does the same
     return 1 - jnp.clip((jnp.arange(dim // 2, dtype=jnp.float32) - first) / width, 0, 1)

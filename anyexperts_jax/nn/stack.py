@@ -78,7 +78,7 @@ class Stack(nn.Module):
         return x_BTD, trace, None if dense_cache is None else StackCache(dense_cache, blocks)
 
     def _first_of_blocks(self) -> Int[Array, "L"]:
-        """The number of each scanned block's first layer among all layers."""
+        """The index of each scanned block's first layer among all layers."""
         config = self.config
         return config.num_dense_layers + config.moe_every * jnp.arange(config.num_moe_layers, dtype=jnp.int32)
 

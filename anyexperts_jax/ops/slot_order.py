@@ -8,8 +8,8 @@ from jaxtyping import Array, Bool, Int
 class SlotOrder(NamedTuple):
     """The slots n * K + k sorted by expert; slots without a real expert come last.
 
-    Where it is known that few slots are real, `slots_R` may end after fewer than N * K places: it has all real slots.
-    Time and memory of the expert ops follow its length. Then empty slots may have places beyond its end.
+    If few slots are known to be real, `slots_R` may end early, as long as it has all real slots: the time and memory of
+    the expert ops depend on its length. Empty slots may then have places beyond its end.
     """
 
     slots_R: Int[Array, "R"]  # the slot at each place of the order, R <= N * K

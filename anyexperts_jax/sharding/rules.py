@@ -1,4 +1,4 @@
-"""The rules from logical axes to mesh axes. They are strict: every logical axis has one."""
+"""The rules from logical axes to mesh axes. They are strict: every logical axis must have a rule."""
 
 import dataclasses
 from collections.abc import Sequence

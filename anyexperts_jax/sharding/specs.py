@@ -86,7 +86,7 @@ def shard_batch(mesh: Mesh, batch: Batch, batch_size: int | None = None, rules: 
     """Puts a batch onto the mesh.
 
     Args:
-      batch_size: the size of the global batch, of which `batch` holds the rows `batch_rows`; None: `batch` is global.
+      batch_size: the size of the global batch, if `batch` has only its rows `batch_rows`; None: `batch` is global.
     """
     shardings = batch_shardings(mesh, rules)
     if batch_size is None or len(mesh.local_devices) == mesh.size:

@@ -25,11 +25,11 @@ def first_state(
     """The state that a run without a checkpoint starts from.
 
     Args:
-      waiting: opened around what another process may hold up, with what is waited for.
-      note: called with a line about what was taken over from elsewhere.
+      waiting: makes the context for anything that another process may hold up, from a description of it.
+      note: called with a line about the parameters that were taken from another run or a checkpoint.
 
     Raises:
-      UserError: if what `train.start_from` names cannot be read, or is of another model.
+      UserError: if the run or checkpoint in `train.start_from` cannot be read, or has another model.
     """
     model, key, start = config.model, jax.random.key(config.seed), config.train.start_from
     if recipe.start is not None:

@@ -39,7 +39,7 @@ from anyexperts_jax.train.state import TrainState
 
 SMALL_FILES_BYTES = 1 << 20  # a generous bound on a checkpoint's metadata, configuration and data state
 LEAST_PART_BYTES = 1 << 20  # smaller replicated arrays are not split for writing: each part compiles a program
-DELETED = "deleted"  # the folder beside the checkpoints into which one is renamed before its files are removed
+DELETED = "deleted"  # folder beside the checkpoints; a checkpoint is moved there before its files are removed
 SECOND_LOOK_SECONDS = 1.0  # before a file counts as damaged: a running process may be deleting the checkpoint
 
 
@@ -67,7 +67,7 @@ class Checkpoints:
         """Opens the directory. For writing, creates it and removes what a killed run left incomplete.
 
         Raises:
-          UserError: if something in it has the name of a checkpoint but is none, or if the validation loss of one is
+          UserError: if something in it has a checkpoint's name but is not one, or if the validation loss of one is
             unreadable.
         """
         self.directory = directory
@@ -188,10 +188,10 @@ class Checkpoints:
             self._alias.close()
 
     def _remove_deleted(self) -> None:
-        """Removes the files of deleted checkpoints, which Orbax has renamed into DELETED.
+        """Removes the files of deleted checkpoints, which Orbax has moved to DELETED.
 
-        A process that was killed while it removed a checkpoint in its place would leave a part of it, which looks like
-        damage. The folder itself stays, for Orbax may be renaming into it in the background.
+        If a checkpoint were removed in place and the process killed meanwhile, the rest of it would look like damage.
+        The folder itself stays, because Orbax may be moving checkpoints to it in the background.
         """
         folder = self.directory / DELETED
         if not self._read_only and processes.is_first() and folder.is_dir():

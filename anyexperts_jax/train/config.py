@@ -48,11 +48,11 @@ class TrainConfig:
     keep_last: int = 2  # number of latest checkpoints kept, in addition to the one with the lowest validation loss
     on_nonfinite: OnNonfinite = "stop"  # stop: end the run; skip: discard the step's update and count it
     start_from: str | None = None  # a run or a published checkpoint to take the initial parameters from
-    trainable: tuple[str, ...] = ("**",)  # patterns over parameter names, as **/router/**; the rest is frozen
-    learning_rates: tuple[str, ...] = ()  # "PATTERN=RATE": a peak in place of optim.lr's; the last that matches counts
+    trainable: tuple[str, ...] = ("**",)  # patterns over parameter names: **/router/**; the rest is frozen
+    learning_rates: tuple[str, ...] = ()  # "PATTERN=RATE": a peak rate in place of optim.lr; the last match counts
 
-    budgets: tuple[float, ...] = ()  # real experts per token, of which each step draws one; empty: the model's window
-    distillation: float = 0.0  # share of the loss that is learned from the run's initial model at its own window
+    budgets: tuple[float, ...] = ()  # in real experts per token; each step draws one; empty: the model's window
+    distillation: float = 0.0  # share of the loss that compares with the run's initial model at its own window
 
     def __post_init__(self) -> None:
         check_field_types(self, "train.")

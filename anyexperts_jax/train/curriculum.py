@@ -18,8 +18,8 @@ def budget_windows(model: ModelConfig, budgets: Sequence[float]) -> tuple[Window
     """The window of slots of each budget, in order.
 
     Raises:
-      UserError: for a budget out of reach, one above the model's own window, or a fraction where no importance decides
-        who gets the larger number.
+      UserError: for a budget out of reach or above the model's own window, and for a fractional budget if the model has
+        no importance that decides which tokens get more experts.
     """
     return tuple(_window(model, budget) for budget in budgets)
 
@@ -46,7 +46,7 @@ def _window(model: ModelConfig, budget: float) -> Window:
 def draw_budget(
     budgets: Sequence[float], windows: Sequence[Window], seed: int, step: Int[Array, ""] | int
 ) -> tuple[Float[Array, ""], Float[Array, "2"]]:
-    """The budget of a step and its window, by seed and step alone: a resumed run draws the same ones."""
+    """The budget of a step and its window. They depend only on seed and step, so a resumed run draws the same ones."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _STREAM), step)
     index = jax.random.randint(key, (), 0, len(budgets))
     return jnp.asarray(budgets, jnp.float32)[index], jnp.asarray(windows, jnp.float32)[index]

@@ -1,8 +1,8 @@
 """Self-distillation to a budget: the model at a drawn budget learns from itself as it was when the run began.
 
-The teacher is the run's initial parameters at the configuration's own window of slots. Frozen parameters are shared
-with the model; of those that train, the optimiser's state keeps a copy, so that checkpoints hold it and a mesh splits
-it like any other state.
+The teacher has the run's initial parameters and the configuration's own window of slots. It shares frozen parameters
+with the model. The optimiser's state keeps a copy of the others, so that checkpoints include it and a mesh splits it
+like any other state.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class TaughtState(NamedTuple):
 def keep_teacher(
     optimizer: optax.GradientTransformationExtraArgs, trainable: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimiser with a state of `TaughtState`; it updates what `optimizer` updates."""
+    """`optimizer` with a `TaughtState` as its state; the updates are the same."""
 
     def init(params: Any) -> TaughtState:
         return TaughtState(optimizer.init(params), select(params, trainable))
@@ -38,7 +38,7 @@ def keep_teacher(
 
 
 def teacher_params(state: TaughtState, params: Any) -> Any:
-    """All parameters of the teacher, through which no gradient flows."""
+    """All parameters of the teacher. No gradient flows through them."""
     return jax.lax.stop_gradient(overlay(state.teacher, params))
 
 

@@ -28,7 +28,7 @@ def require_fits(config: RunConfig, mesh: Mesh, *, trains_everything: bool = Tru
     """Checks that a run's arrays split over the mesh and fit into memory.
 
     Args:
-      trains_everything: False: a recipe says what is trained, and nothing is assumed of gradients and optimiser state.
+      trains_everything: False if a recipe decides what is trained; then gradients and optimiser state are not counted.
 
     Raises:
       UserError: naming the size and the mesh axis, or the bytes needed and available.
@@ -46,7 +46,7 @@ def require_fits(config: RunConfig, mesh: Mesh, *, trains_everything: bool = Tru
 
 
 def require_room_for_examples(spec: EncodingSpec, examples: int, option: str) -> None:
-    """Checks that this machine has memory for so many examples of `spec` at once.
+    """Checks that this machine has memory for this number of examples of `spec` at once.
 
     Raises:
       UserError: naming `option`, as in "--examples=64", and the bytes needed and available.

@@ -85,8 +85,7 @@ def train(
 
     Raises:
       UserError: if there is no device, the configuration does not fit the devices, or the run in `run_dir` is
-      unreadable
-        or has another configuration.
+        unreadable or has another configuration.
       NonFiniteError: if a loss or the gradient is not finite, with train.on_nonfinite="stop".
       RunInterruptedError: after a signal, once a checkpoint is written.
       DiskFullError: if there is no space for logs or a checkpoint; earlier checkpoints stay intact.
@@ -317,7 +316,7 @@ class _Run:
         )
 
     def _tell_data(self, step: int) -> None:
-        """How often each source of the user's was read, and what of it was skipped, by this process."""
+        """Reports how often this process read each of the user's sources, and what it skipped."""
         if not self.config.data.folders:
             return
         skipped = self.bad_rows.counts()

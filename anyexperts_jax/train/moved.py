@@ -25,7 +25,7 @@ MOVED: dict[tuple[str, ...], tuple[str, ...]] = {
 # Keys that were removed without a replacement, and what to do about each.
 GONE: dict[tuple[str, ...], str] = {
     ("model", "vision", "max_places"): "a patch has a row and a column now, on a grid of any size: delete the key; a "
-    "run or checkpoint that has it learned places by one number and must be trained again",
+    "run or checkpoint with this key numbered places by a single index and must be trained again",
 }
 
 

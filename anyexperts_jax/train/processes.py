@@ -30,7 +30,7 @@ HEARTBEAT_MARGIN = 60.0  # seconds by which JAX's own check is later than ours, 
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
-    """The processes of a run: `count` of them, of which this is number `index`. None: the cluster says."""
+    """The number of processes of a run and this one's index. None: the cluster decides."""
 
     count: int | None = None
     index: int | None = None
@@ -44,8 +44,7 @@ def find_peers(
 
     Args:
       processes: "1": a single process, whatever the environment says; "auto": ask the cluster; any other number
-      requires
-        the other two options.
+        requires the other two options.
 
     Raises:
       UserError: for an incomplete description, or numbers that do not fit each other.

@@ -1,7 +1,7 @@
-"""Runs that start from a published checkpoint: their first parameters, what they keep, and the way back.
+"""Runs that start from a published checkpoint: their initial parameters, the files they keep, and their export.
 
-Such a run keeps everything of the checkpoint but its weights in the folder "base"; with that, `load_tuned` makes of the
-run's weights a published model, which generates from any text and is exported as it was read.
+The run's folder "base" has everything of the checkpoint except its weights. With it, `load_tuned` turns the run's
+weights into a published model, which generates from any text and can be exported in the checkpoint's own format.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ from anyexperts_jax.train.run_tokenizer import require_same_tokens
 def start_of(
     checkpoint: str, model: ModelConfig, mesh: Mesh, data: DataConfig | None
 ) -> tuple[ModelConfig, Any, jax.Array]:
-    """Configuration, parameters and expert biases [L, C] of a checkpoint, in the types and with the ids of `model`.
+    """Configuration, parameters and expert biases [L, C] of a checkpoint, with the dtypes and special ids of `model`.
 
     Raises:
-      UserError: when it cannot be read, or its tokenizer is not that of `data`.
+      UserError: if it cannot be read, or its tokenizer is not that of `data`.
     """
     read = load_pretrained(checkpoint, mesh)
     if data is not None:
@@ -54,12 +54,12 @@ def start_of(
 
 
 def keep_start(start_from: str | None, paths: RunDir) -> None:
-    """Writes the run's folder "base", if it starts from a published checkpoint or from a run that did, unless it is
-    there already.
+    """Writes the folder "base" of a run that starts from a published checkpoint, or from a run that did. An existing
+    folder is left alone.
 
     Raises:
-      UserError: when the checkpoint cannot be read.
-      OSError: when the folder cannot be written.
+      UserError: if the checkpoint cannot be read.
+      OSError: if the folder cannot be written.
     """
     if start_from is None or paths.base.is_dir():
         return
@@ -75,10 +75,10 @@ def is_tuned(run_dir: str | os.PathLike[str]) -> bool:
 
 
 def load_tuned(run_dir: str | os.PathLike[str], which: str = "best", mesh: Mesh | None = None) -> Pretrained:
-    """A run that started from a published checkpoint, as a published model: for generation from text, and for export.
+    """Loads a run that started from a published checkpoint as a published model, to generate from text or to export it.
 
     Raises:
-      UserError: when the run did not start from one, or has no checkpoint.
+      UserError: if the run did not start from a published checkpoint, or has no checkpoint itself.
     """
     paths = RunDir(pathlib.Path(run_dir))
     require(is_tuned(paths.root), f"{paths.root} did not start from a published checkpoint: there is no {paths.base}")
@@ -100,9 +100,9 @@ def load_tuned(run_dir: str | os.PathLike[str], which: str = "best", mesh: Mesh 
 
 
 def load_published(path: str | os.PathLike[str], which: str = "best", mesh: Mesh | None = None) -> Pretrained:
-    """A published checkpoint, or a run that started from one.
+    """Loads a published checkpoint, or a run that started from one.
 
     Raises:
-      UserError: when it is neither, or cannot be read.
+      UserError: if the path leads to neither, or cannot be read.
     """
     return load_tuned(path, which, mesh) if is_tuned(path) else load_pretrained(path, mesh)

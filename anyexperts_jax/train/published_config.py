@@ -12,29 +12,30 @@ from anyexperts_jax.pretrained.load import is_checkpoint, open_checkpoint
 from anyexperts_jax.tokenizers.store import open_tokenizer
 from anyexperts_jax.train.strict import merge
 
-LENGTH, BATCH = 512, 8  # of a run that does not say
+LENGTH, BATCH = 512, 8  # defaults of such a run
 
 
 def is_published(path: str | os.PathLike[str] | None) -> bool:
-    """Whether a path, as `train.start_from` has it, leads to a published checkpoint and not to a run."""
+    """Whether a path such as `train.start_from` is that of a published checkpoint, not of a run."""
     return path is not None and is_checkpoint(pathlib.Path(path))
 
 
 def tables_of(checkpoint: str, data: Any = None) -> dict[str, Any]:
-    """The tables of a run's configuration that follow from the checkpoint it starts from; reads no weight.
+    """The tables of a run's configuration that follow from the checkpoint it starts from. No weights are read.
 
-    The model is the checkpoint's, its parameters in float32: a step of training is often smaller than the distance
-    between two bfloat16 numbers. The text is cut by the checkpoint's tokenizer, whose ids pad and end sequences.
+    The model is the checkpoint's, with parameters in float32, because a step of training is often smaller than the
+    distance between two bfloat16 numbers. The tokenizer is the checkpoint's unless `data` names another one; padding
+    and the end of a sequence have its ids.
 
     Args:
       data: the table `data` of the configuration, which may name a tokenizer.
 
     Raises:
-      UserError: when the checkpoint or its tokenizer cannot be read.
+      UserError: if the checkpoint or its tokenizer cannot be read.
     """
     found = open_checkpoint(checkpoint)
     model = extended_config(found.plan().config, found.path)
-    require(model.vision_tower is None, f"{checkpoint} reads pictures; only models of text are fine-tuned")
+    require(model.vision_tower is None, f"{checkpoint} reads pictures; only text models can be fine-tuned")
     named = data.get("tokenizer") if isinstance(data, Mapping) else None
     tokenizer = named if isinstance(named, str) else str(found.path)
     special = open_tokenizer(tokenizer).special
@@ -54,14 +55,14 @@ def tables_of(checkpoint: str, data: Any = None) -> dict[str, Any]:
 
 
 def with_start(values: dict[str, Any], preset: Any) -> dict[str, Any]:
-    """The tables of a configuration, on top of those of the published checkpoint that `train.start_from` names, if it
-    names one.
+    """Completes the tables of a configuration whose `train.start_from` is a published checkpoint with those that follow
+    from the checkpoint. What the configuration gives itself takes precedence.
 
     Args:
-      preset: the model preset that the configuration asks for; None: none.
+      preset: the model preset that the configuration names, if any.
 
     Raises:
-      UserError: when the checkpoint or its tokenizer cannot be read, or a model preset is given beside it.
+      UserError: if the checkpoint or its tokenizer cannot be read, or if the configuration also names a preset.
     """
     train = values.get("train")
     start = train.get("start_from") if isinstance(train, Mapping) else None

@@ -1,4 +1,4 @@
-"""Learning rates by pattern, as `train.learning_rates` gives them."""
+"""Parses the learning rates by pattern in `train.learning_rates`."""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ def named_rates(entries: Iterable[str]) -> dict[str, float]:
     """Learning rates by pattern, from entries that read PATTERN=RATE.
 
     Raises:
-      UserError: for an entry of another form, a rate that is not a number > 0, or a pattern that comes twice.
+      UserError: for an entry of another form, a rate that is not a number > 0, or a pattern that appears twice.
     """
     rates: dict[str, float] = {}
     for entry in entries:
@@ -18,7 +18,7 @@ def named_rates(entries: Iterable[str]) -> dict[str, float]:
         pattern = pattern.strip()
         require(
             bool(pattern and equals),
-            f"train.learning_rates entry {shown(entry)} must read PATTERN=RATE, as **/mlp/**=1e-4",
+            f"train.learning_rates entry {shown(entry)} must read PATTERN=RATE, such as **/mlp/**=1e-4",
         )
         require(pattern not in rates, f"train.learning_rates names {pattern!r} twice")
         try:

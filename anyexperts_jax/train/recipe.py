@@ -30,7 +30,7 @@ class Recipe:
 
     @property
     def says_what_trains(self) -> bool:
-        """Whether the recipe, and not `train.trainable`, says which parameters are trained."""
+        """Whether the recipe decides which parameters are trained, instead of `train.trainable`."""
         return self.trainable is not None or self.optimizer is not None
 
 

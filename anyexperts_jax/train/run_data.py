@@ -1,4 +1,4 @@
-"""What a run remembers of its data: the fingerprint of each source, which tells when one has changed, and its place."""
+"""What a run records about its data: the fingerprint of each source, which reveals changes, and the place reached."""
 
 import dataclasses
 import pathlib
@@ -15,13 +15,13 @@ from anyexperts_jax.train.run_dir import RunDir, load_config
 
 
 def with_fingerprints(sources: Sources, paths: RunDir, note: Callable[[str], None] = lambda line: None) -> DataConfig:
-    """The mixture with the fingerprints of its sources, once those are known to be the ones that the run began with.
+    """Adds the fingerprints of its sources to the mixture, after checking that they are those the run began with.
 
     Args:
-      note: called with a line on each of the user's sources: what it is.
+      note: called with a line that describes each of the user's sources.
 
     Raises:
-      UserError: when a source cannot be read, or has changed since.
+      UserError: if a source cannot be read, or has changed since the run began.
     """
     data, found = sources.config, dict[str, str]()
     for name in data.places():
@@ -47,7 +47,7 @@ def restore_iterator(iterator: grain.DatasetIterator, state: dict[str, Any], whe
     """Moves the data iterator to where it was at the time of the checkpoint.
 
     Raises:
-      UserError: naming the file, when the state is not one of this run's data.
+      UserError: naming the file, if the state does not belong to this run's data.
     """
     try:
         iterator.set_state(state)

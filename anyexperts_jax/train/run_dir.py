@@ -60,7 +60,7 @@ class RunDir:
 
     @property
     def base(self) -> pathlib.Path:
-        """What the run keeps of the published checkpoint that it started from; other runs have none."""
+        """The files, without weights, of the published checkpoint that the run started from; other runs have none."""
         return self.root / "base"
 
     @property

@@ -94,7 +94,7 @@ def _acquire(root: pathlib.Path, path: pathlib.Path) -> int:
                 raise
             raise UserError(f"cannot write to the run directory {root}: {error.strerror}") from error
         with contextlib.ExitStack() as closing:
-            closing.callback(os.close, descriptor)  # unless it is returned
+            closing.callback(os.close, descriptor)  # closes the file unless its descriptor is returned
             _take(root, descriptor)
             if _is_at(path, descriptor):
                 closing.pop_all()
@@ -155,7 +155,7 @@ def _lives(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's
+        pass  # the process exists, but belongs to another user
     return True
 
 

@@ -44,7 +44,7 @@ def ids_of_tokenizer(data: Any, model: Any) -> dict[str, int]:
 
 
 def pin_tokenizer(data: DataConfig, model: ModelConfig, kept: pathlib.Path, *, begun: bool) -> DataConfig:
-    """`data` with the fingerprint of its tokenizer, after checking that this fits the model and the run.
+    """`data` with the fingerprint of its tokenizer, after checking that the tokenizer fits the model and the run.
 
     Args:
       kept: the path of the run's copy, which is used if the path in `data` does not exist any more.

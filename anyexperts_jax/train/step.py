@@ -108,9 +108,9 @@ def make_train_step(
     The loss is the cross entropy per answer token of the whole batch, however many micro-batches it is divided into,
     plus `auxiliary_loss`. The latter weights micro-batches by their valid tokens, which is exact for the importance and
     z losses; the balance loss is computed per micro-batch. With `train.distillation`, that share of the cross entropy
-    gives way to the divergence from the teacher at the same positions. Randomness depends only on the seed, the step
-    and the micro-batch, the budget of `train.budgets` on the seed and the step. If a loss or the gradient's norm is not
-    finite, only the step count changes.
+    is replaced by the divergence from the teacher at the same positions. Randomness depends only on the seed, the step
+    and the micro-batch; the budget drawn from `train.budgets` depends only on the seed and the step. If a loss or the
+    gradient's norm is not finite, only the step count changes.
 
     Args:
       optimizer: its `update` takes `learning_rate` and `finite`; if that is False it must not change its state, like
@@ -120,7 +120,7 @@ def make_train_step(
     """
     moe, train = config.model.moe, config.train
     budgets, windows = train.budgets, budget_windows(config.model, train.budgets)
-    # Expert biases are part of the routing: they stay where all routers are frozen.
+    # Expert biases are part of the routing: if all routers are frozen, they do not move.
     moves_bias = moe.expert_bias and config.model.stack.num_moe_layers > 0 and any_of("router", trainable)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:

@@ -22,7 +22,7 @@ from anyexperts_jax.train.rates import named_rates
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """The parameters of one pattern; each parameter counts where the first pattern matches it."""
+    """The parameters of one pattern. A parameter that several patterns match counts for the first of them."""
 
     pattern: str
     learning_rate: float | None  # the peak; None: frozen
@@ -37,7 +37,7 @@ class Trained:
     Attributes:
       trainable: a tree of bools over the parameters, as `train.frozen` takes it; None: all are trained.
       scales: a tree of each trained parameter's share of `optim.lr`, None where frozen; None: all have `optim.lr`.
-      groups: what the patterns match, then what is frozen.
+      groups: the parameters of each pattern, then the frozen ones.
     """
 
     trainable: Any
@@ -50,7 +50,7 @@ class Trained:
         return self.trainable is None and self.scales is None
 
     def optimizer(self, config: RunConfig) -> optax.GradientTransformationExtraArgs:
-        """`make_optimizer` for what is trained: it has no state for the rest."""
+        """`make_optimizer` for the trained parameters; the optimiser has no state for the others."""
         axes = logical_axes(config.model)
         if self.trainable is not None:  # the mask of weight decay must match what is trained
             axes = jax.tree.map(lambda kept, names: names if kept else None, self.trainable, axes)
@@ -119,7 +119,7 @@ def _matches(option: str, patterns: Iterable[str], leaves: Mapping[str, Any]) ->
 def _groups(
     chosen: Mapping[str, list[str]], rates: Mapping[str, float], leaves: Mapping[str, Any]
 ) -> tuple[Group, ...]:
-    """A group for each pattern and learning rate, and one for what no pattern matches."""
+    """A group for each pattern and learning rate, and one for the parameters that no pattern matches."""
     left, found = dict(leaves), []
     for pattern, names in chosen.items():
         own = [name for name in names if name in left]

@@ -23,10 +23,10 @@ from anyexperts_jax.train.step import Apply, BatchSums, make_eval_step
 def require_validation_examples(config: RunConfig, sources: Sources) -> None:
     """Opens the validation split of every domain, so that a run without one fails before its first step.
 
-    A split that was held out by hash may have fewer examples than `train.eval_examples`: all of them are taken.
+    If a split that was held out by hash has fewer examples than `train.eval_examples`, all of them are used.
 
     Raises:
-      UserError: if a folder has no such split, or fewer examples than that.
+      UserError: if a folder has no validation split, or its own split has fewer examples than `train.eval_examples`.
     """
     examples = config.train.eval_examples
     for name in config.data.domains:
@@ -52,8 +52,8 @@ class Validation:
     ) -> None:
         """
         Args:
-          sources: those of `config.data`, which others use too; None: they are opened.
-          waiting: the context in which this process waits for the others.
+          sources: the sources of `config.data`, if the caller has opened them already; None: opens them.
+          waiting: makes the context in which this process waits for the others.
         """
         self._config = config
         self._sources = sources or Sources(config.data)

@@ -99,7 +99,7 @@ def test_a_sum_of_which_each_device_keeps_its_share_is_a_reduce_scatter():
         "all-gather(%p), channel_id=7", "all-reduce(%p), channel_id=7"
     )
     rows = {(row.kind, row.axes): row for row in read_collectives(text, SIZES)}
-    assert rows["reduce-scatter", ("fsdp",)].count == 20 + 20  # and the one that is written so
+    assert rows["reduce-scatter", ("fsdp",)].count == 20 + 20  # plus the one that is written as a reduce-scatter
 
 
 def test_what_goes_to_other_slices_goes_over_dcn():

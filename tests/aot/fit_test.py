@@ -21,7 +21,7 @@ def test_temporaries_that_dominate_are_computed_in_parts():
     best = knobs(config(), MESH, 1 * GIB, 8 * GIB)[0]
     assert best.change == "train.accumulation=2"
     assert best.saves == 4 * GIB
-    most = knobs(config("train.batch_size=4"), MESH, 1 * GIB, 8 * GIB)[0]  # a sequence a device
+    most = knobs(config("train.batch_size=4"), MESH, 1 * GIB, 8 * GIB)[0]  # one sequence per device
     assert most.change.startswith("data.encoding.max_length=")
 
 

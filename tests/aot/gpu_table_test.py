@@ -63,6 +63,6 @@ GOOD = KernelReport("k", 384, 168, 0, 227 * 1024, "wgmma", True)
         ({"shared_bytes": 163 * 1024}, A100, "multiplies with wgmma, not mma.sync"),
     ],
 )
-def test_what_is_complained_about(changed, target, found):
+def test_each_excess_is_reported(changed, target, found):
     assert complaints(GOOD, H100) == []
     assert complaints(GOOD._replace(**changed), target) == [found]

@@ -65,7 +65,7 @@ def test_the_pair_compiles_a_step_that_exchanges():
     assert {(row.kind, row.axes) for row in step.collectives} >= {("all-to-all", ("expert",))}
 
 
-def test_none_is_refused_with_how_to_get_it(monkeypatch):
+def test_a_missing_libtpu_is_refused_with_how_to_get_it(monkeypatch):
     monkeypatch.setattr(libtpu, "has_libtpu", lambda: False)
     with pytest.raises(UserError, match=r"^libtpu is not installed; in a checkout, pip install"):
         libtpu.require_libtpu()

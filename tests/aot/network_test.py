@@ -10,7 +10,7 @@ from anyexperts_jax.aot.network import network_seconds
 from anyexperts_jax.core.hardware import chip
 
 CHIP = dataclasses.replace(chip("v5p"), link_gbs=1.0, wraps_at=8, dcn_gbs=0.5)
-SIZE = 800  # bytes of a device
+SIZE = 800  # bytes on each device
 W = 1e9
 
 

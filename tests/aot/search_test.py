@@ -52,7 +52,7 @@ def test_candidates_come_by_their_estimate(eight_chips):
     assert estimates == sorted(estimates)
     assert {one.model.stack.remat for _, one in found} == set(module.REMATS)
     wide = {one.model.stack.remat: e for e, one in found if one.mesh.expert == 8}
-    assert wide["exchanged"] < wide["full"]  # where the network binds, rows that travel once less cost less
+    assert wide["exchanged"] < wide["full"]  # if the network is the bottleneck, sending rows once less costs less
 
 
 def fake_step(bound, free):
@@ -83,7 +83,7 @@ def test_the_best_that_fit_come_first_and_no_more_are_compiled_than_asked(eight_
     assert figures[0]["mesh"]["expert"] >= 1
 
 
-def test_nothing_to_compile_is_said():
+def test_a_limit_of_zero_is_refused():
     with pytest.raises(UserError, match="limit=0 must be >= 1"):
         search(config(), "v5e:2x4", 1, 0)
 

@@ -15,7 +15,7 @@ from anyexperts_jax.models.init import parameter_count
 from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.train.config import load_config
 
-# Before libtpu is loaded, so that it also writes schedules for the tests that come after these.
+# Set before libtpu is loaded, so that it also writes schedules for the tests that run after these.
 needs_libtpu = pytest.mark.usefixtures("schedules")
 EXCHANGE = ["mesh.data=-1", "mesh.expert=4", "model.stack.execution.dispatch=exchange"]
 
@@ -29,7 +29,7 @@ def test_the_placed_batch_is_what_the_pipeline_gives():
 
 
 @pytest.mark.parametrize("name", ["v4:2x2x1", "v5e", "v5e:4", "v5p:4x4", "v5e:axb", "v5e:0x4", "h100:8", "h100:1x2x4"])
-def test_a_topology_that_is_none_is_refused_with_the_known_chips(name, capsys):
+def test_an_invalid_topology_is_refused_with_the_known_chips(name, capsys):
     assert cli.main(["compile", "smoke", "--topology", name]) == 2
     message = capsys.readouterr().err
     assert f"topology {name!r} is not of the form CHIP:SHAPE with CHIP of v5e, v5p, v6e, tpu7x, h100" in message
@@ -51,7 +51,7 @@ def test_the_step_compiles_for_a_slice_and_exchanges_rows_over_the_expert_axis(t
     assert step["devices"] == 8
     assert step["mesh"] == {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1, "sequence": 1}
     sent = {(row["kind"], *row["axes"]): row for row in step["collectives"]}
-    # Two MoE layers; rows, ids and weights there and rows back, and back through all but the ids.
+    # Two MoE layers: rows, ids and weights travel there, rows back, and then the gradients of all but the ids.
     assert sent["all-to-all", "expert"]["count"] == 2 * 7
     assert sent["all-to-all", "expert"]["bytes"] == 2 * exchanged_bytes(load_config("smoke", EXCHANGE))
     assert ("all-reduce", "data", "expert") in sent
@@ -80,8 +80,9 @@ def test_by_default_no_row_travels_and_each_device_runs_the_kernels(monkeypatch)
 
 
 def exchanged_bytes(config):
-    """Of one layer and device by hand: four times rows of every pair of devices, their ids, twice their weights."""
-    moe, tokens = config.model.moe, config.data.encoding.max_length  # a sequence a device
+    """The bytes of one layer and device, by hand: four times the rows of every pair of devices, their ids once, their
+    weights twice."""
+    moe, tokens = config.model.moe, config.data.encoding.max_length  # one sequence per device
     budget = (1 - moe.rho_max) * (moe.k_min + moe.k_max) / 2
     low, high = (
         4 * (1 - math.comb(moe.num_experts * 3 // 4, k) / math.comb(moe.num_experts, k))
@@ -95,7 +96,7 @@ def exchanged_bytes(config):
 @pytest.mark.aot
 @needs_libtpu
 def test_what_slices_send_each_other_goes_over_dcn():
-    """Parameters on every slice: each gradient is summed once between them."""
+    """Every slice has all parameters, so each gradient is summed once between slices."""
     settings = [
         "mesh.data=1",
         "mesh.fsdp=2",

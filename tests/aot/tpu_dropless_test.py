@@ -37,7 +37,7 @@ def forward_backward(x, slot_weights, slots, places, starts, counts, w_gate, w_u
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_compiles_and_fits(chip, shape, schedules):
-    """Uses the default implementation of a TPU mesh, which also tests that it is these kernels."""
+    """Uses the default implementation of a TPU mesh, and so also tests that these kernels are the default."""
     reports = report.compile_report(chip, forward_backward, arguments(*SHAPES[shape]), schedules)
     assert {one.name for one in reports if one.name.startswith("expert_mlp")} == NAMES
     for one in reports:

@@ -1,7 +1,7 @@
 """Each TPU kernel takes no more of its chip than tests/golden/tpu_kernels.json says.
 
-All of them are compiled here, a third of them in CI: every kernel for every chip, at one of the shapes, the other two
-marked slow. Where there is no compiler, tests/experiments/bench_kernels_test.py reads the entries.
+All of them are compiled here. CI compiles a third of them, every kernel for every chip at one of the shapes; the other
+two shapes are marked slow. Without a compiler, tests/experiments/bench_kernels_test.py reads the entries.
 After a change that is meant to cost something, `python -m experiments.bench.kernels --what ours` writes the file anew.
 """
 
@@ -19,7 +19,7 @@ from experiments.bench.kernels import our_task
 from experiments.bench.tune import static_ns
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "tpu_kernels.json").read_text())
-# Other versions of libtpu schedule a little differently; the share that a figure may be worse, and what is added.
+# Other versions of libtpu schedule a little differently: a figure may be worse by this factor and this amount.
 SLACK = {"vmem_bytes": (1.05, 0), "spills": (1.1, 200), "ns_per_row": (1.05, 0)}
 OCCUPANCY_SLACK = 0.03
 PROGRAMS = [

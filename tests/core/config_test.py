@@ -19,7 +19,7 @@ def test_defaults_are_the_papers_main_model():
 
 
 def test_caps_are_exact_in_the_decimal_digits_of_rho_max():
-    # In binary 0.29 * 100 is 28.999999999999996: its floor is 28, that of the decimal product 29.
+    # In binary 0.29 * 100 is 28.999999999999996, whose floor is 28; the floor of the decimal product is 29.
     fields = {"num_experts": 100, "num_virtual": 100, "k_min": 1, "k_max": 100, "cap_rounding": "floor"}
     assert AnyExpertsConfig(**fields, rho_max=0.29).virtual_caps[100] == 29
 
@@ -61,7 +61,7 @@ def test_experts_in_reach_after_group_limiting():
 
 @pytest.mark.parametrize("cap_rounding", ["round", "floor"])
 @pytest.mark.parametrize("rho_max", [0.0, 0.2, 0.29, 0.5, 0.95])
-def test_more_slots_never_are_fewer_real_ones(rho_max, cap_rounding):
+def test_more_slots_never_mean_fewer_real_ones(rho_max, cap_rounding):
     """So checking the ends of the window is enough, and millions of slots are checked at once."""
     virtual = 3 if rho_max else 0
     config = AnyExpertsConfig(num_virtual=virtual, k_min=1, k_max=60, rho_max=rho_max, cap_rounding=cap_rounding)

@@ -82,12 +82,12 @@ def test_derivatives_are_those_of_the_definition(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_grad_is_the_backward_pass_given_and_leaves_out_what_nobody_asks_for():
+def test_grad_runs_the_given_backward_pass_and_only_what_is_needed():
     program = str(jax.make_jaxpr(jax.grad(square(looped), BOTH))(X, W))
     assert program.count("while[") == 2, "one loop forward, one backward, the definition nowhere"
     if jax.__version_info__ >= (0, 11):  # before, JAX leaves a loop's unused results to XLA
         lowered = jax.jit(jax.grad(square(looped))).lower(X, W)
-        assert "scatter" not in lowered.as_text(), "the gradient of w"
+        assert "scatter" not in lowered.as_text(), "the gradient of w must not be computed"
 
 
 @functools.partial(Differentiable, num_static=1)
@@ -100,7 +100,7 @@ kernel.defvjp(
 )
 
 
-def test_without_a_definition_grad_is_all_there_is():
+def test_without_a_definition_only_grad_works():
     assert jax.grad(kernel)(3.0) == 6
     assert jax.grad(kernel)(3.0, power=2) == 6
     assert jax.vmap(jax.grad(kernel))(jnp.ones(2)).tolist() == [2, 2]
@@ -114,7 +114,7 @@ PLACES = jnp.array([3, 0, 3, 1])
 
 
 def picked(x, w, _):
-    """The part that is linear in x gives way to plain multiplications."""
+    """A `linear` part (a gather) followed by plain multiplications."""
     taken = linear(lambda x, places: x[places], lambda d, places: jnp.zeros(5).at[places].add(d), x, PLACES)
     return (taken * w[PLACES]).sum() * x
 

@@ -5,7 +5,7 @@ from anyexperts_jax.core.devices import require_devices
 from anyexperts_jax.core.errors import UserError
 
 
-def test_where_there_is_a_device_nothing_is_said():
+def test_an_available_device_passes():
     require_devices()
 
 
@@ -22,7 +22,7 @@ def test_where_there_is_a_device_nothing_is_said():
         ),
     ],
 )
-def test_without_one_it_is_one_line(error, said, monkeypatch):
+def test_a_missing_device_is_a_one_line_error(error, said, monkeypatch):
     def devices():
         raise error
 

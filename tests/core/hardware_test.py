@@ -14,7 +14,7 @@ def test_a_chip_has_plausible_figures(name):
     assert 1e14 < one.flops < 2e15
     assert one.hbm == round(one.hbm_gib * 2**30)
     assert one.is_gpu == (name in gpus()) == isinstance(one, Gpu) == (not isinstance(one, Tpu))
-    # Between two neighbours travels less than to and from memory, between slices less still.
+    # The link between neighbours is slower than memory, and the network between slices is slower still.
     assert one.dcn_gbs < one.link_gbs < one.hbm_gbs
 
 

@@ -26,7 +26,7 @@ def group(folder, limit, used, cache):
     return {f"{top}/memory.max": limit, f"{top}/memory.current": used, f"{top}/memory.stat": f"inactive_file {cache}\n"}
 
 
-def test_without_cgroups_it_is_what_the_machine_has(machine):
+def test_without_cgroups_the_machines_memory_counts(machine):
     assert machine({}) == FREE
 
 
@@ -63,5 +63,5 @@ def test_version_1_has_other_names(machine):
     assert machine({f"{top}/memory.limit_in_bytes": "9223372036854771712\n"}) == FREE
 
 
-def test_this_machine_has_some():
+def test_this_machine_has_available_memory():
     assert host_memory.available_bytes() > 2**20

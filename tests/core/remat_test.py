@@ -16,7 +16,7 @@ NAMES = {name for name, value in vars(remat).items() if isinstance(value, str) a
 PACKAGE = pathlib.Path(anyexperts_jax.__file__).parent
 
 
-def test_every_name_given_is_one_of_the_table():
+def test_every_checkpoint_name_is_in_the_table():
     given = [
         ast.unparse(node.args[1])
         for path in PACKAGE.rglob("*.py")
@@ -27,7 +27,7 @@ def test_every_name_given_is_one_of_the_table():
 
 
 @pytest.mark.parametrize("policy", [name for name in get_args(remat.Remat) if name != "none"])
-def test_every_policy_keeps_who_was_chosen(policy):
+def test_every_policy_saves_the_selected_experts(policy):
     @lambda f: jax.checkpoint(f, policy=remat.remat_policy(policy))
     def layer(x):
         return (x[checkpoint_name(jnp.argsort(x), remat.ROUTING)] ** 2).sum()

@@ -40,7 +40,7 @@ def test_no_figure_is_cut_and_no_line_is_too_long(lines, width):
         assert "…" not in text
         assert all(len(line) <= width for line in text.splitlines())
         for row in table.rows:
-            assert all(figure in text for figure in row[table.names :]), "in one piece"
+            assert all(figure in text for figure in row[table.names :]), "figures stay in one piece"
 
 
 def test_columns_that_do_not_fit_come_below_with_their_names():

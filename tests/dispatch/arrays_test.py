@@ -45,7 +45,7 @@ def strided(array):
     "hold", [np.asarray, strided, lambda a: np.asarray(a).tolist()], ids=["same", "strided", "list"]
 )
 @pytest.mark.parametrize("dispatch", FORMS)
-def test_arrays_as_callers_hold_them(dispatch, hold):
+def test_arrays_in_any_form_are_accepted(dispatch, hold):
     expected = moe_apply(X, PLAN, *WEIGHTS, **how(dispatch))
     plan = plan_with(**{name: np.asarray(getattr(PLAN, name)) for name in DISPATCHED})
     held = [hold(a) for a in (X, *WEIGHTS)]
@@ -89,7 +89,7 @@ def test_expert_mlp_takes_numpy():
         ({"num_sequences": 2.5}, "num_sequences=2.5 must be a whole number"),
     ],
 )
-def test_what_makes_no_sense_ends_in_one_line(change, message):
+def test_invalid_arguments_end_in_one_line(change, message):
     given = {"x_ND": X, "plan": PLAN, **change}
     with pytest.raises(UserError, match=f"^{message}") as error:
         unchecked(moe_apply_stats)(given.pop("x_ND"), given.pop("plan"), *WEIGHTS, **given)
@@ -129,6 +129,6 @@ def test_shard_map_with_its_checks_on(dispatch, implementation):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_are_three():
+def test_expert_weights_must_be_three_arrays():
     with pytest.raises(UserError, match=r"^the experts' weights are .*; they must be ExpertWeights\(gate_EDF"):
         unchecked(apply_plan)(X, PLAN, ExpertWeights(*WEIGHTS)[:2], Execution())

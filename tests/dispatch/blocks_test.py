@@ -39,10 +39,10 @@ def test_every_mesh_gives_the_values_and_gradients_of_one_device(mesh, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["random", "one sequence has slots"])
-def test_capacity_falls_back_to_it(case):
+def test_capacity_falls_back_to_blocks(case):
     stats, expected = assert_as_one_device("data 2, expert 4", capacity_or_exact, plan_of(case))
     assert stats.dropped == 0
-    assert (stats.rows == expected.rows) == (case == "random")  # else the buffers' rows, which had room
+    assert (stats.rows == expected.rows) == (case == "random")  # otherwise everything fitted into the buffers
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_device_has_the_rows_of_its_own_tokens_alone(mesh, shards):
     own = tokens // shards * SLOTS
     assert re.findall(r"= s32\[(\d+)\]\S* sort\(", program) == [str(own)]
     rows = {int(count) for count in re.findall(rf"\[(\d+),(?:{width}|{hidden}|{hidden // 2})\]", program)}
-    past_the_end = row_sizes(own, tokens // shards, EXPERTS)[-1]  # that the last expert's block may reach
+    past_the_end = row_sizes(own, tokens // shards, EXPERTS)[-1]  # rows that the last expert's block may reach
     assert max(rows) == own + past_the_end
 
 

@@ -52,7 +52,7 @@ def test_dropped_slots_get_no_gradient():
 
 
 @pytest.mark.parametrize("num_sequences", [1, 3])
-def test_no_token_feels_a_later_one_of_any_sequence(num_sequences):
+def test_no_token_is_affected_by_a_later_one_of_any_sequence(num_sequences):
     """With other routes and values from position t on, earlier results do not change by a bit, including drops."""
     rng = np.random.default_rng(0)
     positions, slots, t = 8, 2, 5

@@ -62,7 +62,7 @@ def test_second_derivatives_are_those_of_the_dense_reference(dispatch, implement
     expected = jax.jit(lambda: SECOND["jvp of grad"](loss("dense", "reference")))()
     for a, b in zip(actual[1:], expected[1:], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    # A slot without an expert has no weight: what the dense form has there is no derivative of the layer.
+    # A slot without an expert has no weight, so what the dense form computes there is not a derivative of the layer.
     real_NK = (PLAN.expert_ids_NK < EXPERTS).astype(jnp.float32)
     np.testing.assert_allclose(actual[0] * real_NK, expected[0] * real_NK, rtol=1e-4, atol=1e-4)
 
@@ -77,7 +77,7 @@ def test_jacfwd_is_jacrev_and_hessian_is_symmetric(dispatch, implementation):
     np.testing.assert_allclose(curvature, expected, rtol=1e-3)
 
 
-def test_kernels_say_that_they_have_grad_alone():
+def test_kernels_say_that_they_support_grad_only():
     x_ECD, counts_E = jnp.ones((2, 16, 16)), jnp.array([3, 5])
     weights = [jnp.ones((2, 16, 16)) for _ in range(3)]
     run = lambda x: expert_mlp_triton(x, counts_E, *weights, GpuOptions(interpret=True)).sum()  # noqa: E731

@@ -30,9 +30,9 @@ def simulated(spec, num_devices, slots):
     [
         (128, 1, 1, 8),  # no groups
         (16, 4, 4, 8),  # all groups kept
-        (64, 8, 4, 8),  # a group a device
-        (64, 8, 2, 4),  # two groups a device
-        (64, 4, 2, 16),  # four devices a group
+        (64, 8, 4, 8),  # one group per device
+        (64, 8, 2, 4),  # two groups per device
+        (64, 4, 2, 16),  # four devices per group
         (24, 6, 3, 4),  # groups that straddle devices
         (16, 16, 8, 8),  # groups of one expert
     ],

@@ -35,7 +35,7 @@ def exchange(placement, num_sequences=SEQUENCES, **execution):
 
 
 def exact(placement):
-    """On one device, where there is no mesh to exchange over, `blocks`."""
+    """`blocks` on one device, where there is no mesh to exchange over."""
     return exchange(placement, overflow="fallback")
 
 
@@ -60,7 +60,8 @@ def test_chunks_give_the_values_and_gradients_of_one_device(mesh, case):
 
 
 def test_one_row_for_a_token_and_device_travels_each_way_in_16_bits():
-    """Rows there and back, and so do their gradients; slots' ids there; their weights there, and gradients back."""
+    """Rows travel there and back, as do their gradients; slot ids travel there; combine weights travel there, and their
+    gradients back."""
     plan, operands = plan_of("random"), make_operands(TOKENS, EXPERTS, dtype=jnp.bfloat16, width=WIDTH, hidden=HIDDEN)
 
     def total(x, weights_NK, *weights):

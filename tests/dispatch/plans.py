@@ -37,7 +37,7 @@ def capacity_of(plan, rows) -> dict:
 
 
 def random_ids(rng, tokens, slots, num_experts=EXPERTS) -> np.ndarray:
-    """Each token: a random number of distinct experts, best first, then empty slots."""
+    """For each token a random number of distinct experts, best first, then empty slots."""
     ranked = rng.permuted(np.tile(np.arange(num_experts), (tokens, 1)), axis=1)[:, :slots]
     ranked = np.pad(ranked, ((0, 0), (0, slots - ranked.shape[1])), constant_values=num_experts)
     real_N1 = rng.integers(0, min(slots, num_experts) + 1, (tokens, 1))
@@ -71,7 +71,7 @@ def make_operands(num_tokens, num_experts=EXPERTS, dtype=np.float32, width=WIDTH
 
 
 def oracle(x_ND, weights_NK, virtual_weight_N, w_gate_EDF, w_up_EDF, w_down_EFD, plan):
-    """Token by token, slot by slot, each slot reading its own expert's weights; empty slots read expert 0 times 0."""
+    """The sum over each token's slots, each with its own expert's weights; empty slots add expert 0 times 0."""
     ids_NK = jnp.where(plan.expert_ids_NK < plan.spec.num_experts, plan.expert_ids_NK, 0)
     gate = jnp.einsum("nd,nkdf->nkf", x_ND, w_gate_EDF[ids_NK])
     up = jnp.einsum("nd,nkdf->nkf", x_ND, w_up_EDF[ids_NK])

@@ -30,8 +30,8 @@ def test_the_rounds_of_an_exchange_are_entered_by_all_devices_or_by_none():
     assert set(decided) == {frozenset()}
 
 
-def test_a_predicate_of_one_axis_alone_is_seen(monkeypatch):
-    """As it was once: reduced over the experts' axis, so that two data shards could part."""
+def test_a_predicate_reduced_over_one_axis_only_is_found(monkeypatch):
+    """An earlier version reduced it over the expert axis only, so two data shards could take different branches."""
     whole = exchange.exchange_slots
     monkeypatch.setattr(exchange, "exchange_slots", lambda *given: whole(*given[:-1], (given[-1][0], (given[-1][0],))))
     assert set(branches_with_collectives(gradients)) == {ALL - {"expert"}}
@@ -46,7 +46,7 @@ def gradients(x_ND, plan, experts):
 
 
 def branches_with_collectives(function):
-    """The axes along which devices may decide differently, of every branch that holds a collective."""
+    """For each branch that holds a collective, the axes along which devices may decide differently."""
     ids_NK = random_ids(np.random.default_rng(0), TOKENS, SLOTS, EXPERTS)
     plan = make_plan(ids_NK, EXPERTS, expected_real_slots=1.5, num_sequences=SEQUENCES)
     x_ND, *weights = make_operands(TOKENS, EXPERTS, width=4, hidden=4)
@@ -57,7 +57,7 @@ def branches_with_collectives(function):
 
 
 def follow(jaxpr, given, found):
-    """The axes along which each output may differ between devices, where the inputs may along `given`."""
+    """The axes along which each output may differ between devices, if the inputs may differ along `given`."""
     axes = dict(zip(jaxpr.invars, given, strict=True))
     read = lambda atom: axes.get(atom, frozenset()) if not hasattr(atom, "val") else frozenset()  # noqa: E731
     for equation in jaxpr.eqns:
@@ -81,7 +81,7 @@ def outputs(equation, inputs, found):
     if name == "scan":
         carried = sum(same_rank(inner[0].outvars, equation.outvars))  # JAX's versions name this differently
         constants = sum(same_rank(inner[0].invars, equation.invars)) - carried
-        for _ in range(len(ALL) + 1):  # what the carry differs in only grows
+        for _ in range(len(ALL) + 1):  # the axes along which the carry differs can only grow
             made = follow(inner[0], inputs, [])
             carry = [a | b for a, b in zip(inputs[constants:][:carried], made, strict=False)]
             inputs = [*inputs[:constants], *carry, *inputs[constants + carried :]]
@@ -98,7 +98,7 @@ def outputs(equation, inputs, found):
 
 
 def same_rank(inner, outer):
-    """Which are not stacked: what a scan reads or writes one of a step has an axis more outside."""
+    """True for those that are not stacked: what a scan reads or writes step by step has one more axis outside."""
     return [a.aval.ndim == b.aval.ndim for a, b in zip(inner, outer, strict=True)]
 
 

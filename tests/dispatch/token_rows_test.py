@@ -1,4 +1,4 @@
-"""The rows that a device sends, beside lists made token by token."""
+"""The rows that a device sends, compared with lists made token by token."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The comparisons' losses against plain NumPy, and what they pull at."""
+"""The diversity losses, against which evolution is compared: their values in plain NumPy, and what they train."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ def test_local_entropy_is_the_mean_over_valid_tokens(rng):
 
 def test_contrast_against_a_loop(rng):
     y = rng.normal(size=(2, 4, 5)).astype(np.float32)
-    expert = np.array([[0, 1, 1, 2], [0, 1, 2, 2]])  # expert 2 has padding alone: no part
+    expert = np.array([[0, 1, 1, 2], [0, 1, 2, 2]])  # expert 2 gets only padding, so it has no part
     rows, labels = y[VALID], expert[VALID]
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     means = np.stack([unit[labels == n].sum(0) for n in (0, 1)])

@@ -25,7 +25,7 @@ def evolution(config=DEFAULT, inner=None, steps=10):
 
 
 def take(optimizer, params, steps=1, grads=None):
-    """Parameters after each step, the gradients (those of expert 1 count) being the parameters themselves."""
+    """The parameters after each step. The gradients are the parameters themselves; only those of expert 1 count."""
     state, seen = optimizer.init(params), [params]
     step = jax.jit(lambda p, s: optimizer.update(grads or p, s, p))
     for _ in range(steps):
@@ -36,7 +36,7 @@ def take(optimizer, params, steps=1, grads=None):
 
 @pytest.mark.parametrize("mode", ["ema", "lag", "literal"])
 def test_each_mode_is_its_equation(mode):
-    """By hand, expert by expert, with the betas that the state's key gives."""
+    """Computes it by hand, expert by expert, with the betas that the state's key gives."""
     config = EvolutionConfig(mode=mode)
     seen, state = take(evolution(config), params(), steps=3)
     assert int(state.step) == 3

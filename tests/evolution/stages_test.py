@@ -72,7 +72,7 @@ def chosen(flags):
 
 
 @pytest.mark.slow
-def test_what_a_stage_does_not_train_is_bit_for_bit_the_stage_befores(done):
+def test_what_a_stage_does_not_train_stays_bit_for_bit(done):
     root, results = done
     assert set(results) == {"warm_up", "evolving", "routing"}
     model = a_run().model
@@ -108,7 +108,7 @@ def test_the_optimiser_has_state_for_what_trains_alone(done):
         assert moments == 2 * count  # Adam's two, of one expert of four in stage II
 
 
-def test_stage_three_trains_the_routers_they_and_the_experts_or_everything(tmp_path):
+def test_stage_three_trains_routers_or_routers_and_experts_or_everything(tmp_path):
     model = a_run().model
     experts, routers = chosen(leaves_of(model, "expert")), chosen(leaves_of(model, "router"))
     for trains, wanted in (("router", routers), ("moe", routers | experts)):
@@ -137,7 +137,7 @@ def test_distances_and_each_experts_loss_are_logged(done):
 
 
 @pytest.mark.slow
-def test_a_finished_run_does_nothing_again_and_a_stopped_one_goes_on(done, tmp_path):
+def test_a_finished_run_does_nothing_again_and_a_stopped_one_resumes(done, tmp_path):
     root, results = done
     again = evolve(a_run(), root, progress=False)
     assert again["routing"].validation == results["routing"].validation
@@ -217,7 +217,7 @@ def test_stage_three_may_have_another_routing_policy_than_stage_two(done, tmp_pa
 
 
 @pytest.mark.slow
-def test_experts_can_evolve_in_stage_one_where_all_else_trains(tmp_path):
+def test_experts_can_evolve_in_stage_one_while_everything_else_trains(tmp_path):
     none = dataclasses.replace(STAGE, steps=0)
     run = a_run(mesh=MeshConfig(data=8), evolve_in_warm_up=True, evolving=none, routing=none)
     assert run.stages == ("warm_up",)

@@ -1,4 +1,4 @@
-"""The static time model, and the files that hold its figures: everywhere, no compiler needed."""
+"""The static time model, and the files that hold its figures. These tests run everywhere and need no compiler."""
 
 import json
 import pathlib

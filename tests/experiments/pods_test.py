@@ -1,4 +1,4 @@
-"""The recipes of experiments/pods, run with stand-ins for gcloud, xpk and srun that only note their arguments."""
+"""The recipes of experiments/pods, run with stand-ins for gcloud, xpk and srun that only record their arguments."""
 
 import os
 import pathlib
@@ -29,7 +29,7 @@ case "$(basename "$0")" in srun) exit "${SRUN_EXIT:-0}";; esac
 
 @pytest.fixture
 def run(tmp_path):
-    """run(command) -> the calls of the stand-ins that bash makes of it, each a list of words."""
+    """run(command) -> the calls that it makes to the stand-ins, each a list of words."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in STAND_INS:
@@ -56,7 +56,7 @@ def trained(calls):
 
 
 def commands(calls):
-    """What is to be run elsewhere."""
+    """The commands that are to be run on other machines."""
     return [word.removeprefix("--command=") for call in calls for word in call if word.startswith("--command=")]
 
 

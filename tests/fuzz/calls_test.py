@@ -55,7 +55,7 @@ def _with_first(array, value):
 
 
 def broken(rng, given):
-    """The arguments as somebody holds them, up to two of them damaged or replaced by anything."""
+    """The arguments in forms that callers may have, up to two of them damaged or replaced by anything."""
     held = {name: _held(rng, value) for name, value in given.items()}
     for name in rng.choice(list(given), size=min(len(given), rng.integers(0, 3)), replace=False):
         if isinstance(given[name], np.ndarray) and rng.random() < 0.7:
@@ -111,7 +111,7 @@ def call_moe_apply(rng):
     }
     held = broken(rng, given)
     ids, weights, virtual = (held.pop(name) for name in ("ids", "weights", "virtual"))
-    plan = object.__new__(RoutingPlan)  # its own checks are the tests'
+    plan = object.__new__(RoutingPlan)  # skips the check of its annotations, which only tests enable
     arrays = {"expert_ids_NK": ids, "weights_NK": weights, "virtual_weight_N": virtual}
     unused = ("importance_N", "slots_N", "real_slots_N", "virtual_slots_N")
     rest = dict.fromkeys(unused, jnp.zeros(tokens, jnp.int32)) | {"importance_N": jnp.zeros(tokens)}
@@ -128,7 +128,7 @@ def call_moe_apply(rng):
     for n, k in np.ndindex(ids.shape):
         if (e := int(ids[n, k])) < experts:
             expected[n] += weights[n, k] * swiglu(x[n], gate[e], up[e], down[e])
-    # What is not finite spreads by the rules of the form: to every token in "dense", to its own in the others.
+    # A value that is not finite spreads to every token with "dense", and only to its own token with the others.
     finite = (
         np.isfinite(expected).all(axis=1) & np.isfinite(np.concatenate([a.ravel() for a in (gate, up, down)])).all()
     )

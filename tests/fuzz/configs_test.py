@@ -13,11 +13,11 @@ from fuzz.mutations import broken_config
 
 
 class StartedError(Exception):
-    """A run that passed every check before its first array is made."""
+    """Raised when a run has passed every check and would start."""
 
 
 def start(config, run_dir, monkeypatch) -> None:
-    """`train` up to there."""
+    """Runs `train` up to that point."""
 
     def begin(*what, **how):
         raise StartedError

@@ -1,6 +1,6 @@
-"""`pytest tests/fuzz --fuzz-cases 200` runs so many cases of each test that takes `fuzz_case`, the number of its case.
+"""`pytest tests/fuzz --fuzz-cases 200` runs 200 cases of each test that takes the fixture `fuzz_case`, a case's number.
 
-A case is made from its number alone, so one that fails runs alone by its name. CI runs the first few of each; `make
+A case is made from its number alone, so a failing one can be run by its name. CI runs the first few of each; `make
 fuzz` runs them in full.
 """
 

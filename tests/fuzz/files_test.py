@@ -1,4 +1,4 @@
-"""Damaged pictures, sounds, datasets, checkpoints and logs: each is read as what it is or refused in one line."""
+"""Damaged pictures, sounds, datasets, checkpoints and logs: each is read correctly or refused in one line."""
 
 import dataclasses
 import pathlib
@@ -32,7 +32,7 @@ QUESTION = ("--question", "what is it?")
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """Files as they were written."""
+    """The files before they are damaged."""
 
     root: pathlib.Path  # pictures, sounds, dataset, run
     trained: loading.Trained  # what the run's checkpoint holds
@@ -142,7 +142,7 @@ def read_sound(rng, whole, folder, command):
     if example is not None:
         assert example.audio.dtype == np.float32
         assert example.audio.size > 0
-        assert np.abs(example.audio).max() <= 1  # NaN is not
+        assert np.abs(example.audio).max() <= 1  # fails for NaN too
     return refusal, path
 
 

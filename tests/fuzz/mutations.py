@@ -1,4 +1,4 @@
-"""Configurations as a hurried user writes them: presets with keys misspelt, values of other types and out of range."""
+"""Configurations as a hurried user writes them: presets with misspelt keys, or with values of a wrong type or range."""
 
 import pathlib
 from typing import Any, Literal, get_args, get_origin
@@ -12,7 +12,7 @@ from anyexperts_jax.train.reference import describe, to_toml, toml_value
 
 RUN_TABLE, EVOLVE_TABLE = describe(RunConfig()), describe(EvolveConfig(), "evolve")
 PRESETS = ("tiny", "smoke", "small", "evolve_smoke")
-# Texts after "=", of which no key takes all.
+# Texts after "="; each key rejects some of them.
 ANYTHING = (
     "true", "false", "0", "1", "-1", "2", "7", "1.5", "-0.5", "nan", "inf", "-inf", "1e-300", "1e300", "2147483647",
     "2147483648", "4294967296", "9223372036854775807", "-9223372036854775808", "9" * 400, '""', '"none"', "none",
@@ -29,7 +29,7 @@ def broken_config(case: int, folder: pathlib.Path) -> tuple[str, list[str]]:
     if rng.random() < 0.5:
         return preset, overrides
     path = folder / "mine.toml"
-    if rng.random() < 0.5:  # what were overrides are lines of the file
+    if rng.random() < 0.5:  # writes the overrides as lines of a file
         lines = "\n".join([f'preset = "{_model_of(preset)}"', *overrides])
         path.write_bytes(lines.encode("utf-8", errors="surrogateescape"))
         return str(path), []
@@ -105,7 +105,7 @@ def _model_of(preset: str) -> str:
 
 
 def _damaged(rng: np.random.Generator, text: bytes) -> bytes:
-    """Cut, a bit flipped, bytes replaced, a part twice, in another encoding, or whole."""
+    """The text cut, with a bit flipped, bytes replaced or a part doubled, in another encoding, or unchanged."""
     place, other = sorted(int(number) for number in rng.integers(0, len(text), 2))
     ways = (
         lambda: text,

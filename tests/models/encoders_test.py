@@ -10,7 +10,7 @@ from models.small import SMALL
 
 
 def media(features_BRX, used_BR=None, **places):
-    """Rows of one item, at row, column and time 0 unless told."""
+    """Rows of one item, at row, column and time 0 unless given."""
     zeros_BR = jnp.zeros(features_BRX.shape[:2], jnp.int32)
     fields = dict.fromkeys(("item_BR", "time_BR", "grid_row_BR", "grid_column_BR"), zeros_BR)
     fields |= {name: jnp.broadcast_to(jnp.asarray(values), zeros_BR.shape) for name, values in places.items()}
@@ -46,7 +46,7 @@ def test_patches_see_no_other_picture_of_their_sequence():
     np.testing.assert_array_equal(before[0, 3:5], after[0, 3:5])
 
 
-def test_every_place_has_an_address_of_its_own_and_row_and_column_are_not_mistaken():
+def test_every_place_has_its_own_code_and_row_and_column_are_not_confused():
     row_BP, column_BP = (a.reshape(1, -1) for a in np.mgrid[:40, :40])
     waves_PX = np.asarray(place_waves(jnp.asarray(row_BP), jnp.asarray(column_BP), 18))[0]
     np.testing.assert_allclose((waves_PX**2).sum(-1), 36, rtol=1e-5)
@@ -100,7 +100,7 @@ def test_the_order_of_frames_matters():
     assert float(np.abs(forwards - backwards).max()) > 1e-3
 
 
-def test_a_clip_is_encoded_as_it_is_alone_whatever_stands_beside_it():
+def test_a_clip_is_encoded_as_if_alone_whatever_is_beside_it():
     encoder = AudioEncoder(AudioConfig(10, 1, 20), SMALL.stack)
     frames_BSX = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 10)), jnp.float32)
     two = {"item_BR": [0, 0, 1, 1, 1], "time_BR": [0, 1, 0, 1, 2]}

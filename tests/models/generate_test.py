@@ -33,7 +33,7 @@ def recomputed(config, params, batch, lengths, window=None):
 LENGTHS = (16, 12, 0)
 
 
-TIGHT = 0.9  # capacity factor of a budget whose buffers are to overflow
+TIGHT = 0.9  # a capacity factor at which the buffers overflow
 DISPATCHES = ("dense", "blocks", "capacity", "exchange")
 
 
@@ -48,8 +48,8 @@ def lively_params(config=SMALL):
 def test_the_cache_gives_what_full_recomputation_gives_until_eos(dispatch):
     params = lively_params()
     free = recomputed(SMALL, params, random_batch(lengths=LENGTHS), LENGTHS)
-    assert len(np.unique(free[:2])) > 4  # no constant output, which any cache would give
-    eos = int(free[0, -3])  # a token that is generated is to be the end
+    assert len(np.unique(free[:2])) > 4  # not a constant output, which any cache would give
+    eos = int(free[0, -3])  # one of the generated tokens becomes the end
     config = small(eos_id=eos, stack={"execution": Execution(dispatch, capacity_factor=TIGHT)})
     tokens_BJ = generate(config, params, random_batch(lengths=LENGTHS, total=16), max_new_tokens=J)
     for row, expected in zip(np.asarray(tokens_BJ), free, strict=True):
@@ -99,7 +99,7 @@ def test_the_window_applies_to_every_token(dispatch):
 
 @pytest.mark.slow
 def test_an_answer_does_not_depend_on_the_other_rows_of_its_batch():
-    """Under a capacity so tight that the prompts overflow it together."""
+    """The capacity is so tight that the prompts overflow it together."""
     config, params = small(stack={"execution": Execution("capacity", capacity_factor=TIGHT)}), lively_params()
     batch = random_batch(lengths=(16, 16, 16), total=16)
     assert float(forward(config)(params, batch).trace.metrics["dropped"].sum()) > 0
@@ -133,7 +133,7 @@ def test_a_sequence_ends_at_the_models_length():
         (9, (9, 9), 4, [[1, 2, 3, 4, 5, 0, 0, 0, 0]] * 2),  # 5 is the end
     ],
 )
-def test_no_step_is_taken_whose_token_nobody_reads(max_new_tokens, room, steps, rows):
+def test_no_step_is_taken_whose_token_is_not_needed(max_new_tokens, room, steps, rows):
     def step(tokens_B, j, live_B, cache):
         jax.debug.callback(lambda: seen.append(1))
         return jax.nn.one_hot(jnp.where(live_B, tokens_B + 1, 7), 8), cache

@@ -77,7 +77,7 @@ def test_a_mesh_changes_no_value():
 
 
 def test_a_real_batch_makes_no_other_parameters_than_the_smallest():
-    """Of other numbers of rows, positions, patches and frames, none of which a parameter may depend on."""
+    """The batch has other numbers of rows, positions, patches and frames, and no parameter may depend on these."""
     init = lambda key: MultimodalModel(SMALL).init(key, random_batch())["params"]  # noqa: E731
     made = jax.tree.map(lambda box: box.unbox(), jax.eval_shape(init, jax.random.key(0)), is_leaf=_is_box)
     chex.assert_trees_all_equal_shapes_and_dtypes(made, abstract_params(SMALL))
@@ -108,7 +108,7 @@ def test_ling_mini_2_has_the_published_number_of_parameters():
     embeddings = 2 * 157_184 * 2048
     assert abs((active_parameter_count(base) - beside - embeddings) / 789e6 - 1) < 0.005
 
-    # AnyExperts adds, a layer: 64 columns with a bias each, and RMSNorm, 2048 -> 512 -> 1 with biases.
+    # AnyExperts adds to each layer 64 columns with a bias each, and RMSNorm, 2048 -> 512 -> 1 with biases.
     added = 19 * (64 * 2048 + 64 + 2048 + (2048 + 1) * 512 + 512 + 1)
     assert parameter_count(config) - parameter_count(base) == added
     assert abs(parameter_count(config) / 16.26e9 - 1) < 0.02

@@ -50,7 +50,7 @@ def test_padding_holds_no_slots(output):
 @pytest.mark.parametrize("t", [3, 8, 13])
 def test_the_future_changes_nothing(params, output, t):
     batch, rng = random_batch(), np.random.default_rng(7)
-    # Everything a later position holds: tokens, its patch or frame, its validity, what modality it is.
+    # Change everything that a later position holds: token, patch or frame, validity, modality.
     tokens_BT, modality_BT, valid_BT = batch.tokens_BT.copy(), batch.modality_BT.copy(), batch.valid_BT.copy()
     tokens_BT[:, t + 1 :] = rng.integers(0, 36, tokens_BT[:, t + 1 :].shape)
     modality_BT[:, t + 1 :] = 0

@@ -167,7 +167,7 @@ def test_logits_and_gradients(theirs, batch, dispatch):
     np.testing.assert_allclose(logits_BTY[own], output.logits.detach().numpy()[own], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(nats, output.loss.item(), rtol=1e-5)
     expected = in_our_tree((name, weight.grad) for name, weight in theirs.named_parameters())
-    del expected["modality"], gradients["modality"]  # theirs has none
+    del expected["modality"], gradients["modality"]  # their model has none
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradients, expected)
 
 

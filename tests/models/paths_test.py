@@ -1,4 +1,4 @@
-"""Names of parameters are read as the modules make them: a renamed module fails here."""
+"""Parameter names are read the way the modules make them: renaming a module fails here."""
 
 import jax
 import pytest

@@ -61,7 +61,7 @@ def test_draws_follow_the_probabilities_and_the_most_likely_token_needs_none():
 
 
 @pytest.mark.parametrize("field", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"min_p": 2.0}])
-def test_values_that_make_no_sense(field):
+def test_invalid_values_are_refused(field):
     (name,) = field
     with pytest.raises(UserError, match=f"{name}="):
         Sampling(**field)

@@ -1,4 +1,4 @@
-"""Several examples in a row, several media in an example: each is what it would be alone."""
+"""Several examples in a row, several media in an example: each gives what it would give alone."""
 
 import dataclasses
 import functools
@@ -119,7 +119,7 @@ def test_a_segment_changes_no_other_ones_outputs(row, segment):
 
 @pytest.mark.parametrize("t", [4, 10, 16, 21])  # where no picture and no sound is cut in two
 def test_the_future_changes_nothing_in_a_packed_row(t):
-    """Everything a later position holds: its token, its patch or frame, its validity, the segment it is of."""
+    """Changes everything that a later position holds: its token, its patch or frame, its validity, its segment."""
     batch = packed(rows=((0, 1), (3, 2)))
     later_BT = np.arange(SPEC.max_length)[None] > t
     patches_BPX, frames_BSX = batch.patches_BPX.copy(), batch.frames_BSX.copy()
@@ -169,7 +169,7 @@ def test_media_of_one_example_do_not_see_one_another_in_the_encoders(name, items
 
 
 def test_equal_pictures_are_told_apart_by_their_grids_and_not_by_their_order():
-    """One row id was a place in a picture 4 wide and another in one 2 wide; now a place is a row and a column."""
+    """A single index would mean different places in pictures 4 and 2 patches wide; a place is a row and a column."""
     rng = np.random.default_rng(3)
     features = rng.normal(size=(1, 12)).astype(np.float32).repeat(8, 0)
     grid = lambda *sides: visual(rng, 1, *sides)  # noqa: E731
@@ -189,7 +189,8 @@ def test_generation_refuses_packed_prompts():
 
 
 def test_an_example_alone_in_a_row_is_the_plain_causal_model():
-    """All zeros, as make_batch has them, and numbers that differ from padding's are one segment alike."""
+    """Segment numbers that are all zeros, as in make_batch, and numbers that differ from padding's both mean one
+    segment."""
     batch = unpacked()
     shifted = dataclasses.replace(batch, segment_BT=batch.segment_BT + 5)
     before, after = (forward(CONFIG)(params(), one).logits_BTY for one in (batch, shifted))

@@ -84,7 +84,7 @@ def random_batch(config=SMALL, lengths=(20, 14, 7), total=22, seed=1) -> Batch:
     )
 
 
-# A test runs a compiled model a few times at most: compile fast, run slow.
+# A test runs a compiled model a few times at most, so fast compilation matters more than fast execution.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 

@@ -89,6 +89,6 @@ def test_its_parameters_are_the_towers(tower):
         ({"merge": 0}, "vision_tower.merge=0 must be >= 1"),
     ],
 )
-def test_a_tower_that_makes_no_sense(change, message):
+def test_an_invalid_tower_is_refused(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(CONFIG, **change)

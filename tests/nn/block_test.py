@@ -25,8 +25,8 @@ def test_a_block_that_adds_nothing_passes_the_stream():
 
 
 def test_the_residual_site_scales_the_stream_itself():
-    # Attention, experts, shared expert and virtual output add zero, so h (1 + alpha w) leaves: alpha = 0.1, and w = 0.5
-    # at the importance network's start.
+    # Attention, experts, shared expert and virtual output add zero, so h (1 + alpha w) remains: alpha = 0.1, and the
+    # importance network starts at w = 0.5.
     config = small(moe={"hsm_site": "residual", "virtual_output": "zero"})
     block = MoEBlock(config.stack, config.moe)
     params = zeroed(initial_params(block, X_BTD, CONTEXT), "'out'", "'down'", "w_down_EFD")

@@ -43,12 +43,12 @@ def initial_params(module, *args, seed=0, **kwargs):
 
 
 def without_type_check(cls):
-    """A Flax module that sees wrong types and shapes: without the tests' run-time check of its call."""
+    """A Flax module without the tests' run-time type check of its call, so that it sees wrong types and shapes."""
     return type(cls.__name__, (cls,), {"__call__": nn.compact(unchecked(cls.__call__))})
 
 
 def equations(jaxpr):
-    """All of a jaxpr's, of those inside it too."""
+    """All equations of a jaxpr, including those of the jaxprs inside it."""
     for equation in jaxpr.eqns:
         yield equation
         for inner in jaxprs_in_params(equation.params):

@@ -18,14 +18,14 @@ def test_is_swiglu():
     np.testing.assert_allclose(y, (g / (1 + np.exp(-g)) * (x @ up)) @ down, rtol=1e-4, atol=1e-5)
 
 
-def test_the_residual_scale_is_that_of_the_way_down():
+def test_the_residual_scale_is_that_of_the_down_projection():
     params = initial_params(SwiGLU(64, residual_scale=0.1), jnp.ones((1, 64)))
     stds = {name: float(p["kernel"].std()) * 8 for name, p in params.items()}  # 8 = sqrt(fan-in)
     assert abs(stds["gate"] - 1) < 0.05  # 4096 draws: standard error 0.011
     assert abs(stds["down"] - 0.1) < 0.005
 
 
-def test_the_activations_gradients_are_autodiffs():
+def test_the_activations_gradients_equal_autodiffs():
     rng = np.random.default_rng(0)
     gate, up = (jnp.asarray(rng.normal(size=(5, 7)), jnp.float32) for _ in range(2))
     ours = lambda g, u: (gated(g, u) ** 2).sum()  # noqa: E731

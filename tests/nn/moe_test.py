@@ -237,7 +237,7 @@ def test_a_devices_own_tokens_are_those_of_the_placement():
     assert max(jax.tree.leaves(apart)) > 1e-3
 
 
-def test_numpy_arrays_are_taken():
+def test_numpy_arrays_are_accepted():
     moe, held = layer(), np.repeat(np.asarray(X_BTD, np.float64), 2, axis=1)[:, ::2]
     params = random_params(moe)
     valid = np.ones((B, T), bool)
@@ -265,7 +265,7 @@ def test_numpy_arrays_are_taken():
         ({"dtype": "float8"}, {}, "dtype='float8' is unknown; valid: float32, bfloat16"),
     ],
 )
-def test_what_makes_no_sense_ends_in_one_line(fields, given, message):
+def test_invalid_arguments_end_in_one_line(fields, given, message):
     moe = layers.without_type_check(MoE)(dataclasses.replace(CONFIG, router="per_modality"), F, **fields)
     params = layers.random_params(layer({"router": "per_modality"}), X_BTD, modality_BT=jnp.zeros((B, T), int))
     with pytest.raises(UserError, match=f"^{message}"):
@@ -278,7 +278,7 @@ def test_the_input_is_an_array_of_three_axes():
             layers.without_type_check(MoE)(CONFIG, F).init(jax.random.key(0), x)
 
 
-def test_experts_have_a_width():
+def test_d_ff_must_be_positive():
     with pytest.raises(UserError, match=r"^d_ff=0 must be >= 1"):
         layers.without_type_check(MoE)(CONFIG, 0).init(jax.random.key(0), X_BTD)
 

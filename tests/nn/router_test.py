@@ -52,7 +52,7 @@ def test_every_router_has_its_parameters():
 
 
 def test_dtr_at_the_papers_width_adds_what_h_times_r_of_2048_gives():
-    """3 x 2048 x 2048 a hypernetwork beside biases and W1, whichever of (256, 8), (128, 16), (64, 32) it is."""
+    """3 x 2048 x 2048 per hypernetwork besides biases and W1, for (256, 8), (128, 16) and (64, 32) alike."""
     for hidden, rank in ((256, 8), (128, 16), (64, 32)):
         moe = AnyExpertsConfig.static_top_k(4, 1, router="dtr", router_hidden=hidden, router_rank=rank)
         count = counted(shapes(RouterModule(moe), jnp.zeros((1, 2048))))
@@ -79,7 +79,7 @@ def test_every_matmul_of_bfloat16_tokens_is_an_exact_one_of_float32_in_the_gradi
     total = lambda params, x_ND: router.apply({"params": params}, x_ND, MODALITY_N).sum()  # noqa: E731
     program = jax.make_jaxpr(jax.grad(total, (0, 1)))(params, x_ND)
     dots = [eqn for eqn in equations(program.jaxpr) if eqn.primitive.name == "dot_general"]
-    assert len(dots) >= 3  # of one map: forward, and two gradients
+    assert len(dots) >= 3  # one map: forward, and two gradients
     for dot in dots:
         assert {one.name for one in dot.params["precision"] or ()} == {"HIGHEST"}, dot
         assert {value.aval.dtype for value in (*dot.invars, *dot.outvars)} == {jnp.dtype(jnp.float32)}, dot

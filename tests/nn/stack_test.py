@@ -78,7 +78,7 @@ def test_remat_changes_neither_routing_nor_gradients(remat):
 
 
 def primitives(jaxpr):
-    """How often each primitive stands in a jaxpr and those inside it."""
+    """How often each primitive occurs in a jaxpr and in those inside it."""
     return collections.Counter(equation.primitive.name for equation in equations(jaxpr))
 
 
@@ -93,8 +93,8 @@ def test_remat_never_selects_again_and_keeps_more_by_name():
 
 @pytest.mark.slow
 def test_rows_that_are_kept_do_not_travel_again():
-    """Rows, their slots' experts and weights there, rows back; and back through all but the experts. Again under full
-    remat: the way there alone, as no gradient needs what came back."""
+    """Rows, expert ids and weights travel there, and rows back; then the gradients of all but the ids. Full remat
+    repeats the way there only, because no gradient needs the rows that came back."""
     placement = Placement(make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2]))
     for remat, exchanges in {"none": 4 + 3, "full": 4 + 3 + 3, "exchanged": 4 + 3}.items():
         traced = jitted_loss_and_grad(placement=placement, remat=remat, execution=Execution("exchange")).trace(
@@ -127,7 +127,7 @@ def test_the_router_losses_have_a_gradient_in_every_layer():
         grad_LX = np.asarray(moe["router"][name]).reshape(L, -1)
         assert (np.abs(grad_LX).max(1) > 1e-6).all()
     assert (np.abs(moe["importance"]["out"]["kernel"]).max(1) > 1e-6).all()
-    np.testing.assert_array_equal(moe["experts"]["w_gate_EDF"][-1], 0.0)  # nothing but the output depends on the last
+    np.testing.assert_array_equal(moe["experts"]["w_gate_EDF"][-1], 0.0)  # only the output depends on the last layer
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_gives_the_references_values_and_gradients(name):
 
 @pytest.mark.parametrize("form", ["reference", "xla", "buffer"])
 def test_an_order_without_the_empty_slots_gives_the_same(form):
-    """As the exchange passes: its rows have room for K slots, and few of these are real."""
+    """The exchange passes such orders: its rows have room for K slots, and few of these are real."""
     plan = PLANS["random"]
     real = int((plan.expert_ids_NK < EXPERTS).sum())
     operands = make_operands(plan.expert_ids_NK.shape[0])

@@ -20,7 +20,7 @@ def mesh_of(platform, devices):
 
 
 @pytest.mark.parametrize("platform", KINDS)
-def test_the_kernels_of_the_device_where_they_take_the_dtype(platform):
+def test_the_devices_kernels_if_they_support_the_dtype(platform):
     with jax.sharding.use_abstract_mesh(mesh_of(platform, 1)):
         for dtype in (jnp.bfloat16, jnp.float32):
             assert default_implementation(jnp.dtype(dtype)) == KINDS[platform][1]
@@ -28,7 +28,7 @@ def test_the_kernels_of_the_device_where_they_take_the_dtype(platform):
 
 
 @pytest.mark.parametrize("platform", KINDS)
-def test_xla_where_the_op_is_to_be_cut_for_several_devices(platform):
+def test_xla_if_the_op_is_split_over_several_devices(platform):
     with jax.sharding.use_abstract_mesh(mesh_of(platform, 8)):
         assert default_implementation(jnp.dtype(jnp.bfloat16)) == "xla"
 
@@ -46,6 +46,6 @@ def test_a_shard_of_a_mesh_is_one_device():
     )
     assert found
     assert all(found)
-    assert sees_one_device()  # no mesh in use: whoever splits arrays says so, by a mesh or a Placement
+    assert sees_one_device()  # no mesh in use: splitting arrays needs a mesh in use or a Placement
     with jax.sharding.use_abstract_mesh(mesh_of("tpu", 8)):
         assert not sees_one_device()

@@ -32,7 +32,7 @@ def written(source, folder):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The address of each page by name: a whole run's, one's that just began, and one's with static top-k."""
+    """The address of each page by name: of a whole run, of one that just began, and of one with static top-k."""
     root = tmp_path_factory.mktemp("runs")
     whole = made_up.source(root / "whole")
     begun = dataclasses.replace(

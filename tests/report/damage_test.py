@@ -74,13 +74,13 @@ def refuses(root, said):
         (b'{"kind": "validation", "step": 9, "loss": 1}\n', r"at step 9: domains is not what a run of this version"),
     ],
 )
-def test_a_line_of_the_log_that_is_no_record_is_named(run, line, said):
+def test_an_invalid_line_of_the_log_is_named(run, line, said):
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(line)
     refuses(run, said)
 
 
-def test_what_the_log_says_of_other_kinds_and_what_a_kill_cut_short_is_let_be(run):
+def test_records_of_other_kinds_are_kept_and_a_line_cut_short_is_ignored(run):
     before = read_records(RunDir(run).metrics)
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b'{"kind": "mine", "step": 2, "more": [1]}\n{"kind": "train", "st\xff')
@@ -90,7 +90,7 @@ def test_what_the_log_says_of_other_kinds_and_what_a_kill_cut_short_is_let_be(ru
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe{\x00", b'{"step": 4}', b'{"step": "4"}', b"[" * 100_000]
 )
-def test_an_evaluation_that_is_none_is_named(run, text):
+def test_an_invalid_evaluation_is_named(run, text):
     (run / JSON_NAME).write_bytes(text)
     refuses(run, rf"{run}/{JSON_NAME} is not")
 
@@ -118,7 +118,7 @@ OTHERS = (None, True, -1, 2.5, "text", [], {}, [[]], {"a": 1}, [1.0, 2.0, 3.0])
 
 
 @pytest.mark.parametrize("file", [JSON_NAME, "metrics.jsonl"])
-def test_no_value_of_another_kind_ends_in_anything_but_a_line(run, file):
+def test_a_value_of_another_kind_is_read_or_refused_in_one_line(run, file):
     """Replaces each of two hundred values of the file by one of another kind: it is read, or rejected in one line."""
     path, draw = run / file, random.Random(0)
     lines = path.read_text().splitlines() if file.endswith("l") else [path.read_text()]
@@ -135,7 +135,7 @@ def test_no_value_of_another_kind_ends_in_anything_but_a_line(run, file):
 
 
 @pytest.mark.parametrize("file", [JSON_NAME, "metrics.jsonl", "config.json"])
-def test_no_bit_ends_in_anything_but_a_line(run, file):
+def test_a_flipped_bit_is_read_or_refused_in_one_line(run, file):
     path, draw = run / file, random.Random(1)
     data = path.read_bytes()
     for _ in range(150):

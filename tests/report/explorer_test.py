@@ -1,4 +1,4 @@
-"""What the page's script reads says what the routing was and what the model saw."""
+"""The data that the page's script reads agree with the routing and with what the model saw."""
 
 import base64
 import io
@@ -55,7 +55,7 @@ def test_a_slot_without_room_is_marked():
     assert (ids >= DROPPED).sum() == one.routing.dropped == 1
 
 
-def test_a_real_slot_of_weight_zero_is_no_empty_one():
+def test_a_real_slot_of_weight_zero_is_not_shown_as_empty():
     one, _ = data_of("text")
     one.routing.weights_LBTK[:] = 0.0
     assert len(figures(one, EXPERTS)) == 4 * one.routing.importance_LBT.size + 2 * one.routing.real_slots_LBT.sum()

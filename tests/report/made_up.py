@@ -1,4 +1,4 @@
-"""A report's source made up by rule: questions of every medium, a conversation and a document, and their routing."""
+"""An invented source for a report: questions of every medium, a conversation and a document, with their routing."""
 
 import dataclasses
 import pathlib
@@ -26,7 +26,7 @@ SPEC = EncodingSpec(patch_size=8)
 
 
 def routing(length: int, modality_T: np.ndarray, seed: int = 0) -> TokenRouting:
-    """One sequence's: 3 to 5 real experts and a virtual one a token, importance that grows along the sequence."""
+    """The routing of a sequence: 3 to 5 real experts and a virtual one per token; importance grows along it."""
     rng = np.random.default_rng(seed)
     real_LBT = rng.integers(3, 6, (LAYERS, 1, length))
     ids_LBTK = np.argsort(rng.random((LAYERS, 1, length, EXPERTS)), axis=-1)[..., :SLOTS]
@@ -99,7 +99,7 @@ def followed(domain: str, item, number: int = 0) -> FollowedItem:
 
 
 def source(root: pathlib.Path, **others) -> ReportSource:
-    """All of it, in a run directory with records of three layers' model."""
+    """All items, in a run directory with the records of a model of three layers."""
     config = config_of(dataclasses.replace(MODEL, audio=AudioConfig()))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, encoding=SPEC))
     open_run_dir(root, config)
@@ -124,5 +124,5 @@ def source(root: pathlib.Path, **others) -> ReportSource:
 
 
 def static(config: RunConfig) -> RunConfig:
-    """The same with static top-4."""
+    """The same configuration with static top-4."""
     return dataclasses.replace(config, model=static_twin(config.model, 4))

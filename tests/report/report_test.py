@@ -103,7 +103,7 @@ def test_a_run_without_evaluation_is_measured_and_says_what_is_missing(run):
     assert page.text.count(f"run `anyexperts evaluate {run}`") == 2
     assert "6 test examples of each domain" in page.text
     assert {"load.png", "real_experts.png", "separation.png"} <= {path.name for path in (run / "report").iterdir()}
-    assert not (run / "report" / "budget_curves.png").exists()  # of the report before
+    assert not (run / "report" / "budget_curves.png").exists()  # from the previous report
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def test_static_top_k_has_no_importance_to_show(tmp_path):
     assert "static top-4" in page.text
 
 
-def test_no_run_is_refused(tmp_path):
+def test_a_missing_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="no run in"):
         report(tmp_path / "nothing")
     with pytest.raises(UserError, match="examples=0"):
@@ -172,7 +172,7 @@ def test_names_of_domains_are_shown_as_they_are(name, tmp_path, capsys):
         assert [text.get_text().strip() for text in axes.get_legend().get_texts()] == [name]
 
 
-def test_training_charts_bear_modalities_that_come_and_go(tmp_path):
+def test_training_charts_handle_modalities_that_come_and_go(tmp_path):
     open_run_dir(tmp_path, config_of(MODEL))
     write_records(RunDir(tmp_path), steps=90)
     path = charts.draw_training(read_records(RunDir(tmp_path).metrics), tmp_path / "training.png")

@@ -17,7 +17,7 @@ def verdict(result, question):
 
 
 def with_scores(result, *example_scores):
-    """The result with these scores of single questions in the first domain, a sequence a budget."""
+    """The result with these scores of single questions in the first domain, one sequence per budget."""
     budgets = []
     for one, scores in zip(result.budgets, example_scores, strict=True):
         first = dataclasses.replace(one.scores[0], example_scores=tuple(map(float, scores)))
@@ -53,7 +53,8 @@ def test_a_budget_changes_the_score_where_questions_say_so(few, many, measured, 
 
 
 def test_questions_are_compared_with_themselves():
-    """Half are right at each budget; the same ones: no change. Others: an interval about 0."""
+    """Half of the questions are right at each budget. If they are the same ones, nothing changes; if they are others,
+    the interval lies around 0."""
     half = np.arange(64) % 2
     same = verdict(with_scores(evaluation(), half, half), "general: budget changes the score, 3.6 over 2.4")
     other = verdict(with_scores(evaluation(), half, 1 - half), "general: budget changes the score, 3.6 over 2.4")

@@ -1,4 +1,4 @@
-"""Results made up by rule, and experiments that want them."""
+"""Invented results, and the experiments that they belong to."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def domain_score(domain, score):
 
 
 def at_budget(budget, score, realised=None):
-    """`score` of every domain, or a function of the domain's name."""
+    """The result at a budget; `score` is the score of every domain, or a function of the domain's name."""
     found = tuple(domain_score(name, score(name) if callable(score) else score) for name in DOMAINS)
     by_domain = dict.fromkeys(DOMAINS, budget)
     real = budget if realised is None else realised
@@ -60,7 +60,7 @@ def noise(seed):
 
 
 def figure3(gain=0.0, loss_at=lambda domain, budget: 0.0, auc=0.5, seeds=SEEDS):
-    """Dynamic scores `gain` above static at equal budget, and loses `loss_at` at lower budgets; jitter apart."""
+    """Dynamic scores `gain` above static at equal budget and loses `loss_at` at lower budgets, up to jitter."""
 
     def dynamic(seed, budget):
         return at_budget(budget, lambda name: 0.5 + noise(seed) + gain + jitter(seed, budget) + loss_at(name, budget))
@@ -80,12 +80,12 @@ def figure3(gain=0.0, loss_at=lambda domain, budget: 0.0, auc=0.5, seeds=SEEDS):
 
 
 def jitter(seed, salt):
-    """Small, different for every seed, of mean near 0."""
+    """A small number, different for every seed, with a mean near 0."""
     return float(np.random.default_rng([seed, int(10 * salt)]).uniform(-0.002, 0.002))
 
 
 def table3(hsm=0.0, spread=0.002, seeds=SEEDS):
-    """Without HSM `hsm` is lost, more or less by `spread`."""
+    """Without HSM the score is lower by `hsm`, give or take `spread`."""
     found = {}
     for place, seed in enumerate(seeds):
         found["dynamic 8.0", seed] = run_result("dynamic 8.0", seed, [at_budget(8.0, 0.5 + noise(seed))], 8.0, 0.6)

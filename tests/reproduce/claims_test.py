@@ -1,4 +1,4 @@
-"""The rule of the verdicts, and the claims on results made up to be true, false and neither."""
+"""The rule of the verdicts, and the claims on invented results that support, contradict or do not decide them."""
 
 import pytest
 
@@ -68,7 +68,7 @@ def test_a_cut_that_costs_nothing_and_one_that_does():
     assert costly["10% fewer, text, one checkpoint: the same score"] == "not supported"
 
 
-def test_a_cut_is_told_beside_the_same_of_a_static_model():
+def test_a_cut_is_shown_beside_the_same_cut_of_a_static_model():
     cut = "40% fewer real experts, image and video, one checkpoint: the same score"
     evidence = {claim.statement: claim.evidence for claim in all_claims(figure3(), EMPTY)}[cut]
     assert evidence.endswith("control, static 8 cut to 4: +0.0 (+0.0 to +0.0)")

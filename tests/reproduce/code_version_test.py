@@ -1,4 +1,4 @@
-"""The guard of CODE_VERSION: a little of what a run computes, against committed figures."""
+"""Guards CODE_VERSION: compares a little of what a run computes with committed figures."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def first_batch(data):
 
 
 def trained(config):
-    """The first two steps of a model of one layer on text, with all that trains it."""
+    """The first two steps of a one-layer model on text, with everything that takes part in training."""
     optimizer = make_optimizer(config.optim, logical_axes(config.model))
     step = jax.jit(make_train_step(config, optimizer, model_apply(config.model)))
     state = create_state(config.model, optimizer, make_mesh(ALONE, jax.devices()[:1]), jax.random.key(0))

@@ -1,4 +1,4 @@
-"""What the options of `python -m experiments.reproduce` ask for; that it makes it, end_to_end_test shows."""
+"""What the options of `python -m experiments.reproduce` ask for. end_to_end_test tests that the command makes it."""
 
 import dataclasses
 import os
@@ -36,7 +36,7 @@ def test_small_has_the_same_tables_of_a_larger_model():
         assert run.config.model.stack.d_model == 768
     run = small["figure3", "dynamic 8.0", 0]
     moved = {k for k, v in flatten(run.start.model).items() if v != flatten(run.config.model)[k]}
-    assert {key.split(".")[0] for key in moved} == {"moe"}, "a start and what goes on from it differ in routing alone"
+    assert {key.split(".")[0] for key in moved} == {"moe"}, "a start and the runs from it differ only in routing"
     assert not {run.id for run in small.values()} & {run.id for run in tiny.values()}
 
 
@@ -84,7 +84,7 @@ def test_the_number_of_parameters_is_counted():
     assert (millions("figure4"), millions("figure4", scale="small")) == (0.3, 140.2)
     (plan,) = Request(("evomoe-experts",)).plans(("evomoe-experts",))
     dense, mixture = plan.runs["MoE-tuning", 0].config.model, millions("evomoe-experts")
-    assert mixture > 0.05 + dense.vocab_size * dense.stack.d_model / 1e6, "with its experts"
+    assert mixture > 0.05 + dense.vocab_size * dense.stack.d_model / 1e6, "the experts are counted"
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_quick_by_the_command_line(experiment, tmp_path, capsys, monkeypatch):
     assert "dynamic, one checkpoint" in (out / "README.md").read_text(), "from runs.jsonl alone"
 
 
-def test_what_is_not_kept_goes(tmp_path):
+def test_files_that_are_not_kept_are_removed(tmp_path):
     folder = tmp_path / TRAIN_FOLDER / "checkpoints" / "4"
     folder.mkdir(parents=True)
     assert has_checkpoint(tmp_path)

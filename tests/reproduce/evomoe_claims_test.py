@@ -1,4 +1,4 @@
-"""EvoMoE's claims, tables and page on results made up to be true, false and neither, and on part of them."""
+"""EvoMoE's claims, tables and page on invented results that support, contradict or do not decide them."""
 
 import csv
 import dataclasses
@@ -37,7 +37,7 @@ def experts(cost=0.0, overlap=0.5, distance=0.0, stages=("evolving", "routing"))
 
 
 def results(scores, figures=None, seeds=SEEDS, spread=0.001):
-    """Variants with their score over the seed's own, more or less by `spread`, and their experts' figures."""
+    """Results of variants: scores relative to the seed's own, give or take `spread`, and figures of their experts."""
     found = {}
     for name, score in scores.items():
         for place, seed in enumerate(seeds):
@@ -60,7 +60,7 @@ def test_a_gain_has_each_verdict(gain, spread, verdict):
     found = verdicts_of(results({BOTH: gain, "MoE-tuning": 0.0, "evolution + linear": 0.0}, spread=spread))
     assert found["Evolution and DTR beat MoE-tuning"] == verdict
     assert found["DTR beats a linear router: evolved experts"] == verdict
-    assert "Evolution and DTR beat the dense model" not in found, "without its runs nothing is said"
+    assert "Evolution and DTR beat the dense model" not in found, "without runs there is no verdict"
 
 
 def test_every_table_has_its_claims():
@@ -109,8 +109,8 @@ def test_evolved_experts_end_apart_or_alike(distance, verdict):
     assert found["Evolved experts end apart: a cosine to zero, the paper's"] == verdict
 
 
-def test_a_verdict_is_told_in_the_unit_of_its_figure():
-    """A cost of 0.05 nats is no 5 points, and experts that part by half of the drift do not by 40%."""
+def test_a_verdict_is_shown_in_the_unit_of_its_figure():
+    """A cost of 0.05 nats is not shown as 5 points, and a distance of half of the drift is not shown as 40%."""
     figures = {
         "MoE-tuning": experts(cost=0.05),
         "snapshots + linear": experts(overlap=0.62),

@@ -110,7 +110,7 @@ def test_stages_are_trained_once_and_go_on_after_sigterm(runs, tmp_path, monkeyp
     result = finish(both, folder, say)
     assert taken == ["warm_up"] * 4 + ["evolving"] * 4 + ["routing"] * 4, "nothing was done twice"
     assert finished(both, root) is not None
-    assert not (folder / TRAIN_FOLDER).exists(), "the links go, what they lead to stays"
+    assert not (folder / TRAIN_FOLDER).exists(), "the links are removed, their targets stay"
     assert missing_stages(both, root) == frozenset()
     experts = result.experts
     assert set(experts.distance) == set(experts.drift) == {"evolving", "routing"}
@@ -123,7 +123,7 @@ def test_stages_are_trained_once_and_go_on_after_sigterm(runs, tmp_path, monkeyp
     taken.clear()
     dense = finish(runs["dense"], prepare(runs["dense"], root), say)
     alone = finish(runs["expert 1 alone"], prepare(runs["expert 1 alone"], root), say)
-    assert taken == [], "both stages were there"
+    assert taken == [], "both stages existed already"
     assert dense.experts is alone.experts is None
     assert (set(dense.validation), alone.trained_budget) == ({"nlp"}, 1.0)
     assert dense.origin == alone.origin == result.origin
@@ -132,7 +132,7 @@ def test_stages_are_trained_once_and_go_on_after_sigterm(runs, tmp_path, monkeyp
 
 
 def test_links_and_locks_without_training(tmp_path, monkeypatch):
-    """Whoever comes first makes a stage; one that was stopped is made by the next."""
+    """The first run that needs a stage trains it; if it is stopped, the next one does."""
     run = load_evolve_config("evolve_smoke")
     made = []
 

@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_like_takes_what_is_not_said(tmp_path):
+def test_like_supplies_what_is_not_given(tmp_path):
     write(tmp_path, MINIMAL, "base_of.toml")
     runs = load(tmp_path, 'title = "another"\nlike = "base_of.toml"\nseeds = [7]')
     assert list(runs) == [("early", 7), ("late", 7)]
@@ -105,7 +105,7 @@ def test_a_like_may_lie_elsewhere_and_have_the_same_name(tmp_path):
     assert (one.title, one.base, found) == ("small", "smoke", path)
 
 
-def test_an_unknown_name_is_told_the_valid_ones(tmp_path, monkeypatch):
+def test_an_unknown_name_is_refused_with_the_nearest_one(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="did you mean figure3"):
         load_experiment("figur3", CONFIGS)
     monkeypatch.chdir(tmp_path)
@@ -119,7 +119,7 @@ def test_quick_takes_fewer_seeds_and_other_steps(tmp_path):
     runs = load(tmp_path, text, quick=True)
     amounts, most = (next(iter(found.values())).evaluation for found in (runs, load(tmp_path, text)))
     assert amounts.test_examples < most.test_examples
-    assert amounts.validation_examples == most.validation_examples, "never more than without"
+    assert amounts.validation_examples == most.validation_examples, "quick never takes more examples"
     assert list(runs) == [("early", 1), ("late", 1)]
     assert {run.config.train.steps for run in runs.values()} == {4}
     assert not {run.id for run in runs.values()} & {run.id for run in load(tmp_path, text).values()}
@@ -160,7 +160,7 @@ def test_a_new_field_with_its_default_finds_committed_results_again(tmp_path, mo
 
 
 def test_another_default_is_another_run(tmp_path, monkeypatch):
-    """No result is taken over from a run that had the same overrides over other defaults."""
+    """A run with the same overrides over other defaults is another run: its result is not reused."""
     before = load(tmp_path, 'start = "smoke"\n' + MINIMAL)["early", 0]
 
     def slower(config):
@@ -169,7 +169,7 @@ def test_another_default_is_another_run(tmp_path, monkeypatch):
     older = before.older_id
     monkeypatch.setattr(experiment, "RunConfig", lambda: slower(RunConfig()))
     after = dataclasses.replace(before, config=slower(before.config), start=slower(before.start))
-    assert after.older_id == older, "which the ids of old did not tell apart"
+    assert after.older_id == older, "the old ids did not tell them apart"
     assert after.id != before.id
     assert config_digest(after.start) != config_digest(before.start)
 
@@ -230,8 +230,8 @@ def test_quick_shares_runs_too():
 
 
 @pytest.mark.slow
-def test_committed_results_are_found_and_told_as_older(committed, tmp_path):
-    """A page can still be made from its records; what a newer run replaces is no longer told."""
+def test_committed_results_are_found_and_reported_as_older(committed, tmp_path):
+    """A page can still be made from its records; results that a newer run replaces are no longer mentioned."""
     runs = committed["table3"]
     kept = load_kept(CONFIGS.parent / "results" / "reproduce")
     results = collect(runs, tmp_path, kept)

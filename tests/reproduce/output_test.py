@@ -144,7 +144,7 @@ def test_missing_runs_are_named(tmp_path):
 
 
 def test_runs_of_one_start_alone_are_paired(tmp_path):
-    """Two trainings of it differ by chance as two seeds do; a start of another name is another by intent."""
+    """Two trainings of one start differ by chance, as two seeds do; a start of another name differs on purpose."""
     origins = {("without HSM", 2): "start_1:b", ("dynamic 8.0", 3): None, ("without HSM", 4): "start_2:b"}
     found = table3(hsm=0.05).found
     results = Results(
@@ -160,7 +160,7 @@ def test_runs_of_one_start_alone_are_paired(tmp_path):
     )
 
 
-def test_runs_of_old_splits_are_told_at_the_top(page, tmp_path):
+def test_runs_of_old_splits_are_mentioned_at_the_top(page, tmp_path):
     results = table3(hsm=0.05)
     old = {key: dataclasses.replace(one, splits=None) for key, one in results.found.items() if key[1] == 3}
     mixed = Page({"table3": Results(dict(results.found) | old)}, "x", 282_491)

@@ -1,4 +1,4 @@
-"""Runs side by side: order, failures, the deadline, going on."""
+"""Runs side by side: order, failures, the deadline, resuming."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def run(kind, seed=0):
 
 
 def begun(one, root):
-    """Cores, process and time of each start of a run."""
+    """The cores, process id and time of each start of a run."""
     path = root / one.id / "begun.txt"
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -55,7 +55,7 @@ def test_all_runs_are_done_in_order_and_only_once(root):
     assert lines == ["3 runs, 3 done before, 0 to do, 1 at a time"]
 
 
-def test_a_failure_stops_nothing_and_is_told(root):
+def test_a_failure_stops_nothing_and_is_reported(root):
     runs = [run(FAILS), run(DONE)]
     lines = []
     outcome = run_all(runs, root, workers=1, worker=WORKER, note=lines.append)
@@ -79,7 +79,7 @@ def test_at_the_deadline_nothing_starts_and_what_runs_is_stopped(root):
     assert run_all(runs, root, workers=1, worker=WORKER).done == tuple(runs)
 
 
-def test_what_does_not_listen_is_killed(root, monkeypatch):
+def test_a_run_that_ignores_sigterm_is_killed(root, monkeypatch):
     monkeypatch.setattr(pool, "GRACE_SECONDS", 0.5)
     one = run(DEAF)
     outcome = run_all([one], root, workers=1, deadline=2.0, worker=WORKER)
@@ -106,7 +106,7 @@ def test_a_run_that_is_to_be_kept_is_done_only_with_its_checkpoint(root):
     assert finished(kept, root) is not None
 
 
-def test_what_is_wrong_is_told(root):
+def test_errors_are_reported(root):
     with pytest.raises(UserError, match="workers=0"):
         run_all([], root, workers=0)
     with pytest.raises(UserError, match="deadline=-1"):

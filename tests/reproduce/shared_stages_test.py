@@ -1,4 +1,4 @@
-"""EvoMoE's experiments: what they declare, which stages their runs share, and who waits for whom."""
+"""EvoMoE's experiments: what they declare, which stages their runs share, and which runs wait for which."""
 
 import dataclasses
 import pathlib
@@ -35,7 +35,7 @@ def committed():
 
 @pytest.fixture(scope="module")
 def every(committed):
-    """By variant and seed, of all experiments."""
+    """The runs of all experiments, by variant and seed."""
     return {key: run for runs in committed.values() for key, run in runs.items()}
 
 
@@ -51,7 +51,7 @@ def test_the_committed_experiments_share_their_runs(committed):
 
 @pytest.mark.slow
 def test_their_slots_are_the_runs_whose_results_are_committed(every):
-    """By the numbers that runs had when those were made."""
+    """They are compared by the ids that runs had when the results were made."""
     made = load_kept(CONFIGS.parent / "results" / "reproduce" / "evomoe")
     for seed in SEEDS:
         assert made[every["dynamic 8.0", seed].older_id].name == "dynamic 8.0"
@@ -78,7 +78,7 @@ def test_copies_train_for_as_long_as_evolved_ones(every):
 def test_stages_are_shared_by_all_that_have_them_in_common(every, tmp_path):
     counts = Counter(stage for run in every.values() for stage in missing_stages(run, tmp_path))
     stage_one = [count for name, count in counts.items() if name.startswith("warm_up")]
-    assert sorted(stage_one) == [1] * len(SEEDS) + [36] * len(SEEDS), "evolving in stage I has one of its own"
+    assert sorted(stage_one) == [1] * len(SEEDS) + [36] * len(SEEDS), "evolving in stage I needs a stage I of its own"
     assert missing_stages(every["evolution + linear", 0], tmp_path) == missing_stages(every[BOTH, 0], tmp_path)
     assert missing_stages(every["snapshots + DTR", 0], tmp_path) != missing_stages(every[BOTH, 0], tmp_path)
     assert missing_stages(every[BOTH, 0], tmp_path).isdisjoint(missing_stages(every[BOTH, 1], tmp_path))
@@ -92,13 +92,13 @@ def test_a_stage_that_is_done_is_not_missing(every, tmp_path):
     (name,) = missing_stages(dense, tmp_path)
     checkpoints = tmp_path / STORE_NAME / name / "warm_up" / "checkpoints"
     (checkpoints / "1800").mkdir(parents=True)
-    assert missing_stages(dense, tmp_path) == {name}, "it stopped on the way"
+    assert missing_stages(dense, tmp_path) == {name}, "the stage stopped before its end"
     (checkpoints / "2000").mkdir()
     assert missing_stages(dense, tmp_path) == frozenset()
-    assert len(missing_stages(every[BOTH, 0], tmp_path)) == 1, "stage II is"
+    assert len(missing_stages(every[BOTH, 0], tmp_path)) == 1, "only stage II is missing"
 
 
-def test_a_start_is_trained_by_who_comes_first(tmp_path, monkeypatch):
+def test_a_start_is_trained_by_the_first_run_that_needs_it(tmp_path, monkeypatch):
     path, trained = tmp_path / "one.toml", []
     path.write_text('title = "x"\nbase = "smoke"\nstart = "smoke"\nseeds = [0, 1]\n[[variants]]\nname = "one"\n')
     runs = runs_of(*load_experiment(path))
@@ -113,7 +113,7 @@ def test_a_start_is_trained_by_who_comes_first(tmp_path, monkeypatch):
     assert {name} != missing_stages(runs["one", 1], tmp_path)
     half = tmp_path / STORE_NAME / name / "checkpoints" / str(start.train.steps // 2)
     half.mkdir(parents=True)
-    assert missing_stages(runs["one", 0], tmp_path) == {name}, "it stopped on the way"
+    assert missing_stages(runs["one", 0], tmp_path) == {name}, "the start stopped before its end"
     for _ in range(2):
         assert trained_start(start, tmp_path, lambda line: None) == tmp_path / STORE_NAME / name
     assert trained == [start]
@@ -165,7 +165,7 @@ def test_quick_goes_through_the_same_stages(every):
             assert max(getattr(run.evolve, stage).steps for stage in run.evolve_run.stages) <= 20
 
 
-def test_a_wrong_stage_is_told_the_valid_ones(tmp_path):
+def test_a_wrong_stage_is_refused_with_the_valid_ones(tmp_path):
     path = tmp_path / "one.toml"
     path.write_text(
         'title = "x"\nbase = "evolve_smoke"\nrecipe = "evolve_and_evaluate"\n'

@@ -1,4 +1,5 @@
-"""What `reproduce.worker` does to a pool, without JAX: FOLDER CORES. What it does stands in the run's recipe name."""
+"""Behaves towards a pool like `reproduce.worker`, without JAX. Arguments: FOLDER CORES. `test_examples` of the run in
+FOLDER says what it does."""
 
 import json
 import os
@@ -9,7 +10,7 @@ import time
 
 folder, cores = pathlib.Path(sys.argv[1]), sys.argv[2]
 run = json.loads((folder / "run.json").read_text())
-kind = run["evaluation"]["test_examples"]  # 1: done at once, 2: fails, 3: sleeps, 4: deaf to SIGTERM
+kind = run["evaluation"]["test_examples"]  # 1: succeeds at once, 2: fails, 3: sleeps, 4: ignores SIGTERM
 begun = folder / "begun.txt"
 with begun.open("a") as file:
     file.write(f"{cores} {os.getpid()} {time.monotonic()}\n")

@@ -10,7 +10,7 @@ def test_bias_moves_by_the_sign_of_mean_load_minus_load():
     np.testing.assert_allclose(bias, [0.001, -0.001, 0.0, 1.0], atol=1e-9)
 
 
-def test_layers_are_updated_apart():
+def test_layers_are_updated_separately():
     bias = update_expert_bias(jnp.zeros((2, 2)), jnp.array([[0.0, 2.0], [30.0, 10.0]]), 0.5)
     np.testing.assert_array_equal(bias, [[0.5, -0.5], [-0.5, 0.5]])
 

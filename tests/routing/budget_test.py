@@ -38,7 +38,7 @@ def test_a_nominal_budget_out_of_reach_is_refused_with_the_range():
 
 
 @pytest.mark.parametrize("target", [0, -1.0, float("nan"), float("inf")])
-def test_a_target_that_is_no_budget_is_refused(target):
+def test_an_invalid_budget_is_refused(target):
     with pytest.raises(UserError, match="must be a number of real experts per token, > 0"):
         shift_budget(PAPER, target)
 

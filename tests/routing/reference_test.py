@@ -1,5 +1,5 @@
-"""The fast path against the token-by-token NumPy oracle: over 2400 distinct random configurations where slow tests run,
-some 290 where they do not, and 1600 windows."""
+"""The fast path against the token-by-token NumPy oracle: over 2400 distinct random configurations with slow tests, some
+290 without them, and 1600 windows."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ SHAPES = ((6, 2, 5), (4, 2, 5), (4, 0, 3))
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-6}
 
 
-# Takes one of some options: hypothesis does, which shrinks what fails, or a generator of random numbers.
+# Picks one of several options: drawn by hypothesis, which shrinks failing cases, or by a random number generator.
 Choose = Callable[[Sequence[Any]], Any]
 
 
@@ -85,8 +85,8 @@ def draw_problem(choose: Choose, config: AnyExpertsConfig) -> Problem:
     C = config.num_columns
     logits_NC = rng.normal(size=(N, C)) * choose([0.5, 1.0, 3.0])
     z_N = rng.normal(size=N) * choose([0.0, 1.0, 4.0])
-    # Ties: logits on a coarse grid. With w = 1/2 real and virtual columns tie as well; elsewhere the sums of group
-    # ranks would differ in their last bits, in float64 as in float32, so there ties need one group.
+    # Logits on a coarse grid make ties; at w = 1/2 real and virtual columns tie too. At any other w, rounding breaks
+    # ties between sums over groups, in float64 as in float32, so there ties are made only with a single group.
     if choose([False, True]) and (config.num_groups == 1 or config.switches.iar == "off" or not z_N.any()):
         logits_NC = np.round(logits_NC * 2) / 2
     if config.switches.virtual_logits == "tied":
@@ -103,7 +103,7 @@ def draw_problem(choose: Choose, config: AnyExpertsConfig) -> Problem:
     if choose([False, True]):
         most = config.slots_bound + (0 if config.switches.slot_rounding == "stochastic" else 0.25)
         low = choose(_quarters(1, most))
-        window = (low, choose(_quarters(low, most)))  # those out of reach are refused; clipped, where they are traced
+        window = (low, choose(_quarters(low, most)))  # out of reach: refused, or clipped if traced
     sequences = choose([1, 2])
     return Problem(logits_NC.astype(np.float32), z_N.astype(np.float32), valid_N, bias_C, window, sequences, seed)
 

@@ -135,7 +135,7 @@ class TestGradients:
     def test_of_weights_and_losses(self, fields):
         config = dataclasses.replace(CONFIG, importance_target=0.3, **fields)
         rng = np.random.default_rng(1)
-        # As the layer does: a tied column is one, broadcast.
+        # Like the layer, which learns a single tied column and broadcasts it.
         columns = np.minimum(np.arange(C), 8) if config.switches.virtual_logits == "tied" else np.arange(C)
         logits, z = rng.normal(size=(4, columns.max() + 1)), rng.normal(size=4)
         valid = np.array([True, True, True, False])
@@ -266,12 +266,12 @@ def test_mismatched_arrays_are_refused_by_name():
         ((14, 18), r"window=\(14, 18\) asks for 18 slots, but k_max="),
     ],
 )
-def test_a_window_that_makes_no_sense_is_refused(window, message):
+def test_an_invalid_window_is_refused(window, message):
     with pytest.raises(UserError, match=message):
         unchecked(route)(CONFIG, LOGITS, Z, window=window)
 
 
-def test_windows_and_arrays_as_callers_hold_them_give_one_plan():
+def test_windows_and_arrays_in_any_form_give_the_same_plan():
     """Non-contiguous float64 NumPy arrays, lists and tuples."""
     expected = route(CONFIG, LOGITS, Z, window=jnp.array([2.0, 3.0]))
     twice = np.repeat(np.asarray(LOGITS, np.float64), 2, axis=0)[::2]
@@ -284,7 +284,7 @@ def test_windows_and_arrays_as_callers_hold_them_give_one_plan():
 
 
 @pytest.mark.parametrize("key", [0, np.uint32([0, 1]), jnp.zeros(3), "seed"])
-def test_what_is_no_random_key_is_refused(key):
+def test_anything_but_a_random_key_is_refused(key):
     config = dataclasses.replace(CONFIG, slot_rounding="stochastic")
     with pytest.raises(UserError, match=r"^key=.* is no random key; pass jax\.random\.key\(0\)"):
         unchecked(route)(config, LOGITS, Z, key=key)

@@ -55,7 +55,7 @@ def test_padding_has_no_rank_and_no_gradient():
     assert not _importance_gradient(WEIGHTS, IMPORTANCE, jnp.zeros(3, bool)).any()
 
 
-def test_tokens_the_loss_does_not_feel_tie():
+def test_tokens_that_do_not_affect_the_loss_tie():
     grad = _importance_gradient(WEIGHTS, IMPORTANCE, ALL, jnp.zeros((3, 2)))
     np.testing.assert_allclose(grad, 2 * (np.asarray(IMPORTANCE) - 0.5) / 3, atol=1e-7)
 
@@ -75,14 +75,14 @@ def test_midranks_are_those_of_scipy_and_average_one_half(seed):
     assert ranks.mean() == pytest.approx(0.5, abs=1e-6)
 
 
-def test_groups_are_ranked_apart():
+def test_groups_are_ranked_separately():
     values, valid = jnp.arange(12.0).reshape(3, 4) % 5, jnp.arange(12).reshape(3, 4) % 4 > 0
     apart = np.stack([midranks(*own) for own in zip(values, valid, strict=True)])
     np.testing.assert_array_equal(midranks(values, valid), apart)
 
 
 def test_a_tokens_gradient_is_that_of_its_group():
-    """Saliences 2, 9, 1, 1: among the first two ranks 1/4 and 3/4, among the last two a tie."""
+    """The saliences are 2, 9, 1, 1: the first two tokens have ranks 1/4 and 3/4, the last two tie."""
     weights, slopes = (jnp.concatenate([own, own[2:]]) for own in (WEIGHTS, SLOPES))
 
     def loss(importance):
@@ -152,8 +152,8 @@ def test_on_a_mesh_the_batchs_saliences_are_gathered_and_no_others(scope, gather
     assert sum(sent.values()) - gathered <= 8, "nothing else but sums of a number"
 
 
-def test_importance_learns_which_tokens_the_loss_feels():
-    """Eight kinds of token, of which half affect the loss: their importance rises, that of the others falls, the mean
+def test_importance_learns_which_tokens_affect_the_loss():
+    """Of eight kinds of token, half affect the loss: their importance rises, that of the others falls, and the mean
     stays."""
     config = AnyExpertsConfig(
         num_experts=8, num_virtual=2, k_min=2, k_max=6, iar="off", importance_regulariser="salience"
@@ -170,7 +170,7 @@ def test_importance_learns_which_tokens_the_loss_feels():
     for _ in range(200):
         z = z - 2.0 * step(z, jnp.asarray(rng.normal(size=(64, 10))), jnp.asarray(rng.normal(size=(64, 6))))
     w = np.asarray(jax.nn.sigmoid(z))
-    # Those out of the loss tie at 1/4; the others lie evenly above 1/2, 3/4 on average.
+    # Tokens that do not affect the loss tie at 1/4; the others lie evenly above 1/2, 3/4 on average.
     np.testing.assert_allclose(w[4:], 0.25, atol=0.01)
     np.testing.assert_allclose(w[:4], 0.75, atol=0.06)
     assert w.mean() == pytest.approx(0.5, abs=0.01)

@@ -49,7 +49,7 @@ def test_the_bias_is_added_last():
 
 
 def test_the_gap_between_real_and_virtual_grows_with_importance():
-    # The remark of the note that every form of IAR must meet.
+    # Every form of IAR must have this property.
     w = jnp.array([0.1, 0.5, 0.9])
     logits = jnp.ones((3, 3))
     for iar, scores in (

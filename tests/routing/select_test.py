@@ -14,7 +14,7 @@ def _select(real, virtual, slots, **fields):
     ids = jnp.where(selection.real_live_NK, selection.real_ids_NK, -1)[0]
     virtual_ids = jnp.where(selection.virtual_live_NJ, selection.virtual_ids_NJ, -1)[0]
     chosen = [i for i in ids.tolist() if i >= 0], [j for j in virtual_ids.tolist() if j >= 0]
-    # The mask the load is counted from says the same as the ids.
+    # The mask from which the load is counted must agree with the ids.
     E = real.shape[1]
     mask = np.flatnonzero(selection.columns_NC(E, config.num_virtual)[0]).tolist()
     assert mask == sorted(chosen[0]) + [E + j for j in sorted(chosen[1])]
@@ -28,7 +28,7 @@ def _select(real, virtual, slots, **fields):
         # rank: r1 (3), v0 (2.5), r2 (2), r0 (1); cap floor(0.5 * 2) = 1
         ([1.0, 3.0, 2.0], [2.5], 2, ([1], [0], True)),
         ([1.0, 3.0, 2.0], [2.5], 3, ([1, 2], [0], False)),
-        # v1 and v0 lead, but of one slot none may be virtual, and of three one: v0 goes, the next real experts come
+        # v1 and v0 rank first, but a single slot cannot be virtual, and one of three can: real experts replace the rest
         ([1.0, 3.0, 2.0], [4.0, 5.0], 1, ([1], [], False)),
         ([1.0, 3.0, 2.0], [4.0, 5.0], 3, ([1, 2], [1], False)),
         ([1.0, 3.0, 2.0], [4.0, 5.0], 4, ([1, 2], [1, 0], False)),

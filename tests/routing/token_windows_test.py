@@ -1,4 +1,4 @@
-"""A window for each token: requests of different budgets in one batch are routed as each is alone."""
+"""A window for each token: requests of different budgets in one batch are routed as if each were alone."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def test_a_batch_of_windows_is_routed_as_each_window_alone():
     together = routed(window_N2)
     for number, window in enumerate(WINDOWS):
         own = slice(4 * number, 4 * number + 4)
-        alone = routed(jnp.asarray(window))  # every token is routed for itself
+        alone = routed(jnp.asarray(window))  # tokens are routed independently
         np.testing.assert_array_equal(together.slots_N[own], alone.slots_N[own])
         np.testing.assert_array_equal(together.expert_ids_NK[own], alone.expert_ids_NK[own])
         np.testing.assert_allclose(together.weights_NK[own], alone.weights_NK[own], rtol=1e-6)

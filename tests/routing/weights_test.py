@@ -157,8 +157,8 @@ def test_a_towering_unselected_column_does_not_starve_the_selected():
 
 
 def test_an_expert_that_the_bias_keeps_out_neither_starves_nor_poisons_the_selected():
-    # Expert 0 towers by its logit, 300, and ranks last by its bias: exp(300) overflows, 1 / exp(300) underflows.
-    # It is a candidate all the same: two slots are granted (w = 0), four are the bound.
+    # Expert 0 has by far the largest logit, 300, and ranks last because of its bias: exp(300) overflows, 1 / exp(300)
+    # underflows. It is a candidate all the same: the bound is four slots, although the token gets two (w = 0).
     config = _config(k_min=2, k_max=4, num_virtual=0, rho_max=0.0, expert_bias=True)
     logits, bias = jnp.array([[300.0, 1.0, 0.0, -1.0]]), jnp.array([-400.0, 0.0, 0.0, 0.0])
 

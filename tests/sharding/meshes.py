@@ -73,7 +73,7 @@ def value_and_gradients(mesh, form):
 
 
 def assert_as_one_device(mesh, form, plan, one=blocks):
-    """The stats of `form` on the mesh, whose values and gradients are those of `one` on one device; and its stats."""
+    """Checks that `form` on the mesh has the values and gradients of `one` on one device; returns the stats of both."""
     operands = make_operands(TOKENS, EXPERTS, width=WIDTH, hidden=HIDDEN)
     (_, (y_ND, stats)), gradients = value_and_gradients(mesh, form)(plan, *split_over(mesh, operands))
     (_, (expected_ND, expected_stats)), expected = value_and_gradients(None, one)(plan, *operands)

@@ -28,7 +28,7 @@ def test_params_are_split_as_the_rules_say():
     assert shardings["up"].shard_shape((4, 8, 6)) == (2, 4, 3)
 
 
-def test_params_are_born_sharded():
+def test_params_are_created_sharded():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
     init = lambda: jax.tree.map(lambda s: jnp.ones(s.shape), abstract())  # noqa: E731
     params = jax.jit(init, out_shardings=param_shardings(mesh, AXES, abstract()))()

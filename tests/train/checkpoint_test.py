@@ -77,9 +77,9 @@ def test_a_state_moves_to_another_mesh(tmp_path):
 
 
 def test_a_save_compiles_nothing_for_small_arrays_that_devices_have_copies_of(tmp_path, caplog):
-    """Devices write large ones in parts, each sliced by its own program."""
+    """Devices write large arrays in parts, each sliced by its own program."""
     whole = NamedSharding(make_mesh(MeshConfig(data=8)), PartitionSpec())
-    for rows, programs in ((256, 0), (2048, 8)):  # of 4 KiB: 8 parts of 128 KiB or of 1 MiB
+    for rows, programs in ((256, 0), (2048, 8)):  # rows of 4 KiB, so 8 parts of 128 KiB or of 1 MiB
         state = state_at(rows, whole.mesh)
         state = dataclasses.replace(state, params=jax.device_put({"table": jnp.arange(rows * 1024.0)}, whole))
         checkpoints = Checkpoints(tmp_path / str(rows))
@@ -188,7 +188,7 @@ def cut_arrays_short(step_dir):
         "no validation loss",
     ],
 )
-@pytest.mark.parametrize("checksums", [True, False], ids=["with checksums", "of an older version"])
+@pytest.mark.parametrize("checksums", [True, False], ids=["with checksums", "of a version without checksums"])
 def test_a_damaged_checkpoint_is_one_line_that_says_how_to_go_on(saved, damage, checksums, capfd):
     directory = saved.directory
     damage(directory / "3")
@@ -207,7 +207,7 @@ def test_a_damaged_checkpoint_is_one_line_that_says_how_to_go_on(saved, damage, 
 
 
 def opened(directory):
-    """Opens the checkpoints like the next process would."""
+    """Opens the checkpoints as the next process would."""
     return contextlib.closing(Checkpoints(directory, keep_last=2))
 
 

@@ -97,7 +97,7 @@ def one_step(budgets, **fields):
 @pytest.mark.slow
 def test_the_teacher_is_the_model_at_its_own_window_and_stays_as_it_was():
     before, after, report = one_step((2.4,), trainable=("**/router/**", "head/**"))
-    assert float(report.scalars["distillation_loss"]) == pytest.approx(0, abs=1e-6)  # the full budget: itself
+    assert float(report.scalars["distillation_loss"]) == pytest.approx(0, abs=1e-6)  # it is its own teacher
     assert float(report.scalars["budget"]) == pytest.approx(2.4)
     held = named_leaves(after.opt_state.teacher)
     assert set(held) == {name for name in named_leaves(before.params) if "/router/" in name or name.startswith("head/")}
@@ -119,7 +119,7 @@ def test_a_run_that_is_resumed_draws_and_distils_as_one_that_never_stopped(tmp_p
     told |= {"checkpoint_every": 2, "eval_every": 2, "eval_examples": 2}
     train(run_config(**told, steps=4), tmp_path / "whole", progress=False)
     config = run_config(**told, steps=4)
-    # The learning rate follows the number of steps, so the run is stopped by taking its later checkpoint away.
+    # The learning rate depends on the number of steps, so a stop is simulated by removing the later checkpoint.
     train(config, tmp_path / "parts", progress=False)
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "4")
     train(config, tmp_path / "parts", progress=False)

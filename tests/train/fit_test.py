@@ -77,7 +77,7 @@ def test_the_bound_is_no_more_than_the_arrays_themselves():
     assert 3 * parameters <= state_bytes(model, ONE) < 3.1 * parameters  # AdamW has two more of each
 
 
-def test_the_refusal_turns_on_the_bytes(room):
+def test_the_refusal_depends_on_the_bytes(room):
     config = run_config()
     parts = device_bytes(config, ONE, True) | host_bytes(config, ONE) | attention_bytes(config)
     room(sum(parts.values()))
@@ -102,7 +102,7 @@ def test_an_accelerator_has_its_own_memory_and_the_host_holds_the_data(room, mon
     device, data = (sum(parts.values()) for parts in (device_bytes(config, ONE, True), host_bytes(config, ONE)))
     monkeypatch.setattr(fit, "platform_of", lambda mesh: "gpu")
     room(data)
-    for limit in (device, None):  # None: of one that does not say
+    for limit in (device, None):  # None: the device does not report it
         monkeypatch.setattr(fit, "room_on_devices", lambda mesh, limit=limit: limit)
         require_fits(config, ONE)
     monkeypatch.setattr(fit, "room_on_devices", lambda mesh: device - 1)
@@ -113,7 +113,7 @@ def test_an_accelerator_has_its_own_memory_and_the_host_holds_the_data(room, mon
         require_fits(config, ONE)
 
 
-def test_a_cpu_says_no_limit_of_its_own():
+def test_a_cpu_reports_no_limit_of_its_own():
     assert room_on_devices(ONE) is None
 
 

@@ -35,7 +35,7 @@ def test_every_second_is_counted_once():
     assert report.record()["time_shares"]["checkpoint"] == pytest.approx(20 / 41)
 
 
-def test_a_step_takes_what_is_no_checkpoint_and_no_wait():
+def test_a_steps_time_excludes_checkpoints_and_waits():
     time = Time()
     clock = Clock(time)
     clock.begin_steps()

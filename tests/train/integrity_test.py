@@ -1,4 +1,4 @@
-"""Only verified damage is reported: with checksums every bit, without them what cannot be read."""
+"""Only verified damage is reported: every changed bit if there are checksums, else whatever cannot be read."""
 
 import dataclasses
 import os
@@ -100,7 +100,7 @@ def test_the_work_is_shared_by_several_processes(folder):
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"[]", b'{"files": 5}', b'{"files": {"params/_METADATA": [1]}}', b"\xff\xfe"]
 )
-def test_checksums_that_are_none_are_damage_themselves(folder, text):
+def test_invalid_checksums_count_as_damage(folder, text):
     (folder / CHECKSUMS_NAME).write_bytes(text)
     with pytest.raises(
         UserError, match=rf"checkpoint 2 in .* is unreadable \({folder}/checksums\.json is not what was"
@@ -117,7 +117,7 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(folder, monkeypatch):
         find_damage(folder, ["params"])
 
 
-def test_what_lies_beside_it_does_not_matter(folder):
+def test_other_files_beside_a_checkpoint_do_not_matter(folder):
     (folder / "params" / "notes.txt").write_text("mine")
     (folder / "more").mkdir()
     (folder.parent / "²").mkdir()
@@ -137,16 +137,16 @@ def test_what_lies_beside_it_does_not_matter(folder):
         (lambda path: path.mkdir(), "holds nothing of one; move it away"),
         (lambda path: (path / "more").mkdir(parents=True), "holds nothing of one; move it away"),
     ],
-    ids=["a file", "a link to nothing", "an empty folder", "a folder of another's"],
+    ids=["a file", "a link to nothing", "an empty folder", "a folder of something else"],
 )
-def test_what_has_a_checkpoints_name_and_is_none_is_named(folder, make, said):
+def test_an_entry_with_a_checkpoints_name_that_is_not_one_is_named(folder, make, said):
     path = folder.parent / "9"
     make(path)
     with pytest.raises(UserError, match=f"^{path} is in the place of a checkpoint but {said}$"):
         restore(folder)
 
 
-def test_a_link_to_a_checkpoint_is_one(folder, tmp_path):
+def test_a_link_to_a_checkpoint_is_accepted(folder, tmp_path):
     folder.rename(tmp_path / "moved")
     folder.symlink_to(tmp_path / "moved", target_is_directory=True)
     assert_same(restore(folder), state_at(2))
@@ -200,7 +200,7 @@ def test_a_checkpoint_that_the_run_removes_meanwhile_is_not_called_damaged(folde
         restore(folder)
 
 
-def test_checksums_are_of_every_file_but_those_that_come_later(folder):
+def test_checksums_cover_every_file_but_those_written_later(folder):
     before = (folder / CHECKSUMS_NAME).read_text()
     (folder / CHECKSUMS_NAME).unlink()
     write_checksums(folder)

@@ -31,7 +31,7 @@ from anyexperts_jax.train.state import abstract_state
 from train.stand_in import run_config
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
-TIMES = ("tokens_per_second", "goodput", "time_shares", "step_seconds")  # of a record, which no two runs share
+TIMES = ("tokens_per_second", "goodput", "time_shares", "step_seconds")  # in a record; no two runs have the same
 PATIENCE = 600.0  # seconds for a process that is not killed
 
 

@@ -6,6 +6,6 @@ from train.kills import Killer, kill_and_resume
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_twice_ends_bit_for_bit_where_one_ends_that_is_not(tmp_path):
+def test_a_run_that_is_killed_twice_ends_bit_for_bit_like_an_unbroken_one(tmp_path):
     counts, _ = kill_and_resume(Killer(tmp_path, model="linear", steps=100), 2)
     assert counts.total() == 2

@@ -155,7 +155,7 @@ def test_a_packed_run_tells_its_padding_and_reads_on_where_it_stopped(tmp_path, 
         for run in (whole, halves)
     ]
     assert tokens[0] == tokens[1]
-    assert len({text for text, *_ in tokens[0]}) == 6, "no two batches have as many"
+    assert len({text for text, *_ in tokens[0]}) == 6, "batches differ in their tokens"
     assert read_records(halves / "metrics.jsonl")[-1]["domains"]["nlp"]["examples"] == 8, "evaluation is not packed"
     with pytest.raises(UserError, match=r"data\.packing \('none', was 'first_fit'\)"):
         train(run_config(), whole, progress=False)
@@ -171,10 +171,10 @@ def test_a_directory_of_another_run_is_refused_and_kept(tmp_path, linear_model):
         train(run_config(), tmp_path / "file", progress=False)
 
 
-def test_batches_that_do_not_split_are_refused_and_bind_nothing(tmp_path, linear_model):
+def test_batches_that_do_not_split_are_refused_and_leave_nothing(tmp_path, linear_model):
     with pytest.raises(UserError, match="= 4 does not split over the mesh's 8 batch shards"):
         train(run_config(accumulation=2, steps=3), tmp_path, progress=False)
-    assert not (tmp_path / "config.json").exists(), "what cannot start leaves nothing behind"
+    assert not (tmp_path / "config.json").exists(), "a run that cannot start leaves nothing behind"
     assert train(run_config(steps=3), tmp_path, progress=False).step == 3
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match=r"metrics\.jsonl has lost its validation records"):
@@ -210,7 +210,7 @@ def test_a_step_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     assert error.value.exit_code == 3
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4]
     assert losses(tmp_path, "nonfinite").keys() == {5}
-    assert closed  # with it go its workers, which would keep the process for seconds
+    assert closed  # its workers end with it; they would keep the process alive for seconds
 
 
 def test_a_step_that_is_not_finite_is_skipped_where_asked(tmp_path, monkeypatch, capsys):

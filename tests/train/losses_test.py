@@ -40,7 +40,7 @@ def test_masked_positions_get_no_gradient():
     np.testing.assert_array_equal(np.abs(gradient).sum((0, 2)) > 0, [False, True, False, False])
 
 
-def test_answers_of_a_row_are_counted_one_a_segment_and_none_predicts_the_next_ones_first_token():
+def test_a_rows_answers_are_counted_by_segment_and_none_predicts_the_next_ones_first_token():
     segment = np.asarray([[0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 1, 1]])
     mask = np.asarray([[0, 1, 1, 1, 0, 1, 1, 0], [0, 1, 1, 0, 0, 0, 0, 0]], bool)
     tokens = np.asarray([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6, 7, 8]])

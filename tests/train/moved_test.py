@@ -41,7 +41,7 @@ def test_every_moved_key_has_a_case():
 
 
 @pytest.mark.parametrize("old", MOVED, ids=".".join)
-def test_a_key_is_read_where_it_stood(old, tmp_path):
+def test_a_moved_key_is_still_read(old, tmp_path):
     value, new = VALUES[old[-1]], MOVED[old]
     shown = f'"{value}"' if isinstance(value, str) else value
     (tmp_path / "mine.toml").write_text(f"preset = 'tiny'\n[{'.'.join(old[:-1])}]\n{old[-1]} = {shown}\n")
@@ -49,7 +49,7 @@ def test_a_key_is_read_where_it_stood(old, tmp_path):
     assert load_config("tiny", [f"{'.'.join(old)}={shown}"]) == load_config("tiny", [f"{'.'.join(new)}={shown}"])
 
 
-def test_a_run_of_before_still_loads():
+def test_an_older_run_still_loads():
     old = (
         '{"model": {"stack": {"dispatch": "exchange", "expert_mlp": null}, "moe": {"iar": "off", "overflow": "drop"}}}'
     )

@@ -59,7 +59,7 @@ def test_an_alias_is_a_link_that_goes_when_it_is_closed(tmp_path):
     directory.mkdir(parents=True)
     alias = PathAlias(directory)
     assert alias.path != directory
-    assert alias.path.name == "checkpoints", "which several processes tell each other"
+    assert alias.path.name == "checkpoints", "several processes compare this name"
     assert alias.path.resolve() == directory
     alias.close()
     alias.close()

@@ -16,7 +16,7 @@ CHANGES = ("train.steps=1", "optim.warmup_steps=0", "train.eval_examples=4")
 
 @pytest.fixture
 def opens(monkeypatch):
-    """Counts, from now on, what is looked for, and the splits that are opened."""
+    """Counts from now on how often files, rows and tokenizers are looked up and each split is opened."""
     counted = Counter()
 
     def counting(name, call):

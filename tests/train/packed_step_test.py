@@ -36,8 +36,8 @@ def batches(sequences):
 
 
 @pytest.mark.slow
-def test_the_five_domains_packed_train_tiny_as_they_do_alone():
-    """With `blocks`, which drops nothing, and a layer in each encoder, where media could attend to one another."""
+def test_packing_the_five_domains_does_not_change_a_step_of_tiny():
+    """Uses `blocks`, which drops nothing, and a layer in each encoder, in which media could attend to one another."""
     tiny = model_preset("tiny")
     config = dataclasses.replace(
         tiny,

@@ -67,7 +67,7 @@ def test_options_go_before_the_environment_and_that_before_the_cluster(options, 
         (("1", 3, None), r"need --coordinator"),
     ],
 )
-def test_half_a_description_is_refused(options, message):
+def test_an_incomplete_description_is_refused(options, message):
     with pytest.raises(UserError, match=message):
         find_peers(*options, {})
 
@@ -82,7 +82,7 @@ def test_half_a_description_is_refused(options, message):
         (None, {"TPU_WORKER_HOSTNAMES": "a,b"}, "the environment of a cluster's job"),
     ],
 )
-def test_what_is_for_one_process_is_refused_to_several(processes, environment, asked):
+def test_several_processes_are_refused_where_one_is_needed(processes, environment, asked):
     with pytest.raises(UserError, match=f"^{asked}: only `train` runs in several .* with --processes 1$"):
         require_alone(processes, environment)
     require_alone("1", environment)
@@ -113,7 +113,7 @@ def test_one_process_agrees_with_itself():
     assert processes.peer_lost(ValueError("Gloo all-reduce failed")) is None
 
 
-def test_processes_that_differ_are_told_who_has_what(monkeypatch):
+def test_processes_that_differ_are_listed_with_their_values(monkeypatch):
     monkeypatch.setattr(processes, "several", lambda: True)
     monkeypatch.setattr(
         processes.multihost_utils, "process_allgather", lambda ours: np.stack([ours, ours, ours + np.array([0, 2])])
@@ -139,7 +139,7 @@ def free_port():
 def launch(tmp_path):
     """launch(config, run_dir, count) -> the processes of a run, with one CPU device each.
 
-    hang: (process, CLASS.METHOD), where one of them stops, as by SIGSTOP.
+    hang: (process, CLASS.METHOD): that process stops at the method as if by SIGSTOP.
     """
     started = []
 
@@ -200,7 +200,7 @@ def checkpoint_steps(run_dir):
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_two_four_and_one_process_as_in_one(tmp_path, launch, monkeypatch, capsys):
-    """Two processes, of which one is killed; four, of which one gets SIGTERM; then one to the end, and evaluation."""
+    """Two processes, one of which is killed; four, one of which gets SIGTERM; then one, to the end; then evaluation."""
     config = run_config(steps=60, checkpoint_every=10, eval_every=30)
     run, one = tmp_path / "run", tmp_path / "one"
     first = launch(config, run, 2)
@@ -318,8 +318,8 @@ def require_one_line(process, what, tmp_path, number):
 
 @pytest.mark.slow
 def test_a_process_that_is_stopped_ends_the_others_in_one_line(tmp_path, launch):
-    """Stopped in a step, and while a resumed run reads its checkpoint; when it continues, it exits too."""
-    # far between checkpoints, so that it is stopped in a step
+    """It is stopped in a step, and while a resumed run reads its checkpoint. When it continues, it exits too."""
+    # Checkpoints are far apart, so that it is stopped in a step.
     config, run = run_config(steps=20_000, checkpoint_every=200, eval_every=20_000), tmp_path / "run"
     patience = ("--set", f"runtime.peer_timeout={PATIENCE}")
     first = launch(config, run, 2, *patience)

@@ -31,9 +31,9 @@ def steps(profiler, first, last, request_at=None):
     ("first", "last", "expected"),
     [
         (1, 9, ["step_000004", "stop"]),
-        (5, 9, ["step_000005", "stop"]),  # a run that goes on within the range
+        (5, 9, ["step_000005", "stop"]),  # a run that resumes within the range
         (7, 9, []),
-        (1, 5, ["step_000004"]),  # stopped within it: closed by whoever stops
+        (1, 5, ["step_000004"]),  # stopped within it: whoever stops the run closes the trace
     ],
 )
 def test_a_range_of_steps_is_traced_once(tmp_path, traced, first, last, expected):

@@ -1,4 +1,4 @@
-"""From a published checkpoint through training and back: one command each, every parameter where it was."""
+"""From a published checkpoint through training and back, by one command each: every parameter keeps its place."""
 
 import json
 import shutil
@@ -97,7 +97,7 @@ def test_attached_routing_is_trained_exported_and_asked(hub, attached, questions
     train = ["train", str(gone), "--data", f"mine={questions}", "--run", "runs/tuned", *overrides(ROUTING)]
     assert main(train) == 0, capsys.readouterr().err
     assert "(frozen)" in capsys.readouterr().err
-    shutil.rmtree(gone)  # the run needs it no more
+    shutil.rmtree(gone)  # the run no longer needs it
     assert main(["export", "runs/tuned", "tuned", "--form", "anyexperts", "--checkpoint", "last"]) == 0
     before, after = ax.load_pretrained(attached), ax.load_pretrained("tuned")
     assert after.config.moe == before.config.moe

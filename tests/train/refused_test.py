@@ -49,7 +49,7 @@ def refused(root, *arguments, code=2):
     before = everything(root)
     try:
         found = cli.main(list(map(str, arguments)))
-    except SystemExit as stop:  # the parser's
+    except SystemExit as stop:  # raised by the parser
         found = stop.code
     assert found == code
     assert everything(root) == before
@@ -197,7 +197,7 @@ def test_a_report_on_a_foreign_evaluation_leaves_the_one_before(run, tmp_path, c
     assert said.count("\n") == 1
 
 
-def test_what_is_not_refused_goes_on_and_takes_away_what_a_kill_left(run, tmp_path):
+def test_an_accepted_run_resumes_and_removes_what_a_kill_left(run, tmp_path):
     killed = run / "checkpoints" / "6.orbax-checkpoint-tmp"
     shutil.copytree(run / "checkpoints" / "3", killed)
     assert cli.main([*CONFIG, "--set", "train.steps=6"]) == 0

@@ -43,7 +43,7 @@ def holder(tmp_path):
     process.stdout.close()
 
 
-def test_the_second_is_refused_in_one_line_that_says_who_is_there(tmp_path, holder):
+def test_a_second_command_is_refused_in_one_line_that_names_the_first(tmp_path, holder):
     said = (
         rf"^{tmp_path} is in use by `anyexperts train`, process {holder.pid} on \S+, since \d{{4}}-\d\d-\d\d .*; wait"
     )
@@ -51,7 +51,7 @@ def test_the_second_is_refused_in_one_line_that_says_who_is_there(tmp_path, hold
         pass
     assert "\n" not in str(error.value)
     with run_lock(tmp_path, "evaluate"):
-        assert holder.poll() is None, "what else is written has a lock of its own"
+        assert holder.poll() is None, "other files have locks of their own"
     assert [path.name for path in tmp_path.iterdir()] == [TRAIN_LOCK]
 
 
@@ -75,7 +75,7 @@ def test_a_second_thread_is_refused_too(tmp_path):
 
 def leave(root, **fields):
     """Writes a lock file as a former holder leaves it."""
-    owner = Owner("train", 4194304, "elsewhere", "2026-01-01 00:00:00")  # more than Linux has processes
+    owner = Owner("train", 4194304, "elsewhere", "2026-01-01 00:00:00")  # above any process id of Linux
     path = root / TRAIN_LOCK
     path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(owner, **fields))))
     return path
@@ -88,7 +88,7 @@ def test_a_holder_on_another_host_counts_until_it_is_silent_for_a_minute(tmp_pat
     )
     with pytest.raises(UserError, match=said), run_lock(tmp_path, "train"):
         pass
-    assert json.loads(path.read_text())["host"] == "elsewhere", "who is refused changes nothing"
+    assert json.loads(path.read_text())["host"] == "elsewhere", "a refused process changes nothing"
     os.utime(path, (time.time() - 61, time.time() - 61))
     with run_lock(tmp_path, "train"):
         assert json.loads(path.read_text())["pid"] == os.getpid()
@@ -117,7 +117,7 @@ def test_a_file_that_is_no_lock_of_ours_is_taken_over(tmp_path, text):
         assert json.loads((tmp_path / TRAIN_LOCK).read_text())["command"] == "train"
 
 
-def test_what_was_made_for_nothing_goes(tmp_path):
+def test_directories_made_for_nothing_are_removed(tmp_path):
     with run_lock(tmp_path / "a" / "b", "train"):
         assert (tmp_path / "a" / "b" / TRAIN_LOCK).exists()
     assert list(tmp_path.iterdir()) == []
@@ -150,8 +150,8 @@ def test_a_holder_shows_signs_of_life(tmp_path, monkeypatch):
     assert not [thread for thread in threading.enumerate() if thread.name == "run_lock"]
 
 
-def test_one_that_waited_at_the_door_takes_the_file_that_is_there_now(tmp_path, monkeypatch):
-    """The holder deletes its file between another's opening and locking it; that one must not hold a deleted file."""
+def test_a_waiting_process_locks_the_new_file_and_not_the_deleted_one(tmp_path, monkeypatch):
+    """The holder deletes its file after another process has opened it and before that one locks it."""
     take, calls = module._take, []
 
     def removed_first(root, descriptor):

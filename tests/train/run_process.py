@@ -1,4 +1,4 @@
-"""One process of a run, to be killed and signalled: STAND_IN (linear or model), then what `anyexperts` takes.
+"""One process of a run, to be killed and signalled: STAND_IN (linear or model), then the arguments of `anyexperts`.
 
 With HANG_IN=CLASS.METHOD in the environment it stops itself with SIGSTOP at the first call of that method.
 """

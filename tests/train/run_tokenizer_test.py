@@ -48,7 +48,7 @@ def model_for(tokenizer):
     return dataclasses.replace(MODEL, vocab_size=tokenizer.vocab_size, pad_id=special.pad, eos_id=special.eos[0])
 
 
-# What the pipeline makes
+# The pipeline's output
 
 
 def test_sequences_are_the_tokenizers_and_read_back(folder):
@@ -84,7 +84,7 @@ def test_batches_are_the_same_again_and_from_worker_processes(folder, workers):
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
-# Whose ids the model has
+# The model's ids
 
 
 def test_a_configuration_takes_the_ids_of_its_tokenizer(folder):
@@ -173,7 +173,7 @@ def test_another_fingerprint_than_the_configurations_is_refused(folder, other, t
         with_kept_tokenizer(data, tmp_path / "tokenizer")
 
 
-def test_weights_of_another_tokenizer_are_no_start(folder):
+def test_weights_of_another_tokenizer_are_refused_as_a_start(folder):
     fingerprint = open_tokenizer(str(folder)).fingerprint
     ours = data_with(folder, token_fingerprint=fingerprint)
     require_same_tokens(ours, data_with("elsewhere", token_fingerprint=fingerprint), "it")

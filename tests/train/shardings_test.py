@@ -62,7 +62,7 @@ def dump(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_array_lives_where_it_did(preset):
+def test_shardings_equal_the_committed_ones(preset):
     path = GOLDEN / f"shardings_{preset}.txt"
     if os.environ.get("REWRITE_GOLDEN"):
         path.write_text(dump(preset))

@@ -93,7 +93,7 @@ def random_batch(rows=8, length=12, seed=0) -> Batch:
 
 
 def text_batch(rows=2) -> Batch:
-    """The same, for a model without encoders."""
+    """Like `random_batch`, for a model without encoders."""
     batch = random_batch(rows=rows)
     return dataclasses.replace(
         batch,

@@ -19,7 +19,7 @@ def optimizer():
     return make_optimizer(OptimConfig(), logical_axes(MODEL))
 
 
-def test_moments_live_where_their_parameters_do(optimizer):
+def test_moments_are_sharded_like_their_parameters(optimizer):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     shardings = state_shardings(MODEL, optimizer, mesh)
     adam = next(part for part in shardings.opt_state if hasattr(part, "mu"))
@@ -30,7 +30,7 @@ def test_moments_live_where_their_parameters_do(optimizer):
     assert len(fsdp) > 5
 
 
-def test_the_state_is_born_sharded_with_the_same_values_on_any_mesh(optimizer):
+def test_the_state_is_created_sharded_with_the_same_values_on_any_mesh(optimizer):
     meshes = (make_mesh(MeshConfig(), jax.devices()[:1]), make_mesh(MeshConfig(data=2, fsdp=4)))
     states = [create_state(MODEL, optimizer, mesh, jax.random.key(0)) for mesh in meshes]
     chex.assert_trees_all_close(*jax.device_get(states), rtol=1e-6)
@@ -63,7 +63,7 @@ def with_state(optimizer, make):
     ],
     ids=["another name", "no name", "a list", "another rank"],
 )
-def test_a_state_that_is_of_no_parameter_is_refused(optimizer, make, message):
+def test_a_state_that_matches_no_parameter_is_refused(optimizer, make, message):
     with pytest.raises(UserError, match=message):
         state_shardings(MODEL, with_state(optimizer, make), make_mesh(MeshConfig(data=2, fsdp=4)))
 

@@ -109,7 +109,7 @@ def test_the_first_step_moves_by_the_learning_rate(quiet_step):
     assert not np.any(after.router_bias_LC)  # loss-free balancing is off
 
 
-def test_a_runs_step_gives_up_the_state_it_was_given():
+def test_a_runs_step_donates_its_state():
     """Otherwise a run needs memory for two states, which would only show on a full device."""
     config = run_config()
     optimizer, mesh = make_optimizer(config.optim, logical_axes(MODEL)), make_mesh(MeshConfig(), jax.devices()[:1])
@@ -238,5 +238,5 @@ def test_a_step_on_a_mesh_is_that_of_one_device(sizes, dispatch, accumulation, s
     np.testing.assert_array_equal(many.routing.load_LC, one.routing.load_LC)
     np.testing.assert_array_equal(many.routing.real_slots_LM, one.routing.real_slots_LM)
     chex.assert_trees_all_close(params_many, params_one, rtol=0, atol=1e-4)
-    # After one step the first moment is the gradient but for its clipping.
+    # After one step the first moment is the gradient, up to clipping and a factor.
     chex.assert_trees_all_close(moments_many, moments_one, rtol=1e-3, atol=1e-6)

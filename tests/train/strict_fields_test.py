@@ -18,7 +18,7 @@ from anyexperts_jax.train.strict import build, flatten, merge
 
 
 def leaves(cls, prefix=""):
-    """(dotted key, annotation) of every field that is no table, and (dotted key, class) of every table."""
+    """(dotted key, annotation) of every field that is not a table, and (dotted key, class) of every table."""
     for name, hint in field_types(cls).items():
         kind, _ = without_none(hint)
         if dataclasses.is_dataclass(kind):
@@ -39,7 +39,8 @@ FLOAT32_MAX = 3.4028234663852886e38
 
 @functools.cache
 def base_of(key):
-    """The preset that has the key; in an optional table that is none there, with that table as it is by default."""
+    """The preset that has the key. An optional table that is none there, and to which the key belongs, gets its
+    defaults."""
     base = BASES["evolve" if key in EVOLVE_FIELDS else "run"]
     table, _, _ = key.rpartition(".")
     if table in FIELDS and without_none(FIELDS[table])[1]:
@@ -202,8 +203,8 @@ PARTS = {type(part).__name__: part for base in (*BASES.values(), Options()) for 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_the_dataclass_itself_refuses_a_value_of_another_type(name):
-    """In Python there is no conversion: a list is no tuple, a word no None. The tests' own check of annotations, which
-    refuses the call before the dataclass can, is passed by."""
+    """In Python there is no conversion: a list is not a tuple, a word is not None. The tests' own check of annotations
+    is bypassed, because it would refuse the call before the dataclass does."""
     part = PARTS[name]
     for field, hint in field_types(type(part)).items():
         kind, _ = without_none(hint)

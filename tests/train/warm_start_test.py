@@ -74,7 +74,7 @@ def test_another_top_k_changes_nothing_but_the_number_of_slots(mesh):
         ({"num_virtual": 0, "rho_max": 0.0, "iar": "off"}, {KERNEL}, {BIAS}),
     ],
 )
-def test_columns_that_both_have_go_on(mesh, moe, new, left):
+def test_columns_that_both_models_have_are_kept(mesh, moe, new, left):
     before, started = carried(DYNAMIC, small(moe=moe), mesh)
     after = named_leaves(started.params)
     assert left <= set(started.left)
@@ -95,7 +95,7 @@ def test_columns_that_both_have_go_on(mesh, moe, new, left):
         ),
     ],
 )
-def test_what_has_another_shape_is_new_as_a_whole(mesh, found, moe, part):
+def test_parameters_of_another_shape_are_initialised_as_a_whole(mesh, found, moe, part):
     _, started = carried(small(moe=found), small(moe=moe), mesh)
     after, fresh = named_leaves(started.params), named_leaves(init_params(small(moe=moe), KEY))
     assert started.new
@@ -104,7 +104,7 @@ def test_what_has_another_shape_is_new_as_a_whole(mesh, found, moe, part):
         np.testing.assert_allclose(after[name], fresh[name], rtol=1e-6)
 
 
-def test_it_lies_on_the_mesh_as_the_model_does():
+def test_the_result_is_sharded_like_the_model():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
     _, started = carried(STATIC, DYNAMIC, mesh)
     expected = named_leaves(param_shardings(mesh, logical_axes(DYNAMIC), started.params))
@@ -154,6 +154,6 @@ def test_a_run_starts_where_another_ended_and_goes_on_without_it(tmp_path, monke
     assert train(longer, tmp_path / "b", progress=False).step == 6
 
 
-def test_a_run_that_is_not_there_is_named(tmp_path, mesh):
+def test_a_missing_run_is_named(tmp_path, mesh):
     with pytest.raises(UserError, match="no run in"):
         warm_start(tmp_path / "nowhere", DYNAMIC, KEY, mesh)

@@ -19,8 +19,8 @@ _FEW_QUERIES = 16  # with fewer, as in decoding, one batched dot is as fast as a
 def _xla(queries_BTHA: Array, keys_BSGA: Array, values_BSGA: Array, mask_BTS: Array) -> Float[Array, "B T H A"]:
     """Two dots and a softmax, summed in float32 or wider. Scores are kept for the backward pass.
 
-    In place of `jax.nn.dot_product_attention`, whose dots name an algorithm: the backward pass of those cannot be
-    lowered in 16 bits under strict dtype promotion (JAX 0.12).
+    `jax.nn.dot_product_attention` cannot be used: its dots name an algorithm, and their backward pass cannot be lowered
+    in 16 bits under strict dtype promotion (JAX 0.12).
     """
     batch, length, heads, width = queries_BTHA.shape
     groups = keys_BSGA.shape[2]

@@ -89,7 +89,7 @@ def kernel_bytes(kernel: str, shape: Shape, sizes: KernelSizes) -> int:
 _SHARE_FOR_BLOCKS = 0.75  # of VMEM; the compiler keeps the values in flight in the rest
 _SLAB = 256
 _STEP = 64  # half a step per expert is wasted on average; smaller steps mean more branches
-_SUM_STEP = 128  # for the weight gradients, which contract over rows: the matrix unit takes 128 at a time
+_SUM_STEP = 128  # for the weight gradients, which contract over rows: the matrix unit takes 128 rows at a time
 _BLOCKS = (512, 256, 128)
 
 

@@ -1,4 +1,4 @@
-"""The forward pass for a handful of rows per expert, as in decoding. Its time is that of reading the live weights.
+"""The forward pass for a handful of rows per expert, as in decoding. It takes the time needed to read the live weights.
 
 A dot per expert would first copy the expert's weights out of [E, D, F] and pack them, only to use each of them once.
 Here every row reads its expert's weights in place, a few rows of the matrix at a time, in one elementwise loop over all

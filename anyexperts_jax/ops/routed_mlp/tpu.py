@@ -1,7 +1,7 @@
 """`routed_mlp` by the TPU kernels of `expert_mlp` over the block-aligned buffer, and a kernel that combines its rows.
 
-XLA gathers the tokens into the buffer, in the time that writing the buffer takes. A kernel combines the rows, in half
-of XLA's time (static figures: experiments/results/permute_combine.md).
+XLA gathers the tokens into the buffer in the time it takes to write the buffer. A kernel combines the rows in half of
+XLA's time (static figures: experiments/results/permute_combine.md).
 """
 
 import dataclasses

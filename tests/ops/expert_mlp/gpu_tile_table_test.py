@@ -37,13 +37,13 @@ def as_text(**gpus):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("gpu", KINDS)
-def test_the_studied_shapes_are_in_it(gpu, itemsize, shape):
+def test_the_studied_shapes_are_in_the_table(gpu, itemsize, shape):
     shape = GpuShape(*shape, itemsize)
     (entry,) = [e for e in load_table()[gpu] if e.covers("pallas_triton", shape)]
     assert tiles_for("pallas_triton", KINDS[gpu], shape) == entry.tiles
 
 
-def test_the_h100_has_what_was_fastest_on_it():
+def test_the_h100_has_the_tiles_that_were_fastest_on_it():
     """The rows of experiments/results/h100/tiles.md that its last paragraph names."""
     tiles = tiles_for("pallas_triton", KINDS["H100"], P)
     assert tiles.gate_up == tiles.d_w_gate_up == TritonTile(m=128, n=128, k=64, warps=8, stages=4)
@@ -55,7 +55,7 @@ def test_the_h100_has_what_was_fastest_on_it():
 
 
 @pytest.mark.parametrize("shape", [GpuShape(2048, 508, 2), GpuShape(2048, 1412, 2), GpuShape(256, 512, 2)])
-def test_a_shape_that_is_not_in_it_gets_what_the_heuristic_says(shape):
+def test_a_shape_that_is_not_in_the_table_gets_what_the_heuristic_says(shape):
     for kind in KINDS.values():
         assert tiles_for("pallas_triton", kind, shape) == choose_tiles("pallas_triton", gpu_limits(kind), shape)
 

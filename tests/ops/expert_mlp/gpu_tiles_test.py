@@ -57,7 +57,7 @@ def test_shared_memory_is_that_of_the_compiler():
         (MosaicTile(128, 64, 64, 1), {"stages": 0}, r"stages=0 must be >= 1"),
     ],
 )
-def test_a_tile_that_makes_no_sense_is_refused(tile, changed, says):
+def test_an_invalid_tile_is_refused(tile, changed, says):
     with pytest.raises(UserError, match=f"^{says}$"):
         dataclasses.replace(tile, **changed)
 

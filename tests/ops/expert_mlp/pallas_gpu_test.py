@@ -25,7 +25,7 @@ PARAMS = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params").
 BLOCK = 128  # the smallest tile the kernels take
 CAPACITY = BLOCK + 5
 COUNTS = counts_cases(BLOCK, CAPACITY)
-del COUNTS["every other empty"], COUNTS["all full"]  # seconds each; what they would show, the Triton tests do
+del COUNTS["every other empty"], COUNTS["all full"]  # they take seconds each, and the Triton tests cover them
 SIZES = {"capacity": CAPACITY, "width": 60, "hidden": 50}  # padded to 64 by the wrapper
 SMALL = Tiles(*(MosaicTile(m=BLOCK, n=64, k=64, stages=2),) * 6)
 OPTIONS = GpuOptions(tiles=SMALL, interpret=PARAMS(detect_races=True))
@@ -81,7 +81,7 @@ def test_tiles_of_three_lengths_that_differ_in_every_kernel():
         lambda o: o._replace(counts_E=o.counts_E + 1),
         lambda o: o._replace(counts_E=jnp.maximum(o.counts_E - 1, 0)),
     ],
-    ids=["gate and up swapped", "a count too many", "a count too few"],
+    ids=["gate and up swapped", "counts too high", "counts too low"],
 )
 def test_the_checks_catch(fault):
     operands = make_operands(COUNTS["first and last empty"], jnp.bfloat16, **SIZES)
@@ -101,7 +101,7 @@ def test_the_checks_catch_kernels_that_store_dead_rows(monkeypatch):
 
 
 @pytest.mark.skipif(NEW_JAX, reason="JAX is new enough")
-def test_an_old_jax_is_told():
+def test_an_old_jax_is_refused():
     operands = make_operands((3,), jnp.bfloat16, **SIZES)[:-1]
     with pytest.raises(UserError, match=r"^implementation='pallas_gpu' needs JAX 0.11 and this is 0\.10\."):
         expert_mlp(*operands, implementation="pallas_gpu")

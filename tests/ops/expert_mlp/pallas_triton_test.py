@@ -99,7 +99,7 @@ def test_counts_past_the_buffer_mean_all_rows():
         lambda o: o._replace(counts_E=jnp.maximum(o.counts_E - 1, 0)),
         lambda o: o._replace(counts_E=o.counts_E[::-1]),
     ],
-    ids=["gate and up swapped", "experts swapped", "a count too many", "a count too few", "counts swapped"],
+    ids=["gate and up swapped", "experts swapped", "counts too high", "counts too low", "counts swapped"],
 )
 def test_the_checks_catch(fault):
     operands = make_operands(COUNTS["around a block"], np.float32, **SIZES)

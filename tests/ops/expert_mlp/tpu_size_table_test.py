@@ -30,7 +30,7 @@ def as_text(**chips):
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_studied_shapes_are_in_it_and_cut_to_the_capacity(chip, shape):
+def test_the_studied_shapes_are_in_the_table_and_cut_to_the_capacity(chip, shape):
     (entry,) = [e for e in load_table()[chip] if e.covers(SHAPES[shape])]
     found = sizes_for(CHIPS[chip], SHAPES[shape])
     assert [getattr(found, kernel) for kernel in KERNELS] == [getattr(entry, kernel) for kernel in KERNELS]
@@ -49,7 +49,7 @@ def test_every_entry_fits_in_vmem(chip):
 
 
 @pytest.mark.parametrize("shape", [Shape(961, 2048, 1408, 2), Shape(960, 1024, 1408, 4), Shape(64, 256, 128, 2)])
-def test_a_shape_that_is_not_in_it_gets_what_the_heuristic_says(shape):
+def test_a_shape_that_is_not_in_the_table_gets_what_the_heuristic_says(shape):
     for chip in (*CHIPS.values(), UNKNOWN_CHIP):
         assert sizes_for(chip, shape) == choose_sizes(chip, shape)
 

@@ -38,7 +38,7 @@ def test_any_capacity_has_sizes(capacity, itemsize):
         assert sizes.forward.block < capacity + sizes.forward.step
 
 
-def test_what_cannot_fit_and_what_makes_no_sense_is_refused():
+def test_sizes_that_cannot_fit_or_are_invalid_are_refused():
     with pytest.raises(UserError, match=r"^forward: D=1048576, F=128 at 4 bytes needs \d+ bytes of VMEM and \d+ are"):
         choose_sizes(CHIPS["v5e"], Shape(128, 2**20, 128, 4))
     with pytest.raises(UserError, match=r"^slab=256 is more than block=128$"):

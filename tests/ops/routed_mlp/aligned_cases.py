@@ -21,13 +21,13 @@ class Buffer(NamedTuple):
     d_y_RD: jax.Array
 
 
-# What is wrong with the operands of kernels and must not pass their checks.
+# Faults in the operands of kernels, which the kernels' tests must find.
 FAULTS = {
     "gate and up swapped": lambda b: b._replace(experts=ExpertWeights(b.experts[1], b.experts[0], b.experts[2])),
     "experts swapped": lambda b: b._replace(experts=ExpertWeights(*(w[::-1] for w in b.experts))),
-    "a count too many": lambda b: b._replace(counts_E=b.counts_E + 1),
-    "a count too few": lambda b: b._replace(counts_E=jnp.maximum(b.counts_E - 1, 0)),
-    "starts of others": lambda b: b._replace(starts_E=b.starts_E[::-1]),
+    "counts too high": lambda b: b._replace(counts_E=b.counts_E + 1),
+    "counts too low": lambda b: b._replace(counts_E=jnp.maximum(b.counts_E - 1, 0)),
+    "starts reversed": lambda b: b._replace(starts_E=b.starts_E[::-1]),
 }
 
 

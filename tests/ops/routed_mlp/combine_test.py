@@ -73,7 +73,7 @@ def one_slot_less(y, weights, rows):
 
 
 @pytest.mark.parametrize("fault", [swapped, neighbours, one_slot_less])
-def test_what_is_wrong_is_found(fault):
+def test_wrong_operands_are_found(fault):
     operands = make_operands(2 * TOKENS + 3, 2, jnp.bfloat16, held=1.0)
     with pytest.raises(AssertionError):
         check(compiled()(*fault(*operands)), operands)

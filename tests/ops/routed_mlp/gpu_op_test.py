@@ -62,7 +62,7 @@ def test_wrong_operands_are_found(fault):
 
 
 @mosaic.needs_new_jax
-@pytest.mark.parametrize("fault", ["a count too many", "starts of others"])
+@pytest.mark.parametrize("fault", ["counts too high", "starts reversed"])
 def test_wrong_operands_of_mosaic_kernels_are_found(fault):
     with pytest.raises(AssertionError):
         check_buffer("mosaic", make_operands((3, 0), jnp.bfloat16, capacity=8, width=64, hidden=64), FAULTS[fault])
@@ -98,7 +98,7 @@ def test_routed_mlp(op, options, dtype):
 
 
 @pytest.mark.parametrize("implementation", ["pallas_gpu", "pallas_triton"])
-def test_what_cannot_run_is_refused(implementation):
+def test_kernels_that_cannot_run_here_are_refused(implementation):
     if implementation == "pallas_gpu" and not mosaic.NEW_JAX:
         pytest.skip("an old JAX is what is refused first")
     plan = plans.PLANS["random"]

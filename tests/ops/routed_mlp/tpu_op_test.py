@@ -67,7 +67,7 @@ def test_any_load_has_sizes_whose_blocks_fit_each_other(chip, slots):
         assert 16 <= tpu.buffer_block(sizes) <= max(16, slots / 2)
 
 
-def test_what_cannot_run_is_refused():
+def test_kernels_that_cannot_run_here_are_refused():
     plan = plans.PLANS["random"]
     x, *weights = plans.make_operands(12)
     order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)

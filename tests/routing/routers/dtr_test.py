@@ -41,7 +41,7 @@ def naive(x_ND, modality_N, networks, phi_DC, gelu=False):
 
 
 @pytest.mark.parametrize(("M", "gelu"), [(1, False), (2, False), (5, True)])
-def test_is_the_naive_form_with_its_gradients(M, gelu):
+def test_equals_the_naive_form_and_its_gradients(M, gelu):
     networks, phi_DC = weights(M, D=10, Z=6, Q=3, C=4)
     x_ND, modality_N = tokens(17, 10, M)
 
