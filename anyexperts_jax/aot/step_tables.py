@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from anyexperts_jax.aot.decode import CompiledDecode
 from anyexperts_jax.aot.step import CompiledStep
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.core.versions import versions
@@ -10,29 +11,39 @@ from anyexperts_jax.core.versions import versions
 
 def step_tables(step: CompiledStep) -> list[TextTable]:
     """Tables of a device's memory, the collectives, the FLOPs, and the bounds that follow."""
-    return [_memory_table(step), _collectives_table(step), _work_table(step), _bounds_table(step)]
+    slices = f"{step.slices} slices of {step.topology}" if step.slices > 1 else step.topology
+    title = (
+        f"{step.parameters / 1e6:,.1f}M parameters on {slices}, {step.devices} devices: {mesh_text(step.mesh)}; "
+        f"compiled in {step.seconds:.0f} s. Memory of a device"
+    )
+    return [_memory_table(step, title), _collectives_table(step), _work_table(step), _bounds_table(step)]
+
+
+def decode_tables(step: CompiledDecode) -> list[TextTable]:
+    """Tables of a device's memory, the collectives and the bounds of a step of decoding."""
+    title = (
+        f"A token for each of {step.rows} rows, a cache of {step.length} positions: {step.parameters / 1e6:,.1f}M "
+        f"parameters on {step.topology}, {step.devices} devices: {mesh_text(step.mesh)}; compiled in "
+        f"{step.seconds:.0f} s. Memory of a device"
+    )
+    return [_memory_table(step, title), _collectives_table(step), _bounds_table(step)]
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one device"
 
 
-def to_json(step: CompiledStep) -> dict[str, Any]:
+def to_json(step: CompiledStep | CompiledDecode) -> dict[str, Any]:
     return {**dataclasses.asdict(step), "free": step.free, "bound": step.bounds.step, "versions": versions()}
 
 
-def _memory_table(step: CompiledStep) -> TextTable:
-    slices = f"{step.slices} slices of {step.topology}" if step.slices > 1 else step.topology
-    title = (
-        f"{step.parameters / 1e6:,.1f}M parameters on {slices}, {step.devices} devices: {mesh_text(step.mesh)}; "
-        f"compiled in {step.seconds:.0f} s. Memory of a device"
-    )
+def _memory_table(step: CompiledStep | CompiledDecode, title: str) -> TextTable:
     rows = [(what, _gib(size), f"{size / step.hbm:.1%}") for what, size in step.memory.items()]
     rows += [("free", _gib(step.free * step.hbm), f"{step.free:.1%}"), ("all", _gib(step.hbm), "100.0%")]
     return TextTable(title, ("what", "GiB", "share"), tuple(rows))
 
 
-def _collectives_table(step: CompiledStep) -> TextTable:
+def _collectives_table(step: CompiledStep | CompiledDecode) -> TextTable:
     sent = [
         (row.kind, " x ".join(row.axes) or "no mesh axes", f"{row.count}", f"{row.bytes / 2**20:.1f}", _ms(seconds))
         for row, seconds in zip(step.collectives, step.bounds.collectives, strict=True)
@@ -59,7 +70,7 @@ def _work_table(step: CompiledStep) -> TextTable:
     return TextTable(title, ("what", "TFLOP", "share"), (*rows, ("all", f"{work.flops / 1e12:,.1f}", "100.0%")))
 
 
-def _bounds_table(step: CompiledStep) -> TextTable:
+def _bounds_table(step: CompiledStep | CompiledDecode) -> TextTable:
     bounds = step.bounds
     found = {
         "arithmetic": bounds.arithmetic,

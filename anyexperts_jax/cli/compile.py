@@ -2,8 +2,12 @@
 
 import argparse
 import pathlib
+from typing import TYPE_CHECKING
 
-from anyexperts_jax.cli.options import add_command, add_config, positive, say
+from anyexperts_jax.cli.options import add_command, add_config, natural, positive, positive_number, say
+
+if TYPE_CHECKING:
+    from anyexperts_jax.aot.published import PublishedRun
 
 
 def run(options: argparse.Namespace) -> None:
@@ -12,19 +16,26 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from anyexperts_jax.aot import search, step, step_tables
+    from anyexperts_jax.aot.decode import compile_decode
     from anyexperts_jax.aot.fit import require_fits
     from anyexperts_jax.aot.topology import use_no_device
     from anyexperts_jax.core.text_table import print_tables
     from anyexperts_jax.train.config import load_config
 
     console = Console(highlight=False)
-    config = load_config(options.config, options.set, options.plugin)
+    published = _published(options)
+    config = load_config(options.config, options.set, options.plugin) if published is None else published.run
     use_no_device()
-    if options.search:
+    if published is not None and options.decode:
+        say(f"compiling a step of decoding of {options.config} for {options.topology}; nothing runs")
+        decoded = compile_decode(config, published.model, options.topology)
+        print_tables(step_tables.decode_tables(decoded), console)
+        figures: object = step_tables.to_json(decoded)
+    elif options.search:
         say(f"compiling train steps of {options.config} for {options.topology}; nothing runs")
         tried = search.search(config, options.topology, options.slices, options.limit, note=say)
         print_tables([search.search_table(tried, options.topology)], console)
-        figures: object = search.search_json(tried)
+        figures = search.search_json(tried)
     else:
         say(f"compiling the train step of {options.config} for {options.topology}; nothing runs")
         compiled = step.compile_step(config, options.topology, options.slices)
@@ -33,8 +44,30 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
         print(f"wrote {options.json}")
-    if not options.search:
+    if not options.search and not options.decode:
         require_fits(config, options.topology, compiled.mesh, compiled.memory, compiled.hbm)
+
+
+def _published(options: argparse.Namespace) -> "PublishedRun | None":
+    """The run of a published model's config.json; None for any other configuration.
+
+    Raises:
+      UserError: for options of published models with another configuration, or that do not go together.
+    """
+    from anyexperts_jax.aot.published import Slots, is_published_config, published_run
+    from anyexperts_jax.core.errors import require
+
+    given = [
+        f"--{name}" for name in ("k-min", "k-max", "virtual", "decode") if getattr(options, name.replace("-", "_"))
+    ]
+    if not is_published_config(options.config):
+        require(not given, f"{' '.join(given)}: only with a published model's config.json")
+        return None
+    both = (options.k_min is None) == (options.k_max is None) and (options.k_min is not None or not options.virtual)
+    require(both, "slots are attached with --k-min and --k-max, and --virtual beside them")
+    require(not (options.decode and (options.search or options.slices > 1)), "--decode: not with --search or --slices")
+    slots = None if options.k_min is None else Slots(options.k_min, options.k_max, options.virtual)
+    return published_run(options.config, options.set, slots, trains=not options.decode)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -46,6 +79,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             "anyexperts compile tiny --topology v5e:2x4",
             "anyexperts compile small --topology h100:2x8 --set mesh.fsdp=16 --json step.json",
             "anyexperts compile small --topology v5e:4x4 --search --limit 8",
+            "anyexperts compile models/Qwen3-30B-A3B/config.json --k-min 6 --k-max 10 --topology v5p:2x2x1 --decode",
         ),
     )
     add_config(parser)
@@ -54,4 +88,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--search", action="store_true", help="try meshes and remat policies, and rank those that fit")
     parser.add_argument("--limit", type=positive, default=4, help="how many candidates --search compiles")
     parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file (default: none)")
+    group = parser.add_argument_group("with a published model's config.json, without its weights")
+    group.add_argument("--k-min", type=positive_number, metavar="K", help="attach slots: at importance 0")
+    group.add_argument("--k-max", type=positive_number, metavar="K", help="attach slots: at importance 1")
+    group.add_argument("--virtual", type=natural, default=0, metavar="V", help="virtual experts per layer")
+    group.add_argument(
+        "--decode",
+        action="store_true",
+        help="compile a step of decoding for train.batch_size rows and a cache of data.encoding.max_length positions",
+    )
     parser.set_defaults(command=run)

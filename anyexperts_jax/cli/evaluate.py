@@ -17,7 +17,8 @@ def run(options: argparse.Namespace) -> None:
     elif is_checkpoint(options.run):
         evaluate_text.run(options)
     else:
-        require(options.text is None, f"{options.run} is no published checkpoint; a run has data of its own")
+        given = [f"--{name}" for name in ("text", "policy", "page") if getattr(options, name)]
+        require(not given, f"{' '.join(given)}: {options.run} is no published checkpoint; a run has data of its own")
         _evaluate_a_run(options)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from anyexperts_jax.cli.options import natural, positive, say
 from anyexperts_jax.core.errors import require
 
-_OTHERS = ("domain", "data", "metric", "text", "policy", "mesh")  # options of the other ways to evaluate
+_OTHERS = ("domain", "data", "metric", "text", "policy", "page", "mesh")  # options of the other ways to evaluate
 
 
 def require_its_options(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import shlex
 
 from anyexperts_jax.cli.options import mesh_of, positive, say
 from anyexperts_jax.core.errors import require
@@ -15,18 +16,35 @@ def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.core.text_table import print_tables
     from anyexperts_jax.evaluate.policies import measure_policies, table, text_sample
     from anyexperts_jax.pretrained.load import load_pretrained
+    from anyexperts_jax.report.policy_page import write_policy_page
 
     unused = [f"--{name}" for name in ("domain", "data", "metric") if getattr(options, name)]
     require(not unused, f"{' '.join(unused)}: {options.run} is a published checkpoint; give --text")
     require(options.text is not None, f"{options.run} is a published checkpoint; give --text FILE")
     text = read_text(options.text, "--text")
+    say(f"reading {options.run}")
     model = load_pretrained(options.run, mesh_of(options))
     sample = text_sample(model, text, options.tokens, options.length)
     found = measure_policies(
         model, sample, options.budget or (), options.policy or (), batch_rows=options.batch_rows, note=say
     )
     rows, length = sample.tokens_BT.shape
-    print_tables([table(found, f"{options.text}: {rows} rows of {length} tokens")], Console(highlight=False))
+    where = f"{options.text}: {rows} rows of {length} tokens"
+    print_tables([table(found, where)], Console(highlight=False))
+    if options.page is not None:
+        write_policy_page(found, options.page, where, _command(options))
+        print(f"wrote {options.page / 'README.md'} and the curves beside it")
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command, with all that its figures depend on."""
+    words = ["anyexperts", "evaluate", str(options.run), "--text", str(options.text)]
+    words += ["--budget", *(f"{budget:g}" for budget in options.budget)] if options.budget else []
+    words += ["--policy", *options.policy] if options.policy else []
+    words += ["--mesh", *options.mesh] if options.mesh else []
+    for name in ("tokens", "length", "batch_rows"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    return shlex.join(words)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,9 +58,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--policy",
         nargs="+",
         metavar="NAME",
-        help=f"what decides a token's experts: {', '.join(POLICIES.names())}, static_layers or oracle; importance for "
-        "attached slots (default: all that fit the model)",
+        help=f"what decides a token's experts: {', '.join(POLICIES.names())}, static_layers, oracle, or dense for the "
+        "model before the split; importance for attached slots (default: all that fit the model)",
     )
     group.add_argument("--tokens", type=positive, default=4096, metavar="N", help="of the text, from its beginning")
     group.add_argument("--length", type=positive, default=256, metavar="T", help="tokens of a row, at most")
     group.add_argument("--batch-rows", type=positive, default=4, metavar="B", help="rows of a batch")
+    group.add_argument(
+        "--page", type=pathlib.Path, metavar="FOLDER", help="also write the table and its curves there (default: none)"
+    )

@@ -16,8 +16,11 @@ def run(options: argparse.Namespace) -> None:
     text = None if options.text is None else read_text(options.text, "--text")
     if text is None:
         say("without --text neurons are compared on random tokens, which say little about real text")
+    say(f"reading {options.path}")
+    base = load_pretrained(options.path)
+    say(f"grouping the neurons of {base.config.stack.num_layers} layers")
     model = split(
-        load_pretrained(options.path),
+        base,
         num_experts=options.experts,
         num_shared=options.shared,
         text=text,

@@ -20,12 +20,14 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
 from anyexperts_jax.models.paths import moe_probe
 from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.pretrained.split import merge
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.routing.policies import IMPORTANCE, Seen
 from anyexperts_jax.routing.scores import probabilities
 from anyexperts_jax.sharding.placement import Placement
 
-OWN, LAYERS, ORACLE = "own", "static_layers", "oracle"  # measured here, beside the entries of POLICIES
+# Measured here, beside the entries of POLICIES; "dense" is the model that `split` cut.
+OWN, DENSE, LAYERS, ORACLE = "own", "dense", "static_layers", "oracle"
 _SEARCH_STEPS = 40
 _LARGEST = 1e30
 
@@ -42,8 +44,8 @@ class Measured(NamedTuple):
     """The result of one pass over the sample."""
 
     policy: str
-    budget: float  # as requested, experts per token
-    realised: float  # real experts per token and layer
+    budget: float  # as requested, experts per token; nan for the dense model
+    realised: float  # real experts per token and layer; nan for the dense model
     nats: float  # per predicted token
     bits_per_byte: float
     seconds: float
@@ -69,7 +71,8 @@ def policy_names(m: Pretrained) -> tuple[str, ...]:
     """The policies a model can run: those based on router scores, or its own importance if it has variable slots."""
     if m.config.moe.uses_importance or m.config.moe.num_virtual:
         return (IMPORTANCE,)
-    return (*POLICIES.names(), LAYERS, ORACLE)
+    dense = (DENSE,) if m.order_LF is not None else ()
+    return (*dense, *POLICIES.names(), LAYERS, ORACLE)
 
 
 def _by_modality(name: str) -> bool:
@@ -91,7 +94,8 @@ def measure_policies(
     they really get is then measured. "static_layers" gives each layer a whole number: the
     next expert goes to the layer where it adds the most router score. "oracle" chooses for every position in
     hindsight among the whole numbers around the budgets, by the loss that the position had when the whole sequence
-    ran at that number: no policy that chooses among these runs does better.
+    ran at that number: no policy that chooses among these runs does better. "dense", of a split model, is the model
+    before the cut; it comes first, once.
 
     Args:
       budgets: experts a token.
@@ -105,36 +109,52 @@ def measure_policies(
     require(m.config.stack.num_moe_layers > 0, "the model is dense and has no experts to choose; split it first")
     for name in policies:
         require_one_of("policy", name, policy_names(m))
-    bench = _Bench(m, sample, batch_rows)
-    own = bench.run(m.config, None)
-    found = [bench.measured(OWN, m.config.moe.expected_real_slots, own)]
     most = m.config.moe.experts_in_reach
     for budget in budgets:
         require(1 <= budget <= most, f"budget={budget:g} must be from 1 to {most} experts a token")
+    names = policies or [name for name in policy_names(m) if not _by_modality(name)]
+    bench = _Bench(m, sample, batch_rows)
+    found = [_Bench(merge(m), sample, batch_rows).measured_whole(DENSE)] if DENSE in names else []
+    found.append(bench.measured_whole(OWN))
+    for one in found:
+        note(_line(one))
     whole = sorted({k for budget in budgets for k in (math.floor(budget), math.ceil(budget))})
-    for name in policies or [name for name in policy_names(m) if not _by_modality(name)]:
-        for budget in budgets:
+    for name in names:
+        for budget in budgets if name != DENSE else ():
             found.append(_one(bench, name, budget, whole))
-            note(f"{name} at {budget:g}: {math.exp(min(found[-1].nats, 700)):.4g}, {found[-1].seconds:.1f} s")
+            note(_line(found[-1]))
     return found
 
 
-def table(found: Sequence[Measured], where: str) -> TextTable:
-    """One row for each pass."""
-    rows = tuple(
-        (
-            one.policy,
-            f"{one.budget:g}",
-            f"{one.realised:.3f}",
-            f"{math.exp(min(one.nats, 700)):.4f}",
-            f"{one.bits_per_byte:.4f}",
-            f"{one.seconds:.2f}",
-            f"{one.unique:.1f}",
-        )
-        for one in found
-    )
-    columns = ("policy", "budget", "experts a token", "perplexity", "bits per byte", "seconds", "unique experts")
-    return TextTable(where, columns, rows)
+def perplexity(one: Measured) -> float:
+    """Of a predicted token; capped, for it has no bound."""
+    return math.exp(min(one.nats, 700))
+
+
+def table(found: Sequence[Measured], where: str, *, seconds: bool = True) -> TextTable:
+    """One row for each pass. "time" is its seconds over those of the first row.
+
+    Args:
+      seconds: whether to show them as well.
+    """
+    columns = ["policy", "budget", "experts a token", "perplexity", "bits per byte", "time", "unique experts"]
+    if seconds:
+        columns.append("seconds")
+    rows = []
+    for one in found:
+        row = [one.policy, _or_dash(one.budget, "g"), _or_dash(one.realised, ".3f"), f"{perplexity(one):.4f}"]
+        row += [f"{one.bits_per_byte:.4f}", f"{one.seconds / found[0].seconds:.2f}", _or_dash(one.unique, ".1f")]
+        rows.append(tuple([*row, f"{one.seconds:.2f}"] if seconds else row))
+    return TextTable(where, tuple(columns), tuple(rows))
+
+
+def _or_dash(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def _line(one: Measured) -> str:
+    budget = "" if math.isnan(one.budget) else f" at {one.budget:g}"
+    return f"{one.policy}{budget}: perplexity {perplexity(one):.4g}, {one.seconds:.1f} s"
 
 
 class _Pass(NamedTuple):
@@ -153,6 +173,7 @@ class _Bench:
         count = len(sample.tokens_BT) // rows
         self._batches = [jnp.asarray(part, jnp.int32) for part in np.split(sample.tokens_BT[: count * rows], count)]
         self._known: dict[int, _Pass] = {}
+        self._compiled: set[tuple[ModelConfig, Any]] = set()
 
     @functools.cached_property
     def seen(self) -> Seen:
@@ -161,9 +182,12 @@ class _Bench:
         return _seen(static, self.m.params, self.m.router_bias_LC, self._batches[0])
 
     def run(self, config: ModelConfig, window: Float[Array, "*layers 2"] | None) -> _Pass:
-        """One pass, after one batch that is not timed."""
+        """One pass. A program's first is preceded by one batch that is not timed."""
         arguments = ((config, self.m.placement), self.m.params, self.m.router_bias_LC)
-        jax.block_until_ready(_run(*arguments, self._batches[0], window))
+        program = (config, None if window is None else window.shape)
+        if program not in self._compiled:
+            jax.block_until_ready(_run(*arguments, self._batches[0], window))
+            self._compiled.add(program)
         began = time.perf_counter()
         results = [jax.block_until_ready(_run(*arguments, batch, window)) for batch in self._batches]
         seconds = time.perf_counter() - began
@@ -180,6 +204,12 @@ class _Bench:
     def config_of(self, policy: str) -> ModelConfig:
         moe, most = self.m.config.moe, self.m.config.moe.experts_in_reach
         return dataclasses.replace(self.m.config, moe=dataclasses.replace(moe, k_min=most, k_max=most, policy=policy))
+
+    def measured_whole(self, policy: str) -> Measured:
+        """The model as it is."""
+        dense = self.m.config.stack.num_moe_layers == 0
+        budget = math.nan if dense else self.m.config.moe.expected_real_slots
+        return self.measured(policy, budget, self.run(self.m.config, None))
 
     def measured(self, policy: str, budget: float, one: _Pass) -> Measured:
         nats = float(one.nats_BT.mean())
@@ -269,6 +299,8 @@ def _run(
     assert isinstance(output, ModelOutput)
     logs_BTY = jax.nn.log_softmax(output.logits_BTY[:, :-1].astype(jnp.float32))
     nats_BT = -jnp.take_along_axis(logs_BTY, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    if not static[0].stack.num_moe_layers:
+        return nats_BT, jnp.float32(jnp.nan), jnp.float32(jnp.nan)
     ids_LBTK = output.trace.expert_ids_BTK
     experts = static[0].moe.num_experts
     hit_LE = jax.vmap(lambda ids: jnp.zeros(experts, bool).at[ids.ravel()].set(True, mode="drop"))(ids_LBTK)

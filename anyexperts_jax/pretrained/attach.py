@@ -63,8 +63,32 @@ def attach(
     >>> bool((slots.logits([[1, 2, 3]]) == base.logits([[1, 2, 3]])).all())
     True
     """
-    base = m.config.moe
-    require(m.config.stack.num_moe_layers > 0, "attach: the model is dense; split it into experts first")
+    config = attached_config(m.config, k_min=k_min, k_max=k_max, num_virtual=num_virtual, preserve=preserve)
+    bias = importance_bias(config.moe, int(m.config.moe.k_max)) if preserve else 0.0
+    leaves = named_leaves(m.params)
+    new = new_leaves(config, leaves, m.placement, seed)
+    if preserve:
+        new[_IMPORTANCE_BIAS] = jax.device_put(
+            jnp.full_like(new[_IMPORTANCE_BIAS], bias), new[_IMPORTANCE_BIAS].sharding
+        )
+    return dataclasses.replace(
+        m,
+        config=config,
+        params=params_of_leaves(config, {**leaves, **new}),
+        router_bias_LC=_with_virtual(m.router_bias_LC, num_virtual),
+    )
+
+
+def attached_config(
+    config: ModelConfig, *, k_min: float, k_max: float, num_virtual: int = 0, preserve: bool = True
+) -> ModelConfig:
+    """The configuration of a model to which `attach` has given slots.
+
+    Raises:
+      UserError: as `attach`.
+    """
+    base = config.moe
+    require(config.stack.num_moe_layers > 0, "attach: the model is dense; split it into experts first")
     static = not base.uses_importance and base.num_virtual == 0 and base.router != ROUTER
     require(static, "attach: the model has variable slots already; detach them first")
     require(base.router == "linear", f"attach: the model's router is {base.router!r}; only a linear one is supported")
@@ -80,20 +104,9 @@ def attach(
             base.switches, hsm_site="block_input", iar="add", onset="learned" if preserve else "full"
         ),
     )
-    bias = importance_bias(moe, int(base.k_max)) if preserve else 0.0
-    config = dataclasses.replace(m.config, moe=moe)
-    leaves = named_leaves(m.params)
-    new = new_leaves(config, leaves, m.placement, seed)
     if preserve:
-        new[_IMPORTANCE_BIAS] = jax.device_put(
-            jnp.full_like(new[_IMPORTANCE_BIAS], bias), new[_IMPORTANCE_BIAS].sharding
-        )
-    return dataclasses.replace(
-        m,
-        config=config,
-        params=params_of_leaves(config, {**leaves, **new}),
-        router_bias_LC=_with_virtual(m.router_bias_LC, num_virtual),
-    )
+        importance_bias(moe, int(base.k_max))  # a window that never gives the base's number is refused
+    return dataclasses.replace(config, moe=moe)
 
 
 def detach(m: Pretrained) -> Pretrained:

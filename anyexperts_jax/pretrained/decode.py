@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.errors import require
@@ -20,7 +21,8 @@ from anyexperts_jax.models.vision_tower import PlacedFrames
 from anyexperts_jax.nn.stack import StackCache, empty_stack_cache
 from anyexperts_jax.pretrained.budget import BudgetInForce, mixing_logits
 from anyexperts_jax.pretrained.media import Placed, Shown, place
-from anyexperts_jax.sharding.placement import Placement
+from anyexperts_jax.sharding.placement import Placement, is_split
+from anyexperts_jax.sharding.specs import parts
 
 _PROMPT_STEP, _CACHE_STEP = 16, 64  # lengths are rounded up to these, so that few programs are compiled
 
@@ -117,7 +119,10 @@ class _State:
         self._static = (config, weights.placement, request.sampling)
         self._weights, self._budget = weights, budget
         empty = empty_stack_cache(config.stack, batch, room)
-        self._cache: StackCache = jax.tree.map(jnp.copy, empty)  # keys and values each their own: they are donated
+        # keys and values each their own: they are donated
+        self._cache: StackCache = jax.tree.map(
+            lambda array: jax.device_put(jnp.copy(array), cache_sharding(weights.placement, array.shape)), empty
+        )
         self._seen_BY, self._key = seen_BY, jax.random.key(request.seed)
         self._step, self._used, self._asked = 0, list[Array](), 0
         self._lead_B: Array | None = None  # of the pictures that were shown
@@ -131,7 +136,7 @@ class _State:
         frames = None if placed is None else placed.frames
         arguments = (self._weights.params, self._weights.router_bias_LC, self._budget, (part, frames))
         self._lead_B = self._lead_B if placed is None else placed.lead_B
-        next_B, used, held = _extend(self._static, *arguments, held, (self._key, jnp.int32(self._step)))
+        next_B, used, held = extend_step(self._static, *arguments, held, (self._key, jnp.int32(self._step)))
         self._cache, self._seen_BY = held
         self._step += 1
         self._used.append(used)
@@ -143,8 +148,20 @@ class _State:
         return sum(map(float, self._used)) / (self._asked * layers) if layers else float("nan")
 
 
+def cache_sharding(placement: Placement, shape: Sequence[int]) -> jax.sharding.Sharding:
+    """Where keys or values [..., B, S, G, A] are: on the devices of their rows and heads, if the mesh divides these."""
+    if not is_split(placement):
+        return jax.sharding.SingleDeviceSharding(placement.device)
+    mesh, rules = placement.mesh, placement.rules
+    rows, _, heads, _ = shape[-4:]
+    split = [
+        axes if size % parts(mesh, axes) == 0 else None for size, axes in ((rows, rules.batch), (heads, rules.kv_heads))
+    ]
+    return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 4), split[0], None, split[1], None))
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def _extend(
+def extend_step(
     static: tuple[ModelConfig, Placement, Sampling],
     params: Any,
     router_bias_LC: Array | None,
@@ -153,6 +170,13 @@ def _extend(
     held: tuple[StackCache, Array],
     draw: tuple[Array, Array],
 ) -> tuple[Array, Array, tuple[StackCache, Array]]:
+    """The next token of each row after further ones, the experts that these used, and what is held, updated in place.
+
+    Args:
+      given: the tokens, and what a vision tower reads of them.
+      held: the cache, and which ids each row has seen.
+      draw: the key, and the number of the step.
+    """
     config, placement, sampling = static
     (part, placed), (cache, seen_BY) = given, held
     length = part.tokens_BT.shape[1]

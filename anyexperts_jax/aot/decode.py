@@ -1,0 +1,174 @@
+"""Compiles a step of decoding, a token for each row of a filled cache, for TPUs or GPUs that are not attached."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from anyexperts_jax.aot.bounds import Bounds
+from anyexperts_jax.aot.collectives import Collective, read_collectives
+from anyexperts_jax.aot.fit import temporaries_refused
+from anyexperts_jax.aot.network import network_seconds
+from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
+from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.hardware import Chip
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.models.generate import dropless
+from anyexperts_jax.models.init import abstract_params, logical_axes, named_leaves
+from anyexperts_jax.models.multimodal import TextPart
+from anyexperts_jax.models.paths import is_a, is_matmul, tower_of
+from anyexperts_jax.models.sample import GREEDY
+from anyexperts_jax.nn.stack import empty_stack_cache
+from anyexperts_jax.pretrained.budget import BudgetInForce
+from anyexperts_jax.pretrained.decode import cache_sharding, extend_step
+from anyexperts_jax.sharding.mesh import make_mesh, slice_of
+from anyexperts_jax.sharding.placement import Placement
+from anyexperts_jax.sharding.specs import batch_shards, param_shardings, replicated
+from anyexperts_jax.train.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledDecode:
+    """The compiler's figures for one step of decoding, and the bounds that follow. Nothing was run."""
+
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    rows: int
+    length: int  # positions of the cache
+    parameters: int
+    memory: dict[str, int]  # bytes per device: "parameters", "cache", "temporaries", "program"
+    hbm: int  # bytes of a device's memory
+    collectives: tuple[Collective, ...]
+    bounds: Bounds
+    seconds: float  # to trace and compile
+
+    @property
+    def free(self) -> float:
+        """The free share of a device's memory."""
+        return 1 - sum(self.memory.values()) / self.hbm
+
+
+def compile_decode(run: RunConfig, model: ModelConfig, topology: str) -> CompiledDecode:
+    """Compiles the step that `generate` runs after a prompt, for `train.batch_size` rows and a cache of
+    `data.encoding.max_length` positions, on the mesh of the run.
+
+    Raises:
+      UserError: if there is no compiler or no such topology, or the step does not fit the devices or their memory.
+    """
+    rows, length = run.train.batch_size, run.data.encoding.max_length
+    mesh, chip = make_mesh(run.mesh, slice_devices(topology)), chip_of_topology(topology)
+    shards = batch_shards(mesh)
+    require(rows % shards == 0, f"train.batch_size={rows} does not split over {shards} batch shards")
+    start = time.perf_counter()
+    params, cache = _placed_params(model, mesh), _placed_cache(model, mesh, rows, length)
+    held = {"parameters": _bytes(params), "cache": _bytes(cache)}
+    said = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items())
+    try:
+        compiled = _lower(model, mesh, params, cache, rows).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if temporaries_refused(str(error)) is None:
+            raise
+        raise UserError(
+            f"the step of decoding does not fit a device of {topology} with {chip.hbm / 2**30:.0f} GiB ({said}, in "
+            "GiB); take fewer rows or positions, or more devices"
+        ) from error
+    stats, program = compiled.memory_analysis(), compiled.as_text()
+    memory = {**held, "temporaries": stats.temp_size_in_bytes, "program": stats.generated_code_size_in_bytes}
+    found = CompiledDecode(
+        topology=topology,
+        devices=mesh.size,
+        mesh=dict(mesh.shape),
+        rows=rows,
+        length=length,
+        parameters=sum(math.prod(p.shape) for p in jax.tree.leaves(params)),
+        memory=memory,
+        hbm=chip.hbm,
+        collectives=tuple(read_collectives(program, run.mesh.sizes_inside(mesh.size))),
+        bounds=_bounds(run, model, mesh, chip, program=program),
+        seconds=time.perf_counter() - start,
+    )
+    over = -found.free * chip.hbm / 2**30
+    require(found.free >= 0, f"the step of decoding does not fit a device of {topology}: {over:.2f} GiB more ({said})")
+    return found
+
+
+def read_bytes(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> float:
+    """Bytes that a device reads in a step: its weights, of the experts those that its rows hit, and its cache.
+
+    Rows are taken to choose their experts at random and independently: routing that prefers some reads less.
+    """
+    share = 1 - (1 - model.moe.expected_real_slots / model.moe.num_experts) ** (rows / batch_shards(mesh))
+    total = float(_bytes(_placed_cache(model, mesh, rows, length)))
+    for name, array in named_leaves(_placed_params(model, mesh)).items():
+        if is_a("expert", name):
+            total += share * _bytes(array)
+        elif is_matmul(name) and tower_of(name) != "vision":
+            total += _bytes(array)
+    return total
+
+
+def _lower(model: ModelConfig, mesh: Mesh, params: Any, cache: Any, rows: int) -> Any:
+    def given(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    number_B = given((rows,), jnp.int32)
+    lead_B = None if model.vision_tower is None else number_B
+    part = TextPart(given((rows, 1), jnp.int32), number_B, number_B, lead_B)
+    bias_LC = given(model.router_bias_shape, jnp.float32) if model.moe.expert_bias else None
+    static = (dropless(model), Placement(mesh), GREEDY)
+    arguments = (params, bias_LC, BudgetInForce(), (part, None))
+    held = (cache, given((rows, model.vocab_size), jnp.bool_))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # implementations are chosen for the mesh's platform
+        return extend_step.lower(static, *arguments, held, (given(key.shape, key.dtype), given((), jnp.int32)))
+
+
+def _placed_params(model: ModelConfig, mesh: Mesh) -> Any:
+    params = abstract_params(model)
+    return jax.tree.map(_placed, params, param_shardings(mesh, logical_axes(model), params))
+
+
+def _placed_cache(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> Any:
+    cache = jax.eval_shape(lambda: empty_stack_cache(model.stack, rows, length))
+    return jax.tree.map(lambda array: _placed(array, cache_sharding(Placement(mesh), array.shape)), cache)
+
+
+def _placed(array: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def _bytes(tree: Any) -> int:
+    """Of one device."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
+
+
+def _flops(model: ModelConfig, rows: int, length: int) -> float:
+    """Of the matmuls of a step on all devices, with attention over a full cache."""
+    stack, moe = model.stack, model.moe
+    dense = sum(
+        math.prod(array.shape)
+        for name, array in named_leaves(abstract_params(model)).items()
+        if is_matmul(name) and tower_of(name) != "vision"
+    )
+    dense += model.vocab_size * stack.d_model if model.tie_embeddings else 0
+    experts = moe.expected_real_slots * 3 * stack.d_model * stack.expert_d_ff * stack.num_moe_layers
+    attention = 2 * length * stack.attention.num_heads * stack.attention.head_dim * stack.num_layers
+    return 2 * rows * (dense + experts + attention)
+
+
+def _bounds(run: RunConfig, model: ModelConfig, mesh: Mesh, chip: Chip, program: str) -> Bounds:
+    inner = run.mesh.sizes_inside(mesh.size)
+    rows, length = run.train.batch_size, run.data.encoding.max_length
+    devices = list(mesh.devices.flat)
+    first = [device for device in devices if slice_of(device) == slice_of(devices[0])]
+    alone, network, between = network_seconds(read_collectives(program, inner), first, inner, chip)
+    flops = _flops(model, rows, length)
+    arithmetic = flops / mesh.size / chip.flops
+    hbm = read_bytes(model, mesh, rows, length) / (chip.hbm_gbs * 1e9)
+    mfu = arithmetic / max(arithmetic, hbm, network, between)
+    return Bounds(arithmetic=arithmetic, hbm=hbm, network=network, between_slices=between, collectives=alone, mfu=mfu)
