@@ -13,6 +13,7 @@ from anyexperts_jax.cli.main import main
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.registries import POLICIES
 from anyexperts_jax.evaluate.policies import (
+    DENSE,
     LAYERS,
     ORACLE,
     TextSample,
@@ -119,6 +120,20 @@ def test_attached_slots_are_measured_by_importance(model, sample):
     assert found.policy == "importance"
 
 
+def test_a_split_model_is_measured_beside_the_dense_one(sample):
+    dense = random_model(hub_values("llama", num_hidden_layers=2, vocab_size=300, eos_token_id=299))
+    split = ax.split(dense, num_experts=5, num_shared=1)
+    assert policy_names(split)[0] == DENSE
+    assert DENSE not in policy_names(random_model(SHAPE))
+    lines = []
+    whole, own, *found = measure_policies(split, sample, [3, 2], [DENSE, "static"], note=lines.append)
+    assert (whole.policy, own.policy) == (DENSE, "own")
+    assert whole.nats == pytest.approx(own.nats, abs=1e-4)
+    assert np.isnan([whole.budget, whole.realised, whole.unique]).all()
+    assert [(one.policy, one.realised) for one in found] == [("static", 3), ("static", 2)]
+    assert [line.partition(":")[0] for line in lines] == ["dense", "own at 4", "static at 3", "static at 2"]
+
+
 def test_the_command_prints_one_table(tmp_path, capsys, model):
     pytest.importorskip("tokenizers")
     from anyexperts_jax.tokenizers.train import train_tokenizer
@@ -132,6 +147,10 @@ def test_the_command_prints_one_table(tmp_path, capsys, model):
     told = capsys.readouterr().out
     assert "perplexity" in told
     assert "2.000" in told
+    assert main(["evaluate", str(tmp_path / "hub"), *options, "--page", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "README.md").read_text()
+    assert "--budget 2 --policy static --tokens 4096 --length 16 --batch-rows 4" in page
+    capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "hub"), *options, "--budget", "9"]) == 2
     assert "budget=9 must be from 1 to 7 experts a token" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path / "hub"), "--budget", "2"]) == 2
