@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from anyexperts_jax.sharding.specs import param_shardings, replicated
 
 Sharding = jax.sharding.Sharding
 HEAD = "lm_head.weight"
+_ALIGNED, _OFF = 64, 16  # bytes: what JAX aligns to, and how far `_Scratch` is from it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,37 +116,116 @@ def summary(plan: ReadPlan, family: str) -> list[str]:
     ]
 
 
+class _Scratch:
+    """Host memory that one parameter after another is put together in: fresh memory costs more than the copy.
+
+    On a CPU, JAX takes over aligned memory of NumPy's without a copy, whatever `may_alias` says. This one is aligned
+    for every type of number and never for JAX, so what is put on a device is copied.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def take(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """Room for an array, whose values are anything. What was taken before is overwritten."""
+        need = math.prod(shape) * dtype.itemsize
+        if not need <= len(self._bytes) - _ALIGNED <= 2 * need:  # not much more than what is needed, for it counts
+            self._bytes = np.empty(0, np.uint8)
+            self._bytes = np.empty(need + _ALIGNED, np.uint8)
+        first = (_OFF - self._bytes.ctypes.data) % _ALIGNED
+        return self._bytes[first : first + need].view(dtype).reshape(shape)
+
+
 def read_parameters(plan: ReadPlan, source: Source) -> tuple[dict[str, Any], jax.Array | None]:
     """The parameters' tree, and the expert biases [L, C], where the model has them.
 
     One parameter is read at a time, and of it what each device gets; a file is closed before the next parameter, so
-    that no more of it stays in memory.
+    that no more of it stays in memory. Onto a single device, the largest go first, and the next one is read while one
+    is copied there.
     """
-    leaves = {}
+    leaves: dict[str, jax.Array] = {}
+    alone = [own for own in plan.parameters if own.sharding.is_fully_addressable and len(own.sharding.device_set) == 1]
+    with ThreadPoolExecutor(1) as reader:
+        for parameter, value in _read_ahead(alone, plan.tensors, source, reader):
+            leaves[parameter.name] = jax.block_until_ready(jax.device_put(value, parameter.sharding))
     for parameter in plan.parameters:
-        with source.opened() as reader:
-            leaves[parameter.name] = _read_parameter(parameter, plan.tensors, reader)
+        if parameter.name not in leaves:
+            leaves[parameter.name] = _read_split(parameter, plan.tensors, source)
     if plan.repeated_head:
         _check_repeated_head(plan, source)
     return params_of_leaves(plan.config, leaves), leaves.get(ROUTER_BIAS)
 
 
-def _read_parameter(plan: ParameterPlan, tensors: Mapping[str, Expected], reader: Reader) -> jax.Array:
+def _read_ahead(
+    parameters: Sequence[ParameterPlan], tensors: Mapping[str, Expected], source: Source, reader: ThreadPoolExecutor
+) -> Iterator[tuple[ParameterPlan, np.ndarray]]:
+    """Every parameter with its values, the largest first, while the next is being read. They last until the next."""
+    waiting = sorted(parameters, key=lambda own: -math.prod(own.shape) * own.dtype.itemsize)
+    scratch = (_Scratch(), _Scratch())
+
+    def begin(place: int) -> "Future[np.ndarray] | None":
+        if place == len(waiting):
+            return None
+        return reader.submit(_read_whole, waiting[place], tensors, source, scratch[place % 2])
+
+    coming = begin(0)
+    for place, parameter in enumerate(waiting, 1):
+        assert coming is not None
+        value, coming = coming.result(), begin(place)
+        yield parameter, value
+
+
+def _read_whole(plan: ParameterPlan, tensors: Mapping[str, Expected], source: Source, scratch: _Scratch) -> np.ndarray:
+    with source.opened() as reader:
+        return _read_part(plan, tensors, reader, scratch, tuple(slice(0, n) for n in plan.shape))
+
+
+def _read_split(plan: ParameterPlan, tensors: Mapping[str, Expected], source: Source) -> jax.Array:
+    def part(where: tuple[slice, ...] | None) -> np.ndarray:
+        return _read_part(plan, tensors, reader, _Scratch(), where or ())
+
+    with source.opened() as reader:
+        return jax.make_array_from_callback(plan.shape, plan.sharding, part)
+
+
+def _read_part(
+    plan: ParameterPlan,
+    tensors: Mapping[str, Expected],
+    reader: Reader,
+    scratch: _Scratch,
+    where: tuple[slice, ...],
+) -> np.ndarray:
     depth = len(plan.pieces[0].index)
     by_index = {piece.index: piece for piece in plan.pieces}
+    ranges = [range(*s.indices(n)) for s, n in zip(where, plan.shape, strict=True)]
+    lead, inside = [len(r) for r in ranges[:depth]], tuple(slice(r.start, r.stop) for r in ranges[depth:])
+    value: np.ndarray | None = None
+    for place in np.ndindex(*lead):
+        piece = by_index[tuple(ranges[axis][i] for axis, i in enumerate(place))]
+        own = _read_piece(piece, tensors[piece.tensor], reader)[inside]
+        if value is None:
+            value = _stacked_like(own, lead, plan.dtype, scratch)
+        _copy(own, value[place])
+    return np.empty([len(r) for r in ranges], plan.dtype) if value is None else value
 
-    def part(where: tuple[slice, ...] | None) -> np.ndarray:
-        ranges = [range(*s.indices(n)) for s, n in zip(where or (), plan.shape, strict=True)]
-        value = np.empty([len(r) for r in ranges], plan.dtype)
-        for place in np.ndindex(*value.shape[:depth]):
-            piece = by_index[tuple(ranges[axis][i] for axis, i in enumerate(place))]
-            whole = _read_piece(piece, tensors[piece.tensor], reader)
-            value[place] = whole[tuple(slice(r.start, r.stop) for r in ranges[depth:])]
-        return value
 
-    if plan.sharding.is_fully_addressable and len(plan.sharding.device_set) == 1:
-        return jax.device_put(part(tuple(slice(0, n) for n in plan.shape)), plan.sharding)
-    return jax.make_array_from_callback(plan.shape, plan.sharding, part)
+def _copy(own: np.ndarray, room: np.ndarray) -> None:
+    """`room[...] = own`. NumPy copies bfloat16 an element at a time, and the same bits as whole numbers in runs."""
+    if own.dtype == room.dtype:
+        bits = np.dtype(f"u{own.dtype.itemsize}")
+        own, room = own.view(bits), room.view(bits)
+    room[...] = own
+
+
+def _stacked_like(piece: np.ndarray, lead: list[int], dtype: np.dtype, scratch: _Scratch) -> np.ndarray:
+    """Room for a stack of pieces, laid out in memory as they are, so that each is copied in one run.
+
+    A transposed piece stays transposed in memory; JAX turns it on the way to the device, several times faster.
+    """
+    order = sorted(range(piece.ndim), key=lambda axis: -piece.strides[axis])
+    room = scratch.take([*lead, *(piece.shape[axis] for axis in order)], dtype)
+    back = [len(lead) + order.index(axis) for axis in range(piece.ndim)]
+    return room.transpose([*range(len(lead)), *back])
 
 
 def _read_piece(piece: Piece, tensor: Expected, reader: Reader) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from anyexperts_jax import MeshConfig, load_pretrained, make_mesh
 from anyexperts_jax.models.init import named_leaves
 from anyexperts_jax.pretrained.load import open_checkpoint
+from anyexperts_jax.pretrained.read import _Scratch
 from anyexperts_jax.pretrained.write import export
 from pretrained.tiny_hub import BFLOAT16, hub_values, random_tensors, tensors_in, tiny_checkpoint, write_checkpoint
 
@@ -156,3 +158,17 @@ def test_the_number_of_experts_goes_by_three_names(tmp_path, name):
     values = {**hub_values("qwen3_moe"), "num_experts": None, name: 7}
     write_checkpoint(tmp_path / "hub", values, random_tensors(hub_values("qwen3_moe")))
     assert open_checkpoint(tmp_path / "hub").plan().config.moe.num_experts == 7
+
+
+def test_scratch_is_used_again_and_never_taken_over():
+    """JAX keeps aligned memory of NumPy's as it is: a parameter would change when the next is read."""
+    scratch = _Scratch()
+    for dtype in (np.dtype(np.float32), np.dtype(BFLOAT16)):
+        for size in (64, 4096, 100_000):
+            room = scratch.take((size,), dtype)
+            room[...] = 1
+            placed = jax.block_until_ready(jax.device_put(room, jax.devices()[0]))
+            assert scratch.take((size,), dtype).ctypes.data == room.ctypes.data
+            room[...] = 2
+            assert (np.asarray(placed) == 1).all()
+    assert scratch.take((10,), np.dtype(np.float32)).base.nbytes < 200, "a large one is let go"
