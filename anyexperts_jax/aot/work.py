@@ -12,7 +12,7 @@ from anyexperts_jax.dispatch.capacity import rows_per_expert
 from anyexperts_jax.dispatch.exchange_sizes import buffer_sizes
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, logical_axes, named_leaves
-from anyexperts_jax.models.paths import is_matmul, tower_of
+from anyexperts_jax.models.paths import is_a, is_matmul, tower_of
 from anyexperts_jax.ops.attention import splash
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape
 from anyexperts_jax.ops.routed_mlp.tpu import aligned_sizes
@@ -20,6 +20,7 @@ from anyexperts_jax.routing.plan import plan_spec
 from anyexperts_jax.sharding.rules import as_tuple
 from anyexperts_jax.sharding.specs import DEFAULT_RULES
 from anyexperts_jax.train.config import RunConfig
+from anyexperts_jax.train.trainable import what_trains
 
 _FORWARD_AND_BACKWARD = 3  # a matmul has two gradients, each with as many FLOPs
 _SPLASH = (2 + 7, 2 + 4)  # matmuls over all scores: those that splash attention computes, and those that are needed
@@ -54,22 +55,25 @@ def count_work(config: RunConfig, mesh: dict[str, int], device_kind: str = "") -
     tokens = config.train.batch_size * config.data.encoding.max_length
     layers = stack.num_moe_layers
     rows = round(moe.expected_real_slots * tokens * layers)
-    row_flops = _FORWARD_AND_BACKWARD * 6 * stack.d_model * stack.expert_d_ff
-    shared, blocks = _dense_flops(config, tokens)
+    passes = _passes(config)
+    row_flops = 6 * stack.d_model * stack.expert_d_ff
+    shared, blocks, blocks_forward = _dense_flops(config, tokens, passes)
     pairs = tokens * (config.data.encoding.max_length + 1) / 2  # pairs of a query and a key it attends to
     scores = _FORWARD_AND_BACKWARD * 4 * pairs * stack.attention.num_heads * stack.attention.head_dim * stack.num_layers
     fits = splash.supports(config.data.encoding.max_length, stack.attention.head_dim)
     skips = fits and device_kind.startswith("TPU") and mesh["sequence"] == 1
     computed, buffers, sent = _rows(config, mesh, device_kind, rows)
-    again = 0.0 if stack.remat == "none" else 1 / _FORWARD_AND_BACKWARD
+    again = 0.0 if stack.remat == "none" else 1.0
     masked = scores * (_SPLASH[0] / _SPLASH[1] - 1) if skips else scores
-    dense_again = 0.0 if stack.remat == "dots" else again * blocks
+    dense_again = 0.0 if stack.remat == "dots" else again * blocks_forward
+    own = [count for name, count in passes.items() if is_a("expert", name)]
+    of_experts = sum(own) / max(len(own), 1)  # matrices of one size
     return Work(
-        real_flops={"experts": rows * row_flops, "attention": scores, "dense": shared + blocks},
+        real_flops={"experts": of_experts * rows * row_flops, "attention": scores, "dense": shared + blocks},
         extra_flops={
-            "expert padding": (computed - rows) * row_flops,
+            "expert padding": of_experts * (computed - rows) * row_flops,
             "masked attention": masked,
-            "computed again": again * (computed * row_flops + scores) + dense_again,
+            "computed again": again * (computed * row_flops + scores / _FORWARD_AND_BACKWARD) + dense_again,
         },
         rows_real=rows,
         rows_computed=computed,
@@ -79,23 +83,34 @@ def count_work(config: RunConfig, mesh: dict[str, int], device_kind: str = "") -
     )
 
 
-def _dense_flops(config: RunConfig, tokens: int) -> tuple[float, float]:
-    """FLOPs of all matmuls except the routed experts', forward and backward: (outside the stack, inside it)."""
-    encoding, outside, inside = config.data.encoding, 0.0, 0.0
+def _passes(config: RunConfig) -> dict[str, int]:
+    """By parameter, how often its matmul is done in a step: a frozen one has no gradient, but passes one on."""
+    trainable = what_trains(config).trainable
+    names = named_leaves(abstract_params(config.model))
+    if trainable is None:
+        return dict.fromkeys(names, _FORWARD_AND_BACKWARD)
+    trained = named_leaves(trainable)
+    return {name: _FORWARD_AND_BACKWARD if trained[name] else _FORWARD_AND_BACKWARD - 1 for name in names}
+
+
+def _dense_flops(config: RunConfig, tokens: int, passes: dict[str, int]) -> tuple[float, float, float]:
+    """FLOPs of all matmuls except the routed experts': (outside the stack, inside it, of that the forward pass)."""
+    encoding, outside, inside, forward = config.data.encoding, 0.0, 0.0, 0.0
     batch = config.train.batch_size
     rows_of = {"vision": batch * encoding.max_patches, "audio": batch * encoding.max_frames}
     for name, array in named_leaves(abstract_params(config.model)).items():
         if not is_matmul(name):
             continue
         tower = tower_of(name)
-        flops = _FORWARD_AND_BACKWARD * 2.0 * rows_of.get(tower, tokens) * math.prod(array.shape)
+        flops = 2.0 * rows_of.get(tower, tokens) * math.prod(array.shape)
         if tower == "decoder":
-            inside += flops
+            inside += passes[name] * flops
+            forward += flops
         else:
-            outside += flops
+            outside += passes[name] * flops
     if config.model.tie_embeddings:
         outside += _FORWARD_AND_BACKWARD * 2.0 * tokens * config.model.vocab_size * config.model.stack.d_model
-    return outside, inside
+    return outside, inside, forward
 
 
 def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) -> tuple[int, int, int]:

@@ -246,11 +246,15 @@ def find_dial(name: str, seen: Seen, budget: float, most: int) -> float:
     logits = seen.logits_NE
     few, many = policy.dial or (float(logits.max()) + 1, float(logits.min()) - 1)
     few, many = max(-_LARGEST, min(few, most)), max(-_LARGEST, min(many, most))
-    mean = jax.jit(lambda dial: jnp.clip(jax.vmap(lambda own: policy.slots(own, dial))(seen), 1, most).mean())
+
+    @jax.jit
+    def mean(seen: Seen, dial: Array) -> Array:  # of what was seen as an argument: XLA would fold constants, slowly
+        return jnp.clip(jax.vmap(lambda own: policy.slots(own, dial))(seen), 1, most).mean()
+
     for _ in range(_SEARCH_STEPS):
         middle = (few + many) / 2
-        few, many = (middle, many) if float(mean(jnp.float32(middle))) < budget else (few, middle)
-    return min((few, many), key=lambda dial: abs(float(mean(jnp.float32(dial))) - budget))
+        few, many = (middle, many) if float(mean(seen, jnp.float32(middle))) < budget else (few, middle)
+    return min((few, many), key=lambda dial: abs(float(mean(seen, jnp.float32(dial))) - budget))
 
 
 def slots_of_layers(scores_LNE: Float[np.ndarray, "L N E"], budget: float) -> Int[np.ndarray, "L"]:

@@ -41,6 +41,17 @@ def test_a_wider_dense_layer_adds_its_three_matmuls():
     assert wide["experts"] == narrow["experts"]
 
 
+def test_a_frozen_matmul_has_no_gradient_of_its_own():
+    routers = 'train.trainable=["**/router/**", "**/importance/**"]'
+    whole, frozen = (count_work(config("model.stack.remat=full", *more), ONE) for more in ((), (routers,)))
+    assert frozen.real_flops["experts"] == pytest.approx(whole.real_flops["experts"] * 2 / 3)
+    assert frozen.real_flops["attention"] == whole.real_flops["attention"]
+    assert whole.real_flops["dense"] * 2 / 3 < frozen.real_flops["dense"] < whole.real_flops["dense"] * 0.7
+    assert frozen.extra_flops["computed again"] == whole.extra_flops["computed again"]
+    experts = count_work(config('train.trainable=["**/experts/w_up_*"]'), ONE)
+    assert experts.real_flops["experts"] == pytest.approx(whole.real_flops["experts"] * (2 + 2 + 3) / 9)
+
+
 @pytest.mark.slow
 def test_expert_rows_follow_the_budget_in_work_and_in_buffers():
     mesh = ONE | {"expert": 4}
