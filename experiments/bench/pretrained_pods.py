@@ -133,7 +133,8 @@ in the mean. Programs are those of `anyexperts compile`, for one host each:
   expert split over four devices, rows over the rest. The vision tower's parameters count; it does not run in it.
 - A bound is the least time that the arithmetic, the memory traffic that cannot be avoided, or the links leave, at the
   peaks in `anyexperts_jax/core/hardware.toml`, each as if nothing else took time. A decoding step reads the experts
-  that its rows hit, if rows choose at random, and the whole cache.
+  that its rows hit, if rows choose at random, and the whole cache; a training step's state, the frozen base too, counts
+  as read and written once.
 
 Commands, one for each program:
 """
