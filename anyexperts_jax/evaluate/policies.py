@@ -93,8 +93,9 @@ def measure_policies(
     A policy's dial is set on the router scores of the unchanged model, so that tokens get the budget on average. What
     they really get is then measured. "static_layers" gives each layer a whole number: the
     next expert goes to the layer where it adds the most router score. "oracle" chooses for every position in
-    hindsight among the whole numbers around the budgets, by the loss that the position had when the whole sequence
-    ran at that number: no policy that chooses among these runs does better. "dense", of a split model, is the model
+    hindsight among whole numbers (those around the budgets, half of the least, and the model's own), by the loss that
+    the position had when the whole sequence ran at that number: no policy that chooses among these runs, at this budget
+    or below, does better. "dense", of a split model, is the model
     before the cut; it comes first, once.
 
     Args:
@@ -118,7 +119,9 @@ def measure_policies(
     found.append(bench.measured_whole(OWN))
     for one in found:
         note(_line(one))
-    whole = sorted({k for budget in budgets for k in (math.floor(budget), math.ceil(budget))})
+    around = {k for budget in budgets for k in (math.floor(budget), math.ceil(budget))}
+    least = max(1, math.floor(min(budgets, default=1) / 2))
+    whole = sorted({*around, least, round(m.config.moe.expected_real_slots)})
     for name in names:
         for budget in budgets if name != DENSE else ():
             found.append(_one(bench, name, budget, whole))
@@ -269,10 +272,10 @@ def slots_of_layers(scores_LNE: Float[np.ndarray, "L N E"], budget: float) -> In
 
 
 def _oracle(passes: dict[int, _Pass], budget: float) -> _Pass:
-    """The smallest sum of losses with `budget` experts per position on average, found by a price per expert."""
+    """The smallest sum of losses with at most `budget` experts per position on average, found by a price per expert."""
     slots_K = np.array(sorted(passes))
     nats_KBT = np.stack([passes[k].nats_BT for k in slots_K.tolist()])
-    low, high = -1e3, 1e3
+    low, high = 0.0, 1e3
     for _ in range(_SEARCH_STEPS):
         price = (low + high) / 2
         chosen_BT = (nats_KBT + price * slots_K[:, None, None]).argmin(axis=0)

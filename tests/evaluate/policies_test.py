@@ -17,6 +17,8 @@ from anyexperts_jax.evaluate.policies import (
     LAYERS,
     ORACLE,
     TextSample,
+    _oracle,
+    _Pass,
     find_dial,
     measure_policies,
     policy_names,
@@ -91,11 +93,21 @@ def test_every_policy_realises_its_budget_on_the_data(model, sample):
     assert realised[LAYERS] == 2.5
     assert abs(realised["mixed"] - 2.5) < 0.15
     assert abs(realised["top_p"] - 2.5) < 0.15
-    assert realised[ORACLE] <= 2.5
+    assert 1 <= realised[ORACLE] <= 2.5
     nats = {one.policy: one.nats for one in found}
     assert nats[ORACLE] < nats["mixed"]
     assert 1 <= found[0].unique <= 7
     assert own.bits_per_byte == pytest.approx(own.nats * 4 * 31 / np.log(2) / 400)
+
+
+def test_the_oracle_takes_fewer_where_fewer_do_better():
+    """It is a bound at its budget: what it may spend, it need not."""
+    one = lambda *nats: _Pass(np.array([nats]), 0.0, 0.0, seconds=1.0)  # noqa: E731
+    two, four, eight = one(1.0, 1.0, 1.0, 1.0), one(1.5, 1.5, 1.5, 1.5), one(0.1, 0.2, 0.6, 0.9)
+    chosen = _oracle({2: two, 4: four, 8: eight}, 5)
+    assert chosen.nats_BT.tolist() == [[0.1, 0.2, 1.0, 1.0]]
+    assert chosen.realised == 5
+    assert _oracle({2: two, 4: four}, 4).realised == 2
 
 
 def test_a_policy_of_the_configuration_is_in_force_in_training_too(model, sample):
