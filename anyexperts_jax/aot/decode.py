@@ -113,7 +113,7 @@ def read_bytes(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> float:
 
 
 def _lower(model: ModelConfig, mesh: Mesh, params: Any, cache: Any, rows: int) -> Any:
-    def given(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    def given(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
 
     key = jax.eval_shape(lambda: jax.random.key(0))

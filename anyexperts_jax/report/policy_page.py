@@ -61,6 +61,8 @@ def draw_policy_curves(found: Sequence[Measured], path: pathlib.Path) -> pathlib
         panels[1].set_xlabel(f"time, 1 = {found[0].policy}")
         panels[0].set_ylabel("perplexity")
         panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_formatter(_plain_tick)
+        panels[0].yaxis.set_minor_formatter(_plain_tick)
         for axes in panels:
             axes.grid(True, which="both", axis="y")
             axes.grid(True, axis="x")
@@ -69,6 +71,12 @@ def draw_policy_curves(found: Sequence[Measured], path: pathlib.Path) -> pathlib
         legend = dict(zip(others + labels, more + handles, strict=True))
         drawn.legend(list(legend.values()), list(legend), loc="outside upper left", ncols=6)
     return path
+
+
+def _plain_tick(value: float, _: int) -> str:
+    """A tick of a logarithmic axis: 20, 50, 100."""
+    leading = value / 10 ** math.floor(math.log10(value))
+    return f"{value:g}" if round(leading, 6) in (1, 2, 3, 5) else ""
 
 
 def _line(axes: "Axes", index: int, points: Sequence[tuple[float, float]], name: str) -> None:

@@ -2,7 +2,7 @@
 
     python -m experiments.bench.pretrained_experts [--rounds 8]
 
-A mixture of random weights with Qwen3-30B-A3B's experts in fewer layers decodes at several budgets; what one step hits
+A mixture of random weights, 128 experts in each of two layers, decodes at several budgets; what one step hits
 is counted by its router. Writes `experiments/results/pretrained_experts.md`.
 """
 
@@ -25,14 +25,14 @@ LAYERS, EXPERTS, STEPS = 2, 128, 16
 SHAPE = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "vocab_size": 512,
-    "hidden_size": 2048,
+    "hidden_size": 1024,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 64,
     "num_experts": EXPERTS,
     "num_experts_per_tok": 8,
-    "moe_intermediate_size": 768,
+    "moe_intermediate_size": 384,
     "norm_topk_prob": True,
     "max_position_embeddings": 64,
     "rope_theta": 1e6,
@@ -77,7 +77,7 @@ def main() -> None:
             rows.append((str(count), str(budget), *figures))
             print(*rows[-1], file=sys.stderr, flush=True)
     columns = ("rows", "budget", "experts hit", f"over those at {BUDGETS[-1]}", "time over that")
-    title = f"A step of decoding: {EXPERTS} experts of 2048 x 768 in each of {LAYERS} layers, float32"
+    title = f"A step of decoding: {EXPERTS} experts of 1024 x 384 in each of {LAYERS} layers, float32"
     command = f"python -m experiments.bench.pretrained_experts --rounds {options.rounds}"
     table = TextTable(title, columns, tuple(rows), names=2)
     text = markdown("Decoding and the experts hit", command, machine, [table])
