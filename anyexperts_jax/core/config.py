@@ -122,6 +122,8 @@ class AnyExpertsConfig:
 
     def virtual_cap(self, slots: int) -> int:
         """The cap on virtual slots of a token with this many slots."""
+        if self.switches.cap_rounding == "off":
+            return min(slots, self.num_virtual)
         # Exact arithmetic on the decimal digits: in binary floating point 0.3 * 5 + 0.5 may land on either side of 2.
         half = Fraction(1, 2) if self.switches.cap_rounding == "round" else Fraction(0)
         return min(math.floor(Fraction(str(self.rho_max)) * slots + half), self.num_virtual)
@@ -159,7 +161,7 @@ class AnyExpertsConfig:
             bound <= self.num_columns,
             f"k_max={self.k_max} exceeds num_experts + num_virtual = {self.num_columns}",
         )
-        real_most = bound - self.virtual_cap(bound)  # checking k_max is enough: k - cap(k) never falls, as rho_max < 1
+        real_most = bound - self.virtual_cap(bound)  # checking k_max is enough: k - cap(k) never falls
         require(
             real_most <= self.experts_in_reach,
             f"k_max={self.k_max} can need {real_most} real experts of {self.experts_in_reach} in reach; "

@@ -135,6 +135,7 @@ FAMILIES: Registry[Any] = Registry(
         "llama": "anyexperts_jax.pretrained.llama:LLAMA",
         "qwen3": "anyexperts_jax.pretrained.qwen3:QWEN3",
         "qwen3_moe": "anyexperts_jax.pretrained.qwen3:QWEN3_MOE",
+        "zeda": "anyexperts_jax.pretrained.zeda:ZEDA",
         "qwen3_vl": "anyexperts_jax.pretrained.qwen3_vl:QWEN3_VL",
         "qwen3_vl_moe": "anyexperts_jax.pretrained.qwen3_vl:QWEN3_VL_MOE",
         "olmoe": "anyexperts_jax.pretrained.olmoe:OLMOE",

@@ -16,7 +16,7 @@ class Router(nn.Module):
     """Router logits over E real and V virtual columns, in float32 whatever the compute dtype.
 
     `config.router` names the entry of ROUTERS that computes them. With `virtual_logits="tied"` a single virtual column
-    is learned and repeated V times.
+    is learned and repeated V times, and with "unbiased" virtual columns have no bias, as real ones have none.
 
     Raises:
       UserError: if the router depends on modalities, and no modality ids are given or one is out of range.
@@ -40,7 +40,7 @@ class Router(nn.Module):
             name: self.param(name, named(one.init, one.axes), one.shape, jnp.float32) for name, one in declared.items()
         }
         logits_NC = router.logits(config, params, x_ND, modality_N)
-        if not learned:
+        if not learned or config.switches.virtual_logits == "unbiased":
             return logits_NC
         bias_init = named(Constant(config.switches.virtual_bias_init), ("router",))
         bias_V = self.param("virtual_bias", bias_init, (learned,), jnp.float32)
