@@ -49,8 +49,8 @@ class Switches:
     importance_mlp: ImportanceMLP = "default"  # wide: hidden width x 4; deep: two more hidden layers
     hsm_site: HsmSite = "block_input"  # where h' replaces h: after the norm, or on the residual stream
     slot_rounding: SlotRounding = "round"  # round: halves go up; stochastic: up with the fraction as probability
-    # Of rho_max * K_i, half up; floor holds the cap for every token. off: no cap, all slots of a token may be virtual, and
-    # rho_max says what share of them is expected to be.
+    # Of rho_max * K_i, half up; floor holds the cap for every token. off: no cap, all slots of a token may be virtual,
+    # and rho_max says what share of them is expected to be.
     cap_rounding: CapRounding = "round"
     iar: Iar = "add"  # importance-aware routing: how w tilts the logits or scores
     selection: Selection = "logits"  # rank by logits or by scores, after IAR, plus the expert bias

@@ -261,11 +261,11 @@ class Pretrained:
         tower = self.config.vision_tower
         return ids, Shown(tuple(items), tower, PlaceIds.of(self.hub)) if items and tower is not None else None
 
-    def export(self, path: str | os.PathLike[str], form: str = "hub") -> None:
+    def export(self, path: str | os.PathLike[str], form: str = "hub", **how: Any) -> None:
         """Writes the model into a new folder, as `pretrained.write.export` says."""
         from anyexperts_jax.pretrained.write import export
 
-        export(self, path, form)
+        export(self, path, form, **how)
 
 
 @functools.partial(jax.jit, static_argnums=0)

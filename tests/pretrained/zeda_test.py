@@ -59,7 +59,10 @@ def test_what_a_zero_expert_returns(kind):
     experts = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     kernel = rng.normal(size=(6, EXPERTS + ZERO)).astype(np.float32)
     x_ND = rng.normal(size=(40, 6)).astype(np.float32)
-    params = {"router": {"kernel": jnp.asarray(kernel)}, "experts": {name: jnp.asarray(w) for name, w in experts.items()}}
+    params = {
+        "router": {"kernel": jnp.asarray(kernel)},
+        "experts": {name: jnp.asarray(w) for name, w in experts.items()},
+    }
     y_1ND, _ = MoE(moe, d_ff=4).apply({"params": params}, jnp.asarray(x_ND)[None])
     for x_D, y_D in zip(x_ND, np.asarray(y_1ND[0]), strict=True):
         scores = np.exp(x_D @ kernel)
