@@ -1,4 +1,4 @@
-"""Models with variable slots written for other tools: plain is another function and says so, zeda is exact or refused."""
+"""Models with variable slots for other tools: plain is another function and says so, zeda is exact or refused."""
 
 import dataclasses
 import re
