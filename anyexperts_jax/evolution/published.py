@@ -39,8 +39,8 @@ def upcycle(
       m: a dense model of Llama's or Qwen3's class.
       num_experts: experts of a layer, each as wide as its network was.
       experts_per_token: how many of them a token gets.
-      moe_every, num_dense_layers: which layers get experts, of Qwen3: leading dense ones, then every n-th. Mixtral has them
-        in all layers.
+      moe_every, num_dense_layers: which layers get experts, of Qwen3: leading dense ones, then every n-th. Mixtral has
+        them in all.
       init: how the experts differ from the network at the start; see `evolution.config.UpcycleConfig`.
       seed: of the router and of what `init` draws.
 

@@ -120,7 +120,7 @@ class ModelConfig:
             require(0 <= value < self.vocab_size, f"{name}={value} must be in [0, vocab_size={self.vocab_size})")
         router, modalities = self.moe.router, self.moe.router_modalities
         require(
-            router == "linear" or modalities == NUM_MODALITIES,
+            router == "linear" or modalities == NUM_MODALITIES or bool(self.moe.router_of_modality),
             f"moe.router={router!r} with moe.router_modalities={modalities}: a multimodal model has {NUM_MODALITIES}",
         )
         require(
@@ -129,9 +129,12 @@ class ModelConfig:
         )
 
     @property
-    def router_bias_shape(self) -> tuple[int, int]:
-        """[L, C] of the expert biases. A dense model has one row, for a checkpoint cannot hold an empty array."""
-        return max(self.stack.num_moe_layers, 1), self.moe.num_columns
+    def router_bias_shape(self) -> tuple[int, ...]:
+        """[L, C] of the expert biases, or [L, M, C].
+
+        A dense model has one row, for a checkpoint cannot hold an empty array.
+        """
+        return max(self.stack.num_moe_layers, 1), *self.moe.bias_shape
 
 
 def _require_sizes(part: str, config: VisionConfig | AudioConfig | VisionTowerConfig, names: tuple[str, ...]) -> None:

@@ -80,7 +80,7 @@ class MultimodalModel(nn.Module):
         self,
         batch: Batch,
         *,
-        router_bias_LC: Float[Array, "L C"] | None = None,
+        router_bias_LC: Float[Array, "L *M C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
         placed: PlacedFrames | None = None,
@@ -106,7 +106,7 @@ class MultimodalModel(nn.Module):
         x_BTD: Float[Array, "B T D"],
         batch: Batch,
         *,
-        router_bias_LC: Float[Array, "L C"] | None = None,
+        router_bias_LC: Float[Array, "L *M C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
         placed: PlacedFrames | None = None,
@@ -127,7 +127,7 @@ class MultimodalModel(nn.Module):
         batch: Batch,
         cache: StackCache,
         *,
-        router_bias_LC: Float[Array, "L C"] | None = None,
+        router_bias_LC: Float[Array, "L *M C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B Y"], RoutingTrace, StackCache]:
@@ -150,7 +150,7 @@ class MultimodalModel(nn.Module):
         live_B: Bool[Array, "B"],
         cache: StackCache,
         *,
-        router_bias_LC: Float[Array, "L C"] | None = None,
+        router_bias_LC: Float[Array, "L *M C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
     ) -> tuple[Float[Array, "B Y"], StackCache]:
         """Logits after one more text token per sequence, at its own position; where not live, anything."""
@@ -163,7 +163,7 @@ class MultimodalModel(nn.Module):
         text: TextPart,
         cache: StackCache,
         *,
-        router_bias_LC: Float[Array, "L C"] | None = None,
+        router_bias_LC: Float[Array, "L *M C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
         placed: PlacedFrames | None = None,
@@ -249,7 +249,7 @@ class MultimodalModel(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         context: BlockContext,
-        router_bias_LC: Float[Array, "L C"] | None,
+        router_bias_LC: Float[Array, "L *M C"] | None,
         cache: StackCache | None = None,
     ) -> tuple[Float[Array, "B T D"], RoutingTrace, StackCache | None]:
         return self.decoder(x_BTD, context, router_bias_LC if self.config.moe.expert_bias else None, cache)

@@ -148,7 +148,7 @@ class MoEBlock(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         context: BlockContext,
-        bias_C: Float[Array, "C"] | None = None,
+        bias_C: Float[Array, "*M C"] | None = None,
         cache: MoEBlockCache | None = None,
         window: Float[Array, "2"] | None = None,
         first: int | Int[Array, ""] | None = None,

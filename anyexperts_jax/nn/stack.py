@@ -50,7 +50,7 @@ class Stack(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         context: BlockContext,
-        router_bias_LC: Float[Array, "L C"] | None = None,
+        router_bias_LC: Float[Array, "L *M C"] | None = None,
         cache: StackCache | None = None,
     ) -> tuple[Float[Array, "B T D"], RoutingTrace, StackCache | None]:
         """Returns the last block's output, the routing traces stacked over MoE layers, and the updated cache."""

@@ -32,7 +32,7 @@ class Weights:
     config: ModelConfig
     placement: Placement
     params: Any
-    router_bias_LC: Float[Array, "L C"] | None
+    router_bias_LC: Float[Array, "L *M C"] | None
 
 
 @dataclasses.dataclass(frozen=True)

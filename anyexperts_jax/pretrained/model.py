@@ -63,7 +63,7 @@ class Pretrained:
 
     config: ModelConfig
     params: Any
-    router_bias_LC: Float[Array, "L C"] | None
+    router_bias_LC: Float[Array, "L *M C"] | None
     hub: HubConfig
     family: str
     path: pathlib.Path
