@@ -140,7 +140,7 @@ def as_longcat(m: Pretrained) -> Pretrained:
 def routing_differences(moe: AnyExpertsConfig, other: AnyExpertsConfig) -> list[str]:
     """The fields in which two policies route differently; those that training alone reads are left out."""
     ours, theirs = _routing(moe), _routing(other)
-    return [f"{name}={ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+    return [f"{name}={ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs.get(name, ours[name])]
 
 
 def _routing(moe: AnyExpertsConfig) -> dict[str, Any]:

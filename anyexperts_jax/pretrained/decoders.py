@@ -18,7 +18,8 @@ from anyexperts_jax.pretrained.rules import (
 )
 
 LAYER = "model.layers.{i}."
-Gate = tuple[str, str, tuple[int, ...]]
+Gate = tuple[str, str, tuple[int, ...]]  # of a router: its parameter, its name in the files, its place in the former
+ONE_GATE: tuple[Gate, ...] = (("kernel", "gate", ()),)
 
 
 def attention_config(hub: HubConfig, fraction: float = 1.0, **more: Any) -> AttentionConfig:
@@ -138,7 +139,7 @@ def expert_rules(
     layout: ExpertLayout,
     block: str = "mlp",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-    gates: tuple[Gate, ...] = (("kernel", "gate", ()),),
+    gates: tuple[Gate, ...] = ONE_GATE,
 ) -> tuple[Rule, ...]:
     """The router and the experts of a layer of experts.
 
@@ -147,7 +148,7 @@ def expert_rules(
         inputs by outputs, gate before up along the columns.
       block: what the layer's FFN is called.
       names: of an expert's own tensors, gate, up and down.
-      gates: of each router, its parameter, its name in the files and its place among those stacked in the parameter.
+      gates: the layer's routers.
     """
     ours, theirs = "{layer}/moe/experts/", f"{LAYER}{block}.experts."
     routers = [
