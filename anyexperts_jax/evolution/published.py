@@ -5,18 +5,24 @@ written in the hub's layout, and `anyexperts train` takes it as any other checkp
 """
 
 import dataclasses
+import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from anyexperts_jax.core.errors import comma_list, require
+from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.core.registries import FAMILIES
-from anyexperts_jax.evolution.config import ExpertInit, UpcycleConfig, upcycled_model
+from anyexperts_jax.evolution.config import EvolveRun, ExpertInit, UpcycleConfig, upcycled_model
 from anyexperts_jax.evolution.upcycle import upcycle_params
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.pretrained.hub_config import HubConfig
+from anyexperts_jax.pretrained.load import open_checkpoint
 from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.pretrained.write import write_beside
+from anyexperts_jax.train.published_config import is_published
+from anyexperts_jax.train.run_dir import RunDir
 
 
 def upcycle(
@@ -60,13 +66,9 @@ def upcycle(
     """
     require(m.config.stack.num_moe_layers == 0, "upcycle: the model has experts already; a dense one is needed")
     require(m.order_LF is None, "upcycle: the model was split; merge it first")
-    known = comma_list(_TARGETS)
-    require(m.family in _TARGETS, f"upcycle: family {m.family} has no class with experts here, only {known}")
     require(1 <= experts_per_token <= num_experts, f"upcycle: {experts_per_token} of {num_experts} experts a token")
     wanted = UpcycleConfig(num_experts, moe_every, num_dense_layers, init)
-    family, own = _TARGETS[m.family](m, wanted)
-    values = {key: value for key, value in m.hub.values.items() if key not in _DENSE_KEYS}
-    hub = HubConfig({**values, **own, "num_experts_per_tok": experts_per_token}, m.hub.where)
+    family, hub = mixture_of(m.config, m.family, m.hub, wanted, experts_per_token)
     read: ModelConfig = FAMILIES[family].config(hub)
     stack = read.stack
     pattern = dataclasses.replace(wanted, moe_every=stack.moe_every, num_dense_layers=stack.num_dense_layers)
@@ -75,11 +77,48 @@ def upcycle(
     return dataclasses.replace(m, config=config, params=params, hub=hub, family=family)
 
 
+def mixture_of(
+    dense: ModelConfig, family: str, hub: HubConfig, wanted: UpcycleConfig, experts_per_token: int
+) -> tuple[str, HubConfig]:
+    """The family, and the config.json, of the published class that a dense model with experts is of.
+
+    Raises:
+      UserError: when there is none.
+    """
+    require(family in _TARGETS, f"upcycle: family {family} has no class with experts here, only {comma_list(_TARGETS)}")
+    target, own = _TARGETS[family](dense, wanted)
+    values = {key: value for key, value in hub.values.items() if key not in _DENSE_KEYS}
+    return target, HubConfig({**values, **own, "num_experts_per_tok": experts_per_token}, hub.where)
+
+
+def keep_mixture(run: EvolveRun, stage: pathlib.Path, note: Callable[[str], None]) -> None:
+    """Writes the folder "base" of a stage with experts, where the run starts from a published dense checkpoint.
+
+    With it the stage is a published mixture: `train.published.load_tuned` reads it. Where no class has such experts,
+    `note` is called with a line that says why, and the stage is a run alone.
+    """
+    start, folder = run.base.train.start_from, RunDir(stage).base
+    if start is None or folder.is_dir() or not is_published(start):
+        return
+    found = open_checkpoint(start)
+    dense, slots = found.plan().config, run.evolve.moe.slots_bound
+    try:
+        _, hub = mixture_of(dense, found.name, found.hub, run.evolve.upcycle, slots)
+    except UserError as error:
+        note(f"{stage} is not written as a published mixture: {error}")
+        return
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    write_beside(hub, found.path, dense.stack.param_dtype, fresh)
+    fresh.rename(folder)
+
+
 _DENSE_KEYS = ("attention_bias", "mlp_bias", "pretraining_tp", "layer_types", "model_type")  # written anew, or false
 
 
-def _mixtral(m: Pretrained, wanted: UpcycleConfig) -> tuple[str, dict[str, Any]]:
-    stack = m.config.stack
+def _mixtral(dense: ModelConfig, wanted: UpcycleConfig) -> tuple[str, dict[str, Any]]:
+    stack = dense.stack
     biased = stack.attention.qkv_bias or stack.attention.out_bias or stack.mlp_bias
     require(not biased, "upcycle: the model has biases, and Mixtral, Llama's class with experts, has none")
     everywhere = wanted.moe_every == 1 and wanted.num_dense_layers == 0
@@ -97,12 +136,12 @@ def _mixtral(m: Pretrained, wanted: UpcycleConfig) -> tuple[str, dict[str, Any]]
     }
 
 
-def _qwen3_moe(m: Pretrained, wanted: UpcycleConfig) -> tuple[str, dict[str, Any]]:
-    stack, every, dense = m.config.stack, wanted.moe_every, wanted.num_dense_layers
-    fits = dense < stack.num_layers and dense % every == 0 and stack.num_layers % every == 0
+def _qwen3_moe(dense: ModelConfig, wanted: UpcycleConfig) -> tuple[str, dict[str, Any]]:
+    stack, every, first = dense.stack, wanted.moe_every, wanted.num_dense_layers
+    fits = first < stack.num_layers and first % every == 0 and stack.num_layers % every == 0
     require(
         fits,
-        f"upcycle: moe_every={every} must divide the model's {stack.num_layers} layers and num_dense_layers={dense}, "
+        f"upcycle: moe_every={every} must divide the model's {stack.num_layers} layers and num_dense_layers={first}, "
         "which must leave some",
     )
     return "qwen3_moe", {
@@ -112,12 +151,12 @@ def _qwen3_moe(m: Pretrained, wanted: UpcycleConfig) -> tuple[str, dict[str, Any
         "moe_intermediate_size": stack.d_ff,
         "norm_topk_prob": True,
         "decoder_sparse_step": every,
-        "mlp_only_layers": list(range(dense)),
+        "mlp_only_layers": list(range(first)),
         "attention_bias": stack.attention.qkv_bias,
     }
 
 
-_TARGETS: dict[str, Callable[[Pretrained, UpcycleConfig], tuple[str, dict[str, Any]]]] = {
+_TARGETS: dict[str, Callable[[ModelConfig, UpcycleConfig], tuple[str, dict[str, Any]]]] = {
     "llama": _mixtral,
     "qwen3": _qwen3_moe,
 }
