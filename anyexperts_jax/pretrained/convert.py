@@ -210,7 +210,7 @@ def _uncapped_obstacles(m: Pretrained) -> list[str]:
     if moe.router not in ("linear", "linear_apart"):
         found.append(f"its router is {moe.router!r}, not a linear one")
     bias = leaves.get(f"{_ROUTER}virtual_bias")
-    if bias is not None and bool(jnp.any(bias != 0)):
+    if switches.virtual_logits != "unbiased" and bias is not None and bool(jnp.any(bias != 0)):
         found.append("its virtual columns have biases")
     strength = leaves.get(_STRENGTH)
     if strength is not None and bool(jnp.any(jnp.abs(strength) != 1)):

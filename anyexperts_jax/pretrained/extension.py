@@ -150,7 +150,8 @@ def _policy(values: Any, path: pathlib.Path) -> AnyExpertsConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(given) - known)
         require(not unknown, f"{path}: {comma_list(unknown)} of moe are not known; it is of a later version")
-    return AnyExpertsConfig(**{**values, "switches": Switches(**values["switches"])})
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return AnyExpertsConfig(**{**fields, "switches": Switches(**values["switches"])})
 
 
 def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:

@@ -128,9 +128,11 @@ def test_what_zeda_cannot_express_is_refused_with_the_reason(slots, changes, mes
 
 def test_reasons_that_lie_in_the_weights(base, slots):
     model = zero_experts(slots)
-    biased = params_of_leaves(model.config, {**named_leaves(model.params), BIAS: jnp.ones((2, 4))})
+    free = zero_experts(slots, virtual_logits="free")
+    assert as_zeda(free).family == "zeda"
+    biased = params_of_leaves(free.config, {**named_leaves(model.params), BIAS: jnp.ones((2, 4))})
     with pytest.raises(UserError, match="its virtual columns have biases"):
-        as_zeda(dataclasses.replace(model, params=biased))
+        as_zeda(dataclasses.replace(free, params=biased))
     preserved = ax.attach(base, k_min=3, k_max=3, num_virtual=4)
     with pytest.raises(UserError, match="scaled by each layer's strength"):
         as_zeda(preserved)
@@ -167,5 +169,5 @@ def test_options_of_the_forms(tmp_path, base, capsys):
     with pytest.raises(UserError, match="text is for form=plain, zeda, longcat, not 'hub'"):
         base.export(tmp_path / "out", text="words")
     with pytest.raises(SystemExit):
-        main(["export", "a", "b", "--as", "plain", "--form", "hub"])
+        main(["export", "a", "b", "--as", "plain", "--form", "anyexperts"])
     assert "not allowed with argument" in capsys.readouterr().err
