@@ -97,3 +97,23 @@ def test_a_mixture_trains_as_any_checkpoint(tmp_path, dense_folder, capsys):
         named_leaves(after.params)["decoder/moe_layers/moe/experts/w_up_EDF"],
         named_leaves(before.params)["decoder/moe_layers/moe/experts/w_up_EDF"],
     )
+
+
+@pytest.mark.slow
+def test_evolution_starts_from_a_published_model(tmp_path, dense_folder, capsys):
+    """Through all three stages, and back as a published mixture."""
+    stages = [
+        pair
+        for name in ("warm_up", "evolving", "routing")
+        for pair in ("--set", f"evolve.{name}={{steps=2, lr=1e-3, batch_size=4}}")
+    ]
+    policy = ["--set", "evolve.moe.router=linear", "--set", "evolve.upcycle.moe_every=1"]
+    data = ["--data", f"mine={dense_folder / 'chats.jsonl'}", "--run", str(tmp_path / "run")]
+    every = ["--set", "train.checkpoint_every=2", "--set", "train.eval_every=2"]
+    command = ["evolve", str(dense_folder / "hub"), *data, *stages, *policy, *every, *SHORT]
+    assert main(command) == 0, capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run" / "routing"), str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    found = ax.load_pretrained(tmp_path / "out")
+    assert found.family == "qwen3_moe"
+    assert (found.config.moe.num_experts, found.config.moe.k_max) == (4, 1)
+    assert found.logits(TOKENS_BT).shape == (2, 13, 300)
