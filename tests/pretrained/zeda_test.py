@@ -1,11 +1,14 @@
 """ZEDA's zero experts: read as virtual experts that return nothing or the block's input, without a cap."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import anyexperts_jax as ax
 from anyexperts_jax import MoE
+from anyexperts_jax.cli.main import main
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.pretrained.random_model import random_model
 from pretrained.tiny_hub import hub_values, random_tensors, tensors_in, write_checkpoint
@@ -105,3 +108,32 @@ def test_what_is_written_is_what_was_read(tmp_path):
 def test_what_is_not_read_is_one_line(changes, message):
     with pytest.raises(UserError, match=message):
         random_model(zeda_values(**changes))
+
+
+@pytest.mark.slow
+def test_a_mixture_is_trained_with_zero_experts_and_is_zedas_then(tmp_path, capsys):
+    from anyexperts_jax.tokenizers.train import train_tokenizer
+
+    random_model(hub_values("qwen3_moe", vocab_size=300, num_hidden_layers=2)).export(tmp_path / "base")
+    train_tokenizer(["a cat on the mat and a dog"], 280).save(tmp_path / "base")
+    lines = [json.dumps({"question": f"say {i}", "answer": str(i)}) for i in range(64)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    short = ("train.steps=2", "optim.warmup_steps=1", "train.batch_size=4", "train.eval_examples=2")
+    zero = ("model.moe.num_virtual=4", "model.moe.rho_max=0.36", "model.moe.switches.cap_rounding=off")
+    zero += ("model.moe.switches.virtual_logits=unbiased", "model.moe.switches.virtual_output=zero")
+
+    def train(start, run, settings):
+        options = [part for setting in settings for part in ("--set", setting)]
+        data = ["--data", f"mine={tmp_path / 'mine.jsonl'}", "--set", "data.encoding.max_length=32"]
+        assert main(["train", str(start), "--run", str(run), *data, *options]) == 0, capsys.readouterr().err
+
+    train(tmp_path / "base", tmp_path / "run", (*short, *zero))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "hub")]) == 2
+    assert "form='hub' has no place for how the model routes: num_virtual=4, not 0" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "zeda"), "--as", "zeda"]) == 0
+    found = ax.load_pretrained(tmp_path / "zeda")
+    assert found.family == "zeda"
+    assert found.config.moe.num_virtual == 4
+    train(tmp_path / "zeda", tmp_path / "again", short)
+    assert main(["export", str(tmp_path / "again"), str(tmp_path / "tuned")]) == 0, capsys.readouterr().err
+    assert ax.load_pretrained(tmp_path / "tuned").config == found.config
