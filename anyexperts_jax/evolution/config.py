@@ -295,7 +295,8 @@ def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()
     if path.is_dir() and str(source) not in evolve_preset_names():
         path = path / CONFIG_NAME
     if published:
-        name, values = str(source), {"train": {"start_from": str(source)}, "evolve": {}}
+        name = str(source)
+        values: dict[str, Any] = {"train": {"start_from": name}, "evolve": {}}
     elif path.suffix == ".json":
         name, values = str(path), _parse_evolve_json(str(path), read_text(path, "config"))
     else:

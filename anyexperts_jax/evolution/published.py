@@ -73,8 +73,8 @@ def upcycle(
     stack = read.stack
     pattern = dataclasses.replace(wanted, moe_every=stack.moe_every, num_dense_layers=stack.num_dense_layers)
     config = upcycled_model(m.config, pattern, read.moe)
-    unused = {"d_ff": stack.d_ff} if stack.num_dense_layers == 0 and stack.moe_every == 1 else {}
-    config = dataclasses.replace(config, stack=dataclasses.replace(config.stack, **unused))
+    if stack.num_dense_layers == 0 and stack.moe_every == 1:  # no dense network, whose width nothing says then
+        config = dataclasses.replace(config, stack=dataclasses.replace(config.stack, d_ff=stack.d_ff))
     params = upcycle_params(m.params, config, pattern, jax.random.key(seed), m.placement.mesh)
     return dataclasses.replace(m, config=config, params=params, hub=hub, family=family)
 

@@ -232,7 +232,7 @@ class MoE(nn.Module):
         if bias_C is None and config.expert_bias and self.is_initializing():
             bias_C = jnp.zeros(config.bias_shape, jnp.float32)
         if bias_C is not None and config.bias_by_modality:
-            bias_C = _of_each_token(config, bias_C, modality_N)
+            bias_C = _of_each_token(config, jnp.asarray(bias_C), modality_N)
         rounds_stochastically = config.switches.slot_rounding == "stochastic" and self.has_rng("routing")
         if config.switches.slot_rounding == "stochastic" and not rounds_stochastically:
             config = config.with_switches(slot_rounding="round")
