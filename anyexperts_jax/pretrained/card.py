@@ -7,7 +7,10 @@ from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.pretrained.zeda import CLASS
 
 CARD = "README.md"
-_HEAD = "---\nlibrary_name: transformers\ntags:\n- mixture-of-experts\n---\n"
+_HEADS = {  # what a hub reads; transformers itself loads a plain mixture alone
+    "plain": "---\nlibrary_name: transformers\ntags:\n- mixture-of-experts\n---\n",
+    "zeda": "---\ntags:\n- mixture-of-experts\n---\n",
+}
 
 
 def card(form: str, m: Pretrained, converted: Pretrained, measured: Difference, sample: str) -> str:
@@ -19,7 +22,7 @@ def card(form: str, m: Pretrained, converted: Pretrained, measured: Difference, 
       converted: what the folder holds.
       measured: of the two, on `sample`, which says what that is.
     """
-    return _HEAD + _CARDS[form](m, converted) + _measurement(measured, sample)
+    return _HEADS[form] + _CARDS[form](m, converted) + _measurement(measured, sample)
 
 
 def _plain(m: Pretrained, converted: Pretrained) -> str:

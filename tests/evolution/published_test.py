@@ -21,7 +21,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["llama", *(pytest.param(case, marks=pytest.mark.slow) for case in list(CASES)[1:])])
 def test_the_first_forward_pass_is_the_dense_models(tmp_path, case):
     changes, how = CASES[case]
     dense = random_model(hub_values(case, **changes))

@@ -20,7 +20,9 @@ from pretrained.tiny_hub import hub_values
 
 pytest.importorskip("safetensors")
 TINY = {"num_hidden_layers": 2, "max_position_embeddings": 16}
-TOKENS_BT = np.random.default_rng(0).integers(0, 53, (2, 16))
+TOKENS_BT = np.random.default_rng(0).integers(
+    0, 53, (1, 16)
+)  # the rows of a card, so that no other program is compiled
 BIAS = "decoder/moe_layers/moe/router/virtual_bias"
 
 
@@ -85,7 +87,7 @@ def test_plain_with_another_number_of_experts(tmp_path, slots):
         as_plain(slots, 9)
 
 
-@pytest.mark.parametrize("output", ["zero", "identity"])
+@pytest.mark.parametrize("output", ["zero", pytest.param("identity", marks=pytest.mark.slow)])
 def test_zeda_is_the_same_function(tmp_path, slots, output):
     model = zero_experts(slots, output)
     model.export(tmp_path / "zeda", "zeda")

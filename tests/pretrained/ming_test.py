@@ -1,5 +1,6 @@
 """Ming-flash-omni's routers by modality: with tokens of one kind alone, the model is a Ling with that kind's router."""
 
+import functools
 import json
 
 import jax
@@ -27,6 +28,11 @@ def folder(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("hub") / "ming", MING, random_tensors(MING, seed=5))
 
 
+@pytest.fixture(scope="module")
+def ming(folder):
+    return ax.load_pretrained(folder)
+
+
 def as_ling(tensors, gate):
     """The tensors of a Ling whose router is one of Ming's."""
     found = {}
@@ -43,13 +49,16 @@ def as_ling(tensors, gate):
 
 def run(model, modality_BT):
     batch = make_batch(TOKENS_BT.astype(np.int32), modality_BT=modality_BT.astype(np.int32))
-    apply = jax.jit(MultimodalModel(model.config).apply)
-    return apply({"params": model.params}, batch, router_bias_LC=model.router_bias_LC)
+    return _run(model.config, model.params, batch, model.router_bias_LC)
 
 
-@pytest.mark.parametrize("kind", ["text", "audio", "video"])
-def test_tokens_of_one_kind_have_that_kinds_router(tmp_path, folder, kind):
-    ming = ax.load_pretrained(folder)
+@functools.partial(jax.jit, static_argnums=0)
+def _run(config, params, batch, bias):
+    return MultimodalModel(config).apply({"params": params}, batch, router_bias_LC=bias)
+
+
+@pytest.mark.parametrize("kind", ["video", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("text", "audio"))])
+def test_tokens_of_one_kind_have_that_kinds_router(tmp_path, folder, ming, kind):
     assert ming.router_bias_LC.shape == (2, 3, 8)
     ling = ax.load_pretrained(write_checkpoint(tmp_path / kind, LING, as_ling(tensors_in(folder), GATES[kind])))
     ours = run(ming, np.full(TOKENS_BT.shape, Modality[kind.upper()]))
@@ -60,9 +69,8 @@ def test_tokens_of_one_kind_have_that_kinds_router(tmp_path, folder, kind):
         np.testing.assert_allclose(ming.logits(TOKENS_BT), theirs.logits_BTY, atol=2e-5)
 
 
-def test_each_token_of_a_sequence_has_its_own(folder):
+def test_each_token_of_a_sequence_has_its_own(ming):
     """In the first layer of experts, whose input does not depend on the routers."""
-    ming = ax.load_pretrained(folder)
     mixed_BT = np.random.default_rng(1).integers(0, 4, TOKENS_BT.shape)
     found = np.asarray(run(ming, mixed_BT).trace.expert_ids_BTK[0])
     for kind in Modality:
@@ -70,13 +78,13 @@ def test_each_token_of_a_sequence_has_its_own(folder):
         np.testing.assert_array_equal(found[mixed_BT == kind], alone[mixed_BT == kind])
 
 
-def test_what_is_written_is_what_was_read(tmp_path, folder):
-    ax.load_pretrained(folder).export(tmp_path / "out")
+def test_what_is_written_is_what_was_read(tmp_path, folder, ming):
+    ming.export(tmp_path / "out")
     before, after = tensors_in(folder), tensors_in(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["router_type"] == "MultiRouter"
-    assert ax.load_pretrained(tmp_path / "out").config == ax.load_pretrained(folder).config
+    assert ax.load_pretrained(tmp_path / "out").config == ming.config
 
 
 @pytest.mark.parametrize(

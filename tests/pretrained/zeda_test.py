@@ -39,7 +39,7 @@ def widened(values, tensors):
     return {**plain, **own}, {**tensors, **empty}
 
 
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("normalised", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_zero_expert_is_an_expert_of_zero_weights(tmp_path, normalised):
     values = zeda_values(norm_topk_prob=normalised)
     tensors = random_tensors(values, seed=3)
