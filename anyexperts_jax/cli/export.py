@@ -34,7 +34,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
             "anyexperts export runs/tuned models/tuned",
             "anyexperts export runs/tuned adapters/mine --form adapter",
             "anyexperts export models/theirs models/mine --adapter adapters/mine",
-            "anyexperts export runs/tuned models/static --as plain --experts-per-token 6 --text sample.txt",
+            "anyexperts export runs/tuned models/static --as plain --text sample.txt",
         ),
     )
     parser.add_argument(

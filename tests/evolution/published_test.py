@@ -87,7 +87,7 @@ def test_a_mixture_trains_as_any_checkpoint(tmp_path, dense_folder, capsys):
     command = ["upcycle", str(dense_folder / "hub"), str(tmp_path / "mixture"), "--experts", "3"]
     assert main(command) == 0
     assert "Qwen3MoeForCausalLM, 2 layers with 3 experts" in capsys.readouterr().out
-    steps = ["--set", "train.steps=3", "--set", "optim.warmup_steps=1", "--set", "train.batch_size=4"]
+    steps = ["--set", "train.steps=3", "--set", "optim.warmup_steps=1", "--set", "train.batch_size=8"]
     data = ["--data", f"mine={dense_folder / 'chats.jsonl'}", "--run", str(tmp_path / "run")]
     assert main(["train", str(tmp_path / "mixture"), *data, *steps, *SHORT]) == 0, capsys.readouterr().err
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "tuned")]) == 0
@@ -105,7 +105,7 @@ def test_evolution_starts_from_a_published_model(tmp_path, dense_folder, capsys)
     stages = [
         pair
         for name in ("warm_up", "evolving", "routing")
-        for pair in ("--set", f"evolve.{name}={{steps=2, lr=1e-3, batch_size=4}}")
+        for pair in ("--set", f"evolve.{name}={{steps=2, lr=1e-3, batch_size=8}}")
     ]
     policy = ["--set", "evolve.moe.router=linear", "--set", "evolve.upcycle.moe_every=1"]
     data = ["--data", f"mine={dense_folder / 'chats.jsonl'}", "--run", str(tmp_path / "run")]

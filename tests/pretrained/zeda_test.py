@@ -118,7 +118,7 @@ def test_a_mixture_is_trained_with_zero_experts_and_is_zedas_then(tmp_path, caps
     train_tokenizer(["a cat on the mat and a dog"], 280).save(tmp_path / "base")
     lines = [json.dumps({"question": f"say {i}", "answer": str(i)}) for i in range(64)]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
-    short = ("train.steps=2", "optim.warmup_steps=1", "train.batch_size=4", "train.eval_examples=2")
+    short = ("train.steps=2", "optim.warmup_steps=1", "train.batch_size=8", "train.eval_examples=2")
     zero = ("model.moe.num_virtual=4", "model.moe.rho_max=0.36", "model.moe.switches.cap_rounding=off")
     zero += ("model.moe.switches.virtual_logits=unbiased", "model.moe.switches.virtual_output=zero")
 
