@@ -46,6 +46,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "--form",
         default="hub",
         choices=("hub", "anyexperts", "adapter"),
+        metavar="FORM",
         help="hub: a tensor for each expert; anyexperts: for attached slots or split networks, with what the hub's "
         "layout has no place for beside it; adapter: the low-rank adapter of a run alone; the others have it merged in",
     )
@@ -53,6 +54,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "--as",
         dest="conversion",
         choices=("plain", "zeda", "longcat"),
+        metavar="TOOL",
         help="a model with variable slots for other tools, with a model card: plain, one number of experts for "
         "all tokens, which is another function; zeda, the same function for ZEDA's class, or refused; longcat, refused "
         "until LongCat-Flash's layers are read (default: none, --form says it)",
