@@ -17,7 +17,7 @@ from anyexperts_jax.core.registries import FAMILIES
 from anyexperts_jax.evolution.config import EvolveRun, ExpertInit, UpcycleConfig, upcycled_model
 from anyexperts_jax.evolution.upcycle import upcycle_params
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.pretrained.hub_config import HubConfig
+from anyexperts_jax.pretrained.hub_config import HubConfig, keys
 from anyexperts_jax.pretrained.load import open_checkpoint
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.pretrained.write import write_beside
@@ -89,7 +89,7 @@ def mixture_of(
     """
     require(family in _TARGETS, f"upcycle: family {family} has no class with experts here, only {comma_list(_TARGETS)}")
     target, own = _TARGETS[family](dense, wanted)
-    values = {key: value for key, value in hub.values.items() if key not in _DENSE_KEYS}
+    values = {key: value for key, value in hub.values.items() if key not in _WRITTEN_ANEW}
     return target, HubConfig({**values, **own, "num_experts_per_tok": experts_per_token}, hub.where)
 
 
@@ -116,7 +116,12 @@ def keep_mixture(run: EvolveRun, stage: pathlib.Path, note: Callable[[str], None
     fresh.rename(folder)
 
 
-_DENSE_KEYS = ("attention_bias", "mlp_bias", "pretraining_tp", "layer_types", "model_type")  # written anew, or false
+_WRITTEN_ANEW = keys(  # of a config.json: what a dense model has not, means nothing by, or has false
+    """
+    attention_bias decoder_sparse_step layer_types mlp_bias mlp_only_layers model_type moe_intermediate_size n_routed_experts
+    norm_topk_prob num_experts num_experts_per_tok num_local_experts pretraining_tp
+    """
+)
 
 
 def _mixtral(dense: ModelConfig, wanted: UpcycleConfig) -> tuple[str, dict[str, Any]]:

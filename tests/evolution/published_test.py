@@ -15,7 +15,7 @@ from anyexperts_jax.pretrained.random_model import random_model
 pytest.importorskip("safetensors")
 TOKENS_BT = np.random.default_rng(0).integers(0, 53, (2, 13))
 CASES = {
-    "llama": ({}, {}),
+    "llama": ({"num_experts": 9, "num_experts_per_tok": 3}, {}),  # which mean nothing in a dense model
     "llama tied": ({"attention_bias": False, "mlp_bias": False}, {"experts_per_token": 1}),
     "qwen3": ({"num_hidden_layers": 4}, {"moe_every": 2}),
 }
