@@ -118,8 +118,8 @@ def keep_mixture(run: EvolveRun, stage: pathlib.Path, note: Callable[[str], None
 
 _WRITTEN_ANEW = keys(  # of a config.json: what a dense model has not, means nothing by, or has false
     """
-    attention_bias decoder_sparse_step layer_types mlp_bias mlp_only_layers model_type moe_intermediate_size n_routed_experts
-    norm_topk_prob num_experts num_experts_per_tok num_local_experts pretraining_tp
+    attention_bias decoder_sparse_step layer_types mlp_bias mlp_only_layers model_type moe_intermediate_size
+    n_routed_experts norm_topk_prob num_experts num_experts_per_tok num_local_experts pretraining_tp
     """
 )
 
