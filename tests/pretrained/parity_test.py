@@ -20,6 +20,10 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
 LENGTHS = (23, 11, 1)
+GREEDY = (  # of every family of text
+    *("llama tied", "qwen3", "qwen3_moe", "olmoe", "mixtral", "glm4_moe", "sarvam_moe"),
+    *("deepseek_v3", "deepseek_v3 full queries"),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,11 +57,12 @@ def run(model, tokens_BT, valid_BT):
     return logits.numpy(), chosen
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_chosen_experts(tmp_path, case):
-    folder = tiny_checkpoint(tmp_path / "hub", case, seed=len(case))
+def test_logits_and_chosen_experts(tmp_path, case, seed):
+    folder = tiny_checkpoint(tmp_path / "hub", case, seed=len(case) + 100 * seed)
     model = load_pretrained(folder)
-    tokens_BT, valid_BT = right_padded(53)
+    tokens_BT, valid_BT = right_padded(53, seed)
     expected_BTY, chosen = run(theirs(folder), tokens_BT, valid_BT)
     output = model.forward(tokens_BT, valid_BT)
     np.testing.assert_allclose(
@@ -68,7 +73,7 @@ def test_logits_and_chosen_experts(tmp_path, case):
         np.testing.assert_array_equal(np.sort(ours_BTK[valid_BT]), np.sort(their_BTK[valid_BT]))
 
 
-@pytest.mark.parametrize("case", ["llama tied", "qwen3_moe", "sarvam_moe"])
+@pytest.mark.parametrize("case", GREEDY)
 def test_32_greedy_tokens(tmp_path, case):
     folder = tiny_checkpoint(tmp_path / "hub", case, seed=3)
     model, prompts = load_pretrained(folder), ((3, 1, 4, 1, 5, 9, 2, 6, 5), (8,))
@@ -82,7 +87,7 @@ def test_32_greedy_tokens(tmp_path, case):
         assert answer == ids[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("case", ["llama llama3", "sarvam_moe"])
+@pytest.mark.parametrize("case", ["llama llama3", "sarvam_moe", "deepseek_v3", "deepseek_v3 full queries"])
 def test_transformers_reads_what_is_written(tmp_path, case):
     model = load_pretrained(tiny_checkpoint(tmp_path / "hub", case, stacked=True))
     model.export(tmp_path / "out")
@@ -117,7 +122,7 @@ def test_padding_on_the_left(tmp_path):
     np.testing.assert_allclose(ours_BTY[valid_BT], expected_BTY[valid_BT], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["llama", "olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["llama", "olmoe", "qwen3_moe", "deepseek_v3"])
 def test_gradients(tmp_path, case):
     folder = tiny_checkpoint(tmp_path / "hub", case)
     model, own = load_pretrained(folder), theirs(folder)
@@ -127,7 +132,8 @@ def test_gradients(tmp_path, case):
     @jax.jit
     @jax.grad
     def gradient(params):
-        output = MultimodalModel(model.config).apply({"params": params}, make_batch(jnp.asarray(tokens_BT, jnp.int32)))
+        batch = make_batch(jnp.asarray(tokens_BT, jnp.int32))
+        output = MultimodalModel(model.config).apply({"params": params}, batch, router_bias_LC=model.router_bias_LC)
         log_probs = jax.nn.log_softmax(output.logits_BTY)[:, :-1]
         return -jnp.take_along_axis(log_probs, tokens_BT[:, 1:, None], axis=-1).mean()
 
