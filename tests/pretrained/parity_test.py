@@ -11,6 +11,7 @@ import pytest
 from anyexperts_jax import load_pretrained
 from anyexperts_jax.core.batch import make_batch
 from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.models.paths import moe_probe
 from anyexperts_jax.pretrained.budget import BudgetInForce
 from anyexperts_jax.pretrained.decode import Request, decode
 from pretrained.tiny_hub import CASES, hub_values, tensors_in, tiny_checkpoint
@@ -71,6 +72,45 @@ def test_logits_and_chosen_experts(tmp_path, case, seed):
     assert len(chosen) == model.config.stack.num_moe_layers
     for ours_BTK, their_BTK in zip(np.asarray(output.trace.expert_ids_BTK), chosen, strict=True):
         np.testing.assert_array_equal(np.sort(ours_BTK[valid_BT]), np.sort(their_BTK[valid_BT]))
+
+
+MIXTURES = [case for case, (architecture, own) in CASES.items() if "num_experts_per_tok" in own]
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_the_weights_of_the_chosen_experts(tmp_path, case):
+    """Logits hide a wrong rule of the router's: renormalised or not, scaled, with the bias or without."""
+    folder = tiny_checkpoint(tmp_path / "hub", case, seed=11)
+    model, own, tokens_BT = load_pretrained(folder), theirs(folder), right_padded(53)[0]
+    routed = []
+    hooks = [
+        m.register_forward_hook(lambda _, __, outputs: routed.append([part.numpy() for part in outputs[1:3]]))
+        for m in own.modules()
+        if type(m).__name__.lower().endswith("topkrouter")
+    ]
+    with torch.no_grad():
+        own(torch.tensor(tokens_BT))
+    for hook in hooks:
+        hook.remove()
+    batch = make_batch(jnp.asarray(tokens_BT, jnp.int32))
+    output, variables = jax.jit(
+        lambda params: MultimodalModel(model.config).apply(
+            {"params": params}, batch, router_bias_LC=model.router_bias_LC, mutable=["probe"]
+        )
+    )(model.params)
+    ids_LNK, weights_LNK = (
+        np.asarray(part).reshape(len(routed), tokens_BT.size, -1)
+        for part in (output.trace.expert_ids_BTK, moe_probe(variables)["weights_BTK"])
+    )
+
+    def by_expert(ids_NK, weights_NK):
+        found_NE = np.zeros((tokens_BT.size, model.config.moe.num_experts), np.float32)
+        np.put_along_axis(found_NE, ids_NK, weights_NK, axis=1)
+        return found_NE
+
+    for ids_NK, weights_NK, (their_weights, their_ids) in zip(ids_LNK, weights_LNK, routed, strict=True):
+        ours, expected = by_expert(ids_NK, weights_NK), by_expert(their_ids, their_weights)
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", GREEDY)
