@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.batch import make_batch
 from anyexperts_jax.core.modality import Modality
@@ -18,7 +18,7 @@ from anyexperts_jax.models.paths import moe_probe
 from anyexperts_jax.models.vision_tower import PlacedFrames
 from anyexperts_jax.pretrained.media import place
 from anyexperts_jax.pretrained.model import Pretrained
-from anyexperts_jax.routing.policies import Seen
+from anyexperts_jax.routing.policies import Policy, Seen
 from anyexperts_jax.routing.scores import probabilities
 from anyexperts_jax.sharding.placement import Placement
 
@@ -86,8 +86,17 @@ def find_dial(name: str, seen: Seen, budget: float, most: int) -> float:
     logits = seen.logits_NE
     few, many = policy.dial or (float(logits.max()) + 1, float(logits.min()) - 1)
     few, many = max(-_LARGEST, min(few, most)), max(-_LARGEST, min(many, most))
-    mean = jax.jit(lambda dial: jnp.clip(jax.vmap(lambda own: policy.slots(own, dial))(seen), 1, most).mean())
+
+    def mean(dial: float) -> float:
+        return float(_mean_slots(policy, most, seen, jnp.float32(dial)))
+
     for _ in range(SEARCH_STEPS):
         middle = (few + many) / 2
-        few, many = (middle, many) if float(mean(jnp.float32(middle))) < budget else (few, middle)
-    return min((few, many), key=lambda dial: abs(float(mean(jnp.float32(dial))) - budget))
+        few, many = (middle, many) if mean(middle) < budget else (few, middle)
+    return min((few, many), key=lambda dial: abs(mean(dial) - budget))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _mean_slots(policy: Policy, most: int, seen: Seen, dial: Float[Array, ""]) -> Float[Array, ""]:
+    slots_LN = jax.vmap(lambda own: policy.slots(own, dial))(seen)
+    return jnp.clip(slots_LN, 1, most).mean()

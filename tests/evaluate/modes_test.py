@@ -93,6 +93,7 @@ def test_every_pair_of_thresholds_gives_the_budget(seeing, shown):
     assert means[-1] - means[0] > 1  # from few experts for text to all of them
 
 
+@pytest.mark.slow
 def test_with_pictures_the_pair_counts_that_changes_the_predictions_least(seeing, shown):
     given = {"images": shown.images}
     modes = calibrate(seeing, shown.tokens_BT, 2.0, **given, points=4)
