@@ -108,7 +108,7 @@ def calibrate(
 def layer_importance(m: Pretrained, inputs: Inputs, logs_BTY: Float[Array, "B T Y"]) -> Float[np.ndarray, "L"]:
     """How far the predictions move, in nats a token, when a layer's routed experts add nothing; the most is 1."""
     layers = m.config.stack.num_moe_layers
-    arguments = ((m.config, m.placement), m.params, m.router_bias_LC, inputs, logs_BTY)
+    arguments = ((m.config, m.placement), m.params, m.router_bias_LC, (inputs, logs_BTY))
     lost_L = [max(float(_lost_without(*arguments, jnp.int32(layer))), 0.0) for layer in range(layers)]
     return np.asarray(lost_L, np.float32) / max(*lost_L, 1e-30)
 
@@ -164,8 +164,9 @@ def _divergence(logs_BTY: Array, others_BTY: Array) -> Float[Array, ""]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _lost_without(
-    static: Static, params: Any, bias_LC: Array | None, inputs: Inputs, logs_BTY: Array, layer: Int[Array, ""]
+    static: Static, params: Any, bias_LC: Array | None, given: tuple[Inputs, Array], layer: Int[Array, ""]
 ) -> Float[Array, ""]:
+    inputs, logs_BTY = given
     leaves = named_leaves(params)
     own = leaves[EXPERTS_DOWN]
     kept = (jnp.arange(own.shape[0]) != layer).astype(own.dtype)
