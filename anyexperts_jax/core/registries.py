@@ -142,5 +142,6 @@ FAMILIES: Registry[Any] = Registry(
         "mixtral": "anyexperts_jax.pretrained.mixtral:MIXTRAL",
         "bailing_moe": "anyexperts_jax.pretrained.bailing_moe:BAILING_MOE",
         "glm4_moe": "anyexperts_jax.pretrained.glm4_moe:GLM4_MOE",
+        "deepseek_v3": "anyexperts_jax.pretrained.deepseek_v3:DEEPSEEK_V3",
     },
 )

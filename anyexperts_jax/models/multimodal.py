@@ -91,7 +91,8 @@ class MultimodalModel(nn.Module):
           batch: at most `max_length` positions, with the features of patches and frames the encoders expect.
           placed: what a vision tower reads, and where its rows go; modalities and rotation are then its own.
           router_bias_LC: the expert biases of loss-free balancing; needed with `moe.expert_bias`, unused without.
-          window: (k_min, k_max) in place of the configuration's, for every layer, or [L, 2], one for each.
+          window: (k_min, k_max) in place of the configuration's, for every layer; [L, 2], one for each; [B, T, 2], one
+            for each token; or [L, B, T, 2].
           importance_logits_BT: in place of every layer's own.
 
         Raises:
@@ -114,7 +115,10 @@ class MultimodalModel(nn.Module):
         """The call from `embed` on: what follows the embedded sequence, for those who ask what depends on it."""
         stack = self.config.stack
         causal = CausalMask(jnp.asarray(batch.valid_BT), jnp.asarray(batch.segment_BT))
-        mask = whole_mask(causal, stack.attention.head_dim, jnp.dtype(stack.dtype), self.placement)
+        if stack.attention.value_dim == stack.attention.head_dim:
+            mask = whole_mask(causal, stack.attention.head_dim, jnp.dtype(stack.dtype), self.placement)
+        else:
+            mask = causal.dense()  # kernels take values as wide as keys
         context = self._batch_context(batch, mask, window)
         context = dataclasses.replace(context, importance_logits_BT=importance_logits_BT)
         if placed is not None:

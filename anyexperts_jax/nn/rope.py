@@ -42,6 +42,24 @@ def rotations_on_grid(
     return jnp.cos(both), jnp.sin(both)
 
 
+def rotate(x_BTHA: Float[Array, "B T H A"], rotation: Rotations, interleaved: bool = False) -> Float[Array, "B T H A"]:
+    """Rotates the leading part of the head width by pairs (RoFormer); the rest passes.
+
+    Args:
+      interleaved: pairs are (2 i, 2 i + 1) in place of (i, i + half). They come out in two halves all the same: scores
+        do not tell, where queries and keys are rotated alike.
+    """
+    cos, sin = (part[:, :, None, :] for part in rotation)
+    half = cos.shape[-1]
+    rest, turning = x_BTHA[..., 2 * half :], x_BTHA[..., : 2 * half].astype(cos.dtype)
+    if interleaved:
+        first, second = turning[..., ::2], turning[..., 1::2]
+    else:
+        first, second = turning[..., :half], turning[..., half:]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHA.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
 def _turned(config: AttentionConfig, angles: Float[Array, "B T half"]) -> Rotations:
     scaling = config.rope_scaling
     if scaling is None or scaling.attention_factor == 1:

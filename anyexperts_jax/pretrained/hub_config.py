@@ -160,13 +160,24 @@ class HubConfig:
                 "rotary_dim": None if rotary_dim is None else rotary_dim / head_dim,
             }
         )
-        fields: dict[str, Any] = {"rope_theta": float(theta), "rope_scaling": self._rope_scaling(own)}
+        fields: dict[str, Any] = {"rope_theta": float(theta), "rope_scaling": self._rope_scaling()}
         return fields if fraction is None else {**fields, "rope_fraction": float(fraction)}
 
-    def _rope_scaling(self, own: Mapping[str, Any]) -> RopeScaling | None:
-        legacy = self.get("rope_scaling", {})
-        require(isinstance(legacy, Mapping), f"{self._at('rope_scaling')} must be an object")
-        both = {key: value for key, value in {**legacy, **own}.items() if value is not None}
+    def rope_settings(self) -> dict[str, Any]:
+        """What `rope_scaling` and `rope_parameters` hold; the newer one counts.
+
+        Raises:
+          UserError: when either is no object.
+        """
+        found: dict[str, Any] = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            held = self.get(key, {})
+            require(isinstance(held, Mapping), f"{self._at(key)} must be an object")
+            found |= {name: value for name, value in held.items() if value is not None}
+        return found
+
+    def _rope_scaling(self) -> RopeScaling | None:
+        both = self.rope_settings()
         kind = both.get("rope_type", both.get("type", "default"))
         if kind == "default":
             return None
@@ -225,12 +236,15 @@ def _yarn(given: Mapping[str, Any], hub: HubConfig) -> RopeScaling:
 
 def _yarn_attention(given: Mapping[str, Any], factor: float) -> float:
     """What YaRN multiplies cosines and sines by where the file does not say."""
-
-    def grown(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
     scale, scale_all = given.get("mscale"), given.get("mscale_all_dim")
-    return grown(scale) / grown(scale_all) if scale and scale_all else grown(1.0)
+    if not (scale and scale_all):
+        return yarn_growth(factor)
+    return yarn_growth(factor, scale) / yarn_growth(factor, scale_all)
+
+
+def yarn_growth(factor: float, scale: float = 1.0) -> float:
+    """How YaRN lets scores grow with the factor by which wavelengths are stretched, once for queries or keys."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def both_rope_forms(values: Mapping[str, Any]) -> dict[str, Any]:
