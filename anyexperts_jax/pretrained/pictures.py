@@ -20,7 +20,7 @@ from anyexperts_jax.pretrained.hub_config import HubConfig, keys
 IMAGES, VIDEOS, BOTH = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
 _FLATTEST = 200  # a side may be this many times the other
 _RESAMPLE = range(4)  # Pillow's numbers: nearest, Lanczos, bilinear, bicubic
-_KNOWN = keys(
+SETTINGS = keys(
     """
     do_resize do_rescale do_normalize do_convert_rgb do_center_crop do_pad size min_pixels max_pixels resample
     rescale_factor image_mean image_std patch_size temporal_patch_size merge_size do_sample_frames fps min_frames
@@ -28,8 +28,10 @@ _KNOWN = keys(
     processor_class image_processor_type video_processor_type feature_extractor_type data_format input_data_format
     device return_tensors disable_grouping default_to_square crop_size pad_size return_metadata video_metadata
     max_video_tokens max_image_size max_duration
+    feature_size sampling_rate hop_length n_fft n_samples nb_max_frames chunk_length dither padding_value padding_side
+    return_attention_mask
     """
-)
+)  # of pictures, videos and sounds, which may share a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Patches(NamedTuple):
     grid: tuple[int, int, int]  # pairs of frames, rows and columns of patches
     modality: Modality
     seconds: tuple[float, ...]  # when each pair of frames is shown; empty for a picture
+    pair_seconds: float = 1.0  # from pair to pair, for models that tell time by position
 
     @property
     def patches_per_frame(self) -> int:
@@ -108,7 +111,7 @@ class Preprocessing:
         frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
         first, last = taken.reshape(-1, pair)[:, 0], taken.reshape(-1, pair)[:, -1]
         seconds = tuple(float(own) for own in (first / value.fps + last / value.fps) / 2)
-        return Patches(*self._cut(frames), Modality.VIDEO, seconds)
+        return Patches(*self._cut(frames), Modality.VIDEO, seconds, pair / self.fps)
 
     def _normalised(self, frames_FHW3: UInt8[ndarray, "F H W 3"], pair: int, where: str) -> np.ndarray:
         height, width = frames_FHW3.shape[1:3]
@@ -162,12 +165,13 @@ class Preprocessing:
 
 
 def listed(name: str, given: Any) -> list[Any]:
-    """Pictures or videos as a list.
+    """Pictures, videos or sounds as a list.
 
     Raises:
       UserError: for a single one, such as a path.
     """
     one = isinstance(given, str | bytes | Video) or not isinstance(given, Sequence | ndarray)
+    one = one or (isinstance(given, ndarray) and given.ndim < 2)  # samples
     require(not one, f"{name} is a {type(given).__name__}; give a list")
     return list(given)
 
@@ -217,7 +221,7 @@ def read_preprocessing(folder: pathlib.Path, tower: VisionTowerConfig, videos: b
       UserError: when there are none, they do not fit the tower, or ask for what is not done here.
     """
     hub = _settings(folder, videos)
-    hub.require_known(_KNOWN)
+    hub.require_known(SETTINGS)
     for key in ("do_center_crop", "do_pad", "cap_pixels_per_frame"):
         hub.only(key, False)
     hub.only("num_frames")
