@@ -111,12 +111,15 @@ class Shown:
         said = " and ".join(some)
         require(config.vision_tower is not None, f"the model in {path} reads text alone, but {said} are given")
         assert config.vision_tower is not None
-        items: list[Patches | Sound] = [*patches_of(lists["image"], lists["video"], path, config.vision_tower)]
+        ids = PlaceIds.of(hub)
+        pictures = (lists["image"], lists["video"])
+        timed = ids.steps is not None
+        items: list[Patches | Sound] = [*patches_of(*pictures, path, config.vision_tower, per_frame=timed)]
         if lists["audio"]:
             require(config.audio_tower is not None, f"the model in {path} hears no sound, but audios are given")
             assert config.audio_tower is not None
             items += sounds_of(lists["audio"], path, config.audio_tower)
-        return cls(tuple(items), config.vision_tower, config.audio_tower, PlaceIds.of(hub))
+        return cls(tuple(items), config.vision_tower, config.audio_tower, ids)
 
     def of(self, modality: Modality) -> list[Any]:
         """Those of one modality: `Patches`, or `Sound`."""

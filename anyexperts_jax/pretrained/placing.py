@@ -63,9 +63,13 @@ def place(shown: Shown, tokens_BT: Int[ndarray, "B T"], valid_BT: Bool[ndarray, 
             span = queues.next(modality)
             count, name = len(span.row_N), modality.name.lower()
             places = kept[t : t + count]
-            whole = len(places) == count and all(shown.ids.modality_of(int(i)) is modality for i in tokens_T[places])
+            own = [shown.ids.modality_of(int(i)) for i in tokens_T[places]]
             require(
-                whole,
+                modality is not Modality.VIDEO or Modality.AUDIO not in own,
+                f"row {b} of the tokens has sound inside a video, which is not read; give it as a sound of its own",
+            )
+            require(
+                own == [modality] * count,
                 f"row {b} of the tokens has fewer places from {kept[t]} on than the {span.said} that its {name} needs; "
                 f"make the tokens with m.tokens(prompt, {name}s=...)",
             )

@@ -1,4 +1,4 @@
-"""Qwen3-Omni's thinker against transformers, from tiny random checkpoints: logits, experts, answers, features, export."""
+"""Qwen3-Omni against transformers, from tiny random checkpoints: logits, experts, answers, features, export."""
 
 import numpy as np
 import pytest
