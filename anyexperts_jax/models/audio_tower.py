@@ -28,14 +28,14 @@ _AT_ONCE = 8  # windows that are convolved together: what the convolutions make 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sounds:
-    """Sounds cut into windows of A chunks of frames; a window holds chunks of one sound.
+    """Sounds cut into windows of U chunks of S frames; a window holds chunks of one sound.
 
     Every window has at least one frame, also those that only fill up the array.
     """
 
-    mel_WAFM: Float[ArrayLike, "W A F M"]  # log-mel; frames past the sound's end are zero
-    frames_WA: Int[ArrayLike, "W A"]  # frames that are the sound's
-    width_WA: Int[ArrayLike, "W A"]  # frames the convolutions may see: F, but in a sound that is shorter its length
+    mel_WUSX: Float[ArrayLike, "W U S X"]  # log-mel; frames past the sound's end are zero
+    frames_WU: Int[ArrayLike, "W U"]  # frames that are the sound's
+    width_WU: Int[ArrayLike, "W U"]  # frames the convolutions may see: S, but in a sound that is shorter its length
 
 
 class AudioTower(nn.Module):
@@ -48,68 +48,67 @@ class AudioTower(nn.Module):
     placement: Placement | None = None  # of the arrays; None: on one device
 
     @nn.compact
-    def __call__(self, sounds: Sounds) -> Float[Array, "W N D"]:
-        """N = A * R rows a window, R a chunk; those past a chunk's own are arbitrary."""
+    def __call__(self, sounds: Sounds) -> Float[Array, "W R D"]:
+        """R rows a window, as many for each of its chunks; those past a chunk's own are arbitrary."""
         config = self.config
         types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         filters = [
-            Filters(config.channels, name=f"conv_{i}", **types)(inputs)
+            Filters(config.channels, self.param_dtype, name=f"conv_{i}")(inputs)
             for i, inputs in enumerate((1, config.channels, config.channels))
         ]
-        mel_WAFM = jnp.asarray(sounds.mel_WAFM, jnp.float32)
-        width_WA, frames_WA = jnp.asarray(sounds.width_WA), jnp.asarray(sounds.frames_WA)
+        mel_WUSX = jnp.asarray(sounds.mel_WUSX, jnp.float32)
+        width_WU, frames_WU = jnp.asarray(sounds.width_WU), jnp.asarray(sounds.frames_WU)
 
         def convolved(window: tuple[Array, Array]) -> Array:
             return _convolved(*window, filters).astype(self.dtype)
 
-        features_WARX = jax.lax.map(convolved, (mel_WAFM, width_WA), batch_size=_AT_ONCE)
-        windows, chunks, rows = features_WARX.shape[:3]
-        x_WARD = Linear((config.d_model,), ("features", "embed"), name="frame", **types)(features_WARX)
-        x_WARD = x_WARD + places(rows, config.d_model)[None, None].astype(x_WARD.dtype)
-        x_WND = x_WARD.reshape(windows, chunks * rows, config.d_model)
-        valid_WAR = jnp.arange(rows)[None, None] * 8 < frames_WA[:, :, None]
-        valid_WN = valid_WAR.reshape(windows, chunks * rows)
-        mask_WNN = jnp.broadcast_to(valid_WN[:, None], (windows, chunks * rows, chunks * rows))
+        features_WURX = jax.lax.map(convolved, (mel_WUSX, width_WU), batch_size=_AT_ONCE)
+        windows, chunks, rows = features_WURX.shape[:3]
+        x_WURD = Linear((config.d_model,), ("features", "embed"), name="frame", **types)(features_WURX)
+        x_WURD = x_WURD + places(rows, config.d_model)[None, None].astype(x_WURD.dtype)
+        x_WRD = x_WURD.reshape(windows, chunks * rows, config.d_model)
+        valid_WUR = jnp.arange(rows)[None, None] * 8 < frames_WU[:, :, None]
+        valid_WR = valid_WUR.reshape(windows, chunks * rows)
+        mask_WRR = jnp.broadcast_to(valid_WR[:, None], (windows, chunks * rows, chunks * rows))
         for layer in range(config.num_layers):
             block = TowerBlock(config, exact=True, placement=self.placement, name=f"block_{layer}", **types)
-            x_WND = block(x_WND, mask_WNN)
-        x_WND = LayerNorm(config.norm_eps, name="norm", **types)(x_WND)
-        return GeluMLP(config.d_model, self.out_width, exact=True, name="mlp", **types)(x_WND)
+            x_WRD = block(x_WRD, mask_WRR)
+        x_WRD = LayerNorm(config.norm_eps, name="norm", **types)(x_WRD)
+        return GeluMLP(config.d_model, self.out_width, exact=True, name="mlp", **types)(x_WRD)
 
 
 class Filters(nn.Module):
     """The parameters of a convolution of 3 bins x 3 frames."""
 
     channels: int
-    dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
 
     @nn.compact
-    def __call__(self, inputs: int) -> tuple[Float[Array, "X C"], Float[Array, " C"]]:
+    def __call__(self, inputs: int) -> tuple[Float[Array, "inputs channels"], Float[Array, " channels"]]:
         dtype = jnp.dtype(self.param_dtype)
-        kernel_XC = self.param("kernel", named(FanIn(), ("features", "embed")), (inputs * 9, self.channels), dtype)
-        bias_C = self.param("bias", named(Constant(0.0), ("embed",)), (self.channels,), dtype)
-        return kernel_XC, bias_C
+        kernel = self.param("kernel", named(FanIn(), ("features", "embed")), (inputs * 9, self.channels), dtype)
+        bias = self.param("bias", named(Constant(0.0), ("embed",)), (self.channels,), dtype)
+        return kernel, bias
 
 
 def _convolved(
-    mel_AFM: Float[Array, "A F M"], width_A: Int[Array, " A"], filters: list[tuple[Array, Array]]
-) -> Float[Array, "A R X"]:
+    mel_USX: Float[Array, "U S X"], width_U: Int[Array, " U"], filters: list[tuple[Array, Array]]
+) -> Float[Array, "U R features"]:
     """The features of each row, channel by channel, float32.
 
     Each convolution halves frames and bins. Past a chunk's width its results are set to zero, as if it ended there.
     """
-    x_AFMC = mel_AFM[..., None]
-    for kernel_XC, bias_C in filters:
-        width_A = (width_A + 1) // 2
-        kernel = kernel_XC.astype(jnp.float32).reshape(-1, 3, 3, kernel_XC.shape[-1])
-        x_AFMC = jax.lax.conv_general_dilated(
-            x_AFMC, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NWHC", "IHWO", "NWHC")
+    x = mel_USX[..., None]
+    for flat, bias in filters:
+        width_U = (width_U + 1) // 2
+        kernel = flat.astype(jnp.float32).reshape(-1, 3, 3, flat.shape[-1])
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NWHC", "IHWO", "NWHC")
         )
-        x_AFMC = jax.nn.gelu(x_AFMC + bias_C.astype(jnp.float32)[None, None, None], approximate=False)
-        inside_AF = jnp.arange(x_AFMC.shape[1])[None] < width_A[:, None]
-        x_AFMC = jnp.where(inside_AF[:, :, None, None], x_AFMC, 0)
-    by_channel = x_AFMC.transpose((0, 1, 3, 2))
+        x = jax.nn.gelu(x + bias.astype(jnp.float32)[None, None, None], approximate=False)
+        inside_US = jnp.arange(x.shape[1])[None] < width_U[:, None]
+        x = jnp.where(inside_US[:, :, None, None], x, 0)
+    by_channel = x.transpose((0, 1, 3, 2))
     return by_channel.reshape(*by_channel.shape[:2], -1)
 
 

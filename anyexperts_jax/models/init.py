@@ -135,8 +135,8 @@ def smallest_media(config: ModelConfig) -> PlacedMedia | None:
     if sees is not None:
         frames = Frames(jnp.zeros((1, sees.merge**2, sees.patch_features)), jnp.full((1, 2), sees.merge, jnp.int32))
     if hears is not None:
-        one_WA = jnp.ones((1, 1), jnp.int32)
-        sounds = Sounds(jnp.zeros((1, 1, hears.chunk_frames, hears.mel_bins)), frames_WA=one_WA, width_WA=one_WA)
+        one_WU = jnp.ones((1, 1), jnp.int32)
+        sounds = Sounds(jnp.zeros((1, 1, hears.chunk_frames, hears.mel_bins)), frames_WU=one_WU, width_WU=one_WU)
     one_BT = jnp.zeros((1, 1), jnp.int32)
     return PlacedMedia(frames, sounds, row_BT=one_BT - 1, modality_BT=one_BT, rotary_BT3=jnp.zeros((1, 1, 3)))
 

@@ -136,7 +136,7 @@ class Shown:
     def sound_rows(self, sound: Sound) -> int:
         """The rows that the tower makes of a sound."""
         assert self.audio is not None
-        whole, rest = divmod(len(sound.mel_FM), self.audio.chunk_frames)
+        whole, rest = divmod(len(sound.mel_SX), self.audio.chunk_frames)
         return whole * self.audio.chunk_rows + self.audio.rows(rest)
 
     def place_text(self, item: Patches | Sound, texts: Mapping[str, str]) -> str:

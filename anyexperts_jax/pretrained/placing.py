@@ -151,9 +151,9 @@ def _picture_spans(shown: Shown, modality: Modality, first: int, rows_per_frame:
             found += [_Span(row_N, offset_N3, said) for row_N in own]
             continue
         seconds = np.arange(pairs, dtype=np.float32) * np.float32(item.pair_seconds) * np.float32(steps)
-        time_PN3 = np.stack([offset_N3] * pairs)
-        time_PN3[:, :, 0] = seconds[:, None]
-        found.append(_Span(np.concatenate(own), time_PN3.reshape(-1, 3), f"{pairs} x {said}"))
+        time_pairs_N3 = np.stack([offset_N3] * pairs)
+        time_pairs_N3[:, :, 0] = seconds[:, None]
+        found.append(_Span(np.concatenate(own), time_pairs_N3.reshape(-1, 3), f"{pairs} x {said}"))
     return found, first
 
 
@@ -167,7 +167,7 @@ class _Windows:
         for number, sound in enumerate(self._sounds):
             assert shown.audio is not None
             size, most = shown.audio.chunk_frames, shown.audio.window_chunks
-            chunks = [sound.mel_FM[i : i + size] for i in range(0, len(sound.mel_FM), size)]
+            chunks = [sound.mel_SX[i : i + size] for i in range(0, len(sound.mel_SX), size)]
             self._windows += [(number, chunks[i : i + most]) for i in range(0, len(chunks), most)]
         longest = max((len(chunks) for _, chunks in self._windows), default=0)
         self._chunks = _power_of_two(longest)
@@ -193,16 +193,16 @@ class _Windows:
         if not self._windows or tower is None:
             return None
         windows, size = _power_of_two(len(self._windows)), tower.chunk_frames
-        mel_WAFM = np.zeros((windows, self._chunks, size, tower.mel_bins), np.float32)
-        frames_WA = np.zeros((windows, self._chunks), np.int32)
-        frames_WA[len(self._windows) :, 0] = 1
-        width_WA = np.full((windows, self._chunks), size, np.int32)
+        mel_WUSX = np.zeros((windows, self._chunks, size, tower.mel_bins), np.float32)
+        frames_WU = np.zeros((windows, self._chunks), np.int32)
+        frames_WU[len(self._windows) :, 0] = 1
+        width_WU = np.full((windows, self._chunks), size, np.int32)
         for w, (number, chunks) in enumerate(self._windows):
-            width_WA[w] = min(size, len(self._sounds[number].mel_FM))
+            width_WU[w] = min(size, len(self._sounds[number].mel_SX))
             for a, chunk in enumerate(chunks):
-                mel_WAFM[w, a, : len(chunk)] = chunk
-                frames_WA[w, a] = len(chunk)
-        return Sounds(*(jnp.asarray(own) for own in (mel_WAFM, frames_WA, width_WA)))
+                mel_WUSX[w, a, : len(chunk)] = chunk
+                frames_WU[w, a] = len(chunk)
+        return Sounds(*(jnp.asarray(own) for own in (mel_WUSX, frames_WU, width_WU)))
 
 
 def _power_of_two(least: int) -> int:

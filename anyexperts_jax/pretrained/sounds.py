@@ -37,7 +37,7 @@ _BLOCK = 4096  # frames transformed at a time
 class Sound(NamedTuple):
     """The frames that a tower reads of a sound."""
 
-    mel_FM: Float32[ndarray, "F M"]
+    mel_SX: Float32[ndarray, "S X"]
 
     @property
     def modality(self) -> Modality:
@@ -48,7 +48,7 @@ class Sound(NamedTuple):
 class Hearing:
     """How samples become frames, as `read_hearing` reads it."""
 
-    bands: int  # M of a frame
+    bands: int  # X of a frame
     window: int  # samples of a frame
     hop: int  # samples from frame to frame
 
@@ -64,22 +64,22 @@ class Hearing:
         require(len(samples) >= least, f"{where} has {len(samples)} samples; the model needs {least} at least")
         return Sound(self.log_mel(samples))
 
-    def log_mel(self, samples_N: Float32[ndarray, " N"]) -> Float32[ndarray, "F M"]:
-        """N // hop frames, computed in float32."""
+    def log_mel(self, samples: Float32[ndarray, " samples"]) -> Float32[ndarray, "S X"]:
+        """A frame for every `hop` samples, computed in float32."""
         half = self.window // 2
-        padded = np.pad(samples_N.astype(np.float32), half, mode="reflect")
-        count = len(samples_N) // self.hop
-        frames_FN = np.lib.stride_tricks.sliding_window_view(padded, self.window)[:: self.hop][:count]
+        padded = np.pad(samples.astype(np.float32), half, mode="reflect")
+        count = len(samples) // self.hop
+        frames = np.lib.stride_tricks.sliding_window_view(padded, self.window)[:: self.hop][:count]
         place = np.arange(self.window, dtype=np.float32)
         hann = (0.5 - 0.5 * np.cos(np.float32(2 * math.pi / self.window) * place)).astype(np.float32)
         filters = mel_filters(self.window, self.bands)
         blocks = []
         for first in range(0, count, _BLOCK):
-            spectrum = np.fft.rfft(frames_FN[first : first + _BLOCK] * hann[None]).astype(np.complex64)
+            spectrum = np.fft.rfft(frames[first : first + _BLOCK] * hann[None]).astype(np.complex64)
             power = spectrum.real**2 + spectrum.imag**2
             blocks.append(np.log10(np.maximum(power @ filters, np.float32(_FLOOR))))
-        log_FM = np.concatenate(blocks)
-        cut = np.maximum(log_FM, log_FM.max() - np.float32(_DECADES))
+        log_SX = np.concatenate(blocks)
+        cut = np.maximum(log_SX, log_SX.max() - np.float32(_DECADES))
         return ((cut + np.float32(4)) / np.float32(4)).astype(np.float32)
 
 
@@ -121,9 +121,9 @@ def sounds_of(audios: Sequence[Any], path: pathlib.Path, tower: AudioTowerConfig
     for number, value in enumerate(audios):
         where = f"sound {number}" + (f" ({value})" if isinstance(value, str | pathlib.Path) else "")
         if isinstance(value, Sound):
-            shape = value.mel_FM.shape
+            shape = value.mel_SX.shape
             fits = len(shape) == 2 and shape[0] > 0 and shape[1] == tower.mel_bins
-            require(fits, f"{where}: frames of shape {shape}; need [F, {tower.mel_bins}]")
+            require(fits, f"{where}: frames of shape {shape}; need [S, {tower.mel_bins}]")
             found.append(value)
             continue
         settings = settings or read_hearing(path, tower)

@@ -26,11 +26,11 @@ def test_bands_are_triangles_of_one_area():
 @pytest.mark.parametrize("hertz", [300.0, 1500.0, 6000.0])
 def test_a_tone_is_loudest_in_its_band(hertz):
     samples = np.sin(2 * np.pi * hertz / 16000 * np.arange(8000)).astype(np.float32)
-    mel_FM = HEARING.log_mel(samples)
-    assert mel_FM.shape == (50, 16)
-    assert mel_FM.dtype == np.float32
+    mel_SX = HEARING.log_mel(samples)
+    assert mel_SX.shape == (50, 16)
+    assert mel_SX.dtype == np.float32
     band = mel_filters(400, 16)[round(hertz / 40)].argmax()
-    assert (mel_FM[5:-5].argmax(axis=1) == band).all()
+    assert (mel_SX[5:-5].argmax(axis=1) == band).all()
 
 
 def test_silence_and_what_is_far_below_the_loudest_are_cut_off():

@@ -111,7 +111,7 @@ def scene(*rows):
             kind = part.modality.name.lower()
             media[f"{kind}s"].append(part)
             heard = part.modality is Modality.AUDIO
-            count = rows_of(len(part.mel_FM)) if heard else part.grid[0] * part.patches_per_frame // 4
+            count = rows_of(len(part.mel_SX)) if heard else part.grid[0] * part.patches_per_frame // 4
             opens, closes = (f"{'audio' if heard else 'vision'}_{end}_token_id" for end in ("start", "end"))
             ids += [IDS[opens], *[IDS[f"{kind}_token_id"]] * count, IDS[closes]]
         made.append(ids)
@@ -136,7 +136,7 @@ def scenes(seed=0):
         "one sound": scene([19, 18, odd, 30, 41]),
         "a sound of less than a chunk": scene([19, short, 30]),
         "a sound of three windows": scene([19, long, 30]),
-        "two sounds": scene([19, odd, 18, 12, long._replace(mel_FM=long.mel_FM[:200]), 30], [odd, 41]),
+        "two sounds": scene([19, odd, 18, 12, long._replace(mel_SX=long.mel_SX[:200]), 30], [odd, 41]),
         "picture": scene([19, 18, wide, 30, 41]),
         "picture and sound": scene([19, wide, 18, odd, 30, small, 41], [13, odd, 12]),
         "video and sound": scene([19, 18, film, 30, odd, 31, film, 17]),
