@@ -80,7 +80,9 @@ def place(shown: Shown, tokens_BT: Int[ndarray, "B T"], valid_BT: Bool[ndarray, 
         lead_B[b] = len(kept) - position
     queues.require_none_left()
     arrays = (jnp.asarray(own) for own in (row_BT, modality_BT, rotary_BT3))
-    return Placed(PlacedMedia(frames and frames.frames, sounds.stacked(), *arrays), jnp.asarray(lead_B))
+    return Placed(
+        PlacedMedia(frames.frames if frames is not None else None, sounds.stacked(), *arrays), jnp.asarray(lead_B)
+    )
 
 
 class _Queues:

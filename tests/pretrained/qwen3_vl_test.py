@@ -207,6 +207,14 @@ def test_the_frames_of_a_video_are_told_with_their_seconds(model):
     assert said(model, [{"role": "user", "content": "cat"}], videos=[film]).count(" seconds><v") == 2
 
 
+def test_a_file_says_its_own_rate_and_frames_do_not():
+    with pytest.raises(UserError, match=r"fps=25 of a video in a file: leave it out, the file says it"):
+        Video("film.mp4", fps=25)
+    for fps in (None, 0, float("nan")):
+        with pytest.raises(UserError, match="of a video must be a number > 0"):
+            Video(np.zeros((4, 8, 8, 3), np.uint8), fps=fps)
+
+
 def test_generation_with_a_picture(model, folder, capsys):
     image = str(folder / "cat.png")
     answer = model.generate("A cat", max_new_tokens=3, images=[image], budget=2)
