@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.io import wavfile
@@ -13,10 +15,13 @@ from anyexperts_jax import load_pretrained
 from anyexperts_jax.cli.main import main
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.modality import Modality
+from anyexperts_jax.core.registries import FAMILIES
 from anyexperts_jax.pretrained.budget import BudgetInForce
 from anyexperts_jax.pretrained.decode import Request, decode
+from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.pictures import Video, listed
 from anyexperts_jax.pretrained.placing import place
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.tokenizers.train import train_tokenizer
 from pretrained.tiny_hub import random_tensors, tensors_in, tiny_checkpoint, write_checkpoint
 from pretrained.tiny_omni import IDS, MARKS, TEMPLATE, omni_checkpoint, omni_values, rows_of, scene, sound
@@ -106,6 +111,38 @@ def test_a_config_that_is_not_supported_is_named(tmp_path, tensors, changes, mes
         load_pretrained(tmp_path / "hub")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_keys_of_the_release_are_known():
+    """It says more than transformers' class reads, and not how many places the vision tower has."""
+    rope = {"interleaved": True, "mrope_interleaved": True, "mrope_section": [2, 2, 2], "rope_type": "default"}
+    text = {"use_qk_norm": True, "shared_expert_intermediate_size": 0, "use_sliding_window": False}
+    vision = {"in_chans": 3, "spatial_patch_size": 4, "image_size": 768, "tokens_per_second": 2}
+    values = omni_values(
+        text={**text, "rope_scaling": {**rope, "type": "default"}},
+        vision={**vision, "apply_vit_abs_pos_embed": True, "num_position_embeddings": None},
+        audio={"num_hidden_layers": 2, "conv_chunksize": 500, "dropout": 0, "tie_word_embeddings": True},
+        thinker={"seconds_per_chunk": 2, "user_token_id": 872, "dtype": "bfloat16", "initializer_range": 0.02},
+        talker_config={"num_code_groups": 16},
+        code2wav_config={"num_quantizers": 16},
+        im_end_token_id=11,
+    )
+    config = FAMILIES["qwen3_omni_moe"].config(HubConfig(values, "config.json"))
+    assert config.vision_tower.side == 48
+    assert (config.audio_tower.chunk_frames, config.audio_tower.window_chunks) == (100, 2)
+
+
+@pytest.mark.slow
+def test_on_a_mesh_and_in_16_bits(folder, model):
+    seen = scene([19, sound(130), 30])
+    expected_BTY = np.asarray(model.logits(seen.tokens_BT, **seen.media))
+    split = load_pretrained(folder, make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2]))
+    found_BTY = np.asarray(split.logits(np.repeat(seen.tokens_BT, 2, axis=0), audios=[*seen.audios, *seen.audios]))
+    np.testing.assert_allclose(found_BTY, np.repeat(expected_BTY, 2, axis=0), atol=1e-4)
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), model.params)
+    stack = dataclasses.replace(model.config.stack, dtype="bfloat16", param_dtype="bfloat16")
+    low = dataclasses.replace(model, params=half, config=dataclasses.replace(model.config, stack=stack))
+    assert np.isfinite(np.asarray(low.logits(seen.tokens_BT, **seen.media))).all()
 
 
 def test_positions_go_on_through_a_sound_and_jump_through_a_video(model):
