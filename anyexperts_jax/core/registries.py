@@ -138,6 +138,8 @@ FAMILIES: Registry[Any] = Registry(
         "zeda": "anyexperts_jax.pretrained.zeda:ZEDA",
         "qwen3_vl": "anyexperts_jax.pretrained.qwen3_vl:QWEN3_VL",
         "qwen3_vl_moe": "anyexperts_jax.pretrained.qwen3_vl:QWEN3_VL_MOE",
+        "qwen3_omni_moe": "anyexperts_jax.pretrained.qwen3_omni:QWEN3_OMNI_MOE",
+        "qwen3_omni_moe_thinker": "anyexperts_jax.pretrained.qwen3_omni:QWEN3_OMNI_MOE_THINKER",
         "olmoe": "anyexperts_jax.pretrained.olmoe:OLMOE",
         "mixtral": "anyexperts_jax.pretrained.mixtral:MIXTRAL",
         "bailing_moe": "anyexperts_jax.pretrained.bailing_moe:BAILING_MOE",

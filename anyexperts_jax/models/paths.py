@@ -66,6 +66,7 @@ def tower_of(name: str) -> Tower:
         "vision": "vision",
         "vision_tower": "vision",
         "audio": "audio",
+        "audio_tower": "audio",
         "decoder": "decoder",
     }
     return towers.get(top, "text")

@@ -11,12 +11,14 @@ from anyexperts_jax.nn.config import AttentionConfig, RopeScaling
 Rotations = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 
-def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotations:
+def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"] | Float[Array, "B T"]) -> Rotations:
     """Cosines and sines of each position's rotation angles, float32."""
     return _turned(config, positions_BT[:, :, None].astype(jnp.float32) * frequencies(config)[None, None])
 
 
-def rotations_in_space(config: AttentionConfig, positions_BT3: Int[Array, "B T 3"]) -> Rotations:
+def rotations_in_space(
+    config: AttentionConfig, positions_BT3: Int[Array, "B T 3"] | Float[Array, "B T 3"]
+) -> Rotations:
     """`rotations` where a position has a time, a row and a column, as in pictures (interleaved M-RoPE, Qwen3-VL).
 
     In each group of three waves, the second rotates by row and the third by column, until their numbers in

@@ -13,6 +13,7 @@ from anyexperts_jax.nn.config import RopeScaling
 
 CONFIG = "config.json"
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_NESTED = ("text_config", "thinker_config")  # parts that may hold rope settings
 _REQUIRED: Any = object()
 
 
@@ -134,6 +135,11 @@ class HubConfig:
         require(isinstance(value, Mapping), f"{self._at(key)} must be an object")
         return HubConfig(value, f"{self.where}: {key}")
 
+    @property
+    def thinker(self) -> "HubConfig":
+        """The part that describes the decoder and its towers: all of it, but for Qwen3-Omni."""
+        return self.part("thinker_config") if self.get("thinker_config") is not None else self
+
     def rope(self, head_dim: int) -> dict[str, Any]:
         """`rope_theta`, `rope_fraction` and `rope_scaling` of an AttentionConfig, from wherever they are.
 
@@ -253,9 +259,7 @@ def both_rope_forms(values: Mapping[str, Any]) -> dict[str, Any]:
     kind = own.get("rope_type", legacy.get("rope_type", legacy.get("type", "default")))
     theta = own.get("rope_theta", values.get("rope_theta"))
     if theta is None:
-        return dict(values) | {
-            key: both_rope_forms(part) for key, part in values.items() if key == "text_config" and part
-        }
+        return dict(values) | {key: both_rope_forms(part) for key, part in values.items() if key in _NESTED and part}
     partial = own.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     settings = {k: v for k, v in {**legacy, **own}.items() if k not in ("type", "rope_theta", "partial_rotary_factor")}
     rotary = {} if partial is None else {"partial_rotary_factor": partial}

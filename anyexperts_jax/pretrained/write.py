@@ -24,6 +24,7 @@ from anyexperts_jax.pretrained.card import CARD, card
 from anyexperts_jax.pretrained.convert import CONVERSIONS, as_plain, routing_differences
 from anyexperts_jax.pretrained.difference import difference
 from anyexperts_jax.pretrained.extension import base_of, kind_of, write_extension
+from anyexperts_jax.pretrained.family import family_of
 from anyexperts_jax.pretrained.hub_config import CONFIG, HubConfig, both_rope_forms
 from anyexperts_jax.pretrained.lora import merge_adapter, save_adapter
 from anyexperts_jax.pretrained.model import Pretrained
@@ -251,7 +252,7 @@ def write_beside(hub: HubConfig, source: pathlib.Path, dtype: str, folder: pathl
       source: the folder or the GGUF file that the model was read from.
       dtype: of the weights, where config.json does not say.
     """
-    values = both_rope_forms(hub.values)
+    values = both_rope_forms(family_of(hub)[1].written(hub.values))
     if "dtype" not in values and "torch_dtype" not in values:
         values["dtype"] = dtype
     (folder / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
