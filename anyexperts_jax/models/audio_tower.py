@@ -28,7 +28,7 @@ _AT_ONCE = 8  # windows that are convolved together: what the convolutions make 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sounds:
-    """Sounds cut into windows of U chunks of S frames; a window holds chunks of one sound.
+    """Sounds cut into windows of O chunks of S frames; a window holds chunks of one sound.
 
     Every window has at least one frame, also those that only fill up the array.
     """
