@@ -15,9 +15,9 @@ from anyexperts_jax.core.registries import POLICIES
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
 from anyexperts_jax.models.paths import moe_probe
-from anyexperts_jax.models.vision_tower import PlacedFrames
-from anyexperts_jax.pretrained.media import place
+from anyexperts_jax.models.placed_media import PlacedMedia
 from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.pretrained.placing import place
 from anyexperts_jax.routing.policies import Policy, Seen
 from anyexperts_jax.routing.scores import probabilities
 from anyexperts_jax.sharding.placement import Placement
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
     """What a model is run on, without padding."""
 
     tokens_BT: Int[Array, "B T"]
-    placed: PlacedFrames | None = None  # pictures and videos; None: text alone
+    placed: PlacedMedia | None = None  # pictures, videos and sounds; None: text alone
 
     @property
     def modality_BT(self) -> Int[Array, "B T"]:
@@ -41,15 +41,21 @@ class Inputs(NamedTuple):
         return jnp.full(self.tokens_BT.shape, int(Modality.TEXT), jnp.int32)
 
 
-def inputs_of(m: Pretrained, tokens_BT: Any, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Inputs:
-    """Ids, and the pictures and videos that they have places for, as for `m.forward`.
+def inputs_of(
+    m: Pretrained,
+    tokens_BT: Any,
+    images: Sequence[Any] = (),
+    videos: Sequence[Any] = (),
+    audios: Sequence[Any] = (),
+) -> Inputs:
+    """Ids, and the pictures, videos and sounds that they have places for, as for `m.forward`.
 
     Raises:
-      UserError: for pictures that the model cannot read, or that do not fit the places.
+      UserError: for media that the model cannot read, or that do not fit the places.
     """
     tokens_BT = np.asarray(tokens_BT, np.int32)
-    shown = m.show(images, videos)
-    placed = None if shown is None else place(shown, tokens_BT, np.ones(tokens_BT.shape, bool)).frames
+    shown = m.show(images, videos, audios)
+    placed = None if shown is None else place(shown, tokens_BT, np.ones(tokens_BT.shape, bool)).media
     return Inputs(jnp.asarray(tokens_BT), placed)
 
 
