@@ -56,10 +56,16 @@ class Modes:
         return dataclasses.replace(config, moe=moe)
 
     def forward(
-        self, m: Pretrained, tokens_BT: Any, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()
+        self,
+        m: Pretrained,
+        tokens_BT: Any,
+        *,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        audios: Sequence[Any] = (),
     ) -> ModelOutput:
         """`m.forward` with these thresholds."""
-        inputs = inputs_of(m, tokens_BT, images=images, videos=videos)
+        inputs = inputs_of(m, tokens_BT, images=images, videos=videos, audios=audios)
         return _output(m, self.config(m.config), inputs, self.window(inputs.modality_BT))
 
 
@@ -70,16 +76,17 @@ def calibrate(
     *,
     images: Sequence[Any] = (),
     videos: Sequence[Any] = (),
+    audios: Sequence[Any] = (),
     points: int = 9,
 ) -> Modes:
     """Layer importance and thresholds at which the tokens get `budget` experts on average.
 
     It takes a forward pass for each layer of experts, room for a second copy of the experts' last matrices, and with
-    pictures a pass for each point.
+    media a pass for each point.
 
     Args:
       tokens_BT: ids, without padding.
-      images, videos: those that the tokens have places for, as for `m.forward`.
+      images, videos, audios: those that the tokens have places for, as for `m.forward`.
       points: of the curve of thresholds that are tried, where there are tokens besides text.
 
     Raises:
@@ -90,7 +97,7 @@ def calibrate(
     require(not moe.uses_importance and not moe.num_virtual, "MoDES: the model has slots of its own")
     require(1 <= budget <= moe.experts_in_reach, f"MoDES: budget={budget:g} must be from 1 to {moe.experts_in_reach}")
     require(points >= 2, f"MoDES: points={points} must be >= 2")
-    inputs = inputs_of(m, tokens_BT, images=images, videos=videos)
+    inputs = inputs_of(m, tokens_BT, images=images, videos=videos, audios=audios)
     most = max(int(moe.k_max), math.ceil(budget))  # experts are skipped; above the model's own number there are more
     seen, logs_BTY = seen_by(m, inputs), _log_probs(m, m.config, inputs, None)
     importance_L = layer_importance(m, inputs, logs_BTY)
