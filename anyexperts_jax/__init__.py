@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from anyexperts_jax.evaluate.run import Run, load_run
     from anyexperts_jax.evaluate.run import train_run as train
     from anyexperts_jax.evaluate.token_routing import TokenRouting
+    from anyexperts_jax.evolution.published import upcycle
     from anyexperts_jax.nn.moe import MoE, MoEContext
     from anyexperts_jax.ops.expert_mlp.api import expert_mlp
     from anyexperts_jax.ops.experts import ExpertOps, ExpertWeights
@@ -103,6 +104,7 @@ _HOMES = {
     "shift_budget": "routing.budget",
     "split": "pretrained.split",
     "train_run": "evaluate.run",  # which the package `train` is when it is called
+    "upcycle": "evolution.published",
 }
 
 __all__ = [
@@ -159,6 +161,7 @@ __all__ = [
     "shift_budget",
     "split",
     "train",
+    "upcycle",
 ]
 
 __version__ = "0.2.0"

@@ -107,7 +107,7 @@ def read_bytes(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> float:
     for name, array in named_leaves(_placed_params(model, mesh)).items():
         if is_a("expert", name):
             total += share * _bytes(array)
-        elif is_matmul(name) and tower_of(name) != "vision":
+        elif is_matmul(name) and tower_of(name) not in ("vision", "audio"):
             total += _bytes(array)
     return total
 
@@ -153,7 +153,7 @@ def _flops(model: ModelConfig, rows: int, length: int) -> float:
     dense = sum(
         math.prod(array.shape)
         for name, array in named_leaves(abstract_params(model)).items()
-        if is_matmul(name) and tower_of(name) != "vision"
+        if is_matmul(name) and tower_of(name) not in ("vision", "audio")
     )
     dense += model.vocab_size * stack.d_model if model.tie_embeddings else 0
     experts = moe.expected_real_slots * 3 * stack.d_model * stack.expert_d_ff * stack.num_moe_layers

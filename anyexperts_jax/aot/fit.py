@@ -89,14 +89,13 @@ def kept_bytes(config: RunConfig, mesh: dict[str, int], remat: str) -> float:
     slots, sent = stack.execution.capacity_factor * moe.expected_real_slots, 0.0
     if stack.execution.dispatch == "exchange":
         sent = stack.execution.capacity_factor * expected_devices(plan_spec(moe), mesh["expert"])
-    projected = (2 * attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
     shared = 3 * stack.num_shared_experts * stack.expert_d_ff
     router = 4 * moe.num_columns
     per_token = {
         "full": stack.d_model * itemsize,
         "routing": stack.d_model * itemsize + router,
         "exchanged": stack.d_model * itemsize * (1 + sent) + 2 * 4 * moe.slots_bound * sent + router,
-        "dots": (2 * stack.d_model + projected + shared) * itemsize + router,
+        "dots": (2 * stack.d_model + attention.projected_dims + shared) * itemsize + router,
     }
     per_token["none"] = (
         per_token["dots"]

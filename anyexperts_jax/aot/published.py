@@ -77,6 +77,7 @@ def published_run(
     decoder = dataclasses.replace(
         whole,
         vision_tower=None,
+        audio_tower=None,
         stack=dataclasses.replace(stack, attention=dataclasses.replace(stack.attention, mrope_section=None)),
     )
     encoding = {"max_length": min(LENGTH, whole.max_length), "max_patches": 0, "max_frames": 0}
@@ -90,6 +91,7 @@ def published_run(
     model = dataclasses.replace(
         run.model,
         vision_tower=whole.vision_tower,
+        audio_tower=whole.audio_tower,
         stack=dataclasses.replace(run.model.stack, attention=attention),
     )
     return PublishedRun(run, model)

@@ -59,8 +59,11 @@ def count_work(config: RunConfig, mesh: dict[str, int], device_kind: str = "") -
     row_flops = 6 * stack.d_model * stack.expert_d_ff
     shared, blocks, blocks_forward = _dense_flops(config, tokens, passes)
     pairs = tokens * (config.data.encoding.max_length + 1) / 2  # pairs of a query and a key it attends to
-    scores = _FORWARD_AND_BACKWARD * 4 * pairs * stack.attention.num_heads * stack.attention.head_dim * stack.num_layers
-    fits = splash.supports(config.data.encoding.max_length, stack.attention.head_dim)
+    attention = stack.attention
+    widths = attention.num_heads * (attention.head_dim + attention.value_dim)
+    scores = _FORWARD_AND_BACKWARD * 2 * pairs * widths * stack.num_layers
+    one_width = attention.value_dim == attention.head_dim
+    fits = one_width and splash.supports(config.data.encoding.max_length, attention.head_dim)
     skips = fits and device_kind.startswith("TPU") and mesh["sequence"] == 1
     computed, buffers, sent = _rows(config, mesh, device_kind, rows)
     again = 0.0 if stack.remat == "none" else 1.0

@@ -58,8 +58,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--policy",
         nargs="+",
         metavar="NAME",
-        help=f"what decides a token's experts: {', '.join(POLICIES.names())}, static_layers, oracle, or dense for the "
-        "model before the split; importance for attached slots (default: all that fit the model)",
+        help=f"what decides a token's experts: {', '.join(POLICIES.names())}, static_layers, modes or oracle; dense: "
+        "the model before the split; importance for attached slots (default: all that fit the model)",
     )
     group.add_argument("--tokens", type=positive, default=4096, metavar="N", help="of the text, from its beginning")
     group.add_argument("--length", type=positive, default=256, metavar="T", help="tokens of a row, at most")

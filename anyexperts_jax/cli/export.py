@@ -3,19 +3,23 @@
 import argparse
 import pathlib
 
-from anyexperts_jax.cli.options import add_command, positive_number
+from anyexperts_jax.cli.options import add_command, positive, positive_number
 
 
 def run(options: argparse.Namespace) -> None:
+    from anyexperts_jax.core.files import read_text
     from anyexperts_jax.pretrained.lora import read_adapter, with_adapter
     from anyexperts_jax.pretrained.write import export, require_new_folder
     from anyexperts_jax.train.published import load_published
 
     require_new_folder(options.out)
+    text = None if options.text is None else read_text(options.text, "--text")
     model = load_published(options.path, options.checkpoint)
     if options.adapter is not None:
         model = with_adapter(model, read_adapter(options.adapter))
-    export(model, options.out, options.form, int(options.shard_gb * 10**9))
+    form = options.conversion or options.form
+    how = {"shard_bytes": int(options.shard_gb * 10**9), "text": text, "experts": options.experts_per_token}
+    export(model, options.out, form, **how)
     print(f"wrote {options.out}")
 
 
@@ -30,18 +34,42 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
             "anyexperts export runs/tuned models/tuned",
             "anyexperts export runs/tuned adapters/mine --form adapter",
             "anyexperts export models/theirs models/mine --adapter adapters/mine",
+            "anyexperts export runs/tuned models/static --as plain --text sample.txt",
         ),
     )
     parser.add_argument(
         "path", type=pathlib.Path, help="a folder with config.json and safetensors, a GGUF file, or a run"
     )
     parser.add_argument("out", type=pathlib.Path, help="a new folder")
-    parser.add_argument(
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument(
         "--form",
         default="hub",
         choices=("hub", "anyexperts", "adapter"),
+        metavar="FORM",
         help="hub: a tensor for each expert; anyexperts: for attached slots or split networks, with what the hub's "
         "layout has no place for beside it; adapter: the low-rank adapter of a run alone; the others have it merged in",
+    )
+    forms.add_argument(
+        "--as",
+        dest="conversion",
+        choices=("plain", "zeda", "longcat"),
+        metavar="TOOL",
+        help="a model with variable slots for other tools, with a model card: plain, one number of experts for "
+        "all tokens, which is another function; zeda, the same function for ZEDA's class, or refused; longcat, refused "
+        "until LongCat-Flash's layers are read (default: none, --form says it)",
+    )
+    parser.add_argument(
+        "--text",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="with --as, the text on which the card's difference is measured (default: random ids)",
+    )
+    parser.add_argument(
+        "--experts-per-token",
+        type=positive,
+        metavar="K",
+        help="with --as plain, a token's experts (default: those of the model before it got variable slots)",
     )
     parser.add_argument(
         "--adapter", type=pathlib.Path, metavar="DIR", help="an adapter to merge into the model (default: none)"

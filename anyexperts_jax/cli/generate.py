@@ -28,11 +28,14 @@ def _answer_of_a_run(options: argparse.Namespace) -> None:
     trained = load_trained(options.run, options.checkpoint, mesh_of(options))
     data = trained.config.data
     require(len(options.image) <= 1, f"--image: a run takes one picture, not {len(options.image)}")
+    require(len(options.audio) <= 1, f"--audio: a run takes one sound, not {len(options.audio)}")
+    require(not options.video, "--video goes with --prompt and a published checkpoint; a run takes --image and --audio")
     image = options.image[0] if options.image else None
+    audio = options.audio[0] if options.audio else None
     if options.question is not None:
-        example: Item = own_example(options.question, data.encoding, image=image, audio=options.audio)
+        example: Item = own_example(options.question, data.encoding, image=image, audio=audio)
     else:
-        require(not (image or options.audio), "--image and --audio go with --question")
+        require(not (image or audio), "--image and --audio go with --question")
         require(options.index >= 0, f"--index={options.index} must be >= 0")
         source = open_source(data, options.domain or data.domains[0], options.split, options.index + 1)
         example = source[options.index]
@@ -56,6 +59,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             "anyexperts generate runs/mine --question 'which digit?' --image cat.png --budget 4.8",
             "anyexperts generate models/Qwen3-30B-A3B --prompt 'Gravity is' --budget 6.4 --stream",
             "anyexperts generate models/Qwen3-VL-30B-A3B --chat --prompt 'What is this?' --image cat.png",
+            "anyexperts generate models/Qwen3-Omni-30B-A3B-Thinking --chat --prompt 'What is said?' --audio talk.wav",
         ),
     )
     add_run(parser)
@@ -72,7 +76,20 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=[],
         help="a picture that --question or --prompt is about; repeatable with --prompt (default: none)",
     )
-    parser.add_argument("--audio", type=pathlib.Path, help="a sound file that --question is about (default: none)")
+    parser.add_argument(
+        "--audio",
+        type=pathlib.Path,
+        action="append",
+        default=[],
+        help="a sound file that --question or --prompt is about; repeatable with --prompt (default: none)",
+    )
+    parser.add_argument(
+        "--video",
+        type=pathlib.Path,
+        action="append",
+        default=[],
+        help="a video file that --prompt is about; repeatable (default: none)",
+    )
     parser.add_argument(
         "--budget", type=positive_number, metavar="K", help="real experts per token (default: as trained)"
     )

@@ -5,16 +5,17 @@ import math
 import sys
 
 from anyexperts_jax.cli.options import mesh_of, natural, number, positive, seed
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import comma_list, require
 
 
 def run(options: argparse.Namespace) -> None:
     """Answers --prompt."""
     from anyexperts_jax.models.sample import Sampling
     from anyexperts_jax.pretrained.load import open_checkpoint
+    from anyexperts_jax.pretrained.media import readable_kinds
+    from anyexperts_jax.pretrained.pictures import Video
     from anyexperts_jax.train.published import is_tuned, load_published
 
-    require(options.audio is None, f"--audio: no published model that hears is read, {options.run} neither")
     unused = [f"--{name}" for name in ("question", "domain") if getattr(options, name) is not None]
     require(not unused, f"{' '.join(unused)}: {options.run} is a published checkpoint; give --prompt")
     require(options.prompt is not None, f"{options.run} is a published checkpoint; give --prompt")
@@ -25,11 +26,15 @@ def run(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         min_p=options.min_p,
     )
-    sees = False  # only models of text are fine-tuned
+    kinds: tuple[str, ...] = ()  # only models of text are fine-tuned
     if not is_tuned(options.run):  # before gigabytes are read
         checkpoint = open_checkpoint(options.run)
-        sees = checkpoint.family.config(checkpoint.hub).vision_tower is not None
-    require(sees or not options.image, f"--image: the model in {options.run} reads text alone")
+        kinds = readable_kinds(checkpoint.family.config(checkpoint.hub))
+    reads = comma_list(["text", *kinds])
+    for kind in ("image", "video", "audio"):
+        require(
+            kind in kinds or not getattr(options, kind), f"--{kind}: the model in {options.run} reads {reads} alone"
+        )
     model = load_published(options.run, options.checkpoint, mesh_of(options))
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
 
@@ -45,6 +50,8 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
         stop=options.stop,
         images=[options.image],
+        videos=[[Video(path) for path in options.video]],
+        audios=[options.audio],
         on_text=tell if options.stream else None,
     )
     print("" if options.stream else found.texts[0])

@@ -1,5 +1,5 @@
 """The command line: `anyexperts train | evolve | evaluate | report | generate | serve | import | export |
-attach | split | config | data | tokenizer | bench | compile`.
+attach | split | upcycle | config | data | tokenizer | bench | compile`.
 
 Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input or a file that cannot
 be used, 3 a loss that is not finite, 4 a full disk, 5 another process of the run gone, 130 and 143 interrupted with a
@@ -30,6 +30,7 @@ from anyexperts_jax.cli import (
     split,
     tokenizer,
     train,
+    upcycle,
 )
 from anyexperts_jax.cli.options import Parser
 from anyexperts_jax.core.errors import UserError
@@ -54,6 +55,7 @@ COMMANDS = (
     export,
     attach,
     split,
+    upcycle,
     config,
     data,
     tokenizer,

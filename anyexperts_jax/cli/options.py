@@ -130,22 +130,28 @@ def add_data(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--data", action="append", default=[], metavar="NAME=PATH", help=text)
 
 
-def data_overrides(source: str, entries: Sequence[str], plugins: Sequence[str] = ()) -> list[str]:
+def data_overrides(
+    source: str, entries: Sequence[str], plugins: Sequence[str] = (), *, evolves: bool = False
+) -> list[str]:
     """What --data NAME=PATH means for a configuration, as overrides of it.
 
     The names are all that a configuration of the generated domains alone then reads; another reads them beside its own.
+
+    Args:
+      evolves: whether the configuration is of an EvoMoE run.
 
     Raises:
       UserError: for an entry of another form, or a configuration that cannot be read.
     """
     from anyexperts_jax.data.config import named_places
     from anyexperts_jax.data.domain import DOMAIN_NAMES
+    from anyexperts_jax.evolution.config import load_evolve_config
     from anyexperts_jax.train.config import load_config
 
     given = named_places(entries, "--data")
     if not given:
         return []
-    data = load_config(source, (), plugins).data
+    data = load_evolve_config(source).base.data if evolves else load_config(source, (), plugins).data
     alone = data.domains == DOMAIN_NAMES and not data.folders
     domains = list(given) if alone else list(dict.fromkeys([*data.domains, *given]))
     folders = [f"{name}={place}" for name, place in {**data.places(), **given}.items()]

@@ -13,6 +13,8 @@ One letter means one thing everywhere: in names (`x_BTD`), annotations (`Float[A
     S  audio frames of a sequence     R  rows of a flat, expert-major buffer
     X  features of a patch or frame   Y  vocabulary entries (tokenizer ids)
     Z  a hypernetwork's code          Q  rank of the maps a hypernetwork generates
+    U  a latent of attention          W  width of a head's values, where it is not A
+    I  windows of sounds              O  chunks of a window of sound
 
 Terms: `importance` w in (0, 1), one per token and layer; `slots` K_i, which a token splits into `real_slots` and
 `virtual_slots`; `capacity_factor`, `dispatch`, `combine`, `load` as in the mixture-of-experts literature; `dropped`,

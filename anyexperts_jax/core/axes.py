@@ -6,6 +6,8 @@ LOGICAL_AXES = (
     "heads",  # query heads H
     "kv_heads",  # key/value heads G
     "head_dim",  # head width A
+    "latent",  # a latent U of attention, as a map's output
+    "from_latent",  # the same as a map's input
     "mlp",  # FFN width of dense layers, shared experts and modality encoders
     "expert",  # real experts E
     "expert_mlp",  # expert FFN width F

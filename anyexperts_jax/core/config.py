@@ -72,6 +72,8 @@ class AnyExpertsConfig:
     policy_dial: float = 1.0  # the one number that an entry of POLICIES takes; it gives at most k_max slots
 
     router_modalities: int = NUM_MODALITIES  # M, of routers with per-modality weights
+    router_of_modality: tuple[int, ...] = ()  # for text, image, audio and video, which of the M; empty: each its own
+    bias_by_modality: bool = False  # with expert_bias: each of the M has a bias of its own, [M, C]
     router_hidden: int = 128  # Z, the width of a hypernetwork's code (reading: hidden x rank fits the added parameters)
     router_rank: int = 16  # Q, the rank of the maps a hypernetwork generates (reading)
     router_markers: int = 4  # neurons of an expert by which the router "markers" estimates its output
@@ -88,6 +90,7 @@ class AnyExpertsConfig:
         self._check_scores()
         self._check_onset()
         self._check_policy()
+        self._check_modalities()
         for name in ("router_modalities", "router_hidden", "router_rank", "router_markers"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be >= 1")
         for name in ("balance_weight", "importance_weight", "z_weight", "alpha", "expert_bias_rate"):
@@ -111,6 +114,11 @@ class AnyExpertsConfig:
         return self.num_experts + self.num_virtual
 
     @property
+    def bias_shape(self) -> tuple[int, ...]:
+        """Of the expert bias: [C], or [M, C]."""
+        return (self.router_modalities, self.num_columns) if self.bias_by_modality else (self.num_columns,)
+
+    @property
     def slots_bound(self) -> int:
         """K, the most slots a token can get, and so the static width of slot arrays."""
         return math.ceil(self.k_max) if self.switches.slot_rounding == "stochastic" else round_half_up(self.k_max)
@@ -122,6 +130,8 @@ class AnyExpertsConfig:
 
     def virtual_cap(self, slots: int) -> int:
         """The cap on virtual slots of a token with this many slots."""
+        if self.switches.cap_rounding == "off":
+            return min(slots, self.num_virtual)
         # Exact arithmetic on the decimal digits: in binary floating point 0.3 * 5 + 0.5 may land on either side of 2.
         half = Fraction(1, 2) if self.switches.cap_rounding == "round" else Fraction(0)
         return min(math.floor(Fraction(str(self.rho_max)) * slots + half), self.num_virtual)
@@ -159,7 +169,7 @@ class AnyExpertsConfig:
             bound <= self.num_columns,
             f"k_max={self.k_max} exceeds num_experts + num_virtual = {self.num_columns}",
         )
-        real_most = bound - self.virtual_cap(bound)  # checking k_max is enough: k - cap(k) never falls, as rho_max < 1
+        real_most = bound - self.virtual_cap(bound)  # checking k_max is enough: k - cap(k) never falls
         require(
             real_most <= self.experts_in_reach,
             f"k_max={self.k_max} can need {real_most} real experts of {self.experts_in_reach} in reach; "
@@ -183,6 +193,17 @@ class AnyExpertsConfig:
                 self.switches.iar != f"multiply_{score}" or self.scores == score,
                 f"iar={self.switches.iar!r} multiplies {score} scores, but scores={self.scores!r}; make them agree",
             )
+
+    def _check_modalities(self) -> None:
+        own, count = self.router_of_modality, self.router_modalities
+        require(
+            not own or (len(own) == NUM_MODALITIES and min(own) >= 0 and max(own) < count),
+            f"router_of_modality={own} must be {NUM_MODALITIES} numbers from 0 to below router_modalities={count}",
+        )
+        require(
+            self.expert_bias or not self.bias_by_modality,
+            "bias_by_modality=True without expert_bias=True: there is no bias; set both",
+        )
 
     def _check_policy(self) -> None:
         require_one_of("policy", self.policy, ("importance", *POLICIES.names()))

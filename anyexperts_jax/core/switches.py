@@ -10,10 +10,10 @@ from anyexperts_jax.core.registries import REGULARISERS
 ImportanceMLP = Literal["default", "wide", "deep"]
 HsmSite = Literal["block_input", "residual", "off"]
 SlotRounding = Literal["round", "floor", "stochastic"]
-CapRounding = Literal["round", "floor"]
+CapRounding = Literal["round", "floor", "off"]
 Iar = Literal["add", "multiply_logits", "multiply_sigmoid", "multiply_softmax", "off"]
 Selection = Literal["logits", "scores"]
-VirtualLogits = Literal["free", "tied"]
+VirtualLogits = Literal["free", "tied", "unbiased"]
 VirtualOutput = Literal["identity", "zero"]
 Normalisation = Literal["all", "real", "none", "one", "all_raw_gradient"]
 BalanceScope = Literal["batch", "sequence"]
@@ -49,10 +49,12 @@ class Switches:
     importance_mlp: ImportanceMLP = "default"  # wide: hidden width x 4; deep: two more hidden layers
     hsm_site: HsmSite = "block_input"  # where h' replaces h: after the norm, or on the residual stream
     slot_rounding: SlotRounding = "round"  # round: halves go up; stochastic: up with the fraction as probability
-    cap_rounding: CapRounding = "round"  # of rho_max * K_i, half up; floor holds the cap for every token
+    # Of rho_max * K_i, half up; floor holds the cap for every token. off: no cap, all slots of a token may be virtual,
+    # and rho_max says what share of them is expected to be.
+    cap_rounding: CapRounding = "round"
     iar: Iar = "add"  # importance-aware routing: how w tilts the logits or scores
     selection: Selection = "logits"  # rank by logits or by scores, after IAR, plus the expert bias
-    virtual_logits: VirtualLogits = "free"  # tied: all virtual experts share one column
+    virtual_logits: VirtualLogits = "free"  # tied: all virtual experts share one column; unbiased: free, without a bias
     virtual_bias_init: float = 1.0  # initial bias of the virtual logits: centres the IAR gap at w = 0.5
     virtual_output: VirtualOutput = "identity"  # what a virtual expert returns: the block's input, or zero
     normalisation: Normalisation = "all"  # of the combine weights; see routing.weights.combine_weights

@@ -35,7 +35,7 @@ from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.data.damage import DAMAGE, said
 from anyexperts_jax.data.example import SAMPLE_RATE
 from anyexperts_jax.data.sound_file import read_sound, resampled
-from anyexperts_jax.data.video_file import read_video
+from anyexperts_jax.data.video_file import read_timed_video, read_video
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -76,6 +76,27 @@ def decode_video(value: Any, where: str) -> UInt8[ndarray, "F H W 3"]:
     if isinstance(value, Sequence) and value and all(_is_picture(one) for one in value):
         return _stacked([decode_picture(one, f"{where}, frame {i}") for i, one in enumerate(value)], where)
     return _scaled(_numbers(value, where, "pixels"), 4, where)
+
+
+def decode_film_file(file: bytes | pathlib.Path, where: str, most: int) -> tuple[UInt8[ndarray, "F H W 3"], float]:
+    """(the frames that `decode_video` gives of a file, how many of them are shown a second).
+
+    Args:
+      most: frames that are taken of a video file.
+
+    Raises:
+      UserError: in one line with `where`, for what is not a film, or does not say how long it lasts.
+    """
+    data = _bytes(file, "film", where)
+    if not _pillow_knows(data):
+        frames, seconds = read_timed_video(data, where, most)
+    else:
+        with _pillows_warnings():
+            image = _open(data, "film", where)
+            frames = _stacked(_frames_of(image, where), where)
+            seconds = _shown_for(image, len(frames)) / 1000
+    require(seconds > 0, f"the film in {where} does not say how long its frames are shown; give them and their fps")
+    return frames, len(frames) / seconds
 
 
 def decode_audio(value: Any, where: str, rate: int | None = None) -> Float32[ndarray, " samples"]:
@@ -169,6 +190,15 @@ def _frames_of(image: "Image", where: str) -> list[UInt8[ndarray, "H W 3"]]:
         require(len(frames) <= MAX_FRAMES, f"the film in {where} has more than {MAX_FRAMES} frames; take some out")
         pixels = len(frames) * image.width * image.height
         require(most is None or pixels <= most, f"the film in {where} has more than {most:,} pixels; scale it down")
+
+
+def _shown_for(image: "Image", frames: int) -> float:
+    """Milliseconds that an animated picture's frames are shown, all together; 0 where it does not say."""
+    total = 0.0
+    for number in range(frames):
+        image.seek(number)
+        total += float(image.info.get("duration", 0))
+    return total
 
 
 def _stacked(frames: list[np.ndarray], where: str) -> UInt8[ndarray, "F H W 3"]:

@@ -162,7 +162,7 @@ def require_fits_model(spec: EncodingSpec, model: ModelConfig, tokenizer: str = 
     require(
         model.vision_tower is None and model.stack.attention.mrope_section is None,
         "model.vision_tower and its stack.attention.mrope_section are parts of published models, which are read and "
-        "run; a run trains model.vision",
+        "run, and so is model.audio_tower; a run trains model.vision and model.audio",
     )
     parts = (
         ("vision", "max_patches", "patch_features", spec.patch_features),

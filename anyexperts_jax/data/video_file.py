@@ -18,7 +18,12 @@ _KINDS = "it must be an animated GIF, PNG or WebP file, frames, or a video that 
 
 
 def read_video(data: bytes, where: str, most: int = MAX_FRAMES) -> UInt8[ndarray, "F H W 3"]:
-    """RGB frames of a video file, turned as it says it is to be shown.
+    """The frames of `read_timed_video`."""
+    return read_timed_video(data, where, most)[0]
+
+
+def read_timed_video(data: bytes, where: str, most: int) -> tuple[UInt8[ndarray, "F H W 3"], float]:
+    """(RGB frames of a video file, turned as it says it is to be shown; how many seconds it lasts).
 
     Its time from the first frame to the end of the last is cut into F equal stretches, and each gives the frame that
     is on the screen in its middle. F is the number of its frames, or `most`, or as many as have the pixels that Pillow
@@ -32,16 +37,17 @@ def read_video(data: bytes, where: str, most: int = MAX_FRAMES) -> UInt8[ndarray
     except ImportError as error:
         raise UserError(f"cannot read the film in {where}: {_KINDS}, which needs {MEDIA_EXTRA}") from error
     try:
-        times_F = _times(data, where, most)
-        return _shown(data, where, times_F)
+        begin, end, count = _length(data, where, most)
+        times_F = begin + (np.arange(count) + 0.5) * (end - begin) / count
+        return _shown(data, where, times_F), end - begin
     except UserError:
         raise
     except (av.error.FFmpegError, ValueError, MemoryError) as error:
         raise UserError(f"cannot read the film in {where}: {said(error)}; {_KINDS}") from error
 
 
-def _times(data: bytes, where: str, most: int) -> Float[ndarray, " F"]:
-    """The times, in seconds, at which frames are taken. It decodes nothing."""
+def _length(data: bytes, where: str, most: int) -> tuple[float, float, int]:
+    """(when it begins and ends, in seconds; how many frames are taken). It decodes nothing."""
     import av
     from PIL import Image
 
@@ -62,8 +68,7 @@ def _times(data: bytes, where: str, most: int) -> Float[ndarray, " F"]:
     starts = [start for start, _ in shown]
     usual = float(np.median(np.diff(starts))) if len(starts) > 1 else 1.0
     lasts = max(shown[-1][1], usual)  # AVI files give a tick for the duration of a frame
-    begin, end, count = starts[0] * second, (starts[-1] + lasts) * second, min(len(shown), most)
-    return begin + (np.arange(count) + 0.5) * (end - begin) / count
+    return starts[0] * second, (starts[-1] + lasts) * second, min(len(shown), most)
 
 
 def _shown(data: bytes, where: str, times_F: Float[ndarray, " F"]) -> UInt8[ndarray, "F H W 3"]:

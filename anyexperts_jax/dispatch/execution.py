@@ -57,7 +57,7 @@ def require_capacity_for(config: AnyExpertsConfig, execution: Execution) -> None
     if execution.dispatch not in BUFFERED:
         return
     fewest = int(config.k_min)
-    least = fewest - config.virtual_cap(fewest)  # checking k_min is enough: k - cap(k) never falls, as rho_max < 1
+    least = fewest - config.virtual_cap(fewest)  # checking k_min is enough: k - cap(k) never falls
     room = execution.capacity_factor * config.expected_real_slots
     require(
         room >= least,

@@ -12,24 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from anyexperts_jax.core.batch import make_batch
 from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.core.registries import POLICIES
 from anyexperts_jax.core.text_table import TextTable
+from anyexperts_jax.evaluate.dials import SEARCH_STEPS, Inputs, apply, find_dial, seen_by
+from anyexperts_jax.evaluate.modes import calibrate
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
-from anyexperts_jax.models.paths import moe_probe
+from anyexperts_jax.models.multimodal import ModelOutput
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.pretrained.split import merge
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.routing.policies import IMPORTANCE, Seen
-from anyexperts_jax.routing.scores import probabilities
 from anyexperts_jax.sharding.placement import Placement
 
 # Measured here, beside the entries of POLICIES; "dense" is the model that `split` cut.
-OWN, DENSE, LAYERS, ORACLE = "own", "dense", "static_layers", "oracle"
-_SEARCH_STEPS = 40
-_LARGEST = 1e30
+OWN, DENSE, LAYERS, MODES, ORACLE = "own", "dense", "static_layers", "modes", "oracle"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +69,7 @@ def policy_names(m: Pretrained) -> tuple[str, ...]:
     if m.config.moe.uses_importance or m.config.moe.num_virtual:
         return (IMPORTANCE,)
     dense = (DENSE,) if m.order_LF is not None else ()
-    return (*dense, *POLICIES.names(), LAYERS, ORACLE)
+    return (*dense, *POLICIES.names(), LAYERS, MODES, ORACLE)
 
 
 def _by_modality(name: str) -> bool:
@@ -91,12 +88,12 @@ def measure_policies(
     """Measures the model as it is, then each policy at each budget.
 
     A policy's dial is set on the router scores of the unchanged model, so that tokens get the budget on average. What
-    they really get is then measured. "static_layers" gives each layer a whole number: the
-    next expert goes to the layer where it adds the most router score. "oracle" chooses for every position in
-    hindsight among whole numbers (those around the budgets, half of the least, and the model's own), by the loss that
-    the position had when the whole sequence ran at that number: no policy that chooses among these runs, at this budget
-    or below, does better. "dense", of a split model, is the model
-    before the cut; it comes first, once.
+    they really get is then measured. "static_layers" gives each layer a whole number: the next expert goes to the layer
+    where it adds the most router score. "modes" is `evaluate.modes`, calibrated on the first batch. "oracle" chooses
+    for every position in hindsight among whole numbers (those around the budgets, half of the least, and the model's
+    own), by the loss that the position had when the whole sequence ran at that number: no policy that chooses among
+    these runs, at this budget or below, does better. "dense", of a split model, is the model before the cut; it comes
+    first, once.
 
     Args:
       budgets: experts a token.
@@ -178,13 +175,17 @@ class _Bench:
         self._known: dict[int, _Pass] = {}
         self._compiled: set[tuple[ModelConfig, Any]] = set()
 
+    @property
+    def first(self) -> Int[Array, "B T"]:
+        """The batch on which policies are set."""
+        return self._batches[0]
+
     @functools.cached_property
     def seen(self) -> Seen:
         """Logits and scores [L, N, E] of the first batch, as the model routes by itself."""
-        static = (self.m.config, self.m.placement)
-        return _seen(static, self.m.params, self.m.router_bias_LC, self._batches[0])
+        return seen_by(self.m, Inputs(self.first))
 
-    def run(self, config: ModelConfig, window: Float[Array, "*layers 2"] | None) -> _Pass:
+    def run(self, config: ModelConfig, window: Float[Array, "*rest 2"] | None) -> _Pass:
         """One pass. A program's first is preceded by one batch that is not timed."""
         arguments = ((config, self.m.placement), self.m.params, self.m.router_bias_LC)
         program = (config, None if window is None else window.shape)
@@ -234,30 +235,12 @@ def _one(bench: _Bench, name: str, budget: float, whole: Sequence[int]) -> Measu
         slots_L = slots_of_layers(np.asarray(bench.seen.scores_NE, np.float32), budget)
         window_L2 = jnp.stack([jnp.asarray(slots_L, jnp.float32)] * 2, axis=1)
         return bench.measured(name, budget, bench.run(bench.config_of("static"), window_L2))
+    if name == MODES:
+        modes, batch = calibrate(m, bench.first, budget), Inputs(bench.first)
+        return bench.measured(name, budget, bench.run(modes.config(m.config), modes.window(batch.modality_BT)))
     most = m.config.moe.experts_in_reach
     dial = find_dial(name, bench.seen, budget, most)
     return bench.measured(name, budget, bench.run(bench.config_of(name), jnp.asarray((dial, most), jnp.float32)))
-
-
-def find_dial(name: str, seen: Seen, budget: float, most: int) -> float:
-    """The dial at which a policy gives the budget on average, or comes nearest to it.
-
-    Args:
-      seen: of all layers, [L, N, E].
-    """
-    policy = POLICIES[name]
-    logits = seen.logits_NE
-    few, many = policy.dial or (float(logits.max()) + 1, float(logits.min()) - 1)
-    few, many = max(-_LARGEST, min(few, most)), max(-_LARGEST, min(many, most))
-
-    @jax.jit
-    def mean(seen: Seen, dial: Array) -> Array:  # of what was seen as an argument: XLA would fold constants, slowly
-        return jnp.clip(jax.vmap(lambda own: policy.slots(own, dial))(seen), 1, most).mean()
-
-    for _ in range(_SEARCH_STEPS):
-        middle = (few + many) / 2
-        few, many = (middle, many) if float(mean(seen, jnp.float32(middle))) < budget else (few, middle)
-    return min((few, many), key=lambda dial: abs(float(mean(seen, jnp.float32(dial))) - budget))
 
 
 def slots_of_layers(scores_LNE: Float[np.ndarray, "L N E"], budget: float) -> Int[np.ndarray, "L"]:
@@ -276,7 +259,7 @@ def _oracle(passes: dict[int, _Pass], budget: float) -> _Pass:
     slots_K = np.array(sorted(passes))
     nats_KBT = np.stack([passes[k].nats_BT for k in slots_K.tolist()])
     low, high = 0.0, 1e3
-    for _ in range(_SEARCH_STEPS):
+    for _ in range(SEARCH_STEPS):
         price = (low + high) / 2
         chosen_BT = (nats_KBT + price * slots_K[:, None, None]).argmin(axis=0)
         low, high = (low, price) if slots_K[chosen_BT].mean() <= budget else (price, high)
@@ -286,23 +269,15 @@ def _oracle(passes: dict[int, _Pass], budget: float) -> _Pass:
     return _Pass(nats_BT, float(slots_K[chosen_BT].mean()), float("nan"), seconds)
 
 
-def _apply(
-    static: tuple[ModelConfig, Placement], params: Any, bias_LC: Array | None, tokens_BT: Array, **more: Any
-) -> Any:
-    config, placement = static
-    model = MultimodalModel(config, placement)
-    return model.apply({"params": params}, make_batch(tokens_BT), router_bias_LC=bias_LC, **more)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _run(
     static: tuple[ModelConfig, Placement],
     params: Any,
     bias_LC: Array | None,
     tokens_BT: Int[Array, "B T"],
-    window: Float[Array, "*layers 2"] | None,
+    window: Float[Array, "*rest 2"] | None,
 ) -> tuple[Array, Array, Array]:
-    output = _apply(static, params, bias_LC, tokens_BT, window=window)
+    output = apply(static, params, bias_LC, Inputs(tokens_BT), window=window)
     assert isinstance(output, ModelOutput)
     logs_BTY = jax.nn.log_softmax(output.logits_BTY[:, :-1].astype(jnp.float32))
     nats_BT = -jnp.take_along_axis(logs_BTY, tokens_BT[:, 1:, None], axis=-1)[..., 0]
@@ -312,12 +287,3 @@ def _run(
     experts = static[0].moe.num_experts
     hit_LE = jax.vmap(lambda ids: jnp.zeros(experts, bool).at[ids.ravel()].set(True, mode="drop"))(ids_LBTK)
     return nats_BT, output.trace.real_slots_BT.astype(jnp.float32).mean(), hit_LE.sum(axis=1).astype(jnp.float32).mean()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _seen(static: tuple[ModelConfig, Placement], params: Any, bias_LC: Array | None, tokens_BT: Array) -> Seen:
-    _, variables = _apply(static, params, bias_LC, tokens_BT, mutable=["probe"])
-    moe = static[0].moe
-    logits_LBTC = moe_probe(variables)["logits_BTC"]
-    logits_LNC = logits_LBTC.reshape(logits_LBTC.shape[0], -1, moe.num_columns)[..., : moe.num_experts]
-    return Seen(logits_LNC, jax.vmap(lambda own: probabilities(moe, own))(logits_LNC))

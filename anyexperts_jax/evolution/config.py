@@ -15,6 +15,7 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.train.config import RunConfig, TrainConfig, run_config
 from anyexperts_jax.train.config_files import names_in, read_toml, table_in, with_overrides
 from anyexperts_jax.train.moved import move_keys
+from anyexperts_jax.train.published_config import is_published
 from anyexperts_jax.train.strict import build, merge
 
 ExpertInit = Literal["copy", "noise", "dropout", "random_subset"]
@@ -280,7 +281,8 @@ def describes_evolution(source: str | pathlib.Path) -> bool:
 
 
 def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()) -> EvolveRun:
-    """Loads an EvoMoE run from the name of a preset, a TOML file, a run directory or its evolve.json.
+    """Loads an EvoMoE run from the name of a preset, a TOML file, a run directory or its evolve.json, or a published
+    dense checkpoint, which stands for a run that starts from it.
 
     The file is like that of `train.config.load_config`, with an additional table `evolve`. Overrides can set its keys
     too: "evolve.trains=all".
@@ -289,9 +291,13 @@ def load_evolve_config(source: str | pathlib.Path, overrides: Sequence[str] = ()
       UserError: one line with file, key and valid keys or values.
     """
     path = pathlib.Path(source)
+    published = str(source) not in evolve_preset_names() and is_published(path)
     if path.is_dir() and str(source) not in evolve_preset_names():
         path = path / CONFIG_NAME
-    if path.suffix == ".json":
+    if published:
+        name = str(source)
+        values: dict[str, Any] = {"train": {"start_from": name}, "evolve": {}}
+    elif path.suffix == ".json":
         name, values = str(path), _parse_evolve_json(str(path), read_text(path, "config"))
     else:
         name, values = read_toml(source, "evolve config", _presets())

@@ -17,6 +17,7 @@ from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.evolution.config import CONFIG_NAME, STAGES, EvolveRun, load_evolve_config
 from anyexperts_jax.evolution.diversity import diversity_apply
 from anyexperts_jax.evolution.evolve import expert_evolution
+from anyexperts_jax.evolution.published import keep_mixture
 from anyexperts_jax.evolution.single_expert import expert_measure, single_expert_apply
 from anyexperts_jax.evolution.upcycle import rerouted_params, upcycle_params
 from anyexperts_jax.models.config import ModelConfig
@@ -62,6 +63,8 @@ def evolve(
             if not RunDir(root / name).checkpoint_steps() and _predecessor(run, name) not in chosen:
                 _check_predecessor(run, root, name)
         for name in chosen:
+            if name != "warm_up":
+                keep_mixture(run, root / name, note)
             note(f"stage {name}: {getattr(run.evolve, name).steps} steps in {root / name}")
             recipe = dataclasses.replace(stage_recipe(run, root, name), begin=functools.partial(_write, run, root))
             results[name] = train(run.stage(name), root / name, progress=progress, recipe=recipe)

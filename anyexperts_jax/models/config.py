@@ -92,6 +92,45 @@ class VisionTowerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AudioTowerConfig:
+    """The audio transformer of published models (Qwen3-Omni): log-mel frames in, rows for the stream out.
+
+    Three convolutions read a chunk of frames at a time, and leave an eighth of them. Attention is among the rows of
+    some chunks that follow one another, a window.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    mel_bins: int = 128  # of a frame
+    chunk_frames: int = 100  # frames that the convolutions read at a time
+    window_chunks: int = 8  # chunks whose rows attend to one another
+    channels: int = 480  # of the convolutions
+    d_model: int = 1280  # width of the tower, even
+    num_layers: int = 32  # blocks of attention and MLP
+    num_heads: int = 20  # of attention
+    d_ff: int = 5120  # hidden width of its MLPs
+    norm_eps: float = 1e-5  # added to the variance in LayerNorm
+
+    def __post_init__(self) -> None:
+        names = ("mel_bins", "chunk_frames", "window_chunks", "channels", "d_model", "num_heads", "d_ff")
+        _require_sizes("audio_tower", self, names)
+        width = f"audio_tower.d_model={self.d_model}"
+        require(self.d_model % self.num_heads == 0, f"{width} must be a multiple of num_heads={self.num_heads}")
+        require(self.d_model % 2 == 0 and self.d_model >= 4, f"{width} must be even and >= 4")
+        require(self.norm_eps > 0, f"audio_tower.norm_eps={self.norm_eps} must be > 0")
+
+    def rows(self, frames: int) -> int:
+        """The rows that a chunk of so many frames gives."""
+        return -(-frames // 8)
+
+    @property
+    def chunk_rows(self) -> int:
+        """R, rows of a whole chunk."""
+        return self.rows(self.chunk_frames)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A multimodal decoder: encoders and embeddings, the stack of blocks, its routing policy, the output head.
 
@@ -110,6 +149,7 @@ class ModelConfig:
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)  # None: no image, no video
     audio: AudioConfig | None = dataclasses.field(default_factory=AudioConfig)  # None: no audio
     vision_tower: VisionTowerConfig | None = None  # of a published model, which is given pictures on their own
+    audio_tower: AudioTowerConfig | None = None  # of a published model, which is given sounds on their own
 
     def __post_init__(self) -> None:
         check_field_types(self)
@@ -120,21 +160,30 @@ class ModelConfig:
             require(0 <= value < self.vocab_size, f"{name}={value} must be in [0, vocab_size={self.vocab_size})")
         router, modalities = self.moe.router, self.moe.router_modalities
         require(
-            router == "linear" or modalities == NUM_MODALITIES,
+            router == "linear" or modalities == NUM_MODALITIES or bool(self.moe.router_of_modality),
             f"moe.router={router!r} with moe.router_modalities={modalities}: a multimodal model has {NUM_MODALITIES}",
         )
         require(
             self.vision_tower is None or self.stack.attention.mrope_section is not None,
             "vision_tower needs stack.attention.mrope_section: its rows are rotated by their place in the picture",
         )
+        require(
+            self.audio_tower is None or self.vision_tower is not None,
+            "audio_tower needs vision_tower: no published model that hears without seeing is supported",
+        )
 
     @property
-    def router_bias_shape(self) -> tuple[int, int]:
-        """[L, C] of the expert biases. A dense model has one row, for a checkpoint cannot hold an empty array."""
-        return max(self.stack.num_moe_layers, 1), self.moe.num_columns
+    def router_bias_shape(self) -> tuple[int, ...]:
+        """[L, C] of the expert biases, or [L, M, C].
+
+        A dense model has one row, for a checkpoint cannot hold an empty array.
+        """
+        return max(self.stack.num_moe_layers, 1), *self.moe.bias_shape
 
 
-def _require_sizes(part: str, config: VisionConfig | AudioConfig | VisionTowerConfig, names: tuple[str, ...]) -> None:
+def _require_sizes(
+    part: str, config: VisionConfig | AudioConfig | VisionTowerConfig | AudioTowerConfig, names: tuple[str, ...]
+) -> None:
     check_field_types(config, f"{part}.")
     for name in names:
         require(getattr(config, name) >= 1, f"{part}.{name}={getattr(config, name)} must be >= 1")

@@ -27,7 +27,7 @@ def generate(
     *,
     max_new_tokens: int,
     window: Float[Array, "2"] | None = None,
-    router_bias_LC: Float[Array, "L C"] | None = None,
+    router_bias_LC: Float[Array, "L *M C"] | None = None,
     stop_ids: tuple[int, ...] = (),
 ) -> Int[Array, "B J"]:
     """The most likely continuation of each prompt, token by token, J = max_new_tokens of them.
@@ -83,7 +83,7 @@ def _generate(
     params: Any,
     prompt_batch: Batch,
     window: Float[Array, "2"] | None,
-    router_bias_LC: Float[Array, "L C"] | None,
+    router_bias_LC: Float[Array, "L *M C"] | None,
 ) -> Int[Array, "B J"]:
     config, max_new_tokens, stop_ids, placement = static
     run: Callable[..., Any] = functools.partial(

@@ -14,9 +14,11 @@ from jaxtyping import Array
 from anyexperts_jax.core.batch import Batch, make_batch
 from anyexperts_jax.core.initializers import Normal
 from anyexperts_jax.dispatch.execution import Execution
+from anyexperts_jax.models.audio_tower import Sounds
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel
-from anyexperts_jax.models.vision_tower import Frames, PlacedFrames
+from anyexperts_jax.models.placed_media import PlacedMedia
+from anyexperts_jax.models.vision_tower import Frames
 from anyexperts_jax.nn.params import NamedAxes
 
 # Parameters with at most this many elements per layer share a few draws: XLA compiles a generator for every draw.
@@ -123,14 +125,20 @@ def smallest_batch(config: ModelConfig) -> Batch:
     )
 
 
-def smallest_frames(config: ModelConfig) -> PlacedFrames | None:
-    """One merged square for the tower, which no position of `smallest_batch` reads; None without a tower."""
-    tower = config.vision_tower
-    if tower is None:
+def smallest_media(config: ModelConfig) -> PlacedMedia | None:
+    """One merged square and one chunk of sound for the towers, which no position of `smallest_batch` reads; None
+    without towers."""
+    sees, hears = config.vision_tower, config.audio_tower
+    if sees is None and hears is None:
         return None
-    frames = Frames(jnp.zeros((1, tower.merge**2, tower.patch_features)), jnp.full((1, 2), tower.merge, jnp.int32))
+    frames = sounds = None
+    if sees is not None:
+        frames = Frames(jnp.zeros((1, sees.merge**2, sees.patch_features)), jnp.full((1, 2), sees.merge, jnp.int32))
+    if hears is not None:
+        one_IO = jnp.ones((1, 1), jnp.int32)
+        sounds = Sounds(jnp.zeros((1, 1, hears.chunk_frames, hears.mel_bins)), frames_IO=one_IO, width_IO=one_IO)
     one_BT = jnp.zeros((1, 1), jnp.int32)
-    return PlacedFrames(frames, row_BT=one_BT - 1, modality_BT=one_BT, rotary_BT3=jnp.zeros((1, 1, 3), jnp.int32))
+    return PlacedMedia(frames, sounds, row_BT=one_BT - 1, modality_BT=one_BT, rotary_BT3=jnp.zeros((1, 1, 3)))
 
 
 @functools.lru_cache(maxsize=32)
@@ -139,7 +147,7 @@ def _boxed_shapes(config: ModelConfig) -> dict[str, Any]:
     config = dataclasses.replace(config, stack=dataclasses.replace(config.stack, execution=Execution()))
 
     def init(key: Array) -> Any:
-        return MultimodalModel(config).init(key, smallest_batch(config), placed=smallest_frames(config))["params"]
+        return MultimodalModel(config).init(key, smallest_batch(config), placed=smallest_media(config))["params"]
 
     shapes: dict[str, Any] = jax.eval_shape(init, jax.random.key(0))
     return shapes

@@ -12,10 +12,12 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.modality import NUM_MODALITIES, Modality
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.models.audio import AudioEncoder
+from anyexperts_jax.models.audio_tower import AudioTower
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.media import audio_media, place_rows, visual_media
+from anyexperts_jax.models.placed_media import PlacedMedia
 from anyexperts_jax.models.vision import VisionEncoder
-from anyexperts_jax.models.vision_tower import PlacedFrames, VisionTower
+from anyexperts_jax.models.vision_tower import VisionTower
 from anyexperts_jax.nn.block import BlockContext
 from anyexperts_jax.nn.embeddings import Embedding
 from anyexperts_jax.nn.linear import Linear
@@ -46,7 +48,7 @@ class TextPart:
     tokens_BT: Int[Array, "B T"]
     start_B: Int[Array, "B"]
     length_B: Int[Array, "B"]
-    lead_B: Int[Array, "B"] | None = None  # by how much a token is rotated by less than its place, behind pictures
+    lead_B: Float[Array, "B"] | None = None  # by how much a token is rotated by less than its place, behind pictures
 
 
 class MultimodalModel(nn.Module):
@@ -71,6 +73,8 @@ class MultimodalModel(nn.Module):
             self.audio = AudioEncoder(config.audio, stack)
         if config.vision_tower is not None:
             self.vision_tower = VisionTower(config.vision_tower, stack.d_model, **types, **where)
+        if config.audio_tower is not None:
+            self.audio_tower = AudioTower(config.audio_tower, stack.d_model, **types, **where)
         self.decoder = Stack(stack, config.moe, self.placement)
         self.final_norm = RMSNorm(stack.norm_eps, **types)
         if not config.tie_embeddings:
@@ -80,18 +84,19 @@ class MultimodalModel(nn.Module):
         self,
         batch: Batch,
         *,
-        router_bias_LC: Float[Array, "L C"] | None = None,
+        router_bias_LC: Float[Array, "L *M C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
-        placed: PlacedFrames | None = None,
+        placed: PlacedMedia | None = None,
     ) -> ModelOutput:
         """Teacher-forced logits.
 
         Args:
           batch: at most `max_length` positions, with the features of patches and frames the encoders expect.
-          placed: what a vision tower reads, and where its rows go; modalities and rotation are then its own.
+          placed: what the towers read, and where their rows go; modalities and rotation are then its own.
           router_bias_LC: the expert biases of loss-free balancing; needed with `moe.expert_bias`, unused without.
-          window: (k_min, k_max) in place of the configuration's, for every layer, or [L, 2], one for each.
+          window: (k_min, k_max) in place of the configuration's, for every layer; [L, 2], one for each; [B, T, 2], one
+            for each token; or [L, B, T, 2].
           importance_logits_BT: in place of every layer's own.
 
         Raises:
@@ -106,19 +111,22 @@ class MultimodalModel(nn.Module):
         x_BTD: Float[Array, "B T D"],
         batch: Batch,
         *,
-        router_bias_LC: Float[Array, "L C"] | None = None,
+        router_bias_LC: Float[Array, "L *M C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
-        placed: PlacedFrames | None = None,
+        placed: PlacedMedia | None = None,
     ) -> ModelOutput:
         """The call from `embed` on: what follows the embedded sequence, for those who ask what depends on it."""
         stack = self.config.stack
         causal = CausalMask(jnp.asarray(batch.valid_BT), jnp.asarray(batch.segment_BT))
-        mask = whole_mask(causal, stack.attention.head_dim, jnp.dtype(stack.dtype), self.placement)
+        if stack.attention.value_dim == stack.attention.head_dim:
+            mask = whole_mask(causal, stack.attention.head_dim, jnp.dtype(stack.dtype), self.placement)
+        else:
+            mask = causal.dense()  # kernels take values as wide as keys
         context = self._batch_context(batch, mask, window)
         context = dataclasses.replace(context, importance_logits_BT=importance_logits_BT)
         if placed is not None:
-            x_BTD, context = self._with_frames(x_BTD, context, placed)
+            x_BTD, context = self._with_media(x_BTD, context, placed)
         x_BTD, trace, _ = self._decode(x_BTD, context, router_bias_LC)
         return ModelOutput(self._logits(x_BTD), trace)
 
@@ -127,7 +135,7 @@ class MultimodalModel(nn.Module):
         batch: Batch,
         cache: StackCache,
         *,
-        router_bias_LC: Float[Array, "L C"] | None = None,
+        router_bias_LC: Float[Array, "L *M C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B Y"], RoutingTrace, StackCache]:
@@ -150,7 +158,7 @@ class MultimodalModel(nn.Module):
         live_B: Bool[Array, "B"],
         cache: StackCache,
         *,
-        router_bias_LC: Float[Array, "L C"] | None = None,
+        router_bias_LC: Float[Array, "L *M C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
     ) -> tuple[Float[Array, "B Y"], StackCache]:
         """Logits after one more text token per sequence, at its own position; where not live, anything."""
@@ -163,10 +171,10 @@ class MultimodalModel(nn.Module):
         text: TextPart,
         cache: StackCache,
         *,
-        router_bias_LC: Float[Array, "L C"] | None = None,
+        router_bias_LC: Float[Array, "L *M C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
         importance_logits_BT: Float[Array, "B T"] | None = None,
-        placed: PlacedFrames | None = None,
+        placed: PlacedMedia | None = None,
     ) -> tuple[Float[Array, "B Y"], RoutingTrace, StackCache]:
         """Logits after the last of further text tokens, each sequence's from its own position on, and the trace.
 
@@ -181,7 +189,7 @@ class MultimodalModel(nn.Module):
         valid_BT = place_1T < text.length_B[:, None]
         modality_BT = jnp.full_like(positions_BT, Modality.TEXT)
         x_BTD = self._with_modality(self.tokens(text.tokens_BT), modality_BT)
-        turned_BT = positions_BT if text.lead_B is None else positions_BT - text.lead_B[:, None]
+        turned_BT = positions_BT.astype(jnp.float32) - (0 if text.lead_B is None else text.lead_B[:, None])
         context = BlockContext(
             positions_BT,
             valid_BT,
@@ -192,7 +200,7 @@ class MultimodalModel(nn.Module):
             importance_logits_BT=importance_logits_BT,
         )
         if placed is not None:
-            x_BTD, context = self._with_frames(x_BTD, context, placed)
+            x_BTD, context = self._with_media(x_BTD, context, placed)
         x_BTD, trace, written = self._decode(x_BTD, context, router_bias_LC, cache)
         last_B = jnp.maximum(text.length_B - 1, 0)
         logits_BY = self._logits(x_BTD[jnp.arange(x_BTD.shape[0]), last_B])
@@ -213,23 +221,31 @@ class MultimodalModel(nn.Module):
     def _with_modality(self, x_BTD: Float[Array, "B T D"], modality_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return x_BTD + self.modality(modality_BT) if self.config.modality_embedding else x_BTD
 
-    def _with_frames(
-        self, x_BTD: Float[Array, "B T D"], context: BlockContext, placed: PlacedFrames
+    def _with_media(
+        self, x_BTD: Float[Array, "B T D"], context: BlockContext, placed: PlacedMedia
     ) -> tuple[Float[Array, "B T D"], BlockContext]:
-        """The stream with the tower's rows at their places, and what goes to the first layers with their rotation."""
-        seen, row_BT = self.vision_tower(placed.frames), jnp.asarray(placed.row_BT)
-        rows_JND = jnp.concatenate([seen.rows_FRD[None], seen.deep_JFRD]).reshape(
-            1 + len(seen.deep_JFRD), -1, x_BTD.shape[-1]
-        )
-        found_JBTD = rows_JND[:, jnp.maximum(row_BT, 0)].astype(x_BTD.dtype)
-        reads_BT1 = (row_BT >= 0)[:, :, None]
+        """The stream with the towers' rows at their places, and what goes to the first layers with their rotation."""
+        modality_BT, row_BT = jnp.asarray(placed.modality_BT), jnp.asarray(placed.row_BT)
         context = dataclasses.replace(
             context,
             rotation=rotations_in_space(self.config.stack.attention, jnp.asarray(placed.rotary_BT3)),
-            modality_BT=jnp.asarray(placed.modality_BT),
-            deep_JBTD=jnp.where(reads_BT1[None], found_JBTD[1:], 0),
+            modality_BT=modality_BT,
         )
-        return jnp.where(reads_BT1, found_JBTD[0], x_BTD), context
+        heard_BT1 = ((row_BT >= 0) & (modality_BT == Modality.AUDIO))[:, :, None]
+        seen_BT1 = (row_BT >= 0)[:, :, None] & ~heard_BT1
+        row_BT = jnp.maximum(row_BT, 0)
+        if placed.sounds is not None:
+            rows_ND = self.audio_tower(placed.sounds).reshape(-1, x_BTD.shape[-1])
+            x_BTD = jnp.where(heard_BT1, rows_ND[row_BT].astype(x_BTD.dtype), x_BTD)
+        if placed.frames is not None:
+            seen = self.vision_tower(placed.frames)
+            rows_JND = jnp.concatenate([seen.rows_FRD[None], seen.deep_JFRD]).reshape(
+                1 + len(seen.deep_JFRD), -1, x_BTD.shape[-1]
+            )
+            found_JBTD = rows_JND[:, row_BT].astype(x_BTD.dtype)
+            x_BTD = jnp.where(seen_BT1, found_JBTD[0], x_BTD)
+            context = dataclasses.replace(context, deep_JBTD=jnp.where(seen_BT1[None], found_JBTD[1:], 0))
+        return x_BTD, context
 
     def _batch_context(
         self, batch: Batch, mask: Bool[Array, "B T S"] | CausalMask, window: Float[Array, "*layers 2"] | None
@@ -249,7 +265,7 @@ class MultimodalModel(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         context: BlockContext,
-        router_bias_LC: Float[Array, "L C"] | None,
+        router_bias_LC: Float[Array, "L *M C"] | None,
         cache: StackCache | None = None,
     ) -> tuple[Float[Array, "B T D"], RoutingTrace, StackCache | None]:
         return self.decoder(x_BTD, context, router_bias_LC if self.config.moe.expert_bias else None, cache)

@@ -20,6 +20,7 @@ Tower = Literal["text", "decoder", "vision", "audio"]
 
 MOE_LAYERS = "decoder/moe_layers/"
 ROUTER_KERNEL = f"{MOE_LAYERS}moe/router/kernel"  # [L, D, C], of a linear router
+EXPERTS_DOWN = f"{MOE_LAYERS}moe/experts/w_down_EFD"  # [L, E, F, D], of all layers of experts
 _KINDS: dict[Kind, re.Pattern[str]] = {
     "expert": re.compile(r"(.*/)?moe/experts/.*"),
     "router": re.compile(r"(.*/)?moe/router/.*"),
@@ -65,6 +66,7 @@ def tower_of(name: str) -> Tower:
         "vision": "vision",
         "vision_tower": "vision",
         "audio": "audio",
+        "audio_tower": "audio",
         "decoder": "decoder",
     }
     return towers.get(top, "text")

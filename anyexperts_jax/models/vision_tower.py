@@ -5,18 +5,18 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.batch import ArrayLike
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.models.config import VisionTowerConfig
-from anyexperts_jax.nn.attention import Attention
-from anyexperts_jax.nn.config import AttentionConfig, Dtype
+from anyexperts_jax.models.tower import TowerBlock
+from anyexperts_jax.nn.config import Dtype
 from anyexperts_jax.nn.embeddings import Embedding
 from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.mlp import GeluMLP
 from anyexperts_jax.nn.norms import LayerNorm
-from anyexperts_jax.nn.rope import Rotations, rotations_on_grid
+from anyexperts_jax.nn.rope import rotations_on_grid
 from anyexperts_jax.sharding.placement import Placement
 
 
@@ -30,17 +30,6 @@ class Frames:
 
     patches_FPX: Float[ArrayLike, "F P X"]  # normalised pixels; rows past the frame's own are zero
     grid_F2: Int[ArrayLike, "F 2"]  # rows and columns of patches
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PlacedFrames:
-    """Frames, and where in a batch of sequences the rows are that the tower makes of them."""
-
-    frames: Frames
-    row_BT: Int[ArrayLike, "B T"]  # of all frames' rows, one after the other, the one this position reads; -1: none
-    modality_BT: Int[ArrayLike, "B T"]  # core.modality.Modality
-    rotary_BT3: Int[ArrayLike, "B T 3"]  # time, row and column by which the position is rotated
 
 
 @register_dataclass
@@ -87,35 +76,6 @@ class VisionTower(nn.Module):
                 deep.append(merger(x_FPD))
         rows_FRD = Merger(config, self.out_width, name="merger", **types)(x_FPD)
         return TowerOutput(rows_FRD, jnp.stack(deep) if deep else jnp.zeros((0, *rows_FRD.shape), rows_FRD.dtype))
-
-
-class TowerBlock(nn.Module):
-    """Attention among the patches of a frame, then an MLP, each behind a LayerNorm."""
-
-    config: VisionTowerConfig
-    dtype: Dtype = "float32"
-    param_dtype: Dtype = "float32"
-    placement: Placement | None = None
-
-    @nn.compact
-    def __call__(
-        self, x_FPD: Float[Array, "F P D"], mask_FPP: Bool[Array, "F P P"], rotation: Rotations
-    ) -> Float[Array, "F P D"]:
-        config = self.config
-        types: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        heads = AttentionConfig(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_heads,
-            head_dim=config.d_model // config.num_heads,
-            qkv_bias=True,
-            out_bias=True,
-        )
-        scale = (2 * config.num_layers) ** -0.5
-        attention = Attention(heads, residual_scale=scale, placement=self.placement, name="attention", **types)
-        y_FPD, _ = attention(LayerNorm(config.norm_eps, name="attention_norm", **types)(x_FPD), mask_FPP, rotation)
-        x_FPD = x_FPD + y_FPD
-        mlp = GeluMLP(config.d_ff, config.d_model, residual_scale=scale, name="mlp", **types)
-        return x_FPD + mlp(LayerNorm(config.norm_eps, name="mlp_norm", **types)(x_FPD))
 
 
 class Merger(nn.Module):

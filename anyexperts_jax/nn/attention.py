@@ -1,45 +1,19 @@
 """Grouped-query attention with rotary position embeddings and an explicit key/value cache."""
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from anyexperts_jax.core.tree import register_dataclass
+from anyexperts_jax.nn.cache import KVCache, written
 from anyexperts_jax.nn.config import AttentionConfig, Dtype, LoraConfig
 from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.nn.norms import RMSNorm
-from anyexperts_jax.nn.rope import Rotations
+from anyexperts_jax.nn.rope import Rotations, rotate
 from anyexperts_jax.ops.attention import CausalMask
 from anyexperts_jax.sharding.attention import split_attention
 from anyexperts_jax.sharding.placement import Placement
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the positions so far. Entry s of an example holds its position s."""
-
-    keys_BSGA: Float[Array, "*L B S G A"]
-    values_BSGA: Float[Array, "*L B S G A"]
-
-
-def empty_cache(config: AttentionConfig, batch_size: int, length: int, dtype: Dtype, *layers: int) -> KVCache:
-    """A zero cache of `length` positions, stacked over `layers`."""
-    zeros = jnp.zeros((*layers, batch_size, length, config.num_kv_heads, config.head_dim), dtype)
-    return KVCache(zeros, zeros)
-
-
-def rotate(x_BTHA: Float[Array, "B T H A"], rotation: Rotations) -> Float[Array, "B T H A"]:
-    """Rotates the pairs (i, i + half) of the leading part of the head width (RoFormer, half-split); the rest passes."""
-    cos, sin = (part[:, :, None, :] for part in rotation)
-    half = cos.shape[-1]
-    rest = x_BTHA[..., 2 * half :]
-    first, second = (part.astype(cos.dtype) for part in (x_BTHA[..., :half], x_BTHA[..., half : 2 * half]))
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHA.dtype)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
 class Attention(nn.Module):
@@ -78,7 +52,9 @@ class Attention(nn.Module):
         if rotation is not None:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         if cache is not None and positions_BT is not None:
-            cache = _write(cache, keys, values, positions_BT)
+            cache = KVCache(
+                written(cache.keys_BSGA, keys, positions_BT), written(cache.values_BSGA, values, positions_BT)
+            )
             keys, values = cache.keys_BSGA, cache.values_BSGA
         out_BTHA = split_attention(queries, keys, values, mask, self.placement)
         project = Linear(
@@ -105,16 +81,3 @@ class Attention(nn.Module):
         if self.config.qk_norm_over == "head":
             return norm(x_BTHA)
         return norm(x_BTHA.reshape(*x_BTHA.shape[:2], -1)).reshape(x_BTHA.shape)
-
-
-def _write(
-    cache: KVCache,
-    keys_BTGA: Float[Array, "B T G A"],
-    values_BTGA: Float[Array, "B T G A"],
-    positions_BT: Int[Array, "B T"],
-) -> KVCache:
-    rows_B1 = jnp.arange(keys_BTGA.shape[0], dtype=jnp.int32)[:, None]
-    return KVCache(
-        cache.keys_BSGA.at[rows_B1, positions_BT].set(keys_BTGA),
-        cache.values_BSGA.at[rows_B1, positions_BT].set(values_BTGA),
-    )

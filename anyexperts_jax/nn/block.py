@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,9 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.tree import register_dataclass
-from anyexperts_jax.nn.attention import Attention, KVCache
+from anyexperts_jax.nn.attention import Attention
+from anyexperts_jax.nn.cache import AttentionCache
 from anyexperts_jax.nn.config import StackConfig
 from anyexperts_jax.nn.importance import ImportanceMLP
+from anyexperts_jax.nn.latent_attention import LatentAttention
 from anyexperts_jax.nn.mlp import SwiGLU
 from anyexperts_jax.nn.moe import MoE, MoEContext
 from anyexperts_jax.nn.norms import RMSNorm
@@ -32,7 +35,7 @@ class BlockContext:
     valid_BT: Bool[Array, "B T"]
     mask: Bool[Array, "B T S"] | CausalMask  # True: position t attends to s
     rotation: Rotations | None = None
-    window: Float[Array, "*layers 2"] | None = None  # for all MoE layers, or [L, 2], or [B, T, 2] for each token
+    window: Float[Array, "*rest 2"] | None = None  # of all MoE layers; [L, 2]; of tokens, [B, T, 2] or [L, B, T, 2]
     modality_BT: Int[Array, "B T"] | None = None  # for routers with per-modality weights
     segment_BT: Int[Array, "B T"] | None = None  # for layers that separate packed examples; attention uses the mask
     importance_logits_BT: Float[Array, "B T"] | None = None  # replace every layer's own, where the caller has them
@@ -64,18 +67,21 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], context: BlockContext, cache: KVCache | None
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        self, x_BTD: Float[Array, "B T D"], context: BlockContext, cache: AttentionCache | None
+    ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
         config = self.config
-        attention = Attention(
-            config.attention,
-            residual_scale=config.residual_scale,
-            norm_eps=config.norm_eps,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            placement=self.placement,
-            lora=config.lora,
-            name="attention",
+        shared: dict[str, Any] = {
+            "residual_scale": config.residual_scale,
+            "dtype": config.dtype,
+            "param_dtype": config.param_dtype,
+            "placement": self.placement,
+            "lora": config.lora,
+            "name": "attention",
+        }
+        attention: nn.Module = (
+            Attention(config.attention, norm_eps=config.norm_eps, **shared)
+            if config.attention.latent is None
+            else LatentAttention(config.attention, **shared)
         )
         normed_BTD = _norm(config, "norm")(x_BTD)
         y_BTD, cache = attention(normed_BTD, context.mask, context.rotation, cache, context.positions_BT)
@@ -90,8 +96,8 @@ class DenseBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], context: BlockContext, cache: KVCache | None = None
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        self, x_BTD: Float[Array, "B T D"], context: BlockContext, cache: AttentionCache | None = None
+    ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
         config = self.config
         x_BTD, cache = SelfAttention(config, self.placement, name="self_attention")(x_BTD, context, cache)
         types = (config.dtype, config.param_dtype)
@@ -101,15 +107,15 @@ class DenseBlock(nn.Module):
 
 def dense_blocks(
     config: StackConfig, placement: Placement | None, block: type[nn.Module], name: str, count: int
-) -> Callable[..., tuple[Array, KVCache | None]]:
+) -> Callable[..., tuple[Array, AttentionCache | None]]:
     """`count` dense blocks in sequence, named `name`_0 and so on, with a cache stacked over them.
 
     The function takes the stream, the context, the cache, and the first block's number among all layers.
     """
 
     def run(
-        x_BTD: Array, context: BlockContext, cache: KVCache | None, first: int | Array = 0
-    ) -> tuple[Array, KVCache | None]:
+        x_BTD: Array, context: BlockContext, cache: AttentionCache | None, first: int | Array = 0
+    ) -> tuple[Array, AttentionCache | None]:
         written = []
         for i in range(count):
             own = None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache)
@@ -128,8 +134,8 @@ def dense_blocks(
 class MoEBlockCache:
     """The caches of a MoE block and, stacked, of the dense blocks before it. The scan stacks these over MoE blocks."""
 
-    before: KVCache
-    moe: KVCache
+    before: AttentionCache
+    moe: AttentionCache
 
 
 class MoEBlock(nn.Module):
@@ -148,9 +154,9 @@ class MoEBlock(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         context: BlockContext,
-        bias_C: Float[Array, "C"] | None = None,
+        bias_C: Float[Array, "*M C"] | None = None,
         cache: MoEBlockCache | None = None,
-        window: Float[Array, "2"] | None = None,
+        window: Float[Array, "*tokens 2"] | None = None,
         first: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[RoutingTrace, MoEBlockCache | None]]:
         config = self.config

@@ -44,8 +44,41 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are made from one narrow latent.
+
+    Raises:
+      UserError: naming the value and the rule it breaks.
+    """
+
+    kv_rank: int = 512  # U, width of the latent that keys and values are made from
+    query_rank: int | None = None  # width of the latent that queries are made from; None: they are made from the stream
+    plain_dim: int = 128  # P, leading part of a head's queries and keys, which is not rotated
+    rope_dim: int = 64  # the rest, which is rotated; its key is the same for all heads
+    value_dim: int = 128  # W, width of a head's values
+    interleaved: bool = True  # whether neighbours are rotated as a pair; false: i and i + rope_dim / 2
+    score_factor: float = 1.0  # on the scores, beside 1 / sqrt(head_dim) (YaRN)
+    norm_eps: float = 1e-6  # added to the mean square in the norms of the latents
+
+    def __post_init__(self) -> None:
+        check_field_types(self, "attention.latent.")
+        for name in ("kv_rank", "plain_dim", "rope_dim", "value_dim"):
+            require(getattr(self, name) >= 1, f"attention.latent.{name}={getattr(self, name)} must be >= 1")
+        rank = self.query_rank
+        require(rank is None or rank >= 1, f"attention.latent.query_rank={rank} must be >= 1")
+        require(self.rope_dim % 2 == 0, f"attention.latent.rope_dim={self.rope_dim} must be even")
+        for name in ("score_factor", "norm_eps"):
+            require(getattr(self, name) > 0, f"attention.latent.{name}={getattr(self, name)} must be > 0")
+
+    @property
+    def cached_dim(self) -> int:
+        """Numbers of a position in the cache: the latent and the rotated key."""
+        return self.kv_rank + self.rope_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Grouped-query attention with rotary positions.
+    """Grouped-query attention with rotary positions, or latent attention.
 
     Raises:
       UserError: naming the value and the rule it breaks.
@@ -63,6 +96,7 @@ class AttentionConfig:
     qkv_bias: bool = False  # whether the maps to queries, keys and values have a bias
     out_bias: bool = False  # whether the map from the heads back to the stream has a bias
     clip_qkv: float | None = None  # queries, keys and values are clipped to [-clip_qkv, clip_qkv]; None: never
+    latent: LatentConfig | None = None  # keys and values are made from a latent; None: from the stream
 
     def __post_init__(self) -> None:
         check_field_types(self, "attention.")
@@ -84,10 +118,34 @@ class AttentionConfig:
         require(fits, f"attention.mrope_section={section} must be three numbers of waves: of time, row and column")
         clip = self.clip_qkv
         require(clip is None or clip > 0, f"attention.clip_qkv={clip} must be > 0")
+        if self.latent is not None:
+            self._check_latent(self.latent)
+
+    def _check_latent(self, latent: LatentConfig) -> None:
+        parts = f"latent.plain_dim + rope_dim = {latent.plain_dim + latent.rope_dim}"
+        fits = self.head_dim == latent.plain_dim + latent.rope_dim
+        require(fits, f"attention.head_dim={self.head_dim} must be {parts}")
+        heads = f"attention.num_kv_heads={self.num_kv_heads} must be num_heads={self.num_heads}"
+        require(self.num_kv_heads == self.num_heads, f"{heads}: with a latent, every head has keys of its own")
+        for name, without in (("rope_fraction", 1.0), ("mrope_section", None), ("qk_norm", False), ("clip_qkv", None)):
+            value = getattr(self, name)
+            require(value == without, f"attention.{name}={value} has no effect with a latent; leave it at {without}")
 
     @property
     def rotary_dim(self) -> int:
-        return round(self.head_dim * self.rope_fraction)
+        """Dimensions of a head that are rotated."""
+        return round(self.head_dim * self.rope_fraction) if self.latent is None else self.latent.rope_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's values."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
+
+    @property
+    def projected_dims(self) -> int:
+        """Numbers that the maps of attention make of one position, all heads together: what a backward pass keeps."""
+        heads = (self.num_heads + self.num_kv_heads) * (self.head_dim + self.value_dim)
+        return heads if self.latent is None else heads + self.latent.cached_dim + (self.latent.query_rank or 0)
 
 
 @dataclasses.dataclass(frozen=True)

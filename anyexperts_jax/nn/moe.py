@@ -23,7 +23,7 @@ from anyexperts_jax.nn.importance import ImportanceMLP
 from anyexperts_jax.nn.lora import WeightAxes, adapted, low_rank
 from anyexperts_jax.nn.mlp import SwiGLU
 from anyexperts_jax.nn.params import named
-from anyexperts_jax.nn.router import Router
+from anyexperts_jax.nn.router import Router, router_of
 from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.onset import faded_logits
@@ -44,7 +44,7 @@ class MoEContext:
     valid_BT: Bool[ArrayLike, "B T"] | None = None  # False at padding: no slots, no output, not counted in the losses
     modality_BT: Int[ArrayLike, "B T"] | None = None  # ids in [0, router_modalities), for routers and policies
     window: Window | Float[Array, "B T 2"] | None = None  # (k_min, k_max), or for each token; overrides the config's
-    bias_C: Float[ArrayLike, "C"] | None = None  # the expert bias of loss-free balancing; required if `expert_bias`
+    bias_C: Float[ArrayLike, "*M C"] | None = None  # the expert bias of loss-free balancing; required if `expert_bias`
     importance_logits_BT: Float[ArrayLike, "B T"] | None = None  # if the caller has computed them
 
 
@@ -86,6 +86,15 @@ def _of_tokens(window: Any) -> Window | None:
     """The window of all tokens, or their own windows flattened from [B, T, 2] to [B T, 2]."""
     of_tokens: Window | None = window.reshape(-1, 2) if getattr(window, "ndim", 1) == 3 else window
     return of_tokens
+
+
+def _of_each_token(
+    config: AnyExpertsConfig, bias_MC: Float[Array, "M C"], modality_N: Int[Array, "N"] | None
+) -> Float[Array, "*N C"]:
+    """The bias of the router that reads each token; text's for all while parameters are initialised."""
+    require(bias_MC.shape == config.bias_shape, f"bias_C has shape {bias_MC.shape}; need {config.bias_shape}")
+    own_N = router_of(config, modality_N)
+    return bias_MC[0] if own_N is None else bias_MC[own_N]
 
 
 class Experts(nn.Module):
@@ -221,7 +230,9 @@ class MoE(nn.Module):
             config = config.with_switches(iar="off")
         bias_C = context.bias_C
         if bias_C is None and config.expert_bias and self.is_initializing():
-            bias_C = jnp.zeros(config.num_columns, jnp.float32)
+            bias_C = jnp.zeros(config.bias_shape, jnp.float32)
+        if bias_C is not None and config.bias_by_modality:
+            bias_C = _of_each_token(config, jnp.asarray(bias_C), modality_N)
         rounds_stochastically = config.switches.slot_rounding == "stochastic" and self.has_rng("routing")
         if config.switches.slot_rounding == "stochastic" and not rounds_stochastically:
             config = config.with_switches(slot_rounding="round")

@@ -11,12 +11,14 @@ from anyexperts_jax.nn.config import AttentionConfig, RopeScaling
 Rotations = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 
-def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Rotations:
+def rotations(config: AttentionConfig, positions_BT: Int[Array, "B T"] | Float[Array, "B T"]) -> Rotations:
     """Cosines and sines of each position's rotation angles, float32."""
     return _turned(config, positions_BT[:, :, None].astype(jnp.float32) * frequencies(config)[None, None])
 
 
-def rotations_in_space(config: AttentionConfig, positions_BT3: Int[Array, "B T 3"]) -> Rotations:
+def rotations_in_space(
+    config: AttentionConfig, positions_BT3: Int[Array, "B T 3"] | Float[Array, "B T 3"]
+) -> Rotations:
     """`rotations` where a position has a time, a row and a column, as in pictures (interleaved M-RoPE, Qwen3-VL).
 
     In each group of three waves, the second rotates by row and the third by column, until their numbers in
@@ -40,6 +42,24 @@ def rotations_on_grid(
     angles = [place_FP[:, :, None].astype(jnp.float32) * waves[None, None] for place_FP in (row_FP, column_FP)]
     both = jnp.concatenate(angles, axis=-1)
     return jnp.cos(both), jnp.sin(both)
+
+
+def rotate(x_BTHA: Float[Array, "B T H A"], rotation: Rotations, interleaved: bool = False) -> Float[Array, "B T H A"]:
+    """Rotates the leading part of the head width by pairs (RoFormer); the rest passes.
+
+    Args:
+      interleaved: pairs are (2 i, 2 i + 1) in place of (i, i + half). They come out in two halves all the same: scores
+        do not tell, where queries and keys are rotated alike.
+    """
+    cos, sin = (part[:, :, None, :] for part in rotation)
+    half = cos.shape[-1]
+    rest, turning = x_BTHA[..., 2 * half :], x_BTHA[..., : 2 * half].astype(cos.dtype)
+    if interleaved:
+        first, second = turning[..., ::2], turning[..., 1::2]
+    else:
+        first, second = turning[..., :half], turning[..., half:]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHA.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
 def _turned(config: AttentionConfig, angles: Float[Array, "B T half"]) -> Rotations:

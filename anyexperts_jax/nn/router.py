@@ -12,11 +12,18 @@ from anyexperts_jax.core.registries import ROUTERS
 from anyexperts_jax.nn.params import named
 
 
+def router_of(config: AnyExpertsConfig, modality_N: Int[Array, "N"] | None) -> Int[Array, "N"] | None:
+    """Which of the M routers reads each token."""
+    if modality_N is None or not config.router_of_modality:
+        return modality_N
+    return jnp.asarray(config.router_of_modality, jnp.int32)[modality_N]
+
+
 class Router(nn.Module):
     """Router logits over E real and V virtual columns, in float32 whatever the compute dtype.
 
     `config.router` names the entry of ROUTERS that computes them. With `virtual_logits="tied"` a single virtual column
-    is learned and repeated V times.
+    is learned and repeated V times, and with "unbiased" virtual columns have no bias, as real ones have none.
 
     Raises:
       UserError: if the router depends on modalities, and no modality ids are given or one is out of range.
@@ -34,13 +41,15 @@ class Router(nn.Module):
             modality_N = jnp.zeros(x_ND.shape[0], jnp.int32)
         if modality_N is not None and router.needs_modality:
             meaning = f"router={config.router!r} tells {config.router_modalities} modalities apart"
-            require_ids("modality_BT", modality_N, config.router_modalities, meaning)
+            most = len(config.router_of_modality) or config.router_modalities
+            require_ids("modality_BT", modality_N, most, meaning)
+        modality_N = router_of(config, modality_N)
         declared = router.params(config, x_ND.shape[-1], config.num_experts + learned)
         params = {
             name: self.param(name, named(one.init, one.axes), one.shape, jnp.float32) for name, one in declared.items()
         }
         logits_NC = router.logits(config, params, x_ND, modality_N)
-        if not learned:
+        if not learned or config.switches.virtual_logits == "unbiased":
             return logits_NC
         bias_init = named(Constant(config.switches.virtual_bias_init), ("router",))
         bias_V = self.param("virtual_bias", bias_init, (learned,), jnp.float32)

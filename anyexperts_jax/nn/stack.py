@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.remat import remat_policy
 from anyexperts_jax.core.tree import register_dataclass
-from anyexperts_jax.nn.attention import KVCache, empty_cache
 from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock, MoEBlockCache, dense_blocks
+from anyexperts_jax.nn.cache import AttentionCache, empty_cache
 from anyexperts_jax.nn.config import StackConfig
 from anyexperts_jax.routing.trace import RoutingTrace, empty_trace
 from anyexperts_jax.sharding.placement import Placement
@@ -19,19 +19,19 @@ from anyexperts_jax.sharding.placement import Placement
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackCache:
-    """Key/value caches of the leading dense layers and of the MoE blocks, each stacked over its layers."""
+    """Attention's caches of the leading dense layers and of the MoE blocks, each stacked over its layers."""
 
-    dense: KVCache
+    dense: AttentionCache
     blocks: MoEBlockCache
 
     @property
     def length(self) -> int:
         """The number of positions that the cache can hold."""
-        return self.dense.keys_BSGA.shape[2]
+        return self.dense.length
 
 
 def empty_stack_cache(config: StackConfig, batch_size: int, length: int) -> StackCache:
-    def cache(*layers: int) -> KVCache:
+    def cache(*layers: int) -> AttentionCache:
         return empty_cache(config.attention, batch_size, length, config.dtype, *layers)
 
     blocks = MoEBlockCache(cache(config.num_moe_layers, config.moe_every - 1), cache(config.num_moe_layers))
@@ -50,7 +50,7 @@ class Stack(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         context: BlockContext,
-        router_bias_LC: Float[Array, "L C"] | None = None,
+        router_bias_LC: Float[Array, "L *M C"] | None = None,
         cache: StackCache | None = None,
     ) -> tuple[Float[Array, "B T D"], RoutingTrace, StackCache | None]:
         """Returns the last block's output, the routing traces stacked over MoE layers, and the updated cache."""
@@ -60,8 +60,8 @@ class Stack(nn.Module):
         if not self.config.num_moe_layers:
             written = None if cache is None or dense_cache is None else StackCache(dense_cache, cache.blocks)
             return x_BTD, empty_trace(self.moe, *x_BTD.shape[:2]), written
-        of_layers = context.window is not None and context.window.ndim == 2
-        window_L2 = context.window if of_layers else None
+        of_layers = context.window is not None and context.window.ndim in (2, 4)
+        window_L = context.window if of_layers else None
         scanned = nn.scan(
             moe_block,
             variable_axes={"params": 0, "probe": 0},
@@ -74,7 +74,7 @@ class Stack(nn.Module):
         layers = scanned(self.config, self.moe, self.placement, name="moe_layers")
         own = None if cache is None else cache.blocks
         first_L = None if context.deep_JBTD is None else self._first_of_blocks()
-        x_BTD, (trace, blocks) = layers(x_BTD, context, router_bias_LC, own, window_L2, first_L)
+        x_BTD, (trace, blocks) = layers(x_BTD, context, router_bias_LC, own, window_L, first_L)
         return x_BTD, trace, None if dense_cache is None else StackCache(dense_cache, blocks)
 
     def _first_of_blocks(self) -> Int[Array, "L"]:

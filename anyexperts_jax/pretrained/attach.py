@@ -89,6 +89,8 @@ def attached_config(
     """
     base = config.moe
     require(config.stack.num_moe_layers > 0, "attach: the model is dense; split it into experts first")
+    own = base.num_virtual > 0 and base.router != ROUTER
+    require(not own, "attach: the model has virtual experts of its own; only a fixed number of experts is supported")
     static = not base.uses_importance and base.num_virtual == 0 and base.router != ROUTER
     require(static, "attach: the model has variable slots already; detach them first")
     require(base.router == "linear", f"attach: the model's router is {base.router!r}; only a linear one is supported")

@@ -1,21 +1,36 @@
 """Ling 2.0 (`BailingMoeV2ForCausalLM`), and Sarvam, which has its tensors' names and its router.
 
 `model_type` is "bailing_moe" or "bailing_moe_v2", as older models of other shapes say too: the class tells them apart.
+
+The language model of Ming-flash-omni is of the same class. Its `router_type` is "MultiRouter": three whole routers over
+one pool of experts, each a map with a bias of its own, for text, for pictures and videos, and for sound. That is the
+router "per_modality" here, with `router_of_modality`. Its rotation in space ("video_rope") is the usual one where every
+token is text, and so it is read as that.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.pretrained.decoders import LAYER, around_rules, attention_config, norm_rules
+from anyexperts_jax.pretrained.decoders import LAYER, ONE_GATE, around_rules, attention_config, norm_rules
 from anyexperts_jax.pretrained.family import Family
 from anyexperts_jax.pretrained.grouped_sigmoid import further_heads, grouped_config, grouped_mlp_rules
 from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.rules import FLAT, KERNEL, KERNEL_OF_HEADS, ExpertLayout, Rule
 
 _THREE = ("query", "key", "value")
+_GATES = ("gate", "image_gate", "audio_gate")  # Ming's routers, as they are stacked here
+_BY_MODALITY = {"router": "per_modality", "router_modalities": len(_GATES), "router_of_modality": (0, 1, 2, 1)}
+_SCALE = 2.5  # the default of Ming's class
+_IN_SPACE = ("video_rope", "3D", "default")
 
 
 def _config(hub: HubConfig) -> ModelConfig:
     hub.only("score_function", "sigmoid")
+    hub.only("router_type", "topN", "MultiRouter")
+    several = hub.get("router_type") == "MultiRouter"
+    hub = _text_alone(hub) if several else hub
     hub.only("use_bias", False)
     width, shared = hub.get("moe_shared_expert_intermediate_size"), hub.whole("moe_intermediate_size")
     require(
@@ -24,7 +39,23 @@ def _config(hub: HubConfig) -> ModelConfig:
     )
     bias = hub.flag("use_qkv_bias", hub.flag("attention_bias", False))
     attention = attention_config(hub, qk_norm=hub.flag("use_qk_norm", True), qkv_bias=bias)
-    return grouped_config(hub, attention, eps=1e-6, expert_bias=hub.flag("moe_router_enable_expert_bias", True))
+    biased = hub.flag("moe_router_enable_expert_bias", True)
+    policy = {**_BY_MODALITY, "bias_by_modality": biased} if several else {}
+    return grouped_config(hub, attention, eps=1e-6, expert_bias=biased, **policy)
+
+
+def _text_alone(hub: HubConfig) -> HubConfig:
+    """Ming's configuration as it holds where every token is text: the three positions of a token are one."""
+    values: dict[str, Any] = dict(hub.values)
+    for home in ("rope_scaling", "rope_parameters"):
+        own = values.get(home)
+        if isinstance(own, Mapping) and own.get("rope_type", own.get("type", "default")) in _IN_SPACE:
+            values[home] = {k: v for k, v in own.items() if k not in ("type", "rope_type", "mrope_section")}
+    scale, other = values.get("routed_scaling_factor"), values.get("moe_router_topk_scaling_factor")
+    said = f"{hub.where}: routed_scaling_factor={scale}, moe_router_topk_scaling_factor={other} disagree"
+    require(scale is None or other is None or scale == other, said)
+    values["routed_scaling_factor"] = next((one for one in (scale, other) if one is not None), _SCALE)
+    return HubConfig(values, hub.where)
 
 
 def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
@@ -34,9 +65,13 @@ def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
         rules.append(Rule(f"{ours}{name}/kernel", f"{theirs}query_key_value.weight", KERNEL, part=(0, place)))
         if config.stack.attention.qkv_bias:
             rules.append(Rule(f"{ours}{name}/bias", f"{theirs}query_key_value.bias", FLAT, part=(0, place)))
+    several = config.moe.router == _BY_MODALITY["router"]
     if config.stack.attention.qk_norm:
-        rules += [Rule(f"{ours}{name}_norm/scale", f"{theirs}{name}_layernorm.weight") for name in _THREE[:2]]
-    mlp = grouped_mlp_rules(config, layout, "expert_bias")
+        for name in _THREE[:2]:
+            norm = f"{name[0]}_norm" if several else f"{name}_layernorm"
+            rules.append(Rule(f"{ours}{name}_norm/scale", f"{theirs}{norm}.weight"))
+    gates = tuple(("kernel_MDC", gate, (place,)) for place, gate in enumerate(_GATES)) if several else ONE_GATE
+    mlp = grouped_mlp_rules(config, layout, "expert_bias", gates)
     return (*around_rules(config, "model.word_embeddings.weight"), *norm_rules(), *rules, *mlp)
 
 

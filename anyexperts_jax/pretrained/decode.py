@@ -16,11 +16,12 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.generate import dropless
 from anyexperts_jax.models.multimodal import MultimodalModel, TextPart
+from anyexperts_jax.models.placed_media import PlacedMedia
 from anyexperts_jax.models.sample import GREEDY, Sampling, next_tokens
-from anyexperts_jax.models.vision_tower import PlacedFrames
 from anyexperts_jax.nn.stack import StackCache, empty_stack_cache
 from anyexperts_jax.pretrained.budget import BudgetInForce, mixing_logits
-from anyexperts_jax.pretrained.media import Placed, Shown, place
+from anyexperts_jax.pretrained.media import Shown
+from anyexperts_jax.pretrained.placing import Placed, place
 from anyexperts_jax.sharding.placement import Placement, is_split
 from anyexperts_jax.sharding.specs import parts
 
@@ -34,7 +35,7 @@ class Weights:
     config: ModelConfig
     placement: Placement
     params: Any
-    router_bias_LC: Float[Array, "L C"] | None
+    router_bias_LC: Float[Array, "L *M C"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def decode(
     """Continues every prompt.
 
     Args:
-      shown: the pictures and videos that the prompts have places for.
+      shown: the pictures, videos and sounds that the prompts have places for.
 
     Raises:
       UserError: an empty prompt, one longer than the model's positions, or max_new_tokens < 1.
@@ -125,7 +126,7 @@ class _State:
         )
         self._seen_BY, self._key = seen_BY, jax.random.key(request.seed)
         self._step, self._used, self._asked = 0, list[Array](), 0
-        self._lead_B: Array | None = None  # of the pictures that were shown
+        self._lead_B: Array | None = None  # of what was shown
 
     def extend(
         self, tokens_BT: np.ndarray, start_B: np.ndarray, length_B: np.ndarray, placed: Placed | None = None
@@ -133,8 +134,8 @@ class _State:
         """The next token of each row after these."""
         part = TextPart(jnp.asarray(tokens_BT), jnp.asarray(start_B), jnp.asarray(length_B), self._lead_B)
         held = (self._cache, self._seen_BY)
-        frames = None if placed is None else placed.frames
-        arguments = (self._weights.params, self._weights.router_bias_LC, self._budget, (part, frames))
+        media = None if placed is None else placed.media
+        arguments = (self._weights.params, self._weights.router_bias_LC, self._budget, (part, media))
         self._lead_B = self._lead_B if placed is None else placed.lead_B
         next_B, used, held = extend_step(self._static, *arguments, held, (self._key, jnp.int32(self._step)))
         self._cache, self._seen_BY = held
@@ -166,7 +167,7 @@ def extend_step(
     params: Any,
     router_bias_LC: Array | None,
     budget: BudgetInForce,
-    given: tuple[TextPart, PlacedFrames | None],
+    given: tuple[TextPart, PlacedMedia | None],
     held: tuple[StackCache, Array],
     draw: tuple[Array, Array],
 ) -> tuple[Array, Array, tuple[StackCache, Array]]:

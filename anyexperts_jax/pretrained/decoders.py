@@ -18,6 +18,8 @@ from anyexperts_jax.pretrained.rules import (
 )
 
 LAYER = "model.layers.{i}."
+Gate = tuple[str, str, tuple[int, ...]]  # of a router: its parameter, its name in the files, its place in the former
+ONE_GATE: tuple[Gate, ...] = (("kernel", "gate", ()),)
 
 
 def attention_config(hub: HubConfig, fraction: float = 1.0, **more: Any) -> AttentionConfig:
@@ -134,7 +136,10 @@ def dense_mlp_rules(config: ModelConfig) -> tuple[Rule, ...]:
 
 
 def expert_rules(
-    layout: ExpertLayout, block: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    layout: ExpertLayout,
+    block: str = "mlp",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    gates: tuple[Gate, ...] = ONE_GATE,
 ) -> tuple[Rule, ...]:
     """The router and the experts of a layer of experts.
 
@@ -143,13 +148,17 @@ def expert_rules(
         inputs by outputs, gate before up along the columns.
       block: what the layer's FFN is called.
       names: of an expert's own tensors, gate, up and down.
+      gates: the layer's routers.
     """
     ours, theirs = "{layer}/moe/experts/", f"{LAYER}{block}.experts."
-    router = Rule("{layer}/moe/router/kernel", f"{LAYER}{block}.gate.weight", KERNEL, "moe")
+    routers = [
+        Rule(f"{{layer}}/moe/router/{parameter}", f"{LAYER}{block}.{gate}.weight", KERNEL, "moe", place=place)
+        for parameter, gate, place in gates
+    ]
     if layout != "each":
         held, axis = (BATCHED_KERNEL, 1) if layout == "stacked" else (SAME, 2)
         return (
-            router,
+            *routers,
             Rule(f"{ours}w_gate_EDF", f"{theirs}gate_up_proj", held, "moe", part=(axis, 0)),
             Rule(f"{ours}w_up_EDF", f"{theirs}gate_up_proj", held, "moe", part=(axis, 1)),
             Rule(f"{ours}w_down_EFD", f"{theirs}down_proj", held, "moe"),
@@ -159,4 +168,4 @@ def expert_rules(
         Rule(ours + leaf, f"{theirs}{{e}}.{name}.weight", KERNEL, "moe")
         for leaf, name in zip(leaves, names, strict=True)
     ]
-    return (router, *own)
+    return (*routers, *own)

@@ -150,7 +150,9 @@ def _policy(values: Any, path: pathlib.Path) -> AnyExpertsConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(given) - known)
         require(not unknown, f"{path}: {comma_list(unknown)} of moe are not known; it is of a later version")
-    return AnyExpertsConfig(**{**values, "switches": Switches(**values["switches"])})
+    fields: dict[str, Any] = {**values, "switches": Switches(**values["switches"])}
+    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}  # JSON has no tuples
+    return AnyExpertsConfig(**{**fields, **lists})
 
 
 def _tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from anyexperts_jax.core.errors import UserError, comma_list, require, shown
 from anyexperts_jax.core.registries import FAMILIES
@@ -18,6 +18,10 @@ def _nothing(_: HubConfig) -> tuple[str, ...]:
     return ()
 
 
+def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(values)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """An entry of `core.registries.FAMILIES`.
@@ -29,6 +33,7 @@ class Family:
       model_types: those of config.json that belong here, where another family has a class of the same name.
       ignored: patterns of the tensors that are no part of the model, such as heads that predict further tokens.
       hub_layout: of the experts as they are published, in which they are written.
+      written: config.json of an export from that which was read, where what is left out changes it.
     """
 
     architectures: tuple[str, ...]
@@ -37,6 +42,7 @@ class Family:
     ignored: Callable[[HubConfig], tuple[str, ...]] = _nothing
     model_types: tuple[str, ...] = ()
     hub_layout: ExpertLayout = "each"
+    written: Callable[[Mapping[str, Any]], dict[str, Any]] = _as_read
 
 
 def family_of(hub: HubConfig) -> tuple[str, Family]:

@@ -9,7 +9,7 @@ from typing import Any
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.nn.config import AttentionConfig
-from anyexperts_jax.pretrained.decoders import LAYER, decoder_config, dense_mlp_rules, expert_rules
+from anyexperts_jax.pretrained.decoders import LAYER, ONE_GATE, Gate, decoder_config, dense_mlp_rules, expert_rules
 from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.rules import KERNEL, ROUTER_BIAS, ExpertLayout, Rule
 
@@ -48,11 +48,13 @@ def grouped_config(hub: HubConfig, attention: AttentionConfig, *, eps: float, **
     )
 
 
-def grouped_mlp_rules(config: ModelConfig, layout: ExpertLayout, bias: str) -> tuple[Rule, ...]:
-    """The feed-forward parts of a layer; `bias` is what the router's bias is called."""
-    rules = [*dense_mlp_rules(config), *expert_rules(layout)]
+def grouped_mlp_rules(
+    config: ModelConfig, layout: ExpertLayout, bias: str, gates: tuple[Gate, ...] = ONE_GATE
+) -> tuple[Rule, ...]:
+    """The feed-forward parts of a layer; `bias` is what a router's bias is called."""
+    rules = [*dense_mlp_rules(config), *expert_rules(layout, gates=gates)]
     if config.moe.expert_bias:
-        rules.append(Rule(ROUTER_BIAS, f"{LAYER}mlp.gate.{bias}", layers="moe"))
+        rules += [Rule(ROUTER_BIAS, f"{LAYER}mlp.{gate}.{bias}", layers="moe", place=place) for _, gate, place in gates]
     if config.stack.num_shared_experts:
         rules += [
             Rule(f"{{layer}}/moe/shared/{name}/kernel", f"{LAYER}mlp.shared_experts.{name}_proj.weight", KERNEL, "moe")

@@ -13,6 +13,7 @@ from anyexperts_jax.nn.config import RopeScaling
 
 CONFIG = "config.json"
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_NESTED = ("text_config", "thinker_config")  # parts that may hold rope settings
 _REQUIRED: Any = object()
 
 
@@ -134,6 +135,11 @@ class HubConfig:
         require(isinstance(value, Mapping), f"{self._at(key)} must be an object")
         return HubConfig(value, f"{self.where}: {key}")
 
+    @property
+    def thinker(self) -> "HubConfig":
+        """The part that describes the decoder and its towers: all of it, but for Qwen3-Omni."""
+        return self.part("thinker_config") if self.get("thinker_config") is not None else self
+
     def rope(self, head_dim: int) -> dict[str, Any]:
         """`rope_theta`, `rope_fraction` and `rope_scaling` of an AttentionConfig, from wherever they are.
 
@@ -160,13 +166,24 @@ class HubConfig:
                 "rotary_dim": None if rotary_dim is None else rotary_dim / head_dim,
             }
         )
-        fields: dict[str, Any] = {"rope_theta": float(theta), "rope_scaling": self._rope_scaling(own)}
+        fields: dict[str, Any] = {"rope_theta": float(theta), "rope_scaling": self._rope_scaling()}
         return fields if fraction is None else {**fields, "rope_fraction": float(fraction)}
 
-    def _rope_scaling(self, own: Mapping[str, Any]) -> RopeScaling | None:
-        legacy = self.get("rope_scaling", {})
-        require(isinstance(legacy, Mapping), f"{self._at('rope_scaling')} must be an object")
-        both = {key: value for key, value in {**legacy, **own}.items() if value is not None}
+    def rope_settings(self) -> dict[str, Any]:
+        """What `rope_scaling` and `rope_parameters` hold; the newer one counts.
+
+        Raises:
+          UserError: when either is no object.
+        """
+        found: dict[str, Any] = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            held = self.get(key, {})
+            require(isinstance(held, Mapping), f"{self._at(key)} must be an object")
+            found |= {name: value for name, value in held.items() if value is not None}
+        return found
+
+    def _rope_scaling(self) -> RopeScaling | None:
+        both = self.rope_settings()
         kind = both.get("rope_type", both.get("type", "default"))
         if kind == "default":
             return None
@@ -225,12 +242,15 @@ def _yarn(given: Mapping[str, Any], hub: HubConfig) -> RopeScaling:
 
 def _yarn_attention(given: Mapping[str, Any], factor: float) -> float:
     """What YaRN multiplies cosines and sines by where the file does not say."""
-
-    def grown(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
     scale, scale_all = given.get("mscale"), given.get("mscale_all_dim")
-    return grown(scale) / grown(scale_all) if scale and scale_all else grown(1.0)
+    if not (scale and scale_all):
+        return yarn_growth(factor)
+    return yarn_growth(factor, scale) / yarn_growth(factor, scale_all)
+
+
+def yarn_growth(factor: float, scale: float = 1.0) -> float:
+    """How YaRN lets scores grow with the factor by which wavelengths are stretched, once for queries or keys."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def both_rope_forms(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,9 +259,7 @@ def both_rope_forms(values: Mapping[str, Any]) -> dict[str, Any]:
     kind = own.get("rope_type", legacy.get("rope_type", legacy.get("type", "default")))
     theta = own.get("rope_theta", values.get("rope_theta"))
     if theta is None:
-        return dict(values) | {
-            key: both_rope_forms(part) for key, part in values.items() if key == "text_config" and part
-        }
+        return dict(values) | {key: both_rope_forms(part) for key, part in values.items() if key in _NESTED and part}
     partial = own.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     settings = {k: v for k, v in {**legacy, **own}.items() if k not in ("type", "rope_theta", "partial_rotary_factor")}
     rotary = {} if partial is None else {"partial_rotary_factor": partial}

@@ -1,47 +1,69 @@
-"""Where pictures and videos go in a prompt: the places in its text, the rows they read, and the rotary positions."""
+"""Where pictures, videos and sounds go in a prompt: the places in its text."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
 from numpy import ndarray
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.modality import Modality
-from anyexperts_jax.models.config import VisionTowerConfig
-from anyexperts_jax.models.vision_tower import Frames, PlacedFrames
+from anyexperts_jax.models.config import AudioTowerConfig, ModelConfig, VisionTowerConfig
 from anyexperts_jax.pretrained.hub_config import HubConfig
-from anyexperts_jax.pretrained.pictures import Patches
+from anyexperts_jax.pretrained.pictures import Patches, listed, patches_of
+from anyexperts_jax.pretrained.sounds import Sound, sounds_of
 from anyexperts_jax.tokenizers.base import Tokenizer
 
-_SQUARE_STEP = 16  # frames are padded to a multiple of so many squares, so that few programs are compiled
+KINDS = {"image": Modality.IMAGE, "video": Modality.VIDEO, "audio": Modality.AUDIO}  # beside text, by their names
+Given = Mapping[str, Sequence[Any]]  # media by kind
+_STEPS = 25  # of the class, where the file does not say
 _KEYS = {
     "image": ("image_token_id", 151655),
     "video": ("video_token_id", 151656),
     "start": ("vision_start_token_id", 151652),
     "end": ("vision_end_token_id", 151653),
 }
+_SOUND_KEYS = {"audio": "audio_token_id", "audio_start": "audio_start_token_id", "audio_end": "audio_end_token_id"}
+
+
+def readable_kinds(config: ModelConfig) -> tuple[str, ...]:
+    """The kinds of media that a model reads."""
+    sees, hears = config.vision_tower is not None, config.audio_tower is not None
+    return ("image", "video")[: 2 * sees] + ("audio",)[:hears]
 
 
 @dataclasses.dataclass(frozen=True)
 class PlaceIds:
-    """The ids that mark a row of a picture and a row of a video, and those that open and close either."""
+    """The ids that mark a row of a picture, of a video or of a sound, and those that open and close them."""
 
     image: int
     video: int
     start: int
     end: int
+    audio: int | None = None  # None, as the next: the model does not hear
+    audio_start: int | None = None
+    audio_end: int | None = None
+    steps: int | None = None  # rotary positions in a second of video; None: its frames are placed like pictures
 
     @classmethod
     def of(cls, hub: HubConfig) -> "PlaceIds":
-        """Reads them from a config.json. A missing one has the default of transformers' class.
+        """Reads them from a config.json. A missing one of pictures has the default of transformers' class.
 
         Raises:
           UserError: when one is not a whole number.
         """
-        return cls(**{name: hub.whole(key, default) for name, (key, default) in _KEYS.items()})
+        hub = hub.thinker
+        own = {name: hub.whole(key, default) for name, (key, default) in _KEYS.items()}
+        if hub.get("audio_config") is None:
+            return cls(**own)
+        heard = {name: hub.whole(key) for name, key in _SOUND_KEYS.items()}
+        return cls(**own, **heard, steps=hub.whole("position_id_per_seconds", _STEPS))
+
+    def modality_of(self, token: int) -> Modality | None:
+        """The modality that the token is a place for; None for text."""
+        return {self.image: Modality.IMAGE, self.video: Modality.VIDEO, self.audio: Modality.AUDIO}.get(token)
 
     def texts(self, tokenizer: Tokenizer) -> dict[str, str]:
         """The text of each id, by name.
@@ -50,23 +72,57 @@ class PlaceIds:
           UserError: when an id is not a token of the tokenizer.
         """
         found = {}
-        for name, number in dataclasses.asdict(self).items():
+        named = {**{name: key for name, (key, _) in _KEYS.items()}, **_SOUND_KEYS}
+        for name, key in named.items():
+            number = getattr(self, name)
+            if number is None:
+                continue
             text = tokenizer.pieces([number])[0] if number < tokenizer.vocab_size else ""
             same = bool(text) and tokenizer.encode_rendered(text).ids_T.tolist() == [number]
-            require(same, f"{_KEYS[name][0]}={number} of config.json is no token of the tokenizer {tokenizer.name!r}")
+            require(same, f"{key}={number} of config.json is no token of the tokenizer {tokenizer.name!r}")
             found[name] = text
         return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """Pictures and videos in the order in which a batch of prompts reads them."""
+    """Pictures, videos and sounds in the order in which a batch of prompts reads them."""
 
-    items: tuple[Patches, ...]
-    tower: VisionTowerConfig
+    items: tuple[Patches | Sound, ...]
+    vision: VisionTowerConfig
+    audio: AudioTowerConfig | None
     ids: PlaceIds
 
-    def of(self, modality: Modality) -> list[Patches]:
+    @classmethod
+    def of_model(cls, given: Given, config: ModelConfig, hub: HubConfig, path: pathlib.Path) -> "Shown | None":
+        """What a model is shown; None for nothing.
+
+        Args:
+          given: pictures, videos and sounds, by kind.
+          path: of the checkpoint.
+
+        Raises:
+          UserError: for a model that does not see or hear, or for what cannot be read.
+        """
+        lists = {kind: listed(f"{kind}s", given.get(kind, ())) for kind in KINDS}
+        some = [f"{kind}s" for kind, own in lists.items() if own]
+        if not some:
+            return None
+        said = " and ".join(some)
+        require(config.vision_tower is not None, f"the model in {path} reads text alone, but {said} are given")
+        assert config.vision_tower is not None
+        ids = PlaceIds.of(hub)
+        pictures = (lists["image"], lists["video"])
+        timed = ids.steps is not None
+        items: list[Patches | Sound] = [*patches_of(*pictures, path, config.vision_tower, per_frame=timed)]
+        if lists["audio"]:
+            require(config.audio_tower is not None, f"the model in {path} hears no sound, but audios are given")
+            assert config.audio_tower is not None
+            items += sounds_of(lists["audio"], path, config.audio_tower)
+        return cls(tuple(items), config.vision_tower, config.audio_tower, ids)
+
+    def of(self, modality: Modality) -> list[Any]:
+        """Those of one modality: `Patches`, or `Sound`."""
         return [item for item in self.items if item.modality is modality]
 
     def frames(self, modality: Modality) -> list[tuple[ndarray, tuple[int, int]]]:
@@ -77,11 +133,24 @@ class Shown:
             found += [(part, item.grid[1:]) for part in parts]
         return found
 
-    def place_text(self, item: Patches, texts: Mapping[str, str]) -> str:
-        """The text that stands for one item in a prompt. Each frame of a video comes after its time in seconds."""
-        rows = item.patches_per_frame // self.tower.merge**2
+    def sound_rows(self, sound: Sound) -> int:
+        """The rows that the tower makes of a sound."""
+        assert self.audio is not None
+        whole, rest = divmod(len(sound.mel_SX), self.audio.chunk_frames)
+        return whole * self.audio.chunk_rows + self.audio.rows(rest)
+
+    def place_text(self, item: Patches | Sound, texts: Mapping[str, str]) -> str:
+        """The text that stands for one item in a prompt.
+
+        Where frames of a video are placed like pictures, each comes after its time in seconds.
+        """
+        if isinstance(item, Sound):
+            return texts["audio_start"] + texts["audio"] * self.sound_rows(item) + texts["audio_end"]
+        rows = item.patches_per_frame // self.vision.merge**2
         if item.modality is Modality.IMAGE:
             return texts["start"] + texts["image"] * rows + texts["end"]
+        if self.ids.steps is not None:
+            return texts["start"] + texts["video"] * rows * item.grid[0] + texts["end"]
         frame = texts["start"] + texts["video"] * rows + texts["end"]
         return "".join(f"<{second:.1f} seconds>{frame}" for second in item.seconds)
 
@@ -91,120 +160,16 @@ class Shown:
         Raises:
           UserError: when the conversation does not have as many places as there are items.
         """
-        own = {"image": self.of(Modality.IMAGE), "video": self.of(Modality.VIDEO)}
-        for name, items in own.items():
-            made, given = text.count(texts[name]), len(items)
-            require(made == given, f"the chat template made {made} places of kind {name}, but {given} are given")
-        queues = {name: iter(items) for name, items in own.items()}
+        own = {kind: self.of(modality) for kind, modality in KINDS.items() if kind in texts}
+        for kind, items in own.items():
+            made, given = text.count(texts[kind]), len(items)
+            require(made == given, f"the chat template made {made} places of kind {kind}, but {given} are given")
+        queues = {kind: iter(items) for kind, items in own.items()}
         done, rest = "", text
-        while places := [(rest.find(texts[name]), name) for name in queues if texts[name] in rest]:
-            at, name = min(places)
-            before, after = rest[:at], rest[at + len(texts[name]) :]
-            done += before.removesuffix(texts["start"]) + self.place_text(next(queues[name]), texts)
-            rest = after.removeprefix(texts["end"])
+        while places := [(rest.find(texts[kind]), kind) for kind in queues if texts[kind] in rest]:
+            at, kind = min(places)
+            before, after = rest[:at], rest[at + len(texts[kind]) :]
+            opens, closes = ("audio_start", "audio_end") if kind == "audio" else ("start", "end")
+            done += before.removesuffix(texts[opens]) + self.place_text(next(queues[kind]), texts)
+            rest = after.removeprefix(texts[closes])
         return done + rest
-
-
-@dataclasses.dataclass(frozen=True)
-class Placed:
-    """The frames and places of a batch, and by how much rotary positions lag behind the places of each row."""
-
-    frames: PlacedFrames
-    lead_B: Int[Array, "B"]
-
-
-def place(shown: Shown, tokens_BT: Int[ndarray, "B T"], valid_BT: Bool[ndarray, "B T"]) -> Placed:
-    """Assigns a row of the tower to each place among the tokens, and a rotary position to every token.
-
-    Along text the position grows by one a token. The rows of a picture share the position where it starts as their
-    time, and add their own row and column. The next token continues after the picture's longer side. Every pair of
-    frames of a video is placed like a picture.
-
-    Raises:
-      UserError: when the places do not fit the pictures.
-    """
-    row_BT = np.full(tokens_BT.shape, -1, np.int32)
-    modality_BT = np.full(tokens_BT.shape, int(Modality.TEXT), np.int32)
-    rotary_BT3 = np.zeros((*tokens_BT.shape, 3), np.int32)
-    lead_B = np.zeros(len(tokens_BT), np.int32)
-    walk = _Frames(shown)
-    stacked = walk.stacked()
-    for b, tokens_T in enumerate(tokens_BT):
-        kept = np.flatnonzero(valid_BT[b])
-        t, position = 0, 0
-        while t < len(kept):
-            modality = walk.modality_of(int(tokens_T[kept[t]]))
-            if modality is None:
-                rotary_BT3[b, kept[t]] = position
-                t, position = t + 1, position + 1
-                continue
-            number, (rows, columns) = walk.next(modality)
-            span = kept[t : t + rows * columns]
-            whole = len(span) == rows * columns and all(walk.modality_of(int(i)) is modality for i in tokens_T[span])
-            require(
-                whole,
-                f"row {b} of the tokens has fewer places from {kept[t]} on than the {rows} x {columns} rows that its "
-                f"{modality.name.lower()} needs; make the tokens with m.tokens(prompt, images=...)",
-            )
-            modality_BT[b, span] = int(modality)
-            row_BT[b, span] = number * stacked.rows_per_frame + np.arange(rows * columns)
-            grid = np.stack(np.meshgrid([0], np.arange(rows), np.arange(columns), indexing="ij"), axis=-1)
-            rotary_BT3[b, span] = position + grid.reshape(-1, 3)
-            t, position = t + rows * columns, position + max(rows, columns)
-        lead_B[b] = len(kept) - position
-    walk.require_none_left()
-    placed = PlacedFrames(stacked.frames, *(jnp.asarray(own) for own in (row_BT, modality_BT, rotary_BT3)))
-    return Placed(placed, jnp.asarray(lead_B))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stacked:
-    frames: Frames
-    rows_per_frame: int
-
-
-class _Frames:
-    """The frames of pictures, then of videos, numbered in this order; each kind has a queue of its own."""
-
-    def __init__(self, shown: Shown) -> None:
-        self._shown = shown
-        own = {kind: shown.frames(kind) for kind in (Modality.IMAGE, Modality.VIDEO)}
-        self._all = [*own[Modality.IMAGE], *own[Modality.VIDEO]]
-        numbers = range(len(self._all))
-        first = len(own[Modality.IMAGE])
-        self._queues: dict[Modality, Iterator[int]] = {
-            Modality.IMAGE: iter(numbers[:first]),
-            Modality.VIDEO: iter(numbers[first:]),
-        }
-
-    def modality_of(self, token: int) -> Modality | None:
-        """The modality that the token is a place for; None for text."""
-        ids = self._shown.ids
-        return {ids.image: Modality.IMAGE, ids.video: Modality.VIDEO}.get(token)
-
-    def next(self, modality: Modality) -> tuple[int, tuple[int, int]]:
-        """(the number of the next frame of the kind, the rows and columns it gives)."""
-        number = next(self._queues[modality], None)
-        kind = modality.name.lower()
-        given = len(self._shown.of(modality))
-        require(number is not None, f"the tokens have places for more {kind}s than are given ({given})")
-        assert number is not None
-        grid, merge = self._all[number][1], self._shown.tower.merge
-        return number, (grid[0] // merge, grid[1] // merge)
-
-    def require_none_left(self) -> None:
-        for modality, queue in self._queues.items():
-            left = len(list(queue))
-            kind = modality.name.lower()
-            require(left == 0, f"{kind}s are given that the tokens have no places for ({left} frames)")
-
-    def stacked(self) -> _Stacked:
-        tower = self._shown.tower
-        longest = max(len(patches) for patches, _ in self._all)
-        step = _SQUARE_STEP * tower.merge**2
-        length = -(-longest // step) * step
-        patches_FPX = np.zeros((len(self._all), length, tower.patch_features), np.float32)
-        for number, (patches, _) in enumerate(self._all):
-            patches_FPX[number, : len(patches)] = patches
-        grid_F2 = np.array([grid for _, grid in self._all], np.int32)
-        return _Stacked(Frames(jnp.asarray(patches_FPX), jnp.asarray(grid_F2)), length // tower.merge**2)

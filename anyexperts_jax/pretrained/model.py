@@ -17,13 +17,13 @@ from anyexperts_jax.core.batch import ArrayLike, make_batch
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
+from anyexperts_jax.models.placed_media import PlacedMedia
 from anyexperts_jax.models.sample import GREEDY, Sampling
-from anyexperts_jax.models.vision_tower import PlacedFrames
 from anyexperts_jax.pretrained.budget import BudgetInForce, mixing_logits, with_budget, with_policy
 from anyexperts_jax.pretrained.decode import Decoded, Request, Weights, decode
 from anyexperts_jax.pretrained.hub_config import HubConfig, eos_ids
-from anyexperts_jax.pretrained.media import PlaceIds, Shown, place
-from anyexperts_jax.pretrained.pictures import listed, patches_of
+from anyexperts_jax.pretrained.media import Given, Shown, readable_kinds
+from anyexperts_jax.pretrained.placing import place
 from anyexperts_jax.pretrained.prompts import Prompt, TextStream, prompt_tokens, require_text, with_media
 from anyexperts_jax.sharding.placement import Placement, placement_of
 from anyexperts_jax.tokenizers.base import Tokenizer
@@ -63,7 +63,7 @@ class Pretrained:
 
     config: ModelConfig
     params: Any
-    router_bias_LC: Float[Array, "L C"] | None
+    router_bias_LC: Float[Array, "L *M C"] | None
     hub: HubConfig
     family: str
     path: pathlib.Path
@@ -92,31 +92,37 @@ class Pretrained:
     @functools.cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end an answer: those of generation_config.json, config.json and the tokenizer."""
-        text = self.hub.get("text_config", {})
-        return tuple(dict.fromkeys([*eos_ids(self.generation), *eos_ids(self.hub.values), *eos_ids(text)]))
+        thinker = self.hub.thinker
+        parts = (self.generation, self.hub.values, thinker.values, thinker.get("text_config", {}))
+        return tuple(dict.fromkeys(id for part in parts for id in eos_ids(part)))
 
-    def show(self, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Shown | None:
-        """The patches of pictures and videos, as the settings beside the weights say; None for none of either.
+    def show(self, images: Sequence[Any] = (), videos: Sequence[Any] = (), audios: Sequence[Any] = ()) -> Shown | None:
+        """What the towers read of pictures, videos and sounds, as the settings beside the weights say; None for
+        nothing.
 
         Args:
           images: each the path of a file, one of Pillow's pictures, an array [H, W, 3], or `pictures.Patches`.
           videos: each a `pictures.Video`, or `pictures.Patches`.
+          audios: each the path of a file, mono samples at 16 kHz, or a `sounds.Sound`.
 
         Raises:
-          UserError: for a model of text, or for what cannot be read.
+          UserError: for a model that does not see or hear, or for what cannot be read.
         """
-        images, videos = listed("images", images), listed("videos", videos)
-        if not images + videos:
-            return None
-        tower = self.config.vision_tower
-        said = " and ".join(name for name, own in (("images", images), ("videos", videos)) if own)
-        require(tower is not None, f"the model in {self.path} reads text alone, but {said} are given")
-        assert tower is not None
-        return Shown(tuple(patches_of(images, videos, self.path, tower)), tower, PlaceIds.of(self.hub))
+        return self._shown({"image": images, "video": videos, "audio": audios})
 
-    def tokens(self, prompt: Prompt, *, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> list[int]:
-        """The ids of a prompt, as `generate` takes it, with a place for every row of its pictures and videos."""
-        return self._prepared([prompt], [images], [videos])[0][0]
+    def _shown(self, given: Given) -> Shown | None:
+        return Shown.of_model(given, self.config, self.hub, self.path)
+
+    def tokens(
+        self,
+        prompt: Prompt,
+        *,
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        audios: Sequence[Any] = (),
+    ) -> list[int]:
+        """The ids of a prompt, as `generate` takes it, with a place for every row of its pictures, videos, sounds."""
+        return self._prepared([prompt], {"image": [images], "video": [videos], "audio": [audios]})[0][0]
 
     def logits(
         self,
@@ -126,6 +132,7 @@ class Pretrained:
         *,
         images: Sequence[Any] = (),
         videos: Sequence[Any] = (),
+        audios: Sequence[Any] = (),
     ) -> Float[Array, "B T Y"]:
         """Float32 logits of the token after each position.
 
@@ -133,13 +140,15 @@ class Pretrained:
           tokens_BT: ids, as an array or as lists of one length.
           valid_BT: False at padding, on either side; None: all tokens count.
           budget: real experts a token; None: the model's own.
-          images, videos: those that the tokens have places for, in the order of reading, row by row; as for `show`.
+          images, videos, audios: those that the tokens have places for, in the order of reading, row by row; as for
+            `show`.
 
         Raises:
-          UserError: ids or lengths that the model does not have, a budget out of reach, or pictures that do not fit
-            the places.
+          UserError: ids or lengths that the model does not have, a budget out of reach, or media that do not fit the
+            places.
         """
-        return self.forward(tokens_BT, valid_BT, budget, images=images, videos=videos).logits_BTY
+        media = {"images": images, "videos": videos, "audios": audios}
+        return self.forward(tokens_BT, valid_BT, budget, **media).logits_BTY
 
     def forward(
         self,
@@ -149,6 +158,7 @@ class Pretrained:
         *,
         images: Sequence[Any] = (),
         videos: Sequence[Any] = (),
+        audios: Sequence[Any] = (),
     ) -> ModelOutput:
         """`logits`, with what every layer's router did."""
         tokens_BT = as_array("tokens_BT", tokens_BT)
@@ -158,8 +168,8 @@ class Pretrained:
         valid_BT = np.ones(tokens_BT.shape, bool) if valid_BT is None else np.asarray(valid_BT)
         require(valid_BT.shape == tokens_BT.shape, f"valid_BT has shape {valid_BT.shape}; need {tokens_BT.shape}")
         config, in_force = with_budget(self.config, budget)
-        shown = self.show(images, videos)
-        placed = None if shown is None else place(shown, np.asarray(tokens_BT), valid_BT).frames
+        shown = self.show(images, videos, audios)
+        placed = None if shown is None else place(shown, np.asarray(tokens_BT), valid_BT).media
         arrays = (jnp.asarray(tokens_BT, jnp.int32), jnp.asarray(valid_BT, bool), placed)
         return _forward((config, self.placement), self.params, self.router_bias_LC, arrays, in_force)
 
@@ -171,12 +181,12 @@ class Pretrained:
         Args:
           prompt: a text to continue, a conversation for the chat template (a list of messages), or a list of texts.
           budget: real experts a token; None: the model's own.
-          how: as for `generate_many`; `images` and `videos` are those of one prompt, or a list a text.
+          how: as for `generate_many`; `images`, `videos` and `audios` are those of one prompt, or a list a text.
         """
         many = not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(one, str) for one in prompt)
         prompts: Any = prompt if many else [prompt]
         if not many:
-            how |= {name: [how[name]] for name in ("images", "videos") if name in how}
+            how |= {name: [how[name]] for name in ("images", "videos", "audios") if name in how}
         texts = self.generate_many(prompts, max_new_tokens=max_new_tokens, budget=budget, **how).texts
         return texts if many else texts[0]
 
@@ -192,6 +202,7 @@ class Pretrained:
         on_text: OnText | None = None,
         images: Sequence[Sequence[Any]] = (),
         videos: Sequence[Sequence[Any]] = (),
+        audios: Sequence[Sequence[Any]] = (),
     ) -> Generated:
         """Continues several prompts at once, of any lengths; an answer does not depend on the others.
 
@@ -200,15 +211,16 @@ class Pretrained:
           seed: of the draws.
           stop: texts that end an answer and are no part of it.
           on_text: called with (number of the prompt, new text) as an answer grows.
-          images, videos: of each prompt, as for `show`. They stand before a text; in a conversation, where it has parts
-            of type "image" and "video", or at the beginning of its last message. Its parts may also hold them.
+          images, videos, audios: of each prompt, as for `show`. They stand before a text; in a conversation, where it
+            has parts of type "image", "video" and "audio", or at the beginning of its last message. Its parts may also
+            hold them.
 
         Raises:
           UserError: an empty prompt, one longer than the model's positions, one that the model cannot read, or a budget
             out of reach.
         """
         config, in_force = with_budget(self.config, budget)
-        ids, shown = self._prepared(prompts, images, videos)
+        ids, shown = self._prepared(prompts, {"image": images, "video": videos, "audio": audios})
         streams = [TextStream(self.tokenizer, stop) for _ in prompts]
         tell = on_text or (lambda row, text: None)
 
@@ -238,34 +250,33 @@ class Pretrained:
         """
         return dataclasses.replace(self, config=with_policy(self.config, policy, dial))
 
-    def _prepared(
-        self, prompts: Sequence[Prompt], images: Sequence[Sequence[Any]], videos: Sequence[Sequence[Any]]
-    ) -> tuple[list[list[int]], Shown | None]:
-        """The ids of each prompt, and what all of them show."""
-        for name, given in (("images", images), ("videos", videos)):
-            said = f"{name} hold {len(given)} lists for {len(prompts)} prompts; give a list a prompt"
-            require(len(given) in (0, len(prompts)), said)
-        ids, items = [], list[Any]()
+    def _prepared(self, prompts: Sequence[Prompt], given: Given) -> tuple[list[list[int]], Shown | None]:
+        """The ids of each prompt, and what all of them show.
+
+        Args:
+          given: of each prompt a list, by kind.
+        """
+        for kind, lists in given.items():
+            said = f"{kind}s hold {len(lists)} lists for {len(prompts)} prompts; give a list a prompt"
+            require(len(lists) in (0, len(prompts)), said)
+        ids, every = [], list[Shown]()
         for number, prompt in enumerate(prompts):
-            own = [
-                listed(name, given[number]) if len(given) else []
-                for name, given in (("images", images), ("videos", videos))
-            ]
+            own: Given = {kind: lists[number] if len(lists) else [] for kind, lists in given.items()}
             if self.config.vision_tower is None:
                 require_text(prompt)
             else:
-                prompt, own = with_media(prompt, *own)
-            shown = self.show(*own)
+                prompt, own = with_media(prompt, own, readable_kinds(self.config))
+            shown = self._shown(own)
             ids.append(prompt_tokens(self.tokenizer, prompt, shown))
-            items += shown.items if shown is not None else ()
-        tower = self.config.vision_tower
-        return ids, Shown(tuple(items), tower, PlaceIds.of(self.hub)) if items and tower is not None else None
+            every += [] if shown is None else [shown]
+        items = tuple(item for shown in every for item in shown.items)
+        return ids, dataclasses.replace(every[0], items=items) if every else None
 
-    def export(self, path: str | os.PathLike[str], form: str = "hub") -> None:
+    def export(self, path: str | os.PathLike[str], form: str = "hub", **how: Any) -> None:
         """Writes the model into a new folder, as `pretrained.write.export` says."""
         from anyexperts_jax.pretrained.write import export
 
-        export(self, path, form)
+        export(self, path, form, **how)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -273,7 +284,7 @@ def _forward(
     static: tuple[ModelConfig, Placement],
     params: Any,
     router_bias_LC: Array | None,
-    arrays: tuple[Array, Array, PlacedFrames | None],
+    arrays: tuple[Array, Array, PlacedMedia | None],
     budget: BudgetInForce,
 ) -> ModelOutput:
     config, placement = static

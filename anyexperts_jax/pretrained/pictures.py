@@ -13,14 +13,15 @@ from numpy import ndarray
 from anyexperts_jax.core.errors import UserError, comma_list, require, shown
 from anyexperts_jax.core.files import parse_json_object, read_text
 from anyexperts_jax.core.modality import Modality
-from anyexperts_jax.data.decode import decode_picture, decode_video
+from anyexperts_jax.data.decode import decode_film_file, decode_picture, decode_video
 from anyexperts_jax.models.config import VisionTowerConfig
 from anyexperts_jax.pretrained.hub_config import HubConfig, keys
 
 IMAGES, VIDEOS, BOTH = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
 _FLATTEST = 200  # a side may be this many times the other
+_OMNI_FRAME = {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32}  # pixels of a frame, by its processor
 _RESAMPLE = range(4)  # Pillow's numbers: nearest, Lanczos, bilinear, bicubic
-_KNOWN = keys(
+SETTINGS = keys(
     """
     do_resize do_rescale do_normalize do_convert_rgb do_center_crop do_pad size min_pixels max_pixels resample
     rescale_factor image_mean image_std patch_size temporal_patch_size merge_size do_sample_frames fps min_frames
@@ -28,8 +29,10 @@ _KNOWN = keys(
     processor_class image_processor_type video_processor_type feature_extractor_type data_format input_data_format
     device return_tensors disable_grouping default_to_square crop_size pad_size return_metadata video_metadata
     max_video_tokens max_image_size max_duration
+    feature_size sampling_rate hop_length n_fft n_samples nb_max_frames chunk_length dither padding_value padding_side
+    return_attention_mask
     """
-)
+)  # of pictures, videos and sounds, which may share a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +41,38 @@ class Video:
 
     Attributes:
       frames: pictures of one size, an array [F, H, W, 3], or the path of a file.
-      fps: how many of them are shown a second; the model is told when each was.
+      fps: how many of them are shown a second; the model is told when each was. None: the file says.
     """
 
     frames: Any
-    fps: float
+    fps: float | None = None
 
     def __post_init__(self) -> None:
+        if self.of_file:
+            require(self.fps is None, f"fps={shown(self.fps)} of a video in a file: leave it out, the file says it")
+            return
         real = isinstance(self.fps, int | float) and math.isfinite(self.fps) and self.fps > 0
         require(real, f"fps={shown(self.fps)} of a video must be a number > 0")
+
+    @property
+    def of_file(self) -> bool:
+        """Whether the frames are a file's: its path, or its bytes."""
+        return isinstance(self.frames, str | bytes | pathlib.Path)
+
+    def decoded(self, where: str, most: int) -> tuple[UInt8[ndarray, "F H W 3"], float]:
+        """(the frames, how many of them are shown a second).
+
+        Args:
+          most: frames that are taken of a file.
+
+        Raises:
+          UserError: naming it by `where`, when it cannot be read.
+        """
+        source = pathlib.Path(self.frames) if isinstance(self.frames, str) else self.frames
+        if self.of_file:
+            return decode_film_file(source, where, most)
+        assert self.fps is not None
+        return decode_video(source, where), self.fps
 
 
 class Patches(NamedTuple):
@@ -56,6 +82,7 @@ class Patches(NamedTuple):
     grid: tuple[int, int, int]  # pairs of frames, rows and columns of patches
     modality: Modality
     seconds: tuple[float, ...]  # when each pair of frames is shown; empty for a picture
+    pair_seconds: float = 1.0  # from pair to pair, for models that tell time by position
 
     @property
     def patches_per_frame(self) -> int:
@@ -77,6 +104,7 @@ class Preprocessing:
     fps: float = 2.0  # frames that are taken of a second of video
     min_frames: int = 4  # of a video, where it has so many
     max_frames: int = 768
+    per_frame: bool = False  # of a video, whether the limits hold for each frame, as Qwen2-VL's do, or for all together
 
     def picture(self, value: Any, where: str) -> Patches:
         """The patches of one picture: a path, one of Pillow's, or an array [H, W, 3].
@@ -95,25 +123,36 @@ class Preprocessing:
         Raises:
           UserError: naming it by `where`, when it cannot be read, is too short or too flat.
         """
-        require(isinstance(value, Video), f"{where} is a {type(value).__name__}; give Video(frames, fps)")
-        source = pathlib.Path(value.frames) if isinstance(value.frames, str) else value.frames
-        frames_FHW3, pair = decode_video(source, where), self.tower.temporal_patch_size
+        said = f"{where} is a {type(value).__name__}; give Video(frames, fps), or Video(file)"
+        require(isinstance(value, Video), said)
+        pair = self.tower.temporal_patch_size
+        frames_FHW3, fps = value.decoded(where, self.max_frames)
         total = len(frames_FHW3)
         require(total >= pair, f"{where} has {total} frames; the model reads {pair} at a time")
-        count = min(max(int(total / value.fps * self.fps), self.min_frames), self.max_frames, total)
-        taken = np.linspace(0, total - 1, count).round().astype(int)
+        taken = self._taken(total, total / fps, pair)
+        count, rate = len(taken), len(taken) * fps / total
         frames = self._normalised(frames_FHW3[taken], pair, where)
         missing = -count % pair
         taken = np.concatenate([taken, np.repeat(taken[-1:], missing)])
         frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
         first, last = taken.reshape(-1, pair)[:, 0], taken.reshape(-1, pair)[:, -1]
-        seconds = tuple(float(own) for own in (first / value.fps + last / value.fps) / 2)
-        return Patches(*self._cut(frames), Modality.VIDEO, seconds)
+        seconds = tuple(float(own) for own in (first / fps + last / fps) / 2)
+        return Patches(*self._cut(frames), Modality.VIDEO, seconds, pair / rate)
+
+    def _taken(self, total: int, seconds: float, pair: int) -> np.ndarray:
+        """The numbers of the frames that are read, evenly spread over a video."""
+        wanted = seconds * self.fps
+        if self.per_frame:
+            count = max(int(min(max(wanted, self.min_frames), self.max_frames, total)) // pair, 1) * pair
+            return (np.arange(count) * (total / count)).astype(int)
+        count = min(max(int(wanted), self.min_frames), self.max_frames, total)
+        return np.linspace(0, total - 1, count).round().astype(int)
 
     def _normalised(self, frames_FHW3: UInt8[ndarray, "F H W 3"], pair: int, where: str) -> np.ndarray:
         height, width = frames_FHW3.shape[1:3]
         if self.resize:
-            new = self.resized(len(frames_FHW3), height, width, pair, where)
+            counted = (1, 1) if self.per_frame else (len(frames_FHW3), pair)
+            new = self.resized(counted[0], height, width, counted[1], where)
             frames_FHW3 = np.stack([_resized(frame, new, self.resample) for frame in frames_FHW3])
         factor = self.tower.patch_size * self.tower.merge
         height, width = frames_FHW3.shape[1:3]
@@ -162,23 +201,30 @@ class Preprocessing:
 
 
 def listed(name: str, given: Any) -> list[Any]:
-    """Pictures or videos as a list.
+    """Pictures, videos or sounds as a list.
 
     Raises:
       UserError: for a single one, such as a path.
     """
     one = isinstance(given, str | bytes | Video) or not isinstance(given, Sequence | ndarray)
+    one = one or (isinstance(given, ndarray) and given.ndim < 2)  # samples
     require(not one, f"{name} is a {type(given).__name__}; give a list")
     return list(given)
 
 
 def patches_of(
-    images: Sequence[Any], videos: Sequence[Any], path: pathlib.Path, tower: VisionTowerConfig
+    images: Sequence[Any],
+    videos: Sequence[Any],
+    path: pathlib.Path,
+    tower: VisionTowerConfig,
+    *,
+    per_frame: bool = False,
 ) -> list[Patches]:
     """The patches of pictures, then of videos; what is `Patches` already is checked and passed on.
 
     Args:
       path: of the checkpoint.
+      per_frame: whether videos are read as Qwen2-VL reads them; see `Preprocessing`.
 
     Raises:
       UserError: for what cannot be read, naming it by its place.
@@ -191,7 +237,7 @@ def patches_of(
             if isinstance(value, Patches):
                 found.append(_checked(value, tower, where, Modality.VIDEO if is_video else Modality.IMAGE))
                 continue
-            settings = settings or read_preprocessing(path, tower, is_video)
+            settings = settings or read_preprocessing(path, tower, is_video, per_frame and is_video)
             found.append(settings.video(value, where) if is_video else settings.picture(value, where))
     return found
 
@@ -206,22 +252,26 @@ def _checked(patches: Patches, tower: VisionTowerConfig, where: str, modality: M
     return patches
 
 
-def read_preprocessing(folder: pathlib.Path, tower: VisionTowerConfig, videos: bool = False) -> Preprocessing:
+def read_preprocessing(
+    folder: pathlib.Path, tower: VisionTowerConfig, videos: bool = False, per_frame: bool = False
+) -> Preprocessing:
     """The settings that lie beside the weights.
 
     Args:
       tower: whose patches they must make.
       videos: of videos in place of pictures.
+      per_frame: whether videos are read as Qwen2-VL reads them. Those of pictures then hold for videos too where there
+        are none of their own, but for the sizes, which are those of Qwen3-Omni's processor.
 
     Raises:
       UserError: when there are none, they do not fit the tower, or ask for what is not done here.
     """
-    hub = _settings(folder, videos)
-    hub.require_known(_KNOWN)
+    hub = _settings(folder, videos, per_frame)
+    hub.require_known(SETTINGS)
     for key in ("do_center_crop", "do_pad", "cap_pixels_per_frame"):
         hub.only(key, False)
     hub.only("num_frames")
-    if videos:
+    if videos and not per_frame:
         hub.only("do_sample_frames", True)
     names = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "merge"}
     for key, own in names.items():
@@ -250,11 +300,12 @@ def read_preprocessing(folder: pathlib.Path, tower: VisionTowerConfig, videos: b
         scale=hub.number("rescale_factor", 1 / 255) if hub.flag("do_rescale", True) else 1.0,
         mean=_channels(hub, "image_mean", tower) if normalises else (0.0,) * tower.channels,
         std=_channels(hub, "image_std", tower) if normalises else (1.0,) * tower.channels,
+        per_frame=per_frame,
         **frames,
     )
 
 
-def _settings(folder: pathlib.Path, videos: bool) -> HubConfig:
+def _settings(folder: pathlib.Path, videos: bool, per_frame: bool) -> HubConfig:
     own, part = (VIDEOS, "video_processor") if videos else (IMAGES, "image_processor")
     for name in (own, BOTH):
         path = folder / name
@@ -265,6 +316,10 @@ def _settings(folder: pathlib.Path, videos: bool) -> HubConfig:
             return whole
         if whole.get(part) is not None:
             return whole.part(part)
+    if per_frame and (folder / IMAGES).is_file():
+        shared = _settings(folder, videos=False, per_frame=False)
+        others = {key: value for key, value in shared.values.items() if key not in ("min_pixels", "max_pixels")}
+        return HubConfig({**others, "size": _OMNI_FRAME}, shared.where)
     raise UserError(f"{folder} holds neither {own} nor a {BOTH} with {part}; copy it from where the model is from")
 
 

@@ -1,11 +1,13 @@
 """Text to the tokens a published model expects, and its tokens back to text as they come."""
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from anyexperts_jax.core.errors import UserError, require
-from anyexperts_jax.pretrained.media import Shown
+from anyexperts_jax.core.errors import UserError, one_line, require
+from anyexperts_jax.pretrained.media import Given, Shown
+from anyexperts_jax.pretrained.pictures import listed
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.chat import ChatTemplate
 from anyexperts_jax.tokenizers.files import parse_object
@@ -20,7 +22,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, shown: Shown | None = No
     what comes before the assistant's next turn.
 
     Args:
-      shown: pictures and videos, which stand before a text, and in a conversation where it has parts for them.
+      shown: pictures, videos and sounds, which stand before a text, and in a conversation where it has parts for them.
 
     Raises:
       UserError: an empty prompt, or a conversation for a tokenizer without a template.
@@ -38,58 +40,92 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, shown: Shown | None = No
     return tokenizer.encode_rendered(text).ids_T.tolist()
 
 
-def with_media(prompt: Prompt, images: list[Any], videos: list[Any]) -> tuple[Prompt, list[list[Any]]]:
-    """A conversation with a part for each picture and video, and what its parts stand for, in their order.
+def with_media(prompt: Prompt, given: Given, kinds: Sequence[str]) -> tuple[Prompt, Given]:
+    """A conversation with a part for each picture, video and sound, and what its parts stand for, in their order.
 
     Where it has no parts for them, they go to the beginning of its last message. A text is left as it is.
 
+    Args:
+      given: media beside the prompt, by kind.
+      kinds: those that the model reads.
+
     Raises:
-      UserError: for parts that say what they stand for beside pictures that are given, or too many or few of these.
+      UserError: for parts that say what they stand for beside media that are given, too many or few of these, or a part
+        of another kind.
     """
-    given = {"image": images, "video": videos}
+    given = {kind: listed(f"{kind}s", own) for kind, own in given.items()}
     if isinstance(prompt, str):
-        return prompt, [images, videos]
-    held = media_in(prompt)
-    found = []
+        return prompt, given
+    prompt = [_with_plain_sounds(message, f"message {number}") for number, message in enumerate(prompt)]
+    held = media_in(prompt, kinds)
+    found: dict[str, Sequence[Any]] = {}
     for kind, own in given.items():
-        named = [value for value in held[kind] if value is not None]
+        parts = held.get(kind, [])
+        named, places = [value for value in parts if value is not None], len(parts)
         require(
-            not (named and own) and len(named) in (0, len(held[kind])),
-            f"the conversation has {len(held[kind])} parts of type {kind!r}, {len(named)} of them say which; "
+            not (named and own) and len(named) in (0, places),
+            f"the conversation has {places} parts of type {kind!r}, {len(named)} of them say which; "
             f"{len(own)} are given beside it: let all parts say which, or give all",
         )
-        places = len(held[kind])
         require(
             bool(named) or places in (0, len(own)),
             f"the conversation has {places} parts of type {kind!r}, but {len(own)} are given; give as many",
         )
-        found.append(named or own)
-    missing = {kind: len(own) for kind, own in given.items() if own and not held[kind]}
+        found[kind] = named or own
+    missing = {kind: len(own) for kind, own in given.items() if own and not held.get(kind)}
     if not missing:
         return prompt, found
     last = dict(prompt[-1])
     content = last.get("content", "")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    last["content"] = [*({"type": kind} for kind, count in missing.items() for _ in range(count)), *parts]
+    texts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+    last["content"] = [*({"type": kind} for kind, count in missing.items() for _ in range(count)), *texts]
     return [*prompt[:-1], last], found
 
 
-def media_in(messages: Sequence[Any]) -> dict[str, list[Any]]:
+def media_in(messages: Sequence[Any], kinds: Sequence[str]) -> dict[str, list[Any]]:
     """What the parts of a conversation stand for beside text, by kind; None where a part does not say.
+
+    Args:
+      kinds: those that the model reads.
 
     Raises:
       UserError: for a part of another kind.
     """
-    found: dict[str, list[Any]] = {"image": [], "video": []}
+    found: dict[str, list[Any]] = {kind: [] for kind in kinds}
+    readable = ", ".join(["text", *kinds[:-1]]) + f" and {kinds[-1]}"
     for message in messages:
         content = message.get("content") if isinstance(message, Mapping) else None
         for part in content if isinstance(content, list) else []:
             kind = part.get("type") if isinstance(part, Mapping) else None
             known = kind in (None, "text", *found)
-            require(known, f"the prompt holds a part of type {kind!r}; the model reads text, image and video")
+            require(known, f"the prompt holds a part of type {kind!r}; the model reads {readable}")
             if kind in found:
                 found[kind].append(part.get(kind))
     return found
+
+
+def _with_plain_sounds(message: Any, where: str) -> Any:
+    """The message with its parts of type "input_audio", as OpenAI writes sounds, as parts of type "audio".
+
+    Raises:
+      UserError: for such a part without data in base64.
+    """
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if not isinstance(content, list):
+        return message
+    parts = []
+    for part in content:
+        if not (isinstance(part, Mapping) and part.get("type") == "input_audio"):
+            parts.append(part)
+            continue
+        held = part.get("input_audio")
+        data = held.get("data") if isinstance(held, Mapping) else None
+        require(isinstance(data, str) and bool(data), f"{where}: input_audio must be an object with data in base64")
+        try:
+            parts.append({"type": "audio", "audio": base64.b64decode(str(data), validate=True)})
+        except ValueError as error:
+            raise UserError(f"{where}: the data of input_audio is not base64: {one_line(error)}") from error
+    return {**message, "content": parts}
 
 
 def leading_ids(tokenizer: Tokenizer) -> list[int]:

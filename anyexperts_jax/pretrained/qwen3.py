@@ -1,5 +1,7 @@
 """Qwen3 and Qwen3-MoE: norms of queries and keys over each head."""
 
+from typing import Any
+
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import comma_list, require
 from anyexperts_jax.models.config import ModelConfig
@@ -27,10 +29,17 @@ def _dense_config(hub: HubConfig) -> ModelConfig:
     return decoder_config(hub, _attention(hub), eps=1e-6, d_ff=hub.whole("intermediate_size"))
 
 
-def _moe_config(hub: HubConfig) -> ModelConfig:
+def moe_config(hub: HubConfig, **policy: Any) -> ModelConfig:
+    """Qwen3-MoE's decoder.
+
+    Args:
+      policy: fields of AnyExpertsConfig, beside those that config.json says.
+    """
     renormalised = hub.flag("norm_topk_prob", False)  # the class's default; the releases say true
     moe = AnyExpertsConfig.static_top_k(
-        hub.num_experts(), hub.whole("num_experts_per_tok"), normalisation="all" if renormalised else "none"
+        hub.num_experts(),
+        hub.whole("num_experts_per_tok"),
+        **{"normalisation": "all" if renormalised else "none", **policy},
     )
     first, every = layer_pattern(hub)
     return decoder_config(
@@ -69,10 +78,11 @@ def layer_pattern(hub: HubConfig) -> tuple[int, int]:
     return first, every
 
 
-def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
+def qwen3_rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
+    """The weight rules of both."""
     own = (*around_rules(config), *norm_rules(), *attention_rules(config), *dense_mlp_rules(config))
     return (*own, *expert_rules(layout)) if config.stack.num_moe_layers else own
 
 
-QWEN3 = Family(("Qwen3ForCausalLM",), _dense_config, _rules)
-QWEN3_MOE = Family(("Qwen3MoeForCausalLM",), _moe_config, _rules)
+QWEN3 = Family(("Qwen3ForCausalLM",), _dense_config, qwen3_rules)
+QWEN3_MOE = Family(("Qwen3MoeForCausalLM",), moe_config, qwen3_rules)

@@ -6,7 +6,7 @@ The experts of a layer are published in two tensors, inputs by outputs, and reno
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require, shown
@@ -27,26 +27,26 @@ from anyexperts_jax.pretrained.qwen3 import layer_pattern
 from anyexperts_jax.pretrained.rules import FLAT, KERNEL, KERNEL_OF_HEADS, ExpertLayout, Layout, Rule
 
 MROPE_SECTION = (24, 20, 20)  # of the classes, where the file does not say
-_TOP = keys(
+MOE_KEYS = keys(
     """
-    text_config vision_config tie_word_embeddings image_token_id video_token_id vision_start_token_id
-    vision_end_token_id
+    num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
+    mlp_only_layers
     """
 )
-_TEXT = keys(
+TEXT_KEYS = keys(
     """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
     hidden_act max_position_embeddings rms_norm_eps rope_parameters rope_scaling rope_theta attention_bias
     tie_word_embeddings sliding_window use_sliding_window
     """
 )
-_MOE = keys(
+_TOP = keys(
     """
-    num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
-    mlp_only_layers
+    text_config vision_config tie_word_embeddings image_token_id video_token_id vision_start_token_id
+    vision_end_token_id
     """
 )
-_VISION = keys(
+VISION_KEYS = keys(
     """
     depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size spatial_merge_size
     temporal_patch_size out_hidden_size num_position_embeddings deepstack_visual_indexes rope_parameters
@@ -54,37 +54,72 @@ _VISION = keys(
 )
 _ROPE = keys(
     """
-    rope_theta rope_type type mrope_section mrope_interleaved factor original_max_position_embeddings low_freq_factor
-    high_freq_factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim
+    rope_theta rope_type type mrope_section mrope_interleaved interleaved factor original_max_position_embeddings
+    low_freq_factor high_freq_factor beta_fast beta_slow truncate attention_factor mscale mscale_all_dim
     """
 )
 
 
+class MergerNames(NamedTuple):
+    """What a merger's tensors are called."""
+
+    deep: str  # the list of those after some blocks
+    norm: str
+    up: str
+    down: str
+
+
+MERGERS = MergerNames("deepstack_merger_list", "norm", "linear_fc1", "linear_fc2")
+
+
 def _dense_config(hub: HubConfig) -> ModelConfig:
-    text = _text(hub, _TEXT)
+    text = _text(hub, TEXT_KEYS)
     text.whole("head_dim")  # the class's default is not the width over the heads
     return _whole(hub, decoder_config(text, _attention(text), eps=1e-6, d_ff=text.whole("intermediate_size")))
 
 
 def _moe_config(hub: HubConfig) -> ModelConfig:
-    text = _text(hub, _TEXT | _MOE)
+    text = _text(hub, TEXT_KEYS | MOE_KEYS)
     text.only("norm_topk_prob", True)
+    return _whole(hub, moe_decoder(text, renormalised=True))
+
+
+def moe_decoder(text: HubConfig, renormalised: bool) -> ModelConfig:
+    """The decoder of a `text_config` with experts.
+
+    Args:
+      renormalised: whether the weights of the chosen experts sum to one.
+
+    Raises:
+      UserError: for what is not computed here.
+    """
     first, every = layer_pattern(text)
-    config = decoder_config(
+    normalisation: Literal["all", "none"] = "all" if renormalised else "none"
+    return decoder_config(
         text,
         _attention(text),
         eps=1e-6,
-        moe=AnyExpertsConfig.static_top_k(text.num_experts(), text.whole("num_experts_per_tok")),
+        moe=AnyExpertsConfig.static_top_k(
+            text.num_experts(), text.whole("num_experts_per_tok"), normalisation=normalisation
+        ),
         num_dense_layers=first,
         moe_every=every,
         d_ff=text.whole("intermediate_size", 1),
         expert_d_ff=text.whole("moe_intermediate_size"),
     )
-    return _whole(hub, config)
 
 
 def _text(hub: HubConfig, known: frozenset[str]) -> HubConfig:
     hub.require_known(_TOP)
+    return text_part(hub, known)
+
+
+def text_part(hub: HubConfig, known: frozenset[str]) -> HubConfig:
+    """The `text_config`, whose keys and those of its rope settings are all known.
+
+    Raises:
+      UserError: naming others.
+    """
     text = hub.part("text_config")
     text.require_known(known)
     for key in ("rope_parameters", "rope_scaling"):
@@ -92,6 +127,7 @@ def _text(hub: HubConfig, known: frozenset[str]) -> HubConfig:
             rope = text.part(key)
             rope.require_known(_ROPE)
             rope.only("mrope_interleaved", True)
+            rope.only("interleaved", True)
     return text
 
 
@@ -105,7 +141,9 @@ def _attention(text: HubConfig) -> AttentionConfig:
 
 
 def _whole(hub: HubConfig, decoder: ModelConfig) -> ModelConfig:
-    tower = tower_config(hub.part("vision_config"), decoder.stack.d_model)
+    vision = hub.part("vision_config")
+    vision.require_known(VISION_KEYS)
+    tower = tower_config(vision, decoder.stack.d_model)
     return dataclasses.replace(decoder, tie_embeddings=hub.flag("tie_word_embeddings", False), vision_tower=tower)
 
 
@@ -118,7 +156,6 @@ def tower_config(vision: HubConfig, out_width: int) -> VisionTowerConfig:
     Raises:
       UserError: for what is not computed here.
     """
-    vision.require_known(_VISION)
     vision.only("hidden_act", "gelu_pytorch_tanh")
     rope = HubConfig(vision.get("rope_parameters", {}), f"{vision.where}: rope_parameters")
     rope.require_known(("rope_theta", "rope_type"))
@@ -158,48 +195,55 @@ def _in_language_model(rule: Rule) -> Rule:
     return dataclasses.replace(rule, theirs=rule.theirs.replace("model.", "model.language_model.", 1))
 
 
-def tower_rules(config: ModelConfig) -> tuple[Rule, ...]:
-    """The tensors of the tower."""
+def tower_rules(config: ModelConfig, theirs: str = "model.visual.", names: MergerNames = MERGERS) -> tuple[Rule, ...]:
+    """The tensors of the tower.
+
+    Args:
+      theirs: the beginning of their names.
+    """
     tower = config.vision_tower
     assert tower is not None
-    ours, theirs = "vision_tower/", "model.visual."
+    ours = "vision_tower/"
     rules = [
         Rule(f"{ours}patch/kernel", f"{theirs}patch_embed.proj.weight", Layout("kernel", inputs=tower.patch_shape)),
         Rule(f"{ours}patch/bias", f"{theirs}patch_embed.proj.bias"),
         Rule(f"{ours}positions/table", f"{theirs}pos_embed.weight"),
-        *_merger_rules(f"{ours}merger/", f"{theirs}merger."),
+        *_merger_rules(f"{ours}merger/", f"{theirs}merger.", names),
     ]
     for place in range(len(tower.deep_layers)):
-        rules += _merger_rules(f"{ours}deep_merger_{place}/", f"{theirs}deepstack_merger_list.{place}.")
+        rules += _merger_rules(f"{ours}deep_merger_{place}/", f"{theirs}{names.deep}.{place}.", names)
     for layer in range(tower.num_layers):
         rules += _block_rules(f"{ours}block_{layer}/", f"{theirs}blocks.{layer}.")
     return tuple(rules)
 
 
 def _block_rules(ours: str, theirs: str) -> list[Rule]:
-    rules = _norm_rules(f"{ours}attention_norm/", f"{theirs}norm1.")
-    rules += _norm_rules(f"{ours}mlp_norm/", f"{theirs}norm2.")
+    rules = layer_norm_rules(f"{ours}attention_norm/", f"{theirs}norm1.")
+    rules += layer_norm_rules(f"{ours}mlp_norm/", f"{theirs}norm2.")
     for place, name in enumerate(("query", "key", "value")):
         part: dict[str, Any] = {"part": (0, place)}
         rules.append(Rule(f"{ours}attention/{name}/kernel", f"{theirs}attn.qkv.weight", KERNEL, **part))
         rules.append(Rule(f"{ours}attention/{name}/bias", f"{theirs}attn.qkv.bias", FLAT, **part))
     rules.append(Rule(f"{ours}attention/out/kernel", f"{theirs}attn.proj.weight", KERNEL_OF_HEADS))
     rules.append(Rule(f"{ours}attention/out/bias", f"{theirs}attn.proj.bias"))
-    return rules + _mlp_rules(f"{ours}mlp/", f"{theirs}mlp.")
+    return rules + gelu_mlp_rules(f"{ours}mlp/", f"{theirs}mlp.", ("linear_fc1", "linear_fc2"))
 
 
-def _merger_rules(ours: str, theirs: str) -> list[Rule]:
-    return [*_norm_rules(f"{ours}norm/", f"{theirs}norm."), *_mlp_rules(f"{ours}mlp/", theirs)]
+def _merger_rules(ours: str, theirs: str, names: MergerNames) -> list[Rule]:
+    norm = layer_norm_rules(f"{ours}norm/", f"{theirs}{names.norm}.")
+    return norm + gelu_mlp_rules(f"{ours}mlp/", theirs, (names.up, names.down))
 
 
-def _norm_rules(ours: str, theirs: str) -> list[Rule]:
+def layer_norm_rules(ours: str, theirs: str) -> list[Rule]:
+    """Scale and bias of a LayerNorm."""
     return [Rule(f"{ours}scale", f"{theirs}weight"), Rule(f"{ours}bias", f"{theirs}bias")]
 
 
-def _mlp_rules(ours: str, theirs: str) -> list[Rule]:
-    names = (("up", "linear_fc1"), ("down", "linear_fc2"))
-    kernels = [Rule(f"{ours}{own}/kernel", f"{theirs}{name}.weight", KERNEL) for own, name in names]
-    return kernels + [Rule(f"{ours}{own}/bias", f"{theirs}{name}.bias") for own, name in names]
+def gelu_mlp_rules(ours: str, theirs: str, names: tuple[str, str]) -> list[Rule]:
+    """The two maps of a GELU MLP, with their biases."""
+    both = tuple(zip(("up", "down"), names, strict=True))
+    kernels = [Rule(f"{ours}{own}/kernel", f"{theirs}{name}.weight", KERNEL) for own, name in both]
+    return kernels + [Rule(f"{ours}{own}/bias", f"{theirs}{name}.bias") for own, name in both]
 
 
 QWEN3_VL = Family(("Qwen3VLForConditionalGeneration",), _dense_config, _rules)

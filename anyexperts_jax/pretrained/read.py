@@ -1,5 +1,6 @@
 """From a source of tensors to parameters on their devices: planned first, then read one parameter at a time."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import comma_list, require
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import logical_axes, named_leaves, params_of_leaves
@@ -54,6 +55,7 @@ class ReadPlan:
     parameters: tuple[ParameterPlan, ...]
     tensors: Mapping[str, Expected]
     repeated_head: bool  # a tied model's file holds the head all the same
+    left_out: tuple[str, ...] = ()  # tensors on the family's ignore list
 
     def table(self, source: Source) -> TextTable:
         """A row a parameter: the tensors that make it, its shape, type and sharding."""
@@ -77,6 +79,7 @@ def plan_reading(family: Family, hub: HubConfig, source: Source, mesh: Mesh | No
       UserError: a tensor that is missing, of another shape, or that nothing reads; sizes that do not split over `mesh`.
     """
     found = without_ignored(family, hub, source.tensors)
+    left_out = tuple(name for name in source.tensors if name not in found)
     config = family.config(hub)
     repeated_head = config.tie_embeddings and found.pop(HEAD, None) is not None
     shapes = {name: info.shape for name, info in found.items()}
@@ -97,7 +100,7 @@ def plan_reading(family: Family, hub: HubConfig, source: Source, mesh: Mesh | No
         )
         for name, leaf in parameter_shapes(config).items()
     ]
-    return ReadPlan(_with_types(config, parameters), tuple(parameters), expected, repeated_head)
+    return ReadPlan(_with_types(config, parameters), tuple(parameters), expected, repeated_head, left_out)
 
 
 def summary(plan: ReadPlan, family: str) -> list[str]:
@@ -107,13 +110,22 @@ def summary(plan: ReadPlan, family: str) -> list[str]:
     size = sum(math.prod(own.shape) * own.dtype.itemsize for own in plan.parameters)
     experts = f", {stack.num_moe_layers} of them with {moe.num_experts} experts, {moe.k_max:g} a token"
     head = "tied" if plan.config.tie_embeddings else "of its own"
-    tower = plan.config.vision_tower
-    sees = f"; a vision tower of {tower.num_layers} layers, width {tower.d_model}" if tower is not None else ""
-    return [
+    towers = {"a vision": plan.config.vision_tower, "an audio": plan.config.audio_tower}
+    said = [
+        f"; {name} tower of {tower.num_layers} layers, width {tower.d_model}"
+        for name, tower in towers.items()
+        if tower is not None
+    ]
+    lines = [
         f"family {family}: {stack.num_layers} layers{experts if stack.num_moe_layers else ', dense'}, "
-        f"width {stack.d_model}, {plan.config.vocab_size} ids, head {head}{sees}",
+        f"width {stack.d_model}, {plan.config.vocab_size} ids, head {head}{''.join(said)}",
         f"{elements / 1e6:.1f}M parameters, {size / 1e9:.2f} GB, computed in {stack.dtype}",
     ]
+    counts = collections.Counter(name.partition(".")[0] for name in plan.left_out)
+    if counts:
+        parts = comma_list(f"{count} of {part}" for part, count in counts.items())
+        lines.append(f"{len(plan.left_out)} tensors are left out, which this model does not use here: {parts}")
+    return lines
 
 
 class _Scratch:

@@ -71,6 +71,7 @@ class Rule:
       ours: the parameter's name; "{layer}" stands for the prefix of a layer, of which `layers` says which.
       theirs: the tensor's name; "{i}" stands for the number of the layer, "{e}" for that of the expert.
       layers: those that the rule is for.
+      place: of the parameter's axes behind that of the layers, which places of the first ones.
       part: (axis, place) where several parameters lie one after the other along an axis of one tensor.
     """
 
@@ -79,6 +80,7 @@ class Rule:
     layout: Layout = SAME
     layers: Layers = "all"
     part: tuple[int, int] | None = None
+    place: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +159,7 @@ def _pieces(rule: Rule, config: ModelConfig, shapes: Mapping[str, Shape]) -> Ite
         name = rule.ours.format(layer=prefix)
         if rule.ours == ROUTER_BIAS:
             index = ((layer - stack.num_dense_layers) // stack.moe_every,)
+        index = (*index, *rule.place)
         if "{e}" not in rule.theirs:
             yield _piece(rule, name, index, rule.theirs.format(i=layer), shapes)
             continue

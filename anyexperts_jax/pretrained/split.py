@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from anyexperts_jax.core.arrays import as_array
 from anyexperts_jax.core.batch import make_batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import comma_list, require, require_one_of
@@ -19,11 +18,11 @@ from anyexperts_jax.models.init import named_leaves, params_of_leaves
 from anyexperts_jax.models.multimodal import MultimodalModel
 from anyexperts_jax.models.paths import MOE_LAYERS, dense_name, dense_twins, expert_weight
 from anyexperts_jax.pretrained.attach import on_devices
+from anyexperts_jax.pretrained.calibration import calibration_tokens
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.pretrained.neurons import Groups, Method, Network, group_neurons
 
 ROUTER = "markers"
-_ROWS, _LENGTH = 8, 256  # of the calibration text, in tokens
 ROUTER_NAMES = (f"{MOE_LAYERS}moe/router/gate_kernel", f"{MOE_LAYERS}moe/router/up_kernel")
 _CUT = ("num_dense_layers", "moe_every", "expert_d_ff", "num_shared_experts")  # of StackConfig, what split changes
 _SHARED = f"{MOE_LAYERS}moe/shared/"
@@ -177,24 +176,6 @@ def assemble(
         values[name] = jnp.stack([leaves[twin] for twin in dense_twins(config, name)])
     placed = on_devices(config, values, m.placement)
     return dataclasses.replace(m, config=config, params=params_of_leaves(config, placed), order_LF=order_LF)
-
-
-def calibration_tokens(m: Pretrained, text: str | Sequence[Sequence[int]] | None, seed: int) -> np.ndarray:
-    """Ids [B, T] to group neurons by: of the first few thousand tokens of a text, as given, or drawn at random.
-
-    Raises:
-      UserError: a text without tokens, or ids that the model has not.
-    """
-    length = min(_LENGTH, m.config.max_length)
-    if text is None:
-        return np.random.default_rng(seed).integers(0, m.config.vocab_size, (_ROWS, length))
-    if not isinstance(text, str):
-        return np.asarray(as_array("text", text))
-    ids = m.tokenizer.encode(text[: _ROWS * length * 16]).ids_T
-    require(len(ids) > 0, "split: the text is empty")
-    length = min(length, len(ids))
-    rows = min(_ROWS, len(ids) // length)
-    return np.asarray(ids[: rows * length]).reshape(rows, length)
 
 
 def _network_inputs(m: Pretrained, tokens_BT: np.ndarray) -> list[np.ndarray]:

@@ -15,11 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from anyexperts_jax.core.errors import UserError, one_line, require, require_one_of
+from anyexperts_jax.core.errors import UserError, comma_list, one_line, require, require_one_of
 from anyexperts_jax.core.files import require_local, require_printable
 from anyexperts_jax.core.registries import FAMILIES
 from anyexperts_jax.models.init import named_leaves
+from anyexperts_jax.pretrained.calibration import calibration_tokens
+from anyexperts_jax.pretrained.card import CARD, card
+from anyexperts_jax.pretrained.convert import CONVERSIONS, as_plain, routing_differences
+from anyexperts_jax.pretrained.difference import difference
 from anyexperts_jax.pretrained.extension import base_of, kind_of, write_extension
+from anyexperts_jax.pretrained.family import family_of
 from anyexperts_jax.pretrained.hub_config import CONFIG, HubConfig, both_rope_forms
 from anyexperts_jax.pretrained.lora import merge_adapter, save_adapter
 from anyexperts_jax.pretrained.model import Pretrained
@@ -29,7 +34,7 @@ from anyexperts_jax.routing.policies import IMPORTANCE
 from anyexperts_jax.tokenizers.files import as_text
 from anyexperts_jax.tokenizers.store import open_tokenizer
 
-FORMS = ("hub", "anyexperts", "adapter")
+FORMS = ("hub", "anyexperts", "adapter", *CONVERSIONS)
 SHARD_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"
 _BESIDE = (  # what goes along where it lies beside the weights
@@ -49,7 +54,15 @@ _BESIDE = (  # what goes along where it lies beside the weights
 )
 
 
-def export(model: Pretrained, path: str | os.PathLike[str], form: str = "hub", shard_bytes: int = SHARD_BYTES) -> None:
+def export(
+    model: Pretrained,
+    path: str | os.PathLike[str],
+    form: str = "hub",
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    text: str | None = None,
+    experts: int | None = None,
+) -> None:
     """Writes the model into a new folder: weights with a tensor for each expert, config.json with the rope settings in
     both their homes, and what lay beside the weights that were read.
 
@@ -58,20 +71,34 @@ def export(model: Pretrained, path: str | os.PathLike[str], form: str = "hub", s
     Args:
       form: "hub", the layout that published checkpoints have; "anyexperts", for a model with attached slots or split
         networks: that of its base, and what the base has no place for beside it; "adapter", the low-rank adapter
-        alone, as `pretrained.lora` saves it. The other forms have an adapter merged into the weights.
+        alone, as `pretrained.lora` saves it. The other forms have an adapter merged into the weights. "plain", "zeda"
+        and "longcat" are those of `pretrained.convert`, in the hub's layout, with a model card that has the difference
+        of the two models, measured.
       shard_bytes: of a file, at most, but for a tensor that is larger.
+      text: of a form of `pretrained.convert`, what the difference is measured on; None: ids drawn at random.
+      experts: of form "plain", a token's number; None: that of the model before it got variable slots.
 
     Raises:
       UserError: the folder exists, the disk is too small, or the model has parameters that its family's layout has no
         place for.
     """
     require_one_of("form", form, FORMS)
+    require(text is None or form in CONVERSIONS, f"text is for form={comma_list(CONVERSIONS)}, not {form!r}")
+    require(experts is None or form == "plain", f"experts is for form='plain', not {form!r}")
     out = require_new_folder(path)
     if form == "adapter":
         with _appearing(out) as folder:
             save_adapter(model, folder)
         return
     model = merge_adapter(model)
+    if form in CONVERSIONS:
+        converted = as_plain(model, experts) if form == "plain" else CONVERSIONS[form](model)
+        _require_disk(_Tensors.of(converted), out)
+        said = _card_of(form, model, converted, text)
+        with _appearing(out) as folder:
+            _write_model(converted, folder, shard_bytes)
+            (folder / CARD).write_text(said, encoding="utf-8")
+        return
     kind = kind_of(model)
     require(
         form != "hub" or kind is None,
@@ -82,15 +109,46 @@ def export(model: Pretrained, path: str | os.PathLike[str], form: str = "hub", s
     require(
         policy == IMPORTANCE, f"a checkpoint has no place for the policy {policy!r}; export the model it was put on"
     )
+    if form == "hub":
+        _require_said(model)
     base = base_of(model) if form == "anyexperts" else model
-    tensors = _Tensors.of(base)
-    need, free = tensors.total_bytes, shutil.disk_usage(out.absolute().parent).free
-    require(need < free, f"{out} needs {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk")
+    _require_disk(_Tensors.of(base), out)
     with _appearing(out) as folder:
-        _write_weights(tensors, folder, shard_bytes)
-        write_beside(base.hub, base.path, base.config.stack.param_dtype, folder)
+        _write_model(base, folder, shard_bytes)
         if form == "anyexperts":
             write_extension(model, base, folder)
+
+
+def _card_of(form: str, model: Pretrained, converted: Pretrained, text: str | None) -> str:
+    tokens_BT = calibration_tokens(model, text, seed=0)
+    sample = "drawn at random, which says little about text" if text is None else "of a text that was given"
+    return card(form, model, converted, difference(model, converted, tokens_BT), sample)
+
+
+def _require_said(model: Pretrained) -> None:
+    """Checks that config.json says how the model routes.
+
+    Raises:
+      UserError: naming the fields that differ.
+    """
+    if model.config.stack.num_moe_layers == 0:
+        return
+    other = routing_differences(model.config.moe, FAMILIES[model.family].config(model.hub).moe)
+    require(
+        not other,
+        f"form='hub' has no place for how the model routes: {'; '.join(other)}; use form='plain', which is another "
+        "function, or form='zeda', where it can express it",
+    )
+
+
+def _require_disk(tensors: "_Tensors", out: pathlib.Path) -> None:
+    need, free = tensors.total_bytes, shutil.disk_usage(out.absolute().parent).free
+    require(need < free, f"{out} needs {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk")
+
+
+def _write_model(model: Pretrained, folder: pathlib.Path, shard_bytes: int) -> None:
+    _write_weights(_Tensors.of(model), folder, shard_bytes)
+    write_beside(model.hub, model.path, model.config.stack.param_dtype, folder)
 
 
 @contextlib.contextmanager
@@ -194,7 +252,7 @@ def write_beside(hub: HubConfig, source: pathlib.Path, dtype: str, folder: pathl
       source: the folder or the GGUF file that the model was read from.
       dtype: of the weights, where config.json does not say.
     """
-    values = both_rope_forms(hub.values)
+    values = both_rope_forms(family_of(hub)[1].written(hub.values))
     if "dtype" not in values and "torch_dtype" not in values:
         values["dtype"] = dtype
     (folder / CONFIG).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,6 +13,12 @@ LOAD_LIMIT = 2.0  # load of the busiest expert relative to the mean
 CHANCE_MARGIN = 3.0  # standard errors above chance
 DRAWS = 1000  # of the bootstrap over questions
 
+_CAPS = {
+    "round": "at most rho_max = {:g} before rounding",
+    "floor": "at most rho_max = {:g}",
+    "off": "no cap, {:g} expected",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -124,7 +130,7 @@ def _virtual_share(result: EvaluationResult, moe: AnyExpertsConfig) -> Verdict:
     return Verdict(
         "virtual share, largest of any token, layer and budget",
         f"{largest:.3f}",
-        f"at most rho_max = {moe.rho_max:g}" + ("" if moe.switches.cap_rounding == "floor" else " before rounding"),
+        _CAPS[moe.switches.cap_rounding].format(moe.rho_max),
         largest <= max([moe.rho_max, *(cap / k for k, cap in enumerate(moe.virtual_caps) if k)]) + 1e-6,
     )
 

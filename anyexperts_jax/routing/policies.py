@@ -38,13 +38,15 @@ class Policy:
       dial: the dial's range, from that end at which tokens get the fewest slots; None: the range of the logits, from
         the highest down.
       by_modality: whether it tells text from other tokens; on text alone it is then another policy under a second name.
+      by_token: whether `slots` takes a dial for each token, [N], too.
       causal: whether a token's slots depend on that token alone. False: a control for measurements, not for decoding.
     """
 
-    slots: Callable[[Seen, Float[Array, ""]], Float[Array, "N"]]
+    slots: Callable[[Seen, Float[Array, "*N"]], Float[Array, "N"]]
     dial: tuple[float, float] | None
     causal: bool = True
     by_modality: bool = False
+    by_token: bool = False
 
 
 def _static(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
@@ -71,24 +73,28 @@ def _top_p(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
     return 1.0 + (before_NE < dial).sum(axis=1).astype(jnp.float32)
 
 
-def _score_gap(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
+def _score_gap(seen: Seen, dial: Float[Array, "*N"]) -> Float[Array, "N"]:
     """Experts whose score is at least the dial times the token's best."""
-    return _count(seen.scores_NE >= dial * seen.scores_NE.max(axis=1, keepdims=True))
+    return _count(seen.scores_NE >= _of_tokens(dial, seen) * seen.scores_NE.max(axis=1, keepdims=True))
 
 
-def _threshold(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
+def _threshold(seen: Seen, dial: Float[Array, "*N"]) -> Float[Array, "N"]:
     """Experts whose score is at least the dial."""
-    return _count(seen.scores_NE >= dial)
+    return _count(seen.scores_NE >= _of_tokens(dial, seen))
 
 
-def _logit_threshold(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
+def _logit_threshold(seen: Seen, dial: Float[Array, "*N"]) -> Float[Array, "N"]:
     """Experts whose logit is at least the dial. Of the router "markers": whose output's predicted norm is large."""
-    return _count(seen.logits_NE >= dial)
+    return _count(seen.logits_NE >= _of_tokens(dial, seen))
 
 
 def _shuffled(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
     """The numbers of top_p, dealt out to the tokens at random: what a policy is worth whose choice means nothing."""
     return jax.random.permutation(jax.random.key(0), _top_p(seen, dial))
+
+
+def _of_tokens(dial: Float[Array, "*N"], seen: Seen) -> Float[Array, "N 1"]:
+    return jnp.broadcast_to(dial, seen.scores_NE.shape[:1])[:, None]
 
 
 def _count(kept_NE: Array) -> Float[Array, "N"]:
@@ -99,7 +105,7 @@ STATIC = Policy(_static, (1.0, float("inf")))
 STATIC_MODALITY = Policy(_static_modality, (1.0, float("inf")), by_modality=True)
 MIXED = Policy(_mixed, (1.0, float("inf")))
 TOP_P = Policy(_top_p, (0.0, 1.0))
-SCORE_GAP = Policy(_score_gap, (1.0, 0.0))
-THRESHOLD = Policy(_threshold, (1.0, 0.0))
-LOGIT_THRESHOLD = Policy(_logit_threshold, None)
+SCORE_GAP = Policy(_score_gap, (1.0, 0.0), by_token=True)
+THRESHOLD = Policy(_threshold, (1.0, 0.0), by_token=True)
+LOGIT_THRESHOLD = Policy(_logit_threshold, None, by_token=True)
 SHUFFLED = Policy(_shuffled, (0.0, 1.0), causal=False)

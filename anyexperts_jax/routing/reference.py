@@ -147,6 +147,8 @@ def _slots(config: AnyExpertsConfig, window: tuple[float, float], w: float, unif
 
 
 def _cap(config: AnyExpertsConfig, slots: int) -> int:
+    if config.switches.cap_rounding == "off":
+        return min(slots, config.num_virtual)
     share = Fraction(str(config.rho_max)) * slots
     cap = math.floor(share + Fraction(1, 2)) if config.switches.cap_rounding == "round" else math.floor(share)
     return min(cap, config.num_virtual)

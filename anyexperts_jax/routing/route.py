@@ -32,7 +32,7 @@ def route(
     logits_NC: Float[ArrayLike, "N C"],
     importance_logits_N: Float[ArrayLike, "N"],
     valid_N: Bool[ArrayLike, "N"] | None = None,
-    bias_C: Float[ArrayLike, "C"] | None = None,
+    bias_C: Float[ArrayLike, "*N C"] | None = None,
     *,
     window: Window | None = None,
     num_sequences: int = 1,
@@ -50,7 +50,7 @@ def route(
       importance_logits_N: z, one scalar per token. Zeros suffice if the policy is static (not
         `config.uses_importance`).
       valid_N: False at padding, which gets no slots and does not count in losses and metrics. Default: all valid.
-      bias_C: the expert bias; required if `config.expert_bias`, and an error otherwise.
+      bias_C: the expert bias, or [N, C], one for each token; required if `config.expert_bias`, and an error otherwise.
       window: (k_min, k_max) to use instead of the config's, as in `window=(4, 8)`. A traced array gives one compiled
         program for every budget within `slots_bound`, but buffers of a fixed size then follow the config's budget.
       num_sequences: the tokens are num_sequences contiguous sequences of equal length. Needed for
@@ -187,7 +187,8 @@ def _check_inputs(config: AnyExpertsConfig, given: _Given, num_sequences: Any) -
     else:
         require(bias_C is None, "bias_C is given but expert_bias=False; set expert_bias=True or leave bias_C out")
     if bias_C is not None:
-        require(bias_C.shape == (C,), f"bias_C has shape {bias_C.shape}; need ({C},)")
+        fits = bias_C.shape in ((C,), (N, C))
+        require(fits, f"bias_C has shape {bias_C.shape}; need ({C},), or ({N}, {C}), one for each token")
     require(isinstance(num_sequences, Integral), f"num_sequences={shown(num_sequences)} must be a whole number")
     require(
         num_sequences >= 1 and N % num_sequences == 0,

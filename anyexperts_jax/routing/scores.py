@@ -57,7 +57,7 @@ def ranking(
     config: AnyExpertsConfig,
     logits_NC: Float[Array, "N C"],
     importance_N: Float[Array, "N"],
-    bias_C: Float[Array, "C"] | None,
+    bias_C: Float[Array, "*N C"] | None,
 ) -> tuple[Float[Array, "N E"], Float[Array, "N V"]]:
     """The values that columns are ranked by, real and virtual: logits or scores after IAR, plus the expert bias."""
     E = config.num_experts
@@ -72,6 +72,7 @@ def ranking(
         real_NE = real_NE * score_factor(config, importance_N, +1)
         virtual_NV = virtual_NV * score_factor(config, importance_N, -1)
     if bias_C is not None:
-        real_NE, virtual_NV = real_NE + bias_C[None, :E], virtual_NV + bias_C[None, E:]
+        bias_XC = jnp.atleast_2d(bias_C)  # one row for all tokens, or one for each
+        real_NE, virtual_NV = real_NE + bias_XC[:, :E], virtual_NV + bias_XC[:, E:]
     # Selection is discrete; the gradient reaches the router through the combine weights.
     return jax.lax.stop_gradient(real_NE), jax.lax.stop_gradient(virtual_NV)

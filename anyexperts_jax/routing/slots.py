@@ -29,12 +29,13 @@ def policy_slots(
 ) -> Float[Array, "N"]:
     """The slots that an entry of POLICIES gives, clipped to [1, the window's most]; they pass no gradient on."""
     dial, most = window_array(config, window)
-    require(dial.ndim == 0, f"policy={config.policy!r} takes one window for all tokens")
+    policy = POLICIES[config.policy]
+    require(dial.ndim == 0 or policy.by_token, f"policy={config.policy!r} takes one window for all tokens")
     E = config.num_experts
     scores_NE = probabilities_NC[:, :E]
     shares_NE = scores_NE / (scores_NE.sum(axis=1, keepdims=True) + EPSILON)
     seen = Seen(logits_NC[:, :E], shares_NE, modality_N)
-    slots_N = POLICIES[config.policy].slots(jax.lax.stop_gradient(seen), dial)
+    slots_N = policy.slots(jax.lax.stop_gradient(seen), dial)
     return jnp.clip(slots_N, 1.0, jnp.minimum(most, config.slots_bound))
 
 

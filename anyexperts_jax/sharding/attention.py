@@ -32,14 +32,14 @@ def whole_mask(
 def split_attention(
     queries_BTHA: Float[Array, "B T H A"],
     keys_BSGA: Float[Array, "B S G A"],
-    values_BSGA: Float[Array, "B S G A"],
+    values_BSGW: Float[Array, "B S G W"],
     mask: Bool[Array, "B T S"] | CausalMask,
     placement: Placement | None,
-) -> Float[Array, "B T H A"]:
+) -> Float[Array, "B T H W"]:
     """`ops.attention` on a mesh. A `CausalMask` means a kernel, which XLA cannot partition, so it runs in a
     `shard_map`."""
     if placement is None or placement.mesh.size == 1 or not isinstance(mask, CausalMask):
-        return attention(queries_BTHA, keys_BSGA, values_BSGA, mask)
+        return attention(queries_BTHA, keys_BSGA, values_BSGW, mask)
     rules = placement.rules
     queries_spec = PartitionSpec(*rules.spec(("batch", "length", "heads", "head_dim")))
     keys_spec = PartitionSpec(*rules.spec(("batch", "length", "kv_heads", "head_dim")))
@@ -50,4 +50,4 @@ def split_attention(
         out_specs=queries_spec,
         check_vma=False,  # Pallas calls do not declare over which mesh axes their results vary
     )
-    return run(queries_BTHA, keys_BSGA, values_BSGA, mask)
+    return run(queries_BTHA, keys_BSGA, values_BSGW, mask)

@@ -30,6 +30,8 @@ class ShardingRules:
     heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"
     head_dim: MeshAxes = None
+    latent: MeshAxes = None
+    from_latent: MeshAxes = "fsdp"
     mlp: MeshAxes = "tensor"
     expert: MeshAxes = "expert"
     expert_mlp: MeshAxes = "tensor"

@@ -30,7 +30,8 @@ KIND = "huggingface"
 MAIN = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
-FILES = (MAIN, CONFIG, "special_tokens_map.json", "generation_config.json", TEMPLATE)
+PROCESSOR_TEMPLATE = "chat_template.json"  # of models with media, which transformers' processor reads
+FILES = (MAIN, CONFIG, "special_tokens_map.json", "generation_config.json", TEMPLATE, PROCESSOR_TEMPLATE)
 DEFAULT_TEMPLATE = "default"
 
 _UNUSED = ("version", "truncation", "padding", "post_processor")  # parts of tokenizer.json that change no id of ours
@@ -151,7 +152,7 @@ class HuggingFaceTokenizer:
         """Sources of the chat templates by name, most often one called DEFAULT_TEMPLATE."""
         if TEMPLATE in self.files:
             return {DEFAULT_TEMPLATE: self.files[TEMPLATE]}
-        found = self._json(CONFIG).get("chat_template")
+        found = self._json(PROCESSOR_TEMPLATE).get("chat_template") or self._json(CONFIG).get("chat_template")
         if isinstance(found, str):
             return {DEFAULT_TEMPLATE: found}
         try:

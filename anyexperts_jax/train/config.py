@@ -109,6 +109,11 @@ class RunConfig:
         )
         budget_windows(self.model, self.train.budgets)
         require(
+            not self.model.moe.bias_by_modality,
+            "model.moe.bias_by_modality=True: the rule that balances the load by the expert bias has one bias for all "
+            "tokens; such a model runs, but is not trained",
+        )
+        require(
             self.model.stack.lora is None or self.train.trainable != TrainConfig.trainable,
             "model.stack.lora beside train.trainable=['**'] would train the base as well; set train.trainable to the "
             "adapters, ['**/*_lora_*'], and what else is to be trained",

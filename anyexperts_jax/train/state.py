@@ -25,14 +25,14 @@ class TrainState:
     step: Int[Array, ""]  # steps taken, including skipped ones
     params: Any
     opt_state: Any  # its moments are trees like `params`
-    router_bias_LC: Float[Array, "L C"]  # the expert biases of loss-free balancing; stays zero if that is off
+    router_bias_LC: Float[Array, "L *M C"]  # the expert biases of loss-free balancing; stays zero if that is off
 
 
 def init_state(
     model: ModelConfig,
     optimizer: optax.GradientTransformation,
     params: Any,
-    router_bias_LC: Float[Array, "L C"] | None = None,
+    router_bias_LC: Float[Array, "L *M C"] | None = None,
 ) -> TrainState:
     """The state before the first step; expert biases default to 0."""
     bias_LC = jnp.zeros(model.router_bias_shape, jnp.float32) if router_bias_LC is None else router_bias_LC
@@ -115,7 +115,7 @@ def state_from(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     params: Any,
-    router_bias_LC: Float[Array, "L C"] | None = None,
+    router_bias_LC: Float[Array, "L *M C"] | None = None,
 ) -> TrainState:
     """The state before the first step of a run that starts from `params`, which are donated."""
     init = jax.jit(

@@ -38,7 +38,7 @@ class WarmStart:
     """The initial parameters of a run, and which of the other run's parameters were used."""
 
     params: Any
-    router_bias_LC: Float[Array, "L C"]
+    router_bias_LC: Float[Array, "L *M C"]
     new: tuple[str, ...]  # parameters that the other run lacks, as a whole or in some columns
     left: tuple[str, ...]  # parameters of the other run that this model does not have
 

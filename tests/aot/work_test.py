@@ -33,6 +33,18 @@ def test_the_work_of_a_small_model_by_hand():
     assert work.real_flops["dense"] > head
 
 
+def test_latent_attention_counts_the_widths_of_keys_and_of_values():
+    heads = "model.stack.attention.num_heads=2 model.stack.attention.num_kv_heads=2 model.stack.attention.head_dim=12"
+    widths = {"kv_rank": 16, "plain_dim": 8, "rope_dim": 4, "value_dim": 20}
+    latent = [f"model.stack.attention.latent.{name}={value}" for name, value in widths.items()]
+    plain, latent = (count_work(config(*heads.split(), *own), ONE).real_flops for own in ((), latent))
+    assert latent["attention"] == plain["attention"] * (12 + 20) / (12 + 12)
+    stack, tokens = config().model.stack, 8 * config().data.encoding.max_length
+    maps = 4 * 2 * 12 * stack.d_model  # queries, keys, values and out
+    own = 2 * 12 * stack.d_model + 20 * stack.d_model + 16 * 2 * 28 + 2 * 20 * stack.d_model  # queries, down, up, out
+    assert latent["dense"] - plain["dense"] == 3 * 2 * tokens * (own - maps) * stack.num_layers
+
+
 def test_a_wider_dense_layer_adds_its_three_matmuls():
     narrow, wide = (count_work(config(f"model.stack.d_ff={d_ff}"), ONE).real_flops for d_ff in (64, 128))
     tokens, width = 8 * config().data.encoding.max_length, config().model.stack.d_model

@@ -59,7 +59,7 @@ def test_experts_in_reach_after_group_limiting():
     assert AnyExpertsConfig(num_groups=8, groups_kept=4).experts_in_reach == 128
 
 
-@pytest.mark.parametrize("cap_rounding", ["round", "floor"])
+@pytest.mark.parametrize("cap_rounding", ["round", "floor", "off"])
 @pytest.mark.parametrize("rho_max", [0.0, 0.2, 0.29, 0.5, 0.95])
 def test_more_slots_never_mean_fewer_real_ones(rho_max, cap_rounding):
     """So checking the ends of the window is enough, and millions of slots are checked at once."""

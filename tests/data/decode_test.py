@@ -16,7 +16,7 @@ from scipy.io import wavfile
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.data import decode, sound_file
-from anyexperts_jax.data.decode import decode_audio, decode_picture, decode_video
+from anyexperts_jax.data.decode import decode_audio, decode_film_file, decode_picture, decode_video
 from anyexperts_jax.data.example import SAMPLE_RATE
 from anyexperts_jax.data.video_file import read_video
 
@@ -178,6 +178,19 @@ def test_films():
         decode_video(b"\0\0\0\x18ftypmp42", "here")
     with pytest.raises(UserError, match=r"here: pixels of shape \(1, 1, 3\) must have 4 axes"):
         decode_video([[[1, 2, 3]]], "here")
+
+
+def test_how_many_frames_of_a_film_are_shown_a_second():
+    red, blue = Image.new("RGB", (2, 1), (255, 0, 0)), Image.new("RGB", (2, 1), (0, 0, 255))
+    shown = {"save_all": True, "append_images": [blue]}
+    frames, rate = decode_film_file(encoded(red, "GIF", duration=[100, 300], **shown), "here", 8)
+    assert rate == pytest.approx(2 / 0.4)
+    assert frames.tolist() == [[[[255, 0, 0]] * 2], [[[0, 0, 255]] * 2]]
+    with pytest.raises(UserError, match="the film in here does not say how long its frames are shown; give them and"):
+        decode_film_file(encoded(red, "GIF", **shown), "here", 8)
+    frames, rate = decode_film_file(film(range(0, 120, 20)), "here", 3)  # six frames in 1.2 seconds
+    assert len(frames) == 3
+    assert rate == pytest.approx(2.5)
 
 
 def film(times, form="mp4", codec="mpeg4", size=(32, 16), turned=False, options=None):

@@ -12,14 +12,15 @@ import anyexperts_jax as ax
 from anyexperts_jax.cli.main import main
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.registries import POLICIES
+from anyexperts_jax.evaluate.dials import find_dial
 from anyexperts_jax.evaluate.policies import (
     DENSE,
     LAYERS,
+    MODES,
     ORACLE,
     TextSample,
     _oracle,
     _Pass,
-    find_dial,
     measure_policies,
     policy_names,
     slots_of_layers,
@@ -84,7 +85,7 @@ def test_layers_get_more_where_scores_are_spread():
 
 
 def test_every_policy_realises_its_budget_on_the_data(model, sample):
-    names = ("static", "mixed", "top_p", LAYERS, ORACLE)
+    names = ("static", "mixed", "top_p", LAYERS, MODES, ORACLE)
     own, *found = measure_policies(model, sample, [2.5], names, batch_rows=2)
     assert (own.policy, own.realised) == ("own", 3.0)
     assert [one.policy for one in found] == list(names)
@@ -93,6 +94,7 @@ def test_every_policy_realises_its_budget_on_the_data(model, sample):
     assert realised[LAYERS] == 2.5
     assert abs(realised["mixed"] - 2.5) < 0.15
     assert abs(realised["top_p"] - 2.5) < 0.15
+    assert abs(realised[MODES] - 2.5) < 0.15
     assert 1 <= realised[ORACLE] <= 2.5
     nats = {one.policy: one.nats for one in found}
     assert nats[ORACLE] < nats["mixed"]

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.nn.attention import Attention, empty_cache, rotate
+from anyexperts_jax.nn.attention import Attention
+from anyexperts_jax.nn.cache import empty_cache
 from anyexperts_jax.nn.config import AttentionConfig
-from anyexperts_jax.nn.rope import rotations
+from anyexperts_jax.nn.rope import rotate, rotations
 from nn.layers import random_params, run
 
 CONFIG = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6)

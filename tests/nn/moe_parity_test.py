@@ -84,14 +84,16 @@ def longcat_flash():
         E,
         K,
         num_virtual=virtual,
-        rho_max=0.99,  # of three slots all three, by rounding
+        rho_max=5 / 13,
+        cap_rounding="off",
+        virtual_logits="unbiased",
         selection="scores",
         expert_bias=True,
         normalisation="none",
         scaling_factor=6.0,
     )
     params = {
-        "router": {"kernel": numbers(layer.router.classifier.weight.T), "virtual_bias": jnp.zeros(virtual)},
+        "router": {"kernel": numbers(layer.router.classifier.weight.T)},
         "experts": expert_params(layer.experts),
     }
     return layer, layer.router, MoE(config, F), params, layer.router.e_score_correction_bias

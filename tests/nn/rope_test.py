@@ -6,7 +6,7 @@ import pytest
 
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.nn.config import AttentionConfig
-from anyexperts_jax.nn.rope import frequencies, rotations, rotations_in_space, rotations_on_grid
+from anyexperts_jax.nn.rope import frequencies, rotate, rotations, rotations_in_space, rotations_on_grid
 
 CONFIG = AttentionConfig(head_dim=20, mrope_section=(5, 2, 3))
 
@@ -35,3 +35,12 @@ def test_on_a_grid_the_first_waves_turn_by_the_row():
 def test_sections_are_three():
     with pytest.raises(UserError, match=r"mrope_section=\(4, 4\) must be three numbers of waves"):
         AttentionConfig(mrope_section=(4, 4))
+
+
+def test_interleaved_pairs_turn_as_halves_do():
+    """The pairs are neighbours, and come out in two halves."""
+    config = AttentionConfig(head_dim=8, rope_fraction=0.75)
+    rotation = rotations(config, jnp.array([[5]], jnp.int32))
+    x_BTHA = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8)
+    halves = rotate(x_BTHA[..., jnp.array([0, 2, 4, 1, 3, 5, 6, 7])], rotation)
+    np.testing.assert_array_equal(rotate(x_BTHA, rotation, interleaved=True), halves)

@@ -65,6 +65,32 @@ def test_gradients_agree():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_values_may_have_a_width_of_their_own(implementation):
+    """As in latent attention: values and gradients are those of values padded to the keys' width."""
+    mask_BTS, (queries, keys, values) = jnp.asarray(causal_mask()), operands()
+    target = np.random.default_rng(1).normal(size=(B, T, H, 4)).astype(np.float32)
+
+    def total(queries, keys, values):
+        return (attention(queries, keys, values, mask_BTS, implementation)[..., :4] * target).sum()
+
+    padded = values.at[..., 4:].set(0)
+    found, grads = jax.value_and_grad(total, (0, 1, 2))(queries, keys, values[..., :4])
+    expected, padded_grads = jax.value_and_grad(total, (0, 1, 2))(queries, keys, padded)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for own, wanted in zip(grads, padded_grads, strict=True):
+        np.testing.assert_allclose(own, wanted[..., : own.shape[-1]], atol=5e-6)
+
+
+def test_no_kernel_takes_values_of_another_width():
+    queries, keys, values = operands()
+    mask = CausalMask(jnp.ones((B, T), bool))
+    found = attention(queries, keys, values[..., :4], mask)
+    np.testing.assert_allclose(found, attention(queries, keys, values, mask)[..., :4], atol=1e-6)
+    with pytest.raises(UserError, match="implementation='cudnn'"):
+        attention(queries, keys, values[..., :4], mask, "cudnn")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_nothing_comes_from_what_is_masked(implementation):
     mask_BTS, (queries, keys, values) = jnp.asarray(np.tile(np.tri(T, dtype=bool), (B, 1, 1))), operands()
     before = attention(queries, keys, values, mask_BTS, implementation)

@@ -11,6 +11,7 @@ import pytest
 from anyexperts_jax import load_pretrained
 from anyexperts_jax.core.batch import make_batch
 from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.models.paths import moe_probe
 from anyexperts_jax.pretrained.budget import BudgetInForce
 from anyexperts_jax.pretrained.decode import Request, decode
 from pretrained.tiny_hub import CASES, hub_values, tensors_in, tiny_checkpoint
@@ -20,6 +21,10 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
 LENGTHS = (23, 11, 1)
+GREEDY = (  # of every family of text
+    *("llama tied", "qwen3", "qwen3_moe", "olmoe", "mixtral", "glm4_moe", "sarvam_moe"),
+    *("deepseek_v3", "deepseek_v3 full queries"),
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -53,11 +58,12 @@ def run(model, tokens_BT, valid_BT):
     return logits.numpy(), chosen
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_chosen_experts(tmp_path, case):
-    folder = tiny_checkpoint(tmp_path / "hub", case, seed=len(case))
+def test_logits_and_chosen_experts(tmp_path, case, seed):
+    folder = tiny_checkpoint(tmp_path / "hub", case, seed=len(case) + 100 * seed)
     model = load_pretrained(folder)
-    tokens_BT, valid_BT = right_padded(53)
+    tokens_BT, valid_BT = right_padded(53, seed)
     expected_BTY, chosen = run(theirs(folder), tokens_BT, valid_BT)
     output = model.forward(tokens_BT, valid_BT)
     np.testing.assert_allclose(
@@ -68,7 +74,46 @@ def test_logits_and_chosen_experts(tmp_path, case):
         np.testing.assert_array_equal(np.sort(ours_BTK[valid_BT]), np.sort(their_BTK[valid_BT]))
 
 
-@pytest.mark.parametrize("case", ["llama tied", "qwen3_moe", "sarvam_moe"])
+MIXTURES = [case for case, (architecture, own) in CASES.items() if "num_experts_per_tok" in own]
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_the_weights_of_the_chosen_experts(tmp_path, case):
+    """Logits hide a wrong rule of the router's: renormalised or not, scaled, with the bias or without."""
+    folder = tiny_checkpoint(tmp_path / "hub", case, seed=11)
+    model, own, tokens_BT = load_pretrained(folder), theirs(folder), right_padded(53)[0]
+    routed = []
+    hooks = [
+        m.register_forward_hook(lambda _, __, outputs: routed.append([part.numpy() for part in outputs[1:3]]))
+        for m in own.modules()
+        if type(m).__name__.lower().endswith("topkrouter")
+    ]
+    with torch.no_grad():
+        own(torch.tensor(tokens_BT))
+    for hook in hooks:
+        hook.remove()
+    batch = make_batch(jnp.asarray(tokens_BT, jnp.int32))
+    output, variables = jax.jit(
+        lambda params: MultimodalModel(model.config).apply(
+            {"params": params}, batch, router_bias_LC=model.router_bias_LC, mutable=["probe"]
+        )
+    )(model.params)
+    ids_LNK, weights_LNK = (
+        np.asarray(part).reshape(len(routed), tokens_BT.size, -1)
+        for part in (output.trace.expert_ids_BTK, moe_probe(variables)["weights_BTK"])
+    )
+
+    def by_expert(ids_NK, weights_NK):
+        found_NE = np.zeros((tokens_BT.size, model.config.moe.num_experts), np.float32)
+        np.put_along_axis(found_NE, ids_NK, weights_NK, axis=1)
+        return found_NE
+
+    for ids_NK, weights_NK, (their_weights, their_ids) in zip(ids_LNK, weights_LNK, routed, strict=True):
+        ours, expected = by_expert(ids_NK, weights_NK), by_expert(their_ids, their_weights)
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", GREEDY)
 def test_32_greedy_tokens(tmp_path, case):
     folder = tiny_checkpoint(tmp_path / "hub", case, seed=3)
     model, prompts = load_pretrained(folder), ((3, 1, 4, 1, 5, 9, 2, 6, 5), (8,))
@@ -82,7 +127,7 @@ def test_32_greedy_tokens(tmp_path, case):
         assert answer == ids[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("case", ["llama llama3", "sarvam_moe"])
+@pytest.mark.parametrize("case", ["llama llama3", "sarvam_moe", "deepseek_v3", "deepseek_v3 full queries"])
 def test_transformers_reads_what_is_written(tmp_path, case):
     model = load_pretrained(tiny_checkpoint(tmp_path / "hub", case, stacked=True))
     model.export(tmp_path / "out")
@@ -117,7 +162,7 @@ def test_padding_on_the_left(tmp_path):
     np.testing.assert_allclose(ours_BTY[valid_BT], expected_BTY[valid_BT], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["llama", "olmoe", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["llama", "olmoe", "qwen3_moe", "deepseek_v3"])
 def test_gradients(tmp_path, case):
     folder = tiny_checkpoint(tmp_path / "hub", case)
     model, own = load_pretrained(folder), theirs(folder)
@@ -127,7 +172,8 @@ def test_gradients(tmp_path, case):
     @jax.jit
     @jax.grad
     def gradient(params):
-        output = MultimodalModel(model.config).apply({"params": params}, make_batch(jnp.asarray(tokens_BT, jnp.int32)))
+        batch = make_batch(jnp.asarray(tokens_BT, jnp.int32))
+        output = MultimodalModel(model.config).apply({"params": params}, batch, router_bias_LC=model.router_bias_LC)
         log_probs = jax.nn.log_softmax(output.logits_BTY)[:, :-1]
         return -jnp.take_along_axis(log_probs, tokens_BT[:, 1:, None], axis=-1).mean()
 

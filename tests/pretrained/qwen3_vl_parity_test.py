@@ -1,14 +1,17 @@
 """Qwen3-VL against transformers, from tiny random checkpoints: logits, chosen experts, greedy answers, export."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
 from anyexperts_jax import load_pretrained
+from anyexperts_jax.core.registries import FAMILIES
 from anyexperts_jax.pretrained.budget import BudgetInForce
 from anyexperts_jax.pretrained.decode import Request, decode
-from anyexperts_jax.pretrained.pictures import read_preprocessing
+from anyexperts_jax.pretrained.hub_config import HubConfig
+from anyexperts_jax.pretrained.pictures import Video, read_preprocessing
 from pretrained.tiny_hub import tensors_in
 from pretrained.tiny_vl import IDS, PREPROCESSOR, scenes, vl_checkpoint, vl_values
 
@@ -132,3 +135,25 @@ def test_pictures_become_the_same_patches(tmp_path, size):
     found = read_preprocessing(folder, load_pretrained(folder).config.vision_tower).picture(pixels, "it")
     assert list(found.grid) == expected["image_grid_thw"][0].tolist()
     np.testing.assert_allclose(found.patches_NX, expected["pixel_values"], atol=1e-5)
+
+
+@pytest.mark.parametrize(("total", "fps"), [(9, 4), (5, 2.0), (31, 10), (64, 25.0), (7, 30), (40, 1.5)])
+def test_frames_of_videos_are_chosen_resized_and_told_their_seconds_alike(tmp_path, total, fps):
+    sampling = pytest.importorskip("transformers.models.qwen3_vl.video_processing_qwen3_vl")
+    telling = pytest.importorskip("transformers.models.qwen3_vl.processing_qwen3_vl")
+    asked = types.SimpleNamespace(fps=2, min_frames=4, max_frames=12)
+    video = types.SimpleNamespace(total_num_frames=total, fps=fps)
+    expected = sampling.Qwen3VLVideoProcessor.sample_frames(asked, video)
+    seconds = telling.Qwen3VLProcessor._calculate_timestamps(None, expected, fps, 2)
+    height, width = sampling.smart_resize(len(expected), 21, 37, 2, factor=8, min_pixels=64, max_pixels=9000)
+    settings = {**PREPROCESSOR, "size": {"shortest_edge": 64, "longest_edge": 9000}, "min_frames": 4, "max_frames": 12}
+    plain = {"do_rescale": False, "do_normalize": False}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({**settings, **plain}))
+    frames = np.broadcast_to(np.arange(total, dtype=np.uint8)[:, None, None, None], (total, 21, 37, 3))
+    tower = FAMILIES["qwen3_vl"].config(HubConfig(vl_values(moe=False), "config.json")).vision_tower
+    found = read_preprocessing(tmp_path, tower, videos=True).video(Video(frames, fps), "it")
+    assert found.grid == (len(seconds), height // 4, width // 4)
+    assert found.seconds == pytest.approx(seconds)
+    in_pairs = found.patches_NX.reshape(found.grid[0], -1, 3, 2, 16)[:, 0, 0, :, 0]  # every pixel tells its frame
+    padded = [*expected, *expected[len(expected) - len(expected) % 2 :]]
+    assert in_pairs.ravel().tolist() == padded

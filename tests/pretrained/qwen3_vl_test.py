@@ -15,8 +15,8 @@ from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.pretrained.budget import with_budget
 from anyexperts_jax.pretrained.decode import Request, decode
-from anyexperts_jax.pretrained.media import place
 from anyexperts_jax.pretrained.pictures import Video
+from anyexperts_jax.pretrained.placing import place
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.tokenizers.train import train_tokenizer
 from pretrained.tiny_hub import random_tensors, tensors_in, tiny_checkpoint, write_checkpoint
@@ -104,12 +104,12 @@ def test_a_config_that_is_not_supported_is_named(tmp_path, tensors, changes, mes
 def test_positions_go_on_behind_a_picture_by_its_longer_side(model):
     seen = scene([9, WIDE, 30, 31], [SMALL])
     placed = place(model.show(seen.images), seen.tokens_BT, seen.valid_BT)
-    rotary_T3 = np.asarray(placed.frames.rotary_BT3)[0]
+    rotary_T3 = np.asarray(placed.media.rotary_BT3)[0]
     assert rotary_T3[:2].tolist() == [[0, 0, 0], [1, 1, 1]]
     assert rotary_T3[2:10].tolist() == [[2, 2 + row, 2 + column] for row in range(2) for column in range(4)]
     assert rotary_T3[10:].tolist() == [[6 + t] * 3 for t in range(3)]
     assert np.asarray(placed.lead_B).tolist() == [8 - 4, 2 - 2]
-    assert np.asarray(placed.frames.modality_BT)[0].tolist() == [0, 0, *[Modality.IMAGE] * 8, 0, 0, 0]
+    assert np.asarray(placed.media.modality_BT)[0].tolist() == [0, 0, *[Modality.IMAGE] * 8, 0, 0, 0]
 
 
 def test_a_picture_changes_nothing_before_it_and_a_row_nothing_of_another(model):
@@ -207,6 +207,14 @@ def test_the_frames_of_a_video_are_told_with_their_seconds(model):
     assert said(model, [{"role": "user", "content": "cat"}], videos=[film]).count(" seconds><v") == 2
 
 
+def test_a_file_says_its_own_rate_and_frames_do_not():
+    with pytest.raises(UserError, match=r"fps=25 of a video in a file: leave it out, the file says it"):
+        Video("film.mp4", fps=25)
+    for fps in (None, 0, float("nan")):
+        with pytest.raises(UserError, match="of a video must be a number > 0"):
+            Video(np.zeros((4, 8, 8, 3), np.uint8), fps=fps)
+
+
 def test_generation_with_a_picture(model, folder, capsys):
     image = str(folder / "cat.png")
     answer = model.generate("A cat", max_new_tokens=3, images=[image], budget=2)
@@ -226,7 +234,7 @@ WRONG = [
     ({"images": "cat.png"}, "images is a str; give a list"),
     ({"images": ["/no/such.png"]}, "image 0 (/no/such.png)"),
     ({"images": [np.zeros((1, 300, 3), np.uint8)]}, "a side may be at most 200 times the other"),
-    ({"videos": [np.zeros((4, 8, 8, 3), np.uint8)]}, "video 0 is a ndarray; give Video(frames, fps)"),
+    ({"videos": [np.zeros((4, 8, 8, 3), np.uint8)]}, "video 0 is a ndarray; give Video(frames, fps), or Video(file)"),
     ({"videos": [Video(np.zeros((1, 8, 8, 3), np.uint8), 2)]}, "video 0 has 1 frames; the model reads 2 at a time"),
 ]
 

@@ -14,7 +14,10 @@ from anyexperts_jax.pretrained.write import export
 from pretrained.tiny_hub import BFLOAT16, hub_values, random_tensors, tensors_in, tiny_checkpoint, write_checkpoint
 
 pytest.importorskip("safetensors")
-LAYOUTS = ("llama tied", "qwen3", "qwen3_moe pattern", "olmoe", "mixtral", "glm4_moe", "sarvam_moe")  # of names
+LAYOUTS = (  # of names
+    *("llama tied", "qwen3", "qwen3_moe pattern", "olmoe", "mixtral", "glm4_moe", "sarvam_moe"),
+    *("deepseek_v3", "deepseek_v3 full queries"),
+)
 
 
 def same_tensors(found, expected):

@@ -49,6 +49,19 @@ GROUPED = {
     "use_qk_norm": True,
 }
 QWEN3_MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 12, "norm_topk_prob": True}
+LATENT = {
+    **{key: value for key, value in GROUPED.items() if key not in ("partial_rotary_factor", "use_qk_norm")},
+    "num_key_value_heads": 4,
+    "q_lora_rank": 18,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 6,
+    "head_dim": 6,
+    "v_head_dim": 10,
+    "model_type": "deepseek_v3",
+    "rms_norm_eps": 0.05,  # far from the fixed one of the latents' norms
+}
+LATENT_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.5}
 OLMOE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 14}  # width of all heads is D
 CASES = {
     "llama": ("LlamaForCausalLM", {}),
@@ -66,6 +79,11 @@ CASES = {
     "olmoe": ("OlmoeForCausalLM", {**OLMOE_HEADS, "num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 0.9}),
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None}),
     "glm4_moe": ("Glm4MoeForCausalLM", {**GROUPED, "model_type": "glm4_moe"}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", {**LATENT, "rope_scaling": {**LATENT_YARN, "mscale_all_dim": 0.8}}),
+    "deepseek_v3 full queries": (  # as Moonlight: no latent of the queries, one group
+        "DeepseekV3ForCausalLM",
+        {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "attention_bias": True},
+    ),
     "sarvam_moe": ("Glm4MoeForCausalLM", {**GROUPED, "model_type": "sarvam_moe"}),
 }
 MODEL_TYPES = {"Llama": "llama", "Qwen3": "qwen3", "Qwen3Moe": "qwen3_moe", "Olmoe": "olmoe", "Mixtral": "mixtral"}

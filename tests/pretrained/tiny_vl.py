@@ -64,15 +64,15 @@ def vl_values(moe=True, text=None, vision=None, **top):
     own = {
         "architectures": ["Qwen3VLMoeForConditionalGeneration" if moe else "Qwen3VLForConditionalGeneration"],
         "model_type": kind,
-        "text_config": _changed({"model_type": f"{kind}_text", **TEXT, **(MOE if moe else {})}, text),
-        "vision_config": _changed({"model_type": f"{kind}_vision", **VISION}, vision),
+        "text_config": changed({"model_type": f"{kind}_text", **TEXT, **(MOE if moe else {})}, text),
+        "vision_config": changed({"model_type": f"{kind}_vision", **VISION}, vision),
         "tie_word_embeddings": False,
         **IDS,
     }
-    return _changed(own, top)
+    return changed(own, top)
 
 
-def _changed(values, changes):
+def changed(values, changes):
     return {key: value for key, value in {**values, **(changes or {})}.items() if value is not None}
 
 

@@ -27,6 +27,16 @@ def _no_slots(plan):
     return plan.expert_ids_NK == plan.spec.num_experts
 
 
+def test_a_bias_for_each_token_takes_part_in_that_tokens_choice():
+    config = dataclasses.replace(CONFIG, expert_bias=True)
+    bias_NC = jnp.asarray(np.random.default_rng(1).normal(size=(N, C)), jnp.float32)
+    plan = routed(config, LOGITS, Z, bias_C=bias_NC)
+    for n in range(3):
+        alone = routed(config, LOGITS[n : n + 1], Z[n : n + 1], bias_C=bias_NC[n])
+        np.testing.assert_array_equal(plan.expert_ids_NK[n], alone.expert_ids_NK[0])
+    assert not np.array_equal(plan.expert_ids_NK, routed(config, LOGITS, Z, bias_C=bias_NC[0]).expert_ids_NK)
+
+
 def test_a_token_by_hand():
     # w = 1/2: K = 2 + 0.5 * 2 = 3, cap round(0.34 * 3 = 1.02) = 1. After IAR: real 2.5, 1.5, 0.5, virtual 1.0, 0.8.
     # Rank: r0, r1, v0: one virtual slot. exp: 12.182494, 4.481689, 2.718282, sum 19.382465.

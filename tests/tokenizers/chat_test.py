@@ -180,6 +180,8 @@ def test_templates_by_name_and_from_a_file_of_their_own(tmp_path):
     prompt = {"messages": [{"role": "user", "content": "x"}], "add_generation_prompt": True}
     assert ChatTemplate.of(tokenizer, "rag").render(**prompt).text == "r"
     tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "of a processor"}')
+    assert ChatTemplate.of(type(tokenizer).load(tmp_path)).render(**prompt).text == "of a processor"
     (tmp_path / "chat_template.jinja").write_text("from the file")
     assert ChatTemplate.of(type(tokenizer).load(tmp_path)).render(**prompt).text == "from the file"
     with pytest.raises(UserError, match="chat template of tokenizer 'small'='plan' is unknown; valid: default, rag"):

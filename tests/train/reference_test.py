@@ -96,11 +96,15 @@ def test_the_same_of_an_evolving_run(name, tmp_path, capsys):
 def test_every_key_is_printed_with_type_default_and_meaning(capsys):
     text = written("tiny", capsys=capsys)
     keys = {key.name: key for key in describe(RunConfig()).every_key()}
+    latent = ("attention.num_kv_heads=4", "attention.latent.plain_dim=8", "attention.latent.rope_dim=8")
     tables = ["model.stack.attention.rope_scaling.factor=1", "model.stack.lora.rank=2"]
+    tables += [f"model.stack.{one}" for one in latent]
     with_every_table = load_config("tiny", [*tables, 'train.trainable=["**/*_lora_*"]'])
-    tower = {key for key in keys if key.startswith("model.vision_tower.")}  # of published models; no run has it
-    assert tower
-    assert set(keys) - tower == set(flatten(with_every_table)) - {"model.vision_tower"}
+    towers = ("model.vision_tower", "model.audio_tower")  # of published models; no run has them
+    for tower in towers:
+        assert {key for key in keys if key.startswith(f"{tower}.")}
+    inside = {key for key in keys if key.startswith(tuple(f"{tower}." for tower in towers))}
+    assert set(keys) - inside == set(flatten(with_every_table)) - set(towers)
     assert keys["train.steps"] == keys["train.steps"].__class__("train.steps", "int", 1000, "optimiser steps")
     assert "# optimiser steps [int; default 1000]\nsteps = 2500\n" in text
     words = " ".join(text.replace("\n# ", " ").split())

@@ -172,7 +172,7 @@ def test_an_evolve_run_that_cannot_begin_leaves_no_directory(tmp_path, capsys, m
     [
         (("evaluate", "run", "--budget", "99"), "out of reach"),
         (("evaluate", "run", "--domain", "speech"), "domain='speech' is unknown"),
-        (("evaluate", "run", "--examples", "0"), "examples=0"),
+        (("evaluate", "run", "--examples", "0"), "--examples: 0 must be >= 1"),
         (("evaluate", "nowhere"), "no run in nowhere"),
         (("report", "nowhere"), "no run in nowhere"),
         (("generate", "nowhere"), "no run in nowhere"),

@@ -31,8 +31,12 @@ def leaves(cls, prefix=""):
 RUN_FIELDS = dict(leaves(RunConfig))
 EVOLVE_FIELDS = {key: hint for key, hint in leaves(EvolveRun) if key.startswith("evolve.")}
 FIELDS = {**RUN_FIELDS, **EVOLVE_FIELDS}
-UNTRAINED = "model.vision_tower."  # of published models; no run has it
-NEEDS = {"model.stack.lora": {"train": {"trainable": ["**/*_lora_*"]}}}  # beside a table
+UNTRAINED = ("model.vision_tower.", "model.audio_tower.")  # of published models; no run has them
+LATENT = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "latent": {"plain_dim": 12, "rope_dim": 4}}
+NEEDS = {  # beside a table, or in it
+    "model.stack.lora": {"train": {"trainable": ["**/*_lora_*"]}},
+    "model.stack.attention.latent": {"model": {"stack": {"attention": LATENT}}},
+}
 BASES = {"run": load_config("smoke"), "evolve": load_evolve_config("evolve_smoke")}
 FLOAT32_MAX = 3.4028234663852886e38
 
