@@ -109,15 +109,20 @@ def main() -> None:
             ways = [lambda n=rows, w=weights: our_times(w, ids[:n]), lambda n=rows, m=theirs: their_times(m, ids[:n])]
             table_rows.append(row(dtype, rows, by_turns(ways, options.rounds)))
             print(*table_rows[-1], file=sys.stderr, flush=True)
+            if not options.only:
+                (ROOT / "results" / "pretrained_decode.md").write_text(page(options.rounds, machine, table_rows))
+    print(page(options.rounds, machine, table_rows))
+
+
+def page(rounds: int, machine: dict[str, Any], rows: list[tuple[str, ...]]) -> str:
+    """What is measured so far."""
     columns = ("type", "rows", "prompt and first token", "each further token")
     title = f"Our time over transformers', {PROMPT} tokens of prompt, {NEW} new ones: median, and the least and most"
-    page = ROOT / "results" / "pretrained_decode.md"
-    command = f"python -m experiments.bench.pretrained_decode --rounds {options.rounds}"
-    text = markdown("Answers of SmolLM2", command, machine, [TextTable(title, columns, tuple(table_rows), names=2)])
-    text += f"\nBeside transformers {_version('transformers')} with torch {_version('torch')}. The reach is 1.00.\n"
-    if not options.only:
-        page.write_text(text)
-    print(text)
+    command = f"python -m experiments.bench.pretrained_decode --rounds {rounds}"
+    text = markdown("Answers of SmolLM2", command, machine, [TextTable(title, columns, tuple(rows), names=2)])
+    return (
+        text + f"\nBeside transformers {_version('transformers')} with torch {_version('torch')}. The reach is 1.00.\n"
+    )
 
 
 def _version(package: str) -> str:

@@ -37,6 +37,7 @@ SHAPE = {
     "max_position_embeddings": 64,
     "rope_theta": 1e6,
 }
+PAGE = "pretrained_experts.md"
 BUDGETS, ROWS = (1, 2, 4, 8, 16, 32), (1, 8)
 
 
@@ -76,13 +77,17 @@ def main() -> None:
             figures = (f"{hit[budget]:.1f}", f"{hit[budget] / hit[most]:.2f}", f"{times[budget] / times[most]:.2f}")
             rows.append((str(count), str(budget), *figures))
             print(*rows[-1], file=sys.stderr, flush=True)
+            write(options.rounds, machine, rows)
+    print((RESULTS / PAGE).read_text())
+
+
+def write(rounds: int, machine: dict[str, Any], rows: list[tuple[str, ...]]) -> None:
+    """The page, of what is measured so far."""
     columns = ("rows", "budget", "experts hit", f"over those at {BUDGETS[-1]}", "time over that")
     title = f"A step of decoding: {EXPERTS} experts of 1024 x 384 in each of {LAYERS} layers, float32"
-    command = f"python -m experiments.bench.pretrained_experts --rounds {options.rounds}"
+    command = f"python -m experiments.bench.pretrained_experts --rounds {rounds}"
     table = TextTable(title, columns, tuple(rows), names=2)
-    text = markdown("Decoding and the experts hit", command, machine, [table])
-    (RESULTS / "pretrained_experts.md").write_text(text)
-    print(text)
+    (RESULTS / PAGE).write_text(markdown("Decoding and the experts hit", command, machine, [table]))
 
 
 if __name__ == "__main__":
