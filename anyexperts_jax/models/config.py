@@ -1,4 +1,4 @@
-"""What a model is made of. Each part has its own dataclass; each is checked when it is made."""
+"""The configuration of a model. Each part has a dataclass of its own, which is checked when it is made."""
 
 import dataclasses
 import math
@@ -138,12 +138,12 @@ class ModelConfig:
       UserError: naming the value and the rule it breaks.
     """
 
-    vocab_size: int = 260  # Y, token ids there are embeddings for
-    max_length: int = 128  # positions of a sequence, T, at most
-    pad_id: int = 256  # what generation writes after the end; the tokenizer's
-    eos_id: int = 259  # what ends generation; the tokenizer's
-    tie_embeddings: bool = False  # whether the output head is the token table
-    modality_embedding: bool = True  # whether every position's modality is added to it as a learned vector
+    vocab_size: int = 260  # Y, the number of token ids
+    max_length: int = 128  # the most positions of a sequence, T
+    pad_id: int = 256  # the tokenizer's padding id, which generation writes after the end
+    eos_id: int = 259  # the tokenizer's end id, which stops generation
+    tie_embeddings: bool = False  # whether the output head shares the table of token embeddings
+    modality_embedding: bool = True  # whether a learned vector of its modality is added to every position
     stack: StackConfig = dataclasses.field(default_factory=StackConfig)
     moe: AnyExpertsConfig = dataclasses.field(default_factory=AnyExpertsConfig)
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)  # None: no image, no video
@@ -176,7 +176,7 @@ class ModelConfig:
     def router_bias_shape(self) -> tuple[int, ...]:
         """[L, C] of the expert biases, or [L, M, C].
 
-        A dense model has one row, for a checkpoint cannot hold an empty array.
+        A dense model has one row, because a checkpoint cannot hold an empty array.
         """
         return max(self.stack.num_moe_layers, 1), *self.moe.bias_shape
 

@@ -33,15 +33,16 @@ def generate(
     """The most likely continuation of each prompt, token by token, J = max_new_tokens of them.
 
     `eos_id` or one of `stop_ids` ends a sequence and is the last token written; `pad_id` follows. A sequence also ends
-    at the model's `max_length` positions, without either. An empty prompt (all padding), and one that has them all,
-    yield padding alone. Compiled once for each configuration and set of shapes.
+    when it reaches the model's `max_length` positions, without an end token. An empty prompt (all padding) yields only
+    padding, and so does a prompt that already fills `max_length`. Compiled once for each configuration and set of
+    shapes.
 
-    Nothing is dropped, whatever the configuration: where `stack.execution` has buffers that can overflow ("capacity",
-    "exchange"), decoding runs "blocks", the same values wherever those drop nothing. So an answer does not depend on
-    the other rows of its batch.
+    No slot is dropped. Where the buffers of `stack.execution` can overflow ("capacity", "exchange"), decoding runs
+    "blocks" instead, which gives the same values wherever those drop nothing. So an answer does not depend on the
+    other rows of its batch.
 
-    Where `params` lie on a mesh, the prompts are split over its batch axes, which must divide their number; positions
-    are not split, for decoding takes them one by one.
+    If `params` lie on a mesh, the prompts are split over its batch axes, whose size must divide their number. Positions
+    are not split, because decoding takes them one by one.
 
     Args:
       prompt_batch: right-padded prompts, `BOS media question SEP`, of any length each.
@@ -65,10 +66,10 @@ def generate(
 
 
 def dropless(config: ModelConfig) -> ModelConfig:
-    """The same model by a dispatch that drops nothing.
+    """The same model with a dispatch that drops no slot.
 
-    A buffer's rows follow from the batch's tokens, B at a step of decoding: what overflows would depend on which
-    questions share a batch, and no trace of a step is kept to count it in.
+    The size of a buffer follows from the number of tokens, which is B at a step of decoding. Which slots overflow would
+    depend on which prompts share the batch, and a step keeps no trace in which drops could be counted.
     """
     execution = config.stack.execution
     if execution.dispatch not in BUFFERED:
@@ -105,9 +106,9 @@ def _generate(
 class Ends(NamedTuple):
     """Where sequences end."""
 
-    room_B: Int[Array, "B"]  # tokens each may take, at most
+    room_B: Int[Array, "B"]  # the most tokens each may take
     stop_ids: tuple[int, ...]  # the last token of one that ends before is one of these
-    pad_id: int  # what follows
+    pad_id: int  # written after the end
 
 
 Step = Callable[[Int[Array, "B"], Int[Array, ""], Bool[Array, "B"], Any], tuple[Float[Array, "B Y"], Any]]
@@ -118,8 +119,8 @@ def greedy_tokens(
 ) -> Int[Array, "B J"]:
     """The most likely token after each sequence, and so on, J = max_new_tokens of them.
 
-    Token 0 follows from `logits_BY`, each later one from a step on the token before it: J tokens take J - 1 steps, and
-    fewer once every sequence has ended.
+    Token 0 follows from `logits_BY`, and each later one from a step on the token before it. So J tokens take J - 1
+    steps, or fewer if every sequence ends earlier.
 
     Args:
       step: (tokens number j, j, which sequences go on, cache) -> logits of token j + 1, and the cache. Rows that have

@@ -1,4 +1,4 @@
-"""What the encoders read, and which row of it each position of a sequence reads back."""
+"""The inputs of the encoders, and which row of their output each position of a sequence reads."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ class MediaBatch:
         return (self.item_BR[:, :, None] == self.item_BR[:, None, :]) & self.used_BR[:, None, :]
 
     def same_frame(self) -> Bool[Array, "B R R"]:
-        """True where, besides, both are of one time: patches of one picture or of one frame of a video."""
+        """True where both rows also have the same time: patches of one picture or of one frame of a video."""
         return self.same_item() & (self.time_BR[:, :, None] == self.time_BR[:, None, :])
 
 
@@ -65,7 +65,7 @@ def _media_batch(batch: Batch, media_BT: Array, features_BRX: ArrayLike, places:
 
 
 def media_rows(media_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """At a media position the number of media positions before it: the row it reads. Elsewhere arbitrary, >= 0."""
+    """The row that each media position reads: the number of media positions before it. Elsewhere any number >= 0."""
     return jnp.maximum(jnp.cumsum(media_BT, axis=1, dtype=jnp.int32) - 1, 0)
 
 
@@ -75,7 +75,7 @@ def used_rows(media_BT: Bool[Array, "B T"], num_rows: int) -> Bool[Array, "B R"]
 
 
 def row_values(media_BT: Bool[Array, "B T"], values_BT: Int[Array, "B T"], num_rows: int) -> Int[Array, "B R"]:
-    """The value of each row's position, 0 at unused rows: positions' times brought to the rows they read."""
+    """The value at the position that reads each row; 0 for rows that no position reads."""
     sequences_B1 = jnp.arange(media_BT.shape[0])[:, None]
     rows_BT = jnp.where(media_BT, media_rows(media_BT), num_rows)
     zeros_BR = jnp.zeros((media_BT.shape[0], num_rows), values_BT.dtype)
@@ -86,7 +86,7 @@ def row_values(media_BT: Bool[Array, "B T"], values_BT: Int[Array, "B T"], num_r
 def place_rows(
     x_BTD: Float[Array, "B T D"], media_BT: Bool[Array, "B T"], encoded_BRD: Float[Array, "B R D"]
 ) -> Float[Array, "B T D"]:
-    """x with the encoded rows at media positions. A media position without a row reads NaN: it cannot go unnoticed.
+    """x with the encoded rows at media positions. A media position without a row reads NaN, so that it is noticed.
 
     A row is read by one position at most, so the gradient is a gather too, where a scatter-add would be slow.
     """

@@ -116,7 +116,7 @@ class MultimodalModel(nn.Module):
         importance_logits_BT: Float[Array, "B T"] | None = None,
         placed: PlacedMedia | None = None,
     ) -> ModelOutput:
-        """The call from `embed` on: what follows the embedded sequence, for those who ask what depends on it."""
+        """What `__call__` does after `embed`. It is apart so that gradients by the embedded sequence can be taken."""
         stack = self.config.stack
         causal = CausalMask(jnp.asarray(batch.valid_BT), jnp.asarray(batch.segment_BT))
         if stack.attention.value_dim == stack.attention.head_dim:
@@ -161,7 +161,7 @@ class MultimodalModel(nn.Module):
         router_bias_LC: Float[Array, "L *M C"] | None = None,
         window: Float[Array, "*layers 2"] | None = None,
     ) -> tuple[Float[Array, "B Y"], StackCache]:
-        """Logits after one more text token per sequence, at its own position; where not live, anything."""
+        """Logits after one more text token per sequence, at its own position. Rows that are not live hold anything."""
         text = TextPart(tokens_B[:, None], positions_B, live_B.astype(jnp.int32))
         logits_BY, _, cache = self.extend(text, cache, router_bias_LC=router_bias_LC, window=window)
         return logits_BY, cache
@@ -224,7 +224,7 @@ class MultimodalModel(nn.Module):
     def _with_media(
         self, x_BTD: Float[Array, "B T D"], context: BlockContext, placed: PlacedMedia
     ) -> tuple[Float[Array, "B T D"], BlockContext]:
-        """The stream with the towers' rows at their places, and what goes to the first layers with their rotation."""
+        """The stream with the towers' rows at their places, what is added to the first layers, and their rotation."""
         modality_BT, row_BT = jnp.asarray(placed.modality_BT), jnp.asarray(placed.row_BT)
         context = dataclasses.replace(
             context,
@@ -250,7 +250,7 @@ class MultimodalModel(nn.Module):
     def _batch_context(
         self, batch: Batch, mask: Bool[Array, "B T S"] | CausalMask, window: Float[Array, "*layers 2"] | None
     ) -> BlockContext:
-        """Positions in the row are where a cache is written; those in the segment are what attention tells apart."""
+        """The cache is written at positions in the row; attention uses positions in the segment."""
         return BlockContext(
             positions_BT=_row_positions(batch),
             valid_BT=jnp.asarray(batch.valid_BT),
