@@ -81,6 +81,11 @@ class Columns:
         mapped = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {own: tuple(dict.fromkeys((name, own))) for own, name in mapped.items()}
 
+    @functools.cached_property
+    def media_names(self) -> frozenset[str]:
+        """What a column with media may be called in a row."""
+        return frozenset(name for kind in ("image", "audio", "video") for name in (*self.names[kind], f"{kind}s"))
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

@@ -45,6 +45,8 @@ class Example:
         require(bool(self.question) and bool(self.answer), f"{where}: question and answer must not be empty")
         for name in ("question", "answer"):
             _require_text(where, name, getattr(self, name))
+        if self._is_plain:
+            return
         media = [name for name in ("image", "video", "audio") if getattr(self, name) is not None]
         if len(media) > 1:
             raise UserError(f"{where}: at most one kind of media per example, got {', '.join(media)}")
@@ -60,6 +62,13 @@ class Example:
             require(inside, f"{where}: evidence span ({begin}, {until}) s is outside the audio of {seconds:.3f} s")
         _require_same_pixels(where, self.image, self.image_evidence)
         _require_same_pixels(where, self.video, self.video_evidence)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether it is text alone, without evidence."""
+        no_media = self.image is None and self.video is None and self.audio is None
+        no_masks = self.image_evidence is None and self.video_evidence is None
+        return no_media and no_masks and len(self.question_evidence) + len(self.audio_evidence) == 0
 
     @property
     def media(self) -> str | None:

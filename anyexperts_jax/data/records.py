@@ -136,7 +136,7 @@ class _Given:
     def __init__(self, row: Mapping[str, Any], reading: Reading) -> None:
         self.reading = reading
         self._left: dict[Kind, list[Any]] = {}
-        for kind in KINDS:
+        for kind in () if reading.columns.media_names.isdisjoint(row) else KINDS:
             value = reading.value(row, kind)
             value = row.get(f"{kind}s") if value is None else value
             if value is not None:

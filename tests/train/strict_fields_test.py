@@ -140,6 +140,8 @@ SINGLE = {
     "model.stack.lora.patterns": None,
     "model.stack.attention.mrope_section": None,  # of published models, as the next
     "model.vision_tower.deep_layers": None,
+    "model.moe.router_of_modality": None,  # one for each modality
+    "evolve.moe.router_of_modality": None,
     "evolve.evolution.beta_low": None,  # as many as beta_high has
     "evolve.evolution.beta_high": None,
     "evolve.evolution.snapshots": None,  # one for each follower
