@@ -21,6 +21,7 @@ from anyexperts_jax.nn.moe import MoE, MoEContext
 from anyexperts_jax.nn.norms import RMSNorm
 from anyexperts_jax.nn.rope import Rotations
 from anyexperts_jax.ops.attention import CausalMask
+from anyexperts_jax.ops.experts import ExpertWeights, StackedExperts
 from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.placement import Placement
@@ -40,6 +41,7 @@ class BlockContext:
     segment_BT: Int[Array, "B T"] | None = None  # for layers that separate packed examples; attention uses the mask
     importance_logits_BT: Float[Array, "B T"] | None = None  # replace every layer's own, where the caller has them
     deep_JBTD: Float[Array, "J B T D"] | None = None  # added to the stream, one after each of the first J layers
+    experts: ExpertWeights | None = None  # of all MoE layers, [L * E, D, F], where each reads its own in place
 
 
 def add_deep(
@@ -143,6 +145,7 @@ class MoEBlock(nn.Module):
 
     With `hsm_site="residual"`, h' = h + alpha w h replaces the residual stream before the experts. `first` is the
     index of the first of these blocks among all layers; it matters only if `deep_JBTD` is added after some layers.
+    `number` is the index of the experts among those of all MoE blocks; it matters only with `context.experts`.
     """
 
     config: StackConfig
@@ -158,6 +161,7 @@ class MoEBlock(nn.Module):
         cache: MoEBlockCache | None = None,
         window: Float[Array, "*tokens 2"] | None = None,
         first: int | Int[Array, ""] | None = None,
+        number: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[RoutingTrace, MoEBlockCache | None]]:
         config = self.config
         first = 0 if first is None else first
@@ -188,7 +192,10 @@ class MoEBlock(nn.Module):
         normed_BTD = _norm(config, "norm")(x_BTD)
         window = context.window if window is None else window
         seen = MoEContext(context.valid_BT, context.modality_BT, window, bias_C, importance_logits_BT)
-        y_BTD, trace = layer(normed_BTD, seen)
+        in_place = None
+        if context.experts is not None and number is not None:
+            in_place = StackedExperts(context.experts, jnp.int32(number) * self.moe.num_experts)
+        y_BTD, trace = layer(normed_BTD, seen, experts=in_place)
         written = None if before is None or own is None else MoEBlockCache(before, own)
         x_BTD = add_deep(x_BTD + y_BTD.astype(x_BTD.dtype), context.deep_JBTD, first + config.moe_every - 1)
         return x_BTD, (trace, written)

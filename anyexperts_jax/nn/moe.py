@@ -18,13 +18,14 @@ from anyexperts_jax.core.remat import ROUTER_LOGITS
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.dispatch.apply import apply_plan
 from anyexperts_jax.dispatch.execution import Execution, require_capacity_for
+from anyexperts_jax.dispatch.in_place import apply_in_place
 from anyexperts_jax.nn.config import Dtype, LoraConfig
 from anyexperts_jax.nn.importance import ImportanceMLP
 from anyexperts_jax.nn.lora import WeightAxes, adapted, low_rank
 from anyexperts_jax.nn.mlp import SwiGLU
 from anyexperts_jax.nn.params import named
 from anyexperts_jax.nn.router import Router, router_of
-from anyexperts_jax.ops.experts import ExpertWeights
+from anyexperts_jax.ops.experts import ExpertWeights, StackedExperts
 from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.onset import faded_logits
 from anyexperts_jax.routing.plan import RoutingPlan
@@ -46,6 +47,7 @@ class MoEContext:
     window: Window | Float[Array, "B T 2"] | None = None  # (k_min, k_max), or for each token; overrides the config's
     bias_C: Float[ArrayLike, "*M C"] | None = None  # the expert bias of loss-free balancing; required if `expert_bias`
     importance_logits_BT: Float[ArrayLike, "B T"] | None = None  # if the caller has computed them
+    experts: StackedExperts | None = None  # this layer's among those of all layers, to be read there: `reads_in_place`
 
 
 _KINDS: dict[str, tuple[Any, str]] = {"valid_BT": (jnp.bool_, "bools"), "modality_BT": (jnp.integer, "integers")}
@@ -63,7 +65,7 @@ def _checked(config: AnyExpertsConfig, context: Any, fields: dict[str, Any], sha
     for name in fields:
         require_one_of("argument", name, names)
     given = {name: getattr(context, name) for name in names} | fields
-    window = given.pop("window")
+    window, experts = given.pop("window"), given.pop("experts")
     if window is not None and getattr(window, "ndim", 1) == 3:
         require(window.shape == (*shape, 2), f"window has shape {window.shape}; it must be {(*shape, 2)} or (2,)")
     elif window is not None:
@@ -74,7 +76,7 @@ def _checked(config: AnyExpertsConfig, context: Any, fields: dict[str, Any], sha
         require(jnp.issubdtype(array.dtype, kind), f"{name} is {array.dtype}; it must hold {meaning}")
         message = f"{name} has shape {array.shape}; it must be {shape}, one for every token of x_BTD"
         require(name == "bias_C" or array.shape == shape, message)
-    return MoEContext(window=window, **arrays)
+    return MoEContext(window=window, experts=experts, **arrays)
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -183,7 +185,10 @@ class MoE(nn.Module):
         types = self.dtype, self.param_dtype, self.lora
         experts = Experts(self.config.num_experts, self.d_ff, self.residual_scale, *types, name="experts")
         weights = experts(d_model)
-        y_ND, stats = apply_plan(x_ND, plan, weights, self.execution, self.placement)
+        if context.experts is None:
+            y_ND, stats = apply_plan(x_ND, plan, weights, self.execution, self.placement)
+        else:
+            y_ND, stats = apply_in_place(x_ND, plan, context.experts)
         y_BTD = y_ND.reshape(x_BTD.shape)
         self._probe("output_BTD", y_BTD)
         if self.num_shared_experts:

@@ -9,9 +9,11 @@ from jaxtyping import Array, Float, Int
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.remat import remat_policy
 from anyexperts_jax.core.tree import register_dataclass
+from anyexperts_jax.dispatch.in_place import reads_in_place
 from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock, MoEBlockCache, dense_blocks
 from anyexperts_jax.nn.cache import AttentionCache, empty_cache
 from anyexperts_jax.nn.config import StackConfig
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.routing.trace import RoutingTrace, empty_trace
 from anyexperts_jax.sharding.placement import Placement
 
@@ -66,7 +68,7 @@ class Stack(nn.Module):
             moe_block,
             variable_axes={"params": 0, "probe": 0},
             split_rngs={"params": True, "routing": True, "shuffle": True},
-            in_axes=(nn.broadcast, 0, 0, 0, 0),
+            in_axes=(nn.broadcast, 0, 0, 0, 0, 0),
             length=self.config.num_moe_layers,
             unroll=self.config.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -74,8 +76,24 @@ class Stack(nn.Module):
         layers = scanned(self.config, self.moe, self.placement, name="moe_layers")
         own = None if cache is None else cache.blocks
         first_L = None if context.deep_JBTD is None else self._first_of_blocks()
-        x_BTD, (trace, blocks) = layers(x_BTD, context, router_bias_LC, own, window_L, first_L)
+        number_L = None
+        if cache is not None and self._reads_in_place(x_BTD):
+            context = dataclasses.replace(context, experts=self._stacked_experts())
+            number_L = jnp.arange(self.config.num_moe_layers, dtype=jnp.int32)
+        x_BTD, (trace, blocks) = layers(x_BTD, context, router_bias_LC, own, window_L, first_L, number_L)
         return x_BTD, trace, None if dense_cache is None else StackCache(dense_cache, blocks)
+
+    def _reads_in_place(self, x_BTD: Float[Array, "B T D"]) -> bool:
+        """Whether each layer reads the experts that it hits from the stacked weights, to which no adapter is added."""
+        config, (batch, length, _) = self.config, x_BTD.shape
+        how = (config.execution, self.placement, jnp.dtype(config.dtype))
+        return config.lora is None and reads_in_place(self.moe, batch * length, *how)
+
+    def _stacked_experts(self) -> ExpertWeights:
+        """The experts of all MoE layers, [L * E, D, F]: the parameters of the scan with their first axes joined."""
+        stored = self.variables["params"]["moe_layers"]["moe"]["experts"]
+        names = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
+        return ExpertWeights(*(jnp.reshape(stored[name], (-1, *stored[name].shape[2:])) for name in names))
 
     def _first_of_blocks(self) -> Int[Array, "L"]:
         """The index of each scanned block's first layer among all layers."""

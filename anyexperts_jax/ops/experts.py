@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.arrays import as_floats
 from anyexperts_jax.core.errors import require, shown
+from anyexperts_jax.core.tree import register_dataclass
 
 
 class ExpertWeights(NamedTuple):
@@ -16,6 +17,19 @@ class ExpertWeights(NamedTuple):
     gate_EDF: Float[Array, "E D F"]
     up_EDF: Float[Array, "E D F"]
     down_EFD: Float[Array, "E F D"]
+
+
+@register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackedExperts:
+    """The experts of one layer, read from the weights of all layers without taking the layer out.
+
+    Taking a layer out copies all of its experts, including those that no token hits. That copy would be nearly all of
+    the time of a step of decoding.
+    """
+
+    weights: ExpertWeights  # of the experts of all L layers, as they are stored: gate is [L * E, D, F]
+    first: Int[Array, ""]  # the index of the layer's first expert
 
 
 def as_expert_weights(weights: Any) -> ExpertWeights:

@@ -1,6 +1,7 @@
 import collections
 import dataclasses
 import functools
+import re
 
 import chex
 import jax
@@ -12,9 +13,11 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.remat import remat_policy
 from anyexperts_jax.dispatch.execution import Execution
+from anyexperts_jax.dispatch.in_place import reads_in_place
+from anyexperts_jax.nn import stack as stack_module
 from anyexperts_jax.nn.block import BlockContext
 from anyexperts_jax.nn.config import AttentionConfig, StackConfig
-from anyexperts_jax.nn.stack import Stack
+from anyexperts_jax.nn.stack import Stack, empty_stack_cache
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.sharding.placement import Placement
 from nn.layers import FAST_COMPILE, equations, random_params, run
@@ -136,6 +139,61 @@ def test_bfloat16_has_finite_float32_gradients_near_float32s():
     for half, full in zip(jax.tree.leaves(grads), jax.tree.leaves(exact), strict=True):
         assert half.dtype == np.float32
         assert np.linalg.norm(half - full) < 0.1 * np.linalg.norm(full) + 1e-3
+
+
+def decoding(**fields):
+    """A step of decoding for two sequences, as a function of the parameters, and these."""
+    module = stack(execution=Execution(), **fields)
+    cache = empty_stack_cache(module.config, B, T)
+    mask = jnp.asarray(np.tile(np.arange(T) <= 2, (B, 1, 1)))
+    context = BlockContext(jnp.full((B, 1), 2), jnp.ones((B, 1), bool), mask)
+    x_BTD = X_BTD[:, :1].astype(fields.get("dtype", "float32"))
+
+    def step(params):
+        return module.apply({"params": params}, x_BTD, context, None, cache)
+
+    return step, random_params(module, X_BTD, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "param_dtype": "bfloat16"}, {"num_layers": 4, "moe_every": 2}],
+    ids=str,
+)
+def test_a_step_of_decoding_reads_experts_in_place_and_changes_no_bit(fields, monkeypatch):
+    step, own = decoding(**fields)
+    in_place = jax.jit(step)(own)
+    monkeypatch.setattr(stack_module, "reads_in_place", lambda *how: False)
+    chex.assert_trees_all_equal(in_place, jax.jit(lambda params: step(params))(own))
+
+
+def test_a_step_of_decoding_copies_no_layer_of_experts(monkeypatch):
+    """The time of a step would be that of reading all experts, not those that its tokens hit."""
+    step, own = decoding()
+    layer = re.compile(r"= f32\[(1,)?4,8,12\]")
+
+    def copies(step):
+        return len(layer.findall(jax.jit(step).lower(own).compile().as_text()))
+
+    assert copies(step) == 0
+    monkeypatch.setattr(stack_module, "reads_in_place", lambda *how: False)
+    assert copies(lambda params: step(params)) > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, True),
+        ({"tokens": 3}, False),  # 9 slots of 4 experts: more than two each
+        ({"execution": Execution("dense")}, False),
+        ({"execution": Execution(implementation="reference")}, False),
+        ({"placement": Placement(make_mesh(MeshConfig(data=2), jax.devices()[:2]))}, False),
+    ],
+    ids=str,
+)
+def test_only_a_few_tokens_of_one_device_read_experts_in_place(changed, expected):
+    given = {"tokens": 2, "execution": Execution(), "placement": None} | changed
+    assert reads_in_place(MOE, dtype=jnp.dtype("float32"), **given) == expected
 
 
 def test_unknown_remat_is_refused_with_the_known_ones():

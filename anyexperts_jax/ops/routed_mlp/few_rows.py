@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from anyexperts_jax.core.arrays import zeros_varying_as
 from anyexperts_jax.ops._dots import from_bits, to_bits, wide_dtype
 from anyexperts_jax.ops._swiglu import swiglu
-from anyexperts_jax.ops.experts import ExpertWeights
+from anyexperts_jax.ops.experts import ExpertWeights, StackedExperts
 from anyexperts_jax.ops.slot_order import SlotOrder
 
 _STEP = 8  # rows of a weight matrix per pass; 16 and more are slower in bfloat16
@@ -24,14 +24,16 @@ def few_rows(
     x_ND: Float[Array, "N D"],
     weights_NK: Float[Array, "N K"],
     order: SlotOrder,
-    experts: ExpertWeights,
+    experts: ExpertWeights | StackedExperts,
 ) -> Float[Array, "R D"]:
     """The weighted output at each place of the order, in float32 or wider; arbitrary after the real slots."""
-    w_gate_EDF, w_up_EDF, w_down_EFD = experts
+    stacked = experts if isinstance(experts, StackedExperts) else StackedExperts(experts, jnp.int32(0))
+    w_gate_EDF, w_up_EDF, w_down_EFD = stacked.weights
     ends_E = order.starts_E + order.counts_E
     last_live = jnp.argmax(jnp.where(order.counts_E > 0, ends_E, 0))
     expert_R = jnp.searchsorted(ends_E, jnp.arange(order.slots_R.size, dtype=jnp.int32), side="right")
     expert_R = jnp.minimum(expert_R, last_live)  # places after the real slots read weights that are in the cache anyway
+    expert_R = expert_R + stacked.first
     x_RD = x_ND[order.slots_R // weights_NK.shape[1]]
     gate_RF, up_RF = _own_expert(x_RD, expert_R, w_gate_EDF, w_up_EDF)
     (y_RD,) = _own_expert(swiglu(gate_RF, up_RF, x_ND.dtype), expert_R, w_down_EFD)
@@ -52,8 +54,8 @@ def _own_expert(
         for s in range(step):
             rows = (to_bits(w).at[expert_R, i * step + s].get(mode="promise_in_bounds") for w in weights)
             totals = tuple(
-                total + x_RS[:, s, None] * from_bits(row_RJ, dtype).astype(wide)
-                for total, row_RJ in zip(totals, rows, strict=True)
+                total + x_RS[:, s, None] * from_bits(row_RJ, w.dtype).astype(dtype).astype(wide)
+                for total, row_RJ, w in zip(totals, rows, weights, strict=True)
             )
         return totals
 

@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Float
 
+from anyexperts_jax.ops.experts import StackedExperts
 from anyexperts_jax.ops.routed_mlp import loop
 from anyexperts_jax.ops.routed_mlp.few_rows import few_rows
 from anyexperts_jax.ops.slot_order import SlotOrder
@@ -9,11 +10,24 @@ from anyexperts_jax.ops.slot_order import SlotOrder
 _FEW_ROWS = 2  # mean slots per expert up to which reading each row's weights in place is faster
 
 
+def has_few_rows(slots: int, experts: int) -> bool:
+    """Whether so many slots are few enough to read each row's weights in place."""
+    return slots / experts <= _FEW_ROWS
+
+
+def forward_in_place(
+    x_ND: Float[Array, "N D"], weights_NK: Float[Array, "N K"], order: SlotOrder, experts: StackedExperts
+) -> Float[Array, "N D"]:
+    """`forward` on the experts of one layer among those of all layers, for few rows."""
+    y_RD = few_rows(x_ND, weights_NK, order, experts)
+    return loop.sum_slots(y_RD, order, y_RD.dtype)
+
+
 def forward(
     x_ND: Float[Array, "N D"], weights_NK: Float[Array, "N K"], order: SlotOrder, experts: loop.Experts, *, keep: bool
 ) -> tuple[Float[Array, "N D"], loop.Kept | None]:
     """(y_ND, residuals for `loop.backward` if `keep`)."""
-    if not keep and order.slots_R.size / order.counts_E.size <= _FEW_ROWS:
+    if not keep and has_few_rows(order.slots_R.size, order.counts_E.size):
         y_RD = few_rows(x_ND, weights_NK, order, experts)
         return loop.sum_slots(y_RD, order, y_RD.dtype), None
     return loop.forward(x_ND, weights_NK, order, experts, keep=keep)

@@ -1,0 +1,39 @@
+"""A step of decoding reads the experts that it hits where those of all layers lie."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.dispatch.base import DispatchStats, add_virtual_output, sort_slots
+from anyexperts_jax.dispatch.execution import Execution, resolve_implementation
+from anyexperts_jax.ops.experts import StackedExperts
+from anyexperts_jax.ops.routed_mlp import xla
+from anyexperts_jax.routing.plan import RoutingPlan
+from anyexperts_jax.sharding.placement import Placement, is_split
+
+
+def reads_in_place(
+    config: AnyExpertsConfig, tokens: int, execution: Execution, placement: Placement | None, dtype: jnp.dtype
+) -> bool:
+    """Whether `apply_in_place` gives what `apply_plan` would compute for so many tokens, and is faster.
+
+    That is so on one device, without drops, where XLA's form for few rows would run. The kernels of accelerators take
+    the weights of one layer.
+    """
+    if execution.dispatch != "blocks" or (placement is not None and is_split(placement)):
+        return False
+    few = xla.has_few_rows(tokens * config.slots_bound, config.num_experts)
+    return few and resolve_implementation(execution, placement, dtype).implementation == "xla"
+
+
+def apply_in_place(
+    x_ND: Float[Array, "N D"], plan: RoutingPlan, experts: StackedExperts
+) -> tuple[Float[Array, "N D"], DispatchStats]:
+    """`dispatch.apply.apply_plan` for a few tokens on the experts of one layer among those of all layers.
+
+    It has no gradient: only decoding calls it.
+    """
+    order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
+    y_ND = xla.forward_in_place(x_ND, plan.weights_NK, order, experts)
+    stats = DispatchStats(dropped=jnp.zeros((), jnp.int32), rows=order.counts_E.sum(dtype=jnp.int32))
+    return add_virtual_output(y_ND, x_ND, plan), stats
