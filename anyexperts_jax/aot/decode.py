@@ -117,9 +117,14 @@ def _lower(model: ModelConfig, mesh: Mesh, params: Any, cache: Any, rows: int) -
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
 
     key = jax.eval_shape(lambda: jax.random.key(0))
-    number_B = given((rows,), jnp.int32)
-    lead_B = None if model.vision_tower is None else number_B
-    part = TextPart(given((rows, 1), jnp.int32), number_B, number_B, lead_B)
+    has_towers = model.vision_tower is not None or model.audio_tower is not None
+
+    def one_token() -> TextPart:
+        number_B = jnp.zeros((rows,), jnp.int32)
+        lead_B = jnp.zeros((rows,), jnp.float32) if has_towers else None
+        return TextPart(number_B[:, None], number_B, number_B, lead_B)
+
+    part = jax.tree.map(lambda array: given(array.shape, array.dtype), jax.eval_shape(one_token))
     bias_LC = given(model.router_bias_shape, jnp.float32) if model.moe.expert_bias else None
     static = (dropless(model), Placement(mesh), GREEDY)
     arguments = (params, bias_LC, BudgetInForce(), (part, None))
@@ -157,7 +162,8 @@ def _flops(model: ModelConfig, rows: int, length: int) -> float:
     )
     dense += model.vocab_size * stack.d_model if model.tie_embeddings else 0
     experts = moe.expected_real_slots * 3 * stack.d_model * stack.expert_d_ff * stack.num_moe_layers
-    attention = 2 * length * stack.attention.num_heads * stack.attention.head_dim * stack.num_layers
+    widths = stack.attention.head_dim + stack.attention.value_dim
+    attention = length * stack.attention.num_heads * widths * stack.num_layers
     return 2 * rows * (dense + experts + attention)
 
 
