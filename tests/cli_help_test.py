@@ -8,6 +8,8 @@ import pytest
 from anyexperts_jax.cli import main as cli
 from experiments.reproduce import __main__ as reproduce
 
+pytestmark = pytest.mark.every_case  # one a command: a first case says nothing of the others
+
 SUBPARSERS = argparse._SubParsersAction
 
 

@@ -89,8 +89,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--limit", type=positive, default=4, help="how many candidates --search compiles")
     parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file (default: none)")
     group = parser.add_argument_group("with a published model's config.json, without its weights")
-    group.add_argument("--k-min", type=positive_number, metavar="K", help="attach slots: at importance 0")
-    group.add_argument("--k-max", type=positive_number, metavar="K", help="attach slots: at importance 1")
+    group.add_argument(
+        "--k-min", type=positive_number, metavar="K", help="attach slots: at importance 0 (default: attach none)"
+    )
+    group.add_argument(
+        "--k-max", type=positive_number, metavar="K", help="attach slots: at importance 1 (default: attach none)"
+    )
     group.add_argument("--virtual", type=natural, default=0, metavar="V", help="virtual experts per layer")
     group.add_argument(
         "--decode",
