@@ -77,7 +77,8 @@ def compile_decode(run: RunConfig, model: ModelConfig, topology: str) -> Compile
             f"the step of decoding does not fit a device of {topology} with {chip.hbm / 2**30:.0f} GiB ({said}, in "
             "GiB); take fewer rows or positions, or more devices"
         ) from error
-    stats, program = compiled.memory_analysis(), compiled.as_text()
+    stats = compiled.memory_analysis()
+    collectives = tuple(read_collectives(compiled.as_text(), run.mesh.sizes_inside(mesh.size)))
     memory = {**held, "temporaries": stats.temp_size_in_bytes, "program": stats.generated_code_size_in_bytes}
     found = CompiledDecode(
         topology=topology,
@@ -88,8 +89,8 @@ def compile_decode(run: RunConfig, model: ModelConfig, topology: str) -> Compile
         parameters=sum(math.prod(p.shape) for p in jax.tree.leaves(params)),
         memory=memory,
         hbm=chip.hbm,
-        collectives=tuple(read_collectives(program, run.mesh.sizes_inside(mesh.size))),
-        bounds=_bounds(run, model, mesh, chip, program=program),
+        collectives=collectives,
+        bounds=_bounds(run, model, mesh, chip, collectives),
         seconds=time.perf_counter() - start,
     )
     over = -found.free * chip.hbm / 2**30
@@ -167,12 +168,12 @@ def _flops(model: ModelConfig, rows: int, length: int) -> float:
     return 2 * rows * (dense + experts + attention)
 
 
-def _bounds(run: RunConfig, model: ModelConfig, mesh: Mesh, chip: Chip, program: str) -> Bounds:
+def _bounds(run: RunConfig, model: ModelConfig, mesh: Mesh, chip: Chip, collectives: tuple[Collective, ...]) -> Bounds:
     inner = run.mesh.sizes_inside(mesh.size)
     rows, length = run.train.batch_size, run.data.encoding.max_length
     devices = list(mesh.devices.flat)
     first = [device for device in devices if slice_of(device) == slice_of(devices[0])]
-    alone, network, between = network_seconds(read_collectives(program, inner), first, inner, chip)
+    alone, network, between = network_seconds(collectives, first, inner, chip)
     flops = _flops(model, rows, length)
     arithmetic = flops / mesh.size / chip.flops
     hbm = read_bytes(model, mesh, rows, length) / (chip.hbm_gbs * 1e9)

@@ -69,27 +69,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--index", type=int, default=0, help="number of the example in the split, from 0")
     parser.add_argument("--question", help="ask this instead (default: the domain's own question)")
-    parser.add_argument(
-        "--image",
-        type=pathlib.Path,
-        action="append",
-        default=[],
-        help="a picture that --question or --prompt is about; repeatable with --prompt (default: none)",
-    )
-    parser.add_argument(
-        "--audio",
-        type=pathlib.Path,
-        action="append",
-        default=[],
-        help="a sound file that --question or --prompt is about; repeatable with --prompt (default: none)",
-    )
-    parser.add_argument(
-        "--video",
-        type=pathlib.Path,
-        action="append",
-        default=[],
-        help="a video file that --prompt is about; repeatable (default: none)",
-    )
+    for option, said in (
+        ("--image", "a picture that --question or --prompt is about; repeatable with --prompt"),
+        ("--audio", "a sound file that --question or --prompt is about; repeatable with --prompt"),
+        ("--video", "a video file that --prompt is about; repeatable"),
+    ):
+        parser.add_argument(option, type=pathlib.Path, action="append", default=[], help=f"{said} (default: none)")
     parser.add_argument(
         "--budget", type=positive_number, metavar="K", help="real experts per token (default: as trained)"
     )

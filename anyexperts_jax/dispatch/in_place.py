@@ -34,6 +34,6 @@ def apply_in_place(
     It has no gradient: only decoding calls it.
     """
     order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
-    y_ND = xla.forward_in_place(x_ND, plan.weights_NK, order, experts)
+    y_ND = xla.forward_of_few_rows(x_ND, plan.weights_NK, order, experts)
     stats = DispatchStats(dropped=jnp.zeros((), jnp.int32), rows=order.counts_E.sum(dtype=jnp.int32))
     return add_virtual_output(y_ND, x_ND, plan), stats

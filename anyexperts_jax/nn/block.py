@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -140,12 +140,18 @@ class MoEBlockCache:
     moe: AttentionCache
 
 
+class OfBlock(NamedTuple):
+    """What each MoE block of a stack has of its own. The scan stacks these over MoE blocks."""
+
+    bias_C: Float[Array, "*M C"] | None = None
+    window: Float[Array, "*tokens 2"] | None = None  # in place of the context's
+    number: Int[Array, ""] | None = None  # of the block; needed with the context's `deep_JBTD` or `experts`
+
+
 class MoEBlock(nn.Module):
     """`moe_every` - 1 dense blocks, then attention and the experts.
 
-    With `hsm_site="residual"`, h' = h + alpha w h replaces the residual stream before the experts. `first` is the
-    index of the first of these blocks among all layers; it matters only if `deep_JBTD` is added after some layers.
-    `number` is the index of the experts among those of all MoE blocks; it matters only with `context.experts`.
+    With `hsm_site="residual"`, h' = h + alpha w h replaces the residual stream before the experts.
     """
 
     config: StackConfig
@@ -157,14 +163,12 @@ class MoEBlock(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         context: BlockContext,
-        bias_C: Float[Array, "*M C"] | None = None,
+        of_block: OfBlock | None = None,
         cache: MoEBlockCache | None = None,
-        window: Float[Array, "*tokens 2"] | None = None,
-        first: int | Int[Array, ""] | None = None,
-        number: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[RoutingTrace, MoEBlockCache | None]]:
-        config = self.config
-        first = 0 if first is None else first
+        of_block = of_block or OfBlock()
+        config, number = self.config, of_block.number
+        first = 0 if number is None else config.num_dense_layers + config.moe_every * number
         x_BTD, before = dense_blocks(config, self.placement, DenseBlock, "before", config.moe_every - 1)(
             x_BTD, context, None if cache is None else cache.before, first
         )
@@ -190,11 +194,11 @@ class MoEBlock(nn.Module):
             name="moe",
         )
         normed_BTD = _norm(config, "norm")(x_BTD)
-        window = context.window if window is None else window
-        seen = MoEContext(context.valid_BT, context.modality_BT, window, bias_C, importance_logits_BT)
+        window = context.window if of_block.window is None else of_block.window
+        seen = MoEContext(context.valid_BT, context.modality_BT, window, of_block.bias_C, importance_logits_BT)
         in_place = None
         if context.experts is not None and number is not None:
-            in_place = StackedExperts(context.experts, jnp.int32(number) * self.moe.num_experts)
+            in_place = StackedExperts(context.experts, number * self.moe.num_experts)
         y_BTD, trace = layer(normed_BTD, seen, experts=in_place)
         written = None if before is None or own is None else MoEBlockCache(before, own)
         x_BTD = add_deep(x_BTD + y_BTD.astype(x_BTD.dtype), context.deep_JBTD, first + config.moe_every - 1)

@@ -4,13 +4,13 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.remat import remat_policy
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.dispatch.in_place import reads_in_place
-from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock, MoEBlockCache, dense_blocks
+from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock, MoEBlockCache, OfBlock, dense_blocks
 from anyexperts_jax.nn.cache import AttentionCache, empty_cache
 from anyexperts_jax.nn.config import StackConfig
 from anyexperts_jax.ops.experts import ExpertWeights
@@ -63,24 +63,27 @@ class Stack(nn.Module):
             written = None if cache is None or dense_cache is None else StackCache(dense_cache, cache.blocks)
             return x_BTD, empty_trace(self.moe, *x_BTD.shape[:2]), written
         of_layers = context.window is not None and context.window.ndim in (2, 4)
-        window_L = context.window if of_layers else None
+        in_place = cache is not None and self._reads_in_place(x_BTD)
+        if in_place:
+            context = dataclasses.replace(context, experts=self._stacked_experts())
+        numbered = in_place or context.deep_JBTD is not None
+        of_blocks = OfBlock(
+            bias_C=router_bias_LC,
+            window=context.window if of_layers else None,
+            number=jnp.arange(self.config.num_moe_layers, dtype=jnp.int32) if numbered else None,
+        )
         scanned = nn.scan(
             moe_block,
             variable_axes={"params": 0, "probe": 0},
             split_rngs={"params": True, "routing": True, "shuffle": True},
-            in_axes=(nn.broadcast, 0, 0, 0, 0, 0),
+            in_axes=(nn.broadcast, 0, 0),
             length=self.config.num_moe_layers,
             unroll=self.config.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = scanned(self.config, self.moe, self.placement, name="moe_layers")
         own = None if cache is None else cache.blocks
-        first_L = None if context.deep_JBTD is None else self._first_of_blocks()
-        number_L = None
-        if cache is not None and self._reads_in_place(x_BTD):
-            context = dataclasses.replace(context, experts=self._stacked_experts())
-            number_L = jnp.arange(self.config.num_moe_layers, dtype=jnp.int32)
-        x_BTD, (trace, blocks) = layers(x_BTD, context, router_bias_LC, own, window_L, first_L, number_L)
+        x_BTD, (trace, blocks) = layers(x_BTD, context, of_blocks, own)
         return x_BTD, trace, None if dense_cache is None else StackCache(dense_cache, blocks)
 
     def _reads_in_place(self, x_BTD: Float[Array, "B T D"]) -> bool:
@@ -94,11 +97,6 @@ class Stack(nn.Module):
         stored = self.variables["params"]["moe_layers"]["moe"]["experts"]
         names = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
         return ExpertWeights(*(jnp.reshape(stored[name], (-1, *stored[name].shape[2:])) for name in names))
-
-    def _first_of_blocks(self) -> Int[Array, "L"]:
-        """The index of each scanned block's first layer among all layers."""
-        config = self.config
-        return config.num_dense_layers + config.moe_every * jnp.arange(config.num_moe_layers, dtype=jnp.int32)
 
     def _blocks(self) -> tuple[type[nn.Module], type[nn.Module]]:
         if self.config.remat == "none":

@@ -13,12 +13,11 @@ from anyexperts_jax.models.init import named_leaves
 from anyexperts_jax.models.multimodal import MultimodalModel, TextPart
 from anyexperts_jax.nn.config import LoraConfig
 from anyexperts_jax.nn.stack import empty_stack_cache
-from anyexperts_jax.pretrained.budget import with_budget
-from anyexperts_jax.pretrained.decode import Request, decode
 from anyexperts_jax.pretrained.family import family_of
 from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.load import open_checkpoint
 from anyexperts_jax.pretrained.lora import merge_adapter, peft_tensors, with_adapter
+from pretrained.generate_test import require_whole_passes_agree
 from pretrained.lora_test import random_adapter
 from pretrained.tiny_hub import hub_values, random_tensors, tensors_in, tiny_checkpoint, write_checkpoint
 
@@ -44,18 +43,7 @@ def config_of(values):
 
 @pytest.mark.parametrize("budget", [None, 1.5])
 def test_greedy_tokens_are_those_of_whole_forward_passes(model, budget):
-    config, in_force = with_budget(model.config, budget)
-    weights = model.weights.__class__(config, model.placement, model.params, model.router_bias_LC)
-    found = decode(weights, PROMPTS, Request(4), in_force, lambda row, token: True)
-    texts, longest = [list(prompt) for prompt in PROMPTS], max(map(len, PROMPTS)) + 4
-    for _ in range(4):
-        tokens_BT = np.array([text + [0] * (longest - len(text)) for text in texts])
-        valid_BT = np.array([[t < len(text) for t in range(longest)] for text in texts])
-        logits_BTY = np.asarray(model.logits(tokens_BT, valid_BT, budget))
-        for row, text in enumerate(texts):
-            text.append(int(logits_BTY[row, len(text) - 1].argmax()))
-    assert found.tokens == [text[len(prompt) :] for text, prompt in zip(texts, PROMPTS, strict=True)]
-    assert abs(found.real_experts - (budget or 3)) < (0.1 if budget else 1e-6)
+    require_whole_passes_agree(model, PROMPTS, 4, budget)
 
 
 def test_the_cache_changes_no_expert_and_holds_latents(model):

@@ -9,6 +9,7 @@ from anyexperts_jax.pretrained.decode import Request, decode
 from anyexperts_jax.pretrained.sounds import Hearing, mel_filters
 from pretrained.tiny_hub import tensors_in
 from pretrained.tiny_omni import IDS, Scene, omni_checkpoint, omni_values, rows_of, scenes
+from pretrained.torch_routing import logits_and_choices
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -44,23 +45,8 @@ def inputs(seen):
     return found
 
 
-def run(model, seen):
-    """(logits, what each router chose, layer by layer)."""
-    chosen = []
-
-    def keep(module, given, outputs):
-        chosen.append(outputs[2].reshape(*seen.tokens_BT.shape, -1).numpy())
-
-    hooks = [m.register_forward_hook(keep) for m in model.modules() if type(m).__name__.endswith("TextTopKRouter")]
-    with torch.no_grad():
-        logits = model(torch.tensor(seen.tokens_BT), **inputs(seen)).logits
-    for hook in hooks:
-        hook.remove()
-    return logits.numpy(), chosen
-
-
 def compare(model, own, seen, name):
-    expected_BTY, chosen = run(own, seen)
+    expected_BTY, chosen = logits_and_choices(own, seen.tokens_BT, inputs(seen), "TextTopKRouter")
     output = model.forward(seen.tokens_BT, seen.valid_BT, **seen.media)
     ours_BTY, valid_BT = np.asarray(output.logits_BTY), seen.valid_BT
     np.testing.assert_allclose(ours_BTY[valid_BT], expected_BTY[valid_BT], rtol=1e-4, atol=1e-4, err_msg=name)

@@ -15,10 +15,13 @@ def has_few_rows(slots: int, experts: int) -> bool:
     return slots / experts <= _FEW_ROWS
 
 
-def forward_in_place(
-    x_ND: Float[Array, "N D"], weights_NK: Float[Array, "N K"], order: SlotOrder, experts: StackedExperts
+def forward_of_few_rows(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    order: SlotOrder,
+    experts: loop.Experts | StackedExperts,
 ) -> Float[Array, "N D"]:
-    """`forward` on the experts of one layer among those of all layers, for few rows."""
+    """y_ND without residuals, for few rows. The experts may be those of one layer among those of all layers."""
     y_RD = few_rows(x_ND, weights_NK, order, experts)
     return loop.sum_slots(y_RD, order, y_RD.dtype)
 
@@ -28,6 +31,5 @@ def forward(
 ) -> tuple[Float[Array, "N D"], loop.Kept | None]:
     """(y_ND, residuals for `loop.backward` if `keep`)."""
     if not keep and has_few_rows(order.slots_R.size, order.counts_E.size):
-        y_RD = few_rows(x_ND, weights_NK, order, experts)
-        return loop.sum_slots(y_RD, order, y_RD.dtype), None
+        return forward_of_few_rows(x_ND, weights_NK, order, experts), None
     return loop.forward(x_ND, weights_NK, order, experts, keep=keep)
