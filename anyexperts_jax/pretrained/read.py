@@ -3,8 +3,9 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -33,7 +34,9 @@ from anyexperts_jax.sharding.specs import param_shardings, replicated
 
 Sharding = jax.sharding.Sharding
 HEAD = "lm_head.weight"
-_ALIGNED, _OFF = 64, 16  # bytes: what JAX aligns to, and how far `_Scratch` is from it
+_ALIGNED = 64  # bytes
+_STRIP = 64  # elements of a row
+_MOST_THREADS = 8  # more add nothing where memory is the bound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,116 +131,76 @@ def summary(plan: ReadPlan, family: str) -> list[str]:
     return lines
 
 
-class _Scratch:
-    """Host memory that one parameter after another is put together in: fresh memory costs more than the copy.
-
-    On a CPU, JAX takes over aligned memory of NumPy's without a copy, whatever `may_alias` says. This one is aligned
-    for every type of number and never for JAX, so what is put on a device is copied.
-    """
-
-    def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
-
-    def take(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-        """Room for an array, whose values are anything. What was taken before is overwritten."""
-        need = math.prod(shape) * dtype.itemsize
-        if not need <= len(self._bytes) - _ALIGNED <= 2 * need:  # not much more than what is needed, for it counts
-            self._bytes = np.empty(0, np.uint8)
-            self._bytes = np.empty(need + _ALIGNED, np.uint8)
-        first = (_OFF - self._bytes.ctypes.data) % _ALIGNED
-        return self._bytes[first : first + need].view(dtype).reshape(shape)
-
-
 def read_parameters(plan: ReadPlan, source: Source) -> tuple[dict[str, Any], jax.Array | None]:
     """The parameters' tree, and the expert biases [L, C], where the model has them.
 
-    One parameter is read at a time, and of it what each device gets; a file is closed before the next parameter, so
-    that no more of it stays in memory. Onto a single device, the largest go first, and the next one is read while one
-    is copied there.
+    One parameter is read at a time, the largest first, and of it what each device gets; a file is closed before the
+    next parameter, so that no more of it stays in memory.
     """
     leaves: dict[str, jax.Array] = {}
-    alone = [own for own in plan.parameters if own.sharding.is_fully_addressable and len(own.sharding.device_set) == 1]
-    with ThreadPoolExecutor(1) as reader:
-        for parameter, value in _read_ahead(alone, plan.tensors, source, reader):
-            leaves[parameter.name] = jax.block_until_ready(jax.device_put(value, parameter.sharding))
-    for parameter in plan.parameters:
-        if parameter.name not in leaves:
-            leaves[parameter.name] = _read_split(parameter, plan.tensors, source)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as threads:
+        for parameter in sorted(plan.parameters, key=lambda own: -math.prod(own.shape) * own.dtype.itemsize):
+            leaves[parameter.name] = _read_parameter(parameter, plan.tensors, source, threads)
     if plan.repeated_head:
         _check_repeated_head(plan, source)
     return params_of_leaves(plan.config, leaves), leaves.get(ROUTER_BIAS)
 
 
-def _read_ahead(
-    parameters: Sequence[ParameterPlan], tensors: Mapping[str, Expected], source: Source, reader: ThreadPoolExecutor
-) -> Iterator[tuple[ParameterPlan, np.ndarray]]:
-    """Every parameter with its values, the largest first, while the next is being read. They last until the next."""
-    waiting = sorted(parameters, key=lambda own: -math.prod(own.shape) * own.dtype.itemsize)
-    scratch = (_Scratch(), _Scratch())
-
-    def begin(place: int) -> "Future[np.ndarray] | None":
-        if place == len(waiting):
-            return None
-        return reader.submit(_read_whole, waiting[place], tensors, source, scratch[place % 2])
-
-    coming = begin(0)
-    for place, parameter in enumerate(waiting, 1):
-        assert coming is not None
-        value, coming = coming.result(), begin(place)
-        yield parameter, value
-
-
-def _read_whole(plan: ParameterPlan, tensors: Mapping[str, Expected], source: Source, scratch: _Scratch) -> np.ndarray:
-    with source.opened() as reader:
-        return _read_part(plan, tensors, reader, scratch, tuple(slice(0, n) for n in plan.shape))
-
-
-def _read_split(plan: ParameterPlan, tensors: Mapping[str, Expected], source: Source) -> jax.Array:
-    def part(where: tuple[slice, ...] | None) -> np.ndarray:
-        return _read_part(plan, tensors, reader, _Scratch(), where or ())
+def _read_parameter(
+    plan: ParameterPlan, tensors: Mapping[str, Expected], source: Source, threads: ThreadPoolExecutor
+) -> jax.Array:
+    def part(where: tuple[slice, ...]) -> np.ndarray:
+        return _read_part(plan, tensors, reader, threads, where)
 
     with source.opened() as reader:
-        return jax.make_array_from_callback(plan.shape, plan.sharding, part)
+        if plan.sharding.is_fully_addressable and len(plan.sharding.device_set) == 1:
+            whole = part(tuple(slice(0, n) for n in plan.shape))
+            return jax.block_until_ready(jax.device_put(whole, plan.sharding))
+        return jax.make_array_from_callback(plan.shape, plan.sharding, lambda where: part(where or ()))
 
 
 def _read_part(
     plan: ParameterPlan,
     tensors: Mapping[str, Expected],
     reader: Reader,
-    scratch: _Scratch,
+    threads: ThreadPoolExecutor,
     where: tuple[slice, ...],
 ) -> np.ndarray:
     depth = len(plan.pieces[0].index)
     by_index = {piece.index: piece for piece in plan.pieces}
     ranges = [range(*s.indices(n)) for s, n in zip(where, plan.shape, strict=True)]
-    lead, inside = [len(r) for r in ranges[:depth]], tuple(slice(r.start, r.stop) for r in ranges[depth:])
-    value: np.ndarray | None = None
-    for place in np.ndindex(*lead):
+    inside = tuple(slice(r.start, r.stop) for r in ranges[depth:])
+    value = _aligned([len(r) for r in ranges], plan.dtype)
+
+    def copy(place: tuple[int, ...]) -> None:
         piece = by_index[tuple(ranges[axis][i] for axis, i in enumerate(place))]
-        own = _read_piece(piece, tensors[piece.tensor], reader)[inside]
-        if value is None:
-            value = _stacked_like(own, lead, plan.dtype, scratch)
-        _copy(own, value[place])
-    return np.empty([len(r) for r in ranges], plan.dtype) if value is None else value
+        _copy(_read_piece(piece, tensors[piece.tensor], reader)[inside], value[place])
+
+    collections.deque(threads.map(copy, np.ndindex(*value.shape[:depth])), maxlen=0)
+    return value
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Room for an array. On a CPU, JAX takes over memory that is aligned as this is, instead of copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + _ALIGNED, np.uint8)
+    first = -room.ctypes.data % _ALIGNED
+    return room[first : first + size].view(dtype).reshape(shape)
 
 
 def _copy(own: np.ndarray, room: np.ndarray) -> None:
-    """`room[...] = own`. NumPy copies bfloat16 an element at a time, and the same bits as whole numbers in runs."""
+    """`room[...] = own`. NumPy copies bfloat16 an element at a time, and the same bits as whole numbers in runs.
+
+    A transposed tensor is copied in strips, so that what is read of it is still in the CPU's cache for the next row.
+    """
     if own.dtype == room.dtype:
         bits = np.dtype(f"u{own.dtype.itemsize}")
         own, room = own.view(bits), room.view(bits)
-    room[...] = own
-
-
-def _stacked_like(piece: np.ndarray, lead: list[int], dtype: np.dtype, scratch: _Scratch) -> np.ndarray:
-    """Room for a stack of pieces, laid out in memory as they are, so that each is copied in one run.
-
-    A transposed piece stays transposed in memory; JAX turns it on the way to the device, several times faster.
-    """
-    order = sorted(range(piece.ndim), key=lambda axis: -piece.strides[axis])
-    room = scratch.take([*lead, *(piece.shape[axis] for axis in order)], dtype)
-    back = [len(lead) + order.index(axis) for axis in range(piece.ndim)]
-    return room.transpose([*range(len(lead)), *back])
+    if own.ndim < 2 or own.strides[-1] <= own.strides[-2]:
+        room[...] = own
+        return
+    for first in range(0, own.shape[-1], _STRIP):
+        room[..., first : first + _STRIP] = own[..., first : first + _STRIP]
 
 
 def _read_piece(piece: Piece, tensor: Expected, reader: Reader) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Reading and writing tiny checkpoints that the tests write themselves: both directions, types, layouts, files."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from anyexperts_jax import MeshConfig, load_pretrained, make_mesh
 from anyexperts_jax.models.init import named_leaves
 from anyexperts_jax.pretrained.load import open_checkpoint
-from anyexperts_jax.pretrained.read import _Scratch
+from anyexperts_jax.pretrained.read import _aligned, _copy
 from anyexperts_jax.pretrained.write import export
 from pretrained.tiny_hub import BFLOAT16, hub_values, random_tensors, tensors_in, tiny_checkpoint, write_checkpoint
 
@@ -163,15 +164,27 @@ def test_the_number_of_experts_goes_by_three_names(tmp_path, name):
     assert open_checkpoint(tmp_path / "hub").plan().config.moe.num_experts == 7
 
 
-def test_scratch_is_used_again_and_never_taken_over():
-    """JAX keeps aligned memory of NumPy's as it is: a parameter would change when the next is read."""
-    scratch = _Scratch()
-    for dtype in (np.dtype(np.float32), np.dtype(BFLOAT16)):
-        for size in (64, 4096, 100_000):
-            room = scratch.take((size,), dtype)
-            room[...] = 1
-            placed = jax.block_until_ready(jax.device_put(room, jax.devices()[0]))
-            assert scratch.take((size,), dtype).ctypes.data == room.ctypes.data
-            room[...] = 2
-            assert (np.asarray(placed) == 1).all()
-    assert scratch.take((10,), np.dtype(np.float32)).base.nbytes < 200, "a large one is let go"
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(), (0,), (70,), (3, 0), (63, 130), (130, 64), (2, 129, 70)])
+def test_transposed_tensors_are_copied_whole(shape, dtype):
+    own = np.asarray(jax.random.normal(jax.random.key(0), shape[::-1], dtype)).T
+    for room_dtype in (own.dtype, np.dtype(np.float32)):
+        room = _aligned(shape, room_dtype)
+        room[...] = np.nan
+        _copy(own, room)
+        np.testing.assert_array_equal(room, own.astype(room_dtype))
+
+
+def test_a_cpu_takes_over_what_is_read():
+    """Otherwise a model is in memory twice while it is read."""
+    room = _aligned((7, 100_000), np.dtype(np.float32))
+    placed = jax.device_put(room, jax.devices("cpu")[0])
+    assert placed.unsafe_buffer_pointer() == room.ctypes.data
+
+
+def test_several_threads_read_the_same_values(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "hub", "qwen3_moe", files=3)
+    source = open_checkpoint(folder).source
+    with source.opened() as reader, ThreadPoolExecutor(4) as threads:
+        found = dict(zip(source.tensors, threads.map(reader.read, source.tensors), strict=True))
+    same_tensors(found, tensors_in(folder))
