@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.nn.attention import Attention
-from anyexperts_jax.nn.cache import AttentionCache
+from anyexperts_jax.nn.cache import AttentionCache, LayerCaches
 from anyexperts_jax.nn.config import StackConfig
 from anyexperts_jax.nn.importance import ImportanceMLP
 from anyexperts_jax.nn.latent_attention import LatentAttention
@@ -109,24 +108,22 @@ class DenseBlock(nn.Module):
 
 def dense_blocks(
     config: StackConfig, placement: Placement | None, block: type[nn.Module], name: str, count: int
-) -> Callable[..., tuple[Array, AttentionCache | None]]:
-    """`count` dense blocks in sequence, named `name`_0 and so on, with a cache stacked over them.
+) -> Callable[..., tuple[Array, LayerCaches | None]]:
+    """`count` dense blocks in sequence, named `name`_0 and so on, each with its own cache.
 
     The function takes the stream, the context, the cache, and the first block's number among all layers.
     """
 
     def run(
-        x_BTD: Array, context: BlockContext, cache: AttentionCache | None, first: int | Array = 0
-    ) -> tuple[Array, AttentionCache | None]:
+        x_BTD: Array, context: BlockContext, caches: LayerCaches | None, first: int | Array = 0
+    ) -> tuple[Array, LayerCaches | None]:
         written = []
         for i in range(count):
-            own = None if cache is None else jax.tree.map(lambda a, i=i: a[i], cache)
+            own = None if caches is None else caches[i]
             x_BTD, own = block(config, placement, name=f"{name}_{i}")(x_BTD, context, own)
             x_BTD = add_deep(x_BTD, context.deep_JBTD, first + i)
             written.append(own)
-        if cache is None or not written:
-            return x_BTD, cache
-        return x_BTD, jax.tree.map(lambda *layers: jnp.stack(layers), *written)
+        return x_BTD, None if caches is None else tuple(written)
 
     return run
 
@@ -134,9 +131,9 @@ def dense_blocks(
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoEBlockCache:
-    """The caches of a MoE block and, stacked, of the dense blocks before it. The scan stacks these over MoE blocks."""
+    """The caches of a MoE block and of each dense block before it. The scan stacks these over MoE blocks."""
 
-    before: AttentionCache
+    before: LayerCaches
     moe: AttentionCache
 
 

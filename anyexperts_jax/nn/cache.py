@@ -40,6 +40,8 @@ class LatentCache:
 
 
 AttentionCache = KVCache | LatentCache
+# Arrays of their own: a stack would be taken apart and put together, and so copied, at every step of decoding.
+LayerCaches = tuple[AttentionCache, ...]
 
 
 def empty_cache(config: AttentionConfig, batch_size: int, length: int, dtype: Dtype, *layers: int) -> AttentionCache:

@@ -11,7 +11,7 @@ from anyexperts_jax.core.remat import remat_policy
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.dispatch.in_place import reads_in_place
 from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock, MoEBlockCache, OfBlock, dense_blocks
-from anyexperts_jax.nn.cache import AttentionCache, empty_cache
+from anyexperts_jax.nn.cache import AttentionCache, LayerCaches, empty_cache
 from anyexperts_jax.nn.config import StackConfig
 from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.routing.trace import RoutingTrace, empty_trace
@@ -21,23 +21,24 @@ from anyexperts_jax.sharding.placement import Placement
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StackCache:
-    """Attention's caches of the leading dense layers and of the MoE blocks, each stacked over its layers."""
+    """Attention's caches of each leading dense layer, and of the MoE blocks, stacked over these."""
 
-    dense: AttentionCache
+    dense: LayerCaches
     blocks: MoEBlockCache
 
     @property
     def length(self) -> int:
         """The number of positions that the cache can hold."""
-        return self.dense.length
+        return (*self.dense, self.blocks.moe)[0].length
 
 
 def empty_stack_cache(config: StackConfig, batch_size: int, length: int) -> StackCache:
     def cache(*layers: int) -> AttentionCache:
         return empty_cache(config.attention, batch_size, length, config.dtype, *layers)
 
-    blocks = MoEBlockCache(cache(config.num_moe_layers, config.moe_every - 1), cache(config.num_moe_layers))
-    return StackCache(cache(config.num_dense_layers), blocks)
+    before = tuple(cache(config.num_moe_layers) for _ in range(config.moe_every - 1))
+    dense = tuple(cache() for _ in range(config.num_dense_layers))
+    return StackCache(dense, MoEBlockCache(before, cache(config.num_moe_layers)))
 
 
 class Stack(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 
 from anyexperts_jax.nn.linear import Linear
 from anyexperts_jax.ops.contraction import Contraction, contract
-from nn.layers import random_params, run
+from nn.layers import equations, random_params, run
 
 
 def test_contracts_the_last_axes():
@@ -63,3 +63,27 @@ def test_the_kernels_gradient_is_summed_in_float32():
     grad = jax.grad(loss)(jnp.ones((1, 1)))
     assert grad.dtype == jnp.float32
     assert float(grad[0, 0]) == 515.0
+
+
+@pytest.mark.parametrize("num_in", [1, 2])
+@pytest.mark.parametrize("rows", [(), (1,), (1, 1), (2, 1)])
+def test_bfloat16_dots_of_few_rows_are_the_float32_sum_rounded(rows, num_in):
+    """A CPU computes a single row as one of two, and keeps the sum in float32 until the end."""
+    rng = np.random.default_rng(0)
+    inner = (64,) if num_in == 1 else (4, 16)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((*rows, *inner), (*inner, 24)))
+    y = jax.jit(lambda x, k: contract(x, k, Contraction(num_in, "bfloat16", "bfloat16")))(x, kernel)
+    exact = np.tensordot(np.asarray(x, np.float64), np.asarray(kernel, np.float64), num_in)
+    assert y.dtype == jnp.bfloat16
+    assert y.shape == exact.shape
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-4)
+
+
+def test_a_cpu_never_multiplies_a_single_row_of_bfloat16():
+    """XLA would widen the whole kernel to float32 first, at every step of decoding."""
+    how = Contraction(dtype="bfloat16", out_dtype="bfloat16")
+    x, kernel = jnp.ones((1, 1, 64), jnp.bfloat16), jnp.ones((64, 24), jnp.bfloat16)
+    traced = jax.make_jaxpr(lambda x, k: contract(x, k, how))(x, kernel)
+    (dot,) = (own for own in equations(traced.jaxpr) if own.primitive.name == "dot_general")
+    assert dot.invars[0].aval.shape == (2, 1, 1, 64)
+    assert dot.outvars[0].aval.dtype == jnp.float32

@@ -180,6 +180,12 @@ def test_a_step_of_decoding_copies_no_layer_of_experts(monkeypatch):
     assert copies(lambda params: step(params)) > 0
 
 
+def test_a_step_of_decoding_stacks_no_caches_of_dense_layers():
+    """Each step would take the stack apart and put it together again: a copy of the whole cache, twice."""
+    step, own = decoding(num_layers=4, num_dense_layers=3)
+    assert not re.findall(r"f32\[3,2,5,1,4\]", jax.jit(step).lower(own).compile().as_text())
+
+
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
