@@ -158,7 +158,7 @@ def in_thread(service: "Service") -> Iterator[str]:
 
 
 def _make_server(service: "Service") -> Any:
-    """Returns a uvicorn server without logging of its own: setting that up would close absl's handler and our stderr."""
+    """Returns a uvicorn server without its own logging: setting that up would close absl's handler, and our stderr."""
     import uvicorn
 
     from anyexperts_jax.serve.app import make_app
