@@ -136,12 +136,14 @@ def _require_variant(engine: _Engine, variant: str) -> None:
 
 
 def _synthesise(library: ctypes.CDLL, text: bytes, words_per_minute: int, pitch: int) -> None:
+    # text and its size; start, unit and end of the part to speak (0: all of it); flags; identifier and user data
+    whole_text = (text, len(text) + 1, 0, _POSITION_CHARACTER, 0, _CHARS_UTF8, None, None)
     statuses = {
         "SetRandSeed": library.espeak_ng_SetRandSeed(1),
         "SetParameter(rate)": library.espeak_SetParameter(_PARAMETER_RATE, words_per_minute, 0),
         "SetParameter(volume)": library.espeak_SetParameter(_PARAMETER_VOLUME, _VOLUME, 0),
         "SetParameter(pitch)": library.espeak_SetParameter(_PARAMETER_PITCH, pitch, 0),
-        "Synth": library.espeak_Synth(text, len(text) + 1, 0, _POSITION_CHARACTER, 0, _CHARS_UTF8, None, None),
+        "Synth": library.espeak_Synth(*whole_text),
     }
     for call, status in statuses.items():
         require(status == 0, f"eSpeak NG's {call} failed with status {status}")

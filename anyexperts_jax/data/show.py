@@ -163,7 +163,7 @@ def _table(examples: Sequence[Numbered], name: str) -> "Table":
     table.add_column("evidence", overflow="fold")
     table.add_column("source", ratio=1, overflow="fold")
     for number, example in examples:
-        table.add_row(
+        cells = (
             str(number),
             Text(example.question_type),  # as it is: a user's words are no markup
             str(example.level),
@@ -172,6 +172,7 @@ def _table(examples: Sequence[Numbered], name: str) -> "Table":
             describe_evidence(example),
             Text(example.source),
         )
+        table.add_row(*cells)
     return table
 
 

@@ -13,7 +13,7 @@ import pathlib
 
 import jax
 
-from anyexperts_jax.aot.bounds import Bounds, find_bounds
+from anyexperts_jax.aot.bounds import Bounds, find_bounds, train_demand
 from anyexperts_jax.aot.collectives import Collective
 from anyexperts_jax.aot.step import CompiledStep, compile_step
 from anyexperts_jax.aot.step_tables import mesh_text, to_json
@@ -123,7 +123,7 @@ def row_of(case: Case, base: Case, *, derive: bool = False) -> Row | None:
     )
     state = state_bytes(config, mesh)
     chip = chip_of_topology(case.topology)
-    bounds = find_bounds(work, state, rows, list(mesh.devices.flat), len(devices), sizes, chip)
+    bounds = find_bounds(train_demand(work, state), rows, list(mesh.devices.flat), sizes, chip)
     return Row(case, config, step, derived, rows, work, bounds, state)
 
 

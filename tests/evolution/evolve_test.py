@@ -56,7 +56,8 @@ def test_each_mode_is_its_equation(mode):
 
 def test_literal_takes_the_raw_gradient():
     g = jnp.full((1, 2), 5.0)
-    moved = follow("literal", jnp.float32(0.75), jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.full((1, 2), 9.0), g)
+    expert_1 = {"before": jnp.ones((1, 2)), "after": jnp.full((1, 2), 9.0), "gradient": g}
+    moved = follow("literal", jnp.float32(0.75), jnp.zeros((1, 2)), **expert_1)
     np.testing.assert_allclose(moved, 0.75 + 0.25 * 5.0)
 
 

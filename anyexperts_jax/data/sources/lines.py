@@ -261,8 +261,5 @@ def _entries(stream: Stream, file: File) -> Iterator[bytes]:
         yield json.dumps(value).encode() + b"\n"
 
 
-FORMAT = RowFormat(
-    "JSON Lines",
-    by_suffix(".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst", ".json"),
-    LineRows,
-)
+_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst", ".json")
+FORMAT = RowFormat("JSON Lines", by_suffix(*_SUFFIXES), LineRows)
