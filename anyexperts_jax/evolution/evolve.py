@@ -36,7 +36,7 @@ class EvolutionState(NamedTuple):
 def draw_betas(
     config: EvolutionConfig, num_experts: int, key: UInt32[Array, "2"], step: Int[Array, ""]
 ) -> Float[Array, "J"]:
-    """The beta of each of the J = num_experts - 1 evolved experts at a step, uniform in the expert's own range."""
+    """Draws the beta of each of the J = num_experts - 1 evolved experts at a step, uniformly in the expert's range."""
     if config.fixed_beta is not None:
         return jnp.full(num_experts - 1, config.fixed_beta, jnp.float32)
     low_J, high_J = jnp.asarray(config.beta_low, jnp.float32), jnp.asarray(config.beta_high, jnp.float32)
@@ -45,7 +45,7 @@ def draw_betas(
 
 
 def follow(mode: EvolutionMode, beta: Array, follower: Array, *, before: Array, after: Array, gradient: Array) -> Array:
-    """The next weights of an evolved expert, in float32. All arguments but `mode` broadcast against each other.
+    """Returns the next weights of an evolved expert, in float32. All arguments but `mode` broadcast together.
 
     Args:
       follower: the expert's weights.

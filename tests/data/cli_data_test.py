@@ -72,4 +72,4 @@ def test_data_is_checked(splits, code, said, tmp_path, capsys):
 
 def test_there_is_nothing_to_check_in_generated_domains(capsys):
     assert main(["data", "check", "smoke"]) == 2
-    assert "smoke reads generated domains alone; give data of yours: --data NAME=PATH" in capsys.readouterr().err
+    assert "smoke reads only generated domains; give your own data: --data NAME=PATH" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_a_vocabulary_smaller_than_asked_for_is_told(corpus, tmp_path, capsys):
         (["train", "missing.txt", "--vocab-size", "300", "--out", "new"], r"cannot read missing.txt: No such file"),
         (
             ["train", "CORPUS", "--vocab-size", "300", "--out", "."],
-            r"--out \. is there and not empty; name a new folder",
+            r"--out \. exists and is not empty; name a new folder",
         ),
         (["show", "missing"], r"tokenizer 'missing' does not exist; give 'bytes' or a path"),
         (["show", "."], r"there is no tokenizer in \.: give 'bytes', a folder with tokenizer.json"),
