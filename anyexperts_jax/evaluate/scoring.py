@@ -25,7 +25,7 @@ def longest_answer(batches: Sequence[Batch]) -> int:
 
 
 def predict(trained: Trained, model: ModelConfig, batch: Batch, window: Window, max_new_tokens: int) -> list[str]:
-    """Generates the answer to each row's question, "" for padding rows. `model` is the run's, with room for `window`."""
+    """Generates the answer to each row's question, "" for padding. `model` is the run's, with room for `window`."""
     tokens_BJ = generate(
         model,
         trained.params,
