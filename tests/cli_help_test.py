@@ -1,4 +1,4 @@
-"""What every command's help says, and what its options take."""
+"""The help of every command, and the values that options accept."""
 
 import argparse
 import shlex
@@ -8,13 +8,13 @@ import pytest
 from anyexperts_jax.cli import main as cli
 from experiments.reproduce import __main__ as reproduce
 
-pytestmark = pytest.mark.every_case  # one a command: a first case says nothing of the others
+pytestmark = pytest.mark.every_case  # one case per command; the first alone would not cover the others
 
 SUBPARSERS = argparse._SubParsersAction
 
 
 def parsers(parser):
-    """The parser and those of its commands, by their name."""
+    """Returns the parser and the parsers of its commands, by name."""
     yield parser.prog, parser
     for action in parser._actions:
         if isinstance(action, SUBPARSERS):
@@ -31,7 +31,7 @@ def options(parser):
 
 
 @pytest.mark.parametrize("name", PARSERS)
-def test_every_option_has_a_text_and_says_its_default(name):
+def test_every_option_has_a_text_and_states_its_default(name):
     formatter = PARSERS[name]._get_formatter()
     for action in options(PARSERS[name]):
         label = action.option_strings or action.dest
@@ -46,13 +46,13 @@ def test_every_option_has_a_text_and_says_its_default(name):
 
 
 @pytest.mark.parametrize("name", PARSERS)
-def test_every_help_has_examples_that_its_parser_takes(name):
+def test_every_help_has_examples_that_its_parser_accepts(name):
     parser = PARSERS[name]
     lines = [line.strip() for line in parser.epilog.splitlines()[1:]]
     assert lines
     top = PARSERS[name] if name.startswith("python -m") else ROOT
     for line in lines:
-        command = line.partition("   ")[0].partition(" >")[0]  # what follows is a comment, or for the shell
+        command = line.partition("   ")[0].partition(" >")[0]  # the rest is a comment or for the shell
         assert command.startswith(name), f"an example of another command: {command}"
         if not command.endswith("--help"):
             top.parse_args(shlex.split(command.removeprefix(top.prog)))
@@ -110,8 +110,8 @@ def test_a_wrong_number_is_one_line_and_exit_code_2(command, value, message, cap
     assert line.endswith("--help")
 
 
-def test_no_option_takes_just_any_number():
-    """An option that takes int or float as they are has a range elsewhere."""
+def test_every_numeric_option_has_a_range():
+    """An option whose type is plain int or float has its range checked elsewhere."""
     checked_elsewhere = {("anyexperts data show", "count"), ("anyexperts generate", "index")}
     for name, parser in PARSERS.items():
         for action in options(parser):

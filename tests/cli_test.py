@@ -1,4 +1,4 @@
-"""The command line from outside: exit codes, and one clear line for whatever is wrong."""
+"""The command line as users see it: exit codes, and one clear line for each error."""
 
 import dataclasses
 import re
@@ -67,8 +67,8 @@ def test_data_show_writes_pictures(tmp_path, capsys):
     assert "question" in capsys.readouterr().out
 
 
-def test_data_show_takes_domains_of_ones_own(tmp_path, capsys):
-    """By --data, and as a configuration or a run has them."""
+def test_data_show_takes_the_users_domains(tmp_path, capsys):
+    """They come from --data, a configuration or a run."""
     own, out = tmp_path / "own", tmp_path / "out"
     assert cli.main(["data", "export", "nlp", str(own), "--count", "3"]) == 0
     assert cli.main(["data", "show", "--data", f"[/red]={own}", "--count", "9", "--out", str(out)]) == 0
@@ -105,8 +105,8 @@ def test_data_show_refuses_in_one_line(arguments, message, capsys, tmp_path, mon
     assert re.search(message, one_line(capsys))
 
 
-def on_own_folder(tmp_path):
-    """`train` with the questions in the folder, for two steps of the smallest model."""
+def train_on_own_folder(tmp_path):
+    """Trains the smallest model for two steps on the questions in the folder."""
     data = dataclasses.replace(DATA, domains=("own",), folders=(f"own={tmp_path / 'own'}",))
     (tmp_path / "own.json").write_text(to_json(run_config(data=data, steps=2, optim=OptimConfig(warmup_steps=1))))
     return ["train", str(tmp_path / "own.json"), "--run", str(tmp_path / "run")]
@@ -117,7 +117,7 @@ def test_data_export_writes_a_folder_that_can_be_trained_on(tmp_path, capsys):
     for split, count in (("train", "5"), ("validation", "8")):
         command = ["data", "export", "nlp", str(tmp_path / "own"), "--split", split, "--count", count]
         assert cli.main(command) == 0
-    assert cli.main(on_own_folder(tmp_path)) == 0
+    assert cli.main(train_on_own_folder(tmp_path)) == 0
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
     assert capsys.readouterr().out.endswith(f"run: {tmp_path / 'run'}\n")
 
@@ -130,7 +130,7 @@ def test_a_folder_without_enough_to_validate_on_is_refused_before_the_first_step
     export = ["data", "export", "nlp", str(tmp_path / "own"), "--count"]
     assert cli.main([*export, "5"]) == 0
     assert count == 0 or cli.main([*export, str(count), "--split", "validation"]) == 0
-    assert cli.main(on_own_folder(tmp_path)) == 2
+    assert cli.main(train_on_own_folder(tmp_path)) == 2
     said = one_line(capsys)
     assert message in said
     assert said.endswith("; a run needs 8 validation examples of own (train.eval_examples)")
@@ -145,14 +145,14 @@ def test_a_path_that_cannot_be_written_is_one_line_and_exit_code_2(capsys):
 
 @pytest.mark.parametrize("file", ["train-00000-of-00001.part", "dataset.json.part"])
 def test_a_full_disk_is_one_line_and_exit_code_4_in_every_command(file, tmp_path, capsys):
-    """Found by the writer of records, which is not Python's, and by Python, which then does not name the file."""
+    """Both the record writer, which is native code, and Python find it; Python then does not name the file."""
     (tmp_path / file).symlink_to("/dev/full")
     assert cli.main(["data", "export", "nlp", str(tmp_path), "--count", "2"]) == 4
     line = f"anyexperts: cannot write to {tmp_path}: No space left on device; free some space and run it again"
     assert one_line(capsys) == line
 
 
-def test_an_error_of_ours_is_not_taken_for_a_file(monkeypatch):
+def test_an_internal_error_is_not_reported_as_a_file_error(monkeypatch):
     def fail(options, **where):
         raise RuntimeError("a fault in the program")
 

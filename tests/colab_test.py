@@ -1,4 +1,4 @@
-"""The notebooks: each runs from its first cell to its last at the smallest size; as committed they show their output.
+"""Every notebook runs from its first cell to its last at the smallest size, and is committed with its output.
 
 Needs the extra `notebooks`. Marked `notebook`, and run by `make test-notebooks`.
 """
@@ -26,8 +26,8 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_as_committed(path):
-    """Executed in order, without an error, and with the first cell that all share."""
+def test_a_committed_notebook_shows_its_output(path):
+    """It was executed in order without an error, and its first cell is the common one."""
     notebook = read(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
@@ -38,7 +38,7 @@ def test_as_committed(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_begins_with_how_long_it_takes_on_which_runtime(path):
+def test_a_notebook_begins_with_its_runtime_and_duration(path):
     first = json.loads(path.read_text())["cells"][0]
     text = "".join(first["source"])
     assert first["cell_type"] == "markdown"
@@ -48,7 +48,7 @@ def test_begins_with_how_long_it_takes_on_which_runtime(path):
 
 
 def run_cell(code, folder, prelude=""):
-    """As a notebook runs it where nothing is installed but Python: what it said and how it ended."""
+    """Runs a cell where only Python is installed; returns its output and exit status."""
     command = [sys.executable, "-I", "-S", "-c", f"{prelude}\n{code}"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
 
@@ -75,7 +75,7 @@ shutil.which = lambda name: name if name in {programs} else None
     ],
 )
 @pytest.mark.parametrize("source", ["git+https://host/of/it", "wheels/one.whl"])
-def test_the_first_cell_installs_from_a_source_with_what_the_runtime_has(source, files, programs, extra, tmp_path):
+def test_the_first_cell_installs_from_a_source_with_the_runtimes_tools(source, files, programs, extra, tmp_path):
     (tmp_path / "anyexperts_jax").mkdir()  # a clone's folder beside the notebook is not the package
     cell = source_of(NOTEBOOKS[0], 0).replace('SOURCE = ""', f"SOURCE = {source!r}")
     ended = run_cell(cell, tmp_path, PRETEND.format(files=files, programs=programs))
@@ -86,7 +86,7 @@ def test_the_first_cell_installs_from_a_source_with_what_the_runtime_has(source,
     assert ended.stderr == "Installed. Restart the runtime (Runtime > Restart session), then run this cell again.\n"
 
 
-def test_the_first_cell_installs_what_a_checkout_needs_from_the_checkout(tmp_path):
+def test_the_first_cell_installs_from_a_checkout(tmp_path):
     for folder in ("anyexperts_jax", "colab"):
         (tmp_path / folder).mkdir()
     (tmp_path / "anyexperts_jax" / "__init__.py").touch()
@@ -94,7 +94,7 @@ def test_the_first_cell_installs_what_a_checkout_needs_from_the_checkout(tmp_pat
     assert ended.stdout == f"install --quiet anyexperts-jax @ {tmp_path.as_uri()}\n"
 
 
-def test_without_a_source_and_without_a_checkout_one_line_says_what_to_do(tmp_path):
+def test_without_a_source_or_checkout_one_line_says_what_to_do(tmp_path):
     ended = run_cell(source_of(NOTEBOOKS[0], 0), tmp_path)
     assert re.fullmatch(r"anyexperts_jax is not here: set SOURCE above to .*\n", ended.stderr)
     (path,) = (one for one in NOTEBOOKS if "reproduce" in one.stem)
@@ -103,13 +103,13 @@ def test_without_a_source_and_without_a_checkout_one_line_says_what_to_do(tmp_pa
 
 
 def in_one_folder():
-    """The notebooks in the order a reader takes them; those that begin with the same run find it there."""
+    """Groups the notebooks in reading order; those that begin with the same run share a folder, and so the run."""
     train = "result = train("
     begin_alike = [path for path in NOTEBOOKS if train in path.read_text()]
     return [begin_alike, *([path] for path in NOTEBOOKS if path not in begin_alike)]
 
 
-def test_notebooks_that_train_begin_with_the_same_run():
+def test_notebooks_that_train_start_with_the_same_run():
     (first, *others), *alone = in_one_folder()
     assert others
     assert {source_of(path, 1) for path in others} == {source_of(first, 1)}
@@ -119,7 +119,7 @@ def test_notebooks_that_train_begin_with_the_same_run():
 @pytest.mark.notebook
 @pytest.mark.slow
 @pytest.mark.parametrize("paths", in_one_folder(), ids=lambda paths: "+".join(path.stem[:2] for path in paths))
-def test_runs(paths, tmp_path, monkeypatch):
+def test_notebooks_run(paths, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="needs the extra `notebooks`")
     for name, value in SMALLEST.items():
         monkeypatch.setenv(name, value)

@@ -1,6 +1,6 @@
-"""Every block of code and every command in README and docs/: each says whether it runs, and what runs works.
+"""Every block of code in README and docs/ states whether it runs, and those that run work.
 
-A comment above a block is its mark:
+A comment above a block marks it:
 
     <!-- run: quick -->             runs in every test run
     <!-- run: slow -->              runs with `pytest --docs-slow` (`make test-docs`)
@@ -49,7 +49,7 @@ class Block:
 
     @property
     def text(self):
-        """As it runs: with its changes."""
+        """Returns the block's text with its replacements made."""
         text = self.written
         for old, new in self.changes:
             assert old in text, f"line {self.line}: {old!r} is not in the block; its mark would replace it"
@@ -58,7 +58,7 @@ class Block:
 
 
 def blocks(page):
-    """The blocks of a page, in order."""
+    """Returns the blocks of a page, in order."""
     text = page.read_text()
     for found in BLOCK.finditer(text):
         mark, language, written = found.groups()
@@ -73,7 +73,7 @@ def page_name(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_every_block_says_whether_it_runs(page):
+def test_every_block_states_whether_it_runs(page):
     for block in blocks(page):
         assert block.language, f"line {block.line}: name the block's language; `text` is what nobody runs"
         if block.language in RUNNABLE:
@@ -84,7 +84,7 @@ def test_every_block_says_whether_it_runs(page):
 
 @pytest.fixture(scope="session")
 def smallest_run(tmp_path_factory):
-    """One trained run that all pages use."""
+    """Trains one smallest run, which all pages use."""
     run = tmp_path_factory.mktemp("docs") / "run"
     assert cli.main(["train", "smoke", "--run", str(run), *SMALLEST]) == 0
     return run
@@ -92,7 +92,7 @@ def smallest_run(tmp_path_factory):
 
 @pytest.fixture
 def shell(tmp_path):
-    """What runs commands that need a shell: `anyexperts` and `python` are those under test."""
+    """Returns a function that runs shell commands; `anyexperts` and `python` are the ones under test."""
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, module in {"anyexperts": "-m anyexperts_jax", "python": ""}.items():
@@ -103,7 +103,7 @@ def shell(tmp_path):
 
 
 def lines_of(text):
-    """The commands of a block, those over several lines as one."""
+    """Returns the commands of a block; one that continues over several lines is joined."""
     joined = text.replace("\\\n", " ")
     return [line for line in map(str.strip, joined.splitlines()) if line and not line.startswith("#")]
 
@@ -113,7 +113,7 @@ def needs_a_shell(line):
 
 
 def read_only(words):
-    """Reads a command and the configuration it names, as they are written, and runs nothing."""
+    """Parses a command and loads the configuration it names, without running it."""
     options = cli._parser().parse_args(words)
     if words[0] == "train":
         load_config(options.config, options.set, options.plugin)

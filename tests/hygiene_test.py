@@ -1,4 +1,4 @@
-"""What the project promises about its own source, checked on the source."""
+"""Rules for the project's own source, checked on the source."""
 
 import ast
 import importlib
@@ -113,20 +113,20 @@ MANY_POSITIONAL = {  # kernels and their rules, called with the operands of one 
 
 
 def called_by_position(node: ast.Call) -> tuple[str, int]:
-    """The name of what is called, and how many arguments without a name it gets; through a `partial` too."""
+    """Returns the called name and its number of positional arguments; looks through `partial` too."""
     called, count = node.func, len(node.args)
     name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
     if name == "partial" and node.args:
         inner = node.args[0]
         return getattr(inner, "attr", getattr(inner, "id", "")), count - 1
-    for argument in node.args:  # a tuple that is unpacked on the spot hides nothing
+    for argument in node.args:  # an unpacked tuple literal is counted by its items
         if isinstance(argument, ast.Starred) and isinstance(argument.value, ast.Tuple | ast.List):
             count += len(argument.value.elts) - 1
     return name, count
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=in_package)
-def test_calls_of_ours_name_their_arguments_past_the_fifth(path):
+def test_calls_name_their_arguments_past_the_fifth(path):
     excepted = str(path.relative_to(PACKAGE)) in MANY_POSITIONAL
     calls = [called_by_position(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     many = [(name, n) for name, n in calls if n > MOST_POSITIONAL and (name in DEFINED or name == "cls")]
@@ -146,14 +146,14 @@ def test_no_error_is_swallowed_and_no_global_state_is_set(path):
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
 
 
-def test_tables_are_printed_by_the_one_function_that_keeps_figures_whole():
-    """`core.text_table.print_tables`, tried on every table in tests/printed_tables_test.py; examples are texts."""
+def test_tables_are_printed_by_the_function_that_keeps_figures_whole():
+    """That function is `core.text_table.print_tables`; tests/printed_tables_test.py tries it on every table."""
     drawing = {in_package(path) for path in SOURCES if "rich.table" in imported_modules(path)}
     assert drawing == {"anyexperts_jax/core/text_table.py", "anyexperts_jax/data/show.py"}
 
 
-def test_a_deprecated_call_of_ours_fails_a_test():
-    """The filter in pyproject.toml: deprecations of other packages' own calls are theirs to mend."""
+def test_our_own_deprecated_calls_fail_a_test():
+    """Tests the filter in pyproject.toml, which ignores deprecated calls made by other packages."""
     call = "import warnings\ndef old(): warnings.warn('old', DeprecationWarning, stacklevel=2)\nold()"
     exec(call, {"__name__": "some_package"})
     with pytest.raises(DeprecationWarning):
@@ -176,12 +176,12 @@ def test_no_file_names_a_package_registry():
 
 
 def headings(page: pathlib.Path) -> set[str]:
-    """Where a link into a page can point, as GitHub makes it of the headings."""
+    """Returns the anchors that GitHub makes of a page's headings."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_every_link_between_our_pages_leads_somewhere():
+def test_every_link_between_our_pages_resolves():
     for page in [path for path in tracked_text_files() if path.suffix == ".md"]:
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
             target, _, heading = link.partition("#")
@@ -200,7 +200,7 @@ CONFIGS = sorted(
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=in_package)
-def test_a_configs_header_says_how_to_run_it_and_what_to_expect(path):
+def test_a_configs_header_states_how_to_run_it_and_what_to_expect(path):
     header = path.read_text().partition("\n\n")[0]
     if "Not an experiment of its own" in header:
         return

@@ -1,4 +1,4 @@
-"""The command as a process."""
+"""How the command starts its process again with large pages."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ PLAIN = {name: value for name, value in os.environ.items() if not name.startswit
 
 @pytest.fixture
 def started(monkeypatch):
-    """What the process is replaced by, in place of being replaced; pytest, which has loaded a debugger, apart."""
+    """Records the command that would replace the process, and hides the debugger that pytest has loaded."""
     monkeypatch.setattr(__main__, "WATCHERS", ())
     monkeypatch.setattr(__main__.sys, "gettrace", lambda: None)
     seen = []
@@ -25,23 +25,23 @@ def started(monkeypatch):
     return seen
 
 
-def test_it_starts_again_with_large_pages_and_the_same_arguments(started):
+def test_the_command_restarts_with_large_pages_and_the_same_arguments(started):
     __main__.restart_with_large_pages()
     ((program, arguments, environment),) = started
     assert program == arguments[0] == sys.executable
     assert arguments[1:] == sys.orig_argv[1:]
     assert environment == {**__main__.os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    assert environment.items() >= PLAIN.items(), "the rest stays as it was"
+    assert environment.items() >= PLAIN.items(), "other variables are unchanged"
 
 
 @pytest.mark.parametrize("value", ["", "glibc.malloc.arena_max=1"])
-def test_whoever_sets_the_variable_decides(started, value):
+def test_a_user_setting_of_the_variable_wins(started, value):
     __main__.os.environ["GLIBC_TUNABLES"] = value
     __main__.restart_with_large_pages()
     assert not started
 
 
-def test_elsewhere_it_goes_on_as_it_is(started, monkeypatch):
+def test_on_other_systems_the_command_does_not_restart(started, monkeypatch):
     monkeypatch.setattr(__main__.sys, "platform", "darwin")
     __main__.restart_with_large_pages()
     assert not started
@@ -63,7 +63,7 @@ def test_elsewhere_it_goes_on_as_it_is(started, monkeypatch):
         ({"ANYEXPERTS_LARGE_PAGES": "1", "GLIBC_TUNABLES": ""}, False),
     ],
 )
-def test_it_stays_what_others_watch_or_have_started(started, variable, starts):
+def test_a_watched_or_launched_process_does_not_restart(started, variable, starts):
     __main__.os.environ.update(variable)
     __main__.restart_with_large_pages()
     assert len(started) == starts
@@ -94,8 +94,8 @@ def test_a_process_that_is_monitored_is_watched():
         sys.monitoring.free_tool_id(number)
 
 
-def test_only_the_command_itself_starts_again(started, monkeypatch, capsys):
-    """A program that calls `main`, as this one does, goes on."""
+def test_only_the_command_itself_restarts(started, monkeypatch, capsys):
+    """A program that calls `main`, as this test does, is not restarted."""
     monkeypatch.setattr(sys, "argv", ["pytest", "report", "no/such/run"])
     assert __main__.main() == 2
     assert not started
@@ -104,14 +104,14 @@ def test_only_the_command_itself_starts_again(started, monkeypatch, capsys):
     capsys.readouterr()
 
 
-def test_a_switch_that_is_neither_is_refused(monkeypatch, capsys):
+def test_a_switch_that_is_neither_0_nor_1_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("ANYEXPERTS_LARGE_PAGES", "off")
     assert __main__.main() == 2
     assert capsys.readouterr().err == "anyexperts: ANYEXPERTS_LARGE_PAGES='off' must be 0 (never) or 1 (always)\n"
 
 
-def test_the_new_process_has_the_old_ones_arguments_and_number(tmp_path):
-    """Whoever sends it SIGTERM must reach the run, and its exit code is the command's."""
+def test_the_new_process_keeps_the_arguments_and_the_process_id(tmp_path):
+    """SIGTERM must reach the run, and its exit code must be the command's."""
     told = subprocess.run(
         [sys.executable, "-m", "anyexperts_jax", "--version"], env=PLAIN, capture_output=True, text=True
     )
@@ -141,7 +141,7 @@ def test_a_python_that_cannot_run_it_is_named_in_one_line(version, needed, said)
 
 
 def test_without_its_packages_the_command_ends_in_one_line(tmp_path):
-    """`-S -I` is a Python in which nothing is installed."""
+    """`-S -I` runs Python without any installed package."""
     root = str(pathlib.Path(__main__.__file__).parents[1])
     code = f"import sys; sys.path.insert(0, {root!r}); from anyexperts_jax.__main__ import main; sys.exit(main())"
     ended = subprocess.run(

@@ -1,4 +1,4 @@
-"""Every option of every command that is a path: the address of an object store is one line, and nothing is made."""
+"""Every path option of every command refuses an object store's address in one line and creates no folder."""
 
 import argparse
 import pathlib
@@ -11,7 +11,7 @@ ADDRESSES = ("gs://bucket/x", "s3://bucket/x", "hf://datasets/x/y")
 
 
 def parsers(parser, words=()):
-    """Every command, as its words and its parser."""
+    """Yields every command as its words and its parser."""
     inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not inner:
         return [(words, parser)]
@@ -19,13 +19,13 @@ def parsers(parser, words=()):
 
 
 def filled(action):
-    """What a positional or needed option takes that is not the one in question."""
+    """Returns values for a positional or required argument that is not being tested."""
     words = [] if not action.option_strings else [action.option_strings[-1]]
     return [*words, str(next(iter(action.choices)) if action.choices else 1)]
 
 
 def commands():
-    """Words of a whole command for each path option, and the option's name."""
+    """Returns a complete command line for each path option, and the option's name."""
     found = []
     for words, parser in parsers(cli._parser()):
         for action in (action for action in parser._actions if action.type is pathlib.Path):
@@ -43,13 +43,13 @@ def commands():
 COMMANDS = commands()
 
 
-def test_there_are_paths_to_ask_about():
+def test_path_options_are_found():
     assert {command[0] for command, _ in COMMANDS} >= {"train", "evolve", "evaluate", "report", "generate", "data"}
     assert len(COMMANDS) >= 12
 
 
 @pytest.mark.parametrize(("command", "option"), COMMANDS, ids=[" ".join(command) for command, _ in COMMANDS])
-def test_an_address_is_one_line_and_no_folder(command, option, tmp_path, monkeypatch, capsys):
+def test_an_address_is_refused_in_one_line_without_a_folder(command, option, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for address in ADDRESSES:
         assert cli.main([address if word == "ADDRESS" else word for word in command]) == 2
@@ -68,7 +68,7 @@ def test_an_address_is_one_line_and_no_folder(command, option, tmp_path, monkeyp
         (["train", "smoke", "--set", 'data.domains=["own"]', "--set", 'data.folders=["own=gs://b/x"]'], "gs:/"),
     ],
 )
-def test_an_address_elsewhere_is_one_line_and_no_folder(command, said, tmp_path, monkeypatch, capsys):
+def test_an_address_in_another_argument_is_refused_without_a_folder(command, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(command) == 2
     shown = capsys.readouterr().err
@@ -79,7 +79,7 @@ def test_an_address_elsewhere_is_one_line_and_no_folder(command, said, tmp_path,
 
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
 @pytest.mark.parametrize("command", ["train", "evolve", "compile"])
-def test_a_config_of_another_encoding_is_named(command, encoding, tmp_path, capsys):
+def test_a_config_of_another_encoding_is_refused_by_name(command, encoding, tmp_path, capsys):
     path = tmp_path / "é.toml"
     path.write_bytes('# é\npreset = "tiny"\n'.encode(encoding))
     more = ["--topology", "v5e:2x2"] if command == "compile" else ["--run", str(tmp_path / "run")]

@@ -28,7 +28,7 @@ def plugin(monkeypatch):
     return sys.modules["my_experts"]
 
 
-def test_a_dispatcher_of_ones_own_gives_the_oracles_values(plugin):
+def test_a_registered_dispatcher_gives_the_oracles_values(plugin):
     config = ax.AnyExpertsConfig(num_experts=4, num_virtual=1, k_min=1, k_max=3, importance_regulariser="near_half")
     keys = jax.random.split(jax.random.key(0), 5)
     x_ND, logits_NC = jax.random.normal(keys[0], (6, 8)), jax.random.normal(keys[1], (6, 5))
@@ -39,7 +39,7 @@ def test_a_dispatcher_of_ones_own_gives_the_oracles_values(plugin):
     np.testing.assert_allclose(mine, ax.moe_apply(x_ND, plan, *weights, dispatch="dense"), rtol=1e-4, atol=1e-4)
 
 
-def test_a_policy_of_ones_own_gives_the_slots(plugin):
+def test_a_registered_policy_gives_the_slots(plugin):
     fields = {"policy": "more_for_the_unsure", "policy_dial": 1.0}
     config = ax.AnyExpertsConfig.static_top_k(4, 3, **fields)
     plan = ax.route(config, jnp.asarray([[9.0, 0, 0, 0], [1.0, 1, 0, 0]]), jnp.zeros(2))
@@ -48,7 +48,7 @@ def test_a_policy_of_ones_own_gives_the_slots(plugin):
     assert plan.slots_N.tolist() == [2, 2]
 
 
-def test_a_metric_of_ones_own_scores_answers(plugin):
+def test_a_registered_metric_scores_answers(plugin):
     config = DataConfig(domains=("nlp",), metrics=("nlp=first_letter",))
     metric = config.metric_names()["nlp"]
     assert [score(metric, said, "seven") for said in ("six", "nine")] == [1, 0]
@@ -95,7 +95,7 @@ def test_ten_steps_through_the_command_line(plugin, tmp_path):
         (["--set", "model.stack.execution.implementation=nobody"], "implementation='nobody' is unknown; valid: refer"),
     ],
 )
-def test_an_unknown_name_is_refused_before_there_is_a_run(arguments, message, tmp_path, capsys):
+def test_an_unknown_name_is_refused_before_the_run_starts(arguments, message, tmp_path, capsys):
     assert main(["train", "smoke", "--run", str(tmp_path / "run"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -139,7 +139,7 @@ def test_a_plugin_that_fails_is_one_line(broken, source, message, capsys):
     assert not (broken / "run").exists()
 
 
-def test_what_a_registered_module_raises_is_said_with_its_line(broken):
+def test_an_error_in_a_registered_module_names_its_line(broken):
     with pytest.raises(ax.UserError) as error:
         Registry("thing", {"late": "broken_helper:x"})["late"]
     said = f"thing 'late' fails at {broken}/broken_helper.py:3: ZeroDivisionError: division by zero"
@@ -147,7 +147,7 @@ def test_what_a_registered_module_raises_is_said_with_its_line(broken):
 
 
 def test_worker_processes_import_the_plugins(plugin):
-    """A process of its own knows no domain but those that its own imports register."""
+    """A worker process knows only the domains that its own imports register."""
     config = DataConfig(domains=("coins",), encoding=EncodingSpec(max_patches=0, max_frames=0), threads=0)
     iterators = [
         train_iterator(dataclasses.replace(config, workers=workers), 2, plugins=["my_experts"]) for workers in (0, 1)
@@ -157,7 +157,7 @@ def test_worker_processes_import_the_plugins(plugin):
     iterators[1].close()
 
 
-def test_a_registry_loads_what_it_names_when_it_is_asked_for():
+def test_a_registry_imports_an_entry_when_it_is_used():
     things = Registry("thing", {"here": 1, "there": "math:pi", "gone": "no_such_module:x", "bare": "math:nothing"})
     assert (things["here"], things["there"]) == (1, pytest.approx(3.14159, abs=1e-5))
     assert registers(things, "new")(2) == 2

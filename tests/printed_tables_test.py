@@ -1,4 +1,4 @@
-"""Every table a command prints, with figures as long as they get, on a terminal of 80 columns."""
+"""Prints every table of every command with its longest figures on a terminal of 80 columns."""
 
 import io
 
@@ -80,7 +80,7 @@ def on_a_terminal(show_it, width=80) -> str:
 
 @pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("name", TABLES)
-def test_every_figure_is_whole(name, lines):
+def test_every_figure_is_printed_whole(name, lines):
     table = TABLES[name]
     text = on_a_terminal(lambda console: print_tables([table], console, lines=lines))
     for row in table.rows:
@@ -88,7 +88,7 @@ def test_every_figure_is_whole(name, lines):
             assert figure in text
 
 
-def test_the_line_of_a_step_breaks_where_the_terminal_is_narrow():
+def test_the_line_of_a_step_wraps_on_a_narrow_terminal():
     def run(console):
         reporter = Reporter(console)
         reporter.start(0, 50_000)
@@ -103,7 +103,7 @@ def test_the_line_of_a_step_breaks_where_the_terminal_is_narrow():
         assert figure in out.getvalue()
 
 
-def test_examples_are_shown_whole(tmp_path):
+def test_examples_are_printed_whole(tmp_path):
     fields = {"domain": "[/red]", "question_type": "a_type_of_a_long_name", "level": 3, "source": "file:" + "x" * 60}
     example = Example(**fields, question="how many [bold]things[/] are there?" * 3, answer="[/red] 12,345")
     text = on_a_terminal(lambda console: console.print(show._table([(123456, example)] * 2, "[/red]")))

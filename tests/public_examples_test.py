@@ -1,4 +1,4 @@
-"""The example in the docstring of every public function runs: all in one process, on one small run it trains."""
+"""The docstring example of every public function runs, all in one process, on one small run."""
 
 import json
 import os
@@ -13,7 +13,7 @@ TESTS = pathlib.Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def wrong(tmp_path_factory):
+def failed_examples(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device
     environment |= {"PYTHONPATH": str(TESTS.parent), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(TESTS / "public_examples.py")]
@@ -25,11 +25,11 @@ def wrong(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", public_examples.documented())
-def test_the_example_of_every_public_function_runs(name, wrong):
-    assert wrong[name] == ""
+def test_the_example_of_every_public_function_runs(name, failed_examples):
+    assert failed_examples[name] == ""
 
 
-def test_every_part_of_the_front_door_has_one():
+def test_every_public_function_has_an_example():
     assert {"train_run", "load_run", "Run", "Run.evaluate", "Run.generate", "Run.trace"} <= {
         *public_examples.documented()
     }

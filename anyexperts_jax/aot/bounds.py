@@ -8,6 +8,7 @@ from anyexperts_jax.aot.collectives import Collective
 from anyexperts_jax.aot.network import network_seconds
 from anyexperts_jax.aot.work import Work
 from anyexperts_jax.core.hardware import Chip
+from anyexperts_jax.sharding.mesh import slice_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,25 +28,33 @@ class Bounds:
         return max(self.arithmetic, self.hbm, self.network, self.between_slices)
 
 
+@dataclasses.dataclass(frozen=True)
+class Demand:
+    """What a step needs at least, besides communication."""
+
+    flops: float  # all matmuls, over all devices
+    real_flops: float  # those of them that count for the MFU
+    hbm_bytes: float  # that each device reads and writes
+
+
+def train_demand(work: Work, state: int) -> Demand:
+    """Returns the demand of a train step whose state takes `state` bytes on a device: it is read and written once."""
+    return Demand(work.flops, sum(work.real_flops.values()), 2 * state + work.hbm_bytes)
+
+
 def find_bounds(
-    work: Work,
-    state: int,
-    collectives: Sequence[Collective],
-    devices: Sequence[Any],
-    num_devices: int,
-    mesh: Mapping[str, int],
-    chip: Chip,
+    demand: Demand, collectives: Sequence[Collective], devices: Sequence[Any], mesh: Mapping[str, int], chip: Chip
 ) -> Bounds:
-    """The bounds of a step.
+    """Returns the bounds of a step.
 
     Args:
-      state: bytes of the train state on one device.
-      devices: the devices of one slice, in the order of `mesh`, the mesh inside the slice.
-      num_devices: the number of devices in all slices.
+      devices: the devices of all slices, in the mesh's order.
+      mesh: the sizes of the mesh axes inside one slice.
     """
-    alone, network, between = network_seconds(collectives, devices, mesh, chip)
-    arithmetic = work.flops / num_devices / chip.flops
-    hbm = (2 * state + work.hbm_bytes) / (chip.hbm_gbs * 1e9)
+    one_slice = [device for device in devices if slice_of(device) == slice_of(devices[0])]
+    alone, network, between = network_seconds(collectives, one_slice, mesh, chip)
+    arithmetic = demand.flops / len(devices) / chip.flops
+    hbm = demand.hbm_bytes / (chip.hbm_gbs * 1e9)
     longest = max(arithmetic, hbm, network, between)
-    mfu = sum(work.real_flops.values()) / num_devices / chip.flops / longest
+    mfu = demand.real_flops / len(devices) / chip.flops / longest
     return Bounds(arithmetic=arithmetic, hbm=hbm, network=network, between_slices=between, collectives=alone, mfu=mfu)

@@ -1,4 +1,4 @@
-"""Compiles a step of decoding, a token for each row of a filled cache, for TPUs or GPUs that are not attached."""
+"""Compiles a decoding step, one token for each row of a filled cache, for TPUs or GPUs that are not attached."""
 
 import dataclasses
 import math
@@ -9,13 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from anyexperts_jax.aot.bounds import Bounds
+from anyexperts_jax.aot.bounds import Bounds, Demand, find_bounds
 from anyexperts_jax.aot.collectives import Collective, read_collectives
 from anyexperts_jax.aot.fit import temporaries_refused
-from anyexperts_jax.aot.network import network_seconds
 from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
 from anyexperts_jax.core.errors import UserError, require
-from anyexperts_jax.core.hardware import Chip
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.generate import dropless
 from anyexperts_jax.models.init import abstract_params, logical_axes, named_leaves
@@ -25,7 +23,7 @@ from anyexperts_jax.models.sample import GREEDY
 from anyexperts_jax.nn.stack import empty_stack_cache
 from anyexperts_jax.pretrained.budget import BudgetInForce
 from anyexperts_jax.pretrained.decode import cache_sharding, extend_step
-from anyexperts_jax.sharding.mesh import make_mesh, slice_of
+from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import batch_shards, param_shardings, replicated
 from anyexperts_jax.train.config import RunConfig
@@ -67,18 +65,21 @@ def compile_decode(run: RunConfig, model: ModelConfig, topology: str) -> Compile
     start = time.perf_counter()
     params, cache = _placed_params(model, mesh), _placed_cache(model, mesh, rows, length)
     held = {"parameters": _bytes(params), "cache": _bytes(cache)}
-    said = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items())
+    held_text = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items())
     try:
         compiled = _lower(model, mesh, params, cache, rows).compile()
     except jax.errors.JaxRuntimeError as error:
         if temporaries_refused(str(error)) is None:
             raise
         raise UserError(
-            f"the step of decoding does not fit a device of {topology} with {chip.hbm / 2**30:.0f} GiB ({said}, in "
-            "GiB); take fewer rows or positions, or more devices"
+            f"the step of decoding does not fit a device of {topology} with {chip.hbm / 2**30:.0f} GiB ({held_text}, "
+            "in GiB); take fewer rows or positions, or more devices"
         ) from error
     stats = compiled.memory_analysis()
-    collectives = tuple(read_collectives(compiled.as_text(), run.mesh.sizes_inside(mesh.size)))
+    inner = run.mesh.sizes_inside(mesh.size)
+    collectives = tuple(read_collectives(compiled.as_text(), inner))
+    flops = _flops(model, rows, length)
+    demand = Demand(flops, flops, read_bytes(model, mesh, rows, length))
     memory = {**held, "temporaries": stats.temp_size_in_bytes, "program": stats.generated_code_size_in_bytes}
     found = CompiledDecode(
         topology=topology,
@@ -90,18 +91,19 @@ def compile_decode(run: RunConfig, model: ModelConfig, topology: str) -> Compile
         memory=memory,
         hbm=chip.hbm,
         collectives=collectives,
-        bounds=_bounds(run, model, mesh, chip, collectives),
+        bounds=find_bounds(demand, collectives, list(mesh.devices.flat), inner, chip),
         seconds=time.perf_counter() - start,
     )
     over = -found.free * chip.hbm / 2**30
-    require(found.free >= 0, f"the step of decoding does not fit a device of {topology}: {over:.2f} GiB more ({said})")
+    message = f"the step of decoding does not fit a device of {topology}: {over:.2f} GiB more ({held_text})"
+    require(found.free >= 0, message)
     return found
 
 
 def read_bytes(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> float:
-    """Bytes that a device reads in a step: its weights, of the experts those that its rows hit, and its cache.
+    """Returns the bytes that a device reads in a step: its cache and its weights, of the experts only those hit.
 
-    Rows are taken to choose their experts at random and independently: routing that prefers some reads less.
+    Rows are assumed to choose their experts at random and independently; routing that prefers some experts reads less.
     """
     share = 1 - (1 - model.moe.expected_real_slots / model.moe.num_experts) ** (rows / batch_shards(mesh))
     total = float(_bytes(_placed_cache(model, mesh, rows, length)))
@@ -149,12 +151,12 @@ def _placed(array: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct
 
 
 def _bytes(tree: Any) -> int:
-    """Of one device."""
+    """Returns the bytes of a tree on one device."""
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
 def _flops(model: ModelConfig, rows: int, length: int) -> float:
-    """Of the matmuls of a step on all devices, with attention over a full cache."""
+    """Counts the FLOPs of a step's matmuls, over all devices, with attention over a full cache."""
     stack, moe = model.stack, model.moe
     dense = sum(
         math.prod(array.shape)
@@ -166,16 +168,3 @@ def _flops(model: ModelConfig, rows: int, length: int) -> float:
     widths = stack.attention.head_dim + stack.attention.value_dim
     attention = length * stack.attention.num_heads * widths * stack.num_layers
     return 2 * rows * (dense + experts + attention)
-
-
-def _bounds(run: RunConfig, model: ModelConfig, mesh: Mesh, chip: Chip, collectives: tuple[Collective, ...]) -> Bounds:
-    inner = run.mesh.sizes_inside(mesh.size)
-    rows, length = run.train.batch_size, run.data.encoding.max_length
-    devices = list(mesh.devices.flat)
-    first = [device for device in devices if slice_of(device) == slice_of(devices[0])]
-    alone, network, between = network_seconds(collectives, first, inner, chip)
-    flops = _flops(model, rows, length)
-    arithmetic = flops / mesh.size / chip.flops
-    hbm = read_bytes(model, mesh, rows, length) / (chip.hbm_gbs * 1e9)
-    mfu = arithmetic / max(arithmetic, hbm, network, between)
-    return Bounds(arithmetic=arithmetic, hbm=hbm, network=network, between_slices=between, collectives=alone, mfu=mfu)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from anyexperts_jax.aot.bounds import find_bounds
+from anyexperts_jax.aot.bounds import find_bounds, train_demand
 from anyexperts_jax.aot.collectives import Collective
 from anyexperts_jax.aot.fit import kept_bytes
 from anyexperts_jax.aot.step import CompiledStep, check_batch, compile_step
@@ -20,7 +20,7 @@ from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.core.hardware import Chip
 from anyexperts_jax.core.remat import Remat
 from anyexperts_jax.core.text_table import TextTable
-from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh, slice_of
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.fit import state_bytes
 
@@ -106,17 +106,8 @@ def estimated_bound(config: RunConfig, chip: Chip, devices: Sequence[Any], state
     """
     sizes = config.mesh.sizes(len(devices))
     inner = config.mesh.sizes_inside(len(devices))
-    first = [device for device in devices if slice_of(device) == slice_of(devices[0])]
-    work = count_work(config, sizes, devices[0].device_kind)
-    return find_bounds(
-        work,
-        state,
-        collectives=_expected(config, sizes),
-        devices=first,
-        num_devices=len(devices),
-        mesh=inner,
-        chip=chip,
-    ).step
+    demand = train_demand(count_work(config, sizes, devices[0].device_kind), state)
+    return find_bounds(demand, _expected(config, sizes), devices, inner, chip).step
 
 
 def _expected(config: RunConfig, mesh: dict[str, int]) -> list[Collective]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from anyexperts_jax.aot.bounds import Bounds, find_bounds
+from anyexperts_jax.aot.bounds import Bounds, find_bounds, train_demand
 from anyexperts_jax.aot.collectives import Collective, read_collectives
 from anyexperts_jax.aot.fit import does_not_fit, temporaries_refused
 from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
@@ -18,7 +18,7 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.data.batches import abstract_batch
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.models.init import abstract_params
-from anyexperts_jax.sharding.mesh import make_mesh, slice_of
+from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import batch_shardings, batch_shards
 from anyexperts_jax.train.config import RunConfig
@@ -89,7 +89,7 @@ def compile_step(config: RunConfig, topology: str, slices: int = 1) -> CompiledS
 def describe_step(
     config: RunConfig, topology: str, mesh: Mesh, memory: dict[str, int], program: str, seconds: float
 ) -> CompiledStep:
-    """The figures of a step from its compiler's output.
+    """Returns the figures of a step, from the compiler's output.
 
     Args:
       memory: see `CompiledStep`.
@@ -98,7 +98,6 @@ def describe_step(
     chip, sizes = chip_of_topology(topology), dict(mesh.shape)
     inner = config.mesh.sizes_inside(mesh.size)
     devices = list(mesh.devices.flat)
-    first = [device for device in devices if slice_of(device) == slice_of(devices[0])]
     collectives = tuple(read_collectives(program, inner))
     work = count_work(config, sizes, devices[0].device_kind)
     return CompiledStep(
@@ -111,15 +110,7 @@ def describe_step(
         hbm=chip.hbm,
         collectives=collectives,
         work=work,
-        bounds=find_bounds(
-            work,
-            memory["state and batch"],
-            collectives=collectives,
-            devices=first,
-            num_devices=len(devices),
-            mesh=inner,
-            chip=chip,
-        ),
+        bounds=find_bounds(train_demand(work, memory["state and batch"]), collectives, devices, inner, chip),
         seconds=seconds,
     )
 

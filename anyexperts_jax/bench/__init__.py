@@ -1,1 +1,1 @@
-"""Benchmarks of the layer and of the train step, interleaved with other libraries in one run."""
+"""Benchmarks of the layer, the train step, the data pipeline and the server, interleaved with other libraries."""

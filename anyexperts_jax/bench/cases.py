@@ -48,8 +48,7 @@ def top_k_plan(shape: LayerShape, seed: int = 0) -> RoutingPlan:
 
 
 def budget_plan(shape: LayerShape, slots_bound: int, real: float, seed: int = 0) -> RoutingPlan:
-    """Random distinct experts: each token has floor(real) or one more, so that the average is `real`. Other slots are
-    empty.
+    """Gives each token floor(real) random distinct experts or one more, `real` on average; other slots are empty.
 
     Weights are equal, and a fifth of the weight is virtual. Plans of all budgets have the same shape, so that one
     program runs them all.

@@ -1,4 +1,4 @@
-"""How fast examples are read and made into sequences, by domain and modality, beside the plain library's loop."""
+"""Measures how fast examples are read and encoded, by domain and modality, compared with a plain library's loop."""
 
 import dataclasses
 import functools
@@ -24,24 +24,24 @@ from anyexperts_jax.data.turns import chat_template, encode_item
 from anyexperts_jax.tokenizers.store import open_tokenizer
 
 SPLIT = "train"
-WANTED = 0.7  # of the plain loop's speed
+WANTED = 0.7  # target, as a share of the plain loop's speed
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSpeed:
-    """The examples of one domain and modality. Speeds are per second of processor time: those of one busy core."""
+    """Speeds for one domain and modality, per second of processor time: those of one busy core."""
 
     domain: str
-    modality: str  # text, image, audio or video; of conversations all they hold, as "audio+image"
+    modality: str  # text, image, audio or video; for conversations all they contain, as "audio+image"
     examples: int
-    examples_per_second: float  # read, decoded, encoded and padded, as training takes them
+    examples_per_second: float  # read, decoded, encoded and padded, as training needs them
     tokens_per_second: float  # positions of the sequences, without padding
     megabytes_per_second: float  # of text in UTF-8, pixels, and samples of 16 bits
-    same_per_second: float  # examples read, decoded and turned into ids, and no more: what the plain loop does
-    plain: str | None  # the libraries of the plain loop; None: there is none
+    same_per_second: float  # examples only read, decoded and tokenised, which is all that the plain loop does
+    plain: str | None  # the libraries of the plain loop; None: there is no such loop
     plain_per_second: float | None
-    same_ratio: float | None  # speed over the plain loop's: of the same work,
-    ratio: float | None  # and of all that training needs
+    same_ratio: float | None  # speed over the plain loop's, for the same work
+    ratio: float | None  # speed over the plain loop's, for all that training needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +53,10 @@ class DataBench:
 def bench_data(
     config: DataConfig, examples: int = 200, rounds: int = 5, note: Callable[[str], None] = lambda line: None
 ) -> DataBench:
-    """Times the first `examples` train examples of each domain, everything in turn, `rounds` times.
+    """Times the first `examples` train examples of each domain, in `rounds` interleaved rounds.
 
     Raises:
-      UserError: when a number is out of range, or a domain cannot be read.
+      UserError: if a number is out of range, or a domain cannot be read.
     """
     require(examples >= 1, f"examples={examples} must be >= 1")
     require(rounds >= 1, f"rounds={rounds} must be >= 1")
@@ -74,7 +74,7 @@ def bench_data(
 
 
 def _modality(item: Item) -> str:
-    """The medium of an example, the kinds of media of a conversation ("audio+image"), or "text"."""
+    """Returns an example's medium, a conversation's kinds of media ("audio+image"), or "text"."""
     if isinstance(item, Example):
         return item.media or "text"
     if isinstance(item, Document):
@@ -83,12 +83,12 @@ def _modality(item: Item) -> str:
 
 
 def _amounts(items: Sequence[Item], encode: Callable[[Item], EncodedSequence]) -> tuple[int, float]:
-    """Positions and megabytes of the items."""
+    """Returns the positions and the megabytes of the items."""
     return sum(encode(item).size.positions for item in items), sum(_bytes(item) for item in items) / 1e6
 
 
 def texts_of(item: Item) -> list[str]:
-    """All texts of an item, in their order."""
+    """Returns all texts of an item, in order."""
     if isinstance(item, Document):
         return [item.text]
     if isinstance(item, Conversation):
@@ -109,7 +109,7 @@ def _bytes(item: Item) -> int:
 
 
 def _speed(config: DataConfig, name: str, source: Source, examples: Mapping[int, Item], rounds: int) -> DataSpeed:
-    """Of examples of one modality, by their numbers."""
+    """Measures the speed for examples of one modality, given by their indices."""
     spec, tokenizer, indices = config.encoding, open_tokenizer(config.tokenizer), list(examples)
     template = chat_template(config, tokenizer)
     encode = functools.partial(encode_item, spec=spec, tokenizer=tokenizer, template=template)
@@ -128,7 +128,7 @@ def _speed(config: DataConfig, name: str, source: Source, examples: Mapping[int,
     if plain is not None:
         _, loop = plain
         calls["plain"] = lambda: loop(indices)
-    seconds = _in_turn(calls, rounds)
+    seconds = _time_interleaved(calls, rounds)
     per_second = {call: len(indices) / statistics.median(each) for call, each in seconds.items()}
     tokens, megabytes = _amounts(list(examples.values()), encode)
     return DataSpeed(
@@ -146,8 +146,8 @@ def _speed(config: DataConfig, name: str, source: Source, examples: Mapping[int,
     )
 
 
-def _in_turn(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of processor time of each call in each round, after one that is not counted: A B A B."""
+def _time_interleaved(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Returns the processor seconds of each call in each round (A B A B), after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
@@ -159,14 +159,14 @@ def _in_turn(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, lis
 
 
 def _ratio(seconds: dict[str, list[float]], name: str) -> float | None:
-    """The median over rounds of the speed over the plain loop's in the same round."""
+    """Returns the median over rounds of the speed relative to the plain loop's in the same round."""
     if "plain" not in seconds:
         return None
     return statistics.median(plain / own for own, plain in zip(seconds[name], seconds["plain"], strict=True))
 
 
 def data_tables(bench: DataBench) -> tuple[TextTable, TextTable]:
-    """Speeds, and the plain loops beside them."""
+    """Returns two tables: the speeds, and their comparison with the plain loops."""
     speeds = [
         (
             one.domain,

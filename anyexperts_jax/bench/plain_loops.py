@@ -1,9 +1,9 @@
-"""The loop that a user would write by hand over the same files: the plain library, and nothing of ours.
+"""Loops that a user would write by hand over the same files, with plain libraries only.
 
-It reads a record, decodes its media, brings sound to the rate that training takes, and turns its texts into ids; it
-checks nothing and makes neither features nor a sequence. Parquet and `datasets` are read by pyarrow, JSON Lines by
-`json`, and held in memory as a whole, which ours are not; sound is decoded by `soundfile` and resampled by `soxr`,
-pictures are decoded by Pillow, texts are encoded by `tokenizers`.
+A loop reads a record, decodes its media, resamples sound to the rate that training uses, and tokenises its texts. It
+checks nothing and makes neither features nor sequences. Parquet and `datasets` are read by pyarrow, JSON Lines by
+`json`, and kept in memory as a whole, unlike in this package. Sound is decoded by `soundfile` and resampled by `soxr`,
+pictures are decoded by Pillow, and texts are encoded by `tokenizers`.
 """
 
 import csv
@@ -21,15 +21,15 @@ from anyexperts_jax.data.row_source import RowSource
 from anyexperts_jax.data.source import Source
 from anyexperts_jax.tokenizers.bytes import NAME as BYTES_NAME
 
-Loop = Callable[[Sequence[int]], None]  # over the records of these numbers
+Loop = Callable[[Sequence[int]], None]  # takes the indices of the records
 Encode = Callable[[str], object]
 
 
 def plain_loop(config: DataConfig, name: str, split: str, source: Source | None = None) -> tuple[str, Loop] | None:
-    """(the libraries' names, the loop) of a domain in a folder; None of a generated one, or of files not known here.
+    """Returns (names of the libraries, loop) for a domain in a folder; None if it is generated or has no plain loop.
 
     Args:
-      source: the domain's, which says which of the files' rows its examples are.
+      source: the domain's source, which knows the files' rows that its examples come from.
     """
     folder = config.folder_paths().get(name)
     if folder is None:
@@ -72,7 +72,7 @@ def _array_record_loop(files: Sequence[pathlib.Path], encode: Encode) -> Loop:
 
 
 def _rows_loop(source: RowSource, label: str, encode: Encode) -> tuple[str, Loop] | None:
-    """Over the rows that the examples are of, which are in one file of one of these kinds."""
+    """Returns the loop over the rows of the examples, if they are in one file of a known kind."""
     files, rows_N = sorted({source.where(index)[0] for index in range(len(source))}), source.rows_N
     path = pathlib.Path(files[0])
     if len(files) > 1 or path.suffix not in (".parquet", ".jsonl", ".tsv"):
@@ -84,7 +84,7 @@ def _rows_loop(source: RowSource, label: str, encode: Encode) -> tuple[str, Loop
 
         def arrow(indices: Sequence[int]) -> None:
             for row in rows_N[list(indices)].tolist():
-                _take([column[row].as_py() for column in columns], encode)
+                _encode_values([column[row].as_py() for column in columns], encode)
 
         return f"pyarrow, {label}", arrow
     if path.suffix == ".tsv":
@@ -93,13 +93,13 @@ def _rows_loop(source: RowSource, label: str, encode: Encode) -> tuple[str, Loop
 
     def json_lines(indices: Sequence[int]) -> None:
         for row in rows_N[list(indices)].tolist():
-            _take(json.loads(lines[row]).values(), encode)
+            _encode_values(json.loads(lines[row]).values(), encode)
 
     return f"json, {label}", json_lines
 
 
 def _table_loop(path: pathlib.Path, rows_N: np.ndarray, encode: Encode) -> Loop:
-    """Over the files that a table of recordings names."""
+    """Returns the loop over the files that a table of recordings names."""
     with open(path, newline="") as table:
         rows = [(row["file"], row["text"]) for row in csv.DictReader(table, delimiter="\t")]
 
@@ -120,12 +120,12 @@ def _arrow_loop(files: Sequence[pathlib.Path], encode: Encode) -> Loop:
 
     def loop(indices: Sequence[int]) -> None:
         for index in indices:
-            _take([column[index].as_py() for column in columns], encode)
+            _encode_values([column[index].as_py() for column in columns], encode)
 
     return loop
 
 
-def _take(values: Iterable[Any], encode: Encode) -> None:
+def _encode_values(values: Iterable[Any], encode: Encode) -> None:
     for value in values:
         if isinstance(value, str):
             encode(value)

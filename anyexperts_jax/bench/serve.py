@@ -1,6 +1,6 @@
-"""The server under load: clients that ask one after the other, beside a plain loop of transformers.
+"""Puts the server under load from several clients, and compares it with a plain loop of transformers.
 
-Every request is asked alone first. Under load its answer must be the same, token for token.
+Every request is first sent alone. Under load its answer must be the same, token for token.
 """
 
 import concurrent.futures
@@ -26,44 +26,44 @@ from anyexperts_jax.serve.app import Limits
 from anyexperts_jax.serve.model import ServedModel
 from anyexperts_jax.serve.run import in_thread, make_service
 
-SPREAD = 0.5  # of the lengths' logarithm: two thirds lie within a factor of 1.65 of the middle
+SPREAD = 0.5  # of the logarithm of lengths: two thirds are within a factor of 1.65 of the median
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What the clients ask."""
+    """The requests of the clients, and the size of the server."""
 
     clients: tuple[int, ...] = (1, 4, 16)
-    requests: int = 32  # at each number of clients
-    prompt: int = 48  # tokens, in the middle
-    answer: int = 24
+    requests: int = 32  # for each number of clients
+    prompt: int = 48  # median tokens of a prompt
+    answer: int = 24  # median tokens of an answer
     slots: int = 8
     length: int = 256  # positions of a slot
-    budgets: tuple[float, ...] = ()  # asked for in turn; (): the model's own
+    budgets: tuple[float, ...] = ()  # requests take them in turn; (): the model's own
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises UserError when there is no client or no request."""
+        """Raises UserError if there is no client or no request."""
         require(bool(self.clients) and min(self.clients) >= 1, f"clients={self.clients} must be numbers >= 1")
         require(self.requests >= 1, f"requests={self.requests} must be >= 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeSpeed:
-    """What so many clients got. Ratios are over one client's, or the first number of them."""
+    """The results for one number of clients. Ratios are relative to the first number."""
 
     clients: int
     requests: int
     lost: int  # requests without an answer
-    mixed_up: int  # answers that differ from those alone
-    first_token_ms: float  # median, from the request on
+    mixed_up: int  # answers that differ from those of single requests
+    first_token_ms: float  # median time from the request
     between_tokens_ms: float  # median over tokens
-    tokens_per_second: float  # of all answers, over the time from the first request to the last answer
+    tokens_per_second: float  # all answers' tokens, over the time from the first request to the last answer
     throughput_ratio: float
     first_token_ratio: float
     between_tokens_ratio: float
-    peak_megabytes: float  # of the process, clients included
-    plain_ratio: float | None  # tokens a second over the plain loop's; None: transformers is not there
+    peak_megabytes: float  # memory of the process, clients included
+    plain_ratio: float | None  # tokens per second over the plain loop's; None: transformers is not installed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,24 +74,24 @@ class ServeBench:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Asked:
+class _Request:
     prompt: list[int]
     answer: int
     budget: float | None
 
 
 @dataclasses.dataclass(frozen=True)
-class _Got:
+class _Answer:
     tokens: list[str]
     first: float
     between: list[float]
 
 
 def bench_serve(model: ServedModel, load: Load, note: Callable[[str], None] = lambda line: None) -> ServeBench:
-    """Measures each number of clients in turn, on the same requests.
+    """Measures each number of clients on the same requests.
 
     Raises:
-      UserError: when the model or the server does not take the requests.
+      UserError: if the model or the server cannot take the requests.
     """
     made_with = environment(1)
     asked = requests_of(load, model.weights.config.vocab_size, model.longest)
@@ -112,8 +112,8 @@ def bench_serve(model: ServedModel, load: Load, note: Callable[[str], None] = la
     return ServeBench(made_with, load, tuple(speeds))
 
 
-def requests_of(load: Load, vocab_size: int, longest: int) -> list[_Asked]:
-    """Prompts of random ids; lengths are drawn log-normally and cut to what a slot holds."""
+def requests_of(load: Load, vocab_size: int, longest: int) -> list[_Request]:
+    """Draws prompts of random ids, with log-normal lengths cut to what a slot holds."""
     random = np.random.default_rng(load.seed)
     room = min(load.length, longest)
     found = []
@@ -122,15 +122,15 @@ def requests_of(load: Load, vocab_size: int, longest: int) -> list[_Asked]:
         answer = int(np.clip(lengths[1], 1, room // 2))
         prompt = int(np.clip(lengths[0], 1, room - answer))
         budget = load.budgets[number % len(load.budgets)] if load.budgets else None
-        found.append(_Asked(random.integers(0, vocab_size, prompt).tolist(), answer, budget))
+        found.append(_Request(random.integers(0, vocab_size, prompt).tolist(), answer, budget))
     return found
 
 
-def plain_loop(model: ServedModel, asked: Sequence[_Asked], note: Callable[[str], None]) -> float | None:
-    """Tokens a second of transformers' `generate`, a request at a time; None where it is not there, or cannot."""
+def plain_loop(model: ServedModel, asked: Sequence[_Request], note: Callable[[str], None]) -> float | None:
+    """Returns the tokens per second of transformers' `generate`, one request at a time; None if it cannot run."""
     folder = model.path
-    there = all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
-    if not there or folder is None or not (folder / "model.safetensors").is_file():
+    installed = all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+    if not installed or folder is None or not (folder / "model.safetensors").is_file():
         return None
     import torch
     from transformers import AutoModelForCausalLM
@@ -139,7 +139,7 @@ def plain_loop(model: ServedModel, asked: Sequence[_Asked], note: Callable[[str]
     peer = AutoModelForCausalLM.from_pretrained(folder).eval()
     written, seconds = 0, 0.0
     with torch.no_grad():
-        for number, one in enumerate((asked[0], *asked)):  # the first once more, to warm up
+        for number, one in enumerate((asked[0], *asked)):  # runs the first request twice, to warm up
             began = time.perf_counter()
             ids = torch.tensor([one.prompt])
             out = peer.generate(
@@ -151,8 +151,8 @@ def plain_loop(model: ServedModel, asked: Sequence[_Asked], note: Callable[[str]
     return written / seconds
 
 
-def _ask(url: str, name: str, asked: _Asked) -> _Got | None:
-    """One request, streamed; None when it is not answered to its end."""
+def _ask(url: str, name: str, asked: _Request) -> _Answer | None:
+    """Sends one request and reads the stream; None if the answer does not reach its end."""
     body = {"model": name, "prompt": asked.prompt, "max_tokens": asked.answer, "temperature": 0, "logprobs": 0}
     body |= {"stream": True} | ({} if asked.budget is None else {"budget": asked.budget})
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=600)
@@ -174,13 +174,13 @@ def _ask(url: str, name: str, asked: _Asked) -> _Got | None:
         connection.close()
     first = times[0] - began if times else float("nan")
     between = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return _Got(tokens, first, between) if ended else None
+    return _Answer(tokens, first, between) if ended else None
 
 
 def _speed(
     clients: int,
-    got: Sequence[_Got | None],
-    alone: Sequence[_Got | None],
+    got: Sequence[_Answer | None],
+    alone: Sequence[_Answer | None],
     seconds: float,
     *,
     first: ServeSpeed | None,
@@ -215,13 +215,13 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _peak_megabytes() -> float:
-    """Memory of this process at its most so far."""
+    """Returns the peak memory of this process so far."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / 2**20 if sys.platform == "darwin" else most / 2**10
 
 
 def serve_table(bench: ServeBench) -> TextTable:
-    """What each number of clients got, as ratios over the first row."""
+    """Returns the table of results by number of clients, as ratios over the first row."""
     columns = ("clients", "requests", "lost", "mixed up", "throughput", "first token", "between tokens", "MB")
     rows = [
         (

@@ -103,7 +103,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     bench = add_command(
         commands,
         "bench",
-        "time the layer, the train step and the data pipeline, beside other libraries where they are installed",
+        "time the layer, the train step, the data pipeline and the server, compared with other installed libraries",
         (layer_example, step_example),
     )
     actions = bench.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -124,7 +124,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--implementation",
         nargs="+",
         metavar="NAME",
-        help="of the expert ops, for example pallas_gpu xla (default: the platform's)",
+        help="implementations of the expert ops, for example pallas_gpu xla (default: the platform's)",
     )
     _add_out(layer, "layer")
     layer.set_defaults(command=run_layer)
@@ -135,11 +135,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     step.set_defaults(command=run_step)
     data_example = "anyexperts bench data tiny --data mine=chats.jsonl --examples 100"
     data = add_command(
-        actions, "data", "time reading and encoding a run's data, beside the plain library", (data_example,)
+        actions, "data", "time reading and encoding a run's data, compared with the plain library", (data_example,)
     )
     add_config(data)
     add_data(data, "data of yours: a file, pattern, folder or address; repeatable")
-    data.add_argument("--examples", type=positive, default=200, help="train examples of each domain")
+    data.add_argument("--examples", type=positive, default=200, help="number of train examples of each domain")
     data.add_argument("--rounds", type=positive, default=5, help="interleaved rounds; medians are shown")
     _add_out(data, "data")
     data.set_defaults(command=run_data)
@@ -150,24 +150,31 @@ def _add_serve(actions: argparse._SubParsersAction) -> None:
     serve = add_command(
         actions,
         "serve",
-        "put the server under load, and compare every answer with the one alone",
+        "put the server under load, and compare every answer with that of a single request",
         ("anyexperts bench serve models/mine --clients 1 4 16 --budget 2 4",),
     )
     add_model(serve)
-    serve.add_argument("--clients", type=positive, nargs="+", default=[1, 4, 16], metavar="N", help="at once, in turn")
-    serve.add_argument("--requests", type=positive, default=32, metavar="N", help="at each number of clients")
-    serve.add_argument("--prompt-tokens", type=positive, default=48, metavar="N", help="median of a prompt's length")
-    serve.add_argument("--answer-tokens", type=positive, default=24, metavar="N", help="median of an answer's length")
+    serve.add_argument(
+        "--clients",
+        type=positive,
+        nargs="+",
+        default=[1, 4, 16],
+        metavar="N",
+        help="numbers of concurrent clients to try",
+    )
+    serve.add_argument("--requests", type=positive, default=32, metavar="N", help="requests for each number of clients")
+    serve.add_argument("--prompt-tokens", type=positive, default=48, metavar="N", help="median prompt length")
+    serve.add_argument("--answer-tokens", type=positive, default=24, metavar="N", help="median answer length")
     serve.add_argument(
         "--budget",
         type=positive_number,
         nargs="+",
         metavar="K",
-        help="real experts per token, in turn over the requests (default: the model's own)",
+        help="real experts per token; requests take these budgets in turn (default: the model's own)",
     )
     serve.add_argument("--slots", type=positive, default=8, metavar="N", help="requests that the server runs at once")
     serve.add_argument("--length", type=positive, default=256, metavar="T", help="tokens of a prompt and its answer")
-    serve.add_argument("--seed", type=seed, default=0, help="of the prompts and lengths")
+    serve.add_argument("--seed", type=seed, default=0, help="seed of the prompts and lengths")
     _add_out(serve, "serve")
     serve.set_defaults(command=run_serve)
 

@@ -49,10 +49,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _published(options: argparse.Namespace) -> "PublishedRun | None":
-    """The run of a published model's config.json; None for any other configuration.
+    """Returns the run for a published model's config.json; None for any other configuration.
 
     Raises:
-      UserError: for options of published models with another configuration, or that do not go together.
+      UserError: for options that need a published model, or that exclude each other.
     """
     from anyexperts_jax.aot.published import Slots, is_published_config, published_run
     from anyexperts_jax.core.errors import require
@@ -90,15 +90,21 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", type=pathlib.Path, help="also write all figures into this file (default: none)")
     group = parser.add_argument_group("with a published model's config.json, without its weights")
     group.add_argument(
-        "--k-min", type=positive_number, metavar="K", help="attach slots: at importance 0 (default: attach none)"
+        "--k-min",
+        type=positive_number,
+        metavar="K",
+        help="attach slots: so many at importance 0 (default: attach none)",
     )
     group.add_argument(
-        "--k-max", type=positive_number, metavar="K", help="attach slots: at importance 1 (default: attach none)"
+        "--k-max",
+        type=positive_number,
+        metavar="K",
+        help="attach slots: so many at importance 1 (default: attach none)",
     )
     group.add_argument("--virtual", type=natural, default=0, metavar="V", help="virtual experts per layer")
     group.add_argument(
         "--decode",
         action="store_true",
-        help="compile a step of decoding for train.batch_size rows and a cache of data.encoding.max_length positions",
+        help="compile a decoding step for train.batch_size rows and a cache of data.encoding.max_length positions",
     )
     parser.set_defaults(command=run)

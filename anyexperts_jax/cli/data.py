@@ -34,7 +34,7 @@ def run_show(options: argparse.Namespace) -> None:
 
 
 def _mixture(options: argparse.Namespace) -> "DataConfig":
-    """The domains to show: those of --config or the generated ones, and the folders of --data."""
+    """Returns the configuration of the domains to show: those of --config or generated ones, and those of --data."""
     from anyexperts_jax.core.errors import comma_list, require
     from anyexperts_jax.data.config import DataConfig, named_places
     from anyexperts_jax.data.domain import DOMAIN_NAMES
@@ -76,7 +76,7 @@ def run_check(options: argparse.Namespace) -> None:
     own = data_overrides(options.config, options.data, options.plugin)
     config = load_config(options.config, [*own, *options.set], options.plugin).data
     require(
-        bool(config.folders), f"{options.config} reads generated domains alone; give data of yours: --data NAME=PATH"
+        bool(config.folders), f"{options.config} reads only generated domains; give your own data: --data NAME=PATH"
     )
     console = Console(highlight=False)
     sources = Sources(skipping(config))
@@ -124,31 +124,33 @@ def add(commands: argparse._SubParsersAction) -> None:
     splits = ("train", "validation", "test")
     show = add_command(actions, "show", "print and draw examples (PNG, WAV)", (show_example, own_example))
     show.add_argument("domain", nargs="*", help="domains (default: all of --config and --data, or all five)")
-    add_data(show, "data of your own: a file, pattern, folder or address; repeatable")
+    add_data(show, "your own data: a file, pattern, folder or address; repeatable")
     show.add_argument("--config", help="take the domains of a preset, a TOML file or a run (default: none)")
     add_set(show, "override of the configuration, as data.columns.answer=label; repeatable")
-    show.add_argument("--split", default="train", choices=splits, help="that the examples are of")
+    show.add_argument("--split", default="train", choices=splits, help="split of the examples")
     show.add_argument("--count", type=int, default=12, help="examples of each domain")
-    show.add_argument("--start", type=natural, default=0, help="number of the first one, from 0")
-    show.add_argument("--seed", type=seed, help="of generated examples (default: the configuration's, or 0)")
+    show.add_argument("--start", type=natural, default=0, help="index of the first example, from 0")
+    show.add_argument("--seed", type=seed, help="seed of generated examples (default: the configuration's, or 0)")
     levels = "difficulties of generated domains (default: the configuration's, or all three)"
     show.add_argument("--level", type=int, nargs="+", choices=(1, 2, 3), help=levels)
-    show.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/data"), help="for pictures and sound")
+    show.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("runs/data"), help="folder for pictures and sound"
+    )
     show.set_defaults(command=run_show)
     check = add_command(
         actions,
         "check",
-        "read data of your own once: how much, how long, what cannot be used, what splits share (exit code 2)",
+        "read your own data once: how much, how long, which rows cannot be used, what splits share (exit code 2)",
         (check_example, "anyexperts data check tiny --data mine=chats.jsonl --near 0.8 --out runs/check"),
     )
     add_config(check)
-    add_data(check, "data of yours: a file, pattern, folder or address; repeatable")
-    workers = "processes that read side by side (default: by the amount, up to one a core)"
+    add_data(check, "your own data: a file, pattern, folder or address; repeatable")
+    workers = "processes that read in parallel (default: by the amount of data, up to one per core)"
     check.add_argument("--workers", type=positive, metavar="N", help=workers)
-    near = "find texts in two splits that share this part of their word shingles, as 0.8 (default: equal ones alone)"
+    near = "report texts in two splits that share this part of their word shingles, as 0.8 (default: only equal texts)"
     check.add_argument("--near", type=positive_number, metavar="SHARE", help=near)
     check.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("runs/check"), help="for the picture of lengths"
+        "--out", type=pathlib.Path, default=pathlib.Path("runs/check"), help="folder for the plot of lengths"
     )
     check.set_defaults(command=run_check)
     export = add_command(actions, "export", "write a generated domain as ArrayRecord files", (export_example,))
@@ -156,6 +158,6 @@ def add(commands: argparse._SubParsersAction) -> None:
     export.add_argument("folder", type=pathlib.Path, help="where to write; a second split may go into the same folder")
     export.add_argument("--split", default="train", choices=splits, help="the split to write")
     export.add_argument("--count", type=positive, default=1000, help="examples to write")
-    export.add_argument("--seed", type=seed, default=0, help="of the examples, as data.seed of a run")
+    export.add_argument("--seed", type=seed, default=0, help="seed of the examples, like data.seed of a run")
     export.add_argument("--shards", type=positive, default=1, help="files to spread them over")
     export.set_defaults(command=run_export)

@@ -19,19 +19,19 @@ def run(options: argparse.Namespace) -> None:
     else:
         given = [f"--{name}" for name in ("text", "policy", "page") if getattr(options, name)]
         require(not given, f"{' '.join(given)}: {options.run} is no published checkpoint; a run has data of its own")
-        _evaluate_a_run(options)
+        _evaluate_run(options)
 
 
-def _evaluate_a_run(options: argparse.Namespace) -> None:
+def _evaluate_run(options: argparse.Namespace) -> None:
     from anyexperts_jax.data.config import named_places
     from anyexperts_jax.evaluate.evaluate import Options, evaluate
     from anyexperts_jax.report.tables import print_evaluation
 
     amounts = Options(num_examples=options.examples, calibration_examples=options.calibration_examples)
     amounts = dataclasses.replace(amounts, metrics=tuple(options.metric))
-    asked = (options.run, options.budget, options.domain)
+    what = (options.run, options.budget, options.domain)
     where = {"which": options.checkpoint, "mesh": mesh_of(options), "data": named_places(options.data, "--data")}
-    evaluate(*asked, **where, options=amounts, note=say, show=print_evaluation)
+    evaluate(*what, **where, options=amounts, note=say, show=print_evaluation)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -56,21 +56,23 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="real experts per token (default: four near the run's)",
     )
     parser.add_argument("--domain", nargs="+", help="domains to evaluate (default: those of --data, or all of the run)")
-    add_data(parser, "data of yours to evaluate on; the name of a domain of the run's reads it from there; repeatable")
+    add_data(
+        parser, "your own data to evaluate on; the name of one of the run's domains replaces its place; repeatable"
+    )
     parser.add_argument(
         "--metric",
         action="append",
         default=[],
         metavar="NAME=METRIC",
-        help="score the domain NAME by exact, anls, wer, cer, f1, choice (the likeliest of its type's answers) or a "
-        "plugin's metric; repeatable (default: as the run's data.metrics or the data say)",
+        help="score the domain NAME by exact, anls, wer, cer, f1, choice (the most likely of its type's answers) or a "
+        "plugin's metric; repeatable (default: the metric of the run's data.metrics or of the data)",
     )
-    parser.add_argument("--examples", type=positive, default=64, help="test examples of each domain")
+    parser.add_argument("--examples", type=positive, default=64, help="number of test examples of each domain")
     parser.add_argument(
         "--calibration-examples",
         type=positive,
         default=32,
-        help="validation examples of each domain that set the window",
+        help="number of validation examples of each domain, on which the window is set",
     )
     evaluate_text.add_options(parser)
     evaluate_tasks.add_options(parser)

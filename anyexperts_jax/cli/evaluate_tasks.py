@@ -8,11 +8,11 @@ from typing import Any
 from anyexperts_jax.cli.options import natural, positive, say
 from anyexperts_jax.core.errors import require
 
-_OTHERS = ("domain", "data", "metric", "text", "policy", "page", "mesh")  # options of the other ways to evaluate
+_OTHERS = ("domain", "data", "metric", "text", "policy", "page", "mesh")  # options of other kinds of evaluation
 
 
 def require_its_options(options: argparse.Namespace) -> None:
-    """Refuses options of --tasks without it.
+    """Checks that options which need --tasks are not given without it.
 
     Raises:
       UserError: naming them.
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """The command, with all that its scores depend on."""
+    """Returns the command with all options that the scores depend on."""
     words = ["anyexperts", "evaluate", str(options.run), "--tasks", options.tasks, "--checkpoint", options.checkpoint]
     words += ["--budget", *(f"{budget:g}" for budget in options.budget)] if options.budget else []
     words += [word for folder in options.include for word in ("--include", str(folder))]
@@ -65,7 +65,7 @@ def _command(options: argparse.Namespace) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("with lm-eval's tasks in place of the run's own data or --text")
+    group = parser.add_argument_group("with lm-eval's tasks instead of the run's own data or --text")
     group.add_argument("--tasks", metavar="NAME[,NAME]", help="names of tasks or groups of lm-eval (default: none)")
     group.add_argument(
         "--include",
@@ -73,11 +73,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="a folder with tasks of yours in lm-eval's form; repeatable",
+        help="a folder with your own tasks in lm-eval's format; repeatable",
     )
-    group.add_argument("--limit", type=positive, metavar="N", help="examples of each task, at most (default: all)")
     group.add_argument(
-        "--fewshot", type=natural, metavar="N", help="examples in the prompt (default: as the task says)"
+        "--limit", type=positive, metavar="N", help="largest number of examples of each task (default: all)"
     )
-    group.add_argument("--chat", action="store_true", help="ask by the model's chat template")
+    group.add_argument(
+        "--fewshot", type=natural, metavar="N", help="examples in the prompt (default: the task's own number)"
+    )
+    group.add_argument("--chat", action="store_true", help="render prompts with the model's chat template")
     group.add_argument("--out", type=pathlib.Path, metavar="FILE", help="also write the scores as JSON (default: none)")

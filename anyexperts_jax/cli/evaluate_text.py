@@ -1,4 +1,4 @@
-"""`anyexperts evaluate` with a published checkpoint in place of a run."""
+"""`anyexperts evaluate` with a published checkpoint instead of a run."""
 
 import argparse
 import pathlib
@@ -9,7 +9,7 @@ from anyexperts_jax.core.errors import require
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures the model on --text, at budgets by policy."""
+    """Measures the model on --text, at each budget with each policy."""
     from rich.console import Console
 
     from anyexperts_jax.core.files import read_text
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """The command, with all that its figures depend on."""
+    """Returns the command with all options that the figures depend on."""
     words = ["anyexperts", "evaluate", str(options.run), "--text", str(options.text)]
     words += ["--budget", *(f"{budget:g}" for budget in options.budget)] if options.budget else []
     words += ["--policy", *options.policy] if options.policy else []
@@ -50,20 +50,22 @@ def _command(options: argparse.Namespace) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     from anyexperts_jax.core.registries import POLICIES
 
-    group = parser.add_argument_group("with a published checkpoint (a folder or a GGUF file) in place of a run")
+    group = parser.add_argument_group("with a published checkpoint (a folder or a GGUF file) instead of a run")
     group.add_argument(
-        "--text", type=pathlib.Path, metavar="FILE", help="what the model is measured on (default: none)"
+        "--text", type=pathlib.Path, metavar="FILE", help="text on which the model is measured (default: none)"
     )
     group.add_argument(
         "--policy",
         nargs="+",
         metavar="NAME",
-        help=f"what decides a token's experts: {', '.join(POLICIES.names())}, static_layers, modes or oracle; dense: "
-        "the model before the split; importance for attached slots (default: all that fit the model)",
+        help=f"what decides a token's number of experts: {', '.join(POLICIES.names())}, static_layers, modes, oracle; "
+        "dense: the model before the split; importance for attached slots (default: all that fit the model)",
     )
-    group.add_argument("--tokens", type=positive, default=4096, metavar="N", help="of the text, from its beginning")
-    group.add_argument("--length", type=positive, default=256, metavar="T", help="tokens of a row, at most")
-    group.add_argument("--batch-rows", type=positive, default=4, metavar="B", help="rows of a batch")
+    group.add_argument(
+        "--tokens", type=positive, default=4096, metavar="N", help="tokens of the text to use, from its beginning"
+    )
+    group.add_argument("--length", type=positive, default=256, metavar="T", help="largest number of tokens of a row")
+    group.add_argument("--batch-rows", type=positive, default=4, metavar="B", help="rows per batch")
     group.add_argument(
         "--page", type=pathlib.Path, metavar="FOLDER", help="also write the table and its curves there (default: none)"
     )

@@ -34,7 +34,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "config", help="a preset (evolve_tiny, evolve_smoke), a TOML file, a run, or a published dense model"
     )
     add_set(parser, "override, as in evolve.trains=all; repeatable; `anyexperts config CONFIG` lists all keys")
-    add_data(parser, "data of yours, as for `anyexperts train`; repeatable")
+    add_data(parser, "your own data, as for `anyexperts train`; repeatable")
     parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
     parser.add_argument("--stage", nargs="+", help="stages to run: warm_up, evolving, routing (default: all, in order)")
     parser.set_defaults(command=run)

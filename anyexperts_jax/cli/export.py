@@ -47,17 +47,17 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         default="hub",
         choices=("hub", "anyexperts", "adapter"),
         metavar="FORM",
-        help="hub: a tensor for each expert; anyexperts: for attached slots or split networks, with what the hub's "
-        "layout has no place for beside it; adapter: the low-rank adapter of a run alone; the others have it merged in",
+        help="hub: the layout of published checkpoints; anyexperts: for attached slots or split networks, the base in "
+        "that layout with the other parameters beside it; adapter: only a run's low-rank adapter (the others merge it)",
     )
     forms.add_argument(
         "--as",
         dest="conversion",
         choices=("plain", "zeda", "longcat"),
         metavar="TOOL",
-        help="a model with variable slots for other tools, with a model card: plain, one number of experts for "
-        "all tokens, which is another function; zeda, the same function for ZEDA's class, or refused; longcat, refused "
-        "until LongCat-Flash's layers are read (default: none, --form says it)",
+        help="convert a model with variable slots for other tools, with a model card: plain, one number of experts for "
+        "all tokens, which is another function; zeda, the same function for ZEDA's class, or refused; longcat, "
+        "always refused so far (default: none, the form is --form)",
     )
     parser.add_argument(
         "--text",
@@ -69,7 +69,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "--experts-per-token",
         type=positive,
         metavar="K",
-        help="with --as plain, a token's experts (default: those of the model before it got variable slots)",
+        help="with --as plain, experts per token (default: as many as before the model got variable slots)",
     )
     parser.add_argument(
         "--adapter", type=pathlib.Path, metavar="DIR", help="an adapter to merge into the model (default: none)"
@@ -78,7 +78,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "--checkpoint",
         default="best",
         choices=("best", "last"),
-        help="of a run: the one with the lowest validation loss, or the latest",
+        help="checkpoint of a run: the one with the lowest validation loss, or the latest",
     )
     parser.add_argument(
         "--shard-gb", type=positive_number, default=5.0, metavar="GB", help="size limit of a weight file"

@@ -16,10 +16,10 @@ def run(options: argparse.Namespace) -> None:
         generate_text.run(options)
     else:
         require(options.prompt is None, f"{options.run} did not start from a published checkpoint: give --question")
-        _answer_of_a_run(options)
+        _answer_with_run(options)
 
 
-def _answer_of_a_run(options: argparse.Namespace) -> None:
+def _answer_with_run(options: argparse.Namespace) -> None:
     from anyexperts_jax.data.conversation import Item, question_and_answer
     from anyexperts_jax.data.mixture import open_source
     from anyexperts_jax.evaluate.ask import ask, own_example
@@ -64,17 +64,15 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add_run(parser)
     parser.add_argument("--domain", help="take the question from this domain (default: the run's first)")
-    parser.add_argument(
-        "--split", default="test", choices=("train", "validation", "test"), help="of the domain, to take it from"
-    )
-    parser.add_argument("--index", type=int, default=0, help="number of the example in the split, from 0")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="split of the domain")
+    parser.add_argument("--index", type=int, default=0, help="index of the example in the split, from 0")
     parser.add_argument("--question", help="ask this instead (default: the domain's own question)")
-    for option, said in (
+    for option, text in (
         ("--image", "a picture that --question or --prompt is about; repeatable with --prompt"),
         ("--audio", "a sound file that --question or --prompt is about; repeatable with --prompt"),
         ("--video", "a video file that --prompt is about; repeatable"),
     ):
-        parser.add_argument(option, type=pathlib.Path, action="append", default=[], help=f"{said} (default: none)")
+        parser.add_argument(option, type=pathlib.Path, action="append", default=[], help=f"{text} (default: none)")
     parser.add_argument(
         "--budget", type=positive_number, metavar="K", help="real experts per token (default: as trained)"
     )

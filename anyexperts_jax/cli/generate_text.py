@@ -1,4 +1,4 @@
-"""`anyexperts generate` with a published checkpoint in place of a run."""
+"""`anyexperts generate` with a published checkpoint instead of a run."""
 
 import argparse
 import math
@@ -26,8 +26,8 @@ def run(options: argparse.Namespace) -> None:
         top_p=options.top_p,
         min_p=options.min_p,
     )
-    kinds: tuple[str, ...] = ()  # only models of text are fine-tuned
-    if not is_tuned(options.run):  # before gigabytes are read
+    kinds: tuple[str, ...] = ()  # only text models can be fine-tuned
+    if not is_tuned(options.run):  # checked before gigabytes of weights are read
         checkpoint = open_checkpoint(options.run)
         kinds = readable_kinds(checkpoint.family.config(checkpoint.hub))
     reads = comma_list(["text", *kinds])
@@ -57,24 +57,26 @@ def run(options: argparse.Namespace) -> None:
     print("" if options.stream else found.texts[0])
     decoded = found.decoded
     print(f"{len(decoded.tokens[0])} tokens, {found.tokens_per_second:.2f} a second after the first", file=sys.stderr)
-    if not math.isnan(decoded.real_experts):  # as of a dense model
+    if not math.isnan(decoded.real_experts):  # nan for a dense model
         print(f"real experts per token: {decoded.real_experts:.2f}", file=sys.stderr)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("with a published checkpoint (a folder or a GGUF file) in place of a run")
+    group = parser.add_argument_group("with a published checkpoint (a folder or a GGUF file) instead of a run")
     group.add_argument("--prompt", help="a text to continue (default: none; a run takes --question)")
-    group.add_argument("--chat", action="store_true", help="put the prompt to the model's chat template")
+    group.add_argument("--chat", action="store_true", help="render the prompt with the model's chat template")
     group.add_argument("--stream", action="store_true", help="print the answer as it grows")
-    group.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="of the answer, at most")
+    group.add_argument(
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="largest number of tokens of the answer"
+    )
     share, amount = number(0, 1), number(0)
     for name, kind, default, text in (
-        ("--temperature", amount, 0.0, "of the draws; 0: the most likely token each time"),
-        ("--top-k", natural, 0, "draw from the X most likely tokens; 0: from all"),
-        ("--top-p", share, 1.0, "draw from the most likely tokens that make up this probability"),
-        ("--min-p", share, 0.0, "draw from tokens at least X times as likely as the most likely one"),
-        ("--repetition-penalty", amount, 1.0, "on tokens that were there before; 1: none"),
+        ("--temperature", amount, 0.0, "temperature of sampling; 0: always the most likely token"),
+        ("--top-k", natural, 0, "sample from the X most likely tokens; 0: from all"),
+        ("--top-p", share, 1.0, "sample from the most likely tokens that make up this probability"),
+        ("--min-p", share, 0.0, "sample from tokens at least X times as likely as the most likely one"),
+        ("--repetition-penalty", amount, 1.0, "penalty of tokens that occurred before; 1: none"),
     ):
         group.add_argument(name, type=kind, default=default, metavar="X", help=text)
-    group.add_argument("--seed", type=seed, default=0, help="of the draws")
+    group.add_argument("--seed", type=seed, default=0, help="seed of sampling")
     group.add_argument("--stop", action="append", default=[], help="a text that ends the answer; repeatable")

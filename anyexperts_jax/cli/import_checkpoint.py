@@ -26,12 +26,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser = add_command(
         commands,
         "import",
-        "read a published checkpoint, and say what it is",
+        "read a published checkpoint, and describe it",
         ("anyexperts import models/Qwen3-0.6B", "anyexperts import model.gguf --dry-run"),
     )
     add_checkpoint(parser)
     add_mesh(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="print which tensor becomes which parameter, and read no weight"
+        "--dry-run", action="store_true", help="print which tensor becomes which parameter, and read no weights"
     )
     parser.set_defaults(command=run)

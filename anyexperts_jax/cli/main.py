@@ -1,9 +1,9 @@
 """The command line: `anyexperts train | evolve | evaluate | report | generate | serve | import | export |
 attach | split | upcycle | config | data | tokenizer | bench | compile`.
 
-Thin: each command reads its arguments and calls one function. Exit codes: 0 done, 2 a wrong input or a file that cannot
-be used, 3 a loss that is not finite, 4 a full disk, 5 another process of the run gone, 130 and 143 interrupted with a
-checkpoint written.
+Each command only reads its arguments and calls one function. Exit codes: 0 done; 2 an invalid input, or a file that
+cannot be used; 3 a loss that is not finite; 4 a full disk; 5 another process of the run has died; 130 and 143
+interrupted, with a checkpoint written.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from anyexperts_jax.cli.options import Parser
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.core.files import require_local
 
-SECONDS_FOR_THE_SAME_ERROR = 2.0  # that other processes have to say it as well
-OUTPUTS = ("folder", "out", "json", "run", "runs")  # options that say where a command writes
+SECONDS_FOR_THE_SAME_ERROR = 2.0  # the other processes have this long to report it too
+OUTPUTS = ("folder", "out", "json", "run", "runs")  # options that name where a command writes
 EXAMPLES = """examples:
   anyexperts train tiny --run runs/mine
   anyexperts evaluate runs/mine --budget 4.8 8.0
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(options: argparse.Namespace) -> int:
-    """Runs `options.command` and returns its exit code; an error of the user's ends in one line on stderr."""
+    """Runs `options.command` and returns its exit code; an error that the user can cause is one line on stderr."""
     from anyexperts_jax.train.stops import RunStoppedError, file_failure, memory_failure
 
     try:
@@ -82,12 +82,12 @@ def run_command(options: argparse.Namespace) -> int:
         options.command(options)
     except UserError as error:
         code = _fail(str(error), 2)
-        _leave_the_others(code, SECONDS_FOR_THE_SAME_ERROR)
+        _exit_without_waiting(code, SECONDS_FOR_THE_SAME_ERROR)
         return code
     except RunStoppedError as error:
         code = _fail(str(error), error.exit_code)
         if error.alone:
-            _leave_the_others(code)
+            _exit_without_waiting(code)
         return code
     except (OSError, RuntimeError, MemoryError) as error:
         output = next(filter(None, (getattr(options, name, None) for name in OUTPUTS)), None)
@@ -95,7 +95,7 @@ def run_command(options: argparse.Namespace) -> int:
         if failure is None:
             raise
         code = _fail(*failure)
-        _leave_the_others(code, SECONDS_FOR_THE_SAME_ERROR)
+        _exit_without_waiting(code, SECONDS_FOR_THE_SAME_ERROR)
         return code
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -108,10 +108,10 @@ def _fail(message: str, code: int) -> int:
 
 
 def _require_local_paths(options: argparse.Namespace) -> None:
-    """Looks at every option that is a path, before any of them is used.
+    """Checks every option that is a path, before any of them is used.
 
     Raises:
-      UserError: for the address of an object store.
+      UserError: if one is the address of an object store.
     """
     for name, value in vars(options).items():
         for path in value if isinstance(value, list) else [value]:
@@ -119,8 +119,11 @@ def _require_local_paths(options: argparse.Namespace) -> None:
                 require_local(path, name)
 
 
-def _leave_the_others(code: int, after: float = 0.0) -> None:
-    """Ends one process of several, `after` seconds: at a regular exit JAX waits for the others, who may not know."""
+def _exit_without_waiting(code: int, after: float = 0.0) -> None:
+    """Ends this process of a multi-process run after `after` seconds.
+
+    At a regular exit JAX would wait for the other processes, which may not know of the error.
+    """
     jax = sys.modules.get("jax")
     if jax is not None and jax.distributed.is_initialized():
         time.sleep(after)
@@ -143,6 +146,6 @@ def _parser() -> argparse.ArgumentParser:
         commands.choices[name].add_argument(
             "--processes",
             metavar="1",
-            help="1: alone (default: as the environment says)",
+            help="1: run as a single process (default: as set by the environment)",
         )
     return parser

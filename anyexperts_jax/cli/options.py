@@ -1,4 +1,4 @@
-"""Parsers and options that several commands share."""
+"""Parsers and options that several commands use."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command in one line, and every option's default in its help."""
+    """Reports an invalid command in one line, and shows the default of every option in its help."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, formatter_class=_Help, **options)
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Examples as they are written; defaults after the text, but for options that have none or are off."""
+    """Keeps the line breaks of examples, and appends defaults to the help of options that have one and are not off."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
@@ -39,14 +39,14 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 def add_command(
     commands: "argparse._SubParsersAction[Any]", name: str, text: str, examples: Sequence[str]
 ) -> argparse.ArgumentParser:
-    """The parser of one command, with help that begins with `text` and ends with examples of the whole command."""
+    """Adds the parser of a command, whose help begins with `text` and ends with examples of the whole command."""
     lines = "\n".join(f"  {example}" for example in examples)
     description = textwrap.fill(f"{text[0].upper()}{text[1:]}.", 78)
     return commands.add_parser(name, help=text, description=description, epilog=f"examples:\n{lines}")
 
 
 def whole(least: int, below: int = INT32.stop) -> Callable[[str], int]:
-    """The type of an option that takes a whole number from `least` on."""
+    """Returns the type of an option that takes a whole number >= `least`."""
 
     def parse(text: str) -> int:
         try:
@@ -68,7 +68,7 @@ seed = whole(0, 2**32)
 
 
 def positive_number(text: str) -> float:
-    """The type of an option that takes a finite number above 0."""
+    """Parses an option that takes a finite number > 0."""
     try:
         value = float(text)
     except ValueError as error:
@@ -79,7 +79,7 @@ def positive_number(text: str) -> float:
 
 
 def number(least: float, most: float = math.inf) -> Callable[[str], float]:
-    """The type of an option that takes a finite number from `least` to `most`."""
+    """Returns the type of an option that takes a finite number from `least` to `most`."""
 
     def parse(text: str) -> float:
         try:
@@ -103,7 +103,9 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", type=pathlib.Path, help="a run's directory, a folder of the hub's, or a GGUF file")
+    parser.add_argument(
+        "path", type=pathlib.Path, help="a run's directory, a published checkpoint's folder, or a GGUF file"
+    )
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +120,7 @@ def add_plugin(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="a module of yours that registers routers, dispatchers and the like; imported first, recorded; repeatable",
+        help="your own module that registers routers, dispatchers and so on; imported first and recorded; repeatable",
     )
 
 
@@ -133,15 +135,15 @@ def add_data(parser: argparse.ArgumentParser, text: str) -> None:
 def data_overrides(
     source: str, entries: Sequence[str], plugins: Sequence[str] = (), *, evolves: bool = False
 ) -> list[str]:
-    """What --data NAME=PATH means for a configuration, as overrides of it.
+    """Turns --data NAME=PATH into overrides of a configuration.
 
-    The names are all that a configuration of the generated domains alone then reads; another reads them beside its own.
+    A configuration with only the generated domains then reads only these names; any other reads them beside its own.
 
     Args:
-      evolves: whether the configuration is of an EvoMoE run.
+      evolves: whether it is the configuration of an EvoMoE run.
 
     Raises:
-      UserError: for an entry of another form, or a configuration that cannot be read.
+      UserError: if an entry has another form, or the configuration cannot be read.
     """
     from anyexperts_jax.data.config import named_places
     from anyexperts_jax.data.domain import DOMAIN_NAMES
@@ -164,15 +166,15 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
         "--mesh",
         nargs="+",
         metavar="AXIS=SIZE",
-        help="devices to put the model on, as fsdp=4 expert=2, whatever it was trained on (default: the first device)",
+        help="mesh to put the model on, as fsdp=4 expert=2, whatever it was trained on (default: the first device)",
     )
 
 
 def mesh_of(options: argparse.Namespace) -> "Mesh | None":
-    """The mesh that --mesh asks for, None where it is not given.
+    """Returns the mesh that --mesh asks for; None without the option.
 
     Raises:
-      UserError: an unknown axis, a size that is no number, or sizes that do not fit the devices.
+      UserError: for an unknown axis, a size that is not a number, or sizes that do not fit the devices.
     """
     if options.mesh is None:
         return None
@@ -196,5 +198,5 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         default="best",
         choices=("best", "last"),
-        help="the one with the lowest validation loss, or the latest",
+        help="the checkpoint with the lowest validation loss, or the latest",
     )

@@ -17,10 +17,10 @@ def run(options: argparse.Namespace) -> None:
     if key is None and not is_loopback(options.host):
         say(f"{options.host} may be reached from other machines and there is no key; set {API_KEY}")
     limits = Limits(int(options.max_body_mb * 2**20), options.queue, options.timeout)
-    with bind(Address(options.host, options.port)) as found:
+    with bind(Address(options.host, options.port)) as listening:
         model = load_served(options.path, options.checkpoint, options.max_budget, options.name)
         service = make_service(model, slots=options.slots, length=options.length, limits=limits, api_key=key, note=say)
-        serve(service, found, lambda url: say(f"serving {model.name} at {url}"))
+        serve(service, listening, lambda url: say(f"serving {model.name} at {url}"))
     say("stopped: every request that was taken is answered")
 
 
@@ -35,30 +35,37 @@ def add(commands: argparse._SubParsersAction) -> None:
         ),
     )
     add_model(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine's")
-    parser.add_argument("--port", type=natural, default=8000, help="port to listen on; 0: a free one, which is told")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of the machine's")
+    parser.add_argument("--port", type=natural, default=8000, help="port to listen on; 0: a free one, which is printed")
     parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
     parser.add_argument(
-        "--checkpoint", default="best", choices=("best", "last"), help="of a run: lowest validation loss, or the latest"
+        "--checkpoint",
+        default="best",
+        choices=("best", "last"),
+        help="checkpoint of a run: the one of lowest validation loss, or the latest",
     )
     parser.add_argument(
         "--max-budget",
         type=positive_number,
         metavar="K",
-        help="real experts per token that a request may ask for, at most (default: as the model's own window)",
+        help="largest budget, in real experts per token, that a request may ask for (default: the model's own window)",
     )
-    parser.add_argument("--slots", type=positive, default=8, metavar="N", help="requests that run at once")
+    parser.add_argument("--slots", type=positive, default=8, metavar="N", help="number of requests that run at once")
     parser.add_argument(
         "--length",
         type=positive,
         metavar="T",
-        help="tokens of a prompt and its answer, at most (default: the model's positions, at most 2048)",
+        help="largest number of tokens of a prompt and its answer (default: the model's positions, at most 2048)",
     )
     parser.add_argument("--queue", type=natural, default=64, metavar="N", help="requests that may wait for a slot")
     parser.add_argument(
         "--timeout", type=positive_number, default=600.0, metavar="S", help="seconds a request may take"
     )
     parser.add_argument(
-        "--max-body-mb", type=positive_number, default=8.0, metavar="MB", help="of a request with its media, in MiB"
+        "--max-body-mb",
+        type=positive_number,
+        default=8.0,
+        metavar="MB",
+        help="largest request body, media included, in MiB",
     )
     parser.set_defaults(command=run)

@@ -13,7 +13,7 @@ def run_train(options: argparse.Namespace) -> None:
     from anyexperts_jax.tokenizers.train import read_lines, train_tokenizer
 
     taken = options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir()))
-    require(not taken, f"--out {options.out} is there and not empty; name a new folder")
+    require(not taken, f"--out {options.out} exists and is not empty; name a new folder")
     tokenizer = train_tokenizer(
         read_lines(options.files), options.vocab_size, name=options.out.resolve().name, special=options.special
     )
@@ -42,13 +42,17 @@ def add(commands: argparse._SubParsersAction) -> None:
     train_example = "anyexperts tokenizer train corpus.txt --vocab-size 8192 --out tokenizers/corpus"
     show_example = "anyexperts tokenizer show tokenizers/corpus --text 'Hello world'"
     tokenizer = add_command(
-        commands, "tokenizer", "train a tokenizer on text, or look at one", (train_example, show_example)
+        commands, "tokenizer", "train a tokenizer on text, or show one", (train_example, show_example)
     )
     actions = tokenizer.add_subparsers(title="actions", required=True, metavar="ACTION")
     train = add_command(actions, "train", "train byte-level BPE on text files", (train_example,))
     train.add_argument("files", nargs="+", type=pathlib.Path, help="UTF-8 text files, also compressed as .gz")
     train.add_argument(
-        "--vocab-size", type=positive, required=True, metavar="N", help="ids, special tokens and bytes included"
+        "--vocab-size",
+        type=positive,
+        required=True,
+        metavar="N",
+        help="number of ids, including special tokens and bytes",
     )
     train.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="a new folder for tokenizer.json")
     train.add_argument(
@@ -62,9 +66,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     show = add_command(
         actions,
         "show",
-        "print its size, special tokens and fingerprint, and what it makes of a text",
+        "print a tokenizer's size, special tokens and fingerprint, and how it encodes a text",
         (show_example,),
     )
     show.add_argument("tokenizer", help="bytes, a folder with tokenizer.json, or a GGUF file")
-    show.add_argument("--text", help="a text to cut into tokens (default: none)")
+    show.add_argument("--text", help="a text to encode (default: none)")
     show.set_defaults(command=run_show)

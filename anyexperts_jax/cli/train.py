@@ -26,7 +26,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = add_command(
         commands,
         "train",
-        "train a model, or go on with a run that stopped",
+        "train a model, or resume a run that stopped",
         (
             "anyexperts train tiny --run runs/mine --set optim.lr=1e-3",
             "anyexperts train tiny --data mine=chats.jsonl --set data.packing=first_fit",
@@ -36,8 +36,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         ),
     )
     add_config(parser)
-    own = "data of yours: a file, pattern, folder or address; in the place of the generated domains, or beside those "
-    add_data(parser, f"{own}that the configuration names; what it is, is found out and said; repeatable")
+    own = "your own data: a file, pattern, folder or address, which replaces the generated domains or is added to the "
+    add_data(parser, f"{own}configuration's own; its format is detected and printed; repeatable")
     parser.add_argument("--run", type=pathlib.Path, help="the run's directory (default: runs/CONFIG)")
     many = parser.add_argument_group(
         "several processes",
@@ -46,7 +46,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     many.add_argument(
         "--processes",
         metavar="N|auto",
-        help="how many; auto: ask the cluster (Cloud TPU VMs); 1: alone (default: as the environment says)",
+        help="how many; auto: ask the cluster (Cloud TPU VMs); 1: a single one (default: as set by the environment)",
     )
     many.add_argument(
         "--process-index", type=natural, metavar="I", help="which one this is, from 0 (default: $JAX_PROCESS_ID)"

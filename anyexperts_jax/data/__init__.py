@@ -1,1 +1,1 @@
-"""Data: five domains of real signals, their encoding to sequences, and the Grain pipeline that batches them."""
+"""Data: five generated domains and the user's own, their encoding as sequences, and the Grain pipeline of batches."""

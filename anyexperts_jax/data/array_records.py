@@ -1,12 +1,12 @@
-"""Examples in ArrayRecord files: to freeze a generated domain on disk, or to bring data of one's own.
+"""Examples in ArrayRecord files, to store a generated domain or the user's own data.
 
 A folder holds `dataset.json`, the manifest
 
     {"version": 1, "metric": "exact", "question_types": ["which", "where"], "splits": {"train": 4096, "test": 512}}
 
-and for each split `SPLIT-00000-of-00004.array_record` and so on. A record is a NumPy .npz archive: the array `text`
-holds UTF-8 JSON with the fields of `Example` that are no arrays, the others are `image`, `video`, `audio`,
-`image_evidence` and `video_evidence` where the example has them.
+and for each split `SPLIT-00000-of-00004.array_record` and so on. A record is a NumPy .npz archive. Its array `text` is
+UTF-8 JSON with all fields of `Example` that are not arrays; the others are `image`, `video`, `audio`, `image_evidence`
+and `video_evidence`, if the example has them.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ _ARRAYS = ("image", "video", "audio", "image_evidence", "video_evidence")
 
 
 def to_record(example: Example) -> bytes:
-    """The example as one record."""
+    """Serialises an example as one record."""
     fields = {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
     arrays = {name: fields.pop(name) for name in _ARRAYS}
     text = np.frombuffer(json.dumps(fields).encode(), np.uint8)
@@ -43,7 +43,7 @@ def from_record(record: bytes) -> Example:
     """The inverse of `to_record`.
 
     Raises:
-      UserError: when the record is none of `to_record`, or its example breaks a rule of `Example`.
+      UserError: if `to_record` did not write the record, or its example breaks a rule of `Example`.
     """
     try:
         with np.load(io.BytesIO(record), allow_pickle=False) as archive:
@@ -61,10 +61,11 @@ def from_record(record: bytes) -> Example:
 def export_array_record(source: Source, folder: str | pathlib.Path, split: str, *, shards: int = 1) -> pathlib.Path:
     """Writes every example of `source` as `split` of the dataset in `folder`, and returns the folder.
 
-    Other splits in the folder stay. The files get their names, and the manifest its entry, once all is written.
+    Other splits in the folder are kept. The files get their final names, and the manifest its entry, once all is
+    written.
 
     Raises:
-      UserError: when the split is there already, or the folder's dataset has another metric or other question types.
+      UserError: if the split exists already, or the folder's dataset has another metric or other question types.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -76,7 +77,9 @@ def export_array_record(source: Source, folder: str | pathlib.Path, split: str, 
     for shard in range(shards):
         path = folder / f"{split}-{shard:05d}-of-{shards:05d}.array_record"
         part = path.with_suffix(".part")
-        writer = ArrayRecordWriter(str(part), "group_size:1")  # one record a group: random access reads no other
+        writer = ArrayRecordWriter(
+            str(part), "group_size:1"
+        )  # one record per group, so that random access reads only one
         for index in range(shard * len(source) // shards, (shard + 1) * len(source) // shards):
             item = source[index]
             require(isinstance(item, Example), f"{split} example {index} is not a question with one answer")
@@ -99,7 +102,7 @@ class ArrayRecordSource:
     """The examples of one split of a folder.
 
     Raises:
-      UserError: when the manifest is broken, has no such split, or does not agree with the files.
+      UserError: if the manifest is damaged, has no such split, or does not agree with the files.
     """
 
     def __init__(self, folder: pathlib.Path, split: str) -> None:
@@ -143,7 +146,7 @@ class ArrayRecordSource:
 
 
 def _manifest_for(source: Source, folder: pathlib.Path, split: str) -> dict[str, Any]:
-    """The folder's manifest with the new split in it."""
+    """Returns the folder's manifest with the new split added."""
     ours: dict[str, Any] = {"version": _VERSION, "metric": source.metric, "question_types": list(source.question_types)}
     splits: dict[str, int] = {}
     if is_folder(folder):

@@ -1,4 +1,4 @@
-"""Rows that cannot be used, counted by reason, by all threads and worker processes of a run together."""
+"""Counts rows that cannot be used, by reason, over all threads and worker processes of a run."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
 class BadRows:
-    """The rows skipped so far. Each worker process gets a copy that writes to the same file; its maker deletes it."""
+    """The rows skipped so far. Copies in worker processes write to the same file; the original deletes it."""
 
     def __init__(self, most_share: float) -> None:
         path = os.path.join(tempfile.gettempdir(), f"anyexperts-skipped-{uuid.uuid4().hex}")
@@ -42,7 +42,7 @@ class BadRows:
         """Counts one row of the `rows` that a source has.
 
         Raises:
-          UserError: when more than the share allowed cannot be used, with the last one's message.
+          UserError: if more than the allowed share cannot be used, with the message of the last one.
         """
         with self._lock:
             if str(row) not in self._reasons.get(name, {}):
@@ -57,13 +57,13 @@ class BadRows:
             ) from error
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """How many rows were skipped: {source: {reason: rows}}, the commonest first."""
+        """Returns how many rows were skipped, as {source: {reason: rows}}, most frequent first."""
         with self._lock:
             self._catch_up()
             return {name: dict(Counter(rows.values()).most_common()) for name, rows in self._reasons.items()}
 
     def _catch_up(self) -> None:
-        """Reads what any process has written since the last call."""
+        """Reads what all processes have written since the last call."""
         try:
             with open(self._path, "rb") as file:
                 file.seek(self._reached)
@@ -78,13 +78,13 @@ class BadRows:
 
 
 def reason_of(error: UserError) -> str:
-    """The error without file, row, names and numbers, so that equal faults count together."""
+    """Removes file, row, names and numbers from an error, so that equal faults are counted together."""
     text = getattr(error, "reason", str(error))
     return _NUMBER.sub("N", _QUOTED.sub("'...'", " ".join(text.split())))[:160]
 
 
 def describe_skipped(counts: dict[str, dict[str, int]]) -> list[str]:
-    """A line a source: how many rows were skipped, and why."""
+    """Returns a line per source with the number of skipped rows and the reasons."""
     return [
         f"{name}: skipped {sum(reasons.values())} rows: "
         + "; ".join(f"{count} x {reason}" for reason, count in reasons.items())

@@ -1,4 +1,4 @@
-"""Batches of sequences: stacked, padded, and cut into prompt and answer."""
+"""Stacks and pads sequences into batches, and separates prompts from answers."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from anyexperts_jax.tokenizers.bytes import BYTES
 
 
 def stack(sequences: Sequence[Mapping[str, np.ndarray]]) -> Batch:
-    """The batch of these sequences (`encode.encode`), one row each."""
+    """Stacks sequences (`encode.encode`) into a batch, one row each."""
     names = [field.name for field in dataclasses.fields(Batch)]
     return Batch(**{name: np.stack([sequence[name] for sequence in sequences]) for name in names})
 
 
 def pad_rows(batch: Batch, rows: int, tokenizer: Tokenizer = BYTES) -> Batch:
-    """The batch with invalid rows at its end, `rows` in all: no valid position, no loss, all indices 0."""
+    """Adds padding rows until a batch has `rows`: no valid position, no loss, all indices 0."""
     missing = rows - batch.tokens_BT.shape[0]
     require(missing >= 0, f"a batch of {batch.tokens_BT.shape[0]} rows does not fit in {rows}")
     padded, fills = {}, {"tokens_BT": tokenizer.special.pad}  # 0 elsewhere
@@ -35,10 +35,10 @@ def pad_rows(batch: Batch, rows: int, tokenizer: Tokenizer = BYTES) -> Batch:
 
 
 def answers(batch: Batch, tokenizer: Tokenizer = BYTES) -> list[str]:
-    """The text of each row's answer, "" for a padding row; of a conversation, of the assistant's last turn.
+    """Returns the text of each row's answer, "" for a padding row; for a conversation, the assistant's last turn.
 
     Raises:
-      UserError: where a row holds several examples.
+      UserError: if a row holds several examples.
     """
     require_one_segment(batch, "answers are read one a row")
     tokens_BT, answer_BT = np.asarray(batch.tokens_BT), last_answers(batch)
@@ -46,13 +46,13 @@ def answers(batch: Batch, tokenizer: Tokenizer = BYTES) -> list[str]:
 
 
 def learned_texts(batch: Batch, tokenizer: Tokenizer = BYTES) -> list[str]:
-    """The text of all that is learned of each row: of a conversation, of all turns of the assistant's."""
+    """Returns all text of each row that is in the loss: for a conversation, all turns of the assistant."""
     tokens_BT, loss_mask_BT = np.asarray(batch.tokens_BT), np.asarray(batch.loss_mask_BT)
     return [tokenizer.decode(tokens[1:][mask[:-1]]) for tokens, mask in zip(tokens_BT, loss_mask_BT, strict=True)]
 
 
 def last_answers(batch: Batch) -> Bool[ndarray, "B T"]:
-    """The positions that predict a token of the row's answer: of a conversation the assistant's last turn."""
+    """Marks the positions that predict a token of the row's answer: for a conversation, the assistant's last turn."""
     loss_mask_BT = np.asarray(batch.loss_mask_BT)
     begins_BT = loss_mask_BT & ~np.pad(loss_mask_BT, ((0, 0), (1, 0)))[:, :-1]
     turn_BT = np.cumsum(begins_BT, axis=1)
@@ -60,32 +60,31 @@ def last_answers(batch: Batch) -> Bool[ndarray, "B T"]:
 
 
 def before_answers(batch: Batch) -> Bool[ndarray, "B T"]:
-    """The positions before the one that predicts the answer's first token: begin, media and question, and of a
-    conversation the turns before.
+    """Marks the positions before the one that predicts the answer's first token: BOS, media, question, earlier turns.
 
-    Told by the loss and not by a token: a vocabulary may have no id that does nothing but separate.
+    They are found by the loss mask and not by SEP, since a vocabulary may have no dedicated separator.
     """
     loss_mask_BT = last_answers(batch)
     return np.asarray(batch.valid_BT) & (np.cumsum(loss_mask_BT, axis=1) == 0) & loss_mask_BT.any(axis=1, keepdims=True)
 
 
 def questions(batch: Batch, tokenizer: Tokenizer = BYTES) -> list[str]:
-    """The text of each row's question, "" for a padding row.
+    """Returns the text of each row's question, "" for a padding row.
 
     Raises:
-      UserError: where a row holds several examples.
+      UserError: if a row holds several examples.
     """
     require_one_segment(batch, "questions are read one a row")
     question_BT = before_answers(batch) & (np.asarray(batch.modality_BT) == Modality.TEXT)
-    question_BT[:, 0] = False  # what begins a sequence
+    question_BT[:, 0] = False  # BOS
     return [tokenizer.decode(tokens[m]) for tokens, m in zip(np.asarray(batch.tokens_BT), question_BT, strict=True)]
 
 
 def prompts(batch: Batch, tokenizer: Tokenizer = BYTES) -> Batch:
-    """The batch without its answers: every row ends with its separator, and nothing after it is valid.
+    """Removes the answers from a batch: every row ends with its separator, and nothing after it is valid.
 
     Raises:
-      UserError: where a row holds several examples.
+      UserError: if a row holds several examples.
     """
     require_one_segment(batch, "prompts are made one a row")
     tokens_BT, loss_mask_BT = np.asarray(batch.tokens_BT), last_answers(batch)
@@ -99,7 +98,7 @@ def prompts(batch: Batch, tokenizer: Tokenizer = BYTES) -> Batch:
 
 
 def empty_batch(spec: EncodingSpec, rows: int, tokenizer: Tokenizer = BYTES) -> Batch:
-    """A batch of padding alone, in the shapes and types of every batch of `spec`."""
+    """Returns a batch of only padding, with the shapes and types of every batch of `spec`."""
     T = spec.max_length
     return make_batch(
         np.full((rows, T), tokenizer.special.pad, np.int32),
@@ -111,6 +110,6 @@ def empty_batch(spec: EncodingSpec, rows: int, tokenizer: Tokenizer = BYTES) -> 
 
 
 def abstract_batch(spec: EncodingSpec, rows: int) -> Batch:
-    """The shape and type of every array of such a batch, as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    """Returns the shape and type of every array of such a batch, as `jax.ShapeDtypeStruct`s, without allocating it."""
     one_row = empty_batch(spec, 1)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype), one_row)

@@ -1,4 +1,4 @@
-"""Values of a table's columns as text and levels, whatever type the column has."""
+"""Reads texts and levels from the cells of a table, whatever type the column has."""
 
 import math
 from typing import Any
@@ -10,14 +10,14 @@ from anyexperts_jax.data.example import LEVELS
 
 
 def text_of(value: Any, labels: list[str] | None, where: str) -> str:
-    """A question, an answer or the name of a type, from what a column may hold.
+    """Reads a question, an answer or the name of a type from a cell.
 
     Args:
-      labels: the names of the column's class labels; None: it holds none.
-      where: begins the message.
+      labels: the names of the column's class labels; None: it has none.
+      where: the beginning of error messages.
 
     Raises:
-      UserError: when it is missing, a list of several, no label, not finite, or neither text nor number.
+      UserError: if it is missing, a list of several entries, not a label, not finite, or neither text nor number.
     """
     if isinstance(value, np.ndarray):
         value = value.tolist()
@@ -41,10 +41,10 @@ def text_of(value: Any, labels: list[str] | None, where: str) -> str:
 
 
 def level_of(value: Any, where: str) -> int:
-    """The difficulty in a column; 1 where it is missing.
+    """Reads a level from a cell; 1 if it is missing.
 
     Raises:
-      UserError: when it is none of LEVELS.
+      UserError: if it is not one of LEVELS.
     """
     if value is None:
         return 1

@@ -1,4 +1,4 @@
-"""Reads a user's data once, before a run does: what there is, what a run could not use, and what its splits share."""
+"""Checks a user's data before a run: how much there is, which rows cannot be used, and what the splits share."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ from anyexperts_jax.data.sources.rows import RowError
 from anyexperts_jax.data.turns import chat_template, encode_item
 
 CHUNK = 256  # examples that a process reads at a time
-SHOWN = 20  # rows that are named of those that cannot be used, or that stand in two splits
+SHOWN = 20  # how many unusable rows, and how many rows in two splits, are named
 _SHINGLE, _PERMUTATIONS = 5, 64  # words compared together, and hashes of them, for near duplicates
 
 
@@ -37,8 +37,8 @@ _SHINGLE, _PERMUTATIONS = 5, 64  # words compared together, and hashes of them, 
 class SplitReport:
     """What was found in one split.
 
-    tokens_M: positions by modality. lengths: of the sequences that fit. unusable: (file, row, reason) of the first
-    ones; `reasons` counts all. hashes: the content of each example, by its number.
+    tokens_M: positions by modality. lengths: lengths of the sequences that fit. unusable: (file, row, reason) of the
+    first unusable rows; `reasons` counts all. hashes: a hash of each example's content, by its index.
     """
 
     name: str
@@ -47,16 +47,16 @@ class SplitReport:
     rows: int = 0
     tokens_M: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(NUM_MODALITIES, np.int64))
     learned: int = 0
-    cut: int = 0  # rows whose document is cut into several stretches
+    cut: int = 0  # rows whose document is cut into several windows
     lengths: list[int] = dataclasses.field(default_factory=list)
     unusable: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     reasons: Counter[str] = dataclasses.field(default_factory=Counter)
     hashes: dict[int, str] = dataclasses.field(default_factory=dict)
-    words: list[tuple[str, Any]] = dataclasses.field(default_factory=list)  # where, and the MinHash of what is there
-    missing: str = ""  # why there is no such split
+    words: list[tuple[str, Any]] = dataclasses.field(default_factory=list)  # (place, MinHash) of each example
+    missing: str = ""  # why the split does not exist
 
     def add(self, other: "SplitReport") -> None:
-        """Takes in what was found in a further part of it."""
+        """Adds what was found in another part of the split."""
         self.examples += other.examples
         self.tokens_M = self.tokens_M + other.tokens_M
         self.learned += other.learned
@@ -70,10 +70,10 @@ class SplitReport:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """An example of one split that stands in another too, word for word or nearly."""
+    """An example of one split that is also in another one, exactly or nearly."""
 
     name: str
-    first: str  # where in the earlier split
+    first: str  # its place in the earlier split
     second: str
     splits: tuple[str, str]
     near: bool = False
@@ -91,13 +91,13 @@ def check_data(
     """Reads every example of every split of the user's domains once.
 
     Args:
-      processes: that read side by side; None: one for some thousand examples, at most one a core.
-      near: the share of word shingles from which two texts are near duplicates; None: not looked for.
-      sources: of `config` with data.on_bad_row=skip, which others use too; None: they are opened.
-      progress: called with the domain, and how many of its examples are read of how many.
+      processes: how many read in parallel; None: one per few thousand examples, at most one per core.
+      near: share of common word shingles from which two texts are near duplicates; None: do not look for them.
+      sources: opened sources of `config` with data.on_bad_row=skip; None: open them.
+      progress: called with the domain, the number of examples read, and their total.
 
     Raises:
-      UserError: when a source cannot be read at all, or near duplicates are asked for without `datasketch`.
+      UserError: if a source cannot be read at all, or near duplicates are requested without `datasketch`.
     """
     if near is not None:
         require(0 < near <= 1, f"near={near} must be in (0, 1]")
@@ -123,10 +123,10 @@ def check_data(
 
 
 def require_clean(reports: Sequence[SplitReport], shared: Sequence[Shared]) -> None:
-    """Refuses data on which a run's scores would mean nothing.
+    """Refuses data on which a run's scores would be meaningless.
 
     Raises:
-      UserError: when a split is empty, or an example of one stands in another.
+      UserError: if a split is empty, or two splits share an example.
     """
     for report in reports:
         require(not report.missing, report.missing)
@@ -142,12 +142,12 @@ def require_clean(reports: Sequence[SplitReport], shared: Sequence[Shared]) -> N
 
 
 def skipping(config: DataConfig) -> DataConfig:
-    """The configuration with which data are checked: a row that cannot be used does not end it."""
+    """Returns the configuration for checking data, in which a row that cannot be used is not an error."""
     return dataclasses.replace(config, on_bad_row="skip")
 
 
 def _begin(sources: Sources, name: str, split: str, near: float | None) -> tuple[SplitReport, list[Any]]:
-    """An empty report, and the parts that it is made of."""
+    """Returns an empty report, and the jobs that fill it."""
     report = SplitReport(name, split)
     try:
         source = sources.open(name, split)
@@ -183,12 +183,12 @@ def _pool(
 
 @functools.lru_cache(maxsize=1)
 def _opened(config: DataConfig) -> Sources:
-    """The sources of a worker process, from which it reads all its parts."""
+    """Opens the sources of a worker process, once for all its jobs."""
     return Sources(config)
 
 
 def _look(job: tuple[DataConfig, str, str, int, int, bool], sources: Sources | None = None) -> SplitReport:
-    """Reads examples `start` to `stop` of a split, and reports what it finds."""
+    """Reads examples `start` to `stop` of a split and reports on them."""
     config, name, split, start, stop, with_words = job
     sources = sources or _opened(config)
     source, tokenizer = sources.open(name, split), sources.tokenizer
@@ -224,7 +224,7 @@ def _look(job: tuple[DataConfig, str, str, int, int, bool], sources: Sources | N
 
 
 def _content(item: Item) -> bytes:
-    """The content of an example as bytes, without its place."""
+    """Returns the content of an example as bytes, without its place."""
     if isinstance(item, Document):
         return item.text.strip().encode()
     if isinstance(item, Conversation):
@@ -250,7 +250,7 @@ def _words(item: Item) -> str:
 
 
 def _minhash(text: str) -> Any:
-    """The MinHash of the words' shingles."""
+    """Returns the MinHash of a text's word shingles."""
     try:
         from datasketch import MinHash
     except ImportError as error:
@@ -271,7 +271,7 @@ def _exact(name: str, reports: Sequence[SplitReport]) -> list[Shared]:
 
 
 def _near(name: str, reports: Sequence[SplitReport], threshold: float) -> list[Shared]:
-    """Pairs of examples in two splits whose words are nearly the same, equal ones left out."""
+    """Finds examples in two splits whose words are nearly but not exactly the same."""
     from datasketch import MinHashLSH
 
     equal = {(one.first, one.second) for one in _exact(name, reports)}
@@ -289,5 +289,5 @@ def _near(name: str, reports: Sequence[SplitReport], threshold: float) -> list[S
 
 
 def modality_counts(report: SplitReport) -> dict[str, int]:
-    """Positions by the name of their modality."""
+    """Returns the number of positions of each modality, by name."""
     return dict(zip(MODALITY_NAMES, report.tokens_M.tolist(), strict=True))

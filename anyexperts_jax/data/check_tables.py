@@ -1,4 +1,4 @@
-"""What `data.check` found, as tables and as a picture of the lengths."""
+"""Prints the results of `data.check` as tables, and plots the lengths."""
 
 import pathlib
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from anyexperts_jax.data.check import SHOWN, Shared, SplitReport, modality_count
 
 
 def split_table(reports: Sequence[SplitReport]) -> TextTable:
-    """A row a split: how much there is and how much a run can use."""
+    """Returns a table with a row per split: how much there is, and how much a run can use."""
     rows = []
     for report in reports:
         lengths = np.array(report.lengths or [0])
@@ -35,13 +35,13 @@ def split_table(reports: Sequence[SplitReport]) -> TextTable:
 
 
 def unusable_table(reports: Sequence[SplitReport]) -> TextTable | None:
-    """The first rows that cannot be used, with the reason; None: there are none."""
+    """Returns a table of the first rows that cannot be used, with reasons; None if there are none."""
     rows = [(file, row, reason) for report in reports for file, row, reason in report.unusable]
     return TextTable("Rows that cannot be used", ("file", "row", "reason"), tuple(rows), names=3) if rows else None
 
 
 def reason_lines(reports: Sequence[SplitReport]) -> list[str]:
-    """How often each reason was met, a line each."""
+    """Returns a line per reason with the number of rows."""
     return [
         f"{report.name} {report.split}: {count} x {reason}"
         for report in reports
@@ -50,7 +50,7 @@ def reason_lines(reports: Sequence[SplitReport]) -> list[str]:
 
 
 def shared_table(shared: Sequence[Shared]) -> TextTable | None:
-    """The first examples that two splits share; None: there are none."""
+    """Returns a table of the first examples that two splits share; None if there are none."""
     rows = [
         ("nearly" if one.near else "equal", f"{one.splits[0]}: {one.first}", f"{one.splits[1]}: {one.second}")
         for one in shared[:SHOWN]
@@ -60,10 +60,10 @@ def shared_table(shared: Sequence[Shared]) -> TextTable | None:
 
 
 def draw_lengths(reports: Sequence[SplitReport], max_length: int, path: pathlib.Path) -> pathlib.Path:
-    """A histogram of each domain's lengths beside the room that a row has.
+    """Plots a histogram of each domain's lengths, with a line at encoding.max_length.
 
     Raises:
-      UserError: when the file cannot be written.
+      UserError: if the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What a run reads: `DataConfig`, the mixture of domains, and `EncodingSpec`, the shapes of its sequences."""
+"""`DataConfig`, the mixture of domains that a run reads, and `EncodingSpec`, the shapes of its sequences."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ Packing = Literal["none", "first_fit"]
 Pictures = Literal["fit", "whole"]
 OnBadRow = Literal["stop", "skip"]
 
-MOST_MAKERS = 1024  # threads, and processes, that make batches: more would take the machine down
+MOST_MAKERS = 1024  # limit for threads and processes that make batches, to protect the machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,38 +58,38 @@ class EncodingSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """What the columns of a user's own data are called. A source without a column of that name has its own name's."""
+    """The names of columns in the user's own data. A source without such a column is read by the default name."""
 
     messages: str = "messages"  # chats as transformers and OpenAI write them
     conversations: str = "conversations"  # chats as LLaVA writes them
     question: str = "question"  # what is asked
     answer: str = "answer"  # what is learned
-    question_type: str = "question_type"  # kind of question, scored apart
+    question_type: str = "question_type"  # kind of question; each kind gets a score of its own
     level: str = "level"  # difficulty, 1 to 3
-    text: str = "text"  # a document; beside a medium, what is said of it
+    text: str = "text"  # a document; beside a medium, its transcript or caption
     image: str = "image"  # a picture, or several
     audio: str = "audio"  # a sound, or several
     video: str = "video"  # a film, or several
-    file: str = "file"  # of a folder of recordings or pictures: the file that a row of its table is about
+    file: str = "file"  # in the table of a folder of recordings or pictures: the file of a row
 
     def __post_init__(self) -> None:
         check_field_types(self, "data.columns.")
 
     @functools.cached_property
     def names(self) -> dict[str, tuple[str, ...]]:
-        """What each column may be called in a row: the mapped name, then its own."""
+        """Returns the names each column may have in a row: the configured one, then the default."""
         mapped = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {own: tuple(dict.fromkeys((name, own))) for own, name in mapped.items()}
 
     @functools.cached_property
     def media_names(self) -> frozenset[str]:
-        """What a column with media may be called in a row."""
+        """Returns the names that columns with media may have in a row."""
         return frozenset(name for kind in ("image", "audio", "video") for name in (*self.names[kind], f"{kind}s"))
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The mixture of domains. Two configs that are equal give the same batches in the same order.
+    """The mixture of domains. Equal configurations give the same batches in the same order.
 
     Raises:
       UserError: naming the value and the valid ones.
@@ -103,21 +103,21 @@ class DataConfig:
     fingerprints: tuple[str, ...] = ()  # "NAME=HEX" of these, which training records and holds to
     columns: Columns = dataclasses.field(default_factory=Columns)
     chat_template: str = "auto"  # auto: the tokenizer's, if it has one; none: SEP and EOS alone; or one by name
-    held_out: float = 0.05  # share of the rows for validation, and for test, where the data do not name them
+    held_out: float = 0.05  # share of the rows for validation, and for test, if the data do not name these splits
     split_by: str | None = None  # column by whose value rows are held out, as speaker; None: by the whole row
     on_bad_row: OnBadRow = "stop"  # skip: a row that cannot be used is counted, and another takes its place
-    max_bad_share: float = 0.01  # share of a split's rows that may be skipped
+    max_bad_share: float = 0.01  # largest share of a split's rows that may be skipped
     seed: Seed = 0  # seed of the examples and of their order
     levels: tuple[int, ...] = LEVELS  # difficulties that generated domains draw from
-    train_examples: int = 1_000_000  # examples of each generated domain, before they come again in another order
-    packing: Packing = "none"  # a training row holds one example, or with first_fit as many as it has room for
-    packing_window: int = 64  # rows that are filled at a time; more leave less padding
+    train_examples: int = 1_000_000  # examples of each generated domain; then they repeat in another order
+    packing: Packing = "none"  # a training row holds one example; first_fit: as many as fit
+    packing_window: int = 64  # rows that are filled at the same time; more leave less padding
     tokenizer: str = BYTES_NAME  # "bytes", or the path of a folder with tokenizer.json, or of a GGUF file
     token_fingerprint: str | None = None  # of that tokenizer, which training records and holds to; None: bytes
     encoding: EncodingSpec = dataclasses.field(default_factory=EncodingSpec)
-    threads: int = 1  # threads that make batches ahead of time; 0: made when asked for
+    threads: int = 1  # threads that make batches ahead of time; 0: batches are made when they are needed
     prefetch: int = 2  # batches made ahead of time, by threads or by each worker
-    workers: int = 0  # processes that make batches; 0: none, the threads do
+    workers: int = 0  # processes that make batches; 0: threads make them
 
     def __post_init__(self) -> None:
         check_field_types(self, "data.")
@@ -150,22 +150,22 @@ class DataConfig:
             require(value <= MOST_MAKERS, f"data.{name}={value} must be <= {MOST_MAKERS}")
 
     def folder_paths(self) -> dict[str, pathlib.Path]:
-        """The folders by the name of their domain."""
+        """Returns the local folders, by domain."""
         return {name: pathlib.Path(place) for name, place in self.places().items()}
 
     def metric_names(self) -> dict[str, str]:
-        """The metrics that are asked for, by the name of their domain."""
+        """Returns the configured metrics, by domain."""
         return named_metrics(self.metrics, "data.metrics", self.domains)
 
     def places(self) -> dict[str, str]:
-        """Paths, patterns and addresses by the name of their domain."""
+        """Returns the configured paths, patterns and addresses, by domain."""
         return named_places(self.folders, "data.folders")
 
     def shares(self, lengths: Sequence[int] = ()) -> tuple[float, ...]:
-        """The weights of the domains, in order, scaled to add up to 1.
+        """Returns the weights of the domains, in order, scaled to sum to 1.
 
         Args:
-          lengths: how many examples each has, by which a temperature goes.
+          lengths: the number of examples of each, which a temperature needs.
         """
         weights = self.weights or (1.0,) * len(self.domains)
         if self.temperature is not None:
@@ -173,16 +173,16 @@ class DataConfig:
         return tuple(weight / sum(weights) for weight in weights)
 
     def domain_index(self, name: str) -> int:
-        """The number of the domain in `Batch.domain_B`."""
+        """Returns the index of the domain in `Batch.domain_B`."""
         require_one_of("domain", name, self.domains)
         return self.domains.index(name)
 
 
 def named_places(entries: Iterable[str], option: str) -> dict[str, str]:
-    """Places by name from entries that read NAME=PATH; `option` is for messages.
+    """Parses entries NAME=PATH into places by name; `option` is for error messages.
 
     Raises:
-      UserError: for an entry of another form, a name that comes twice, or one that cannot be printed.
+      UserError: if an entry has another form, or a name occurs twice or cannot be printed.
     """
     places: dict[str, str] = {}
     for entry in entries:
@@ -195,10 +195,10 @@ def named_places(entries: Iterable[str], option: str) -> dict[str, str]:
 
 
 def named_metrics(entries: Iterable[str], option: str, domains: Iterable[str]) -> dict[str, str]:
-    """Names in METRICS by domain from entries that read NAME=METRIC; `option` is for messages.
+    """Parses entries NAME=METRIC into metrics by domain; `option` is for error messages.
 
     Raises:
-      UserError: for an entry of another form, an unknown domain or metric, or a domain that comes twice.
+      UserError: if an entry has another form, the domain or metric is unknown, or a domain occurs twice.
     """
     metrics: dict[str, str] = {}
     for entry in entries:

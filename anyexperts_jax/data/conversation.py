@@ -1,6 +1,6 @@
-"""`Conversation`: messages of several turns, each with text, pictures, films and sounds in their order; and `Document`.
+"""`Conversation`, messages of text, pictures, films and sounds in order, and `Document`, plain text.
 
-How files write them down is `data.records`; how they become a sequence is `data.turns`.
+`data.records` reads them from files, and `data.turns` encodes them as sequences.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Text:
     """Words of a message. `evidence`: half-open spans of its characters that carry the answer.
 
     Raises:
-      UserError: when the text is not valid Unicode, or a span lies outside of it.
+      UserError: if the text is not valid Unicode, or a span is outside of it.
     """
 
     text: str
@@ -42,7 +42,7 @@ class Text:
 class Medium:
     """A picture [H, W, 3], a film [F, H, W, 3] or a sound [samples], as fields of `Example` hold them.
 
-    `evidence`: as there too: a mask of pixels, or spans in seconds. Checked where `example` makes an `Example` of it.
+    `evidence`, too, is as in `Example`: a mask of pixels, or spans in seconds. `example` checks it.
     """
 
     kind: Kind
@@ -50,13 +50,13 @@ class Medium:
     evidence: Bool[ndarray, "..."] | tuple[tuple[float, float], ...] | None = None
 
     def example(self, domain: str, **texts: Any) -> Example:
-        """A question about this medium alone.
+        """Returns an example with only this medium.
 
         Args:
-          texts: `question`, `answer`, `question_type` and other fields; left out, the texts are placeholders.
+          texts: `question`, `answer`, `question_type` and other fields; missing texts are placeholders.
 
         Raises:
-          UserError: when evidence does not fit the medium.
+          UserError: if the evidence does not fit the medium.
         """
         fields: dict[str, Any] = {"question_type": "any", "question": "?", "answer": "?", "source": "", "level": 1}
         fields |= texts
@@ -71,12 +71,12 @@ Part = Text | Medium
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Message:
-    """A message of one role: its parts in their order.
+    """A message of one role, with its parts in order.
 
     `more`: other keys of the message, such as tool_calls, which a chat template may write.
 
     Raises:
-      UserError: for an unknown role, or an assistant's message with anything but text in it.
+      UserError: if the role is unknown, or an assistant's message contains more than text.
     """
 
     role: str
@@ -96,15 +96,15 @@ class Message:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conversation:
-    """Messages in their order; the assistant's are what a model learns.
+    """Messages in order; a model learns those of the assistant.
 
     Raises:
-      UserError: when no message of the assistant's says anything, or the level is unknown.
+      UserError: if the assistant has no text, or the level is unknown.
     """
 
     domain: str
     messages: tuple[Message, ...]
-    source: str  # where it comes from: file and row
+    source: str  # file and row
     question_type: str = "any"
     level: int = 1
 
@@ -119,11 +119,11 @@ class Conversation:
             require(words, f"message {number}: the {ASSISTANT} says nothing")
 
     def media(self) -> Iterator[Medium]:
-        """All pictures, films and sounds, in their order."""
+        """Yields all pictures, films and sounds, in order."""
         return (part for message in self.messages for part in message.parts if isinstance(part, Medium))
 
     def as_example(self) -> Example | None:
-        """The same as a question and its answer, where it is one: at most one medium, then text, then the answer."""
+        """Returns it as an `Example` if it is one question: at most one medium, then text, then the answer."""
         if [message.role for message in self.messages] != ["user", ASSISTANT] or any(m.more for m in self.messages):
             return None
         question, answer = self.messages
@@ -143,10 +143,10 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Text without roles, or a stretch of it: every token of it is learned. `ends`: the text ends with it.
+    """Text without roles, or a window of it; every token is learned. `ends`: whether the text ends here.
 
     Raises:
-      UserError: when it is empty or not valid Unicode.
+      UserError: if it is empty or not valid Unicode.
     """
 
     domain: str
@@ -165,7 +165,7 @@ Item = Example | Conversation | Document
 
 
 def question_and_answer(item: Item) -> tuple[str, str]:
-    """(the text of the last question, the last answer); a document gives an empty question and its text."""
+    """Returns (text of the last question, last answer); for a document, an empty question and its text."""
     if isinstance(item, Example):
         return item.question, item.answer
     if isinstance(item, Document):
@@ -176,10 +176,10 @@ def question_and_answer(item: Item) -> tuple[str, str]:
 
 
 def with_answer(item: Item, answer: str) -> Item:
-    """The same with another last answer.
+    """Returns the item with another last answer.
 
     Raises:
-      UserError: for a document, which has none.
+      UserError: for a document, which has no answer.
     """
     if isinstance(item, Example):
         return dataclasses.replace(item, answer=answer)
@@ -191,7 +191,7 @@ def with_answer(item: Item, answer: str) -> Item:
 
 
 def joined(parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """Joins neighbouring texts, because tokens may reach across them, and drops empty ones."""
+    """Joins neighbouring texts, since tokens may cross their border, and drops empty ones."""
     found: list[Part] = []
     for part in parts:
         before = found[-1] if found else None
@@ -205,10 +205,10 @@ def joined(parts: tuple[Part, ...]) -> tuple[Part, ...]:
 
 
 def pixel_mask(shape: tuple[int, int], boxes: Any) -> Bool[ndarray, "H W"]:
-    """The pixels inside boxes [left, top, right, bottom], the last two past the end.
+    """Marks the pixels inside boxes [left, top, right, bottom]; right and bottom are exclusive.
 
     Raises:
-      UserError: for a box that is not inside the picture.
+      UserError: if a box is not inside the picture.
     """
     mask = np.zeros(shape, bool)
     for box in boxes:

@@ -1,7 +1,7 @@
-"""One decoder of pictures, films and sound, whatever they come in: files, Pillow's pictures, arrays, nested lists.
+"""Decodes pictures, films and sounds from files, Pillow images, arrays or nested lists.
 
-Numbers are read by their type and range, and either scaled or refused; nothing saturates, turns black or passes as
-not a number. Every error is one line that begins with, or names, `where` the media stand: a path, or a dataset's row.
+Numbers are interpreted by their type and range, and scaled or refused; nothing saturates, turns black or becomes NaN.
+Every error is one line that names `where` the medium is: a path, or a row of a dataset.
 
 | what | how it is read |
 |---|---|
@@ -40,15 +40,15 @@ from anyexperts_jax.data.video_file import read_timed_video, read_video
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_FRAMES = 1024  # of a film in one file
-_LOUDEST = 2.0  # floats up to here are taken for peaks that a codec's rounding made
+MAX_FRAMES = 1024  # largest number of frames of an animated picture
+_LOUDEST = 2.0  # float samples up to this are taken for peaks from a codec's rounding
 
 
 def decode_picture(value: Any, where: str) -> UInt8[ndarray, "H W 3"]:
-    """RGB pixels of a picture: the path or bytes of a file, one of Pillow's, or numbers of shape [H, W, 3].
+    """Returns the RGB pixels of a picture: the path or bytes of a file, a Pillow image, or numbers [H, W, 3].
 
     Raises:
-      UserError: in one line with `where`, for what is not such a picture.
+      UserError: in one line with `where`, if it is not such a picture.
     """
     if isinstance(value, bytes | pathlib.Path):
         value = _open(value, "picture", where)
@@ -59,13 +59,13 @@ def decode_picture(value: Any, where: str) -> UInt8[ndarray, "H W 3"]:
 
 
 def decode_video(value: Any, where: str) -> UInt8[ndarray, "F H W 3"]:
-    """RGB pixels of a film: pictures of one size, the path or bytes of a file, or numbers [F, H, W, 3].
+    """Returns the RGB pixels of a film: pictures of equal size, the path or bytes of a file, or numbers [F, H, W, 3].
 
     An animated GIF, PNG or WebP file gives all its frames; any other, as MP4 or WebM, those that are shown at times
     evenly spaced, by the extra `media`: see `data.video_file`.
 
     Raises:
-      UserError: in one line with `where`, for what is not such a film.
+      UserError: in one line with `where`, if it is not such a film.
     """
     if isinstance(value, bytes | pathlib.Path):
         data = _bytes(value, "film", where)
@@ -79,13 +79,13 @@ def decode_video(value: Any, where: str) -> UInt8[ndarray, "F H W 3"]:
 
 
 def decode_film_file(file: bytes | pathlib.Path, where: str, most: int) -> tuple[UInt8[ndarray, "F H W 3"], float]:
-    """(the frames that `decode_video` gives of a file, how many of them are shown a second).
+    """Decodes a film's file; returns (frames as from `decode_video`, frames per second).
 
     Args:
-      most: frames that are taken of a video file.
+      most: largest number of frames to take from a video file.
 
     Raises:
-      UserError: in one line with `where`, for what is not a film, or does not say how long it lasts.
+      UserError: in one line with `where`, if it is not a film, or does not say how long it lasts.
     """
     data = _bytes(file, "film", where)
     if not _pillow_knows(data):
@@ -100,15 +100,15 @@ def decode_film_file(file: bytes | pathlib.Path, where: str, most: int) -> tuple
 
 
 def decode_audio(value: Any, where: str, rate: int | None = None) -> Float32[ndarray, " samples"]:
-    """Mono samples in [-1, 1] at SAMPLE_RATE: of the path or bytes of a file, brought to that rate, or of numbers.
+    """Returns mono samples in [-1, 1] at SAMPLE_RATE, from numbers, or from a file's path or bytes, resampled.
 
-    WAV files at that rate need nothing; other formats and rates need the extra `media`: see `data.sound_file`.
+    Other formats than WAV, and other rates, need the extra `media`: see `data.sound_file`.
 
     Args:
-      rate: of numbers, which must be SAMPLE_RATE; None: taken to be.
+      rate: the rate of numbers, which must be SAMPLE_RATE; None: it is assumed.
 
     Raises:
-      UserError: in one line with `where`, for what is not such a sound.
+      UserError: in one line with `where`, if it is not such a sound.
     """
     if isinstance(value, bytes | pathlib.Path):
         return _sound_of_file(value, where)
@@ -135,7 +135,7 @@ def _pillows_warnings() -> Iterator[None]:
 
 
 def _open(file: bytes | pathlib.Path, kind: str, where: str) -> "Image":
-    """The file as one of Pillow's pictures, its first frame decoded."""
+    """Opens a file as a Pillow image, with its first frame decoded."""
     from PIL import Image
 
     data = _bytes(file, kind, where)
@@ -153,7 +153,7 @@ def _open(file: bytes | pathlib.Path, kind: str, where: str) -> "Image":
 
 
 def _pillow_knows(data: bytes) -> bool:
-    """Whether it is a picture, whole or not, by the file's first bytes."""
+    """Whether the file's first bytes are those of a picture, complete or not."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -173,7 +173,7 @@ def _bytes(file: bytes | pathlib.Path, kind: str, where: str) -> bytes:
 
 
 def _frames_of(image: "Image", where: str) -> list[UInt8[ndarray, "H W 3"]]:
-    """Every frame of an animated picture. They are not counted first: that may take longer than reading them."""
+    """Returns all frames of an animated picture, without counting them first, which may take longer than reading."""
     from PIL import Image
 
     most = Image.MAX_IMAGE_PIXELS
@@ -193,7 +193,7 @@ def _frames_of(image: "Image", where: str) -> list[UInt8[ndarray, "H W 3"]]:
 
 
 def _shown_for(image: "Image", frames: int) -> float:
-    """Milliseconds that an animated picture's frames are shown, all together; 0 where it does not say."""
+    """Returns the total duration of an animated picture in milliseconds; 0 if it does not say."""
     total = 0.0
     for number in range(frames):
         image.seek(number)
@@ -208,7 +208,7 @@ def _stacked(frames: list[np.ndarray], where: str) -> UInt8[ndarray, "F H W 3"]:
 
 
 def _pixels_of(image: "Image", where: str) -> UInt8[ndarray, "H W 3"]:
-    """RGB pixels of one of Pillow's pictures, by its mode."""
+    """Returns the RGB pixels of a Pillow image, according to its mode."""
     try:
         values = _values_of(image)
     except DAMAGE as error:
@@ -217,7 +217,7 @@ def _pixels_of(image: "Image", where: str) -> UInt8[ndarray, "H W 3"]:
 
 
 def _values_of(image: "Image") -> np.ndarray:
-    """Its RGB pixels, or where there are more than 8 bits its grey ones [H, W] in a type that tells their range."""
+    """Returns RGB pixels, or for more than 8 bits grey ones [H, W] in a type that tells their range."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
@@ -236,7 +236,7 @@ def _values_of(image: "Image") -> np.ndarray:
 
 
 def _scaled(pixels: np.ndarray, axes: int, where: str) -> np.ndarray:
-    """Bytes from pixels of any type, by the table at the top."""
+    """Converts pixels of any type to bytes, by the table in the module's docstring."""
     shaped = pixels.ndim == axes and pixels.shape[-1] == 3
     require(shaped, f"{where}: pixels of shape {pixels.shape} must have {axes} axes, the last of size 3")
     require(pixels.size > 0, f"{where}: there are no pixels in shape {pixels.shape}")
@@ -257,7 +257,7 @@ def _scaled(pixels: np.ndarray, axes: int, where: str) -> np.ndarray:
 
 
 def _numbers(value: Any, where: str, what: str) -> np.ndarray:
-    """An array of numbers or truth values."""
+    """Returns an array of numbers or booleans."""
     try:
         values = np.asarray(value)
     except (ValueError, TypeError, OverflowError) as error:
@@ -277,7 +277,7 @@ def _require_finite(values: np.ndarray, where: str, what: str) -> None:
 
 
 def _full_scale(samples: np.ndarray, where: str) -> np.ndarray:
-    """Samples in [-1, 1] from those of a type whose full scale is theirs."""
+    """Scales samples by the full scale of their type to [-1, 1]."""
     _require_finite(samples, where, "samples")
     if samples.dtype == np.uint8:
         return (samples - 128.0) / 128
@@ -292,7 +292,7 @@ def _full_scale(samples: np.ndarray, where: str) -> np.ndarray:
 
 
 def _in_own_range(samples: np.ndarray, where: str) -> np.ndarray:
-    """Samples that fill the range of their type: wide integers, as nested lists become, go by the values they hold."""
+    """Casts wide integers, which nested lists become, to the type whose range their values need."""
     if samples.dtype.kind != "i" or samples.dtype.itemsize <= 2:
         return samples
     low, high = int(samples.min()), int(samples.max())

@@ -1,7 +1,7 @@
-"""Small documents drawn with Pillow: signs, tables, receipts and bar charts, and where on them each text stands.
+"""Draws small documents with Pillow (signs, tables, receipts, bar charts) and records where each text is.
 
-Text is set like a till prints it, one character to a cell, whatever the font: columns line up, and what differs
-between fonts is the shapes.
+Text is set like on a till receipt, one character per cell, whatever the font: columns line up, and only the shapes
+differ between fonts.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 SIDE = 64  # pixels of a document's side
 Colour = tuple[int, int, int]
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, the last two past the end
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
 
 LETTERS = "ABCDEFGH"
 DIGITS = "0123456789"
 ITEMS = ("TEA", "BUN", "JAM", "PIE", "EGG", "FIG", "HAM", "NUT", "OAT", "RYE", "SOY", "COD")
 _ALPHABET = "".join(sorted({*LETTERS, *DIGITS, *"".join(ITEMS)}))
 
-_BAR_FLOOR = 47  # the row the bars of a chart stand on
+_BAR_FLOOR = 47  # the row on which the bars of a chart stand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Document:
 
 
 class _Page:
-    """A canvas on which text is set in cells."""
+    """A canvas for text in cells."""
 
     def __init__(self, style: Style) -> None:
         from PIL import Image, ImageDraw
@@ -67,7 +67,7 @@ class _Page:
         self._draw = ImageDraw.Draw(self._image)
 
     def text(self, text: str, left: int, top: int, cell: tuple[int, int]) -> Box:
-        """Sets `text` from a corner on, one character to a cell of width and height; the box of its ink."""
+        """Draws `text` from a corner, one character per cell (width, height); returns the box of its ink."""
         width, height = cell
         font = _font_for(self._style.face, width, height)
         across, down = self._style.offset
@@ -100,7 +100,7 @@ def sign(style: Style, text: str, cell: tuple[int, int], left: int, top: int) ->
 
 
 def table(style: Style, rows: Sequence[tuple[str, str]]) -> Document:
-    """Keys of one letter on the left, values on the right, rules between the rows. Two rows are as large as fit."""
+    """Keys of one letter on the left, values on the right, and rules between the rows. Two rows are drawn larger."""
     require(2 <= len(rows) <= 4, f"a table of {len(rows)} rows; it has 2 to 4")
     height = SIDE // len(rows)
     columns = 1 + max(len(value) for _, value in rows)
@@ -118,7 +118,7 @@ def table(style: Style, rows: Sequence[tuple[str, str]]) -> Document:
 
 
 def receipt(style: Style, rows: Sequence[tuple[str, str]]) -> Document:
-    """Items of three letters and their prices, a line each."""
+    """Items of three letters and their prices, one per line."""
     require(2 <= len(rows) <= 4, f"a receipt of {len(rows)} rows; it has 2 to 4")
     cell = (12, 16)
     page = _Page(style)
@@ -150,7 +150,7 @@ def chart(style: Style, bars: Sequence[tuple[str, int]]) -> Document:
 
 
 def pixels_in(boxes: Sequence[Box]) -> Bool[ndarray, "side side"]:
-    """True at the pixels of a document that lie in any of the boxes."""
+    """Marks the pixels of a document that are inside any of the boxes."""
     inside = np.zeros((SIDE, SIDE), dtype=bool)
     for left, top, right, bottom in boxes:
         inside[top:bottom, left:right] = True

@@ -1,4 +1,4 @@
-"""What a domain is, and the registry of the five."""
+"""The protocol `Domain`, and access to registered domains."""
 
 import functools
 import zlib
@@ -12,12 +12,12 @@ from anyexperts_jax.core.registries import DOMAINS
 from anyexperts_jax.data.example import LEVELS, Example
 
 SPLITS = ("train", "validation", "test")
-# Of which source of a generated domain is in which split. In version 1 two splits could share a pair of numbers in
-# another order, cuts of one font, variants of one voice, and scans of one hand.
+# Version of the assignment of sources to splits. In version 1 two splits could share a pair of numbers in another
+# order, cuts of one font, variants of one voice, and scans by one writer.
 SPLITS_VERSION = 2
 Metric = str  # a name in core.registries.METRICS
 
-DOMAIN_NAMES = DOMAINS.names()  # those that come with the package
+DOMAIN_NAMES = DOMAINS.names()  # the domains that come with the package
 
 
 @runtime_checkable
@@ -46,10 +46,10 @@ class Domain(Protocol):
 
 @functools.cache
 def domain(name: str) -> Domain:
-    """The domain called `name`, of DOMAINS.
+    """Returns the domain `name` of DOMAINS.
 
     Raises:
-      UserError: when there is none of that name.
+      UserError: if there is no such domain.
     """
     return cast(Domain, DOMAINS[name]())
 
@@ -57,13 +57,13 @@ def domain(name: str) -> Domain:
 def example_generator(
     name: str, split: str, index: int, seed: int, levels: Sequence[int]
 ) -> tuple[np.random.Generator, int]:
-    """The random generator of one example, and its level.
+    """Returns the random generator of one example, and its level.
 
-    The generator depends on nothing but the arguments. Draw whole numbers from it (`integers`, `permutation`), which
-    do not depend on a machine's floating point.
+    The generator depends only on the arguments. Draw whole numbers from it (`integers`, `permutation`), since they do
+    not depend on a machine's floating point.
 
     Raises:
-      UserError: when split, index, seed or levels are out of range.
+      UserError: if split, index, seed or levels are out of range.
 
     Example:
         >>> import anyexperts_jax as ax

@@ -1,4 +1,4 @@
-"""Contact sheets: examples drawn side by side with their evidence, one PNG for each kind of media."""
+"""Draws contact sheets: examples side by side with their evidence, one PNG per kind of media."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ _LINE = 1.5 * _FONT / 72
 
 @dataclasses.dataclass(frozen=True)
 class _Sheet:
-    """How examples of one kind of media are laid out, in inches."""
+    """The layout of examples of one kind of media, in inches."""
 
     columns: int
     width: float  # of the media
@@ -48,14 +48,14 @@ class _Sheet:
 
 @contextlib.contextmanager
 def boxes_for_missing_glyphs() -> Iterator[None]:
-    """Text in a script that the fonts of matplotlib do not have is drawn as boxes, without a warning a letter."""
+    """Silences matplotlib's warnings about missing glyphs, which are drawn as boxes, one warning per letter."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         yield
 
 
 def draw_sheet(examples: Sequence[Numbered], title: str, path: pathlib.Path) -> None:
-    """Draws examples of one kind of media, evidence outlined or marked, to a PNG."""
+    """Draws examples of one kind of media into a PNG, with evidence outlined or marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -83,7 +83,7 @@ def draw_sheet(examples: Sequence[Numbered], title: str, path: pathlib.Path) -> 
 
 
 def outline(inside: Bool[ndarray, "H W"]) -> list[tuple[tuple[float, float], tuple[float, float]]]:
-    """The edges between pixels inside and outside, as segments ((x, y), (x, y)) in pixel coordinates of `imshow`."""
+    """Returns the edges between pixels inside and outside, as segments ((x, y), (x, y)) in `imshow`'s coordinates."""
     padded = np.pad(inside, 1)
     segments = []
     for y, x in np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1]):
@@ -102,7 +102,7 @@ class _Line:
 
 
 def _caption(number: int, example: Example, characters: int) -> list[_Line]:
-    """What is written above the media: what it is, the question with its evidence marked, the answer."""
+    """Returns the lines above the media: the kind of question, the question with its evidence marked, the answer."""
     head = f"{example.question_type}, level {example.level}, #{number}"
     question = [
         _Line(text, marks) for text, marks in wrap_marked(example.question, example.question_evidence, characters)
@@ -111,7 +111,7 @@ def _caption(number: int, example: Example, characters: int) -> list[_Line]:
 
 
 def wrap_marked(text: str, marks: Sequence[Span], width: int) -> Iterator[tuple[str, tuple[Span, ...]]]:
-    """Lines of at most `width` characters, broken at spaces, each with the parts of `marks` that fall on it."""
+    """Breaks a text at spaces into lines of at most `width` characters, each with its parts of `marks`."""
     begin = 0
     for line in textwrap.wrap(text, width, drop_whitespace=False, replace_whitespace=False, expand_tabs=False):
         end = begin + len(line)
@@ -121,7 +121,7 @@ def wrap_marked(text: str, marks: Sequence[Span], width: int) -> Iterator[tuple[
 
 
 def _write_lines(axes: "Axes", lines: Sequence[_Line]) -> None:
-    """Sets lines in a monospaced font on axes whose units are characters and lines."""
+    """Writes lines in a monospaced font, on axes whose units are characters and lines."""
     from matplotlib.patches import Rectangle
 
     axes.axis("off")
@@ -133,7 +133,7 @@ def _write_lines(axes: "Axes", lines: Sequence[_Line]) -> None:
 
 
 def _character_width() -> float:
-    """Inches from one character to the next as Matplotlib sets them, which hinting moves to whole pixels."""
+    """Returns the distance of characters in inches, which hinting rounds to whole pixels."""
     from matplotlib.backends.backend_agg import RendererAgg
     from matplotlib.font_manager import FontProperties
 
@@ -162,7 +162,7 @@ def _draw_image(axes: "Axes", example: Example) -> None:
 
 
 def _draw_video(axes: "Axes", example: Example) -> None:
-    """The frames side by side, a gap between them."""
+    """Draws the frames side by side with gaps."""
     assert example.video is not None
     gap = _gap(example.video.shape[2])
     frames = np.pad(example.video, ((0, 0), (0, 0), (0, gap), (0, 0)), constant_values=255)
@@ -188,7 +188,7 @@ def _show_pixels(axes: "Axes", pixels: UInt8[ndarray, "H W 3"], evidence: Bool[n
 
 
 def _draw_audio(axes: "Axes", example: Example) -> None:
-    """The log-mel spectrogram over seconds, with a bar below it for each span of evidence."""
+    """Draws the log-mel spectrogram over seconds, with a bar below it for each span of evidence."""
     assert example.audio is not None
     mel = log_mel(example.audio, _MEL_BANDS)
     first = (WINDOW - HOP) / 2 / SAMPLE_RATE
@@ -219,6 +219,6 @@ def _gap(width: int) -> int:
 
 
 def _axes(figure: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
-    """Axes at a place given in inches from the figure's top left corner."""
+    """Adds axes at a place in inches from the figure's top left corner."""
     across, down = figure.get_size_inches()
     return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))

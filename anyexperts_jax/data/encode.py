@@ -1,4 +1,4 @@
-"""From an example to one sequence of the model: tokens, patches, audio frames, masks and evidence."""
+"""Encodes an example as one sequence of the model: tokens, patches, audio frames, masks and evidence."""
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -26,12 +26,12 @@ def encode_example(
     question_index: int = 0,
     example_index: int = 0,
 ) -> EncodedSequence:
-    """The example as one sequence: BOS, its media, the question, SEP, the answer, EOS, as the tokenizer has them.
+    """Encodes an example as one sequence: BOS, media, question, SEP, answer, EOS, with the tokenizer's ids.
 
     The indices fill domain_B, question_B and example_B.
 
     Raises:
-      UserError: when the example does not fit `spec`.
+      UserError: if the example does not fit `spec`.
     """
     example = prepare(example, spec)
     media = _media(example, spec)
@@ -47,19 +47,19 @@ def encode_example(
 def encode(
     example: Example, spec: EncodingSpec, *, tokenizer: Tokenizer = BYTES, **indices: int
 ) -> dict[str, np.ndarray]:
-    """One row of one example: the fields of `core.batch.Batch` by name, each without its batch dimension.
+    """Encodes an example as a padded row: the fields of `core.batch.Batch` by name, without the batch dimension.
 
     Args:
       indices: see `encode_example`.
 
     Raises:
-      UserError: when the example does not fit `spec`.
+      UserError: if the example does not fit `spec`.
     """
     return padded(encode_example(example, spec, tokenizer=tokenizer, **indices), spec)
 
 
 def patches(pixels: UInt8[ndarray, "F H W 3"], patch_size: int) -> Float32[ndarray, "P X"]:
-    """Square patches, frame by frame and row by row; each its pixels row by row, in [-1, 1]."""
+    """Cuts frames into square patches, frame by frame and row by row, with pixels row by row in [-1, 1]."""
     frames, height, width, _ = pixels.shape
     rows, columns = height // patch_size, width // patch_size
     grid = pixels.reshape((frames, rows, patch_size, columns, patch_size, 3)).swapaxes(2, 3)
@@ -67,10 +67,10 @@ def patches(pixels: UInt8[ndarray, "F H W 3"], patch_size: int) -> Float32[ndarr
 
 
 def media_parts(example: Example, spec: EncodingSpec) -> list[MediaPart]:
-    """The example's medium as its patches or frames; none for a question in text alone.
+    """Encodes the example's medium as patches or frames; [] for a question in text only.
 
     Raises:
-      UserError: when it does not fit `spec`.
+      UserError: if it does not fit `spec`.
     """
     return _media(prepare(example, spec), spec)
 
@@ -89,7 +89,7 @@ def _media(example: Example, spec: EncodingSpec) -> list[MediaPart]:
 def _visual(
     spec: EncodingSpec, modality: Modality, pixels_FHW3: np.ndarray, evidence_FHW: np.ndarray | None
 ) -> MediaPart:
-    """A picture, as a video of one frame, or a video, of whole patches (`data.prepare`)."""
+    """Encodes a picture, as a video of one frame, or a video; `data.prepare` has made it whole patches."""
     frames, height, width, _ = pixels_FHW3.shape
     size = spec.patch_size
     rows, columns = height // size, width // size
@@ -129,7 +129,7 @@ def _require_room(example: Example, spec: EncodingSpec, media: int, question: in
 
 
 def require_model_ids(tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Refuses a model whose ids are not the tokenizer's, which owns them: with others generation would never stop.
+    """Checks that a model's special ids are those of the tokenizer; with others generation would never stop.
 
     Raises:
       UserError: naming the values and what to set.
@@ -143,13 +143,13 @@ def require_model_ids(tokenizer: Tokenizer, model: ModelConfig) -> None:
 
 
 def require_fits_model(spec: EncodingSpec, model: ModelConfig, tokenizer: str = BYTES_NAME) -> None:
-    """Checks that a model made by `model` reads sequences made by `spec`.
+    """Checks that a model with the configuration `model` can read the sequences of `spec`.
 
     Args:
-      tokenizer: as `data.tokenizer` names it; only bytes can be checked without reading a file.
+      tokenizer: the value of `data.tokenizer`; only bytes can be checked without reading a file.
 
     Raises:
-      UserError: naming both values where they do not fit.
+      UserError: naming both values, if they do not fit.
     """
     length = f"encoding.max_length={spec.max_length}"
     require(spec.max_length <= model.max_length, f"{length} is longer than the model's max_length={model.max_length}")

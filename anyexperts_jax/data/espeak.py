@@ -1,9 +1,9 @@
-"""eSpeak NG as a pure function: text, voice, rate and pitch in; samples and the place of each word out.
+"""eSpeak NG as a pure function, from text, voice, rate and pitch to samples and the start of each word.
 
-The library and its data come in the `espeakng-loader` wheel. As it ships, what eSpeak says depends on what it said
-before: the pitch flutter, the roughness and the noise of its voices run on from one utterance to the next. So we give
-it a data folder of its own, copied from the wheel, in which every voice variant has flutter and roughness off, and set
-its random seed before each utterance. Variants with echo or breath keep other state and are refused.
+The library and its data come in the `espeakng-loader` wheel. By default an utterance depends on the ones before it: the
+pitch flutter, the roughness and the noise of a voice continue from one to the next. So eSpeak gets its own data folder,
+copied from the wheel, in which flutter and roughness are off in every voice variant, and its random seed is set before
+each utterance. Variants with echo or breath keep other state and are refused.
 """
 
 import ctypes
@@ -26,13 +26,13 @@ from numpy import ndarray
 from anyexperts_jax.core.errors import UserError, require, require_one_of
 
 ESPEAK_RATE = 22_050  # samples per second of what eSpeak returns
-WORDS_PER_MINUTE = (80, 450)  # outside, eSpeak changes the rate by other means or not at all
+WORDS_PER_MINUTE = (80, 450)  # outside this range eSpeak changes the rate by other means or not at all
 
 _DATA_FILES = ("en_dict", "intonations", "phondata", "phonindex", "phontab")
 _ENGLISH = pathlib.Path("lang/gmw")
 _VARIANTS = pathlib.Path("voices/!v")
 _STEADY = b"\nflutter 0\nroughness 0\n"
-_STATEFUL = (b"echo", b"breath", b"klatt")  # settings of variants whose state outlives an utterance
+_STATEFUL = (b"echo", b"breath", b"klatt")  # settings of variants that keep state between utterances
 
 # Constants of speak_lib.h.
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
@@ -41,7 +41,7 @@ _CHARS_UTF8 = 1
 _POSITION_CHARACTER = 1
 _PARAMETER_RATE, _PARAMETER_VOLUME, _PARAMETER_PITCH = 1, 2, 3
 _EVENT_LIST_TERMINATED, _EVENT_WORD = 0, 1
-_VOLUME = 60  # of eSpeak's default 100: quiet enough that its gain control, which remembers, never sets in
+_VOLUME = 60  # below the default of 100, so that the stateful gain control never acts
 
 
 class _EventId(ctypes.Union):
@@ -61,14 +61,14 @@ class _Event(ctypes.Structure):
     )
 
 
-_LOCK = threading.Lock()  # the library has one voice, one callback and one output in a process
+_LOCK = threading.Lock()  # the library has one voice, one callback and one output per process
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Event))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Utterance:
     samples: Int16[ndarray, " samples"]  # at ESPEAK_RATE
-    word_starts: tuple[int, ...]  # the sample each word begins at, in the order of the text
+    word_starts: tuple[int, ...]  # the first sample of each word, in the order of the text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,14 +78,14 @@ class _Engine:
 
 
 def speak(text: str, voice: str, *, words_per_minute: int = 175, pitch: int = 50) -> Utterance:
-    """Says `text` in `voice`, an accent and a variant such as "en-us+f1"; pitch is in [0, 100].
+    """Speaks `text` in `voice`, an accent and a variant such as "en-us+f1"; pitch is in [0, 100].
 
-    The samples are integers that depend on the arguments and on the version of the library alone. Threads may call
-    this; utterances are made one at a time.
+    The samples are integers that depend only on the arguments and the version of the library. Threads may call this;
+    utterances are made one at a time.
 
     Raises:
-      UserError: when eSpeak NG cannot be used (the message says what to install), there is no such voice, or a number
-        is out of range.
+      UserError: if eSpeak NG cannot be used (the message says what to install), there is no such voice, or a number is
+        out of range.
     """
     low, high = WORDS_PER_MINUTE
     require(low <= words_per_minute <= high, f"words_per_minute={words_per_minute} must be in [{low}, {high}]")
@@ -100,13 +100,13 @@ def speak(text: str, voice: str, *, words_per_minute: int = 175, pitch: int = 50
             samples.append(ctypes.string_at(address, 2 * count))
         listed = itertools.takewhile(lambda event: event.type != _EVENT_LIST_TERMINATED, events)
         word_starts.extend(event.sample for event in listed if event.type == _EVENT_WORD)
-        return 0  # go on
+        return 0  # continue
 
     with _LOCK:
         engine = _engine()
         _require_variant(engine, variant)
         library = engine.library
-        callback = _Callback(receive)  # held by name until the call is over: the library keeps only its address
+        callback = _Callback(receive)  # keeps a reference during the call, since the library keeps only the address
         library.espeak_SetSynthCallback(callback)
         found = library.espeak_SetVoiceByName(voice.encode()) == 0
         require(found, f"voice={voice!r}: eSpeak NG has no English accent {accent!r}")
@@ -130,18 +130,20 @@ def _variants(engine: _Engine) -> tuple[str, ...]:
 
 
 def _require_variant(engine: _Engine, variant: str) -> None:
-    """eSpeak ignores a variant it does not have, and speaks in its own voice."""
+    """Checks a variant, since eSpeak ignores an unknown one and speaks in its default voice."""
     if not (engine.data / _VARIANTS / variant).is_file():
         require_one_of("variant", variant, _variants(engine))
 
 
 def _synthesise(library: ctypes.CDLL, text: bytes, words_per_minute: int, pitch: int) -> None:
+    # text and its size; start, unit and end of the part to speak (0: all of it); flags; identifier and user data
+    whole_text = (text, len(text) + 1, 0, _POSITION_CHARACTER, 0, _CHARS_UTF8, None, None)
     statuses = {
         "SetRandSeed": library.espeak_ng_SetRandSeed(1),
         "SetParameter(rate)": library.espeak_SetParameter(_PARAMETER_RATE, words_per_minute, 0),
         "SetParameter(volume)": library.espeak_SetParameter(_PARAMETER_VOLUME, _VOLUME, 0),
         "SetParameter(pitch)": library.espeak_SetParameter(_PARAMETER_PITCH, pitch, 0),
-        "Synth": library.espeak_Synth(text, len(text) + 1, 0, _POSITION_CHARACTER, 0, _CHARS_UTF8, None, None),
+        "Synth": library.espeak_Synth(*whole_text),
     }
     for call, status in statuses.items():
         require(status == 0, f"eSpeak NG's {call} failed with status {status}")
@@ -149,7 +151,7 @@ def _synthesise(library: ctypes.CDLL, text: bytes, words_per_minute: int, pitch:
 
 @functools.cache
 def _engine() -> _Engine:
-    """The process's eSpeak NG, loaded at the first call. Call with the lock held."""
+    """Returns the process's eSpeak NG, which the first call loads. The caller must hold the lock."""
     loader = _import_loader()
     library = _load_library(loader.get_library_path())
     folder = pathlib.Path(tempfile.mkdtemp(prefix="anyexperts-espeak-"))
@@ -201,7 +203,7 @@ def _load_library(path: str) -> ctypes.CDLL:
 
 
 def _copy_steady_data(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies what English needs; makes every voice variant steady or leaves it out."""
+    """Copies the data for English; turns off the state of every voice variant, or leaves the variant out."""
     try:
         (target / _VARIANTS).mkdir(parents=True)
         for name in _DATA_FILES:

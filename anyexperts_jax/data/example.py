@@ -1,4 +1,4 @@
-"""`Example`: one question about one signal, its answer, and where in the signal the answer is."""
+"""`Example`, one question about one signal, with its answer and its evidence in the signal."""
 
 import dataclasses
 from typing import Any
@@ -15,13 +15,13 @@ LEVELS = (1, 2, 3)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """A question, its answer, at most one kind of media, and the ground truth of which parts carry the answer.
+    """A question, its answer, at most one medium, and the evidence: the parts that carry the answer.
 
-    Evidence that is left out marks nothing. A span is half open: characters of `question`, seconds of `audio`.
+    Missing evidence marks nothing. Spans are half open, in characters of `question` or seconds of `audio`.
 
     Raises:
-      UserError: when evidence does not fit its signal, more than one kind of media is given, a text is not valid
-        Unicode, or media are of another type or shape than here, or not finite; `data.decode` makes them from others.
+      UserError: if evidence does not fit its signal, several kinds of media are given, a text is not valid Unicode, or
+        media have another type or shape or are not finite; `data.decode` converts other types.
     """
 
     domain: str
@@ -40,7 +40,7 @@ class Example:
 
     def __post_init__(self) -> None:
         where = f"{self.domain}/{self.question_type}"
-        if self.level not in LEVELS:  # no message is made of what is right: there are many examples
+        if self.level not in LEVELS:  # not `require`, which would build the message for every valid example
             raise UserError(f"{where}: level={self.level!r} is unknown; valid: 1, 2, 3")
         require(bool(self.question) and bool(self.answer), f"{where}: question and answer must not be empty")
         for name in ("question", "answer"):
@@ -84,7 +84,7 @@ def _require_same_pixels(where: str, pixels: np.ndarray | None, evidence: np.nda
 
 
 def is_unicode(text: str) -> bool:
-    """Whether the text can be encoded. Bytes of a command line that are no UTF-8 arrive as lone surrogates."""
+    """Whether the text can be encoded. Invalid UTF-8 on a command line arrives as lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

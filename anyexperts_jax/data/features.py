@@ -1,7 +1,7 @@
-"""The audio front end: log-mel frames, and chunks of stacked frames that each become one token.
+"""The audio front end: log-mel frames, and chunks of stacked frames, each of which becomes one token.
 
-Frame i covers samples [HOP * i, HOP * i + WINDOW) of the audio: no padding at the start, and no frame that hangs over
-the end (audio shorter than one window is padded with silence to one).
+Frame i covers samples [HOP * i, HOP * i + WINDOW) of the audio. There is no padding, and no frame past the end, but
+audio shorter than one window is padded with silence to one.
 """
 
 import functools
@@ -23,12 +23,12 @@ LOW_HZ = 60.0
 HIGH_HZ = 7600.0
 
 _POWER_FLOOR = 1e-6  # below the dither of the quietest example, so digital silence is not an outlier
-_LOG_MEAN = -0.6  # about the mean and deviation of log10 power over the speech domain's training split
+_LOG_MEAN = -0.6  # roughly the mean and deviation of log10 power over the speech domain's training split
 _LOG_DEVIATION = 1.4
 
 
 def hz_to_mel(hz: float) -> float:
-    """Mels by the HTK formula, 2595 log10(1 + f / 700)."""
+    """Converts hertz to mels by the HTK formula, 2595 log10(1 + f / 700)."""
     return 2595.0 * math.log10(1.0 + hz / 700.0)
 
 
@@ -39,10 +39,10 @@ def mel_to_hz(mel: Float64[ndarray, " ..."]) -> Float64[ndarray, " ..."]:
 
 @functools.cache
 def mel_filters(num_bands: int) -> Float64[ndarray, "bins bands"]:
-    """Triangles of height 1 whose corners are equally spaced in mels from LOW_HZ to HIGH_HZ, on the FFT's bins.
+    """Returns triangular filters of height 1 on the FFT's bins, with corners equally spaced in mels.
 
     Raises:
-      UserError: when a band is so narrow that no bin lies in it.
+      UserError: if a band is so narrow that it contains no bin.
     """
     require(num_bands >= 1, f"num_bands={num_bands} must be >= 1")
     corners_hz = mel_to_hz(np.linspace(hz_to_mel(LOW_HZ), hz_to_mel(HIGH_HZ), num_bands + 2))
@@ -56,18 +56,21 @@ def mel_filters(num_bands: int) -> Float64[ndarray, "bins bands"]:
 
 @functools.cache
 def _sparse_filters(num_bands: int) -> csr_array:
-    """`mel_filters`, a row a band. Nine in ten weights are zero; and a dense product would go to BLAS, whose threads
-    fight with the training step's for the cores (six times slower on two) and whose rounding differs by build."""
+    """Returns `mel_filters` as a sparse matrix, with a row per band.
+
+    Nine in ten weights are zero. A dense product would use BLAS, whose threads compete with the training step's for
+    the cores (six times slower on two), and whose rounding differs between builds.
+    """
     return csr_array(mel_filters(num_bands).T)
 
 
 def num_frames(num_samples: int) -> int:
-    """How many frames `log_mel` makes of that many samples; at least one."""
+    """Returns how many frames `log_mel` makes of that many samples; at least one."""
     return 1 + max(0, num_samples - WINDOW) // HOP
 
 
 def log_mel(audio: Float32[ndarray, " samples"], num_bands: int = 32) -> Float32[ndarray, "frames bands"]:
-    """Log10 mel power of each frame, moved and scaled by constants to about zero mean and unit deviation on speech.
+    """Computes the log10 mel power of each frame, normalised by constants to about zero mean and unit deviation.
 
     Audio is mono at SAMPLE_RATE, in [-1, 1]. Periodic Hann window, 512-point FFT.
     """
@@ -85,9 +88,9 @@ def log_mel(audio: Float32[ndarray, " samples"], num_bands: int = 32) -> Float32
 def stack_frames(
     frames: Float32[ndarray, "frames bands"], frames_per_chunk: int
 ) -> Float32[ndarray, "chunks features"]:
-    """Consecutive frames side by side: features = frames_per_chunk * bands, frame-major.
+    """Stacks consecutive frames into chunks: features = frames_per_chunk * bands, frame-major.
 
-    The last chunk is filled up by repeating the last frame, so that no value occurs that audio cannot have.
+    The last chunk is filled by repeating the last frame, so that no value occurs that audio cannot have.
     """
     require(frames_per_chunk >= 1, f"frames_per_chunk={frames_per_chunk} must be >= 1")
     missing = -len(frames) % frames_per_chunk
@@ -98,7 +101,7 @@ def stack_frames(
 def chunks_in_spans(
     spans: Iterable[tuple[float, float]], num_chunks: int, frames_per_chunk: int
 ) -> Bool[ndarray, " chunks"]:
-    """Which chunks hold a frame whose centre lies in one of the spans, given in seconds and half open."""
+    """Marks the chunks with a frame whose centre is in one of the half-open spans, given in seconds."""
     centres = frame_centres(num_chunks * frames_per_chunk)
     inside = np.zeros(len(centres), dtype=bool)
     for start, end in spans:
@@ -107,7 +110,7 @@ def chunks_in_spans(
 
 
 def frame_centres(frames: int) -> Float[ndarray, " frames"]:
-    """The middle of each frame's window, in seconds."""
+    """Returns the middle of each frame's window, in seconds."""
     return (np.arange(frames) * HOP + WINDOW / 2) / SAMPLE_RATE
 
 

@@ -1,4 +1,4 @@
-"""The text fonts that matplotlib ships (DejaVu, STIX, Computer Modern), a family to each split."""
+"""The text fonts that matplotlib ships (DejaVu, STIX, Computer Modern), one family per split."""
 
 import functools
 import importlib.util
@@ -10,8 +10,8 @@ from anyexperts_jax.core.errors import UserError, require
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
-# File names without .ttf, by family: all cuts of one design, in whatever weight, slant or width, and with its sans,
-# monospaced and serif sisters, whose letters share their proportions. Display and symbol fonts are left out.
+# File names without .ttf, by family: all cuts of one design in any weight, slant or width, with its sans, monospaced
+# and serif variants, whose letters have similar proportions. Display and symbol fonts are left out.
 FAMILIES = {
     "DejaVu": (
         *("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSans-Bold", "DejaVuSans-BoldOblique"),
@@ -25,14 +25,14 @@ SPLIT_FAMILIES = {"train": ("DejaVu",), "validation": ("STIX",), "test": ("Compu
 FACES = {split: tuple(face for name in names for face in FAMILIES[name]) for split, names in SPLIT_FAMILIES.items()}
 
 _CAPITAL = "H"
-_SMALLEST = 4  # pixels to the em
+_SMALLEST = 4  # pixels per em
 
 
 def font_folder() -> pathlib.Path:
-    """Where matplotlib keeps its TrueType fonts, found without importing it.
+    """Returns the folder of matplotlib's TrueType fonts, found without importing it.
 
     Raises:
-      UserError: when matplotlib or its fonts are missing.
+      UserError: if matplotlib or its fonts are missing.
     """
     spec = importlib.util.find_spec("matplotlib")
     if spec is None or not spec.submodule_search_locations:
@@ -44,10 +44,10 @@ def font_folder() -> pathlib.Path:
 
 @functools.cache
 def load_font(face: str, size: int) -> "FreeTypeFont":
-    """The face at `size` pixels to the em, with Pillow's own layout, which does not depend on installed libraries.
+    """Loads the face at `size` pixels per em, with Pillow's own layout, which does not depend on other libraries.
 
     Raises:
-      UserError: when matplotlib ships no such face.
+      UserError: if matplotlib ships no such face.
     """
     from PIL import ImageFont
 
@@ -58,10 +58,10 @@ def load_font(face: str, size: int) -> "FreeTypeFont":
 
 @functools.cache
 def fitted_font(face: str, alphabet: str, width: int, height: int) -> "FreeTypeFont":
-    """The face at the largest size at which no character of `alphabet` is wider, and no capital higher, than asked.
+    """Loads the face at the largest size at which every character of `alphabet` fits into `width` and `height`.
 
     Raises:
-      UserError: when not even the smallest size fits.
+      UserError: if not even the smallest size fits.
     """
     for size in range(2 * height, _SMALLEST - 1, -1):
         font = load_font(face, size)
@@ -71,7 +71,7 @@ def fitted_font(face: str, alphabet: str, width: int, height: int) -> "FreeTypeF
 
 
 def capital_height(font: "FreeTypeFont") -> int:
-    """Pixels from the baseline to the top of a capital letter."""
+    """Returns the height of a capital letter in pixels."""
     return -int(font.getbbox(_CAPITAL, anchor="ls")[1])
 
 

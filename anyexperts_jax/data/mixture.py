@@ -1,4 +1,4 @@
-"""Opens the examples of a mixture's domains: generated ones, or those at a path or address."""
+"""Opens the sources of a mixture's domains: generated ones, or those at a path or address."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from anyexperts_jax.tokenizers.store import open_tokenizer
 
 
 class Sources:
-    """The sources of a mixture. Each place is looked at, indexed and opened once, whoever asks: make one, pass it on.
+    """The sources of a mixture. Each place is inspected, indexed and opened once, so make one instance and pass it on.
 
     Attributes:
       config: the mixture.
@@ -28,23 +28,23 @@ class Sources:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self._rows: dict[str, tuple[str, Rows]] = {}  # by domain: what is at its place, in words, and its rows
+        self._rows: dict[str, tuple[str, Rows]] = {}  # by domain: a description of its place, and its rows
         self._opened: dict[tuple[str, str], Source] = {}  # by domain and split
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The one that the mixture names."""
+        """The mixture's tokenizer."""
         return open_tokenizer(self.config.tokenizer)
 
     def open(self, name: str, split: str, examples: int | None = None) -> Source:
-        """The examples of a domain's split.
+        """Opens the examples of a domain's split.
 
         Args:
-          examples: how many; a generated domain has as many as one asks for (None: `train_examples`), a place at most
-            what it holds (None: all).
+          examples: how many; a generated domain has any number (None: `train_examples`), a place at most what it holds
+            (None: all).
 
         Raises:
-          UserError: when the domain is not in the mixture, or its place is missing, empty, or holds too few.
+          UserError: if the domain is not in the mixture, or its place is missing, empty, or holds too few.
         """
         config = self.config
         config.domain_index(name)
@@ -63,20 +63,20 @@ class Sources:
         return source
 
     def count(self, name: str, split: str, most: int) -> int:
-        """How many of the first `most` examples of a domain's split there are: a place may hold fewer.
+        """Returns `most`, or the number of examples of a domain's split if it has fewer.
 
         Raises:
-          UserError: when the domain is not in the mixture, or its place is missing, empty, or has no such split.
+          UserError: if the domain is not in the mixture, or its place is missing, empty, or has no such split.
         """
         require(most >= 1, f"examples={most} must be >= 1")
         generated = name not in self.config.places()
         return min(most, len(self.open(name, split, most if generated else None)))
 
     def describe(self, name: str) -> str:
-        """What was found at the place of a domain, in one line.
+        """Describes, in one line, what was found at the place of a domain.
 
         Raises:
-          UserError: when it cannot be read.
+          UserError: if it cannot be read.
         """
         place = self.config.places()[name]
         kind = self._folder_format(place)
@@ -89,7 +89,7 @@ class Sources:
                 source = self.open(name, split)
             except StoreError:
                 raise
-            except UserError:  # whoever needs the split says why there is none
+            except UserError:  # the reason is reported when the split is opened
                 splits.append(f"no {split}")
                 continue
             assert isinstance(source, RowSource)
@@ -111,7 +111,7 @@ class Sources:
         return self._rows[name]
 
     def _folder_format(self, place: str) -> FolderFormat | None:
-        """The kind of a folder that is a dataset of questions by what lies in it; None: it is read as rows."""
+        """Returns the format of a folder with a dataset of questions; None: its files are read as rows."""
         path = pathlib.Path(place)
         if is_address(place) or not path.is_dir() or holds_other_rows(path, self.config.columns):
             return None
@@ -120,12 +120,12 @@ class Sources:
 
 
 def open_source(config: DataConfig, name: str, split: str, examples: int | None = None) -> Source:
-    """`Sources.open` for one who reads this one split alone."""
+    """Like `Sources.open`, for callers that read only this split."""
     return Sources(config).open(name, split, examples)
 
 
 def with_places(config: DataConfig, places: Mapping[str, str]) -> DataConfig:
-    """The mixture with further domains read from these places, or its own from elsewhere."""
+    """Returns the mixture with these places, which add domains or replace the places of its own."""
     domains = tuple(dict.fromkeys([*config.domains, *places]))
     folders = tuple(f"{name}={place}" for name, place in {**config.places(), **places}.items())
     weights = config.weights if len(domains) == len(config.domains) else None

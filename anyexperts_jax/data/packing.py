@@ -1,4 +1,4 @@
-"""Several sequences in one row: first fit into a window of open rows, streaming."""
+"""Packs several sequences into one row by streaming first fit into a window of open rows."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,7 +19,7 @@ class OpenRows:
         self._sizes: list[Size] = []
 
     def add(self, sequence: EncodedSequence) -> bool:
-        """False: no row has room for it, and there are `window` rows; the sequence is not added."""
+        """Adds a sequence; returns False, without adding it, if no row has room and `window` rows are open."""
         for i, size in enumerate(self._sizes):
             if (size + sequence.size).fits(self._room):
                 self._rows[i].append(sequence)
@@ -32,17 +32,17 @@ class OpenRows:
         return True
 
     def close(self) -> list[EncodedSequence]:
-        """The rows, each as one sequence, in the order in which they were opened; none is open any more."""
+        """Closes all rows and returns them, each as one sequence, in the order in which they were opened."""
         rows, self._rows, self._sizes = self._rows, [], []
         return [concatenate(row) for row in rows]
 
 
 def pack(sequences: Iterable[EncodedSequence], room: Size, window: int = 64) -> Iterator[EncodedSequence]:
-    """The sequences in fewer rows, none larger than `room`: each sequence whole, in one row, as a segment of its own.
+    """Packs sequences into rows no larger than `room`, each sequence whole and as its own segment.
 
-    First fit into `window` open rows; when a sequence fits in none of them all rows are given out, and it opens the
-    next. A wider window leaves less padding, and takes its memory. A sequence larger than `room` gets a row of its
-    own, which `padded` then refuses.
+    Each sequence goes to the first of `window` open rows that has room. If none has, all rows are yielded, and the
+    sequence opens the next one. A wider window leaves less padding and needs more memory. A sequence larger than `room`
+    gets its own row, which `padded` then refuses.
     """
     rows = OpenRows(room, window)
     for sequence in sequences:
@@ -53,7 +53,7 @@ def pack(sequences: Iterable[EncodedSequence], room: Size, window: int = 64) -> 
 
 
 class PackedSequences(grain.IterDataset):
-    """`pack` as a Grain dataset, whose iterators can be stopped and resumed at any row."""
+    """`pack` as a Grain dataset, whose iterators can be saved and resumed at any row."""
 
     def __init__(self, sequences: grain.IterDataset, room: Size, window: int) -> None:
         super().__init__(sequences)
@@ -64,8 +64,11 @@ class PackedSequences(grain.IterDataset):
 
 
 class _PackedIterator(grain.DatasetIterator):
-    """Its state is the parent's before the rows at hand were filled, and how many of them were given out: to resume
-    fills them again. It does not depend on what is in the rows, and is as small as the parent's."""
+    """The iterator of `PackedSequences`.
+
+    Its state is the parent's before the current rows were filled, and how many of these rows were yielded; resuming
+    fills them again. So the state does not depend on the content of the rows, and is as small as the parent's.
+    """
 
     def __init__(self, sequences: grain.DatasetIterator, rows: OpenRows) -> None:
         super().__init__(sequences)
@@ -107,14 +110,14 @@ class _PackedIterator(grain.DatasetIterator):
         return rows
 
     def _read(self) -> EncodedSequence | None:
-        """The parent's next sequence, which is left over until it is added; None at its end."""
+        """Returns the parent's next sequence, which stays pending until it is added; None at the end."""
         self._next_from = self._parent.get_state()
         self._left_over = next(self._parent, None)
         return self._left_over
 
 
 def padding_shares(batch: Batch) -> tuple[float, float]:
-    """(the share of positions that would be padding with one example a row, the share that is)."""
+    """Returns (share of padding with one example per row, actual share of padding)."""
     valid_BT, segment_BT = np.asarray(batch.valid_BT), np.asarray(batch.segment_BT)
     examples = np.where(valid_BT, segment_BT + 1, 0).max(axis=1).sum()
     length = valid_BT.shape[1]

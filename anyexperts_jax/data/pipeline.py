@@ -1,11 +1,11 @@
 """The Grain pipeline: sources, shards, shuffle, mixture, encoding, packing, batches.
 
-Every batch is a pure function of the config, the batch size and the batch's number, and a run that goes on reads
-exactly what an unbroken one would. A process of several makes some rows of every batch: whatever their number, the
-batches are the same, and so are the iterators' states.
+Every batch is a pure function of the configuration, the batch size and the batch's index, and a resumed run reads
+exactly what an uninterrupted one would. With several processes each makes some rows of every batch; batches and
+iterator states do not depend on the number of processes.
 
-Without packing a state is a number, and a process makes the examples of its own rows alone. With packing all lengths
-say which row an example lands in, so every process encodes every example, and pads and stacks its own rows.
+Without packing a state is a number, and a process only makes the examples of its own rows. With packing, the row of an
+example depends on all lengths, so every process encodes every example, and pads and stacks its own rows.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ __all__ = ["DataConfig", "eval_batches", "train_dataset", "train_iterator"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Sequences:
-    """A source's examples as encoded sequences, or as the fields of a row each; what Grain reads."""
+    """A Grain source of a source's examples, as encoded sequences or as padded rows."""
 
     name: str
     source: Source
@@ -49,8 +49,8 @@ class _Sequences:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     as_rows: bool = True
-    bad_rows: BadRows | None = None  # counts the rows that cannot be used; None: the first ends the run
-    fills: bool = True  # the next row that can be used takes their place; else a row of padding does
+    bad_rows: BadRows | None = None  # counts the rows that cannot be used; None: the first one raises
+    fills: bool = True  # whether the next usable row takes their place; else a padding row does
 
     def __len__(self) -> int:
         return len(self.source)
@@ -64,7 +64,7 @@ class _Sequences:
                     raise
                 self.bad_rows.add(self.name, number, len(self), error)
                 if not self.fills:
-                    return _nothing(self.config.encoding, self.tokenizer)
+                    return _padding_row(self.config.encoding, self.tokenizer)
                 continue
             return padded(sequence, self.config.encoding) if self.as_rows else sequence
         raise UserError(f"no row of {self.name} can be used")
@@ -87,15 +87,15 @@ class _Sequences:
             raise UserError(f"{error} (example {index})") from error
 
 
-def _nothing(spec: EncodingSpec, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The fields of a row of padding."""
+def _padding_row(spec: EncodingSpec, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the fields of a padding row."""
     empty = empty_batch(spec, 1, tokenizer)
     return {field.name: np.asarray(getattr(empty, field.name))[0] for field in dataclasses.fields(empty)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Rows:
-    """Of every `batch_size` examples those at `rows`; what Grain reads."""
+    """A Grain source of the examples at `rows` of every batch of `batch_size`."""
 
     examples: grain.MapDataset
     batch_size: int
@@ -111,7 +111,7 @@ class _Rows:
 
 
 def _held(batch_size: int, rows: Sequence[int] | None) -> tuple[int, ...]:
-    """The rows that one process makes of every batch."""
+    """Returns the rows of every batch that one process makes."""
     require(batch_size >= 1, f"batch_size={batch_size} must be >= 1")
     if rows is None:
         return tuple(range(batch_size))
@@ -121,7 +121,7 @@ def _held(batch_size: int, rows: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _examples_at(examples: grain.MapDataset, batch_size: int, held: tuple[int, ...]) -> grain.MapDataset:
-    """The examples of the rows `held` of every batch."""
+    """Returns the examples of the rows `held` of every batch."""
     return examples if len(held) == batch_size else grain.MapDataset.source(_Rows(examples, batch_size, held))
 
 
@@ -134,18 +134,18 @@ def train_dataset(
     bad_rows: BadRows | None = None,
     sources: Sources | None = None,
 ) -> grain.IterDataset:
-    """The endless training batches: all `batch_size` rows of each, or of each the `rows` that one process makes.
+    """Returns the endless training batches, with all `batch_size` rows, or only the `rows` that one process makes.
 
-    After a pass over a domain its examples come again, in another order; before that none comes twice, in whatever
-    process. With data.on_bad_row=skip, in the place of a row that cannot be used stands the next one that can.
+    After a pass over a domain its examples repeat in another order; before that none repeats, in any process. With
+    data.on_bad_row=skip a row that cannot be used is replaced by the next usable one.
 
     Args:
-      plugins: modules that register domains or sources; worker processes import them before they make an example.
-      bad_rows: counts the rows that are skipped; None: they are not counted.
-      sources: those of `config`, which others use too; None: they are opened.
+      plugins: modules that register domains or sources; worker processes import them first.
+      bad_rows: counts the skipped rows; None: they are not counted.
+      sources: opened sources of `config`; None: open them.
 
     Raises:
-      UserError: when a number is out of range, or a folder or tokenizer is missing or empty.
+      UserError: if a number is out of range, or a folder or tokenizer is missing or empty.
     """
     held, packs = _held(batch_size, rows), config.packing == "first_fit"
     sources = sources or Sources(config)
@@ -162,17 +162,17 @@ def train_dataset(
     mixed = grain.MapDataset.mix(parts, config.shares(lengths))
     if not packs:
         batches = _examples_at(mixed, batch_size, held).batch(len(held), drop_remainder=True, batch_fn=stack)
-        return _made_ahead(batches, config, config.prefetch, plugins)
-    sequences = _made_ahead(mixed, config, config.prefetch * batch_size, plugins)  # a batch's, at least
+        return _make_ahead(batches, config, config.prefetch, plugins)
+    sequences = _make_ahead(mixed, config, config.prefetch * batch_size, plugins)  # a batch's, at least
     packed = PackedSequences(sequences, Size.of_row(config.encoding), config.packing_window)
     own_rows = lambda row_B: stack([padded(row_B[row], config.encoding) for row in held])  # noqa: E731
     return packed.batch(batch_size, drop_remainder=True, batch_fn=own_rows)
 
 
-def _made_ahead(
+def _make_ahead(
     elements: grain.MapDataset, config: DataConfig, count: int, plugins: Sequence[str]
 ) -> grain.IterDataset:
-    """The elements, up to `count` of them made before they are asked for: by threads, or by each worker process."""
+    """Makes up to `count` elements ahead of time, in threads or in each worker process."""
     threads = 0 if config.workers else config.threads
     dataset = elements.to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=count if threads else 0)
@@ -188,7 +188,7 @@ def _made_ahead(
 
 
 def _start_worker(plugins: tuple[str, ...], index: int, count: int) -> None:
-    """Imports the plugins: a fresh process has none of what its parent registered."""
+    """Imports the plugins, since a new process does not have its parent's registrations."""
     load_plugins(plugins)
 
 
@@ -201,17 +201,17 @@ def train_iterator(
     bad_rows: BadRows | None = None,
     sources: Sources | None = None,
 ) -> grain.DatasetIterator:
-    """An iterator over `train_dataset`: `next`, `get_state` (JSON, the same for all rows) and `set_state`."""
+    """Returns an iterator over `train_dataset`: `next`, `get_state` (JSON, the same for all rows) and `set_state`."""
     return iter(train_dataset(config, batch_size, rows, plugins=plugins, bad_rows=bad_rows, sources=sources))
 
 
 def source_lengths(sources: Sources) -> dict[str, int]:
-    """How many examples a pass over each domain's training split has."""
+    """Returns the number of examples of each domain's training split."""
     return {name: len(sources.open(name, "train")) for name in sources.config.domains}
 
 
 def epochs(config: DataConfig, lengths: Mapping[str, int], batch_size: int, state: Any) -> dict[str, float]:
-    """How many times each domain was read, once an iterator is in this state.
+    """Returns how many passes over each domain an iterator in this state has made.
 
     Args:
       lengths: `source_lengths`.
@@ -222,7 +222,7 @@ def epochs(config: DataConfig, lengths: Mapping[str, int], batch_size: int, stat
 
 
 def _next_indices(state: Any) -> int:
-    """How many elements were drawn, of all iterators inside of one: a process's own, or its workers'."""
+    """Returns the number of elements drawn, over all nested iterators: the process's own, or its workers'."""
     if isinstance(state, Mapping):
         own = state.get("next_index", 0)
         return int(own) + sum(_next_indices(value) for key, value in state.items() if key != "next_index")
@@ -230,7 +230,7 @@ def _next_indices(state: Any) -> int:
 
 
 def order_seed(config: DataConfig, source: Source) -> int:
-    """The seed of the order of a source's examples: data.seed, and of a user's rows their fingerprint."""
+    """Returns the seed of the order of a source's examples: data.seed, and the fingerprint of a user's rows."""
     if not isinstance(source, RowSource):
         return config.seed
     return (config.seed + int(source.fingerprint, 16)) % 2**32
@@ -246,16 +246,16 @@ def eval_batches(
     *,
     sources: Sources | None = None,
 ) -> Iterator[Batch]:
-    """Examples 0 to `num_examples` - 1 of a domain's split, in order. The last batch is filled up with invalid rows.
+    """Yields examples 0 to `num_examples` - 1 of a domain's split in order; padding rows fill the last batch.
 
-    Of each batch all `batch_size` rows, or the `rows` that one process makes. With data.on_bad_row=skip a row that
-    cannot be used is one of padding.
+    Batches have all `batch_size` rows, or only the `rows` that one process makes. With data.on_bad_row=skip a row that
+    cannot be used becomes a padding row.
 
     Args:
-      sources: those of `config`, which others use too; None: they are opened.
+      sources: opened sources of `config`; None: open them.
 
     Raises:
-      UserError: when a number is out of range, or a folder holds fewer examples.
+      UserError: if a number is out of range, or a folder holds fewer examples.
     """
     require(num_examples >= 1, f"num_examples={num_examples} must be >= 1")
     sources = sources or Sources(config)
@@ -269,7 +269,9 @@ def eval_batches(
     examples, count = _examples_at(sequences[:num_examples], batch_size, held), len(held)
     for batch in examples.batch(count, batch_fn=stack).to_iter_dataset(ahead):
         yield pad_rows(batch, count, tokenizer)
-    for _ in range(-(-len(examples) // count), -(-num_examples // batch_size)):  # whose last rows others hold
+    for _ in range(
+        -(-len(examples) // count), -(-num_examples // batch_size)
+    ):  # batches whose rows are all made by other processes
         yield empty_batch(config.encoding, count, tokenizer)
     if bad_rows is not None:
         bad_rows.close()

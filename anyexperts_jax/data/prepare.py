@@ -1,9 +1,8 @@
-"""What a picture or video becomes before it is cut into patches: the one function that all who show the model one use.
+"""Prepares pictures and videos before they are cut into patches. Everything that shows the model a picture uses it.
 
-Training, evaluation, generation and the report take examples through `prepare`, and `encoding.pictures`, which a run
-records with the rest of its configuration, says what it does: "fit" resizes what is not whole patches, or too many of
-them, no more than needed; "whole" resizes nothing, and refuses it. A picture that is whole patches and few enough of
-them, as those of the generated domains are, stays as it is either way.
+Training, evaluation, generation and the report call `prepare`, and `encoding.pictures` of the run's configuration says
+what it does. "fit" resizes pictures that are not whole patches, or have too many, no more than needed. "whole" refuses
+them. A picture of whole patches, and few enough, like those of the generated domains, stays unchanged in both cases.
 """
 
 import dataclasses
@@ -18,10 +17,10 @@ from anyexperts_jax.data.example import Example
 
 
 def prepare(example: Example, spec: EncodingSpec) -> Example:
-    """The example with its picture or video as a run of `spec` sees it, evidence with it; others as they are.
+    """Returns the example with its picture or video, and their evidence, as a run of `spec` sees them.
 
     Raises:
-      UserError: when the run reads no pictures; with `spec.pictures="whole"`, when the sides are not whole patches, or
+      UserError: if the run reads no pictures; with `spec.pictures="whole"` also if the sides are not whole patches, or
         there are more patches or frames than a sequence holds.
     """
     pixels = example.video if example.video is not None else example.image
@@ -44,11 +43,11 @@ def prepare(example: Example, spec: EncodingSpec) -> Example:
 
 
 def patch_grid(height: int, width: int, patch_size: int, most: int) -> tuple[int, int]:
-    """(rows, columns) of patches for a picture: at most `most`, and at least one.
+    """Returns (rows, columns) of patches for a picture: at least one patch and at most `most`.
 
-    It is the picture at the largest scale up to 1 at which its sides, in whole patches, make no more than `most`. So
-    a side moves by half a patch at most where the picture fits, and width and height keep their ratio where it does
-    not, to within that half.
+    The picture is scaled by the largest factor up to 1 at which its sides, rounded to whole patches, have no more than
+    `most`. So a side changes by at most half a patch if the picture fits; otherwise the ratio of width and height is
+    kept, up to this rounding.
     """
     rows = columns = 1
     while True:
@@ -64,11 +63,11 @@ def patch_grid(height: int, width: int, patch_size: int, most: int) -> tuple[int
 def _fit_video(
     frames_FHW3: UInt8[ndarray, "F H W 3"], evidence_FHW: Bool[ndarray, "F H W"] | None, spec: EncodingSpec
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """As many frames as a sequence holds, evenly spaced, each on the same grid."""
+    """Takes as many evenly spaced frames as a sequence holds, and resizes them to one grid."""
     frames, height, width, _ = frames_FHW3.shape
     kept = min(frames, spec.max_video_frames, spec.max_patches)
     if kept < frames:
-        picked = (2 * np.arange(kept) + 1) * frames // (2 * kept)  # the middles of `kept` equal stretches
+        picked = (2 * np.arange(kept) + 1) * frames // (2 * kept)  # the middles of `kept` equal intervals
         frames_FHW3 = frames_FHW3[picked]
         evidence_FHW = None if evidence_FHW is None else evidence_FHW[picked]
     grid = patch_grid(height, width, spec.patch_size, spec.max_patches // kept)
@@ -78,7 +77,7 @@ def _fit_video(
 def _resized(
     frames_FHW3: np.ndarray, evidence_FHW: np.ndarray | None, grid: tuple[int, int], patch_size: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Frames and evidence of the size of the grid; the same arrays where they have it."""
+    """Resizes frames and evidence to the grid; returns the same arrays if they have its size."""
     from PIL import Image
 
     height, width = (side * patch_size for side in grid)

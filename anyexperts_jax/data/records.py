@@ -1,15 +1,15 @@
-"""A record of a file as a conversation or a document, whichever of these schemas it is written in.
+"""Reads a record of a file, in any of these schemas, as a conversation, an example or a document.
 
-| it has | it is |
+| columns | meaning |
 |---|---|
-| `messages` | a chat as transformers or OpenAI write it: `{"role": ..., "content": text or a list of parts}` |
-| `conversations` | LLaVA's: `{"from": "human" or "gpt", "value": "<image>\\nWhat ..."}`, files in `image` |
-| `question`, `answer` | one turn each; `image`, `audio` or `video` before the question |
-| `text`, and one of `image`, `audio`, `video` | what is said of the medium: a transcript, a caption |
-| `text` alone | a document: text without roles |
+| `messages` | a chat in transformers' and OpenAI's form: `{"role": ..., "content": text or a list of parts}` |
+| `conversations` | LLaVA's form: `{"from": "human" or "gpt", "value": "<image>\\nWhat ..."}`, files in `image` |
+| `question`, `answer` | one turn each; `image`, `audio` or `video` is put before the question |
+| `text`, and one of `image`, `audio`, `video` | a transcript or caption of the medium |
+| only `text` | a document: text without roles |
 
-A medium is bytes, a path from the record's own folder, a data: URL, an object with `bytes` or `path`, or numbers as
-`data.decode` reads them. Keys that are none of a schema's are refused in messages; other columns of a row are left.
+A medium is bytes, a path relative to the record's folder, a data: URL, an object with `bytes` or `path`, or numbers as
+`data.decode` reads them. Unknown keys of messages are refused; other columns of a row are ignored.
 """
 
 import base64
@@ -49,14 +49,14 @@ _DECODERS = {"image": decode_picture, "video": decode_video, "audio": decode_aud
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reading:
-    """What `read_record` needs beside the record.
+    """How `read_record` reads a record.
 
     Attributes:
       domain: the name of its source.
-      source: where it stands: file and row.
-      read: the bytes of a file that the record names; UserError where there is none.
+      source: its file and row.
+      read: returns the bytes of a file that the record names; raises UserError if there is none.
       labels: the names of class labels, by column.
-      as_examples: whether a question with at most one medium is read as an `Example`, which no template writes.
+      as_examples: whether a question with at most one medium is read as an `Example`, which uses no chat template.
     """
 
     domain: str
@@ -67,7 +67,7 @@ class Reading:
     as_examples: bool = False
 
     def column(self, row: Mapping[str, Any], name: str) -> str | None:
-        """The row's own name of a column, None where it holds nothing there: the mapped one first."""
+        """Returns the row's name of a column, the configured one first; None if the row has no value there."""
         for own in self.columns.names[name]:
             if row.get(own) is not None:
                 return own
@@ -78,7 +78,7 @@ class Reading:
         return None if own is None else row[own]
 
     def text(self, row: Mapping[str, Any], name: str) -> str | None:
-        """A column's value as text."""
+        """Returns a column's value as text."""
         own = self.column(row, name)
         if own is None:
             return None
@@ -89,10 +89,10 @@ class Reading:
 
 
 def read_record(row: Mapping[str, Any], reading: Reading) -> Item:
-    """Reads the row as a document, a conversation, or an example where the reading allows it, by its columns.
+    """Reads a row, by its columns, as a document, a conversation or, if `reading` allows it, an example.
 
     Raises:
-      UserError: naming what is missing, unknown, or does not fit; the caller says where.
+      UserError: naming what is missing, unknown or does not fit; the caller adds the place.
     """
     kind = reading.text(row, "question_type") or "any"
     level = level_of(reading.value(row, "level"), "the row")
@@ -109,7 +109,9 @@ def read_record(row: Mapping[str, Any], reading: Reading) -> Item:
         if question is None and answer is None and text is not None and not media.names:
             return Document(reading.domain, text, reading.source, question_type=kind, level=level)
         if reading.as_examples and question and answer and not media.names and not row.get("question_evidence"):
-            return Example(reading.domain, kind, level, question, answer, source=reading.source)  # by far the most rows
+            return Example(
+                reading.domain, kind, level, question, answer, source=reading.source
+            )  # the most frequent case, kept fast
         messages = _one_answer(row, question, answer if answer is not None else text, media, reading)
     conversation = Conversation(reading.domain, messages, reading.source, kind, level)
     return (conversation.as_example() if reading.as_examples else None) or conversation
@@ -118,7 +120,7 @@ def read_record(row: Mapping[str, Any], reading: Reading) -> Item:
 def _one_answer(
     row: Mapping[str, Any], question: str | None, answer: str | None, media: "_Given", reading: Reading
 ) -> tuple[Message, ...]:
-    """A question, or a medium that needs none, and its answer."""
+    """Reads a question, or a medium that needs none, and its answer."""
     missing = "question" if question is None and not media.names else "answer" if answer is None else None
     if missing is not None:
         has = comma_list(name for name, value in row.items() if value is not None) or "none"
@@ -131,7 +133,7 @@ def _one_answer(
 
 
 class _Given:
-    """The media that a row holds beside its messages. Each is taken when a message points to the next one."""
+    """The media of a row outside its messages. Each is used when a message refers to the next one."""
 
     def __init__(self, row: Mapping[str, Any], reading: Reading) -> None:
         self.reading = reading
@@ -153,7 +155,7 @@ class _Given:
         return read_medium(kind, self._left[kind].pop(0), self.reading, evidence)
 
     def rest(self, row: Mapping[str, Any]) -> Iterator[Medium]:
-        """All that are left, with the evidence that the row has of them."""
+        """Yields all unused media, with the row's evidence for them."""
         for kind in self.names:
             for value in self._left[kind]:
                 yield read_medium(kind, value, self.reading, row.get(f"{kind}_evidence"))
@@ -169,7 +171,7 @@ class _Given:
 
 
 def _chat_message(index: int, message: Mapping[str, Any], media: _Given) -> Message:
-    """transformers' and OpenAI's form."""
+    """Reads a message in transformers' and OpenAI's form."""
     where = f"message {index}"
     held = {str(key): value for key, value in message.items() if value is not None}
     require("role" in held, f"{where} has no role; valid: {comma_list(ROLES)}")
@@ -202,7 +204,7 @@ def _chat_part(where: str, part: Mapping[str, Any], media: _Given) -> Part:
 
 
 def _pointed_to(where: str, part: Mapping[str, Any]) -> Any:
-    """What the part says its medium is; None: the next of the row's."""
+    """Returns the medium that the part holds; None: it refers to the next medium of the row."""
     if part["type"] == "input_audio":
         sound = part.get("input_audio")
         held = isinstance(sound, Mapping) and isinstance(sound.get("data"), str)
@@ -219,7 +221,7 @@ def _pointed_to(where: str, part: Mapping[str, Any]) -> Any:
 
 
 def _llava_message(index: int, message: Mapping[str, Any], media: _Given) -> Message:
-    """LLaVA's form: a marker such as <image> stands where the row's next file belongs."""
+    """Reads a message in LLaVA's form, where a marker such as <image> refers to the row's next file."""
     where = f"message {index}"
     require_one_of(f"{where}: from", message["from"], tuple(_LLAVA_ROLES))
     value = message.get("value")
@@ -240,10 +242,10 @@ def _llava_message(index: int, message: Mapping[str, Any], media: _Given) -> Mes
 
 
 def read_medium(kind: Kind, value: Any, reading: Reading, evidence: Any = None) -> Medium:
-    """A picture, film or sound from what a record holds of it.
+    """Reads a picture, film or sound from a record's value.
 
     Raises:
-      UserError: when it cannot be read, or the evidence does not fit it.
+      UserError: if it cannot be read, or the evidence does not fit it.
     """
     name = kind if not isinstance(value, str) or value.startswith("data:") else value
     if isinstance(value, Mapping) and value.get("array") is not None and kind == "audio":
@@ -264,12 +266,12 @@ def read_medium(kind: Kind, value: Any, reading: Reading, evidence: Any = None) 
         marks = _spans(evidence, float)
     medium = Medium(kind, values, marks)
     if marks is not None:
-        medium.example(reading.domain)  # refuses evidence that is outside of it
+        medium.example(reading.domain)  # checks that the evidence is inside
     return medium
 
 
 def _content(kind: Kind, value: Any, reading: Reading) -> Any:
-    """The bytes of a file where the value stands for one; else the value: numbers, or a picture of Pillow's."""
+    """Returns the bytes of the file that a value stands for; other values (numbers, Pillow images) unchanged."""
     if isinstance(value, Mapping):
         known = value.get("bytes") is not None or value.get("path") is not None
         require(known, f"{kind} with fields {comma_list(value)} holds neither bytes nor a path")
@@ -299,7 +301,7 @@ def _objects(value: Any, name: str) -> list[Mapping[str, Any]]:
 
 
 def _spans(value: Any, number: type) -> tuple[tuple[Any, Any], ...]:
-    """Pairs of numbers; none where there is no value."""
+    """Reads pairs of numbers; () if there is no value."""
     if value is None:
         return ()
     try:
@@ -309,7 +311,7 @@ def _spans(value: Any, number: type) -> tuple[tuple[Any, Any], ...]:
 
 
 def _is_numbers(value: Any) -> bool:
-    """Whether nested lists hold numbers, so that they are one medium and not a list of them."""
+    """Whether nested lists hold numbers, and so are one medium and not a list of media."""
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return isinstance(value, int | float)

@@ -1,4 +1,4 @@
-"""`RowSource`: one split of a user's rows as examples, conversations and stretches of documents."""
+"""`RowSource`: one split of a user's rows, as examples, conversations and windows of documents."""
 
 import dataclasses
 import pathlib
@@ -29,16 +29,16 @@ _HELD_OUT_BASE = 2**64
 
 
 class RowSource:
-    """The examples of one split of a user's rows: a `data.source.Source` that also says where each example stands.
+    """The examples of one split of a user's rows, a `data.source.Source` that also knows the place of each example.
 
     Attributes:
-      question_types: the kinds of question that all splits hold, in order of their names.
-      metric: by which answers are scored.
-      fingerprint: of the rows, whatever the split.
-      held_out: whether the split was made by hash, as the data name none.
+      question_types: the kinds of question in all splits, sorted by name.
+      metric: the metric by which answers are scored.
+      fingerprint: hash of the rows of all splits.
+      held_out: whether the split was made by hash because the data do not name it.
 
     Raises:
-      UserError: when the split is empty, or its first row cannot be read.
+      UserError: if the split is empty, or its first row cannot be read.
     """
 
     def __init__(self, name: str, rows: Rows, split: str, config: DataConfig, tokenizer: Tokenizer) -> None:
@@ -49,7 +49,7 @@ class RowSource:
         self.fingerprint, self.held_out = rows.fingerprint, splits.held_out(split)
         self.rows_N = splits.rows_of(split)
         require(len(self.rows_N) > 0, splits.why_empty(name, split))
-        if split != "train":  # an evaluation takes the first ones, and files are often sorted by what is in them
+        if split != "train":  # an evaluation uses the first examples, and files are often sorted by content
             self.rows_N = np.random.default_rng(int(rows.fingerprint, 16)).permutation(self.rows_N)
         first = self._first()
         self.question_types = self._types(first)
@@ -61,10 +61,10 @@ class RowSource:
         return len(self.rows_N if self._windows is None else self._windows)
 
     def __getitem__(self, index: int) -> Item:
-        """The example.
+        """Returns the example.
 
         Raises:
-          RowError: when the row cannot be used.
+          RowError: if the row cannot be used.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -77,15 +77,15 @@ class RowSource:
         return item
 
     def where(self, index: int) -> tuple[str, str]:
-        """The file of an example, and its row there."""
+        """Returns the file of an example, and its row in the file."""
         row = int(self.rows_N[index] if self._windows is None else self._windows.array_N[index][0])
         return self.rows.where(row)
 
     def whole(self, index: int) -> Item | None:
-        """The row's whole document where this is its first stretch; None: it is a later one.
+        """Returns the row's whole document if this is its first window; None for a later one.
 
         Raises:
-          RowError: when the row cannot be used.
+          RowError: if the row cannot be used.
         """
         if self._windows is None:
             return self[index]
@@ -93,11 +93,11 @@ class RowSource:
         return self._item(row) if start == 0 else None
 
     def rows_cut(self) -> int:
-        """How many documents are cut into several stretches."""
+        """Returns the number of documents that are cut into several windows."""
         return 0 if self._windows is None else int((np.bincount(self._windows.array_N[:, 0]) > 1).sum())
 
     def __iter__(self) -> Iterator[tuple[str, str, Item | RowError]]:
-        """(file, row, the item or the error that makes it unusable) of each example, in order."""
+        """Yields (file, row, item or the error that makes it unusable) for each example, in order."""
         for index in range(len(self)):
             file, row = self.where(index)
             try:
@@ -121,7 +121,7 @@ class RowSource:
             raise error if isinstance(error, RowError) else RowError(file, place, str(error)) from error
 
     def _first(self) -> Item:
-        """The first row of all splits; with data.on_bad_row=skip, the first of a hundred that can be read."""
+        """Returns the first row of all splits; with data.on_bad_row=skip the first usable one among a hundred."""
         tries = 100 if self._config.on_bad_row == "skip" else 1
         last: UserError | None = None
         for row in range(min(tries, len(self.rows))):
@@ -132,7 +132,7 @@ class RowSource:
         raise last if last is not None else UserError(f"{self._name} has no rows")
 
     def _types(self, first: Item) -> tuple[str, ...]:
-        """The kinds of question in all rows, read once, where the rows have a column of them."""
+        """Returns the kinds of question in all rows, read once, if the rows have such a column."""
         column = self._config.columns.question_type
         if first.question_type == "any":
             return ("any",)
@@ -154,7 +154,7 @@ class RowSource:
         return tuple((folder / "types").read_text(encoding="utf-8").split("\0"))
 
     def _cut(self, split: str) -> Numbers:
-        """[windows, 4]: row, first character and the one past the last, and whether the document ends there."""
+        """Returns [windows, 4]: row, first character, end character, and whether the document ends there."""
         spec, config = self._config.encoding, self._config
 
         def build(folder: pathlib.Path) -> None:
@@ -175,20 +175,20 @@ class RowSource:
 
 
 class _Splits:
-    """Assigns rows to splits: by the names of files and folders, or by hash where no name says it."""
+    """Assigns rows to splits by the names of files and folders, or by hash if no name does."""
 
     def __init__(self, rows: Rows, config: DataConfig) -> None:
         self._rows, self._config = rows, config
         self._named = [_named_split(name) for name, _ in rows.file_sizes]
         self._has = set(self._named) - {-1}
         if self._has == {0}:
-            self._has = set()  # train alone names nothing to hold out
+            self._has = set()  # naming only train does not name anything held out
 
     def held_out(self, split: str) -> bool:
         return SPLITS.index(split) not in self._has
 
     def rows_of(self, split: str) -> np.ndarray:
-        """The numbers of its rows, in order."""
+        """Returns the indices of its rows, in order."""
         wanted = SPLITS.index(split)
         named_N = np.repeat(np.array(self._named, np.int8), [count for _, count in self._rows.file_sizes])
         if wanted in self._has and wanted > 0:
@@ -197,7 +197,7 @@ class _Splits:
         if self._has >= {1, 2}:
             return np.flatnonzero(pool_N)
         hashed_N = hashed_splits(self._keys(), self._config.held_out)
-        for split_number in self._has - {0}:  # what is named is not held out as well
+        for split_number in self._has - {0}:  # rows of a named split are not held out from another one
             hashed_N = np.where(hashed_N == split_number, 0, hashed_N)
         return np.flatnonzero(pool_N & (hashed_N == wanted))
 
@@ -212,7 +212,7 @@ class _Splits:
         )
 
     def _keys(self) -> np.ndarray:
-        """A hash of each row: of the column that rows are held out by, or of the whole row."""
+        """Returns a hash of each row: of the column in data.split_by, or of the whole row."""
         column = self._config.split_by
         if column is None:
             return self._rows.digests_N
@@ -227,16 +227,18 @@ class _Splits:
 
 
 def hashed_splits(keys_N: UInt64[ndarray, " N"], held: float) -> Int[ndarray, " N"]:
-    """The split of each row by its hash: test (2) below `held` of all hashes, validation (1) below twice that.
+    """Assigns each row by its hash: test (2) below `held` of all hashes, validation (1) below twice that.
 
-    Rows of one hash are in one split. Of three hashes and more at least one is in each: the lowest in test, the next in
-    validation. So more rows move none from one split to another once there are some twenty for each held out.
+    Rows with equal hashes are in one split. With three or more hashes every split gets at least one: the lowest is in
+    test, the next in validation. Once each held-out split has some twenty rows, adding rows moves none between splits.
     """
     shares_N = keys_N / np.float64(_HELD_OUT_BASE)
     splits_N = np.where(shares_N < held, 2, np.where(shares_N < 2 * held, 1, 0))
     if np.bincount(splits_N, minlength=3).all():
         return splits_N
-    values, group_N = np.unique(keys_N, return_inverse=True)  # few rows: sorted, to take the lowest
+    values, group_N = np.unique(
+        keys_N, return_inverse=True
+    )  # for few rows: the sorted hashes, of which the lowest are taken
     if len(values) < 3:
         return np.zeros(len(keys_N), np.int64)
     share = values.astype(np.float64) / _HELD_OUT_BASE
@@ -254,7 +256,7 @@ def _key(rows: Rows, index: int, column: str) -> int:
     except StoreError:
         raise
     except UserError:
-        return 2**64 - 1  # in train, where it is reported or skipped
+        return 2**64 - 1  # puts the row into train, where it is reported or skipped
     if column not in row:
         file, place = rows.where(index)
         raise RowError(file, place, f"no column {column!r} (data.split_by); its columns are {comma_list(row)}")
@@ -262,7 +264,7 @@ def _key(rows: Rows, index: int, column: str) -> int:
 
 
 def _named_split(name: str) -> int:
-    """The split that a file's path names, the innermost first; -1: none."""
+    """Returns the split that a file's path names, innermost part first; -1: none."""
     for part in reversed(name.lower().split("/")):
         found = _NAMED.search(part)
         if found:
@@ -271,7 +273,7 @@ def _named_split(name: str) -> int:
 
 
 def _is_transcript(item: Item) -> bool:
-    """Whether the item is a sound with its transcript and no question."""
+    """Whether the item is a sound with a transcript and no question."""
     messages: Any = getattr(item, "messages", ())
     kinds = [getattr(part, "kind", "text") for message in messages[:1] for part in message.parts]
     return len(messages) == 2 and kinds == ["audio"]

@@ -1,4 +1,4 @@
-"""`EncodedSequence`: what one row of a batch holds, at its own length; and what it is made of."""
+"""`EncodedSequence`, the content of a batch's row at its own length, and the parts it is assembled from."""
 
 import dataclasses
 import itertools
@@ -20,19 +20,19 @@ class TokenPart:
     """A run of text tokens."""
 
     ids: Sequence[int] | Int32[ndarray, " tokens"]
-    in_loss: bool = False  # the model is to predict each of them
-    evidence: Bool[ndarray, " tokens"] | None = None  # those that carry the answer
+    in_loss: bool = False  # whether the model learns to predict them
+    evidence: Bool[ndarray, " tokens"] | None = None  # marks the tokens that carry the answer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MediaPart:
-    """One picture, video or sound as its patches or frames: an item, with coordinates and a time base of its own."""
+    """The patches or frames of one picture, video or sound: an item with its own coordinates and time base."""
 
     modality: Modality
     features: Float32[ndarray, "rows X"]
     evidence: Bool[ndarray, " rows"]
-    time: Int[ndarray, " rows"]  # frame of a video, chunk of a sound
-    grid_row: Int[ndarray, " rows"]  # of a patch on its frame's grid
+    time: Int[ndarray, " rows"]  # index of the frame of a video or the chunk of a sound
+    grid_row: Int[ndarray, " rows"]  # row of a patch on its frame's grid
     grid_column: Int[ndarray, " rows"]
 
 
@@ -41,10 +41,10 @@ Part = TokenPart | MediaPart
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedSequence:
-    """The fields of `core.batch.Batch` for one row, of which every position is valid; one example, or several packed.
+    """The fields of `core.batch.Batch` for one row without padding, with one example or several packed ones.
 
-    A field's name is that of its field there without the B. Letters are those of the glossary: T positions, P patches,
-    S audio frames, each as many as the sequence has.
+    A field has the name of the one in `Batch` without the B. T positions, P patches and S audio frames are as many as
+    the sequence has.
     """
 
     tokens_T: Int32[ndarray, " T"]
@@ -73,7 +73,7 @@ class EncodedSequence:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Positions, patches and audio frames: of a sequence, or those a row has room for."""
+    """Numbers of positions, patches and audio frames, of a sequence or of the room in a row."""
 
     positions: int
     patches: int
@@ -91,9 +91,9 @@ class Size:
 
 
 def assemble(parts: Sequence[Part], spec: EncodingSpec, *, pad: int = PAD, **indices: int) -> EncodedSequence:
-    """The parts one after the other, as one segment. Media are numbered as they come: any number of any kinds.
+    """Concatenates parts into one segment. Media are numbered in order, and there may be any number of any kind.
 
-    A part in the loss is predicted from the position before each of its tokens, so it cannot come first.
+    Each token of a part in the loss is predicted from the position before it, so such a part cannot be first.
 
     Args:
       indices: `domain`, `question`, `level` and `example`.
@@ -138,7 +138,7 @@ def assemble(parts: Sequence[Part], spec: EncodingSpec, *, pad: int = PAD, **ind
 
 
 def concatenate(sequences: Sequence[EncodedSequence]) -> EncodedSequence:
-    """The sequences in one row. Segments and items are numbered on; positions and times stay those of each segment."""
+    """Concatenates sequences into one row. Segments and items are renumbered; positions and times restart in each."""
     names = [name for name in _ARRAYS if name not in ("segment_T", "patch_item_P", "frame_item_S")]
     joined: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in sequences]) for name in names}
     segments, items = 0, 0
@@ -154,10 +154,10 @@ def concatenate(sequences: Sequence[EncodedSequence]) -> EncodedSequence:
 
 
 def padded(sequence: EncodedSequence, spec: EncodingSpec) -> dict[str, np.ndarray]:
-    """The fields of `core.batch.Batch` by name, each without its batch dimension, padded to the sizes of `spec`.
+    """Pads a sequence to the sizes of `spec`; returns the fields of `core.batch.Batch` without batch dimension.
 
     Raises:
-      UserError: when the sequence does not fit.
+      UserError: if the sequence does not fit.
     """
     size, room = sequence.size, Size.of_row(spec)
     require(
@@ -168,7 +168,7 @@ def padded(sequence: EncodedSequence, spec: EncodingSpec) -> dict[str, np.ndarra
     lengths = {"T": room.positions, "P": room.patches, "S": room.frames}
     fields = {batch: _pad(getattr(sequence, name), lengths[axis]) for name, batch, axis in _FIELDS}
     T = size.positions
-    if 0 < T < room.positions:  # padding goes on as the last segment
+    if 0 < T < room.positions:  # padding continues the last segment
         fields["segment_BT"][T:] = sequence.segment_T[-1]
         fields["position_BT"][T:] = sequence.position_T[-1] + np.arange(1, room.positions - T + 1)
     if room.positions > T:
@@ -180,7 +180,7 @@ def padded(sequence: EncodedSequence, spec: EncodingSpec) -> dict[str, np.ndarra
 
 
 def _field(name: str) -> tuple[str, str, str]:
-    """A name, that in `Batch`, and the letter of the first axis: "patch_row_P" gives "patch_row_BP" and "P"."""
+    """Returns a field's name, its name in `Batch`, and the letter of its first axis ("patch_row_P" -> "P")."""
     stem, _, axes = name.rpartition("_")
     return name, f"{stem}_B{axes}", axes[0]
 

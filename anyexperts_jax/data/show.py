@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-MAX_COUNT = 96  # examples a contact sheet has room for
+MAX_COUNT = 96  # largest number of examples on a contact sheet
 
 
 def show(
@@ -41,7 +41,7 @@ def show(
     """Shows examples `start` to `start + count` of a domain; see `show_examples`.
 
     Raises:
-      UserError: when an argument is out of range, or `out_dir` cannot be written.
+      UserError: if an argument is out of range, or `out_dir` cannot be written.
     """
     require(1 <= count <= MAX_COUNT, f"count={count} must be in [1, {MAX_COUNT}]")
     require(start >= 0, f"start={start} must be >= 0")
@@ -61,15 +61,15 @@ def show_domain(
     sources: Sources | None = None,
     console: "Console | None" = None,
 ) -> list[pathlib.Path]:
-    """Shows examples `start` to `start + count` of a domain of a mixture, generated or of a folder: `show_examples`.
+    """Shows examples `start` to `start + count` of a mixture's domain; see `show_examples`.
 
-    A folder that ends before is shown up to its end, with a line that says so.
+    If a folder has fewer examples, a line says so.
 
     Args:
-      sources: those of `config`, which others use too; None: they are opened.
+      sources: opened sources of `config`; None: open them.
 
     Raises:
-      UserError: when an argument is out of range, the domain cannot be read, or `out_dir` cannot be written.
+      UserError: if an argument is out of range, the domain cannot be read, or `out_dir` cannot be written.
     """
     from rich.console import Console
 
@@ -91,7 +91,7 @@ def show_domain(
 
 
 def _shown_item(source: Source, index: int) -> Item | UserError:
-    """An example, or why its row cannot be used: to show the others too."""
+    """Returns an example, or the error that makes its row unusable, so that the others can still be shown."""
     try:
         return source[index]
     except RowError as error:
@@ -103,11 +103,11 @@ def show_examples(
 ) -> list[pathlib.Path]:
     """Prints a table of `examples` and writes, under `out_dir`, contact sheets (NAME.png) and sound (NAME_INDEX.wav).
 
-    A mixture of kinds of media makes a sheet for each, NAME_KIND.png. What file systems do not take in NAME is written
-    as `core.names.file_name` does. Returns what was written.
+    With several kinds of media there is a sheet for each, NAME_KIND.png. Characters of NAME that file systems do not
+    accept are replaced by `core.names.file_name`. Returns the files.
 
     Raises:
-      UserError: when there is nothing to show, or `out_dir` cannot be written.
+      UserError: if there is nothing to show, or `out_dir` cannot be written.
     """
     from rich.console import Console
 
@@ -135,7 +135,7 @@ def show_examples(
 
 
 def describe_evidence(example: Example) -> str:
-    """The evidence in the media in words: "5% of image", "frames 4-7", "0.19-0.42 s"; empty where there is none."""
+    """Describes the evidence in the media: "5% of image", "frames 4-7", "0.19-0.42 s"; "" if there is none."""
     if example.image_evidence is not None:
         return f"{example.image_evidence.mean():.0%} of image"
     if example.video_evidence is not None:
@@ -163,15 +163,16 @@ def _table(examples: Sequence[Numbered], name: str) -> "Table":
     table.add_column("evidence", overflow="fold")
     table.add_column("source", ratio=1, overflow="fold")
     for number, example in examples:
-        table.add_row(
+        cells = (
             str(number),
-            Text(example.question_type),  # as it is: a user's words are no markup
+            Text(example.question_type),  # not interpreted as markup
             str(example.level),
             _question(example),
             Text(example.answer),
             describe_evidence(example),
             Text(example.source),
         )
+        table.add_row(*cells)
     return table
 
 

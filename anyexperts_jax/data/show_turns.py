@@ -27,10 +27,10 @@ Numbered = Sequence[tuple[int, Item | UserError]]
 def show_items(
     items: Numbered, config: DataConfig, name: str, out_dir: pathlib.Path, console: "Console"
 ) -> list[pathlib.Path]:
-    """Prints conversations and documents, what a model learns underlined, and writes their media; returns the files.
+    """Prints conversations and documents with the learned parts underlined, and writes their media; returns the files.
 
     Raises:
-      UserError: when `out_dir` cannot be written, or the tokenizer cannot be read.
+      UserError: if `out_dir` cannot be written, or the tokenizer cannot be read.
     """
     from rich.text import Text
 
@@ -60,7 +60,7 @@ def _show_conversation(conversation: Conversation, stem: pathlib.Path, console: 
         line = Text(f"  {message.role:<10}")
         for part in message.parts:
             if isinstance(part, Medium):
-                path = _written(part, stem.with_name(f"{stem.name}_{len(written)}"))
+                path = _write_medium(part, stem.with_name(f"{stem.name}_{len(written)}"))
                 written.append(path)
                 line.append(f"[{_size(part)}: {path.name}]", style="cyan")
                 continue
@@ -81,7 +81,7 @@ def _learned(text: str) -> "Text":
 
 
 def _made_of(item: Item, config: DataConfig, tokenizer: Tokenizer, template: ChatTemplate | None) -> str:
-    """Says how long its sequence is and how much of it is learned, or why it has none."""
+    """Describes the length of an item's sequence and how much of it is learned, or why it cannot be encoded."""
     try:
         sequence = encode_item(item, config.encoding, tokenizer=tokenizer, template=template)
     except UserError as error:
@@ -97,8 +97,8 @@ def _size(medium: Medium) -> str:
     return f"{medium.kind} {shape[-2]} x {shape[-3]}{frames}"
 
 
-def _written(medium: Medium, stem: pathlib.Path) -> pathlib.Path:
-    """The medium as a file: a film's frames side by side."""
+def _write_medium(medium: Medium, stem: pathlib.Path) -> pathlib.Path:
+    """Writes a medium to a file; a film's frames are put side by side."""
     from PIL import Image
 
     path = stem.with_name(stem.name + (".wav" if medium.kind == "audio" else ".png"))

@@ -1,4 +1,4 @@
-"""Sound files: WAV by SciPy, which is always there; others by `soundfile`, other rates by `soxr` (extra `media`)."""
+"""Reads sound files: WAV with SciPy, other formats with `soundfile`, and resamples with `soxr` (extra `media`)."""
 
 import io
 import pathlib
@@ -13,16 +13,16 @@ from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.data.damage import DAMAGE, MEDIA_EXTRA, said
 from anyexperts_jax.data.example import SAMPLE_RATE
 
-RATES = (1_000, 768_000)  # samples a second that a sound file may have
-MAX_SAMPLES = 2**27  # of all channels: three quarters of an hour of stereo at 24 kHz
+RATES = (1_000, 768_000)  # allowed samples per second
+MAX_SAMPLES = 2**27  # over all channels: three quarters of an hour of stereo at 24 kHz
 _KINDS = "it must be a WAV file, or one that the package soundfile reads: FLAC, Ogg, MP3"
 
 
 def read_sound(file: bytes | pathlib.Path, where: str) -> tuple[int, np.ndarray]:
-    """(samples a second, samples [n] or [n, channels] in the file's own type), of at least one sample.
+    """Reads a file; returns (samples per second, samples [n] or [n, channels] in the file's own type).
 
     Raises:
-      UserError: in one line with `where`, for a file that is not there, no sound, cut short, empty or too long.
+      UserError: in one line with `where`, if the file is missing, not a sound, cut short, empty or too long.
     """
     try:
         data = file if isinstance(file, bytes) else file.read_bytes()
@@ -37,10 +37,10 @@ def read_sound(file: bytes | pathlib.Path, where: str) -> tuple[int, np.ndarray]
 
 
 def resampled(mono: Float[ndarray, " n"], rate: int, where: str) -> Float[ndarray, " samples"]:
-    """The samples at SAMPLE_RATE: by soxr at its high quality, or as they are where they have that rate.
+    """Resamples to SAMPLE_RATE with soxr's high quality; samples at that rate are returned unchanged.
 
     Raises:
-      UserError: when soxr is not installed.
+      UserError: if soxr is not installed.
     """
     if rate == SAMPLE_RATE:
         return mono
@@ -49,7 +49,7 @@ def resampled(mono: Float[ndarray, " n"], rate: int, where: str) -> Float[ndarra
     except ImportError as error:
         what = f"the sound in {where} has {rate} samples a second, not {SAMPLE_RATE}: resampling it needs"
         raise UserError(f"{what} {MEDIA_EXTRA}") from error
-    wanted = -(-len(mono) * SAMPLE_RATE // rate)  # the part of a sample at the end counts
+    wanted = -(-len(mono) * SAMPLE_RATE // rate)  # rounded up
     silence = np.zeros(rate // SAMPLE_RATE + 2, mono.dtype)
     found: np.ndarray = soxr.resample(np.concatenate([mono, silence]), rate, SAMPLE_RATE)
     return found[:wanted]
@@ -60,17 +60,22 @@ def _too_long(where: str, samples: int) -> str:
 
 
 def _read_wav(data: bytes, where: str) -> tuple[int, np.ndarray]:
-    """Refuses a file that was cut short, and leaves codings that SciPy does not know to soundfile."""
+    """Reads a WAV file with SciPy, or with soundfile for other codings; refuses a file that was cut short."""
     from scipy.io import wavfile
 
     promised = _promised_bytes(data)
     there = f"it was cut short, {len(data)} bytes of {promised}; it must be a WAV file that is whole"
     require(len(data) >= promised, f"cannot read the sound in {where}: {there}")
-    if _coding(data) not in (None, 1, 3, 0xFFFE):  # integers, floats, either with more fields: as telephones make them
+    if _coding(data) not in (
+        None,
+        1,
+        3,
+        0xFFFE,
+    ):  # SciPy reads integers, floats, and either with an extended header; telephones use others
         return _read_other(data, where)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks it does not know
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # about unknown chunks
             rate, samples = wavfile.read(io.BytesIO(data))
     except DAMAGE as error:
         raise UserError(f"cannot read the sound in {where}: {said(error)}; it must be a WAV file") from error
@@ -78,7 +83,7 @@ def _read_wav(data: bytes, where: str) -> tuple[int, np.ndarray]:
 
 
 def _chunks(data: bytes) -> dict[bytes, tuple[int, int]]:
-    """Where each chunk of a WAV file begins, and its size by its header; up to the samples."""
+    """Returns the begin of each chunk of a WAV file and its size by its header, up to the samples."""
     order = ">I" if data[:4] == b"RIFX" else "<I"
     found: dict[bytes, tuple[int, int]] = {}
     at = 12
@@ -90,13 +95,13 @@ def _chunks(data: bytes) -> dict[bytes, tuple[int, int]]:
 
 
 def _promised_bytes(data: bytes) -> int:
-    """The file's length by the header of its samples; 0 where a program that wrote to a pipe left it open."""
+    """Returns the file's length by its header; 0 if the program that wrote it to a pipe left that open."""
     begin, size = _chunks(data).get(b"data", (0, 0xFFFFFFFF))
     return 0 if size == 0xFFFFFFFF else begin + size
 
 
 def _coding(data: bytes) -> int | None:
-    """The number of the samples' coding; None where the header does not say."""
+    """Returns the number of the samples' coding; None if the header does not have it."""
     begin, size = _chunks(data).get(b"fmt ", (0, 0))
     if size < 2 or begin + 2 > len(data):
         return None
@@ -105,7 +110,7 @@ def _coding(data: bytes) -> int | None:
 
 
 def _read_other(data: bytes, where: str) -> tuple[int, np.ndarray]:
-    """A file in another format that libsndfile knows; one that was cut short is refused where the format tells."""
+    """Reads another format of libsndfile; a file that was cut short is refused if the format shows it."""
     try:
         import soundfile
     except ImportError as error:
@@ -126,9 +131,9 @@ def _read_other(data: bytes, where: str) -> tuple[int, np.ndarray]:
 
 
 def _ogg_without_end(data: bytes) -> bool:
-    """Whether it is an Ogg file whose last page is not whole, or not marked as the last: its header tells no length."""
+    """Whether it is an Ogg file whose last page is incomplete or not marked as last; the header has no length."""
     if data[:4] != b"OggS":
         return False
-    page = data[data.rfind(b"OggS") :]  # 27 bytes, the sizes of its segments, and these
+    page = data[data.rfind(b"OggS") :]  # 27 bytes, the sizes of its segments, then the segments
     whole = len(page) > 26 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
     return not (whole and page[5] & 4)

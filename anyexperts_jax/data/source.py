@@ -1,4 +1,4 @@
-"""What the pipeline reads from: the examples of one domain and split by number, as Grain's sources are."""
+"""`Source`, the examples of one domain and split by index, which the pipeline reads."""
 
 import dataclasses
 import pathlib
@@ -12,7 +12,7 @@ from anyexperts_jax.data.example import Example
 
 @runtime_checkable
 class Source(Protocol):
-    """The examples of one domain and split. Reading the same number twice gives the same example."""
+    """The examples of one domain and split. Reading an index twice gives the same example."""
 
     @property
     def question_types(self) -> tuple[str, ...]: ...
@@ -29,9 +29,9 @@ class Source(Protocol):
 class FolderFormat:
     """A kind of folder that a user's domain can be read from, an entry of `core.registries.SOURCES`.
 
-    marker: the file, or the files, by which `is_folder` knows it; for messages.
-    is_folder: whether a folder, which exists and is not empty, is of this kind.
-    open: (folder, split) -> its examples. Raises UserError where it cannot be read or has no such split.
+    marker: the file or files by which `is_folder` recognises it, for messages.
+    is_folder: whether an existing folder that is not empty is of this kind.
+    open: (folder, split) -> its examples; raises UserError if it cannot be read or has no such split.
     """
 
     marker: str

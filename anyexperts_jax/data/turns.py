@@ -1,11 +1,11 @@
-"""Conversations and documents as sequences: which tokens stand where, and which of them are learned.
+"""Encodes conversations and documents as sequences, and marks the tokens that are learned.
 
-Plainly, a conversation is `BOS words SEP answer EOS words SEP answer EOS ...`: what the others say in its order, with
-each medium a block of its own where it stands, a line break between two messages; then SEP, what the assistant says,
-EOS. A question with one medium before it is the sequence of `data.encode`. With a chat template it is what the template
-writes, and media stand where their message has them.
+Without a chat template, a conversation is `BOS words SEP answer EOS words SEP answer EOS ...`. The words are those of
+all roles but the assistant, in order, with a line break between messages and each medium as a block in its place; the
+answer is the assistant's. A question with one medium before it gives the sequence of `data.encode`. With a chat
+template, the sequence is the rendered text, with media in their places.
 
-A document is `BOS text EOS`, all of its tokens learned.
+A document is `BOS text EOS`, and all its tokens are learned.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from anyexperts_jax.tokenizers.bytes import BYTES
 from anyexperts_jax.tokenizers.chat import ASSISTANT, ChatTemplate
 from anyexperts_jax.tokenizers.huggingface import DEFAULT_TEMPLATE
 
-_MARK = "\ufdd0"  # stands for a medium in what a template renders; Unicode keeps it out of all text
+_MARK = "\ufdd0"  # stands for a medium in rendered text; Unicode reserves it as a noncharacter
 _NOW = datetime.datetime(2026, 1, 1)
 Rows = Sequence[TokenPart | MediaPart]
 
@@ -39,14 +39,14 @@ def encode_item(
     template: ChatTemplate | None = None,
     **indices: int,
 ) -> EncodedSequence:
-    """An example, conversation or document as one sequence, at its own length.
+    """Encodes an example, conversation or document as one sequence, without padding.
 
     Args:
-      template: writes the turns of conversations; None: plainly.
+      template: renders conversations; None: they are encoded without a template.
       indices: `domain_index`, `question_index` and `example_index`, which fill domain_B, question_B and example_B.
 
     Raises:
-      UserError: when it does not fit `spec`, or the template refuses it.
+      UserError: if it does not fit `spec`, or the template refuses it.
     """
     if isinstance(item, Example):
         return encode_example(item, spec, tokenizer=tokenizer, **indices)
@@ -63,12 +63,12 @@ def encode_item(
 
 
 def chat_template(config: DataConfig, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """What writes the turns of conversations, as data.chat_template says; None: they are written plainly.
+    """Returns the template that data.chat_template selects; None: conversations are encoded without one.
 
-    Its clock stands still, so that a run can be repeated.
+    Its clock is fixed, so that a run can be reproduced.
 
     Raises:
-      UserError: when the tokenizer has no template of that name, or it does not compile.
+      UserError: if the tokenizer has no template of that name, or it does not compile.
     """
     if not uses_template(config, tokenizer):
         return None
@@ -77,14 +77,14 @@ def chat_template(config: DataConfig, tokenizer: Tokenizer) -> ChatTemplate | No
 
 
 def uses_template(config: DataConfig, tokenizer: Tokenizer) -> bool:
-    """Whether conversations are written by a chat template."""
+    """Whether conversations are rendered with a chat template."""
     if config.chat_template == "auto":
         return bool(getattr(tokenizer, "chat_templates", None))
     return config.chat_template != "none"
 
 
 def document_parts(document: Document, tokenizer: Tokenizer) -> list[TokenPart]:
-    """The token that begins a sequence, then the text's tokens and the end token, which are learned."""
+    """Returns the begin token, and the text's tokens with the end token, which are learned."""
     ends = [tokenizer.special.eos[0]] if document.ends else []
     ids = [*tokenizer.encode(document.text).ids_T.tolist(), *ends]
     require(len(ids) > 0, f"tokenizer {tokenizer.name!r} has no token for the text")
@@ -121,7 +121,7 @@ def _tokens(part: Text, tokenizer: Tokenizer) -> TokenPart:
 def _by_template(
     conversation: Conversation, spec: EncodingSpec, tokenizer: Tokenizer, template: ChatTemplate
 ) -> list[TokenPart | MediaPart]:
-    """The text that the template renders, cut where media stand."""
+    """Renders a conversation with the template and cuts the text at its media."""
     media = _encoded_media(conversation, spec)
     rendered = template.render([_for_template(message) for message in conversation.messages])
     text = rendered.text
@@ -149,19 +149,19 @@ def _by_template(
             parts.append(media[number])
         begin += len(piece) + len(_MARK)
     first = parts[0]
-    if isinstance(first, MediaPart) or first.in_loss:  # nothing before it could predict it
+    if isinstance(first, MediaPart) or first.in_loss:  # no position before it could predict it
         parts.insert(0, TokenPart([tokenizer.special.begin]))
     return parts
 
 
 def _within(spans: Sequence[tuple[int, int]], begin: int, piece: str) -> list[tuple[int, int]]:
-    """Spans of the whole text as spans of the piece that begins at `begin`."""
+    """Converts spans of the whole text to spans of the piece that begins at `begin`."""
     moved = [(max(start - begin, 0), min(stop - begin, len(piece))) for start, stop in spans]
     return [(start, stop) for start, stop in moved if start < stop]
 
 
 def _for_template(message: Message) -> dict[str, Any]:
-    """The message as templates read it, its media each as one mark."""
+    """Returns the message as templates read it, with a mark for each medium."""
     content = "".join(part.text if isinstance(part, Text) else _MARK for part in message.parts)
     require(
         content.count(_MARK) == sum(isinstance(part, Medium) for part in message.parts),
@@ -171,7 +171,7 @@ def _for_template(message: Message) -> dict[str, Any]:
 
 
 def _evidence_in(text: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
-    """The messages' evidence as spans of the rendered text."""
+    """Returns the messages' evidence as spans of the rendered text."""
     found, reached = [], 0
     for message in messages:
         for part in message.parts:
@@ -188,7 +188,7 @@ def _evidence_in(text: str, messages: Sequence[Message]) -> list[tuple[int, int]
 
 
 def _encoded_media(conversation: Conversation, spec: EncodingSpec) -> list[MediaPart]:
-    """Each medium as its rows. Pictures and films share the patches that a sequence has room for."""
+    """Encodes each medium. Pictures and films share the patches of a sequence."""
     media = list(conversation.media())
     visual = sum(medium.kind != "audio" for medium in media)
     share = spec if visual < 2 else dataclasses.replace(spec, max_patches=spec.max_patches // visual)
@@ -198,7 +198,7 @@ def _encoded_media(conversation: Conversation, spec: EncodingSpec) -> list[Media
 
 
 def _require_room(item: Item, parts: Rows, size: Size, spec: EncodingSpec) -> None:
-    """Raises an error that lists the parts of a sequence if it does not fit in a row."""
+    """Checks that a sequence fits in a row; the error lists its parts."""
     room = Size.of_row(spec)
     if size.fits(room):
         return

@@ -1,4 +1,4 @@
-"""Video files by PyAV (extra `media`): the frames that are shown at times evenly spaced, whatever rate they come at."""
+"""Reads video files with PyAV (extra `media`): the frames shown at evenly spaced times, whatever the frame rate."""
 
 import io
 from typing import TYPE_CHECKING
@@ -13,17 +13,17 @@ from anyexperts_jax.data.damage import MEDIA_EXTRA, said
 if TYPE_CHECKING:
     from av import VideoFrame
 
-MAX_FRAMES = 64  # taken of a file; `encoding.max_video_frames` of a run are fewer
+MAX_FRAMES = 64  # largest number of frames taken from a file; a run takes at most `encoding.max_video_frames` of them
 _KINDS = "it must be an animated GIF, PNG or WebP file, frames, or a video that PyAV reads: MP4, WebM, MOV, AVI"
 
 
 def read_video(data: bytes, where: str, most: int = MAX_FRAMES) -> UInt8[ndarray, "F H W 3"]:
-    """The frames of `read_timed_video`."""
+    """Returns the frames of `read_timed_video`."""
     return read_timed_video(data, where, most)[0]
 
 
 def read_timed_video(data: bytes, where: str, most: int) -> tuple[UInt8[ndarray, "F H W 3"], float]:
-    """(RGB frames of a video file, turned as it says it is to be shown; how many seconds it lasts).
+    """Reads a video file; returns (RGB frames, rotated as the file says, duration in seconds).
 
     Its time from the first frame to the end of the last is cut into F equal stretches, and each gives the frame that
     is on the screen in its middle. F is the number of its frames, or `most`, or as many as have the pixels that Pillow
@@ -47,7 +47,7 @@ def read_timed_video(data: bytes, where: str, most: int) -> tuple[UInt8[ndarray,
 
 
 def _length(data: bytes, where: str, most: int) -> tuple[float, float, int]:
-    """(when it begins and ends, in seconds; how many frames are taken). It decodes nothing."""
+    """Returns (begin and end in seconds, number of frames to take), without decoding anything."""
     import av
     from PIL import Image
 
@@ -56,7 +56,7 @@ def _length(data: bytes, where: str, most: int) -> tuple[float, float, int]:
         stream = file.streams.video[0]
         packets = [(packet.pts, packet.duration or 0) for packet in file.demux(stream) if packet.size]
         shown = sorted((start, lasts) for start, lasts in packets if start is not None)
-        promised = stream.frames if "mp4" in file.format.name else 0  # others count ticks, or nothing
+        promised = stream.frames if "mp4" in file.format.name else 0  # other formats count ticks, or nothing
         second = float(stream.time_base or 1)
         area, pixels = stream.codec_context.width * stream.codec_context.height, Image.MAX_IMAGE_PIXELS
     cut = f"cannot read the film in {where}: it was cut short, {len(shown)} frames of {promised}; {_KINDS}"
@@ -67,12 +67,12 @@ def _length(data: bytes, where: str, most: int) -> tuple[float, float, int]:
         most = min(most, pixels // area)
     starts = [start for start, _ in shown]
     usual = float(np.median(np.diff(starts))) if len(starts) > 1 else 1.0
-    lasts = max(shown[-1][1], usual)  # AVI files give a tick for the duration of a frame
+    lasts = max(shown[-1][1], usual)  # AVI files give one tick as the duration of a frame
     return starts[0] * second, (starts[-1] + lasts) * second, min(len(shown), most)
 
 
 def _shown(data: bytes, where: str, times_F: Float[ndarray, " F"]) -> UInt8[ndarray, "F H W 3"]:
-    """The frame on the screen at each time: the last one that began before it."""
+    """Yields the frame on the screen at each time: the last one that began before it."""
     import av
 
     found: list[np.ndarray] = []
@@ -93,5 +93,5 @@ def _shown(data: bytes, where: str, times_F: Float[ndarray, " F"]) -> UInt8[ndar
 
 
 def _pixels(frame: "VideoFrame") -> UInt8[ndarray, "H W 3"]:
-    """The frame as RGB, rotated by the quarter turns that the file asks for."""
+    """Returns the frame as RGB, rotated by the file's quarter turns."""
     return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)

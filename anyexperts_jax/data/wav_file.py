@@ -1,4 +1,4 @@
-"""Sound as WAV files."""
+"""Writes WAV files."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Long texts cut into stretches that a sequence has room for."""
+"""Cuts long texts into windows that fit into a sequence."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.tokenizers.base import Tokenizer
 
 _SPACES = (" ", "\n", "\t", "\u3000")
-FRAME = 2  # tokens beside the text's: what begins a sequence, and what ends a document
+FRAME = 2  # tokens besides the text's: the begin token and the end token
 
 
 def cut(text: str, tokenizer: Tokenizer, max_length: int) -> Sequence[tuple[int, int]]:
-    """Spans of characters, one after the other, that make up the text: each of at most `max_length` - FRAME tokens.
+    """Cuts a text into consecutive spans of characters, each with at most `max_length` - FRAME tokens.
 
     Cuts are before white space where the second half of a stretch has some. Every stretch is tokenized anew as it will
     be when it is learned, so its length is known.
@@ -39,7 +39,7 @@ def cut(text: str, tokenizer: Tokenizer, max_length: int) -> Sequence[tuple[int,
 
 
 def _before_space(text: str, begin: int, stop: int) -> int:
-    """`stop`, or the last white space before it in the second half of the stretch."""
+    """Returns `stop`, or the last white space before it in the second half of the window."""
     middle = begin + (stop - begin) // 2 + 1
     at = max(text.rfind(space, middle, stop + 1) for space in _SPACES)
     return at if at > begin else stop

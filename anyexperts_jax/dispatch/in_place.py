@@ -1,4 +1,4 @@
-"""A step of decoding reads the experts that it hits where those of all layers lie."""
+"""Decodes with the stacked weights of all layers: only the experts that are hit are read, and no layer is copied."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -15,10 +15,10 @@ from anyexperts_jax.sharding.placement import Placement, is_split
 def reads_in_place(
     config: AnyExpertsConfig, tokens: int, execution: Execution, placement: Placement | None, dtype: jnp.dtype
 ) -> bool:
-    """Whether `apply_in_place` gives what `apply_plan` would compute for so many tokens, and is faster.
+    """Whether `apply_in_place` computes the same as `apply_plan` for this many tokens, and faster.
 
-    That is so on one device, without drops, where XLA's form for few rows would run. The kernels of accelerators take
-    the weights of one layer.
+    This holds on one device, without drops, if XLA's form for few rows would run. The kernels of accelerators need the
+    weights of a single layer.
     """
     if execution.dispatch != "blocks" or (placement is not None and is_split(placement)):
         return False
@@ -29,9 +29,9 @@ def reads_in_place(
 def apply_in_place(
     x_ND: Float[Array, "N D"], plan: RoutingPlan, experts: StackedExperts
 ) -> tuple[Float[Array, "N D"], DispatchStats]:
-    """`dispatch.apply.apply_plan` for a few tokens on the experts of one layer among those of all layers.
+    """Like `dispatch.apply.apply_plan`, for a few tokens and the experts of one layer within the stack of all layers.
 
-    It has no gradient: only decoding calls it.
+    It has no gradient, since only decoding calls it.
     """
     order = sort_slots(plan.expert_ids_NK, plan.spec.num_experts)
     y_ND = xla.forward_of_few_rows(x_ND, plan.weights_NK, order, experts)

@@ -1,1 +1,1 @@
-"""A trained run measured: scores at any budget, importance against ground truth, answers to one question."""
+"""Measures trained runs: scores at any budget, importance against ground truth, answers to single questions."""

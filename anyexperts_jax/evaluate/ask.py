@@ -1,4 +1,4 @@
-"""One question to a trained model: an example of a domain, or the user's own text, picture or sound."""
+"""Asks a trained model one question: an example of a domain, or the user's own text, picture or sound."""
 
 import dataclasses
 import pathlib
@@ -22,12 +22,12 @@ from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.routing.metrics import by_modality
 
 MAX_NEW_TOKENS = 24
-_UNKNOWN = "?"  # stands for the answer of a question whose answer nobody gave
+_UNKNOWN = "?"  # placeholder for the answer to the user's question
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """The model's answer, and the real experts per token of prompt and answer, by modality."""
+    """The model's answer, and the real experts per token over prompt and answer, by modality."""
 
     answer: str
     real_slots: dict[str, float]  # mean over layers and over the tokens of the modality
@@ -35,14 +35,15 @@ class Reply:
 
 
 def ask(trained: Trained, example: Item, budget: float | None = None, *, max_new_tokens: int = MAX_NEW_TOKENS) -> Reply:
-    """Greedy answer to the example's question, or a conversation's last turn; its answer is not shown to the model.
+    """Returns the greedy answer to an example's question, or a conversation's last turn. The model does not see the
+    example's own answer.
 
     Args:
-      budget: nominal real experts per token (`routing.budget.shift_budget`); None: the window it was trained with.
-      max_new_tokens: of the answer, at most, its end included.
+      budget: nominal real experts per token (`routing.budget.shift_budget`); None: the window used in training.
+      max_new_tokens: largest number of tokens of the answer, including its end.
 
     Raises:
-      UserError: when the example does not fit the model, or the budget is out of reach.
+      UserError: if the example does not fit the model, or the model cannot reach the budget.
     """
     moe = trained.config.model.moe
     if budget is not None:
@@ -62,14 +63,14 @@ def ask(trained: Trained, example: Item, budget: float | None = None, *, max_new
 
 
 def own_example(question: str, spec: EncodingSpec, *, image: Any = None, audio: Any = None) -> Example:
-    """The user's question about a picture or a sound of theirs, or about nothing but itself.
+    """Returns the user's question as an example, with a picture, a sound or neither.
 
     Args:
-      image: a path, a picture of Pillow's, or pixels [H, W, 3]: see `data.decode.decode_picture`.
+      image: a path, a Pillow image, or pixels [H, W, 3]: see `data.decode.decode_picture`.
       audio: a path, or mono samples at SAMPLE_RATE: see `data.decode.decode_audio`.
 
     Raises:
-      UserError: when the question is not valid text, or a file cannot be read or does not fit the run's sequences.
+      UserError: if the question is not valid text, or a file cannot be read or does not fit the run's sequences.
     """
     require(isinstance(question, str), f"the question is a {type(question).__name__}; it must be a str")
     require(bool(question), "the question is empty")
@@ -87,6 +88,6 @@ def own_example(question: str, spec: EncodingSpec, *, image: Any = None, audio: 
 
 
 def _named(value: Any, name: str) -> tuple[Any, str]:
-    """The value with its name for messages: a path is its own."""
+    """Returns the value and its name for error messages; a path is its own name."""
     path = isinstance(value, str | pathlib.Path)
     return (pathlib.Path(value), str(value)) if path else (value, name)

@@ -1,4 +1,4 @@
-"""What a policy sees of a model on some input, and the dial at which it gives a budget there."""
+"""The inputs of a policy, taken from a model on some data, and the dial at which it gives a budget on them."""
 
 import functools
 from collections.abc import Sequence
@@ -29,10 +29,10 @@ Static = tuple[ModelConfig, Placement]
 
 
 class Inputs(NamedTuple):
-    """What a model is run on, without padding."""
+    """A model's inputs, without padding."""
 
     tokens_BT: Int[Array, "B T"]
-    placed: PlacedMedia | None = None  # pictures, videos and sounds; None: text alone
+    placed: PlacedMedia | None = None  # pictures, videos and sounds; None: text only
 
     @property
     def modality_BT(self) -> Int[Array, "B T"]:
@@ -48,10 +48,10 @@ def inputs_of(
     videos: Sequence[Any] = (),
     audios: Sequence[Any] = (),
 ) -> Inputs:
-    """Ids, and the pictures, videos and sounds that they have places for, as for `m.forward`.
+    """Collects ids and the pictures, videos and sounds that they have placeholders for, as for `m.forward`.
 
     Raises:
-      UserError: for media that the model cannot read, or that do not fit the places.
+      UserError: if the model cannot read the media, or they do not match the placeholders.
     """
     tokens_BT = np.asarray(tokens_BT, np.int32)
     shown = m.show(images, videos, audios)
@@ -60,7 +60,7 @@ def inputs_of(
 
 
 def apply(static: Static, params: Any, bias_LC: Array | None, inputs: Inputs, **more: Any) -> Any:
-    """The model's output; for use in compiled functions."""
+    """Runs the model; for use in compiled functions."""
     config, placement = static
     model = MultimodalModel(config, placement)
     batch = make_batch(inputs.tokens_BT)
@@ -68,7 +68,7 @@ def apply(static: Static, params: Any, bias_LC: Array | None, inputs: Inputs, **
 
 
 def seen_by(m: Pretrained, inputs: Inputs) -> Seen:
-    """Logits and scores [L, N, E] of all layers as the model routes by itself, and modalities [L, N]."""
+    """Returns router logits and scores [L, N, E] of all layers under the model's own policy, and modalities [L, N]."""
     return _seen((m.config, m.placement), m.params, m.router_bias_LC, inputs)
 
 
@@ -83,10 +83,10 @@ def _seen(static: Static, params: Any, bias_LC: Array | None, inputs: Inputs) ->
 
 
 def find_dial(name: str, seen: Seen, budget: float, most: int) -> float:
-    """The dial at which a policy gives the budget on average, or comes nearest to it.
+    """Finds, by bisection, the dial at which a policy's mean number of slots is closest to the budget.
 
     Args:
-      seen: of all layers, [L, N, E].
+      seen: the inputs in all layers, [L, N, E].
     """
     policy = POLICIES[name]
     logits = seen.logits_NE

@@ -1,4 +1,4 @@
-"""`evaluate`: one checkpoint at any budget. Scores, realised real experts, load and time, beside chance."""
+"""`evaluate` measures one checkpoint at several budgets: scores and chance, realised real experts, load and time."""
 
 import dataclasses
 import pathlib
@@ -41,7 +41,7 @@ from anyexperts_jax.train.fit import require_room_for_examples
 from anyexperts_jax.train.run_dir import RunDir
 from anyexperts_jax.train.run_lock import run_lock
 
-BUDGET_RATIOS = (0.6, 0.8, 1.0, 1.2)  # of the nominal budget a run was trained with: 4.8 6.4 8.0 9.6 for 8..12
+BUDGET_RATIOS = (0.6, 0.8, 1.0, 1.2)  # relative to the nominal budget of training: 4.8 6.4 8.0 9.6 for 8..12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Options:
       UserError: naming the value and the rule it breaks.
     """
 
-    num_examples: int = 64  # of each domain's test split, or as many as it has
-    calibration_examples: int = 32  # of each domain's validation split, or as many as it has
-    batch_size: int = 64  # at most
-    tolerance: float = 0.01  # of the realised budget on the calibration examples, relative
-    time_rounds: int = 9  # interleaved, of which medians are taken
-    calibrated: bool = True  # False: the window of that nominal budget, whatever it realises
-    metrics: tuple[str, ...] = ()  # "NAME=METRIC": how a domain is scored, in place of the run's own choice
+    num_examples: int = 64  # of each domain's test split, or all of a smaller split
+    calibration_examples: int = 32  # of each domain's validation split, or all of a smaller split
+    batch_size: int = 64  # largest batch
+    tolerance: float = 0.01  # relative error allowed in the realised budget on the calibration examples
+    time_rounds: int = 9  # interleaved timing rounds, whose medians are reported
+    calibrated: bool = True  # False: use the window of the nominal budget, whatever it realises
+    metrics: tuple[str, ...] = ()  # "NAME=METRIC": scores the domain NAME by METRIC, not by the run's own choice
     model_baselines: bool = False  # also compare importance with scores from router, gradients and embeddings (slower)
 
     def __post_init__(self) -> None:
@@ -87,22 +87,22 @@ def evaluate(
 ) -> EvaluationResult:
     """Evaluates a run's checkpoint at each budget and writes evaluation.json and evaluation.csv into its directory.
 
-    Scores are those of generated answers, which lose no slot (`generate`). Realised budget, load and `dropped` are
-    those of a teacher-forced pass over the same test sequences by the run's own dispatch.
+    Scores are of generated answers, for which no slot is dropped (`generate`). Realised budget, load and `dropped` come
+    from a teacher-forced pass over the same test sequences with the run's own dispatch.
 
     Args:
       budgets: real experts per token, on average; None: `default_budgets`.
       domains: names from the run's mixture; None: all.
-      mesh: of any shape, whatever the run was trained on; None: the first device.
+      mesh: may have any shape, whatever the run was trained on; None: the first device.
       data: paths or addresses by name: further data, or the new place of data that the run was trained on. Unless
         `domains` is given, these are the domains that are measured.
-      note: called with a line as each part is done.
+      note: called with a line when each part is done.
       show: called with the result before it is written, so that a failed write does not lose it.
 
     Raises:
-      UserError: no such run or checkpoint, an unknown domain, a budget out of reach, more examples than the memory
-        holds, a directory that cannot be written to, or another process that evaluates the same run.
-      OSError: no room for the result.
+      UserError: if there is no such run or checkpoint, a domain is unknown, a budget is out of reach, the examples do
+        not fit into memory, the directory is not writable, or another process is evaluating the same run.
+      OSError: if there is no disk space for the result.
     """
     root = RunDir(pathlib.Path(run_dir)).root
     require(root.is_dir(), f"no run in {root}: there is no such folder")
@@ -121,7 +121,7 @@ def evaluate(
 
 
 def default_budgets(moe: AnyExpertsConfig) -> tuple[float, ...]:
-    """0.6, 0.8, 1 and 1.2 times the nominal budget, as the paper's 4.8 to 9.6 are.
+    """Returns 0.6, 0.8, 1 and 1.2 times the nominal budget, like the paper's 4.8 to 9.6.
 
     Each is moved to the nearest budget that a window of the run's width can realise: whole numbers for static top-k,
     and never fewer than k_min = 1 slots. Duplicates are removed.
@@ -130,12 +130,12 @@ def default_budgets(moe: AnyExpertsConfig) -> tuple[float, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _say_what_moved(moe: AnyExpertsConfig, budgets: Sequence[float], note: Callable[[str], None]) -> None:
+def _note_moved_budgets(moe: AnyExpertsConfig, budgets: Sequence[float], note: Callable[[str], None]) -> None:
     wanted = [round(ratio * moe.expected_real_slots, 6) for ratio in BUDGET_RATIOS]
     if list(budgets) != wanted:
-        asked, taken = (", ".join(f"{budget:g}" for budget in each) for each in (wanted, budgets))
+        metric_of, taken = (", ".join(f"{budget:g}" for budget in each) for each in (wanted, budgets))
         k_min, k_max = own_window(moe)
-        width = f"windows as wide as the run's, {k_min:g} to {k_max:g}, do not have all of {asked}"
+        width = f"windows as wide as the run's, {k_min:g} to {k_max:g}, do not have all of {metric_of}"
         note(f"budgets {taken}: {width}; these are the nearest they have")
 
 
@@ -147,21 +147,21 @@ def evaluate_trained(
     options: Options = Options(),
     note: Callable[[str], None] = lambda line: None,
 ) -> EvaluationResult:
-    """`evaluate` without files."""
+    """Like `evaluate`, without reading or writing files of the run."""
     require_experts(trained.config, "nothing to evaluate at a budget")
     moe = trained.config.model.moe
     if budgets:
         budgets = tuple(dict.fromkeys(budgets))
     else:
         budgets = default_budgets(moe)
-        _say_what_moved(moe, budgets, note)
+        _note_moved_budgets(moe, budgets, note)
     names = tuple(domains or trained.config.data.domains)
     for name in names:
         require_one_of("domain", name, trained.config.data.domains)
     data = trained.config.data
     metrics = data.metric_names() | named_metrics(options.metrics, "--metric", names)
     for budget in budgets:
-        # Before anything is measured: a budget out of reach, or one that the buffers cannot serve, is refused.
+        # Before anything is measured, refuse a budget that is out of reach or that the buffers cannot serve.
         require_capacity_for(shift_budget(moe, budget), trained.config.model.stack.execution)
     amounts = f"{options.num_examples} and {options.calibration_examples} examples of {len(names)} domains"
     every = (options.num_examples + options.calibration_examples) * len(names)
@@ -169,7 +169,7 @@ def evaluate_trained(
     validation = load_batches(trained, names, "validation", options.calibration_examples, options.rows)
     test = load_batches(trained, names, "test", options.num_examples, options.rows)
     note(f"{options.num_examples} test and {options.calibration_examples} validation examples of {', '.join(names)}")
-    _say_what_is_missing(trained, names, options, note)
+    _note_missing_examples(trained, names, options, note)
     model = with_room(trained.config.model, max(_most_slots(moe, budget) for budget in budgets))
     calibrated = []
     for budget in budgets:
@@ -180,7 +180,7 @@ def evaluate_trained(
     times = time_budgets(trained, model, mixed, {one.budget: one.window for one in calibrated}, options.time_rounds)
     found = []
     for one in calibrated:
-        scored = _scored(trained, model, test, one.window, metrics)
+        scored = _score_domains(trained, model, test, one.window, metrics)
         found.append(_at_budget(trained, one, scored, times[one.budget]))
         note(f"budget {one.budget:g}: {_score_line(found[-1])}")
     own = own_window(moe)
@@ -199,18 +199,20 @@ def evaluate_trained(
 
 
 def load_batches(trained: Trained, domains: Sequence[str], split: str, examples: int, rows: int) -> Batches:
-    """The first `examples` of each domain's split, or all where it has fewer, in batches of `trained.whole_rows`."""
+    """Loads the first `examples` of each domain's split, or all if it has fewer, in batches of `trained.whole_rows`."""
     data, sources, size = trained.config.data, trained.sources, trained.whole_rows(rows)
-    there = {name: sources.count(name, split, examples) for name in domains}
-    return {name: tuple(eval_batches(data, name, split, size, there[name], sources=sources)) for name in domains}
+    counts = {name: sources.count(name, split, examples) for name in domains}
+    return {name: tuple(eval_batches(data, name, split, size, counts[name], sources=sources)) for name in domains}
 
 
-def _say_what_is_missing(trained: Trained, names: Sequence[str], options: Options, note: Callable[[str], None]) -> None:
+def _note_missing_examples(
+    trained: Trained, names: Sequence[str], options: Options, note: Callable[[str], None]
+) -> None:
     for split, wanted in (("test", options.num_examples), ("validation", options.calibration_examples)):
         for name in names:
-            there = trained.sources.count(name, split, wanted)
-            if there < wanted:
-                note(f"{name} has {there} {split} examples, fewer than {wanted}: all of them are taken")
+            count = trained.sources.count(name, split, wanted)
+            if count < wanted:
+                note(f"{name} has {count} {split} examples, fewer than {wanted}: all of them are taken")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,11 +250,11 @@ def calibrate(
     tolerance: float = 0.01,
     note: Callable[[str], None] = lambda line: None,
 ) -> tuple[Window, float]:
-    """The window, as wide as the run's, that realises `budget` on `batches`; and what it realises.
+    """Finds the window, as wide as the run's, that realises `budget` on `batches`; returns it and its realised budget.
 
-    Where tokens hardly differ in importance, the realised average jumps by whole slots. If no window comes within
-    `tolerance`, the nearest one is returned and `note` says so. `model` is the run's; it gets wider slot arrays where
-    a window needs them.
+    If tokens hardly differ in importance, the realised average jumps by whole slots. If no window comes within
+    `tolerance`, the nearest one is returned and `note` is called. `model` is the run's; it gets wider slot arrays if a
+    window needs them.
     """
     seen: dict[Window, float] = {}
 
@@ -272,14 +274,14 @@ def calibrate(
 
 
 def _most_slots(moe: AnyExpertsConfig, budget: float) -> float:
-    """An upper bound for the k_max of a budget: at this k_min the real slots alone already reach the budget."""
+    """Returns an upper bound for the k_max of a budget: with this k_min, real slots alone already reach the budget."""
     return min(budget / (1 - moe.rho_max) + 1, moe.num_columns) + moe.k_max - moe.k_min
 
 
-def _scored(
+def _score_domains(
     trained: Trained, model: ModelConfig, test: Batches, window: Window, metrics: Mapping[str, str]
 ) -> tuple[RoutingSample, tuple[DomainScore, ...]]:
-    """The routing at a window, and every domain's scores."""
+    """Returns the routing at a window, and the scores of every domain."""
     likelihoods = dict.fromkeys(test, Likelihood())
     accuracies: dict[str, list[float]] = {name: [] for name in test}
 
@@ -289,21 +291,21 @@ def _scored(
 
     sample = sample_routing(trained, model, test, window, see)
     sources = {name: trained.sources.open(name, "test") for name in test}
-    asked = {name: metrics.get(name, source.metric) for name, source in sources.items()}
-    answered = [batches for name, batches in test.items() if not METRICS[asked[name]].by_tokens]
+    metric_of = {name: metrics.get(name, source.metric) for name, source in sources.items()}
+    answered = [batches for name, batches in test.items() if not METRICS[metric_of[name]].by_tokens]
     length = max((longest_answer(batches) for batches in answered), default=0)
     scores = []
     for name, batches in test.items():
-        source, metric = sources[name], asked[name]
+        source, metric = sources[name], metric_of[name]
         if METRICS[metric].by_tokens:
-            said = ["" for batch in batches for _ in batch.tokens_BT]
+            answers = ["" for batch in batches for _ in batch.tokens_BT]
         elif METRICS[metric].by_likelihood:
-            said = choose(trained, model, source, batches, window)
+            answers = choose(trained, model, source, batches, window)
         else:
-            said = [text for batch in batches for text in predict(trained, model, batch, window, length)]
+            answers = [text for batch in batches for text in predict(trained, model, batch, window, length)]
         how: dict[str, Any] = {"metric": metric, "tokenizer": trained.tokenizer, "likelihood": likelihoods[name]}
         how["row_scores"] = accuracies[name] if METRICS[metric].by_tokens else None
-        scores.append(score_domain(name, source, batches, said, **how))
+        scores.append(score_domain(name, source, batches, answers, **how))
     return sample, tuple(scores)
 
 
@@ -326,7 +328,7 @@ def _at_budget(
 
 
 def _mixed_batch(test: Batches, rows: int) -> Batch:
-    """`rows` rows, taken from the domains in turn: times are measured on the mixture the budget is averaged over."""
+    """Takes `rows` rows from the domains in turn, since budgets are averaged over the mixture and times must be too."""
     firsts = [batches[0] for batches in test.values()]
     dealt = [(row, i) for row in range(rows) for i in range(len(firsts))][:rows]
     return jax.tree.map(lambda *leaves: np.stack([leaves[i][row] for row, i in dealt]), *firsts)

@@ -1,8 +1,8 @@
-"""Does importance find the answer? ROC AUC of importance against the tokens that are known to carry it.
+"""Measures whether importance finds the answer: its ROC AUC for the tokens that are known to carry the answer.
 
-The papers show heat maps only; here every example knows its evidence (`Batch.evidence_BT`), so the maps get a score.
-Evidence can lie on media and question tokens, so only these are compared: BOS, SEP and what follows are left out.
-The background of a modality is its other tokens in the sequences that have evidence in that modality.
+The papers only show heat maps. Here every example has its evidence marked (`Batch.evidence_BT`), so the maps can be
+scored. Evidence can only be on media and question tokens, so only these are compared: BOS, SEP and all later tokens are
+left out. The background of a modality is its other tokens, in the sequences that have evidence in that modality.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ BOOTSTRAP_DRAWS = 200
 class Separation:
     """How well importance separates evidence from background among the tokens of one modality.
 
-    `auc` is of the mean over layers, pooled over sequences; its interval holds 95% of a bootstrap over sequences
-    (tokens of a sequence are not independent). `auc_within` ranks tokens only against others of their own sequence,
-    so that a shift in level between sequences cannot help. Undefined figures are NaN.
+    `auc` uses the mean over layers and pools all sequences; its interval covers 95% of a bootstrap over sequences (the
+    tokens of a sequence are not independent). `auc_within` ranks tokens only against others of their own sequence, so
+    that a shift in level between sequences cannot help. Undefined figures are NaN.
     """
 
     modality: str
@@ -49,7 +49,7 @@ class Separation:
 
 
 def roc_auc(score_N: Float[ndarray, "N"], positive_N: Bool[ndarray, "N"]) -> float:
-    """The chance that a random positive scores above a random negative, ties counting half. NaN without both kinds."""
+    """Returns the chance that a random positive scores above a random negative; ties count half. NaN without both."""
     from scipy.stats import rankdata
 
     positives = int(positive_N.sum())
@@ -61,14 +61,14 @@ def roc_auc(score_N: Float[ndarray, "N"], positive_N: Bool[ndarray, "N"]) -> flo
 
 
 def candidates(batch: Batch) -> Bool[ndarray, "B T"]:
-    """Tokens that can carry evidence: media and question tokens, without the first of the sequence."""
+    """Marks the tokens that can carry evidence: media and question tokens, without the first of the sequence."""
     found_BT = before_answers(batch)
     found_BT[:, 0] = False
     return found_BT
 
 
 def baseline_scores(batch: Batch, seed: int = 0) -> dict[str, Float[ndarray, "B T"]]:
-    """Scores that need no training, as baselines for the AUC of importance.
+    """Returns scores that need no training, as baselines for the AUC of importance.
 
     contrast: standard deviation of a patch's pixels or a chunk's log-mel values (text: 0, so its AUC is 0.5);
     position: earlier tokens higher; random: uniform.
@@ -86,7 +86,7 @@ def baseline_scores(batch: Batch, seed: int = 0) -> dict[str, Float[ndarray, "B 
 
 
 def _place(rows_BP: Float[ndarray, "B P"], where_BT: Bool[ndarray, "B T"]) -> Float[ndarray, "B T"]:
-    """Row j of a sequence at the sequence's j-th marked position, 0 elsewhere."""
+    """Puts row j of a sequence at the sequence's j-th marked position; other positions are 0."""
     if rows_BP.shape[1] == 0:
         return np.zeros(where_BT.shape)
     row_BT = np.minimum(np.cumsum(where_BT, axis=1) - 1, rows_BP.shape[1] - 1)
@@ -103,7 +103,7 @@ def separations(
     draws: int = BOOTSTRAP_DRAWS,
     seed: int = 0,
 ) -> tuple[Separation, ...]:
-    """One `Separation` for each modality that has evidence; B runs over all sequences measured."""
+    """Returns a `Separation` for each modality that has evidence; B counts all measured sequences."""
     found = []
     for modality in Modality:
         token_BT = candidate_BT & (modality_BT == modality)
@@ -165,7 +165,7 @@ def _separation(
 
 
 def _auc_within(score_N: ndarray, positive_N: ndarray, sequence_N: ndarray) -> float:
-    """Mean over sequences of the AUC inside each, where both kinds of token are there."""
+    """Returns the mean over sequences of the AUC within each, for sequences with both kinds of token."""
     inside = [roc_auc(score_N[sequence_N == b], positive_N[sequence_N == b]) for b in np.unique(sequence_N)]
     return _mean(np.array([auc for auc in inside if not math.isnan(auc)]))
 
@@ -173,7 +173,7 @@ def _auc_within(score_N: ndarray, positive_N: ndarray, sequence_N: ndarray) -> f
 def _bootstrap_intervals(
     statistics: Callable[[ndarray], tuple[float, ...]], sequence_N: ndarray, draws: int, seed: int
 ) -> list[tuple[float, float]]:
-    """2.5th and 97.5th percentile of each of `statistics(rows)` when whole sequences are drawn with replacement.
+    """Bootstraps over whole sequences; returns the 2.5th and 97.5th percentile of each of `statistics(rows)`.
 
     Draws in which a statistic is undefined are left out; if all are, its interval is (NaN, NaN).
     """

@@ -1,4 +1,4 @@
-"""How well a model predicts the right answers (loss, bits per byte, accuracy), and which answer it ranks first."""
+"""Measures how well a model predicts the correct answers (loss, bits per byte, accuracy), and which it ranks first."""
 
 import dataclasses
 import math
@@ -57,7 +57,7 @@ class Likelihood:
 
 
 def likelihood_of(output: ModelOutput, batch: Batch, tokenizer: Tokenizer) -> Likelihood:
-    """Sums over all rows of the batch that the model was run on. Padding rows add nothing."""
+    """Sums the likelihoods of all rows of a batch. Padding rows add nothing."""
     scores = _scores(output, batch)
     return Likelihood(
         nats=float(np.asarray(scores.loss_B).sum(dtype=np.float64)),
@@ -68,19 +68,19 @@ def likelihood_of(output: ModelOutput, batch: Batch, tokenizer: Tokenizer) -> Li
 
 
 def token_accuracies(output: ModelOutput, batch: Batch) -> list[float]:
-    """For each row that is not padding, the share of its trained tokens that the model ranked first."""
+    """Returns, for each row that is not padding, the share of its trained tokens that the model ranked first."""
     scores = _scores(output, batch)
     tokens_B, correct_B = np.asarray(scores.tokens_B), np.asarray(scores.correct_B)
     return [float(correct_B[i] / tokens_B[i]) for i in np.flatnonzero(tokens_B)]
 
 
 def choose(trained: Trained, model: ModelConfig, source: Source, batches: Sequence[Batch], window: Window) -> list[str]:
-    """The most likely answer to each row's question, among all answers that `batches` hold for its question type.
+    """Returns the most likely answer to each row's question, among all answers that `batches` have for its type.
 
-    The likelihood is that of the whole answer, its end included. Padding rows get "".
+    The likelihood is that of the whole answer, including its end. Padding rows get "".
 
     Raises:
-      UserError: when a question type has more than MOST_CHOICES answers, or one does not fit a sequence.
+      UserError: if a question type has more than MOST_CHOICES answers, or an answer does not fit into a sequence.
     """
     said = [_rows(batch, trained.tokenizer) for batch in batches]
     choices: dict[int, list[str]] = {}
@@ -110,7 +110,7 @@ def choose(trained: Trained, model: ModelConfig, source: Source, batches: Sequen
 def _nats(
     trained: Trained, model: ModelConfig, encoded: Sequence[Mapping[str, np.ndarray]], window: Window, size: int
 ) -> Float[ndarray, " rows"]:
-    """The loss of each row's answer in nats, computed `size` rows at a time."""
+    """Computes the loss of each row's answer in nats, `size` rows at a time."""
     nats = []
     for begin in range(0, len(encoded), size):
         part = encoded[begin : begin + size]
@@ -121,7 +121,7 @@ def _nats(
 
 
 def _rows(batch: Batch, tokenizer: Tokenizer) -> list[tuple[int, int, str] | None]:
-    """For each row (example index, question type, answer), or None for a padding row."""
+    """Returns (example index, question type, answer) for each row, or None for a padding row."""
     valid_B = np.atleast_1d(np.asarray(batch.valid_BT).any(axis=1))
     columns = (np.asarray(batch.example_B).tolist(), np.asarray(batch.question_B).tolist(), answers(batch, tokenizer))
     return [row if valid else None for valid, row in zip(valid_B, zip(*columns, strict=True), strict=True)]

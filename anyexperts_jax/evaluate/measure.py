@@ -1,4 +1,4 @@
-"""Runs the model over batches at a window and keeps what the routers did, on the host."""
+"""Runs a model over batches at a window, and collects its routing on the host."""
 
 import dataclasses
 import functools
@@ -22,12 +22,12 @@ from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
 from anyexperts_jax.sharding.placement import Placement, placement_of
 
 Window = tuple[float, float]
-Batches = Mapping[str, Sequence[Batch]]  # of each domain, by name
+Batches = Mapping[str, Sequence[Batch]]  # by domain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RoutingSample:
-    """Routing of every token of B sequences, from several batches; a trailing M or E as in the glossary."""
+    """The routing of every token of B sequences, from several batches."""
 
     importance_LBT: Float[ndarray, "L B T"]
     real_LBT: Int[ndarray, "L B T"]
@@ -41,15 +41,15 @@ class RoutingSample:
 
 
 def run_at(trained: Trained, model: ModelConfig, batch: Batch, window: Window) -> ModelOutput:
-    """The trained model on one batch of `trained.whole_rows`; `model` is the run's, with room for the window."""
+    """Runs the trained model on a batch of `trained.whole_rows`; `model` is the run's, with room for the window."""
     model = at_window(model, window)
     return forward(model, trained.params, trained.router_bias_LC, trained.place(batch), window_array(window))
 
 
 def forward(config: ModelConfig, params: Any, router_bias_LC: Array, batch: Batch, window: Array) -> ModelOutput:
-    """The model on one batch, compiled once for a configuration whatever the window.
+    """Runs the model on a batch. It is compiled once per configuration, for all windows.
 
-    Buffers of dispatch have the size of the configuration's budget, not of the window's: see `trained.at_window`.
+    The size of dispatch's buffers follows the configuration's budget, not the window's: see `trained.at_window`.
     """
     return _forward((config, placement_of(params)), params, router_bias_LC, batch, window)
 
@@ -64,7 +64,7 @@ def _forward(
 
 
 def window_array(window: Window) -> Float[Array, "2"]:
-    """What the model takes in place of its own window."""
+    """Returns a window as the model takes it."""
     return jnp.asarray(window, jnp.float32)
 
 
@@ -75,7 +75,7 @@ def sample_routing(
     window: Window,
     see: Callable[[str, Batch, ModelOutput], None] = lambda domain, batch, output: None,
 ) -> RoutingSample:
-    """Teacher-forced routing over all batches at `window`; `model` is the run's, with room for the window.
+    """Samples the teacher-forced routing of all batches at `window`; `model` is the run's, with room for the window.
 
     Args:
       see: called with every batch's domain, the batch, and the model's output for it.
@@ -112,7 +112,7 @@ def sample_routing(
 
 
 def load_by_modality(expert_ids_LBTK: ndarray, modality_BT: ndarray, num_experts: int) -> Int[ndarray, "L M E"]:
-    """Slots each real expert got from each modality. Slots without a real expert hold id E, so padding adds nothing."""
+    """Counts the slots each real expert got from each modality. Empty slots have id E, so padding adds nothing."""
     L = len(expert_ids_LBTK)
     cell_LBTK = modality_BT[None, :, :, None] * (num_experts + 1) + expert_ids_LBTK
     counts = [np.bincount(cell.ravel(), minlength=NUM_MODALITIES * (num_experts + 1)) for cell in cell_LBTK]
@@ -120,13 +120,13 @@ def load_by_modality(expert_ids_LBTK: ndarray, modality_BT: ndarray, num_experts
 
 
 def mean_real_slots(trained: Trained, model: ModelConfig, batches: Batches, window: Window) -> float:
-    """The realised budget: real slots per valid token and MoE layer."""
+    """Measures the realised budget: real slots per valid token and MoE layer."""
     sample = sample_routing(trained, model, batches, window)
     return float(sample.real_LBT[:, sample.valid_BT].mean())
 
 
 def summarise(sample: RoutingSample, moe: AnyExpertsConfig, window: Window) -> RoutingSummary:
-    """The sample's averages by layer, modality and domain."""
+    """Averages a sample by layer, modality and domain."""
     real_LN, virtual_LN = sample.real_LBT[:, sample.valid_BT], sample.virtual_LBT[:, sample.valid_BT]
     importance_LN = sample.importance_LBT[:, sample.valid_BT]
     modality_N = sample.modality_BT[sample.valid_BT]
@@ -161,10 +161,10 @@ def measure_separations(
     moe: AnyExpertsConfig,
     more: Mapping[str, Float[ndarray, "B T"]] | None = None,
 ) -> tuple[Separation, ...]:
-    """Importance against the evidence of the batches the sample was taken on; none where importance does nothing.
+    """Compares importance with the evidence in the sample's batches; () if importance is not used.
 
     Args:
-      more: further scores to set it beside, by name.
+      more: further scores to compare with, by name.
     """
     if not moe.uses_importance:
         return ()
@@ -181,7 +181,7 @@ def measure_separations(
 
 
 def _by_modality(values_LN: ndarray, modality_N: Int[ndarray, " N"]) -> Float[ndarray, "L M"]:
-    """Means over each modality's tokens, NaN where there is none."""
+    """Returns the mean over each modality's tokens; NaN if there are none."""
     counts_M = np.bincount(modality_N, minlength=NUM_MODALITIES)
     sums_LM = np.stack([np.bincount(modality_N, row, NUM_MODALITIES) for row in values_LN])
     return sums_LM / np.where(counts_M > 0, counts_M, np.nan)
@@ -192,5 +192,5 @@ def _ordered(names: Sequence[str]) -> list[str]:
 
 
 def _nested(values: ndarray) -> Any:
-    """Nested tuples of plain numbers."""
+    """Converts an array to nested tuples of plain numbers."""
     return tuple(_nested(row) for row in values) if values.ndim > 1 else tuple(values.tolist())

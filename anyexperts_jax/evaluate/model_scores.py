@@ -1,4 +1,4 @@
-"""What else a trained model says of a token: scores to set the AUC of importance beside."""
+"""Further scores of tokens that a trained model gives, as baselines for the AUC of importance."""
 
 import functools
 from typing import Any
@@ -21,10 +21,10 @@ from anyexperts_jax.train.losses import answer_scores
 def model_scores(
     trained: Trained, model: ModelConfig, sample: RoutingSample, batches: Batches, window: Window
 ) -> dict[str, Float[ndarray, "B T"]]:
-    """Scores of every token of the batches that `sample` was taken on, by name.
+    """Returns scores of every token in the batches of `sample`, by name.
 
-    router entropy: nats, mean of layers; gradient norm: of the answers' loss to the embedded token, which takes the
-    answer to know; embedding norm: of the embedded token.
+    router entropy: in nats, mean over layers. gradient norm: norm of the gradient of the answers' loss by the embedded
+    token, which requires knowing the answer. embedding norm: norm of the embedded token.
     """
     every = [batch for of_domain in batches.values() for batch in of_domain]
     arguments = (at_window(model, window), trained.placement, trained.params, trained.router_bias_LC)
@@ -40,7 +40,7 @@ def model_scores(
 def input_norms(
     config: ModelConfig, placement: Placement, params: Any, router_bias_LC: Array, batch: Batch, window: Array
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Norms of the gradient of the answers' loss (nats, summed) to each embedded token, and of the embedded token."""
+    """Returns the norms of the gradient of the summed answers' loss by each embedded token, and of the tokens."""
     module = MultimodalModel(config, placement)
     x_BTD = module.apply({"params": params}, batch, method="embed")
 

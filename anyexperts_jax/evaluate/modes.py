@@ -1,12 +1,12 @@
-"""MoDES (arXiv 2511.15690): skips experts whose score, weighed by their layer's importance, is below a threshold.
+"""MoDES (arXiv 2511.15690): skips experts whose score, times their layer's importance, is below a threshold.
 
-A layer is important by what is lost without its experts: the divergence of the model's predictions from its own, the
-layer's routed experts left out, measured once on some text and pictures. Text and all other tokens have a threshold
-each. Every pair of thresholds that gives the budget lies on one curve, for the more experts one kind of token gets, the
-fewer the other; of some points of that curve the one counts at which the predictions diverge least.
+A layer's importance is the divergence between the model's predictions with and without the layer's routed experts,
+measured once on some text and pictures. Text tokens and all others have separate thresholds. The pairs of thresholds
+that give the budget lie on a curve: the more experts text gets, the fewer the other tokens get. Some points of the
+curve are tried, and the one at which the predictions diverge least is used.
 
-Our readings: a token keeps at least its best expert, and the weights of those it keeps follow from the model's own
-rule, as at any budget. On text alone there is one threshold and nothing to choose.
+Our readings: a token keeps at least its best expert, and the weights of the experts it keeps follow the model's own
+rule, as at any budget. With text only there is one threshold, and nothing to choose.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from anyexperts_jax.models.paths import EXPERTS_DOWN
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.routing.policies import Seen
 
-_POLICY = "threshold"  # whose dial, by layer and token, is the threshold over the layer's importance
+_POLICY = "threshold"  # its dial, per layer and token, is the threshold divided by the layer's importance
 _NEVER = 2.0  # a dial that no score reaches
 
 
@@ -38,20 +38,20 @@ _NEVER = 2.0  # a dial that no score reaches
 class Modes:
     """The result of a calibration."""
 
-    importance_L: Float[np.ndarray, "L"]  # nats of divergence without the layer's experts, the largest as 1
+    importance_L: Float[np.ndarray, "L"]  # divergence without the layer's experts, divided by the largest
     text: float  # threshold of text
     other: float  # threshold of pictures, videos and sounds
-    most: int  # experts a token gets at most
+    most: int  # largest number of experts per token
 
     def window(self, modality_BT: Int[Array, "B T"]) -> Float[Array, "L B T 2"]:
-        """(dial, most) of every layer and token, for a model whose policy is "threshold"."""
+        """Returns (dial, most) for every layer and token, for a model with the policy "threshold"."""
         threshold_BT = jnp.where(modality_BT == Modality.TEXT, self.text, self.other)
         importance_L = jnp.maximum(jnp.asarray(self.importance_L, jnp.float32), 1e-9)
         dial_LBT = jnp.minimum(threshold_BT[None] / importance_L[:, None, None], _NEVER)
         return jnp.stack([dial_LBT, jnp.full_like(dial_LBT, self.most)], axis=-1)
 
     def config(self, config: ModelConfig) -> ModelConfig:
-        """The model's configuration with room for the windows."""
+        """Returns the model's configuration with room for the windows."""
         moe = dataclasses.replace(config.moe, k_min=self.most, k_max=self.most, policy=_POLICY)
         return dataclasses.replace(config, moe=moe)
 
@@ -64,7 +64,7 @@ class Modes:
         videos: Sequence[Any] = (),
         audios: Sequence[Any] = (),
     ) -> ModelOutput:
-        """`m.forward` with these thresholds."""
+        """Runs `m.forward` with these thresholds."""
         inputs = inputs_of(m, tokens_BT, images=images, videos=videos, audios=audios)
         return _output(m, self.config(m.config), inputs, self.window(inputs.modality_BT))
 
@@ -79,18 +79,18 @@ def calibrate(
     audios: Sequence[Any] = (),
     points: int = 9,
 ) -> Modes:
-    """Layer importance and thresholds at which the tokens get `budget` experts on average.
+    """Measures the importance of layers, and finds thresholds at which tokens get `budget` experts on average.
 
-    It takes a forward pass for each layer of experts, room for a second copy of the experts' last matrices, and with
-    media a pass for each point.
+    It needs a forward pass for each MoE layer, memory for a second copy of the experts' down matrices, and with media a
+    pass for each point.
 
     Args:
       tokens_BT: ids, without padding.
-      images, videos, audios: those that the tokens have places for, as for `m.forward`.
-      points: of the curve of thresholds that are tried, where there are tokens besides text.
+      images, videos, audios: those that the tokens have placeholders for, as for `m.forward`.
+      points: how many points of the curve of thresholds are tried, if there are tokens besides text.
 
     Raises:
-      UserError: a dense model, one with variable slots, or a budget out of reach.
+      UserError: if the model is dense or has variable slots, or cannot reach the budget.
     """
     moe = m.config.moe
     require(m.config.stack.num_moe_layers > 0, "MoDES: the model is dense and has no experts to choose")
@@ -98,7 +98,7 @@ def calibrate(
     require(1 <= budget <= moe.experts_in_reach, f"MoDES: budget={budget:g} must be from 1 to {moe.experts_in_reach}")
     require(points >= 2, f"MoDES: points={points} must be >= 2")
     inputs = inputs_of(m, tokens_BT, images=images, videos=videos, audios=audios)
-    most = max(int(moe.k_max), math.ceil(budget))  # experts are skipped; above the model's own number there are more
+    most = max(int(moe.k_max), math.ceil(budget))  # a budget above the model's own number adds experts before skipping
     seen, logs_BTY = seen_by(m, inputs), _log_probs(m, m.config, inputs, None)
     importance_L = layer_importance(m, inputs, logs_BTY)
     weighed = seen._replace(scores_NE=seen.scores_NE * jnp.asarray(importance_L)[:, None, None])
@@ -113,7 +113,7 @@ def calibrate(
 
 
 def layer_importance(m: Pretrained, inputs: Inputs, logs_BTY: Float[Array, "B T Y"]) -> Float[np.ndarray, "L"]:
-    """How far the predictions move, in nats a token, when a layer's routed experts add nothing; the most is 1."""
+    """Measures the divergence of the predictions without each layer's routed experts, divided by the largest."""
     layers = m.config.stack.num_moe_layers
     arguments = ((m.config, m.placement), m.params, m.router_bias_LC, (inputs, logs_BTY))
     lost_L = [max(float(_lost_without(*arguments, jnp.int32(layer))), 0.0) for layer in range(layers)]
@@ -121,7 +121,7 @@ def layer_importance(m: Pretrained, inputs: Inputs, logs_BTY: Float[Array, "B T 
 
 
 def thresholds(weighed: Seen, budget: float, most: int, points: int) -> list[tuple[float, float]]:
-    """Pairs of thresholds, of text and of other tokens, that give the budget on average.
+    """Returns pairs of thresholds, for text and for other tokens, that give the budget on average.
 
     Args:
       weighed: scores times importance, [L, N, E], with modalities.
@@ -137,7 +137,7 @@ def thresholds(weighed: Seen, budget: float, most: int, points: int) -> list[tup
         only = of(np.ones_like(text_N), budget)
         return [(only, only)]
     share, found = float(text_N.mean()), []
-    # The experts of text run from as few as leave the others their most to as many as leave them one.
+    # At the low end of text's mean the other tokens get their maximum, at the high end they get one expert.
     low, high = ((budget - (1 - share) * rest) / share for rest in (most, 1))
     for text_mean in np.linspace(max(low, 1), min(high, most), points).tolist():
         other_mean = (budget - share * text_mean) / (1 - share)
@@ -146,7 +146,7 @@ def thresholds(weighed: Seen, budget: float, most: int, points: int) -> list[tup
 
 
 def divergence(logs_BTY: Float[Array, "B T Y"], others_BTY: Float[Array, "B T Y"]) -> float:
-    """Of predictions from others, in nats a token (Kullback and Leibler)."""
+    """Returns the Kullback-Leibler divergence of two predictions, in nats per token."""
     return float(_divergence(logs_BTY, others_BTY))
 
 

@@ -1,4 +1,4 @@
-"""Rebuilds the plan behind a trace, so that dispatch can be run again as a model's layer routed it."""
+"""Rebuilds the plan behind a trace, so that dispatch can be run again with the same routing."""
 
 import jax.numpy as jnp
 
@@ -8,7 +8,7 @@ from anyexperts_jax.routing.trace import RoutingTrace
 
 
 def plan_of(model: ModelConfig, trace: RoutingTrace) -> RoutingPlan:
-    """The plan behind one layer's trace. Its weights are not in the trace; every slot gets an equal share."""
+    """Returns the plan behind one layer's trace. The trace has no weights, so every slot gets an equal share."""
     moe = model.moe
     ids_NK = trace.expert_ids_BTK.reshape(-1, trace.expert_ids_BTK.shape[-1])
     slots_N, real_N, virtual_N = (

@@ -1,4 +1,4 @@
-"""Perplexity of a pretrained model on a text, at any budget by any policy, with the experts it really used."""
+"""Measures a pretrained model's perplexity on a text, at any budget with any policy, and the experts it really used."""
 
 import dataclasses
 import functools
@@ -25,13 +25,13 @@ from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.routing.policies import IMPORTANCE, Seen
 from anyexperts_jax.sharding.placement import Placement
 
-# Measured here, beside the entries of POLICIES; "dense" is the model that `split` cut.
+# Further policies that can be measured; "dense" is the model before `split`.
 OWN, DENSE, LAYERS, MODES, ORACLE = "own", "dense", "static_layers", "modes", "oracle"
 
 
 @dataclasses.dataclass(frozen=True)
 class TextSample:
-    """Rows of ids, and the bytes of the text that is predicted in them."""
+    """Rows of ids, and the number of bytes of the text that is predicted in them."""
 
     tokens_BT: Int[np.ndarray, "B T"]
     text_bytes: int
@@ -50,10 +50,10 @@ class Measured(NamedTuple):
 
 
 def text_sample(m: Pretrained, text: str, tokens: int, length: int) -> TextSample:
-    """The first `tokens` ids of a text, in rows of `length`; a row's first id is not predicted.
+    """Takes the first `tokens` ids of a text, in rows of `length`; a row's first id is not predicted.
 
     Raises:
-      UserError: when the text has fewer than two tokens.
+      UserError: if the text has fewer than two tokens.
     """
     ids = np.asarray(m.tokenizer.encode(text[: 16 * tokens]).ids_T)[:tokens]
     length = min(length, m.config.max_length, len(ids))
@@ -65,14 +65,14 @@ def text_sample(m: Pretrained, text: str, tokens: int, length: int) -> TextSampl
 
 
 def policy_names(m: Pretrained) -> tuple[str, ...]:
-    """The policies a model can run: those based on router scores, or its own importance if it has variable slots."""
+    """Lists the policies a model can run: those based on router scores, or importance if it has variable slots."""
     if m.config.moe.uses_importance or m.config.moe.num_virtual:
         return (IMPORTANCE,)
     dense = (DENSE,) if m.order_LF is not None else ()
     return (*dense, *POLICIES.names(), LAYERS, MODES, ORACLE)
 
 
-def _by_modality(name: str) -> bool:
+def _depends_on_modality(name: str) -> bool:
     return name in POLICIES and bool(POLICIES[name].by_modality)
 
 
@@ -85,24 +85,24 @@ def measure_policies(
     batch_rows: int = 4,
     note: Callable[[str], None] = lambda line: None,
 ) -> list[Measured]:
-    """Measures the model as it is, then each policy at each budget.
+    """Measures the unchanged model, then each policy at each budget.
 
-    A policy's dial is set on the router scores of the unchanged model, so that tokens get the budget on average. What
-    they really get is then measured. "static_layers" gives each layer a whole number: the next expert goes to the layer
-    where it adds the most router score. "modes" is `evaluate.modes`, calibrated on the first batch. "oracle" chooses
-    for every position in hindsight among whole numbers (those around the budgets, half of the least, and the model's
-    own), by the loss that the position had when the whole sequence ran at that number: no policy that chooses among
-    these runs, at this budget or below, does better. "dense", of a split model, is the model before the cut; it comes
-    first, once.
+    A policy's dial is set on the router scores of the unchanged model, so that tokens get the budget on average. The
+    number that they really get is then measured. "static_layers" gives each layer a whole number: the next expert goes
+    to the layer where it adds the most router score. "modes" is `evaluate.modes`, calibrated on the first batch.
+    "oracle" chooses a whole number for every position in hindsight, from those around the budgets, half of the
+    smallest, and the model's own, by the loss that the position had when the whole sequence ran at that number. No
+    policy that chooses among these runs does better at this budget or below. "dense" is a split model before the split;
+    it is measured once, first.
 
     Args:
-      budgets: experts a token.
-      policies: names; none: all that fit the model, but for those that tell modalities apart: the sample is text.
-      batch_rows: rows of a batch.
+      budgets: experts per token.
+      policies: names; (): all that fit the model and do not depend on modality, since the sample is text.
+      batch_rows: rows per batch.
       note: called with a line for each pass.
 
     Raises:
-      UserError: a dense model, a policy that does not fit it, or a budget out of reach.
+      UserError: if the model is dense, a policy does not fit it, or it cannot reach a budget.
     """
     require(m.config.stack.num_moe_layers > 0, "the model is dense and has no experts to choose; split it first")
     for name in policies:
@@ -110,10 +110,10 @@ def measure_policies(
     most = m.config.moe.experts_in_reach
     for budget in budgets:
         require(1 <= budget <= most, f"budget={budget:g} must be from 1 to {most} experts a token")
-    names = policies or [name for name in policy_names(m) if not _by_modality(name)]
+    names = policies or [name for name in policy_names(m) if not _depends_on_modality(name)]
     bench = _Bench(m, sample, batch_rows)
-    found = [_Bench(merge(m), sample, batch_rows).measured_whole(DENSE)] if DENSE in names else []
-    found.append(bench.measured_whole(OWN))
+    found = [_Bench(merge(m), sample, batch_rows).measure_unchanged(DENSE)] if DENSE in names else []
+    found.append(bench.measure_unchanged(OWN))
     for one in found:
         note(_line(one))
     around = {k for budget in budgets for k in (math.floor(budget), math.ceil(budget))}
@@ -127,15 +127,15 @@ def measure_policies(
 
 
 def perplexity(one: Measured) -> float:
-    """Of a predicted token; capped, for it has no bound."""
+    """Returns the perplexity per predicted token, capped to stay finite."""
     return math.exp(min(one.nats, 700))
 
 
 def table(found: Sequence[Measured], where: str, *, seconds: bool = True) -> TextTable:
-    """One row for each pass. "time" is its seconds over those of the first row.
+    """Returns a table with a row for each pass. "time" is its seconds over those of the first row.
 
     Args:
-      seconds: whether to show them as well.
+      seconds: whether to add the column of seconds.
     """
     columns = ["policy", "budget", "experts a token", "perplexity", "bits per byte", "time", "unique experts"]
     if seconds:
@@ -177,16 +177,16 @@ class _Bench:
 
     @property
     def first(self) -> Int[Array, "B T"]:
-        """The batch on which policies are set."""
+        """The batch on which dials are set."""
         return self._batches[0]
 
     @functools.cached_property
     def seen(self) -> Seen:
-        """Logits and scores [L, N, E] of the first batch, as the model routes by itself."""
+        """Router logits and scores [L, N, E] of the first batch under the model's own policy."""
         return seen_by(self.m, Inputs(self.first))
 
     def run(self, config: ModelConfig, window: Float[Array, "*rest 2"] | None) -> _Pass:
-        """One pass. A program's first is preceded by one batch that is not timed."""
+        """Runs one pass over the sample. The first one of a program is preceded by an untimed batch, to compile it."""
         arguments = ((config, self.m.placement), self.m.params, self.m.router_bias_LC)
         program = (config, None if window is None else window.shape)
         if program not in self._compiled:
@@ -200,7 +200,7 @@ class _Bench:
         return _Pass(np.concatenate([np.asarray(one) for one in nats]), *means, seconds=seconds)
 
     def at(self, slots: int) -> _Pass:
-        """A pass with the same number of experts for all tokens."""
+        """Runs a pass with the same number of experts for all tokens, or returns the earlier one."""
         if slots not in self._known:
             self._known[slots] = self.run(self.config_of("static"), jnp.asarray((slots, slots), jnp.float32))
         return self._known[slots]
@@ -209,8 +209,8 @@ class _Bench:
         moe, most = self.m.config.moe, self.m.config.moe.experts_in_reach
         return dataclasses.replace(self.m.config, moe=dataclasses.replace(moe, k_min=most, k_max=most, policy=policy))
 
-    def measured_whole(self, policy: str) -> Measured:
-        """The model as it is."""
+    def measure_unchanged(self, policy: str) -> Measured:
+        """Measures the unchanged model."""
         dense = self.m.config.stack.num_moe_layers == 0
         budget = math.nan if dense else self.m.config.moe.expected_real_slots
         return self.measured(policy, budget, self.run(self.m.config, None))
@@ -244,7 +244,7 @@ def _one(bench: _Bench, name: str, budget: float, whole: Sequence[int]) -> Measu
 
 
 def slots_of_layers(scores_LNE: Float[np.ndarray, "L N E"], budget: float) -> Int[np.ndarray, "L"]:
-    """Whole numbers of experts by layer, `budget` on average: each goes where it adds the most to the scores kept."""
+    """Chooses a whole number of experts per layer, `budget` on average, adding each where it gains the most score."""
     gains_LE: np.ndarray = -np.sort(-scores_LNE, axis=-1).mean(axis=1)
     layers, experts = gains_LE.shape
     slots_L = np.ones(layers, int)
@@ -255,7 +255,7 @@ def slots_of_layers(scores_LNE: Float[np.ndarray, "L N E"], budget: float) -> In
 
 
 def _oracle(passes: dict[int, _Pass], budget: float) -> _Pass:
-    """The smallest sum of losses with at most `budget` experts per position on average, found by a price per expert."""
+    """Minimises the summed loss with at most `budget` experts per position on average, by a price per expert."""
     slots_K = np.array(sorted(passes))
     nats_KBT = np.stack([passes[k].nats_BT for k in slots_K.tolist()])
     low, high = 0.0, 1e3

@@ -1,4 +1,4 @@
-"""What an evaluation found: dataclasses, and their JSON and CSV."""
+"""The results of an evaluation, as dataclasses, JSON and CSV."""
 
 import csv
 import dataclasses
@@ -26,7 +26,7 @@ Saved = TypeVar("Saved")
 
 @dataclasses.dataclass(frozen=True)
 class GroupScore:
-    """The examples of one question type or level."""
+    """The score of one question type or level."""
 
     examples: int
     score: float
@@ -35,9 +35,9 @@ class GroupScore:
 
 @dataclasses.dataclass(frozen=True)
 class DomainScore:
-    """Greedy answers to one domain's questions. Scores are in [0, 1], higher is better.
+    """The scores of greedy answers to one domain's questions, in [0, 1]; higher is better.
 
-    `chance` is what the best constant answer to each question type scores on the same examples. The last three fields
+    `chance` is the score of the best constant answer to each question type on the same examples. The last three fields
     score the correct answers, each token predicted from the correct ones before it. They are NaN in files of versions
     that did not measure them.
     """
@@ -63,7 +63,7 @@ class DomainScore:
 
 @dataclasses.dataclass(frozen=True)
 class RoutingSummary:
-    """What the routers did on teacher-forced sequences. Averages are over valid tokens and MoE layers.
+    """The routing of teacher-forced sequences. Averages are over valid tokens and MoE layers.
 
     Nested tuples are [layer][modality], NaN where there is no such token; load is [layer][modality][expert], in slots.
     """
@@ -130,7 +130,7 @@ class EvaluationResult:
 
 
 def save_evaluation(result: EvaluationResult, run_dir: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes evaluation.json and evaluation.csv (a row a budget and domain) in the run's directory."""
+    """Writes evaluation.json and evaluation.csv (one row per budget and domain) into the run's directory."""
     json_path, csv_path = run_dir / JSON_NAME, run_dir / CSV_NAME
     write_whole(json_path, json.dumps(plain(dataclasses.asdict(result)), indent=1) + "\n")
     rows = [_csv_row(budget, score) for budget in result.budgets for score in budget.scores]
@@ -142,10 +142,10 @@ def save_evaluation(result: EvaluationResult, run_dir: pathlib.Path) -> tuple[pa
 
 
 def load_evaluation(run_dir: pathlib.Path) -> EvaluationResult | None:
-    """The saved evaluation of a run, None if there is none.
+    """Loads the saved evaluation of a run; None if there is none.
 
     Raises:
-      UserError: when the file is not one this version wrote.
+      UserError: if this version cannot have written the file.
     """
     path = run_dir / JSON_NAME
     if not path.exists():
@@ -157,10 +157,10 @@ def load_evaluation(run_dir: pathlib.Path) -> EvaluationResult | None:
 
 
 def _require_consistent(result: EvaluationResult, complaint: str, advice: str) -> None:
-    """Refuses an evaluation whose parts contradict each other. `evaluate` never writes such a file.
+    """Checks that the parts of an evaluation agree, as in every file that `evaluate` writes.
 
     Raises:
-      UserError: naming the part.
+      UserError: naming the part that does not.
     """
     summaries = {"trained": result.trained} | {f"budget {one.budget:g}": one.routing for one in result.budgets}
     layers = len(result.trained.real_slots_by_layer)
@@ -195,21 +195,21 @@ def _require_consistent(result: EvaluationResult, complaint: str, advice: str) -
 
 
 def read_saved(cls: type[Saved], text: str, complaint: str, advice: str) -> Saved:
-    """A dataclass written as JSON, strictly.
+    """Reads a dataclass from JSON, strictly.
 
     Raises:
-      UserError: when the text is not what this version writes: `complaint`, the reason, `advice`.
+      UserError: if this version would not write the text; the message is `complaint`, the reason and `advice`.
     """
     try:
         config = dacite.Config(cast=[tuple], type_hooks={float: _read_float}, strict=True)
         return dacite.from_dict(cls, parse_json_object(text, "the text"), config)
-    except (dacite.DaciteError, TypeError, ValueError, AttributeError) as error:  # of dacite's casts too
+    except (dacite.DaciteError, TypeError, ValueError, AttributeError) as error:  # also from dacite's casts
         line = one_line(error, 200)
         raise UserError(f"{complaint} of this version ({line}); {advice}") from error
 
 
 def _read_float(value: Any) -> Any:
-    """JSON has no NaN, so undefined figures are stored as null. Any other value that is no number is refused."""
+    """Reads null as NaN, since JSON has no NaN. Dacite refuses any other value that is not a number."""
     if value is None:
         return _NAN
     return float(value) if type(value) in (int, float) else value

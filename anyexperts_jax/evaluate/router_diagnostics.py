@@ -1,4 +1,4 @@
-"""EvoMoE's diagnostics of a trained mixture: do its experts differ, and does its router tell modalities apart?
+"""EvoMoE's diagnostics of a trained MoE model: whether its experts differ, and whether its router knows modalities.
 
 Expert uniformity: if experts are alike, permuting a token's logits among them costs nothing.
 Router rigidity: if logits have the same distribution for two modalities, the router does not tell them apart.
@@ -29,7 +29,7 @@ BINS = 40
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RouterDiagnostics:
-    """What `diagnose` found; M modalities, NaN where a modality has no token."""
+    """The results of `diagnose`; M modalities, NaN for a modality without tokens."""
 
     loss: float  # nats per answer token
     shuffled_losses: tuple[float, ...]  # the same with each token's logits permuted among experts, one per shuffle
@@ -86,7 +86,7 @@ def diagnose(trained: Trained, batches: Batches, *, shuffles: int = 3, seed: int
 def _probe(
     config: ModelConfig, placement: Placement, params: Any, router_bias_LC: Array, batch: Batch
 ) -> tuple[Array, Array, Array, Array]:
-    """Summed nats, number of answer tokens, logits [L, B, T, C] and selected experts [L, B, T, K]."""
+    """Returns summed nats, number of answer tokens, logits [L, B, T, C] and selected experts [L, B, T, K]."""
     model = MultimodalModel(config, placement)
     output, probed = model.apply({"params": params}, batch, router_bias_LC=router_bias_LC, mutable=["probe"])
     scores = answer_scores(output.logits_BTY, batch.tokens_BT, batch.loss_mask_BT)
@@ -106,9 +106,9 @@ def _shuffled_nats(
 def logit_densities(
     logits_LBTE: list[Float[ndarray, "L _ T E"]], batches: list[Batch]
 ) -> tuple[Float[ndarray, "edges"], Float[ndarray, "L M E bins"]]:
-    """Edges of common bins, and the share of each modality's valid tokens in each, by layer and expert.
+    """Returns bin edges, and by layer and expert the share of each modality's valid tokens in each bin.
 
-    A token's logits come less their mean: what they have in common routes nothing. NaN without a token.
+    The mean of a token's logits is subtracted, since it does not affect routing. NaN without tokens.
     """
     tokens = [np.asarray(batch.valid_BT) for batch in batches]
     logits_LNE = np.concatenate([x[:, kept] for x, kept in zip(logits_LBTE, tokens, strict=True)], axis=1)
@@ -128,6 +128,6 @@ def logit_densities(
 
 
 def density_overlap(density_LMEX: Float[ndarray, "L M E bins"]) -> Float[ndarray, "M M"]:
-    """The overlap of two modalities' densities, sum over bins of the lesser, mean over layers and experts."""
+    """Returns the overlap of modalities' densities: the minimum summed over bins, mean over layers and experts."""
     lesser = np.minimum(density_LMEX[:, :, None], density_LMEX[:, None])  # NaN if either is
     return lesser.sum(-1).mean((0, 3))

@@ -1,4 +1,4 @@
-"""The Python front door: `load_run` and `train` give a `Run`, which evaluates, answers and shows its routing."""
+"""The Python front door: `load_run` and `train` return a `Run`, which evaluates, answers and traces its routing."""
 
 import dataclasses
 import functools
@@ -32,27 +32,27 @@ from anyexperts_jax.train.loop import train
 from anyexperts_jax.train.run_dir import RunDir
 from anyexperts_jax.train.run_lock import run_lock
 
-UNNAMED = "custom"  # the directory in runs/ of a configuration that comes without a name
+UNNAMED = "custom"  # the directory in runs/ for a configuration without a name
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunData:
-    """The examples of a run's domains, and batches of them in the shapes its model reads."""
+    """The examples of a run's domains, and batches of them in the shapes that its model reads."""
 
     config: DataConfig
     tokenizer: Tokenizer
 
     def example(self, domain: str, split: str = "test", index: int = 0) -> Item:
-        """One example of a domain: question, answer, picture or sound, and where in them the answer is.
+        """Returns one example of a domain: question, answer, picture or sound, and the evidence in them.
 
-        Of a user's own data it may be a `Conversation` or a `Document`.
+        An example of a user's own data may be a `Conversation` or a `Document`.
 
         Args:
           split: "train", "validation" or "test".
           index: from 0.
 
         Raises:
-          UserError: an unknown domain or split, or an index past what the domain's folder holds.
+          UserError: if the domain or split is unknown, or the domain's folder has fewer examples.
 
         Example:
             >>> import anyexperts_jax as ax
@@ -65,10 +65,10 @@ class RunData:
         return open_source(self.config, domain, split, index + 1)[index]
 
     def batch(self, domain: str, split: str = "test", rows: int = 8) -> Batch:
-        """The first `rows` examples of a domain's split, a row each: arrays [rows, T, ...], T positions.
+        """Returns a batch of the first `rows` examples of a domain's split: arrays [rows, T, ...], T positions.
 
         Raises:
-          UserError: an unknown domain or split, or fewer examples in the domain's folder.
+          UserError: if the domain or split is unknown, or the domain's folder has fewer examples.
 
         Example:
             >>> import anyexperts_jax as ax
@@ -81,10 +81,10 @@ class RunData:
         return next(eval_batches(self.config, domain, split, rows, rows))
 
     def encode(self, examples: Sequence[Item]) -> Batch:
-        """A batch of examples, the user's own too, a row each: arrays [rows, T, ...], T positions.
+        """Encodes examples, also the user's own, as a batch with a row each: arrays [rows, T, ...], T positions.
 
         Raises:
-          UserError: no example, or one that does not fit the run's sequences.
+          UserError: if there is no example, or one does not fit into the run's sequences.
 
         Example:
             >>> import anyexperts_jax as ax
@@ -105,7 +105,7 @@ class Run:
 
     It is immutable: methods return their results and change nothing. Attributes: `config`, the `RunConfig`; `model`,
     the Flax module of `run.config.model`; `params`; `router_bias_LC` [L, C], the expert biases; `tokenizer`; `data`, a
-    `RunData`; `step`, the checkpoint's.
+    `RunData`; `step`, the step of the checkpoint.
 
     Example:
         >>> import anyexperts_jax as ax, jax
@@ -155,13 +155,13 @@ class Run:
         note: Callable[[str], None] = lambda line: None,
         **options: Any,
     ) -> EvaluationResult:
-        """Scores of generated answers, realised budget, load, drops and time, at each budget.
+        """Measures scores of generated answers, realised budget, load, drops and time, at each budget.
 
         Args:
-          budgets: real experts per token, on average; None: 0.6, 0.8, 1 and 1.2 times the one trained with.
+          budgets: real experts per token, on average; None: 0.6, 0.8, 1 and 1.2 times that of training.
           domains: names from the run's mixture; None: all.
           save: also write evaluation.json and .csv to the run's directory, where `anyexperts report` reads them.
-          note: called with a line as each part is done.
+          note: called with a line when each part is done.
           options: fields of `evaluate.evaluate.Options`: num_examples=64 of each domain's test split,
             calibration_examples=32, batch_size=64, tolerance=0.01, time_rounds=9, calibrated=True,
             model_baselines=False.
@@ -169,8 +169,8 @@ class Run:
         Returns: scores and chance in [0, 1], times in seconds and as ratios, load in slots.
 
         Raises:
-          UserError: an unknown domain or option, a budget out of reach, a dense model.
-          OSError: with `save`, no room for the result.
+          UserError: if a domain or option is unknown, a budget is out of reach, or the model is dense.
+          OSError: with `save`, if there is no disk space for the result.
 
         Example:
             >>> import anyexperts_jax as ax
@@ -200,18 +200,18 @@ class Run:
         budget: float | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> Reply:
-        """The greedy answer to a question, with the real experts per token of each modality that it took.
+        """Returns the greedy answer to a question, and the real experts per token of each modality.
 
         Args:
           question: a text, or an `Example`, whose own answer the model does not see.
-          image: that the text is about: a path, a picture of Pillow's, or pixels [H, W, 3].
-          audio: that the text is about: a path, or mono samples in [-1, 1] at 16 kHz.
-          budget: nominal real experts per token; None: the window it was trained with.
-          max_new_tokens: of the answer, at most, its end included.
+          image: a picture for a text: a path, a Pillow image, or pixels [H, W, 3].
+          audio: a sound for a text: a path, or mono samples in [-1, 1] at 16 kHz.
+          budget: nominal real experts per token; None: the window used in training.
+          max_new_tokens: largest number of tokens of the answer, including its end.
 
         Raises:
-          UserError: a question, picture or sound that cannot be read or does not fit the run's sequences, a budget out
-            of reach, a dense model asked for one.
+          UserError: if the question, picture or sound cannot be read or does not fit into the run's sequences, the
+            budget is out of reach, or a budget is given for a dense model.
 
         Example:
             >>> import anyexperts_jax as ax
@@ -228,16 +228,16 @@ class Run:
         return ask(self.trained, example, budget, max_new_tokens=max_new_tokens)
 
     def trace(self, batch: Batch, budget: float | None = None) -> TokenRouting:
-        """Who went where: experts, combine weights, slots, importance and drops of every token in every MoE layer.
+        """Returns the routing of every token in every MoE layer: experts, combine weights, slots, importance, drops.
 
         Args:
-          batch: as `run.data.batch` or `run.data.encode` makes it, of any number of rows.
-          budget: nominal real experts per token; None: the window it was trained with.
+          batch: from `run.data.batch` or `run.data.encode`, with any number of rows.
+          budget: nominal real experts per token; None: the window used in training.
 
         Returns: arrays [L, B, T, K] and [L, B, T] on the host: layers, sequences, positions, slots.
 
         Raises:
-          UserError: a batch that does not fit the model, a budget out of reach, a dense model.
+          UserError: if the batch does not fit the model, the budget is out of reach, or the model is dense.
 
         Example:
             >>> import anyexperts_jax as ax
@@ -254,11 +254,11 @@ def load_run(path: str | pathlib.Path, mesh: Mesh | None = None, *, which: str =
 
     Args:
       path: the run's directory, as `anyexperts train --run` or `train` wrote it.
-      mesh: of `make_mesh`, of any shape, whatever the run was trained on; None: the first device.
-      which: "best", the checkpoint of the lowest validation loss, or "last".
+      mesh: from `make_mesh`, with any shape, whatever the run was trained on; None: the first device.
+      which: "best", the checkpoint with the lowest validation loss, or "last".
 
     Raises:
-      UserError: no run or no checkpoint there, a damaged one, or a model that does not split over the mesh.
+      UserError: if there is no run or checkpoint, it is damaged, or the mesh does not divide the model.
 
     Example:
         >>> import anyexperts_jax as ax
@@ -285,12 +285,12 @@ def train_run(
     Args:
       config: a `RunConfig`, the name of a preset ("tiny", "small", "smoke"), a TOML file, or a run's directory.
       run_dir: None: runs/NAME, where NAME is the preset or file, or runs/custom for a `RunConfig`.
-      overrides: "key=value" in place of the preset's or file's, as in "optim.lr=1e-3".
+      overrides: "key=value" instead of the preset's or file's value, as in "optim.lr=1e-3".
       plugins: your own modules to import first; the run records them.
-      progress: show a bar, lines and tables on the standard error.
+      progress: show a bar, lines and tables on standard error.
 
     Raises:
-      UserError: an invalid configuration, one that does not fit the devices, or another run in `run_dir`.
+      UserError: if the configuration is invalid or does not fit the devices, or `run_dir` holds another run.
       RunStoppedError: a loss that is not finite, a full disk, a signal (SIGINT and SIGTERM write a checkpoint first) or
         another process that died: see `train.loop.train`.
 

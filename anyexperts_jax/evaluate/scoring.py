@@ -20,12 +20,12 @@ from anyexperts_jax.tokenizers.bytes import BYTES
 
 
 def longest_answer(batches: Sequence[Batch]) -> int:
-    """Tokens of the longest answer, EOS included."""
+    """Returns the number of tokens of the longest answer, including EOS."""
     return max(int(last_answers(batch).sum(axis=1).max()) for batch in batches)
 
 
 def predict(trained: Trained, model: ModelConfig, batch: Batch, window: Window, max_new_tokens: int) -> list[str]:
-    """The model's answer to each row's question, "" for padding rows. `model` is the run's, with room for `window`."""
+    """Generates the answer to each row's question, "" for padding. `model` is the run's, with room for `window`."""
     tokens_BJ = generate(
         model,
         trained.params,
@@ -35,7 +35,7 @@ def predict(trained: Trained, model: ModelConfig, batch: Batch, window: Window, 
         router_bias_LC=trained.router_bias_LC,
         stop_ids=trained.tokenizer.special.eos,
     )
-    decode = trained.tokenizer.decode  # the end, and the padding after it, decode to nothing
+    decode = trained.tokenizer.decode  # EOS and the padding after it decode to nothing
     return [decode(row) for row in np.asarray(tokens_BJ)]
 
 
@@ -50,12 +50,12 @@ def score_domain(
     likelihood: Likelihood | None = None,
     row_scores: Sequence[float] | None = None,
 ) -> DomainScore:
-    """Scores of the predictions for all rows of `batches`, padding rows left out.
+    """Scores the predictions for all rows of `batches` but padding rows.
 
     Args:
       metric: a name in METRICS; None: the source's own.
-      likelihood: of the same rows' right answers; None: not known.
-      row_scores: the score of each row but padding, where it is not one of the predictions; None: it is.
+      likelihood: that of the same rows' correct answers; None: not known.
+      row_scores: the score of each row but padding rows, if predictions are not scored; None: they are.
     """
     likelihood = likelihood or Likelihood()
     metric = metric or source.metric
@@ -91,13 +91,13 @@ def score_domain(
 
 
 class _Table:
-    """One domain's scored examples, to be cut into groups."""
+    """The scored examples of one domain, which can be grouped."""
 
     def __init__(self, metric: str, scores: np.ndarray, expected: list[str], types: list[str]) -> None:
         self._metric, self._scores, self._expected, self._types = metric, scores, expected, types
 
     def chance(self, rows: Sequence[int]) -> float:
-        """Mean score of the best constant answer to each question type among `rows`."""
+        """Returns the mean score of the best constant answer to each question type among `rows`."""
         by_type: dict[str, list[str]] = {}
         for i in rows:
             by_type.setdefault(self._types[i], []).append(self._expected[i])
@@ -105,7 +105,7 @@ class _Table:
         return sum(chances[name] * len(found) for name, found in by_type.items()) / len(rows)
 
     def groups(self, labels: Sequence[str]) -> dict[str, GroupScore]:
-        """The score of each label's examples, labels in order."""
+        """Returns the score of each label's examples, in the order of labels."""
         found = {}
         for label in sorted(set(labels)):
             rows = [i for i, other in enumerate(labels) if other == label]

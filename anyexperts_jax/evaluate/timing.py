@@ -1,7 +1,7 @@
-"""Time against the budget: the whole model, and one MoE layer's experts on each budget's own routing.
+"""Measures time against the budget: of the whole model, and of one MoE layer with each budget's own routing.
 
-One program serves all budgets, so what differs is the data alone; where dispatch has buffers each budget has a program
-with buffers of its own size. Runs are interleaved (A B A B), medians reported.
+One program serves all budgets, so only the data differ; if dispatch has buffers, each budget has its own program, with
+buffers of its size. Runs are interleaved (A B A B), and medians are reported.
 """
 
 import functools
@@ -32,7 +32,7 @@ from anyexperts_jax.sharding.placement import Placement, is_split, placement_of
 def time_budgets(
     trained: Trained, model: ModelConfig, batch: Batch, windows: Mapping[float, Window], rounds: int = 9
 ) -> dict[float, BudgetTime]:
-    """Times of each budget's window on `batch`; `model` is the run's, with room for all windows.
+    """Times each budget's window on `batch`; `model` is the run's, with room for all windows.
 
     The reference, whose time is 1, is the budget nearest to the one the run was trained with.
     """
@@ -59,7 +59,7 @@ def time_budgets(
 
 
 def interleaved(calls: Mapping[float, Callable[[], Any]], rounds: int) -> dict[float, float]:
-    """Median seconds of each call, all called in turn `rounds` times after one warm-up each."""
+    """Returns the median seconds of each call, in `rounds` interleaved rounds after a warm-up of each."""
     for call in calls.values():
         jax.block_until_ready(call())
     seconds: dict[float, list[float]] = {name: [] for name in calls}
@@ -72,8 +72,10 @@ def interleaved(calls: Mapping[float, Callable[[], Any]], rounds: int) -> dict[f
 
 
 def _layer(model: ModelConfig, trace: Any, placement: Placement) -> Callable[[], Array]:
-    """Dispatch, experts and combine of the last MoE layer, as this trace routed it. Time does not see the values, so
-    activations and weights are random and combine weights equal."""
+    """Returns a call of dispatch, experts and combine of the last MoE layer, with the routing of this trace.
+
+    Time does not depend on values, so activations and weights are random, and combine weights are equal.
+    """
     plan = plan_of(model, jax.tree.map(lambda leaf: leaf[-1], trace))
     stack, E = model.stack, model.moe.num_experts
     D, F, N = stack.d_model, stack.expert_d_ff, plan.slots_N.shape[0]
@@ -87,7 +89,7 @@ def _layer(model: ModelConfig, trace: Any, placement: Placement) -> Callable[[],
 
 
 def _layer_shardings(placement: Placement) -> Any:
-    """Where a layer on a mesh has its tokens and its weights."""
+    """Returns the shardings of a layer's tokens and weights on a mesh."""
     spec, wide = placement.rules.spec, ("expert", "embed", "expert_mlp")
     axes = (("batch",), wide, wide, ("expert", "expert_mlp", "embed"))
     places: list[Any] = [NamedSharding(placement.mesh, spec(names)) for names in axes]

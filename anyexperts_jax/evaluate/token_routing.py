@@ -1,4 +1,4 @@
-"""Who went where: what every MoE layer did with every token of a batch, down to its weights and its drops."""
+"""Traces the routing of every token of a batch in every MoE layer, including combine weights and drops."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ class TokenRouting:
 
     expert_ids_LBTK: Int[ndarray, "L B T K"]
     weights_LBTK: Float[ndarray, "L B T K"]  # combine weight of each real slot
-    dropped_LBTK: Bool[ndarray, "L B T K"]  # real slots that found no room in the buffers of dispatch
+    dropped_LBTK: Bool[ndarray, "L B T K"]  # real slots that did not fit into the buffers of dispatch
     slots_LBT: Int[ndarray, "L B T"]  # of the token, real and virtual
     real_slots_LBT: Int[ndarray, "L B T"]
     virtual_slots_LBT: Int[ndarray, "L B T"]
@@ -49,11 +49,11 @@ class TokenRouting:
 
     @property
     def dropped(self) -> int:
-        """Real slots that found no room, over all layers."""
+        """Number of real slots that did not fit, over all layers."""
         return int(self.dropped_LBTK.sum())
 
     def experts(self, layer: int, row: int, position: int) -> dict[int, float]:
-        """Combine weights by expert of the experts that computed one token."""
+        """Returns the combine weights of the experts that computed one token, by expert."""
         at = (layer, row, position)
         live_K = (self.weights_LBTK[at] > 0) & ~self.dropped_LBTK[at]
         pairs = zip(self.expert_ids_LBTK[at][live_K], self.weights_LBTK[at][live_K], strict=True)
@@ -61,14 +61,14 @@ class TokenRouting:
 
 
 def trace_batch(trained: Trained, batch: Batch, budget: float | None = None) -> TokenRouting:
-    """Runs the model on a batch and returns what its routers and its dispatch did.
+    """Runs the model on a batch and returns its routing and drops.
 
     Args:
-      batch: of any number of rows; on a mesh it is filled up with padding rows, which are cut off again.
-      budget: nominal real experts per token (`routing.budget.shift_budget`); None: the window it was trained with.
+      batch: may have any number of rows; on a mesh padding rows are added and cut off again.
+      budget: nominal real experts per token (`routing.budget.shift_budget`); None: the window used in training.
 
     Raises:
-      UserError: a dense model, a batch that does not fit the model, or a budget out of reach.
+      UserError: if the model is dense, the batch does not fit it, or the budget is out of reach.
     """
     require(isinstance(batch, Batch), f"batch is a {type(batch).__name__}; it must be a Batch")
     require_experts(trained.config, "nothing to trace")
@@ -90,7 +90,7 @@ def trace_batch(trained: Trained, batch: Batch, budget: float | None = None) -> 
 def _trace(
     static: tuple[ModelConfig, Placement], params: Any, router_bias_LC: Array, batch: Batch, window: Array
 ) -> tuple[RoutingTrace, Array, Array]:
-    """The trace, the combine weights [L, B, T, K] and those of all virtual slots [L, B, T]."""
+    """Returns the trace, the combine weights [L, B, T, K] and those of all virtual slots [L, B, T]."""
     options: dict[str, Any] = {"router_bias_LC": router_bias_LC, "window": window, "mutable": ["probe"]}
     output, probed = MultimodalModel(*static).apply({"params": params}, batch, **options)
     probe = moe_probe(probed)
@@ -117,10 +117,10 @@ def _on_host(traced: Any, dropped_LBTK: ndarray, batch: Batch, window: Window) -
 
 
 def _dropped(trained: Trained, model: ModelConfig, trace: RoutingTrace, layer: int) -> Bool[ndarray, "B T K"]:
-    """Which slots of one layer found no room: those whose weight the output does not depend on.
+    """Finds the slots of one layer that were dropped: those whose weight the output does not depend on.
 
-    Dispatch runs once more on the layer's own routing, with tiny experts whose outputs are all alike, and is
-    differentiated with respect to the combine weights. This works for any dispatcher, a user's own too.
+    Dispatch runs once more on the layer's own routing, with tiny experts whose outputs are all equal, and is
+    differentiated by the combine weights. This works for any dispatcher, also a user's own.
     """
     plan = plan_of(model, jax.tree.map(lambda leaf: leaf[layer], trace))
     execution = dataclasses.replace(model.stack.execution, implementation="xla")
@@ -131,7 +131,7 @@ def _dropped(trained: Trained, model: ModelConfig, trace: RoutingTrace, layer: i
 
 @functools.partial(jax.jit, static_argnums=0)
 def _dependence(static: tuple[Execution, Placement], plan: RoutingPlan) -> Float[Array, "N K"]:
-    """The derivative of the sum of all outputs with respect to each combine weight."""
+    """Returns the derivative of the sum of all outputs by each combine weight."""
     placement = static[1]
     E, F = plan.spec.num_experts, placement.mesh.size  # a width that every mesh axis divides
     experts = ExpertWeights(jnp.ones((E, F, F)), jnp.ones((E, F, F)), jnp.ones((E, F, F)))

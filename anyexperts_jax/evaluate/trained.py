@@ -1,4 +1,4 @@
-"""A run's checkpoint, ready to be measured at any window."""
+"""`Trained`, a run's checkpoint that can be measured at any window."""
 
 import dataclasses
 import functools
@@ -34,39 +34,39 @@ class Trained:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The one it was trained with."""
+        """The tokenizer used in training."""
         return self.sources.tokenizer
 
     @functools.cached_property
     def sources(self) -> Sources:
-        """The data of its mixture, each opened once."""
+        """The data sources of the run's mixture, each opened once."""
         return Sources(self.config.data)
 
     @property
     def placement(self) -> Placement:
-        """Where the arrays are."""
+        """The devices of the parameters."""
         return placement_of(self.params)
 
     def whole_rows(self, rows: int) -> int:
-        """`rows`, rounded up to what the mesh splits evenly. Padding rows fill every batch up to this number."""
+        """Rounds `rows` up so that the mesh divides it. Batches are filled up to this number with padding rows."""
         placement = self.placement
         shards = batch_shards(placement.mesh, placement.rules)
         return -(-rows // shards) * shards
 
     def place(self, batch: Batch) -> Batch:
-        """Puts a batch of `whole_rows` rows on the devices of the model."""
+        """Puts a batch of `whole_rows` rows on the model's devices."""
         placement = self.placement
         return shard_batch(placement.mesh, batch, rules=placement.rules) if is_split(placement) else batch
 
 
 def load_trained(run_dir: str | pathlib.Path, which: str = "best", mesh: Mesh | None = None) -> Trained:
-    """The run's best or last checkpoint, on `mesh` or else on the first device, whatever it was trained on.
+    """Loads the run's best or last checkpoint onto `mesh`, or onto the first device, whatever it was trained on.
 
     The run may still be training: one consistent checkpoint is loaded, with its own step.
 
     Raises:
-      UserError: when there is no run or checkpoint, when a checkpoint or a recorded validation loss is damaged, or when
-        the model does not split over the mesh.
+      UserError: if there is no run or checkpoint, a checkpoint or a recorded validation loss is damaged, or the mesh
+        does not divide the model.
     """
     require_devices()
     found = load_checkpoint(run_dir, which, mesh)
@@ -74,10 +74,10 @@ def load_trained(run_dir: str | pathlib.Path, which: str = "best", mesh: Mesh | 
 
 
 def require_experts(config: RunConfig, what: str) -> None:
-    """Refuses `what` of a dense model, which routes nothing.
+    """Checks that the run's model has experts.
 
     Raises:
-      UserError: when the run's model has no MoE layer.
+      UserError: that begins with `what`, if the model has no MoE layer.
     """
     require(config.model.stack.num_moe_layers > 0, f"{what}: the run's model is dense and routes nothing")
 
@@ -87,7 +87,7 @@ def own_window(moe: AnyExpertsConfig) -> tuple[float, float]:
 
 
 def with_room(config: ModelConfig, k_max: float) -> ModelConfig:
-    """The same model with slot arrays wide enough for windows up to `k_max`, or as wide as its experts allow.
+    """Returns the model's configuration with slot arrays wide enough for `k_max`, or as wide as its experts allow.
 
     Its own window moves up as well; `at_window` sizes buffers for the window in force. The parameters fit both.
     """
@@ -104,13 +104,14 @@ def with_room(config: ModelConfig, k_max: float) -> ModelConfig:
 
 
 def at_window(config: ModelConfig, window: tuple[float, float]) -> ModelConfig:
-    """The configuration to run at `window`, so that what is measured there depends on no other window of the command.
+    """Returns the configuration to run at `window`, so that measurements do not depend on other windows of a command.
 
-    Where dispatch has buffers ("capacity", "exchange") their size follows the configuration's own budget, so it gets
-    the window as its own: one program for each window. Elsewhere it stays, and one program serves all windows.
+    The size of dispatch's buffers ("capacity", "exchange") follows the configuration's own budget, so with these the
+    configuration gets the window as its own, and each window needs its own program. With other dispatches the
+    configuration is unchanged, and one program serves all windows.
 
     Raises:
-      UserError: when the model cannot have the window.
+      UserError: if the model cannot have the window.
     """
     if config.stack.execution.dispatch not in BUFFERED:
         return config

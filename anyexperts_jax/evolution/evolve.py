@@ -36,7 +36,7 @@ class EvolutionState(NamedTuple):
 def draw_betas(
     config: EvolutionConfig, num_experts: int, key: UInt32[Array, "2"], step: Int[Array, ""]
 ) -> Float[Array, "J"]:
-    """The beta of each of the J = num_experts - 1 evolved experts at a step, uniform in the expert's own range."""
+    """Draws the beta of each of the J = num_experts - 1 evolved experts at a step, uniformly in the expert's range."""
     if config.fixed_beta is not None:
         return jnp.full(num_experts - 1, config.fixed_beta, jnp.float32)
     low_J, high_J = jnp.asarray(config.beta_low, jnp.float32), jnp.asarray(config.beta_high, jnp.float32)
@@ -44,8 +44,8 @@ def draw_betas(
     return low_J + (high_J - low_J) * jax.random.uniform(own, low_J.shape)
 
 
-def follow(mode: EvolutionMode, beta: Array, follower: Array, before: Array, after: Array, gradient: Array) -> Array:
-    """The next weights of an evolved expert, in float32. All arguments but `mode` broadcast against each other.
+def follow(mode: EvolutionMode, beta: Array, follower: Array, *, before: Array, after: Array, gradient: Array) -> Array:
+    """Returns the next weights of an evolved expert, in float32. All arguments but `mode` broadcast together.
 
     Args:
       follower: the expert's weights.
@@ -97,7 +97,7 @@ def expert_evolution(
         after = apply_updates(before, updates)
         beta_J = draw_betas(config, num_experts, state.key, state.step)
 
-        def with_followers(update: Array, gradient: Array, before: Array, after: Array, param: Array) -> Array:
+        def move_followers(param: Array, gradient: Array, before: Array, after: Array) -> Array:
             along = [1] * param.ndim
             along[axis] = num_experts - 1
             followers = jax.lax.slice_in_dim(param, 1, num_experts, axis=axis)
@@ -105,9 +105,12 @@ def expert_evolution(
             moved -= followers.astype(moved.dtype)
             if stops:
                 moved = jnp.where(state.step < last_J.reshape(along), moved, 0)
-            return jnp.concatenate([update.astype(param.dtype), moved.astype(param.dtype)], axis=axis)
+            return moved.astype(param.dtype)
 
-        updates = jax.tree.map(with_followers, updates, gradient, before, after, params)
+        def beside(own: Array, followers: Array) -> Array:
+            return jnp.concatenate([own.astype(followers.dtype), followers], axis=axis)
+
+        updates = jax.tree.map(beside, updates, jax.tree.map(move_followers, params, gradient, before, after))
         taken = jnp.asarray(extra.get("finite", True), jnp.int32)
         return updates, EvolutionState(state.key, state.step + taken, inner_state)
 

@@ -1,7 +1,7 @@
-"""Plain upcycling of a published dense model: a published mixture whose experts are copies of its networks.
+"""Plain upcycling: makes a published MoE model from a published dense one; its experts are copies of the networks.
 
-The mixture is of a class that other tools have: Llama's decoder with experts is Mixtral, Qwen3's is Qwen3-MoE. So it is
-written in the hub's layout, and `anyexperts train` takes it as any other checkpoint.
+The result has a class that other tools know: Llama's decoder with experts is Mixtral, Qwen3's is Qwen3-MoE. So it can
+be written in the hub's layout, and `anyexperts train` accepts it like any other checkpoint.
 """
 
 import dataclasses
@@ -35,26 +35,26 @@ def upcycle(
     init: ExpertInit = "copy",
     seed: int = 0,
 ) -> Pretrained:
-    """The mixture of experts that starts from a dense model: every expert is a copy of the layer's network.
+    """Makes an MoE model from a dense one: every expert is a copy of the layer's network.
 
-    A token's weights sum to one, so with `init="copy"` the first forward pass is the dense model's up to rounding,
-    whatever the router chooses. The router is random. With one expert a token the weight is always 1, and only the
+    A token's weights sum to one, so with `init="copy"` the first forward pass equals the dense model's up to rounding,
+    whatever the router chooses. The router is random. With one expert per token the weight is always 1, and only the
     balance loss trains the router.
 
     Args:
       m: a dense model of Llama's or Qwen3's class.
-      num_experts: experts of a layer, each as wide as its network was.
+      num_experts: experts per layer, each as wide as the dense network.
       experts_per_token: how many of them a token gets.
-      moe_every, num_dense_layers: which layers get experts, of Qwen3: leading dense ones, then every n-th. Mixtral has
-        them in all.
+      moe_every, num_dense_layers: which layers of Qwen3 get experts: leading dense layers, then every n-th. Mixtral has
+        experts in all layers.
       init: how the experts differ from the network at the start; see `evolution.config.UpcycleConfig`.
-      seed: of the router and of what `init` draws.
+      seed: seed of the router and of `init`.
 
     Raises:
-      UserError: a model that has experts, one of another class or with biases that the mixture's class lacks, or layers
-        that do not fit the pattern.
+      UserError: if the model has experts, has another class or biases that the MoE class lacks, or its layers do not
+        fit the pattern.
 
-    A dense model of random weights, and the mixture that computes the same:
+    Upcycle a dense model with random weights:
 
     >>> import anyexperts_jax as ax
     >>> from anyexperts_jax.pretrained.random_model import random_model
@@ -73,7 +73,7 @@ def upcycle(
     stack = read.stack
     pattern = dataclasses.replace(wanted, moe_every=stack.moe_every, num_dense_layers=stack.num_dense_layers)
     config = upcycled_model(m.config, pattern, read.moe)
-    if stack.num_dense_layers == 0 and stack.moe_every == 1:  # no dense network, whose width nothing says then
+    if stack.num_dense_layers == 0 and stack.moe_every == 1:  # no dense layer is left, and config.json lacks its width
         config = dataclasses.replace(config, stack=dataclasses.replace(config.stack, d_ff=stack.d_ff))
     params = upcycle_params(m.params, config, pattern, jax.random.key(seed), m.placement.mesh)
     return dataclasses.replace(m, config=config, params=params, hub=hub, family=family)
@@ -82,10 +82,10 @@ def upcycle(
 def mixture_of(
     dense: ModelConfig, family: str, hub: HubConfig, wanted: UpcycleConfig, experts_per_token: int
 ) -> tuple[str, HubConfig]:
-    """The family, and the config.json, of the published class that a dense model with experts is of.
+    """Returns the family and the config.json of the published class that a dense model with experts has.
 
     Raises:
-      UserError: when there is none.
+      UserError: if there is no such class.
     """
     require(family in _TARGETS, f"upcycle: family {family} has no class with experts here, only {comma_list(_TARGETS)}")
     target, own = _TARGETS[family](dense, wanted)
@@ -94,10 +94,10 @@ def mixture_of(
 
 
 def keep_mixture(run: EvolveRun, stage: pathlib.Path, note: Callable[[str], None]) -> None:
-    """Writes the folder "base" of a stage with experts, where the run starts from a published dense checkpoint.
+    """Writes the folder "base" of a stage with experts, if the run starts from a published dense checkpoint.
 
-    With it the stage is a published mixture: `train.published.load_tuned` reads it. Where no class has such experts,
-    `note` is called with a line that says why, and the stage is a run alone.
+    With it `train.published.load_tuned` reads the stage as a published MoE model. If no published class has such
+    experts, `note` is called with the reason, and the stage is only a run.
     """
     start, folder = run.base.train.start_from, RunDir(stage).base
     if start is None or folder.is_dir() or not is_published(start):
@@ -116,7 +116,7 @@ def keep_mixture(run: EvolveRun, stage: pathlib.Path, note: Callable[[str], None
     fresh.rename(folder)
 
 
-_WRITTEN_ANEW = keys(  # of a config.json: what a dense model has not, means nothing by, or has false
+_WRITTEN_ANEW = keys(  # keys of config.json that a dense model does not have, ignores, or has with another value
     """
     attention_bias decoder_sparse_step layer_types mlp_bias mlp_only_layers model_type moe_intermediate_size
     n_routed_experts norm_topk_prob num_experts num_experts_per_tok num_local_experts pretraining_tp

@@ -1,1 +1,1 @@
-"""Tasks of EleutherAI's evaluation harness on a run or a published checkpoint, at several budgets."""
+"""Runs tasks of EleutherAI's evaluation harness on a run or a published checkpoint, at several budgets."""

@@ -1,4 +1,4 @@
-"""`HarnessLM`: what lm-eval asks of a model. Imported only where the extra `harness` is there."""
+"""`HarnessLM`, lm-eval's model interface over this package. Import it only if the extra `harness` is installed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,19 +15,19 @@ from anyexperts_jax.serve.model import ServedModel
 from anyexperts_jax.serve.slots import row_budget
 from anyexperts_jax.tokenizers.chat import ChatTemplate
 
-MAX_NEW_TOKENS = 256  # of an answer, where the task does not say
+MAX_NEW_TOKENS = 256  # longest answer, unless the task sets its own
 
 
 class HarnessLM(TemplateLM):
-    """A model at one budget. `used` counts the real experts of all that was asked.
+    """A model at one budget. `used` counts the real experts over all requests.
 
     Args:
-      budget: real experts a token; None: the model's own.
-      rows: sequences that are scored at once, and answers that are written at once.
-      length: positions of a sequence; None: the model's.
+      budget: real experts per token; None: the model's own window.
+      rows: batch size, for scoring and for generation.
+      length: longest sequence; None: the model's positions.
 
     Raises:
-      UserError: a budget out of reach, or more positions than the model has.
+      UserError: if the model cannot reach the budget, or has fewer positions.
     """
 
     def __init__(self, model: ServedModel, budget: float | None, *, rows: int = 8, length: int | None = None) -> None:
@@ -47,7 +47,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands before a text without context."""
+        """The token put before a text that has no context."""
         return self._model.tokenizer.special.begin
 
     @property
@@ -55,7 +55,7 @@ class HarnessLM(TemplateLM):
         return f"{self._model.tokenizer.name} {self._model.tokenizer.fingerprint}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The ids of a text that may hold special tokens, as a rendered conversation does."""
+        """Encodes a text that may contain special tokens, such as a rendered conversation."""
         ids: list[int] = self._model.tokenizer.encode_rendered(string).ids_T.tolist()
         leading = list(self._model.leading_ids)
         if add_special_tokens is False or (leading and ids[: len(leading)] == leading):
@@ -63,13 +63,13 @@ class HarnessLM(TemplateLM):
         return leading + ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as text; without a generation prompt it ends where its last message does, to go on there."""
+        """Renders a conversation. Without a generation prompt it ends with its last message, to be continued there."""
         text = ChatTemplate.of(self._model.tokenizer).write(chat_history, add_generation_prompt)
         if add_generation_prompt:
             return text
-        said = chat_history[-1]["content"].strip()
-        require(said in text, "the chat template changes the last message, so no answer can go on from it")
-        return text[: text.rindex(said) + len(said)]
+        last = chat_history[-1]["content"].strip()
+        require(last in text, "the chat template changes the last message, so no answer can continue it")
+        return text[: text.rindex(last) + len(last)]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         if not chat_template:
@@ -78,7 +78,7 @@ class HarnessLM(TemplateLM):
         return ChatTemplate.of(self._model.tokenizer, *name).source
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log likelihood of whole texts, each in windows of all positions."""
+        """Returns the log likelihood of whole texts, scored in consecutive windows of `max_length` positions."""
         windows, owners = list[Pair](), list[int]()
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -86,14 +86,14 @@ class HarnessLM(TemplateLM):
                 windows.append(Pair(*map(tuple, make_disjoint_window(pair))))
                 owners.append(number)
         found = [0.0] * len(requests)
-        for number, (logprob, _) in zip(owners, self._scored(windows), strict=True):
+        for number, (logprob, _) in zip(owners, self._score(windows), strict=True):
             found[number] += logprob
         for request, logprob in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, logprob)
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers, up to the texts that end one."""
+        """Generates an answer to each request, up to the first of its stop texts."""
         texts = ["" for _ in requests]
         engine = Engine(
             self._model.weights,
@@ -122,7 +122,7 @@ class HarnessLM(TemplateLM):
     def _job(self, number: int, context: str, asked: dict[str, Any], *, tell: Any) -> Job:
         how: dict[str, Any] = dict(normalize_gen_kwargs(asked, MAX_NEW_TOKENS))
         stop, most = how.pop("until", None) or [], how.pop("max_gen_toks")
-        draws = bool(how.pop("do_sample", False))
+        samples = bool(how.pop("do_sample", False))
         known = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float}
         values = {name: kind(how.pop(name)) for name, kind in known.items() if how.get(name) is not None}
         unknown = [name for name in how if how[name] is not None]
@@ -130,7 +130,7 @@ class HarnessLM(TemplateLM):
         require(values.get("repetition_penalty", 1.0) == 1.0, "the task asks for a repetition_penalty: not supported")
         require(most < self.max_length, f"max_gen_toks={most} leaves no room in {self.max_length} positions")
         prompt = self.tok_encode(context)[-(self.max_length - most) :] or [self.prefix_token_id]
-        sampling = Sampling(**values) if draws else Sampling()
+        sampling = Sampling(**values) if samples else Sampling()
         return Job(
             Prompt(tuple(prompt)),
             most,
@@ -142,13 +142,13 @@ class HarnessLM(TemplateLM):
         )
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        found = self._scored([Pair(tuple(context), tuple(continuation)) for _, context, continuation in requests])
+        found = self._score([Pair(tuple(context), tuple(continuation)) for _, context, continuation in requests])
         for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return found
 
-    def _scored(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
+    def _score(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
         return log_likelihoods(
             self._model.weights, pairs, self._budget, rows=self._rows, longest=self.max_length, used=self.used
         )

@@ -1,4 +1,4 @@
-"""`evaluate_tasks`: lm-eval's own `simple_evaluate` with a model of ours, a task and a budget at a time."""
+"""`evaluate_tasks`: runs lm-eval's `simple_evaluate` on a model of this package, for each task and budget."""
 
 import contextlib
 import dataclasses
@@ -21,33 +21,33 @@ from anyexperts_jax.serve.model import ServedModel
 from anyexperts_jax.serve.slots import row_budget
 from anyexperts_jax.train.metrics import plain
 
-_SHOWN_UNKNOWN = 4  # names of tasks in a message
+_SHOWN_UNKNOWN = 4  # similar task names that an error message suggests
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskOptions:
-    """How tasks are asked."""
+    """How tasks are run."""
 
-    include: tuple[pathlib.Path, ...] = ()  # folders with tasks of one's own
-    limit: int | None = None  # examples of each task; None: all
-    fewshot: int | None = None  # examples in the prompt; None: as the task says
-    chat: bool = False  # by the model's chat template
-    rows: int = 8  # sequences at once
-    length: int | None = None  # positions of a sequence; None: the model's
+    include: tuple[pathlib.Path, ...] = ()  # folders with the user's own tasks
+    limit: int | None = None  # how many examples of each task; None: all
+    fewshot: int | None = None  # examples in the prompt; None: the task's own number
+    chat: bool = False  # whether prompts are rendered with the model's chat template
+    rows: int = 8  # batch size
+    length: int | None = None  # longest sequence; None: the model's positions
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskScore:
-    """A score of a task at a budget, and what it cost.
+    """The score of a task at a budget, and how many experts it used.
 
     Attributes:
-      score: lm-eval's, as `metric`; `standard_error` is nan where it tells none.
-      examples: that were scored.
-      budget: real experts a token that were asked for; None: the model's own.
-      realised: real experts that a token took, mean over MoE layers; nan for a dense model.
-      by_layer: the same of each MoE layer.
-      policy: what decides a token's experts.
-      seconds: of the whole task, with compiling.
+      score: lm-eval's value of `metric`; `standard_error` is nan if lm-eval reports none.
+      examples: how many were scored.
+      budget: requested real experts per token; None: the model's own window.
+      realised: real experts used per token, mean over MoE layers; nan for a dense model.
+      by_layer: real experts used per token in each MoE layer.
+      policy: what decides how many experts a token gets.
+      seconds: time of the whole task, compilation included.
     """
 
     task: str
@@ -70,22 +70,22 @@ def evaluate_tasks(
     options: TaskOptions = TaskOptions(),
     note: Callable[[str], None] = lambda line: None,
 ) -> list[TaskScore]:
-    """Scores of lm-eval's tasks, or of one's own in its form.
+    """Scores a model on lm-eval's tasks, or on the user's own in lm-eval's format.
 
     Args:
       tasks: names of tasks or groups.
-      budgets: real experts a token; None: the model's own.
-      note: told each task as it begins.
+      budgets: real experts per token; None: the model's own window.
+      note: called with one line as each task begins.
 
     Raises:
-      UserError: when lm-eval is not installed, there is no such task, it cannot be read, or a budget is out of reach.
+      UserError: if lm-eval is not installed, a task is unknown or cannot be read, or the model cannot reach a budget.
     """
     require_harness()
     require(len(tasks) > 0, "--tasks names no task")
     for budget in budgets:
         row_budget(model.base, model.weights.config, budget)
     with _quiet():
-        manager = _manager(options.include, tasks)
+        manager = _task_manager(options.include, tasks)
         return [
             score
             for task in tasks
@@ -95,16 +95,16 @@ def evaluate_tasks(
 
 
 def require_harness() -> None:
-    """Refuses to go on without the extra `harness`.
+    """Checks that the extra `harness` is installed.
 
     Raises:
-      UserError: saying how to install it.
+      UserError: that says how to install it.
     """
     require_package("lm_eval", "harness", "--tasks needs")
 
 
 def score_table(scores: Sequence[TaskScore], title: str) -> TextTable:
-    """The scores as they are printed."""
+    """Returns the table of scores that is printed."""
     columns = ("task", "metric", "budget", "score", "± error", "real experts", "examples", "seconds", "policy")
     rows = [
         (
@@ -124,7 +124,7 @@ def score_table(scores: Sequence[TaskScore], title: str) -> TextTable:
 
 
 def layer_table(scores: Sequence[TaskScore]) -> TextTable | None:
-    """Real experts a token by MoE layer; None for a dense model."""
+    """Returns a table of real experts per token in each MoE layer; None for a dense model."""
     measured = {(one.task, one.budget): one for one in scores if one.by_layer}
     if not measured:
         return None
@@ -139,14 +139,14 @@ def layer_table(scores: Sequence[TaskScore]) -> TextTable | None:
 
 
 def write_scores(scores: Sequence[TaskScore], path: pathlib.Path, command: str) -> None:
-    """Writes the scores as JSON; what is no number is null."""
+    """Writes the scores as JSON; nan becomes null."""
     rows = plain([dataclasses.asdict(one) for one in scores])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"command": command, "scores": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 def policy_name(config: ModelConfig, budget: float | None) -> str:
-    """What decides a token's experts, in words for a table."""
+    """Names, for a table, what decides how many experts a token gets."""
     if config.stack.num_moe_layers == 0:
         return "dense"
     if not mixes(config) or config.moe.policy != IMPORTANCE:
@@ -156,7 +156,7 @@ def policy_name(config: ModelConfig, budget: float | None) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval logs its progress; warnings and what it prints about tasks stay."""
+    """Silences lm-eval's progress log while the block runs; what it prints about tasks stays."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -166,8 +166,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _manager(include: Sequence[pathlib.Path], tasks: Sequence[str]) -> Any:
-    """lm-eval's index of tasks: of the folders alone where they hold all that is asked for, as its own is large."""
+def _task_manager(include: Sequence[pathlib.Path], tasks: Sequence[str]) -> Any:
+    """Returns lm-eval's index of tasks. If the user's folders hold all tasks, its own large index is not built."""
     from lm_eval.tasks import TaskManager
 
     for folder in include:
@@ -221,7 +221,7 @@ def _evaluate(
             task_manager=manager,
             bootstrap_iters=1000,
         )
-    except (OSError, yaml.YAMLError) as error:  # of the task's files, or of data that cannot be fetched
+    except (OSError, yaml.YAMLError) as error:  # the task's files are broken, or its data cannot be fetched
         raise UserError(f"the task {task!r} cannot be read: {one_line(error, 300)}") from error
     seconds = time.perf_counter() - began
     assert found is not None
@@ -233,7 +233,7 @@ def _evaluate(
             score,
             error,
             better,
-            examples=_examples(found, name),
+            examples=_count_examples(found, name),
             budget=budget,
             realised=sum(used) / len(used) if used else float("nan"),
             by_layer=used,
@@ -245,21 +245,21 @@ def _evaluate(
 
 
 def _metrics(found: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float, bool | None]]:
-    """Every (task, metric, score, standard error, whether higher is better), as lm-eval tells them."""
+    """Yields (task, metric, score, standard error, whether higher is better) from lm-eval's results."""
     for name, values in {**found["results"], **found.get("groups", {})}.items():
         for key, value in values.items():
-            metric, _, kept = key.partition(",")
-            if not kept or metric.endswith("_stderr") or not isinstance(value, int | float):
+            metric, _, filter_name = key.partition(",")
+            if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = values.get(f"{metric}_stderr,{kept}")
+            error = values.get(f"{metric}_stderr,{filter_name}")
             error = float(error) if isinstance(error, int | float) else float("nan")
-            shown = metric if kept == "none" else f"{metric} ({kept})"
+            shown = metric if filter_name == "none" else f"{metric} ({filter_name})"
             yield name, shown, float(value), error, found["higher_is_better"].get(name, {}).get(metric)
 
 
-def _examples(found: Mapping[str, Any], name: str) -> int:
+def _count_examples(found: Mapping[str, Any], name: str) -> int:
     counts = found.get("n-samples", {})
     if name in counts:
         return int(counts[name]["effective"])
-    below = found.get("group_subtasks", {}).get(name, [])
-    return sum(int(counts[one]["effective"]) for one in below if one in counts)
+    subtasks = found.get("group_subtasks", {}).get(name, [])
+    return sum(int(counts[one]["effective"]) for one in subtasks if one in counts)

@@ -1,4 +1,4 @@
-"""Log likelihoods of continuations, and the real experts they took."""
+"""Log likelihoods of continuations, and how many real experts they used."""
 
 import functools
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ from anyexperts_jax.pretrained.decode import Weights
 from anyexperts_jax.serve.slots import RowBudget
 from anyexperts_jax.sharding.placement import Placement
 
-_LENGTH_STEP = 32  # lengths are rounded up to it, so that few programs are compiled
+_LENGTH_STEP = 32  # lengths are rounded up to a multiple of it, so that few programs are compiled
 
 
 class Pair(NamedTuple):
-    """A context and what follows it, as ids; the context has one at least."""
+    """A context and its continuation, as ids; the context has at least one."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
 
 
 class Used:
-    """Counts real experts, by MoE layer, and the tokens that took them."""
+    """Sums up real experts, by MoE layer, and the tokens that used them."""
 
     def __init__(self, layers: int) -> None:
         self._real_L, self._tokens = np.zeros(layers, np.float64), 0
@@ -40,20 +40,20 @@ class Used:
 
     @property
     def by_layer(self) -> tuple[float, ...]:
-        """A token, of each layer; () for a dense model, and where nothing was counted."""
+        """Real experts per token in each MoE layer; () for a dense model or before anything was counted."""
         return tuple((self._real_L / self._tokens).tolist()) if self._tokens else ()
 
 
 def log_likelihoods(
     weights: Weights, pairs: Sequence[Pair], budget: RowBudget, *, rows: int, longest: int, used: Used
 ) -> list[tuple[float, bool]]:
-    """Of each continuation its log likelihood, and whether each of its tokens is the likeliest one.
+    """Returns for each continuation its log likelihood, and whether greedy decoding would produce it.
 
-    A pair of more than `longest` + 1 tokens loses the first ones.
+    A pair of more than `longest` + 1 tokens is cut at its beginning.
 
     Args:
-      rows: of a batch.
-      used: counts what it took.
+      rows: batch size.
+      used: adds up the experts used.
     """
     config = dropless(weights.config)
     static = (config, weights.placement)
@@ -61,7 +61,7 @@ def log_likelihoods(
     found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     for begin in range(0, len(order), rows):
         numbers = order[begin : begin + rows]
-        arrays, tokens = _arrays(config, [pairs[i] for i in numbers], rows, longest)
+        arrays, tokens = _pad(config, [pairs[i] for i in numbers], rows, longest)
         window = jnp.asarray((budget.k_min, budget.k_max), jnp.float32)
         logprob_B, likeliest_B, real_L = _scores(
             static, weights.params, weights.router_bias_LC, arrays, (window, jnp.float32(budget.share))
@@ -80,7 +80,7 @@ class _Arrays(NamedTuple):
     scored_BT: Bool[Array, "B T"]  # where the next token belongs to the continuation
 
 
-def _arrays(config: ModelConfig, pairs: Sequence[Pair], rows: int, longest: int) -> tuple[_Arrays, int]:
+def _pad(config: ModelConfig, pairs: Sequence[Pair], rows: int, longest: int) -> tuple[_Arrays, int]:
     texts = [(*pair.context, *pair.continuation)[-(longest + 1) :] for pair in pairs]
     width = -(-max(len(text) - 1 for text in texts) // _LENGTH_STEP) * _LENGTH_STEP
     width = min(width, config.max_length)
@@ -105,7 +105,7 @@ def _scores(
     (config, placement), (window, share) = static, budget
     place_1T = jnp.arange(arrays.tokens_BT.shape[1], dtype=jnp.int32)[None]
     policy = window_arguments(config, window, share, jnp.broadcast_to(place_1T, arrays.tokens_BT.shape))
-    batch = make_batch(arrays.tokens_BT, valid_BT=arrays.valid_BT, **_no_media(config, arrays.tokens_BT.shape[0]))
+    batch = make_batch(arrays.tokens_BT, valid_BT=arrays.valid_BT, **_empty_media(config, arrays.tokens_BT.shape[0]))
     output: Any = MultimodalModel(config, placement).apply(
         {"params": params}, batch, router_bias_LC=router_bias_LC, **policy
     )
@@ -117,8 +117,8 @@ def _scores(
     return logprob_B, (likeliest_BT | ~arrays.scored_BT).all(axis=1), real_L
 
 
-def _no_media(config: ModelConfig, rows: int) -> dict[str, Array]:
-    """Room for the media that the model reads, with none in it."""
+def _empty_media(config: ModelConfig, rows: int) -> dict[str, Array]:
+    """Returns empty inputs for the encoders of a model that reads media."""
     found = {}
     if config.vision is not None:
         found["patches_BPX"] = jnp.zeros((rows, 1, config.vision.patch_features), jnp.float32)

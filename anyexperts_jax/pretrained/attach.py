@@ -1,4 +1,4 @@
-"""`attach` gives a model that was read variable slots; `detach` takes them away again."""
+"""`attach` gives a published mixture-of-experts model variable slots; `detach` removes them again."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.sharding.placement import Placement, is_split
 from anyexperts_jax.sharding.specs import param_shardings
 
-ROUTER = "linear_apart"  # whose virtual columns are a parameter of their own: the base's stay as they are
+ROUTER = "linear_apart"  # keeps its virtual columns in a separate parameter, so the base's columns stay unchanged
 _IMPORTANCE_BIAS = f"{MOE_LAYERS}moe/importance/out/bias"
 
 
@@ -32,26 +32,26 @@ def attach(
     preserve: bool = True,
     seed: int = 0,
 ) -> Pretrained:
-    """The model with an importance network in every layer of experts, `num_virtual` virtual experts and a window.
+    """Adds an importance network to every MoE layer, `num_virtual` virtual experts and a window of slots.
 
-    The parameters of the base stay the arrays that they are. With `preserve` the first forward pass is the base's, bit
-    for bit in float32 on one device: the importance network gives every token the logit at which the window rounds to
-    the base's number of experts, and the strength of every layer is 0, so that modulation and tilt have no effect and
-    no virtual expert can win a slot. `routing.onset` says how training leaves that point: the strength moves at the
-    first step, and lets the rest in. Without `preserve` the model starts as the paper's: importance 1/2, the full
-    tilt and modulation, virtual experts that compete from the first step on.
+    The base's parameters are kept as the same arrays. With `preserve` the first forward pass equals the base's, bit for
+    bit in float32 on one device: the importance network gives every token the logit at which the window rounds to the
+    base's number of experts, and the strength of every layer is 0, so that modulation and tilt have no effect and no
+    virtual expert can win a slot. `routing.onset` explains how training leaves this point: the strength changes at the
+    first step, and the other parts take effect with it. Without `preserve` the model starts as in the paper: importance
+    1/2, full tilt and modulation, and virtual experts that compete from the first step.
 
     Args:
-      m: a mixture with a fixed number of experts a token.
-      k_min, k_max: slots of a token of importance 0 and 1. With `preserve` the base's number lies between them.
-      num_virtual: virtual experts, of which a token may use a fifth of its slots; 0: none.
-      preserve: whether the first forward pass is the base's.
-      seed: of the new parameters.
+      m: a mixture-of-experts model with a fixed number of experts per token.
+      k_min, k_max: slots of a token of importance 0 and 1. With `preserve` the base's number must lie between them.
+      num_virtual: number of virtual experts, which may take up to a fifth of a token's slots; 0: none.
+      preserve: whether the first forward pass equals the base's.
+      seed: seed of the new parameters.
 
     Raises:
-      UserError: a dense model, one that has variable slots already, or a window that does not fit it.
+      UserError: if the model is dense or has variable slots already, or the window does not fit it.
 
-    A model of random weights, given 3 to 5 slots a token:
+    Give a model with random weights 3 to 5 slots per token:
 
     >>> import anyexperts_jax as ax
     >>> from anyexperts_jax.pretrained.random_model import random_model
@@ -82,10 +82,10 @@ def attach(
 def attached_config(
     config: ModelConfig, *, k_min: float, k_max: float, num_virtual: int = 0, preserve: bool = True
 ) -> ModelConfig:
-    """The configuration of a model to which `attach` has given slots.
+    """Returns the configuration that `attach` gives a model.
 
     Raises:
-      UserError: as `attach`.
+      UserError: as for `attach`.
     """
     base = config.moe
     require(config.stack.num_moe_layers > 0, "attach: the model is dense; split it into experts first")
@@ -107,18 +107,20 @@ def attached_config(
         ),
     )
     if preserve:
-        importance_bias(moe, int(base.k_max))  # a window that never gives the base's number is refused
+        importance_bias(moe, int(base.k_max))  # refuses a window that cannot give the base's number of experts
     return dataclasses.replace(config, moe=moe)
 
 
 def detach(m: Pretrained) -> Pretrained:
-    """The base of a model with attached slots. Its parameters are the arrays that are in the model, so they are those
-    that were read, bit for bit, where training left them alone.
+    """Returns the base of a model with attached slots.
+
+    Its parameters are the model's own arrays, so those that training did not change equal the published ones bit for
+    bit.
 
     Raises:
-      UserError: when nothing is attached.
+      UserError: if no slots are attached.
 
-    A model of random weights, with slots attached and detached again:
+    Attach slots to a model with random weights, and detach them again:
 
     >>> import anyexperts_jax as ax
     >>> from anyexperts_jax.pretrained.random_model import random_model
@@ -141,20 +143,20 @@ def detach(m: Pretrained) -> Pretrained:
 
 
 def is_attached(m: Pretrained) -> bool:
-    """Whether `attach` made the model."""
+    """Whether the model has attached slots."""
     return m.config.moe.router == ROUTER
 
 
 def base_config(m: Pretrained) -> ModelConfig:
-    """The configuration before `attach`: the policy that the family reads in config.json."""
+    """Returns the configuration before `attach`, with the routing policy that config.json describes."""
     return dataclasses.replace(m.config, moe=FAMILIES[m.family].config(m.hub).moe)
 
 
 def importance_bias(moe: AnyExpertsConfig, experts: int) -> float:
-    """The importance logit at which a token gets this many slots, as far from the next number as can be.
+    """Returns the importance logit at which a token gets this many slots, halfway between the rounding thresholds.
 
     Raises:
-      UserError: when no importance gives it, or the experts do not suffice for a window without virtual ones.
+      UserError: if no importance gives this number, or there are fewer real experts than the window can ask for.
     """
     window = f"k_min={moe.k_min:g}, k_max={moe.k_max:g}"
     require(
@@ -175,13 +177,13 @@ def importance_bias(moe: AnyExpertsConfig, experts: int) -> float:
 
 
 def new_leaves(config: ModelConfig, have: dict[str, Any], placement: Placement, seed: int) -> dict[str, Any]:
-    """Initial values of the parameters that are not in `have`, where they belong on its devices."""
+    """Initialises the parameters that `have` lacks, and places them on the model's devices."""
     names = tuple(name for name in named_leaves(abstract_params(config)) if name not in have)
     return on_devices(config, init_leaves(config, jax.random.key(seed), names), placement)
 
 
 def on_devices(config: ModelConfig, values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
-    """Parameters of the model by name, put where they belong; other names are left out."""
+    """Places the parameters of a model on its devices; names that the model does not have are left out."""
     shapes = abstract_params(config)
     known = {name: values[name] for name in named_leaves(shapes) if name in values}
     if not is_split(placement):
@@ -191,7 +193,11 @@ def on_devices(config: ModelConfig, values: Mapping[str, Any], placement: Placem
 
 
 def _with_virtual(bias_LC: Float[Array, "L E"] | None, num_virtual: int) -> Float[Array, "L C"] | None:
-    """The virtual columns get the lowest bias of their layer: sigmoid scores of 0 then never rank before a real one."""
+    """Adds virtual columns to the expert biases.
+
+    They get the lowest bias of their layer, so that a virtual expert with a sigmoid score of 0 never ranks before a
+    real one.
+    """
     if bias_LC is None:
         return None
     lowest_L1 = bias_LC.min(axis=1, keepdims=True)

@@ -1,11 +1,12 @@
-"""Ling 2.0 (`BailingMoeV2ForCausalLM`), and Sarvam, which has its tensors' names and its router.
+"""Ling 2.0 (`BailingMoeV2ForCausalLM`), and Sarvam, which has the same tensor names and router.
 
-`model_type` is "bailing_moe" or "bailing_moe_v2", as older models of other shapes say too: the class tells them apart.
+`model_type` is "bailing_moe" or "bailing_moe_v2". Older models with another architecture use the same types, so the
+class decides.
 
-The language model of Ming-flash-omni is of the same class. Its `router_type` is "MultiRouter": three whole routers over
-one pool of experts, each a map with a bias of its own, for text, for pictures and videos, and for sound. That is the
-router "per_modality" here, with `router_of_modality`. Its rotation in space ("video_rope") is the usual one where every
-token is text, and so it is read as that.
+The language model of Ming-flash-omni has the same class. Its `router_type` is "MultiRouter": three routers over one
+pool of experts, each with its own kernel and bias, for text, for pictures and videos, and for sound. Here this is the
+router "per_modality" with `router_of_modality`. Only text is read, for which its spatial rotary embedding
+("video_rope") equals the usual one.
 """
 
 from collections.abc import Mapping
@@ -20,9 +21,9 @@ from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.rules import FLAT, KERNEL, KERNEL_OF_HEADS, ExpertLayout, Rule
 
 _THREE = ("query", "key", "value")
-_GATES = ("gate", "image_gate", "audio_gate")  # Ming's routers, as they are stacked here
+_GATES = ("gate", "image_gate", "audio_gate")  # Ming's routers, in the order in which they are stacked here
 _BY_MODALITY = {"router": "per_modality", "router_modalities": len(_GATES), "router_of_modality": (0, 1, 2, 1)}
-_SCALE = 2.5  # the default of Ming's class
+_SCALE = 2.5  # routed_scaling_factor's default in Ming's class
 _IN_SPACE = ("video_rope", "3D", "default")
 
 
@@ -45,15 +46,15 @@ def _config(hub: HubConfig) -> ModelConfig:
 
 
 def _text_alone(hub: HubConfig) -> HubConfig:
-    """Ming's configuration as it holds where every token is text: the three positions of a token are one."""
+    """Rewrites Ming's configuration for text, where a token's three rotary positions are the same."""
     values: dict[str, Any] = dict(hub.values)
     for home in ("rope_scaling", "rope_parameters"):
         own = values.get(home)
         if isinstance(own, Mapping) and own.get("rope_type", own.get("type", "default")) in _IN_SPACE:
             values[home] = {k: v for k, v in own.items() if k not in ("type", "rope_type", "mrope_section")}
     scale, other = values.get("routed_scaling_factor"), values.get("moe_router_topk_scaling_factor")
-    said = f"{hub.where}: routed_scaling_factor={scale}, moe_router_topk_scaling_factor={other} disagree"
-    require(scale is None or other is None or scale == other, said)
+    message = f"{hub.where}: routed_scaling_factor={scale}, moe_router_topk_scaling_factor={other} disagree"
+    require(scale is None or other is None or scale == other, message)
     values["routed_scaling_factor"] = next((one for one in (scale, other) if one is not None), _SCALE)
     return HubConfig(values, hub.where)
 

@@ -1,6 +1,6 @@
-"""What a run keeps of the published checkpoint that it starts from: everything but the weights.
+"""Keeps, in a run, everything but the weights of the published checkpoint that it starts from.
 
-With it the run's own weights are a published model again, wherever the checkpoint went.
+With these files the run's weights can be exported as a published model, even after the checkpoint was moved or deleted.
 """
 
 import pathlib
@@ -12,12 +12,13 @@ from anyexperts_jax.pretrained.write import write_beside
 
 
 def keep_base(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
-    """Writes config.json, tokenizer and chat template of a checkpoint, and the settings of attached slots or of split
-    networks, into a new folder, which appears whole or not at all.
+    """Copies a checkpoint's config.json, tokenizer, chat template and settings of attached slots or split networks.
+
+    They are written into a temporary folder that is renamed to `folder` when it is complete.
 
     Raises:
-      UserError: when the checkpoint cannot be read.
-      OSError: when the folder cannot be written.
+      UserError: if the checkpoint cannot be read.
+      OSError: if the folder cannot be written.
     """
     found = open_checkpoint(checkpoint)
     fresh = folder.with_name(folder.name + ".new")

@@ -1,4 +1,4 @@
-"""A budget for a model that was read: real experts a token, for models that were trained with a fixed number too."""
+"""Budgets, in real experts per token, for published models, including those trained with a fixed number of experts."""
 
 import dataclasses
 import math
@@ -14,33 +14,35 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.routing.policies import IMPORTANCE
 
-_GOLDEN = 0.6180339887498949  # multiples of it, modulo one, spread evenly from the first on
-_SURE = 40.0  # an importance logit whose sigmoid is 0 or 1 in float32
+_GOLDEN = 0.6180339887498949  # its multiples modulo one are evenly spread, however many are taken
+_SURE = 40.0  # an importance logit at which the sigmoid is exactly 0 or 1 in float32
 
 
 class BudgetInForce(NamedTuple):
-    """What a budget makes of a model: all None for the model's own."""
+    """The arrays by which a budget changes a model's routing; all None for the model's own budget."""
 
     window: Float[Array, "2"] | None = None  # (k_min, k_max) for every layer
-    share: Float[Array, ""] | None = None  # of positions that get k_max, the others k_min; None: importance decides
+    share: Float[Array, ""] | None = None  # of positions that get k_max; the others get k_min. None: importance decides
 
 
 class BudgetWindow(NamedTuple):
-    """What a budget asks of the slots."""
+    """The window of slots that a budget needs."""
 
-    moe: AnyExpertsConfig  # with room for it
+    moe: AnyExpertsConfig  # with slot arrays wide enough for the window
     window: tuple[float, float]  # k_min and k_max for every layer
-    share: float | None  # of positions that get k_max, the others k_min; None: importance decides, or both are the same
+    share: (
+        float | None
+    )  # of positions that get k_max; the others get k_min. None: importance decides, or both are equal
 
 
 def window_of(config: ModelConfig, budget: float) -> BudgetWindow:
-    """The window of a budget.
+    """Returns the window of a budget.
 
-    A model without importance gives every token the same number of experts; a fractional budget is then mixed of the
-    whole numbers around it, by the position of the token alone.
+    A model without importance gives every token the same number of experts. A fractional budget then mixes the two
+    whole numbers around it, and only a token's position decides which one it gets.
 
     Raises:
-      UserError: a dense model, or a budget out of reach.
+      UserError: if the model is dense, or cannot reach the budget.
     """
     moe = config.moe
     require(config.stack.num_moe_layers > 0, f"budget={budget:g}: the model is dense and has no experts to choose")
@@ -56,10 +58,10 @@ def window_of(config: ModelConfig, budget: float) -> BudgetWindow:
 
 
 def with_budget(config: ModelConfig, budget: float | None) -> tuple[ModelConfig, BudgetInForce]:
-    """The model with room for a budget, and what is in force; see `window_of`.
+    """Returns the configuration with room for a budget, and the arrays of its window; see `window_of`.
 
     Raises:
-      UserError: a dense model, or a budget out of reach.
+      UserError: if the model is dense, or cannot reach the budget.
     """
     if budget is None:
         return config, BudgetInForce()
@@ -69,10 +71,10 @@ def with_budget(config: ModelConfig, budget: float | None) -> tuple[ModelConfig,
 
 
 def with_policy(config: ModelConfig, policy: str, dial: float) -> ModelConfig:
-    """The model with a token's number of experts decided by an entry of POLICIES, at its dial.
+    """Returns the configuration in which an entry of POLICIES, at its dial, decides a token's number of experts.
 
     Raises:
-      UserError: a dense model, one with variable slots, an unknown policy, or a dial out of its range.
+      UserError: if the model is dense or has variable slots, the policy is unknown, or the dial is out of its range.
     """
     moe = config.moe
     require(config.stack.num_moe_layers > 0, f"policy={policy!r}: the model is dense and has no experts to choose")
@@ -83,28 +85,29 @@ def with_policy(config: ModelConfig, policy: str, dial: float) -> ModelConfig:
     if ends is not None:
         low, high = min(ends), min(max(ends), most)
         require(low <= dial <= high, f"policy={policy!r}: dial={dial:g} must be from {low:g} to {high:g}")
-        most = math.ceil(dial) if max(ends) == math.inf else most  # else a share of the scores: any number of experts
+        # A dial without an upper end counts experts. Any other is a share of the scores, which can take all of them.
+        most = math.ceil(dial) if max(ends) == math.inf else most
     room = dataclasses.replace(moe, policy=policy, policy_dial=float(dial), k_min=most, k_max=most)
     return dataclasses.replace(config, moe=room)
 
 
 def mixes(config: ModelConfig) -> bool:
-    """Whether a fractional budget is mixed by position, because every token gets the same number of slots."""
+    """Whether a fractional budget is mixed by position: true if every token gets the same number of slots."""
     return not (config.moe.uses_importance or config.moe.num_virtual)
 
 
 def _with_room(config: ModelConfig, moe: AnyExpertsConfig) -> ModelConfig:
-    """Slot arrays as wide as the budget needs, or as the model has them."""
+    """Widens the slot arrays if the budget needs more than the model's own."""
     return config if moe.k_max <= config.moe.k_max else dataclasses.replace(config, moe=moe)
 
 
 def mixing_logits(
     share: Float[Array, ""] | Float[Array, "B 1"], positions_BT: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Importance logits by which a share of the positions, evenly spread, takes k_max and the rest k_min.
+    """Returns importance logits that give k_max to an evenly spread share of the positions and k_min to the others.
 
     Args:
-      share: of all rows, or of each.
+      share: one for all rows, or one per row.
     """
     place_BT = (positions_BT + 1).astype(jnp.float32) * _GOLDEN % 1.0
     return jnp.where(place_BT < share, _SURE, -_SURE)
@@ -116,13 +119,13 @@ def window_arguments(
     share: Float[Array, ""] | Float[Array, "B 1"],
     positions_BT: Int[Array, "B T"],
 ) -> dict[str, Any]:
-    """The model's keyword arguments for a window and share as `window_of` tells them, where windows may be mixed.
+    """Returns the model's keyword arguments for a window and share from `window_of`.
 
-    They are none for a dense model, and where the experts follow another policy than importance.
+    There are none for a dense model, or if another policy than importance decides.
 
     Args:
       window: [2] for all tokens, or [B, T, 2].
-      share: as `mixing_logits` takes it; unused where importance decides.
+      share: as for `mixing_logits`; unused if importance decides.
     """
     if config.stack.num_moe_layers == 0 or config.moe.policy != IMPORTANCE:
         return {}

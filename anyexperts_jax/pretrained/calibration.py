@@ -1,4 +1,4 @@
-"""A small sample of tokens to look at a model with: to compare neurons, or two models."""
+"""A small sample of tokens on which neurons, or two models, are compared."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ _ROWS, _LENGTH = 8, 256  # in tokens
 
 
 def calibration_tokens(m: Pretrained, text: str | Sequence[Sequence[int]] | None, seed: int) -> np.ndarray:
-    """Ids [B, T] to look at a model with: of the first few thousand tokens of a text, as given, or drawn at random.
+    """Returns ids [B, T] to run a model on: the first few thousand tokens of a text, given ids, or random ones.
 
     Raises:
-      UserError: a text without tokens, or ids that the model has not.
+      UserError: if the text has no tokens.
     """
     length = min(_LENGTH, m.config.max_length)
     if text is None:

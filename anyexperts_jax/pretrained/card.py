@@ -1,4 +1,4 @@
-"""The model card of a conversion: README.md, which says what the folder holds and what it does not."""
+"""Writes the model card (README.md) of a conversion, which says what the folder holds and what was left out."""
 
 from collections.abc import Callable
 
@@ -7,20 +7,21 @@ from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.pretrained.zeda import CLASS
 
 CARD = "README.md"
-_HEADS = {  # what a hub reads; transformers itself loads a plain mixture alone
+_HEADS = {  # metadata for the hub; of the two forms, transformers itself loads only the plain one
     "plain": "---\nlibrary_name: transformers\ntags:\n- mixture-of-experts\n---\n",
     "zeda": "---\ntags:\n- mixture-of-experts\n---\n",
 }
 
 
 def card(form: str, m: Pretrained, converted: Pretrained, measured: Difference, sample: str) -> str:
-    """The text of the card.
+    """Returns the text of the card.
 
     Args:
       form: the name of the conversion.
       m: the model with variable slots.
-      converted: what the folder holds.
-      measured: of the two, on `sample`, which says what that is.
+      converted: the model in the folder.
+      measured: the difference of the two models on a sample.
+      sample: a description of the sample.
     """
     return _HEADS[form] + _CARDS[form](m, converted) + _measurement(measured, sample)
 
@@ -28,21 +29,21 @@ def card(form: str, m: Pretrained, converted: Pretrained, measured: Difference, 
 def _plain(m: Pretrained, converted: Pretrained) -> str:
     experts = int(converted.config.moe.k_max)
     return f"""
-# A static mixture, {experts} experts a token
+# A static mixture, {experts} experts per token
 
 A static top-k mixture, written by anyexperts_jax from a model in which tokens get different numbers of experts:
 {_slots(m)}.
 
-**This is not that model.** What decided a token's number of experts is left out, and every token gets {experts}. The
-experts, the real columns of the router and all other weights are that model's. Its importance networks, virtual
-columns and strengths are not in this folder; `anyexperts export --form anyexperts` keeps them.
+**This does not compute the same function.** The part that chose a token's number of experts is left out, and every
+token gets {experts}. The experts, the real columns of the router and all other weights are that model's. Its importance
+networks, virtual columns and strengths are not in this folder; `anyexperts export --form anyexperts` keeps them.
 
 It needs no code of its own: its class is `{converted.hub.values["architectures"][0]}`.
 """
 
 
 def _zeda(m: Pretrained, converted: Pretrained) -> str:
-    del m  # the same function
+    del m  # the converted model computes the same function
     moe = converted.config.moe
     returned = "nothing" if moe.switches.virtual_output == "zero" else "the block's input"
     return f"""

@@ -1,7 +1,7 @@
-"""A model with variable slots in the form of another tool: `as_plain`, `as_zeda`, `as_longcat`.
+"""Converts a model with variable slots to a form that other tools run: `as_plain`, `as_zeda`, `as_longcat`.
 
-A conversion is a published model again, of a class that the tool has, and is written in the hub's layout. `as_zeda` and
-`as_longcat` are exact or refused, with every reason in one line. `as_plain` is another function.
+The result is a published model of a class that the tool has, written in the hub's layout. `as_zeda` and `as_longcat`
+convert exactly or raise an error that lists every reason. `as_plain` computes another function.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from anyexperts_jax.routing.policies import IMPORTANCE
 _ROUTER = f"{MOE_LAYERS}moe/router/"
 _STRENGTH = f"{MOE_LAYERS}moe/strength"
 _EXPERTS_PER_TOKEN = "num_experts_per_tok"
-_UNREAD = (  # fields of a policy that do not change what a trained model of whole slots computes
+_UNREAD = (  # fields of a policy that do not change what a trained model with whole slots computes
     *("balance_weight", "importance_weight", "z_weight", "expert_bias_rate", "balance_scope"),
     *("importance_regulariser", "importance_target", "salience_scope", "slot_gradient", "virtual_bias_init"),
     *("importance_mlp", "slot_rounding", "router_modalities", "router_markers"),
@@ -34,18 +34,18 @@ _UNREAD = (  # fields of a policy that do not change what a trained model of who
 
 
 def as_plain(m: Pretrained, experts: int | None = None) -> Pretrained:
-    """The static top-k model with the same experts: not the same function, but one that every tool runs.
+    """Returns the static top-k model with the same experts. It computes another function, but every tool runs it.
 
-    Importance networks and virtual columns are left out; the real columns of the router, and all else, are as they are.
+    Importance networks and virtual columns are left out; the router's real columns and all other weights stay the same.
 
     Args:
       m: a model with variable slots.
-      experts: a token's number; None: that of the model before it got variable slots.
+      experts: experts per token; None: as many as the model used before it got variable slots.
 
     Raises:
-      UserError: a model that is static already, or more experts than a token can reach.
+      UserError: if the model is static already, or a token can reach fewer experts.
 
-    A model of random weights, given variable slots and written without them:
+    Give a model with random weights variable slots, and convert it to a static one:
 
     >>> import anyexperts_jax as ax
     >>> from anyexperts_jax.pretrained.convert import as_plain
@@ -87,12 +87,12 @@ def as_plain(m: Pretrained, experts: int | None = None) -> Pretrained:
 
 
 def as_zeda(m: Pretrained) -> Pretrained:
-    """The same function as ZEDA's class computes it (`pretrained.zeda`).
+    """Returns a model of ZEDA's class (`pretrained.zeda`) that computes the same function.
 
     Raises:
-      UserError: with every reason why ZEDA's router cannot express the model.
+      UserError: listing every reason why ZEDA's router cannot express the model.
 
-    ZEDA's start, zero experts beside those of a mixture, of random weights:
+    ZEDA's starting point, a mixture with zero experts beside the real ones, with random weights:
 
     >>> from anyexperts_jax.pretrained.convert import as_zeda
     >>> from anyexperts_jax.pretrained.random_model import random_model
@@ -123,10 +123,10 @@ def as_zeda(m: Pretrained) -> Pretrained:
 
 
 def as_longcat(m: Pretrained) -> Pretrained:
-    """LongCat-Flash's form. No model that is read here has its layers, so every one is refused.
+    """Raises for every model: none that this package reads has LongCat-Flash's layers.
 
     Raises:
-      UserError: with every reason.
+      UserError: listing every reason.
     """
     _require_mixture(m, "longcat")
     layers = (
@@ -138,12 +138,12 @@ def as_longcat(m: Pretrained) -> Pretrained:
 
 
 def routing_differences(moe: AnyExpertsConfig, other: AnyExpertsConfig) -> list[str]:
-    """The fields in which two policies route differently; those that training alone reads are left out."""
-    ours, theirs = _routing(moe), _routing(other)
+    """Lists the fields in which two policies route differently, without those that only training reads."""
+    ours, theirs = _routing_fields(moe), _routing_fields(other)
     return [f"{name}={ours[name]}, not {theirs[name]}" for name in ours if ours[name] != theirs.get(name, ours[name])]
 
 
-def _routing(moe: AnyExpertsConfig) -> dict[str, Any]:
+def _routing_fields(moe: AnyExpertsConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(moe)
     fields |= fields.pop("switches")
     if fields["normalisation"] == "all_raw_gradient":
@@ -161,7 +161,7 @@ def _routing(moe: AnyExpertsConfig) -> dict[str, Any]:
 
 
 def zeda_obstacles(m: Pretrained) -> list[str]:
-    """What of the model's function ZEDA's class cannot compute; empty: nothing."""
+    """Lists what of the model's function ZEDA's class cannot compute."""
     moe = m.config.moe
     found = _uncapped_obstacles(m)
     if m.family not in ("qwen3_moe", "zeda"):
@@ -176,7 +176,7 @@ def zeda_obstacles(m: Pretrained) -> list[str]:
 
 
 def longcat_obstacles(m: Pretrained) -> list[str]:
-    """What of the model's routing LongCat-Flash's router cannot compute; empty: nothing."""
+    """Lists what of the model's routing LongCat-Flash's router cannot compute."""
     moe = m.config.moe
     found = _uncapped_obstacles(m)
     if moe.switches.virtual_output != "identity":
@@ -187,7 +187,7 @@ def longcat_obstacles(m: Pretrained) -> list[str]:
 
 
 def _uncapped_obstacles(m: Pretrained) -> list[str]:
-    """What a router with virtual columns like any other, and one number of slots, cannot compute."""
+    """Lists what a router with a fixed number of slots, and virtual columns treated as real ones, cannot compute."""
     moe, found, leaves = m.config.moe, [], named_leaves(m.params)
     switches = moe.switches
     if moe.num_virtual == 0:
@@ -230,7 +230,7 @@ def _require_none(form: str, what: str, obstacles: list[str]) -> None:
 
 
 def _whole_kernel(leaves: dict[str, Any], moe: AnyExpertsConfig) -> jax.Array:
-    """[L, D, C], every virtual column in its place."""
+    """Returns the router's kernel [L, D, C] with all virtual columns."""
     kernel, apart = leaves[ROUTER_KERNEL], leaves.get(f"{_ROUTER}virtual_kernel")
     real, virtual = (kernel, apart) if apart is not None else np.split(kernel, [moe.num_experts], axis=2)
     if moe.switches.virtual_logits == "tied":
@@ -239,10 +239,10 @@ def _whole_kernel(leaves: dict[str, Any], moe: AnyExpertsConfig) -> jax.Array:
 
 
 def _only_wanted(config: ModelConfig, leaves: dict[str, Any]) -> Any:
-    """The parameters of a configuration, of a model that may have more.
+    """Selects the parameters of a configuration from those of a model that may have more.
 
     Raises:
-      UserError: where one is missing or of another shape.
+      UserError: if one is missing or has another shape.
     """
     wanted = named_leaves(abstract_params(config))
     wrong = [name for name, leaf in wanted.items() if name not in leaves or leaves[name].shape != leaf.shape]

@@ -1,4 +1,4 @@
-"""Decoding with a cache: prompts of different lengths, a token a step, until every row has ended."""
+"""Batched decoding with a key/value cache, for prompts of different lengths."""
 
 import dataclasses
 import functools
@@ -25,12 +25,12 @@ from anyexperts_jax.pretrained.placing import Placed, place
 from anyexperts_jax.sharding.placement import Placement, is_split
 from anyexperts_jax.sharding.specs import parts
 
-_PROMPT_STEP, _CACHE_STEP = 16, 64  # lengths are rounded up to these, so that few programs are compiled
+_PROMPT_STEP, _CACHE_STEP = 16, 64  # lengths are rounded up to multiples of these, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A model, ready to run."""
+    """A model's configuration with its parameters on their devices."""
 
     config: ModelConfig
     placement: Placement
@@ -40,7 +40,7 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a decoder beside the prompts."""
+    """How prompts are continued."""
 
     max_new_tokens: int
     sampling: Sampling = GREEDY
@@ -49,16 +49,16 @@ class Request:
 
 
 class Decoded(NamedTuple):
-    """What came of it."""
+    """The result of `decode`."""
 
-    tokens: list[list[int]]  # of each row, the one that ended it included
-    real_experts: float  # a token and MoE layer, over the prompts and all steps; nan for a dense model
+    tokens: list[list[int]]  # of each row, including the token that ended it
+    real_experts: float  # per token and MoE layer, over the prompts and all steps; nan for a dense model
     prefill_seconds: float
     decode_seconds: float  # of the steps after the first token
     steps: int
 
 
-OnToken = Callable[[int, int], bool]  # (row, token) -> whether the row goes on
+OnToken = Callable[[int, int], bool]  # (row, token) -> whether the row continues
 
 
 def decode(
@@ -70,19 +70,20 @@ def decode(
     *,
     shown: Shown | None = None,
 ) -> Decoded:
-    """Continues every prompt.
+    """Continues every prompt, one token per step, until all rows have ended.
 
     Args:
-      shown: the pictures, videos and sounds that the prompts have places for.
+      on_token: called with each token; returns whether its row continues.
+      shown: the pictures, videos and sounds that the prompts have placeholders for.
 
     Raises:
-      UserError: an empty prompt, one longer than the model's positions, or max_new_tokens < 1.
+      UserError: if a prompt is empty or longer than the model's positions, or max_new_tokens < 1.
     """
     _check(weights.config, prompts, request)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     longest, most = max(map(len, prompts)), weights.config.max_length
-    width = min(_rounded(longest, _PROMPT_STEP), most)
-    room = min(_rounded(longest + request.max_new_tokens, _CACHE_STEP), most)
+    width = min(_round_up(longest, _PROMPT_STEP), most)
+    room = min(_round_up(longest + request.max_new_tokens, _CACHE_STEP), most)
     tokens_BT = np.zeros((len(prompts), width), np.int32)
     seen_BY = np.zeros((len(prompts), weights.config.vocab_size), bool)
     for row, prompt in enumerate(prompts):
@@ -111,7 +112,7 @@ def decode(
 
 
 class _State:
-    """The cache, the tokens seen, and how many experts were used: what changes from step to step."""
+    """What changes from step to step: the cache, the ids seen by each row, and the count of experts used."""
 
     def __init__(
         self, weights: Weights, request: Request, budget: BudgetInForce, batch: int, room: int, seen_BY: Array
@@ -120,18 +121,18 @@ class _State:
         self._static = (config, weights.placement, request.sampling)
         self._weights, self._budget = weights, budget
         empty = empty_stack_cache(config.stack, batch, room)
-        # keys and values each their own: they are donated
+        # The arrays are donated, and an empty cache may share one buffer for keys and values: hence the copy.
         self._cache: StackCache = jax.tree.map(
             lambda array: jax.device_put(jnp.copy(array), cache_sharding(weights.placement, array.shape)), empty
         )
         self._seen_BY, self._key = seen_BY, jax.random.key(request.seed)
         self._step, self._used, self._asked = 0, list[Array](), 0
-        self._lead_B: Array | None = None  # of what was shown
+        self._lead_B: Array | None = None  # how far rotary positions lag behind; known once media are placed
 
     def extend(
         self, tokens_BT: np.ndarray, start_B: np.ndarray, length_B: np.ndarray, placed: Placed | None = None
     ) -> np.ndarray:
-        """The next token of each row after these."""
+        """Appends tokens to the rows and returns the next token of each."""
         part = TextPart(jnp.asarray(tokens_BT), jnp.asarray(start_B), jnp.asarray(length_B), self._lead_B)
         held = (self._cache, self._seen_BY)
         media = None if placed is None else placed.media
@@ -150,7 +151,7 @@ class _State:
 
 
 def cache_sharding(placement: Placement, shape: Sequence[int]) -> jax.sharding.Sharding:
-    """Where keys or values [..., B, S, G, A] are: on the devices of their rows and heads, if the mesh divides these."""
+    """Returns the sharding of keys or values [..., B, S, G, A]: by rows and heads, where the mesh divides them."""
     if not is_split(placement):
         return jax.sharding.SingleDeviceSharding(placement.device)
     mesh, rules = placement.mesh, placement.rules
@@ -171,12 +172,15 @@ def extend_step(
     held: tuple[StackCache, Array],
     draw: tuple[Array, Array],
 ) -> tuple[Array, Array, tuple[StackCache, Array]]:
-    """The next token of each row after further ones, the experts that these used, and what is held, updated in place.
+    """Appends tokens to the rows.
 
     Args:
-      given: the tokens, and what a vision tower reads of them.
-      held: the cache, and which ids each row has seen.
-      draw: the key, and the number of the step.
+      given: the tokens, and the media that they have placeholders for.
+      held: the cache, and which ids each row has seen; both are donated.
+      draw: the random key, and the number of the step.
+
+    Returns:
+      The next token of each row, the number of real experts used, and the updated `held`.
     """
     config, placement, sampling = static
     (part, placed), (cache, seen_BY) = given, held
@@ -214,5 +218,5 @@ def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], request: Reque
         require(top < config.vocab_size, f"the prompt holds the id {top}; the model has {config.vocab_size} ids")
 
 
-def _rounded(length: int, step: int) -> int:
+def _round_up(length: int, step: int) -> int:
     return -(-length // step) * step

@@ -1,4 +1,4 @@
-"""What the families of text models have in common: the decoder of Llama, and the names of its tensors."""
+"""The parts that families of text models share: Llama's decoder and the names of its tensors."""
 
 from typing import Any
 
@@ -18,15 +18,15 @@ from anyexperts_jax.pretrained.rules import (
 )
 
 LAYER = "model.layers.{i}."
-Gate = tuple[str, str, tuple[int, ...]]  # of a router: its parameter, its name in the files, its place in the former
+Gate = tuple[str, str, tuple[int, ...]]  # a router: our parameter, the tensor's name, and its index in our parameter
 ONE_GATE: tuple[Gate, ...] = (("kernel", "gate", ()),)
 
 
 def attention_config(hub: HubConfig, fraction: float = 1.0, **more: Any) -> AttentionConfig:
-    """Heads and rotary positions.
+    """Reads the heads and the rotary positions.
 
     Args:
-      fraction: of a head's width that is rotated, where the file does not say: the default of the model's class.
+      fraction: the default of the model's class for the share of a head's width that is rotated.
       more: further fields of AttentionConfig.
     """
     heads = hub.whole("num_attention_heads")
@@ -48,16 +48,16 @@ def decoder_config(
     slides: bool = False,
     **stack: Any,
 ) -> ModelConfig:
-    """The configuration of a decoder of text.
+    """Reads the configuration of a text decoder.
 
     Args:
-      eps: of the norms, where the file does not say: the default of the model's class.
+      eps: the default of the model's class for the epsilon of the norms.
       moe: the routing policy; None: the model is dense.
-      slides: whether a `sliding_window` is in force where no `use_sliding_window` says so.
+      slides: the default of the model's class for `use_sliding_window`.
       stack: further fields of StackConfig.
 
     Raises:
-      UserError: for an activation or a window of attention that is not computed here.
+      UserError: for an activation or an attention window that is not supported.
     """
     hub.only("hidden_act", "silu")
     layers = hub.whole("num_hidden_layers")
@@ -96,13 +96,13 @@ def decoder_config(
 
 
 def around_rules(config: ModelConfig, table: str = "model.embed_tokens.weight") -> tuple[Rule, ...]:
-    """The table of tokens, the last norm, and the head where it is not the table."""
+    """Rules for the token embeddings, the last norm, and the head if it is not tied."""
     head = () if config.tie_embeddings else (Rule("head/kernel", "lm_head.weight", KERNEL),)
     return (Rule("tokens/table", table), Rule("final_norm/scale", "model.norm.weight"), *head)
 
 
 def norm_rules() -> tuple[Rule, ...]:
-    """The two norms of a layer."""
+    """Rules for the two norms of a layer."""
     return (
         Rule("{layer}/self_attention/norm/scale", f"{LAYER}input_layernorm.weight"),
         Rule("{layer}/norm/scale", f"{LAYER}post_attention_layernorm.weight"),
@@ -110,7 +110,7 @@ def norm_rules() -> tuple[Rule, ...]:
 
 
 def attention_rules(config: ModelConfig) -> tuple[Rule, ...]:
-    """The four maps, with biases and norms where the configuration has them."""
+    """Rules for the four projections of attention, with biases and norms if the configuration has them."""
     attention, ours, theirs = config.stack.attention, "{layer}/self_attention/attention/", f"{LAYER}self_attn."
     rules = [Rule(f"{ours}out/kernel", f"{theirs}o_proj.weight", KERNEL_OF_HEADS)]
     for name in ("query", "key", "value"):
@@ -125,7 +125,7 @@ def attention_rules(config: ModelConfig) -> tuple[Rule, ...]:
 
 
 def dense_mlp_rules(config: ModelConfig) -> tuple[Rule, ...]:
-    """The dense FFN, of the layers that have one."""
+    """Rules for the dense FFNs."""
     rules = []
     for name in ("gate", "up", "down"):
         ours, theirs = f"{{layer}}/mlp/{name}/", f"{LAYER}mlp.{name}_proj."
@@ -141,13 +141,13 @@ def expert_rules(
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     gates: tuple[Gate, ...] = ONE_GATE,
 ) -> tuple[Rule, ...]:
-    """The router and the experts of a layer of experts.
+    """Rules for the router and the experts of an MoE layer.
 
     Args:
-      layout: "stacked" is what transformers 5 holds, gate before up along its rows; "stacked_kernels" has them as
-        inputs by outputs, gate before up along the columns.
-      block: what the layer's FFN is called.
-      names: of an expert's own tensors, gate, up and down.
+      layout: "stacked" is transformers 5's layout, with gate before up along the rows; "stacked_kernels" has the
+        transposed matrices, with gate before up along the columns.
+      block: the name of the layer's FFN.
+      names: the names of an expert's gate, up and down tensors.
       gates: the layer's routers.
     """
     ours, theirs = "{layer}/moe/experts/", f"{LAYER}{block}.experts."

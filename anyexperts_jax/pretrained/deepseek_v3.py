@@ -1,6 +1,6 @@
-"""DeepSeek-V3 and what has its class (`DeepseekV3ForCausalLM`: R1, Kimi-K2, Moonlight): latent attention.
+"""DeepSeek-V3 and other models of its class (`DeepseekV3ForCausalLM`: R1, Kimi-K2, Moonlight), with latent attention.
 
-The releases of 671B parameters hold 8-bit blocks, which are not read; see `family.family_of`.
+The releases with 671B parameters are quantised to 8-bit blocks, which are not read; see `family.family_of`.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from anyexperts_jax.pretrained.grouped_sigmoid import further_heads, grouped_con
 from anyexperts_jax.pretrained.hub_config import HubConfig, yarn_growth
 from anyexperts_jax.pretrained.rules import KERNEL, KERNEL_OF_HEADS, ExpertLayout, Rule
 
-# What the class has where config.json does not say.
+# The defaults of the class, for keys that config.json lacks.
 _DEFAULTS: dict[str, Any] = {
     "kv_lora_rank": 512,
     "q_lora_rank": 1536,
@@ -31,7 +31,7 @@ _DEFAULTS: dict[str, Any] = {
     "first_k_dense_replace": 3,
     "num_nextn_predict_layers": 1,
 }
-_LATENT_EPS = 1e-6  # of the norms of the latents, whatever rms_norm_eps is
+_LATENT_EPS = 1e-6  # epsilon of the norms of the latents, independent of rms_norm_eps
 
 
 def _with_defaults(hub: HubConfig) -> HubConfig:
@@ -42,7 +42,7 @@ def _attention(hub: HubConfig) -> AttentionConfig:
     heads = hub.whole("num_attention_heads")
     hub.only("num_key_value_heads", heads)
     plain_dim, rope_dim = hub.whole("qk_nope_head_dim"), hub.whole("qk_rope_head_dim")
-    hub.only("head_dim", rope_dim)  # the class's name for it
+    hub.only("head_dim", rope_dim)  # the class uses this key for the rotated part of a head
     rope = hub.rope(rope_dim)
     fraction = rope.pop("rope_fraction", 1.0)
     require(fraction == 1, f"{hub.where}: partial_rotary_factor={fraction:g} is not supported with latent attention")
@@ -68,7 +68,7 @@ def _attention(hub: HubConfig) -> AttentionConfig:
 
 
 def _score_factor(hub: HubConfig) -> float:
-    """What scores are multiplied by: the square of YaRN's growth at `mscale_all_dim`, in any rope type that has it."""
+    """Returns the factor of the attention scores: YaRN's growth at `mscale_all_dim`, squared; 1 without that key."""
     settings = hub.rope_settings()
     scale_all = settings.get("mscale_all_dim")
     if not scale_all or settings.get("rope_type", settings.get("type", "default")) == "default":

@@ -1,4 +1,4 @@
-"""How far two models with one vocabulary differ on a sample of tokens."""
+"""Measures how much two models with the same vocabulary differ on a sample of tokens."""
 
 import math
 from typing import NamedTuple
@@ -12,20 +12,20 @@ from anyexperts_jax.pretrained.model import Pretrained
 
 
 class Difference(NamedTuple):
-    """Figures over all positions of a sample. A perplexity is over the positions that have a next token."""
+    """Figures over all positions of a sample. A perplexity counts only positions that have a next token."""
 
     tokens: int
-    largest_logit: float  # the largest difference of two logits, absolute
-    mean_kl: float  # nats a position, of the first model's predictions to the second's
+    largest_logit: float  # the largest absolute difference of two logits
+    mean_kl: float  # KL divergence from the first model's predictions to the second's, in nats per position
     perplexity: tuple[float, float]  # of the first model, and of the second
-    experts: tuple[float, float]  # real experts a token and layer, of each
+    experts: tuple[float, float]  # real experts per token and layer, of each model
 
 
 def difference(m: Pretrained, other: Pretrained, tokens_BT: Int[np.ndarray, "B T"]) -> Difference:
     """Runs both models on the rows, one row at a time.
 
     Raises:
-      UserError: for ids that one of them does not have.
+      UserError: for an id that one of the models does not have.
     """
     parts, experts = [], []
     for tokens_T in tokens_BT:
@@ -46,7 +46,7 @@ def difference(m: Pretrained, other: Pretrained, tokens_BT: Int[np.ndarray, "B T
 def _compare(
     first_TY: Float[Array, "T Y"], second_TY: Float[Array, "T Y"], tokens_T: Int[Array, "T"]
 ) -> tuple[Array, Array, Array, Array]:
-    """(the largest difference, the mean KL, and the sum of nats of each) of one row."""
+    """Returns, for one row, the largest difference of logits, the mean KL, and the summed nats of each model."""
     logs = [jax.nn.log_softmax(logits_TY, axis=-1) for logits_TY in (first_TY, second_TY)]
     kl_T = (jnp.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=-1)
     nats = [-jnp.take_along_axis(own_TY[:-1], tokens_T[1:, None], axis=-1).sum() for own_TY in logs]

@@ -1,7 +1,7 @@
-"""This package's own form of an export: the base in the hub's layout, and beside it what was done to it.
+"""This package's own form of an export: the base model in the hub's layout, and two files with what was added to it.
 
-Two files more: `anyexperts.json`, the kind and the routing policy, and `anyexperts.safetensors`, the parameters that
-the base has no place for. Other tools read the folder as the base; `load_pretrained` reads all of it.
+`anyexperts.json` has the kind of change and the routing policy, `anyexperts.safetensors` the parameters that the base
+does not have. Other tools read the folder as the base model; `load_pretrained` reads all of it.
 """
 
 import dataclasses
@@ -33,17 +33,17 @@ Kind = Literal["attached", "split"]
 
 
 def kind_of(m: Pretrained) -> Kind | None:
-    """What was done to the model since it was read; None: nothing."""
+    """Whether the model has attached slots or split networks; None: neither."""
     if m.order_LF is not None:
         return "split"
     return "attached" if is_attached(m) else None
 
 
 def base_of(m: Pretrained) -> Pretrained:
-    """The model that the hub's layout has a place for.
+    """Returns the model without attached slots, or with its networks merged: the form that the hub's layout can hold.
 
     Raises:
-      UserError: when nothing was attached or split.
+      UserError: if nothing was attached or split.
     """
     kind = kind_of(m)
     require(kind is not None, "form='anyexperts' is for a model with attached slots or split networks; use form='hub'")
@@ -51,10 +51,10 @@ def base_of(m: Pretrained) -> Pretrained:
 
 
 def write_extension(m: Pretrained, base: Pretrained, folder: pathlib.Path) -> None:
-    """Writes the two files for a model whose base is in the folder already.
+    """Writes the two files into a folder that already holds the base.
 
     Raises:
-      UserError: when the disk is full.
+      UserError: if the disk is full.
     """
     library = require_safetensors()
     from safetensors.numpy import save_file
@@ -76,12 +76,12 @@ def write_extension(m: Pretrained, base: Pretrained, folder: pathlib.Path) -> No
 
 
 def extended_config(base: ModelConfig, folder: pathlib.Path) -> ModelConfig:
-    """The configuration of the model that was exported into the folder; `base` where nothing but the base was.
+    """Returns the configuration of the exported model; `base` if the folder holds only the base.
 
-    Reads no weight.
+    Reads no weights.
 
     Raises:
-      UserError: when the settings are broken, or do not fit the base.
+      UserError: if the settings are damaged or do not fit the base.
     """
     settings = _settings(folder)
     if settings is None:
@@ -94,10 +94,10 @@ def extended_config(base: ModelConfig, folder: pathlib.Path) -> ModelConfig:
 
 
 def neuron_order(folder: pathlib.Path) -> Int[np.ndarray, "L F"] | None:
-    """Of a folder with a split model, where each neuron stood in the dense layer; None: the model was not split.
+    """Reads, for a split model, the index that each neuron had in the dense layer; None: the model was not split.
 
     Raises:
-      UserError: when it is missing or broken.
+      UserError: if the order is missing or damaged.
     """
     settings = _settings(folder)
     if settings is None or settings["kind"] != "split":
@@ -106,10 +106,10 @@ def neuron_order(folder: pathlib.Path) -> Int[np.ndarray, "L F"] | None:
 
 
 def with_extension(base: Pretrained, folder: pathlib.Path) -> Pretrained:
-    """The model that was exported into the folder; `base` itself where nothing but the base was.
+    """Returns the exported model; `base` itself if the folder holds only the base.
 
     Raises:
-      UserError: when one of the two files is missing or broken, or they do not fit the base.
+      UserError: if one of the two files is missing or damaged, or they do not fit the base.
     """
     if not (folder / SETTINGS).is_file():
         return base

@@ -1,4 +1,4 @@
-"""`Family`: what this package knows about one kind of published model, and which kind a checkpoint is of."""
+"""`Family`, which describes one kind of published model, and the choice of a checkpoint's family."""
 
 import dataclasses
 import re
@@ -14,11 +14,11 @@ from anyexperts_jax.pretrained.rules import ExpertLayout, Rule
 T = TypeVar("T")
 
 
-def _nothing(_: HubConfig) -> tuple[str, ...]:
+def _ignores_nothing(_: HubConfig) -> tuple[str, ...]:
     return ()
 
 
-def _as_read(values: Mapping[str, Any]) -> dict[str, Any]:
+def _unchanged(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
@@ -27,29 +27,29 @@ class Family:
     """An entry of `core.registries.FAMILIES`.
 
     Attributes:
-      architectures: what `architectures` of config.json says, of every class that is read by this entry.
-      config: the model's configuration here. Refuses, by `UserError`, what this package does not compute.
-      rules: the weight rules of a configuration, by how the experts of a layer are laid out in the files.
-      model_types: those of config.json that belong here, where another family has a class of the same name.
-      ignored: patterns of the tensors that are no part of the model, such as heads that predict further tokens.
-      hub_layout: of the experts as they are published, in which they are written.
-      written: config.json of an export from that which was read, where what is left out changes it.
+      architectures: the classes of this family, as `architectures` of config.json names them.
+      config: turns config.json into the model's configuration; raises UserError for what this package does not support.
+      rules: returns the weight rules for a configuration and a layout of the experts in the files.
+      model_types: the `model_type`s of this family, needed if another family has a class of the same name.
+      ignored: returns patterns of tensors that are not read, such as heads that predict further tokens.
+      hub_layout: the layout of the experts in published checkpoints, which an export uses too.
+      written: changes config.json for an export that leaves parts of the model out.
     """
 
     architectures: tuple[str, ...]
     config: Callable[[HubConfig], ModelConfig]
     rules: Callable[[ModelConfig, ExpertLayout], tuple[Rule, ...]]
-    ignored: Callable[[HubConfig], tuple[str, ...]] = _nothing
+    ignored: Callable[[HubConfig], tuple[str, ...]] = _ignores_nothing
     model_types: tuple[str, ...] = ()
     hub_layout: ExpertLayout = "each"
-    written: Callable[[Mapping[str, Any]], dict[str, Any]] = _as_read
+    written: Callable[[Mapping[str, Any]], dict[str, Any]] = _unchanged
 
 
 def family_of(hub: HubConfig) -> tuple[str, Family]:
-    """The name and the entry of the family that a configuration belongs to.
+    """Finds the family of a configuration; returns its name and its entry.
 
     Raises:
-      UserError: when its class is not among the supported ones, which the message lists.
+      UserError: if its class is not supported; the message lists the supported ones.
     """
     method = hub.get("quantization_config")
     if method is not None:
@@ -72,7 +72,7 @@ def family_of(hub: HubConfig) -> tuple[str, Family]:
 
 
 def without_ignored(family: Family, hub: HubConfig, tensors: Mapping[str, T]) -> dict[str, T]:
-    """The tensors that the family's ignore list does not name."""
+    """Returns the tensors that the family does not ignore."""
     patterns = [re.compile(pattern) for pattern in family.ignored(hub)]
     return {name: tensor for name, tensor in tensors.items() if not any(p.fullmatch(name) for p in patterns)}
 
@@ -80,14 +80,14 @@ def without_ignored(family: Family, hub: HubConfig, tensors: Mapping[str, T]) ->
 def expert_layout(
     family: Family, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> ExpertLayout:
-    """How the experts of a layer are laid out in the files.
+    """Finds out how the experts of a layer are laid out in the files.
 
     Args:
-      shapes: of the tensors by name.
-      where: names the checkpoint in messages.
+      shapes: the shapes of the tensors, by name.
+      where: the checkpoint's path, for error messages.
 
     Raises:
-      UserError: when the shapes leave open which axis is which.
+      UserError: if the shapes do not tell which axis is which.
     """
     stacked = [name for name in shapes if name.endswith("experts.gate_up_proj")]
     if not stacked:

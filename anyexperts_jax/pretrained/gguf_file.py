@@ -1,4 +1,4 @@
-"""GGUF files: tensors under the names they have on the hub, dequantised, and a config.json of the metadata."""
+"""Reads GGUF files: dequantised tensors under their names on the hub, and a config.json made from the metadata."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.sources import Reader, TensorInfo
 
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3moe": "Qwen3MoeForCausalLM"}
-_KEYS = {  # in config.json: in the metadata, after the architecture's name
+_KEYS = {  # key of config.json -> key of the metadata, without the architecture's prefix
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
     "intermediate_size": "feed_forward_length",
@@ -46,16 +46,15 @@ _IN_LAYER = {
 }
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_UNUSED = ("rope_freqs.weight",)  # the factors of Llama 3's scaling, which the metadata do not name
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One tensor of the hub: a whole one of the file, or of a stack of experts the one with this number."""
+    """A tensor of the hub: a whole tensor of the file, or one expert of a stacked tensor."""
 
     tensor: Any
     expert: int | None
-    heads: int | None  # of query or key rows that are interleaved in the file
+    heads: int | None  # number of heads, for query or key rows that the file interleaves
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,8 +72,8 @@ class GgufFile:
         """Reads the metadata; the weights stay in the file.
 
         Raises:
-          UserError: when the package is missing, the file is broken, or it holds an architecture, a tensor or a
-            quantisation that is not read, naming it.
+          UserError: if the package is missing, the file is damaged, or it has an architecture, a tensor or a
+            quantisation that is not supported; the message names it.
         """
         library = require_package("gguf", "pretrained", "GGUF files need")
         try:
@@ -109,17 +108,21 @@ class _Dequantised:
         data = entry.tensor.data if entry.expert is None else entry.tensor.data[entry.expert]
         value = np.asarray(self._file.dequantize(data, entry.tensor.tensor_type), np.float32)
         value = value.reshape(self._file.tensors[name].shape)
-        return value if entry.heads is None else _rows_in_halves(value, entry.heads)
+        return value if entry.heads is None else _deinterleave_rows(value, entry.heads)
 
 
-def _rows_in_halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Of each head's rows, which llama.cpp keeps in pairs (i, i + half) beside one another, first all the first."""
+def _deinterleave_rows(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Restores the hub's order of a head's rows.
+
+    llama.cpp rotates neighbouring rows, so it stores row i beside row i + half. The hub's models rotate halves: all
+    first rows of the pairs come first, then all second ones.
+    """
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _is_readable(library: Any, kind: Any) -> bool:
-    """Whether the package dequantises this type: tried on one block."""
+    """Whether the package can dequantise this type, found out on one block of zeros."""
     block = np.zeros((1, library.GGML_QUANT_SIZES[kind][1]), np.uint8)
     try:
         library.quants.dequantize(block, kind)

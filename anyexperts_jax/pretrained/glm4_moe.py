@@ -1,4 +1,4 @@
-"""GLM-4.5 and later with experts (`glm4_moe`): half of each head rotated."""
+"""GLM-4.5 and later MoE models (`glm4_moe`), which rotate half of each head."""
 
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.pretrained.decoders import around_rules, attention_config, attention_rules, norm_rules

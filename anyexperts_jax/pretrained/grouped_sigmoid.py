@@ -1,6 +1,6 @@
-"""The router and the shared experts that DeepSeek-V3 began and GLM-4-MoE and Ling 2.0 have too.
+"""The router and shared experts of DeepSeek-V3, which GLM-4-MoE and Ling 2.0 share.
 
-Sigmoid scores; experts are chosen by score plus a bias, among the best groups, and weighted without the bias.
+Scores are sigmoids. Experts are chosen by score plus bias, among the best groups, and weighted by score alone.
 """
 
 import re
@@ -15,10 +15,10 @@ from anyexperts_jax.pretrained.rules import KERNEL, ROUTER_BIAS, ExpertLayout, R
 
 
 def grouped_config(hub: HubConfig, attention: AttentionConfig, *, eps: float, **policy: Any) -> ModelConfig:
-    """A decoder with `first_k_dense_replace` dense layers before those with experts.
+    """Reads a decoder whose first `first_k_dense_replace` layers are dense.
 
     Args:
-      policy: fields of AnyExpertsConfig, in place of what config.json says.
+      policy: fields of AnyExpertsConfig that replace those read from config.json.
     """
     renormalised = hub.flag("norm_topk_prob", True)
     moe = AnyExpertsConfig.static_top_k(
@@ -51,7 +51,7 @@ def grouped_config(hub: HubConfig, attention: AttentionConfig, *, eps: float, **
 def grouped_mlp_rules(
     config: ModelConfig, layout: ExpertLayout, bias: str, gates: tuple[Gate, ...] = ONE_GATE
 ) -> tuple[Rule, ...]:
-    """The feed-forward parts of a layer; `bias` is what a router's bias is called."""
+    """Rules for the dense FFNs, experts, routers and shared experts; `bias` is the name of a router's bias."""
     rules = [*dense_mlp_rules(config), *expert_rules(layout, gates=gates)]
     if config.moe.expert_bias:
         rules += [Rule(ROUTER_BIAS, f"{LAYER}mlp.{gate}.{bias}", layers="moe", place=place) for _, gate, place in gates]
@@ -64,6 +64,6 @@ def grouped_mlp_rules(
 
 
 def further_heads(hub: HubConfig) -> tuple[str, ...]:
-    """The layers past the last, which predict further tokens and are no part of the model here."""
+    """Returns patterns for the layers past the last: they predict further tokens and are not read."""
     first, count = hub.whole("num_hidden_layers"), hub.get("num_nextn_predict_layers", 0)
     return tuple(re.escape(f"model.layers.{first + i}.") + ".*" for i in range(int(count)))

@@ -1,4 +1,4 @@
-"""A published model's config.json, read strictly."""
+"""A strict reader of a published model's config.json."""
 
 import dataclasses
 import json
@@ -18,11 +18,11 @@ _REQUIRED: Any = object()
 
 
 def keys(text: str) -> frozenset[str]:
-    """The words of a text, as a list of keys is written."""
+    """Splits a text into keys."""
     return frozenset(text.split())
 
 
-# Keys of any config.json that change nothing here: what a tool notes down, what training or generation asks for.
+# Keys of any config.json that have no effect here: notes of tools, settings of training and of generation.
 INERT = keys(
     """
     _attn_implementation _name_or_path add_cross_attention architectures attention_dropout bad_words_ids
@@ -41,42 +41,42 @@ INERT = keys(
 
 @dataclasses.dataclass(frozen=True)
 class HubConfig:
-    """The values of a config.json, and its path for messages."""
+    """The values of a config.json, and its path for error messages."""
 
     values: Mapping[str, Any]
     where: str
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "HubConfig":
-        """The configuration in a checkpoint's folder.
+        """Reads the configuration in a checkpoint's folder.
 
         Raises:
-          UserError: when there is none, or it is no JSON object.
+          UserError: if there is none, or it is not a JSON object.
         """
         path = folder / CONFIG
         require(path.is_file(), f"{folder} holds no {CONFIG}; give a folder with one, or a GGUF file")
         return cls(parse_json_object(read_text(path, CONFIG), str(path)), str(path))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key; the default where it is missing or null."""
+        """Returns the value of a key, or the default if it is missing or null."""
         value = self.values.get(key)
         return default if value is None else value
 
     def whole(self, key: str, default: Any = _REQUIRED) -> int:
-        """A whole number.
+        """Returns a whole number.
 
         Raises:
-          UserError: when it is missing without a default, or something else.
+          UserError: if it is missing and has no default, or is of another type.
         """
         value = self._given(key, default)
         require(isinstance(value, int) and not isinstance(value, bool), f"{self._at(key)} must be a whole number")
         return int(value)
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
-        """A finite number.
+        """Returns a finite number.
 
         Raises:
-          UserError: when it is missing without a default, or something else.
+          UserError: if it is missing and has no default, or is of another type.
         """
         value = self._given(key, default)
         real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -84,29 +84,29 @@ class HubConfig:
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false.
+        """Returns a boolean.
 
         Raises:
-          UserError: when it is something else.
+          UserError: if it is of another type.
         """
         value = self.get(key, default)
         require(isinstance(value, bool), f"{self._at(key)} must be true or false")
         return bool(value)
 
     def num_experts(self) -> int:
-        """The number of routed experts, under any of the names it goes by.
+        """Returns the number of routed experts, which has several names.
 
         Raises:
-          UserError: when it is nowhere, or two names disagree.
+          UserError: if it is missing, or two names disagree.
         """
         found = {key: self.whole(key) for key in _EXPERT_COUNTS if self.get(key) is not None}
         require(bool(found), f"{self.where} says nowhere how many experts there are ({comma_list(_EXPERT_COUNTS)})")
-        said = comma_list(f"{key}={value}" for key, value in found.items())
-        require(len(set(found.values())) == 1, f"{self.where}: {said} disagree")
+        listed = comma_list(f"{key}={value}" for key, value in found.items())
+        require(len(set(found.values())) == 1, f"{self.where}: {listed} disagree")
         return next(iter(found.values()))
 
     def only(self, key: str, *allowed: Any) -> None:
-        """Refuses a key with another value than those that this package computes; missing and null are fine.
+        """Checks that a key is missing, null or one of the supported values.
 
         Raises:
           UserError: naming the key and both values.
@@ -116,20 +116,20 @@ class HubConfig:
         require(fits, f"{self._at(key)} is not supported, only {comma_list(json.dumps(a) for a in allowed)}")
 
     def require_known(self, known: Collection[str]) -> None:
-        """Refuses keys that hold something and are neither in `known` nor among those that mean nothing here.
+        """Checks that every key with a value is in `known` or has no effect here.
 
         Raises:
-          UserError: naming the keys.
+          UserError: naming the other keys.
         """
         unknown = [key for key, value in self.values.items() if value is not None and key not in {*known, *INERT}]
-        said = comma_list(f"{key}={shown(self.values[key])}" for key in unknown)
-        require(not unknown, f"{self.where}: {said}: not supported by this family")
+        listed = comma_list(f"{key}={shown(self.values[key])}" for key in unknown)
+        require(not unknown, f"{self.where}: {listed}: not supported by this family")
 
     def part(self, key: str) -> "HubConfig":
-        """A configuration inside this one.
+        """Returns a nested configuration.
 
         Raises:
-          UserError: when it is missing or no object.
+          UserError: if it is missing or not an object.
         """
         value = self._given(key, _REQUIRED)
         require(isinstance(value, Mapping), f"{self._at(key)} must be an object")
@@ -137,14 +137,14 @@ class HubConfig:
 
     @property
     def thinker(self) -> "HubConfig":
-        """The part that describes the decoder and its towers: all of it, but for Qwen3-Omni."""
+        """The configuration of the decoder and its towers: `thinker_config` of Qwen3-Omni, else all of it."""
         return self.part("thinker_config") if self.get("thinker_config") is not None else self
 
     def rope(self, head_dim: int) -> dict[str, Any]:
-        """`rope_theta`, `rope_fraction` and `rope_scaling` of an AttentionConfig, from wherever they are.
+        """Reads `rope_theta`, `rope_fraction` and `rope_scaling` of an AttentionConfig from all keys that hold them.
 
         Raises:
-          UserError: when theta is nowhere, two places disagree, or the scaling is of an unknown type.
+          UserError: if theta is missing, two keys disagree, or the scaling has an unknown type.
         """
         own = self.get("rope_parameters", {})
         require(isinstance(own, Mapping), f"{self._at('rope_parameters')} must be an object")
@@ -170,10 +170,10 @@ class HubConfig:
         return fields if fraction is None else {**fields, "rope_fraction": float(fraction)}
 
     def rope_settings(self) -> dict[str, Any]:
-        """What `rope_scaling` and `rope_parameters` hold; the newer one counts.
+        """Merges `rope_scaling` and the newer `rope_parameters`, which takes precedence.
 
         Raises:
-          UserError: when either is no object.
+          UserError: if either is not an object.
         """
         found: dict[str, Any] = {}
         for key in ("rope_scaling", "rope_parameters"):
@@ -195,13 +195,13 @@ class HubConfig:
             raise UserError(f"{self.where}: rope type {kind!r} needs {error.args[0]}") from error
 
     def _agreed(self, found: Mapping[str, Any]) -> Any:
-        there = {key: value for key, value in found.items() if value is not None}
-        for key, value in there.items():
+        given = {key: value for key, value in found.items() if value is not None}
+        for key, value in given.items():
             real = isinstance(value, int | float) and not isinstance(value, bool)
             require(real, f"{self.where}: {key}={shown(value)} must be a number")
-        said = comma_list(f"{key}={value}" for key, value in there.items())
-        require(len(set(map(float, there.values()))) <= 1, f"{self.where}: {said} disagree")
-        return next(iter(there.values()), None)
+        listed = comma_list(f"{key}={value}" for key, value in given.items())
+        require(len(set(map(float, given.values()))) <= 1, f"{self.where}: {listed} disagree")
+        return next(iter(given.values()), None)
 
     def _given(self, key: str, default: Any) -> Any:
         value = self.get(key, default)
@@ -241,7 +241,7 @@ def _yarn(given: Mapping[str, Any], hub: HubConfig) -> RopeScaling:
 
 
 def _yarn_attention(given: Mapping[str, Any], factor: float) -> float:
-    """What YaRN multiplies cosines and sines by where the file does not say."""
+    """Returns YaRN's default factor of cosines and sines."""
     scale, scale_all = given.get("mscale"), given.get("mscale_all_dim")
     if not (scale and scale_all):
         return yarn_growth(factor)
@@ -249,12 +249,12 @@ def _yarn_attention(given: Mapping[str, Any], factor: float) -> float:
 
 
 def yarn_growth(factor: float, scale: float = 1.0) -> float:
-    """How YaRN lets scores grow with the factor by which wavelengths are stretched, once for queries or keys."""
+    """Returns YaRN's growth of queries or keys for the factor by which it stretches wavelengths."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def both_rope_forms(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with its rope settings in the homes that older and newer tools look in."""
+    """Returns the configuration with its rope settings under both the older and the newer keys."""
     own, legacy = dict(values.get("rope_parameters") or {}), dict(values.get("rope_scaling") or {})
     kind = own.get("rope_type", legacy.get("rope_type", legacy.get("type", "default")))
     theta = own.get("rope_theta", values.get("rope_theta"))
@@ -269,6 +269,6 @@ def both_rope_forms(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def eos_ids(values: Mapping[str, Any]) -> Sequence[int]:
-    """The ids that end a text, of a config.json or a generation_config.json."""
+    """Returns the end-of-text ids of a config.json or generation_config.json."""
     found = values.get("eos_token_id")
     return found if isinstance(found, list) else [] if found is None else [found]

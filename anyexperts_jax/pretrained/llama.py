@@ -1,4 +1,4 @@
-"""Llama, and what is built like it: SmolLM2."""
+"""Llama, and models of the same architecture such as SmolLM2."""
 
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.pretrained.decoders import (
@@ -29,7 +29,7 @@ def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
 
 
 def _ignored(_: HubConfig) -> tuple[str, ...]:
-    return (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # old files hold what rope_theta says
+    return (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # in old files; computed from rope_theta
 
 
 LLAMA = Family(("LlamaForCausalLM",), _config, _rules, _ignored)

@@ -1,4 +1,4 @@
-"""`load_pretrained`: a published checkpoint, from its files to a `Pretrained`."""
+"""`load_pretrained` reads a published checkpoint into a `Pretrained`."""
 
 import dataclasses
 import os
@@ -24,20 +24,20 @@ GENERATION = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A published checkpoint on disk, of which no weight is read yet."""
+    """A published checkpoint on disk, whose weights are not read yet."""
 
     path: pathlib.Path  # the folder, or the GGUF file
     hub: HubConfig
-    name: str  # of the family
+    name: str  # of the family, in FAMILIES
     family: Family
     source: Source
     generation: Mapping[str, Any]
 
     def plan(self, mesh: Mesh | None = None) -> ReadPlan:
-        """How it is read onto `mesh`, or onto JAX's first device.
+        """Plans how it is read onto `mesh`, or onto JAX's first device.
 
         Raises:
-          UserError: when config.json and the files do not fit each other, or the sizes do not split over the mesh.
+          UserError: if config.json and the files do not agree, or the mesh does not divide the sizes.
         """
         return plan_reading(self.family, self.hub, self.source, mesh)
 
@@ -45,7 +45,7 @@ class Checkpoint:
 def is_checkpoint(path: pathlib.Path) -> bool:
     """Whether `path` looks like a published checkpoint: a GGUF file, or a folder with one or with a hub's config.
 
-    A run of ours has a config.json as well. A hub's names its class or its type of model, ours has neither key.
+    A run has a config.json too; only a hub's names its class or its type of model.
     """
     return path.suffix == ".gguf" or _is_hub_config(path / CONFIG) or len(_ggufs(path)) == 1
 
@@ -58,10 +58,10 @@ def _is_hub_config(path: pathlib.Path) -> bool:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint at a path: a folder with config.json and safetensors files, or a GGUF file, or a folder with one.
+    """Opens a checkpoint: a folder with config.json and safetensors files, a GGUF file, or a folder with one.
 
     Raises:
-      UserError: when there is none, a file is missing or broken, or its class is not supported.
+      UserError: if there is none, a file is missing or damaged, or its class is not supported.
     """
     place = require_local(path, "checkpoint")
     require(place.exists(), f"checkpoint {place} does not exist")
@@ -79,28 +79,28 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def read_generation(folder: pathlib.Path) -> dict[str, Any]:
-    """The settings of a checkpoint's generation_config.json; none where it has no such file.
+    """Reads a checkpoint's generation_config.json; {} if it has none.
 
     Raises:
-      UserError: when the file is not a JSON object.
+      UserError: if the file is not a JSON object.
     """
     path = folder / GENERATION
     return parse_json_object(read_text(path, GENERATION), str(path)) if path.is_file() else {}
 
 
 def load_pretrained(path: str | os.PathLike[str], mesh: Mesh | None = None) -> Pretrained:
-    """A published model, read from a folder of safetensors files or from a GGUF file.
+    """Loads a published model from a folder of safetensors files or from a GGUF file.
 
-    Parameters are read one at a time, straight to their devices, and keep the types they have in the files; what is
-    quantised becomes float32. A folder of `export(form="anyexperts")` gives the model with its slots or its experts.
+    Parameters are read one at a time, straight to their devices, and keep their types; quantised ones become float32.
+    A folder written by `export(form="anyexperts")` gives the model with its attached slots or split networks.
 
     Args:
-      mesh: the devices to split it over, as `make_mesh` makes it; None: JAX's first device.
+      mesh: the devices to split the model over, from `make_mesh`; None: JAX's first device.
 
     Raises:
-      UserError: naming what is wrong with the checkpoint, or what is not supported.
+      UserError: if the checkpoint is damaged or not supported; the message says why.
 
-    A model of random weights, written and read again:
+    Write a model with random weights, and load it:
 
     >>> import anyexperts_jax as ax
     >>> from anyexperts_jax.pretrained.random_model import random_model

@@ -1,9 +1,9 @@
-"""LongCat-Flash's mixtures (arXiv 2509.01322): the router and the experts of a layer. The whole model is not read.
+"""LongCat-Flash's MoE blocks (arXiv 2509.01322): the router and experts of one layer. The whole model is not read.
 
-512 experts stand beside 256 that pass their input on. The softmax is over all; the choice is by score plus a bias. The
-weights are the scores as they are, times a factor, on the experts that pass on too. Nothing limits how many of a
-token's k are of that kind. A layer has two latent attentions and two dense networks around its mixture, which are not
-computed here.
+Beside 512 real experts there are 256 zero experts, which return their input. The softmax is over all of them, and a
+token's k are chosen by score plus bias. The weights are the scores times a factor, without normalisation, also on zero
+experts. Nothing limits how many of the k are zero experts. The two latent attentions and two dense FFNs around the
+block are not computed here.
 """
 
 import pathlib
@@ -26,7 +26,7 @@ _NAMES = {"w_gate_EDF": "gate_proj", "w_up_EDF": "up_proj", "w_down_EFD": "down_
 
 
 class Mixture(NamedTuple):
-    """One layer's mixture: `MoE(config, d_ff).apply({"params": params}, x_BTD, bias_C=bias_C)`."""
+    """The MoE block of one layer, run by `MoE(config, d_ff).apply({"params": params}, x_BTD, bias_C=bias_C)`."""
 
     config: AnyExpertsConfig
     d_ff: int
@@ -35,10 +35,10 @@ class Mixture(NamedTuple):
 
 
 def mixture_config(hub: HubConfig) -> AnyExpertsConfig:
-    """The routing of a LongCat-Flash.
+    """Reads the routing policy of a LongCat-Flash.
 
     Raises:
-      UserError: for a router with biases on its logits, or zero experts that do something else than pass on.
+      UserError: for a router with biases on its logits, or zero experts that do not return their input.
     """
     hub.only("zero_expert_type", "identity")
     hub.only("router_bias", False)
@@ -58,12 +58,12 @@ def mixture_config(hub: HubConfig) -> AnyExpertsConfig:
 
 
 def load_mixture(path: str | pathlib.Path, layer: int) -> Mixture:
-    """Reads the router and the experts of one layer, in float32.
+    """Reads the router and the experts of one layer in float32.
 
-    The gate and up matrices of the zero experts, which are in some files and never used, are left out.
+    Some files have gate and up matrices of zero experts; they are never used and not read.
 
     Raises:
-      UserError: when the folder holds another class, or the layer's tensors do not fit config.json.
+      UserError: if the folder has another class, or the layer's tensors do not fit config.json.
     """
     folder = require_local(path, "checkpoint")
     hub = HubConfig.read(folder)

@@ -1,8 +1,9 @@
-"""Low-rank adapters of a model that was read: merged into it, taken out again, saved beside it and loaded.
+"""Low-rank adapters of published models: merge them into the weights, unmerge, save and load them.
 
-A saved adapter is a folder. `anyexperts_adapter.json` has its settings and the fingerprint of its base,
-`anyexperts_adapter.safetensors` all factors under our names. Where transformers has a linear layer for the weight,
-`adapter_config.json` and `adapter_model.safetensors` hold the same for `peft`; it has none for stacked experts.
+A saved adapter is a folder. `anyexperts_adapter.json` has its settings and the fingerprint of its base, and
+`anyexperts_adapter.safetensors` all factors under this package's names. `adapter_config.json` and
+`adapter_model.safetensors` hold, for `peft`, the factors of those weights that are a linear layer in transformers;
+stacked experts are not.
 """
 
 import dataclasses
@@ -28,20 +29,20 @@ from anyexperts_jax.tokenizers.files import as_text
 
 SETTINGS, TENSORS = "anyexperts_adapter.json", "anyexperts_adapter.safetensors"
 PEFT_SETTINGS, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
-_SAMPLE = 4096  # elements of a parameter that its base's fingerprint is made from
+_SAMPLE = 4096  # about how many elements of each parameter the fingerprint reads
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter apart from its base."""
+    """An adapter without its base model."""
 
     config: LoraConfig
     leaves: Mapping[str, Any]  # the factors by name
-    base: str  # the fingerprint of the parameters it was trained on
+    base: str  # fingerprint of the parameters it was trained on
 
 
 def fingerprint(m: Pretrained) -> str:
-    """Of the parameters besides adapters, whatever type they are held in: from evenly spaced elements of each."""
+    """Hashes evenly spaced elements of each parameter but the adapters, as float32 whatever their type."""
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(m.params).items()):
         if not is_adapter(name):
@@ -52,10 +53,10 @@ def fingerprint(m: Pretrained) -> str:
 
 
 def adapter_of(m: Pretrained) -> Adapter:
-    """The adapter that is in a model.
+    """Extracts a model's adapter.
 
     Raises:
-      UserError: when there is none.
+      UserError: if it has none.
     """
     lora = m.config.stack.lora
     require(lora is not None, f"the model of {m.path} has no adapter: model.stack.lora was not set when it was trained")
@@ -64,10 +65,10 @@ def adapter_of(m: Pretrained) -> Adapter:
 
 
 def with_adapter(m: Pretrained, adapter: Adapter) -> Pretrained:
-    """The model with the adapter beside its weights.
+    """Adds an adapter to a model, beside its weights.
 
     Raises:
-      UserError: when the model has one already, or the adapter is of another base.
+      UserError: if the model has an adapter already, or the adapter was trained on another base.
     """
     require(m.config.stack.lora is None, "the model has an adapter already; merge that first")
     found = fingerprint(m)
@@ -75,11 +76,11 @@ def with_adapter(m: Pretrained, adapter: Adapter) -> Pretrained:
         found == adapter.base,
         f"the adapter was trained on another base: its fingerprint is {adapter.base}, that of {m.path} is {found}",
     )
-    return _joined(m, adapter)
+    return _with_factors(m, adapter)
 
 
 def merge_adapter(m: Pretrained) -> Pretrained:
-    """The model with its adapter added to the weights; the model itself where it has none."""
+    """Adds a model's adapter to its weights; a model without one is returned unchanged."""
     if m.config.stack.lora is None:
         return m
     leaves = named_leaves(m.params)
@@ -89,14 +90,14 @@ def merge_adapter(m: Pretrained) -> Pretrained:
 
 
 def unmerge_adapter(merged: Pretrained, adapter: Adapter) -> Pretrained:
-    """The inverse of `merge_adapter`, up to the rounding of the weights: the base, with the adapter beside it."""
-    m = _joined(merged, adapter)
+    """Inverts `merge_adapter`, up to rounding: subtracts the adapter from the weights and puts it beside them."""
+    m = _with_factors(merged, adapter)
     leaves = named_leaves(m.params)
     values = on_devices(m.config, {**leaves, **added(m.config, leaves, -1)}, m.placement)
     return dataclasses.replace(m, params=params_of_leaves(m.config, values))
 
 
-def _joined(m: Pretrained, adapter: Adapter) -> Pretrained:
+def _with_factors(m: Pretrained, adapter: Adapter) -> Pretrained:
     config = dataclasses.replace(m.config, stack=dataclasses.replace(m.config.stack, lora=adapter.config))
     wanted = {name: leaf for name, leaf in named_leaves(abstract_params(config)).items() if is_adapter(name)}
     lacking = [name for name in wanted if name not in adapter.leaves]
@@ -109,10 +110,10 @@ def _joined(m: Pretrained, adapter: Adapter) -> Pretrained:
 
 
 def save_adapter(m: Pretrained, folder: pathlib.Path) -> list[str]:
-    """Writes the adapter that is in a model into an empty folder; returns the weights that `peft` has no layer for.
+    """Writes a model's adapter into an empty folder; returns the adapted weights that `peft` has no layer for.
 
     Raises:
-      UserError: when the model has none, or the disk is full.
+      UserError: if the model has no adapter, or the disk is full.
     """
     library = require_safetensors()
     from safetensors.numpy import save_file
@@ -133,10 +134,10 @@ def save_adapter(m: Pretrained, folder: pathlib.Path) -> list[str]:
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """The adapter in a folder of `save_adapter`.
+    """Reads an adapter that `save_adapter` wrote.
 
     Raises:
-      UserError: when there is none, or it is broken.
+      UserError: if there is none, or it is damaged.
     """
     library = require_safetensors()
     from safetensors.numpy import load_file
@@ -157,7 +158,7 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
 
 
 def peft_tensors(m: Pretrained) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The factors as `peft` names and shapes them, and the adapted weights that it has no layer for."""
+    """Returns the factors with `peft`'s names and shapes, and the adapted weights that it has no layer for."""
     leaves, tensors, without = named_leaves(m.params), {}, []
     pieces = _pieces_of(m)
     for weight in adapted_weights(m.config):
@@ -174,10 +175,10 @@ def peft_tensors(m: Pretrained) -> tuple[dict[str, np.ndarray], list[str]]:
 
 
 def _pieces_of(m: Pretrained) -> dict[str, list[Piece]]:
-    """The pieces, by parameter, of the weights that are a linear layer of their own in transformers."""
+    """Returns, by parameter, the pieces of those weights that are a linear layer in transformers."""
     config = dataclasses.replace(without_adapters(m.config), moe=FAMILIES[m.family].config(m.hub).moe)
     if m.order_LF is not None:
-        return {}  # a split model's weights are parts of its base's
+        return {}  # the weights of a split model are parts of the base's linear layers
     found: dict[str, list[Piece]] = {}
     family = FAMILIES[m.family]
     for piece in expand(family.rules(config, family.hub_layout), config):

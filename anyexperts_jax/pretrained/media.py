@@ -1,4 +1,4 @@
-"""Where pictures, videos and sounds go in a prompt: the places in its text."""
+"""The placeholders of pictures, videos and sounds in the text of a prompt."""
 
 import dataclasses
 import pathlib
@@ -16,9 +16,9 @@ from anyexperts_jax.pretrained.pictures import Patches, listed, patches_of
 from anyexperts_jax.pretrained.sounds import Sound, sounds_of
 from anyexperts_jax.tokenizers.base import Tokenizer
 
-KINDS = {"image": Modality.IMAGE, "video": Modality.VIDEO, "audio": Modality.AUDIO}  # beside text, by their names
+KINDS = {"image": Modality.IMAGE, "video": Modality.VIDEO, "audio": Modality.AUDIO}
 Given = Mapping[str, Sequence[Any]]  # media by kind
-_STEPS = 25  # of the class, where the file does not say
+_STEPS = 25  # position_id_per_seconds's default in Qwen3-Omni's class
 _KEYS = {
     "image": ("image_token_id", 151655),
     "video": ("video_token_id", 151656),
@@ -29,30 +29,30 @@ _SOUND_KEYS = {"audio": "audio_token_id", "audio_start": "audio_start_token_id",
 
 
 def readable_kinds(config: ModelConfig) -> tuple[str, ...]:
-    """The kinds of media that a model reads."""
+    """Returns the kinds of media that a model reads."""
     sees, hears = config.vision_tower is not None, config.audio_tower is not None
     return ("image", "video")[: 2 * sees] + ("audio",)[:hears]
 
 
 @dataclasses.dataclass(frozen=True)
 class PlaceIds:
-    """The ids that mark a row of a picture, of a video or of a sound, and those that open and close them."""
+    """The placeholder ids, one per row of a picture, video or sound, and the ids that open and close them."""
 
     image: int
     video: int
     start: int
     end: int
-    audio: int | None = None  # None, as the next: the model does not hear
+    audio: int | None = None  # this and the next two are None if the model reads no sound
     audio_start: int | None = None
     audio_end: int | None = None
-    steps: int | None = None  # rotary positions in a second of video; None: its frames are placed like pictures
+    steps: int | None = None  # rotary positions per second of video; None: frames get positions like pictures
 
     @classmethod
     def of(cls, hub: HubConfig) -> "PlaceIds":
-        """Reads them from a config.json. A missing one of pictures has the default of transformers' class.
+        """Reads the ids from a config.json. Those of pictures default to those of transformers' class.
 
         Raises:
-          UserError: when one is not a whole number.
+          UserError: if one is not a whole number.
         """
         hub = hub.thinker
         own = {name: hub.whole(key, default) for name, (key, default) in _KEYS.items()}
@@ -62,14 +62,14 @@ class PlaceIds:
         return cls(**own, **heard, steps=hub.whole("position_id_per_seconds", _STEPS))
 
     def modality_of(self, token: int) -> Modality | None:
-        """The modality that the token is a place for; None for text."""
+        """Returns the modality that the token is a placeholder for; None for text."""
         return {self.image: Modality.IMAGE, self.video: Modality.VIDEO, self.audio: Modality.AUDIO}.get(token)
 
     def texts(self, tokenizer: Tokenizer) -> dict[str, str]:
-        """The text of each id, by name.
+        """Returns the text of each id, by name.
 
         Raises:
-          UserError: when an id is not a token of the tokenizer.
+          UserError: if an id is not a token of the tokenizer.
         """
         found = {}
         named = {**{name: key for name, (key, _) in _KEYS.items()}, **_SOUND_KEYS}
@@ -86,7 +86,7 @@ class PlaceIds:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """Pictures, videos and sounds in the order in which a batch of prompts reads them."""
+    """The pictures, videos and sounds of a batch of prompts, in the order in which the prompts refer to them."""
 
     items: tuple[Patches | Sound, ...]
     vision: VisionTowerConfig
@@ -95,21 +95,21 @@ class Shown:
 
     @classmethod
     def of_model(cls, given: Given, config: ModelConfig, hub: HubConfig, path: pathlib.Path) -> "Shown | None":
-        """What a model is shown; None for nothing.
+        """Preprocesses the given media for a model; None if there are none.
 
         Args:
           given: pictures, videos and sounds, by kind.
-          path: of the checkpoint.
+          path: the checkpoint, whose settings are used.
 
         Raises:
-          UserError: for a model that does not see or hear, or for what cannot be read.
+          UserError: if the model does not read this kind, or an item cannot be decoded.
         """
         lists = {kind: listed(f"{kind}s", given.get(kind, ())) for kind in KINDS}
         some = [f"{kind}s" for kind, own in lists.items() if own]
         if not some:
             return None
-        said = " and ".join(some)
-        require(config.vision_tower is not None, f"the model in {path} reads text alone, but {said} are given")
+        kinds = " and ".join(some)
+        require(config.vision_tower is not None, f"the model in {path} reads text alone, but {kinds} are given")
         assert config.vision_tower is not None
         ids = PlaceIds.of(hub)
         pictures = (lists["image"], lists["video"])
@@ -122,11 +122,11 @@ class Shown:
         return cls(tuple(items), config.vision_tower, config.audio_tower, ids)
 
     def of(self, modality: Modality) -> list[Any]:
-        """Those of one modality: `Patches`, or `Sound`."""
+        """Returns the items of one modality: `Patches`, or `Sound`."""
         return [item for item in self.items if item.modality is modality]
 
     def frames(self, modality: Modality) -> list[tuple[ndarray, tuple[int, int]]]:
-        """(patches, grid) of each frame that the tower reads on its own."""
+        """Returns (patches, grid) of each frame; the tower encodes every frame separately."""
         found = []
         for item in self.of(modality):
             parts = np.split(item.patches_NX, item.grid[0])
@@ -134,15 +134,15 @@ class Shown:
         return found
 
     def sound_rows(self, sound: Sound) -> int:
-        """The rows that the tower makes of a sound."""
+        """Returns how many rows the tower makes of a sound."""
         assert self.audio is not None
         whole, rest = divmod(len(sound.mel_SX), self.audio.chunk_frames)
         return whole * self.audio.chunk_rows + self.audio.rows(rest)
 
     def place_text(self, item: Patches | Sound, texts: Mapping[str, str]) -> str:
-        """The text that stands for one item in a prompt.
+        """Returns the placeholder text of one item.
 
-        Where frames of a video are placed like pictures, each comes after its time in seconds.
+        If the frames of a video are placed like pictures, each follows its time in seconds.
         """
         if isinstance(item, Sound):
             return texts["audio_start"] + texts["audio"] * self.sound_rows(item) + texts["audio_end"]
@@ -155,10 +155,10 @@ class Shown:
         return "".join(f"<{second:.1f} seconds>{frame}" for second in item.seconds)
 
     def fill(self, text: str, texts: Mapping[str, str]) -> str:
-        """Expands a rendered conversation: each item's single place becomes a place for each of its rows.
+        """Replaces each item's single placeholder in a rendered conversation by one placeholder per row.
 
         Raises:
-          UserError: when the conversation does not have as many places as there are items.
+          UserError: if the numbers of placeholders and items differ.
         """
         own = {kind: self.of(modality) for kind, modality in KINDS.items() if kind in texts}
         for kind, items in own.items():

@@ -1,4 +1,4 @@
-"""Mixtral: every layer a mixture, weights of the chosen experts renormalised, w1, w3 and w2 for gate, up and down."""
+"""Mixtral: every layer is an MoE layer with renormalised weights; gate, up and down are named w1, w3 and w2."""
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.models.config import ModelConfig
@@ -17,7 +17,7 @@ from anyexperts_jax.pretrained.rules import ExpertLayout, Rule
 
 def _config(hub: HubConfig) -> ModelConfig:
     moe = AnyExpertsConfig.static_top_k(hub.num_experts(), hub.whole("num_experts_per_tok", 2))
-    width = hub.whole("intermediate_size")  # of an expert: no layer is dense
+    width = hub.whole("intermediate_size")  # an expert's width, since no layer is dense
     return decoder_config(
         hub, attention_config(hub), eps=1e-5, moe=moe, slides=True, num_dense_layers=0, expert_d_ff=width
     )

@@ -1,4 +1,4 @@
-"""`Pretrained`: a published model in memory. Logits, generation, export."""
+"""`Pretrained`, a published model in memory: logits, generation and export."""
 
 import dataclasses
 import functools
@@ -29,36 +29,36 @@ from anyexperts_jax.sharding.placement import Placement, placement_of
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.store import open_tokenizer
 
-OnText = Callable[[int, str], None]  # (number of the prompt, text that is new)
+OnText = Callable[[int, str], None]  # (index of the prompt, new text)
 
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """Answers, one a prompt, and what they cost."""
+    """The answers, one per prompt, with their tokens, experts and times."""
 
     texts: list[str]
     decoded: Decoded
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the steps after the first token, over all rows; nan where there was one token alone."""
+        """Decoding speed over all rows, without the first token of each; nan if no other was generated."""
         tokens = sum(len(own) - 1 for own in self.decoded.tokens)
         return tokens / self.decoded.decode_seconds if self.decoded.steps else float("nan")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
-    """A published model: its configuration here, its parameters on their devices, and what came with them.
+    """A published model: its configuration, its parameters on their devices, and what came with the checkpoint.
 
     Attributes:
-      config: the decoder and, of a mixture of experts, the routing policy.
+      config: the model's configuration, with its routing policy.
       params: the tree that `models.multimodal.MultimodalModel(config)` takes, each leaf in the type of its tensors.
-      router_bias_LC: the expert biases of loss-free balancing, float32, where the model has them.
-      hub: its config.json, as it was.
+      router_bias_LC: the expert biases of loss-free balancing, float32; None if the model has none.
+      hub: its config.json, unchanged.
       family: the entry of FAMILIES that read it.
       path: where it was read from.
-      generation: its generation_config.json; empty where there is none.
-      order_LF: of a model that `split` made, where each neuron stood in the dense layer.
+      generation: its generation_config.json; empty if there is none.
+      order_LF: the index that each neuron of a split model had in the dense layer; None for other models.
     """
 
     config: ModelConfig
@@ -72,21 +72,21 @@ class Pretrained:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The one that lies beside the weights.
+        """The checkpoint's tokenizer.
 
         Raises:
-          UserError: when there is none.
+          UserError: if it has none.
         """
         return open_tokenizer(str(self.path))
 
     @property
     def placement(self) -> Placement:
-        """Where the arrays are."""
+        """The devices of the parameters."""
         return placement_of(self.params)
 
     @property
     def weights(self) -> Weights:
-        """What runs."""
+        """The configuration and the parameters, as `decode` takes them."""
         return Weights(self.config, self.placement, self.params, self.router_bias_LC)
 
     @functools.cached_property
@@ -97,16 +97,16 @@ class Pretrained:
         return tuple(dict.fromkeys(id for part in parts for id in eos_ids(part)))
 
     def show(self, images: Sequence[Any] = (), videos: Sequence[Any] = (), audios: Sequence[Any] = ()) -> Shown | None:
-        """What the towers read of pictures, videos and sounds, as the settings beside the weights say; None for
-        nothing.
+        """Preprocesses pictures, videos and sounds for the towers, with the checkpoint's settings; None if there are
+        none.
 
         Args:
-          images: each the path of a file, one of Pillow's pictures, an array [H, W, 3], or `pictures.Patches`.
-          videos: each a `pictures.Video`, or `pictures.Patches`.
-          audios: each the path of a file, mono samples at 16 kHz, or a `sounds.Sound`.
+          images: paths, Pillow images, arrays [H, W, 3], or `pictures.Patches`.
+          videos: `pictures.Video`s or `pictures.Patches`.
+          audios: paths, arrays of mono samples at 16 kHz, or `sounds.Sound`s.
 
         Raises:
-          UserError: for a model that does not see or hear, or for what cannot be read.
+          UserError: if the model does not read this kind, or an item cannot be decoded.
         """
         return self._shown({"image": images, "video": videos, "audio": audios})
 
@@ -121,8 +121,8 @@ class Pretrained:
         videos: Sequence[Any] = (),
         audios: Sequence[Any] = (),
     ) -> list[int]:
-        """The ids of a prompt, as `generate` takes it, with a place for every row of its pictures, videos, sounds."""
-        return self._prepared([prompt], {"image": [images], "video": [videos], "audio": [audios]})[0][0]
+        """Returns the ids of a prompt, with a placeholder for every row of its pictures, videos and sounds."""
+        return self._prepare([prompt], {"image": [images], "video": [videos], "audio": [audios]})[0][0]
 
     def logits(
         self,
@@ -134,18 +134,18 @@ class Pretrained:
         videos: Sequence[Any] = (),
         audios: Sequence[Any] = (),
     ) -> Float[Array, "B T Y"]:
-        """Float32 logits of the token after each position.
+        """Returns the float32 logits of the token after each position.
 
         Args:
-          tokens_BT: ids, as an array or as lists of one length.
-          valid_BT: False at padding, on either side; None: all tokens count.
-          budget: real experts a token; None: the model's own.
-          images, videos, audios: those that the tokens have places for, in the order of reading, row by row; as for
+          tokens_BT: ids, as an array or as lists of equal length.
+          valid_BT: False at padding, on either side; None: all tokens are valid.
+          budget: real experts per token; None: the model's own window.
+          images, videos, audios: those that the tokens have placeholders for, in reading order, row by row; as for
             `show`.
 
         Raises:
-          UserError: ids or lengths that the model does not have, a budget out of reach, or media that do not fit the
-            places.
+          UserError: for ids or lengths that the model does not have, a budget that it cannot reach, or media that do
+            not match the placeholders.
         """
         media = {"images": images, "videos": videos, "audios": audios}
         return self.forward(tokens_BT, valid_BT, budget, **media).logits_BTY
@@ -160,7 +160,7 @@ class Pretrained:
         videos: Sequence[Any] = (),
         audios: Sequence[Any] = (),
     ) -> ModelOutput:
-        """`logits`, with what every layer's router did."""
+        """Like `logits`, and also returns the routing trace."""
         tokens_BT = as_array("tokens_BT", tokens_BT)
         shape = tokens_BT.shape
         require(len(shape) == 2 and tokens_BT.size > 0, f"tokens_BT has shape {shape}; it must be [B, T], not empty")
@@ -176,12 +176,12 @@ class Pretrained:
     def generate(
         self, prompt: Prompt | Sequence[str], *, max_new_tokens: int = 128, budget: float | None = None, **how: Any
     ) -> Any:
-        """The text that follows a prompt, without the prompt; a list of them for a list of texts.
+        """Generates the continuation of a prompt, or for a list of texts a list of continuations.
 
         Args:
           prompt: a text to continue, a conversation for the chat template (a list of messages), or a list of texts.
-          budget: real experts a token; None: the model's own.
-          how: as for `generate_many`; `images`, `videos` and `audios` are those of one prompt, or a list a text.
+          budget: real experts per token; None: the model's own window.
+          how: as for `generate_many`; `images`, `videos` and `audios` are those of the prompt, or a list for each text.
         """
         many = not isinstance(prompt, str) and len(prompt) > 0 and all(isinstance(one, str) for one in prompt)
         prompts: Any = prompt if many else [prompt]
@@ -204,23 +204,23 @@ class Pretrained:
         videos: Sequence[Sequence[Any]] = (),
         audios: Sequence[Sequence[Any]] = (),
     ) -> Generated:
-        """Continues several prompts at once, of any lengths; an answer does not depend on the others.
+        """Continues several prompts of any lengths in one batch; an answer does not depend on the other prompts.
 
         Args:
           sampling: how a token is chosen; by default the most likely one.
-          seed: of the draws.
-          stop: texts that end an answer and are no part of it.
-          on_text: called with (number of the prompt, new text) as an answer grows.
-          images, videos, audios: of each prompt, as for `show`. They stand before a text; in a conversation, where it
-            has parts of type "image", "video" and "audio", or at the beginning of its last message. Its parts may also
-            hold them.
+          seed: seed of the sampling.
+          stop: texts that end an answer; they are cut off.
+          on_text: called with (index of the prompt, new text) as an answer grows.
+          images, videos, audios: a list for each prompt, as for `show`. They are put before a text. In a conversation
+            they replace its parts of type "image", "video" and "audio", or go to the beginning of its last message. The
+            parts may also hold them.
 
         Raises:
-          UserError: an empty prompt, one longer than the model's positions, one that the model cannot read, or a budget
-            out of reach.
+          UserError: if a prompt is empty, longer than the model's positions or unreadable, or the model cannot reach
+            the budget.
         """
         config, in_force = with_budget(self.config, budget)
-        ids, shown = self._prepared(prompts, {"image": images, "video": videos, "audio": audios})
+        ids, shown = self._prepare(prompts, {"image": images, "video": videos, "audio": audios})
         streams = [TextStream(self.tokenizer, stop) for _ in prompts]
         tell = on_text or (lambda row, text: None)
 
@@ -241,24 +241,24 @@ class Pretrained:
         return Generated([stream.text for stream in streams], decoded)
 
     def with_policy(self, policy: str, dial: float) -> "Pretrained":
-        """The same weights, with a token's number of experts decided by an entry of POLICIES at its dial.
+        """Returns the same weights with an entry of POLICIES, at its dial, deciding a token's number of experts.
 
-        So "static_modality" at 8 gives 8 experts to text and 4 to the tokens of pictures and videos.
+        For example, "static_modality" at 8 gives 8 experts to text and 4 to the tokens of pictures and videos.
 
         Raises:
-          UserError: a dense model, one with variable slots, an unknown policy, or a dial out of its range.
+          UserError: if the model is dense or has variable slots, the policy is unknown, or the dial is out of range.
         """
         return dataclasses.replace(self, config=with_policy(self.config, policy, dial))
 
-    def _prepared(self, prompts: Sequence[Prompt], given: Given) -> tuple[list[list[int]], Shown | None]:
-        """The ids of each prompt, and what all of them show.
+    def _prepare(self, prompts: Sequence[Prompt], given: Given) -> tuple[list[list[int]], Shown | None]:
+        """Returns the ids of each prompt, and the media of all prompts together.
 
         Args:
-          given: of each prompt a list, by kind.
+          given: for each kind a list per prompt.
         """
         for kind, lists in given.items():
-            said = f"{kind}s hold {len(lists)} lists for {len(prompts)} prompts; give a list a prompt"
-            require(len(lists) in (0, len(prompts)), said)
+            message = f"{kind}s hold {len(lists)} lists for {len(prompts)} prompts; give a list a prompt"
+            require(len(lists) in (0, len(prompts)), message)
         ids, every = [], list[Shown]()
         for number, prompt in enumerate(prompts):
             own: Given = {kind: lists[number] if len(lists) else [] for kind, lists in given.items()}
@@ -273,7 +273,7 @@ class Pretrained:
         return ids, dataclasses.replace(every[0], items=items) if every else None
 
     def export(self, path: str | os.PathLike[str], form: str = "hub", **how: Any) -> None:
-        """Writes the model into a new folder, as `pretrained.write.export` says."""
+        """Writes the model into a new folder; see `pretrained.write.export`."""
         from anyexperts_jax.pretrained.write import export
 
         export(self, path, form, **how)

@@ -1,4 +1,4 @@
-"""Which neurons of a dense network belong together: groups of one size, from what they did on a calibration text."""
+"""Groups the neurons of a dense network into experts of equal size, by their activations on a calibration text."""
 
 import dataclasses
 from typing import Literal
@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 Method = Literal["activations", "random", "contiguous"]
-_ROUNDS = 3  # of clustering; few neurons change their group after the second
+_ROUNDS = 3  # of clustering; few neurons change groups after the second
 _ACTIVE = 0.1  # share of a token's neurons that count as active
 
 
@@ -27,7 +27,7 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """A layer's neurons by expert, and those that stand for each expert in its router."""
+    """A layer's neurons by expert, and the markers by which the router scores each expert."""
 
     experts_EX: Int[np.ndarray, "E X"]
     shared_S: Int[np.ndarray, "S"]
@@ -36,19 +36,19 @@ class Groups:
 
     @property
     def order_F(self) -> Int[np.ndarray, "F"]:
-        """Where the neurons stood before, first those of the experts, then the shared ones."""
+        """The neurons' indices in the dense layer, those of the experts first, then the shared ones."""
         return np.concatenate([self.experts_EX.ravel(), self.shared_S])
 
 
 def group_neurons(
     network: Network, num_experts: int, num_shared: int, *, markers: int, method: Method, seed: int
 ) -> Groups:
-    """Cuts the F neurons into `num_experts` groups of one size, of which the first `num_shared` serve every token.
+    """Cuts the F neurons into `num_experts` groups of equal size, of which `num_shared` serve every token.
 
     "activations": the neurons that are active on most tokens are shared; the others are clustered by the tokens on
-    which they are active, every cluster of one size (after CMoE, arXiv 2502.04416). A neuron is active on a token where
-    its output is among the largest tenth. The baselines "random" and "contiguous" do not look at the text to group, but
-    their markers and scales come from it too.
+    which they are active, into clusters of equal size (after CMoE, arXiv 2502.04416). A neuron is active on a token if
+    its output is among the largest tenth. The baselines "random" and "contiguous" use the text only for markers and
+    scales, not to form the groups.
     """
     hidden_NF = network.hidden()
     size_NF = np.abs(hidden_NF) * np.linalg.norm(network.down_FD, axis=1)
@@ -70,14 +70,15 @@ def group_neurons(
         group_F = balanced_clusters(active_FN[routed_F], routed)
     experts_EX = np.stack([np.sort(routed_F[group_F == e]) for e in range(routed)])
     marked = [_markers(active_FN, own_F, min(markers, width)) for own_F in experts_EX]
-    markers_EM = np.stack([np.resize(own_M, markers) for own_M in marked])  # of few neurons, some twice
+    # An expert with fewer neurons than markers repeats some of them.
+    markers_EM = np.stack([np.resize(own_M, markers) for own_M in marked])
     return Groups(experts_EX, np.sort(shared_F), markers_EM, _scales(network, hidden_NF, experts_EX, markers_EM))
 
 
 def balanced_clusters(rows_XN: Float[np.ndarray, "X N"], clusters: int) -> Int[np.ndarray, "X"]:
-    """The cluster of each row, all of one size: k-means in which the rows are assigned by an optimal matching.
+    """Assigns each row to a cluster, all of equal size: k-means with an optimal matching in place of nearest centres.
 
-    The first centres are the first rows, as far apart as the list has them.
+    The initial centres are evenly spaced rows.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -96,7 +97,7 @@ def balanced_clusters(rows_XN: Float[np.ndarray, "X N"], clusters: int) -> Int[n
 
 
 def _markers(active_FN: Float[np.ndarray, "F N"], own_F: Int[np.ndarray, "X"], count: int) -> Int[np.ndarray, "M"]:
-    """The neurons of a group that are active most nearly as the group is on average."""
+    """Returns the neurons whose activity is closest to their group's mean."""
     rows_XN = active_FN[own_F]
     distance_X = ((rows_XN - rows_XN.mean(axis=0)) ** 2).sum(axis=1)
     return own_F[np.argsort(distance_X, kind="stable")[:count]]
@@ -108,7 +109,7 @@ def _scales(
     experts_EX: Int[np.ndarray, "E X"],
     markers_EM: Int[np.ndarray, "E M"],
 ) -> Float[np.ndarray, "E"]:
-    """Least squares: the factor that best makes an output's norm of its markers' mean size."""
+    """Fits, by least squares, the factor from the mean size of an expert's markers to the norm of its output."""
     scales = []
     for own_F, markers_M in zip(experts_EX, markers_EM, strict=True):
         norm_N = np.linalg.norm(hidden_NF[:, own_F] @ network.down_FD[own_F], axis=1)

@@ -1,4 +1,4 @@
-"""OLMoE: norms of queries and keys over all heads at once, values clipped, weights of experts not renormalised."""
+"""OLMoE: query and key norms over all heads at once, clipped projections, and weights that are not renormalised."""
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.models.config import ModelConfig
@@ -30,7 +30,7 @@ def _config(hub: HubConfig) -> ModelConfig:
         hub.whole("num_experts_per_tok", 8),
         normalisation="all" if hub.flag("norm_topk_prob", False) else "none",
     )
-    width = hub.whole("intermediate_size")  # of an expert: no layer is dense
+    width = hub.whole("intermediate_size")  # an expert's width, since no layer is dense
     return decoder_config(hub, attention, eps=1e-5, moe=moe, num_dense_layers=0, expert_d_ff=width)
 
 

@@ -1,4 +1,4 @@
-"""Pictures and videos to the patches that a vision tower reads, as the checkpoint's preprocessor_config.json says."""
+"""Turns pictures and videos into patches for a vision tower, following the checkpoint's preprocessor_config.json."""
 
 import dataclasses
 import math
@@ -18,8 +18,8 @@ from anyexperts_jax.models.config import VisionTowerConfig
 from anyexperts_jax.pretrained.hub_config import HubConfig, keys
 
 IMAGES, VIDEOS, BOTH = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
-_FLATTEST = 200  # a side may be this many times the other
-_OMNI_FRAME = {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32}  # pixels of a frame, by its processor
+_FLATTEST = 200  # largest ratio of a picture's sides
+_OMNI_FRAME = {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32}  # pixels per frame in Qwen3-Omni
 _RESAMPLE = range(4)  # Pillow's numbers: nearest, Lanczos, bilinear, bicubic
 SETTINGS = keys(
     """
@@ -32,7 +32,7 @@ SETTINGS = keys(
     feature_size sampling_rate hop_length n_fft n_samples nb_max_frames chunk_length dither padding_value padding_side
     return_attention_mask
     """
-)  # of pictures, videos and sounds, which may share a file
+)  # for pictures, videos and sounds, since they may share a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Video:
     """A video for a published model.
 
     Attributes:
-      frames: pictures of one size, an array [F, H, W, 3], or the path of a file.
-      fps: how many of them are shown a second; the model is told when each was. None: the file says.
+      frames: pictures of equal size, an array [F, H, W, 3], or the path or bytes of a file.
+      fps: frames per second, from which the model learns the time of each frame; None for a file, which has it.
     """
 
     frames: Any
@@ -56,17 +56,18 @@ class Video:
 
     @property
     def of_file(self) -> bool:
-        """Whether the frames are a file's: its path, or its bytes."""
+        """Whether `frames` is the path or the bytes of a file."""
         return isinstance(self.frames, str | bytes | pathlib.Path)
 
     def decoded(self, where: str, most: int) -> tuple[UInt8[ndarray, "F H W 3"], float]:
-        """(the frames, how many of them are shown a second).
+        """Decodes the video; returns (frames, frames per second).
 
         Args:
-          most: frames that are taken of a file.
+          where: its name in error messages.
+          most: maximal number of frames to take from a file.
 
         Raises:
-          UserError: naming it by `where`, when it cannot be read.
+          UserError: if it cannot be decoded.
         """
         source = pathlib.Path(self.frames) if isinstance(self.frames, str) else self.frames
         if self.of_file:
@@ -76,13 +77,13 @@ class Video:
 
 
 class Patches(NamedTuple):
-    """The patches that a tower reads from a picture or a video."""
+    """The patches of a picture or a video."""
 
     patches_NX: Float32[ndarray, "N X"]
     grid: tuple[int, int, int]  # pairs of frames, rows and columns of patches
     modality: Modality
     seconds: tuple[float, ...]  # when each pair of frames is shown; empty for a picture
-    pair_seconds: float = 1.0  # from pair to pair, for models that tell time by position
+    pair_seconds: float = 1.0  # seconds from pair to pair, for models that encode time as position
 
     @property
     def patches_per_frame(self) -> int:
@@ -91,47 +92,49 @@ class Patches(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How pixels become patches, as `read_preprocessing` reads it: pictures and videos have settings of their own."""
+    """How pixels become patches. Pictures and videos have separate settings; see `read_preprocessing`."""
 
     tower: VisionTowerConfig
-    least_pixels: int  # of a picture, or of all frames of a video together, once resized
+    least_pixels: int  # of a picture, or of all frames of a video together, after resizing
     most_pixels: int
     resample: int  # Pillow's number of the filter
     resize: bool
-    scale: float  # by which pixels are multiplied
-    mean: tuple[float, ...]  # a channel's, subtracted after that
-    std: tuple[float, ...]  # a channel's, divided by
-    fps: float = 2.0  # frames that are taken of a second of video
-    min_frames: int = 4  # of a video, where it has so many
+    scale: float  # multiplies the pixels
+    mean: tuple[float, ...]  # per channel, subtracted from the scaled pixels
+    std: tuple[float, ...]  # per channel, divides what is left
+    fps: float = 2.0  # frames sampled per second of video
+    min_frames: int = 4  # of a video that has as many
     max_frames: int = 768
-    per_frame: bool = False  # of a video, whether the limits hold for each frame, as Qwen2-VL's do, or for all together
+    per_frame: bool = (
+        False  # whether a video's limits of pixels hold for each frame, as in Qwen2-VL, or for all together
+    )
 
     def picture(self, value: Any, where: str) -> Patches:
-        """The patches of one picture: a path, one of Pillow's, or an array [H, W, 3].
+        """Returns the patches of one picture: a path, a Pillow image, or an array [H, W, 3].
 
         Raises:
-          UserError: naming it by `where`, when it cannot be read or is too flat.
+          UserError: naming it by `where`, if it cannot be decoded or is too flat.
         """
         source = pathlib.Path(value) if isinstance(value, str) else value
         pixels_HW3 = decode_picture(source, where)
-        frames = np.repeat(self._normalised(pixels_HW3[None], 1, where), self.tower.temporal_patch_size, axis=0)
+        frames = np.repeat(self._normalise(pixels_HW3[None], 1, where), self.tower.temporal_patch_size, axis=0)
         return Patches(*self._cut(frames), Modality.IMAGE, ())
 
     def video(self, value: Any, where: str) -> Patches:
-        """The patches of a `Video`, from frames sampled evenly over its length.
+        """Returns the patches of a `Video`, from frames sampled evenly over its length.
 
         Raises:
-          UserError: naming it by `where`, when it cannot be read, is too short or too flat.
+          UserError: naming it by `where`, if it cannot be decoded, is too short or too flat.
         """
-        said = f"{where} is a {type(value).__name__}; give Video(frames, fps), or Video(file)"
-        require(isinstance(value, Video), said)
+        message = f"{where} is a {type(value).__name__}; give Video(frames, fps), or Video(file)"
+        require(isinstance(value, Video), message)
         pair = self.tower.temporal_patch_size
         frames_FHW3, fps = value.decoded(where, self.max_frames)
         total = len(frames_FHW3)
         require(total >= pair, f"{where} has {total} frames; the model reads {pair} at a time")
-        taken = self._taken(total, total / fps, pair)
+        taken = self._sample_frames(total, total / fps, pair)
         count, rate = len(taken), len(taken) * fps / total
-        frames = self._normalised(frames_FHW3[taken], pair, where)
+        frames = self._normalise(frames_FHW3[taken], pair, where)
         missing = -count % pair
         taken = np.concatenate([taken, np.repeat(taken[-1:], missing)])
         frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
@@ -139,8 +142,8 @@ class Preprocessing:
         seconds = tuple(float(own) for own in (first / fps + last / fps) / 2)
         return Patches(*self._cut(frames), Modality.VIDEO, seconds, pair / rate)
 
-    def _taken(self, total: int, seconds: float, pair: int) -> np.ndarray:
-        """The numbers of the frames that are read, evenly spread over a video."""
+    def _sample_frames(self, total: int, seconds: float, pair: int) -> np.ndarray:
+        """Returns the indices of the frames to read, evenly spread over the video."""
         wanted = seconds * self.fps
         if self.per_frame:
             count = max(int(min(max(wanted, self.min_frames), self.max_frames, total)) // pair, 1) * pair
@@ -148,26 +151,29 @@ class Preprocessing:
         count = min(max(int(wanted), self.min_frames), self.max_frames, total)
         return np.linspace(0, total - 1, count).round().astype(int)
 
-    def _normalised(self, frames_FHW3: UInt8[ndarray, "F H W 3"], pair: int, where: str) -> np.ndarray:
+    def _normalise(self, frames_FHW3: UInt8[ndarray, "F H W 3"], pair: int, where: str) -> np.ndarray:
         height, width = frames_FHW3.shape[1:3]
         if self.resize:
             counted = (1, 1) if self.per_frame else (len(frames_FHW3), pair)
             new = self.resized(counted[0], height, width, counted[1], where)
-            frames_FHW3 = np.stack([_resized(frame, new, self.resample) for frame in frames_FHW3])
+            frames_FHW3 = np.stack([_resize(frame, new, self.resample) for frame in frames_FHW3])
         factor = self.tower.patch_size * self.tower.merge
         height, width = frames_FHW3.shape[1:3]
-        said = f"{where} has {height} x {width} pixels; without do_resize both must be multiples of {factor}"
-        require(height % factor == 0 and width % factor == 0, said)
+        message = f"{where} has {height} x {width} pixels; without do_resize both must be multiples of {factor}"
+        require(height % factor == 0 and width % factor == 0, message)
         pixels = frames_FHW3.astype(np.float32) * np.float32(self.scale)
         mean, std = (np.asarray(own, np.float32) for own in (self.mean, self.std))
         return (pixels - mean[None, None, None]) / std[None, None, None]
 
     def resized(self, frames: int, height: int, width: int, pair: int, where: str) -> tuple[int, int]:
-        """(height, width), multiples of a merged square's side, near the picture's own shape and within the limits.
+        """Returns the size (height, width) to resize to.
+
+        Both sides are multiples of a merged square's side, their ratio is close to the picture's own, and the number of
+        pixels is within the limits.
 
         Args:
-          frames: of a video, or 1.
-          pair: frames of a patch; 1 for a picture.
+          frames: number of frames of a video; 1 for a picture.
+          pair: frames per patch; 1 for a picture.
 
         Raises:
           UserError: for a picture that is too flat.
@@ -190,24 +196,25 @@ class Preprocessing:
         return new[0], new[1]
 
     def _cut(self, frames_FHW3: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """The patches in the order of `models.vision_tower.Frames`, and how many there are each way."""
+        """Cuts frames into patches, in the order of `models.vision_tower.Frames`; returns them and their grid."""
         size, merge, pair = self.tower.patch_size, self.tower.merge, self.tower.temporal_patch_size
         count, height, width, channels = frames_FHW3.shape
         grid = (count // pair, height // size, width // size)
         inside = (grid[1] // merge, merge, size), (grid[2] // merge, merge, size)
         cut = frames_FHW3.reshape(grid[0], pair, *inside[0], *inside[1], channels)
-        ordered = cut.transpose((0, 2, 5, 3, 6, 8, 1, 4, 7))  # squares, patches in one, then channel, frame, pixels
+        # Merged squares first, then the patches of a square, then within a patch channel, frame and pixels.
+        ordered = cut.transpose((0, 2, 5, 3, 6, 8, 1, 4, 7))
         return np.ascontiguousarray(ordered.reshape(math.prod(grid), -1)), grid
 
 
 def listed(name: str, given: Any) -> list[Any]:
-    """Pictures, videos or sounds as a list.
+    """Returns the given pictures, videos or sounds as a list.
 
     Raises:
-      UserError: for a single one, such as a path.
+      UserError: if a single item is given, such as a path.
     """
     one = isinstance(given, str | bytes | Video) or not isinstance(given, Sequence | ndarray)
-    one = one or (isinstance(given, ndarray) and given.ndim < 2)  # samples
+    one = one or (isinstance(given, ndarray) and given.ndim < 2)  # the samples of one sound
     require(not one, f"{name} is a {type(given).__name__}; give a list")
     return list(given)
 
@@ -220,14 +227,14 @@ def patches_of(
     *,
     per_frame: bool = False,
 ) -> list[Patches]:
-    """The patches of pictures, then of videos; what is `Patches` already is checked and passed on.
+    """Returns the patches of pictures, then of videos. Items that are `Patches` already are checked and kept.
 
     Args:
-      path: of the checkpoint.
+      path: the checkpoint, whose settings are used.
       per_frame: whether videos are read as Qwen2-VL reads them; see `Preprocessing`.
 
     Raises:
-      UserError: for what cannot be read, naming it by its place.
+      UserError: for an item that cannot be decoded; the message has its index.
     """
     found = []
     for name, given, is_video in (("image", images, False), ("video", videos, True)):
@@ -235,14 +242,14 @@ def patches_of(
         for number, value in enumerate(given):
             where = f"{name} {number}" + (f" ({value})" if isinstance(value, str | pathlib.Path) else "")
             if isinstance(value, Patches):
-                found.append(_checked(value, tower, where, Modality.VIDEO if is_video else Modality.IMAGE))
+                found.append(_check_patches(value, tower, where, Modality.VIDEO if is_video else Modality.IMAGE))
                 continue
             settings = settings or read_preprocessing(path, tower, is_video, per_frame and is_video)
             found.append(settings.video(value, where) if is_video else settings.picture(value, where))
     return found
 
 
-def _checked(patches: Patches, tower: VisionTowerConfig, where: str, modality: Modality) -> Patches:
+def _check_patches(patches: Patches, tower: VisionTowerConfig, where: str, modality: Modality) -> Patches:
     need = (math.prod(patches.grid), tower.patch_features)
     shape = patches.patches_NX.shape
     require(shape == need, f"{where}: patches of shape {shape}; a grid of {patches.grid} needs {need}")
@@ -255,16 +262,16 @@ def _checked(patches: Patches, tower: VisionTowerConfig, where: str, modality: M
 def read_preprocessing(
     folder: pathlib.Path, tower: VisionTowerConfig, videos: bool = False, per_frame: bool = False
 ) -> Preprocessing:
-    """The settings that lie beside the weights.
+    """Reads a checkpoint's preprocessing settings.
 
     Args:
-      tower: whose patches they must make.
-      videos: of videos in place of pictures.
-      per_frame: whether videos are read as Qwen2-VL reads them. Those of pictures then hold for videos too where there
-        are none of their own, but for the sizes, which are those of Qwen3-Omni's processor.
+      tower: the tower that the patches must fit.
+      videos: whether to read the settings of videos, not of pictures.
+      per_frame: whether videos are read as Qwen2-VL reads them. If videos have no settings of their own, those of
+        pictures are then used, with the sizes of Qwen3-Omni's processor.
 
     Raises:
-      UserError: when there are none, they do not fit the tower, or ask for what is not done here.
+      UserError: if there are no settings, they do not fit the tower, or they ask for something that is not supported.
     """
     hub = _settings(folder, videos, per_frame)
     hub.require_known(SETTINGS)
@@ -279,7 +286,7 @@ def read_preprocessing(
         require(have == want, f"{hub.where}: {key}={have}, but config.json's vision_config makes it {want}")
     size = hub.get("size", {})
     require(isinstance(size, Mapping), f"{hub.where}: size={shown(size)} must be an object")
-    limits = HubConfig({**size, **_given(hub, ("min_pixels", "max_pixels"))}, f"{hub.where}: size")
+    limits = HubConfig({**size, **_present(hub, ("min_pixels", "max_pixels"))}, f"{hub.where}: size")
     limits.require_known(("shortest_edge", "longest_edge", "min_pixels", "max_pixels"))
     least = limits.whole("min_pixels" if limits.get("min_pixels") is not None else "shortest_edge")
     most = limits.whole("max_pixels" if limits.get("max_pixels") is not None else "longest_edge")
@@ -323,7 +330,7 @@ def _settings(folder: pathlib.Path, videos: bool, per_frame: bool) -> HubConfig:
     raise UserError(f"{folder} holds neither {own} nor a {BOTH} with {part}; copy it from where the model is from")
 
 
-def _given(hub: HubConfig, names: Sequence[str]) -> dict[str, Any]:
+def _present(hub: HubConfig, names: Sequence[str]) -> dict[str, Any]:
     return {name: hub.get(name) for name in names if hub.get(name) is not None}
 
 
@@ -336,7 +343,7 @@ def _channels(hub: HubConfig, key: str, tower: VisionTowerConfig) -> tuple[float
     return tuple(map(float, found))
 
 
-def _resized(pixels_HW3: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
+def _resize(pixels_HW3: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
     from PIL import Image
 
     if pixels_HW3.shape[:2] == size:

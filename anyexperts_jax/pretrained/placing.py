@@ -1,4 +1,4 @@
-"""Which row of which tower each place among the tokens reads, and by how much every token is rotated."""
+"""Assigns rows of the towers to the placeholders among the tokens, and rotary positions to all tokens."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,40 +16,40 @@ from anyexperts_jax.models.placed_media import PlacedMedia
 from anyexperts_jax.models.vision_tower import Frames
 from anyexperts_jax.pretrained.media import Shown
 
-_SQUARE_STEP = 16  # frames are padded to a multiple of so many squares, so that few programs are compiled
+_SQUARE_STEP = 16  # frames are padded to a multiple of this many merged squares, so that few programs are compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class Placed:
-    """The media and places of a batch, and by how much rotary positions lag behind the places of each row."""
+    """The placed media of a batch, and for each row how far its rotary positions lag behind its number of tokens."""
 
     media: PlacedMedia
     lead_B: Float[Array, "B"]
 
 
 class _Span(NamedTuple):
-    """Places that follow one another without a token between them."""
+    """Consecutive placeholders, without other tokens between them."""
 
-    row_N: Int[ndarray, " N"]  # of the tower
-    offset_N3: Float32[ndarray, "N 3"]  # rotary, from where the span starts
-    said: str  # what needs them
+    row_N: Int[ndarray, " N"]  # rows of the tower
+    offset_N3: Float32[ndarray, "N 3"]  # rotary offsets from the position where the span starts
+    size: str  # how many placeholders are needed, for error messages
 
 
 def place(shown: Shown, tokens_BT: Int[ndarray, "B T"], valid_BT: Bool[ndarray, "B T"]) -> Placed:
-    """Assigns a row of a tower to each place among the tokens, and a rotary position to every token.
+    """Assigns a row of a tower to each placeholder, and a rotary position (time, row, column) to every token.
 
-    Along text and sound the position grows by one a token. The rows of a picture share the position where it starts
-    as their time, and add their own row and column. A pair of frames of a video is placed like a picture, or, where
-    the model tells time by position, at its second. The next token continues behind the greatest position.
+    In text and sound the position grows by one per token. All rows of a picture have the position where it starts as
+    their time, and add their own row and column to it. A pair of frames of a video is placed like a picture, or, if the
+    model encodes time as position, at its second. The token after a span continues one behind its greatest position.
 
     Raises:
-      UserError: when the places do not fit the media.
+      UserError: if the placeholders do not match the media.
     """
     row_BT = np.full(tokens_BT.shape, -1, np.int32)
     modality_BT = np.full(tokens_BT.shape, int(Modality.TEXT), np.int32)
     rotary_BT3 = np.zeros((*tokens_BT.shape, 3), np.float32)
     lead_B = np.zeros(len(tokens_BT), np.float32)
-    frames, sounds = _stacked_frames(shown), _Windows(shown)
+    frames, sounds = _stack_frames(shown), _Windows(shown)
     queues = _Queues(shown, frames, sounds)
     for b, tokens_T in enumerate(tokens_BT):
         kept = np.flatnonzero(valid_BT[b])
@@ -70,7 +70,7 @@ def place(shown: Shown, tokens_BT: Int[ndarray, "B T"], valid_BT: Bool[ndarray, 
             )
             require(
                 own == [modality] * count,
-                f"row {b} of the tokens has fewer places from {kept[t]} on than the {span.said} that its {name} needs; "
+                f"row {b} of the tokens has fewer places from {kept[t]} on than the {span.size} that its {name} needs; "
                 f"make the tokens with m.tokens(prompt, {name}s=...)",
             )
             modality_BT[b, places] = int(modality)
@@ -81,12 +81,12 @@ def place(shown: Shown, tokens_BT: Int[ndarray, "B T"], valid_BT: Bool[ndarray, 
     queues.require_none_left()
     arrays = (jnp.asarray(own) for own in (row_BT, modality_BT, rotary_BT3))
     return Placed(
-        PlacedMedia(frames.frames if frames is not None else None, sounds.stacked(), *arrays), jnp.asarray(lead_B)
+        PlacedMedia(frames.frames if frames is not None else None, sounds.stack(), *arrays), jnp.asarray(lead_B)
     )
 
 
 class _Queues:
-    """The spans of each kind, in the order in which they are read."""
+    """The spans of each modality, in reading order."""
 
     def __init__(self, shown: Shown, frames: "_Stacked | None", sounds: "_Windows") -> None:
         self._shown = shown
@@ -120,8 +120,8 @@ class _Stacked:
     rows_per_frame: int
 
 
-def _stacked_frames(shown: Shown) -> _Stacked | None:
-    """The frames of pictures, then of videos, numbered in this order; None without any."""
+def _stack_frames(shown: Shown) -> _Stacked | None:
+    """Stacks the frames of pictures, then of videos; None if there are none."""
     every = [frame for modality in (Modality.IMAGE, Modality.VIDEO) for frame in shown.frames(modality)]
     if not every:
         return None
@@ -136,10 +136,10 @@ def _stacked_frames(shown: Shown) -> _Stacked | None:
 
 
 def _picture_spans(shown: Shown, modality: Modality, first: int, rows_per_frame: int) -> tuple[list[_Span], int]:
-    """The spans of pictures or videos, and the number of the next frame.
+    """Returns the spans of pictures or videos, and the index after their last frame.
 
     Args:
-      first: the number of the first frame.
+      first: the index of their first frame.
     """
     steps, merge, found = shown.ids.steps, shown.vision.merge, []
     for item in shown.of(modality):
@@ -148,14 +148,14 @@ def _picture_spans(shown: Shown, modality: Modality, first: int, rows_per_frame:
         offset_N3 = grid.reshape(-1, 3).astype(np.float32)
         own = [(first + pair) * rows_per_frame + np.arange(rows * columns) for pair in range(pairs)]
         first += pairs
-        said = f"{rows} x {columns} rows"
+        size = f"{rows} x {columns} rows"
         if modality is Modality.IMAGE or steps is None:
-            found += [_Span(row_N, offset_N3, said) for row_N in own]
+            found += [_Span(row_N, offset_N3, size) for row_N in own]
             continue
         seconds = np.arange(pairs, dtype=np.float32) * np.float32(item.pair_seconds) * np.float32(steps)
         time_pairs_N3 = np.stack([offset_N3] * pairs)
         time_pairs_N3[:, :, 0] = seconds[:, None]
-        found.append(_Span(np.concatenate(own), time_pairs_N3.reshape(-1, 3), f"{pairs} x {said}"))
+        found.append(_Span(np.concatenate(own), time_pairs_N3.reshape(-1, 3), f"{pairs} x {size}"))
     return found, first
 
 
@@ -165,7 +165,7 @@ class _Windows:
     def __init__(self, shown: Shown) -> None:
         self._shown = shown
         self._sounds = shown.of(Modality.AUDIO)
-        self._windows: list[tuple[int, list[np.ndarray]]] = []  # (number of the sound, its chunks)
+        self._windows: list[tuple[int, list[np.ndarray]]] = []  # (index of the sound, chunks of the window)
         for number, sound in enumerate(self._sounds):
             assert shown.audio is not None
             size, most = shown.audio.chunk_frames, shown.audio.window_chunks
@@ -175,7 +175,7 @@ class _Windows:
         self._chunks = _power_of_two(longest)
 
     def spans(self) -> list[_Span]:
-        """The places of each sound."""
+        """Returns the span of each sound."""
         tower, own = self._shown.audio, dict[int, list[np.ndarray]]()
         for w, (number, chunks) in enumerate(self._windows):
             assert tower is not None
@@ -189,8 +189,8 @@ class _Windows:
             found.append(_Span(row_N, offset_N3, f"{len(row_N)} rows"))
         return found
 
-    def stacked(self) -> Sounds | None:
-        """The arrays; None without a sound. Windows that only fill them up have one frame of zeros."""
+    def stack(self) -> Sounds | None:
+        """Stacks the windows into arrays; None without sounds. Windows of padding have one frame of zeros."""
         tower = self._shown.audio
         if not self._windows or tower is None:
             return None
@@ -208,5 +208,5 @@ class _Windows:
 
 
 def _power_of_two(least: int) -> int:
-    """The next power of two, so that few programs are compiled."""
+    """Rounds up to a power of two, so that few programs are compiled."""
     return 1 << max(least - 1, 0).bit_length()

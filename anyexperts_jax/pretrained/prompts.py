@@ -1,4 +1,4 @@
-"""Text to the tokens a published model expects, and its tokens back to text as they come."""
+"""Encodes prompts as a published model expects them, and decodes its tokens to text as they arrive."""
 
 import base64
 import json
@@ -18,14 +18,16 @@ Prompt = str | Messages  # a text to continue, or a conversation for the chat te
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, shown: Shown | None = None) -> list[int]:
-    """The ids of a prompt: a text as it is, with the ids that the tokenizer puts before one, or a conversation with
-    what comes before the assistant's next turn.
+    """Encodes a prompt.
+
+    A text is encoded as it is, after the ids that the tokenizer puts before every text. A conversation is rendered with
+    the chat template, up to the beginning of the assistant's next turn.
 
     Args:
-      shown: pictures, videos and sounds, which stand before a text, and in a conversation where it has parts for them.
+      shown: pictures, videos and sounds. They are put before a text, or where a conversation has parts for them.
 
     Raises:
-      UserError: an empty prompt, or a conversation for a tokenizer without a template.
+      UserError: if the prompt is empty, or a conversation is given and the tokenizer has no chat template.
     """
     texts = shown.ids.texts(tokenizer) if shown is not None else {}
     if isinstance(prompt, str):
@@ -41,17 +43,17 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, shown: Shown | None = No
 
 
 def with_media(prompt: Prompt, given: Given, kinds: Sequence[str]) -> tuple[Prompt, Given]:
-    """A conversation with a part for each picture, video and sound, and what its parts stand for, in their order.
+    """Returns a conversation with a part for each picture, video and sound, and the media in the order of the parts.
 
-    Where it has no parts for them, they go to the beginning of its last message. A text is left as it is.
+    Media without parts get parts at the beginning of the last message. A text is returned unchanged.
 
     Args:
-      given: media beside the prompt, by kind.
-      kinds: those that the model reads.
+      given: media given beside the prompt, by kind.
+      kinds: the kinds that the model reads.
 
     Raises:
-      UserError: for parts that say what they stand for beside media that are given, too many or few of these, or a part
-        of another kind.
+      UserError: if parts hold media and others are given too, the numbers of parts and media differ, or a part has
+        another kind.
     """
     given = {kind: listed(f"{kind}s", own) for kind, own in given.items()}
     if isinstance(prompt, str):
@@ -83,13 +85,13 @@ def with_media(prompt: Prompt, given: Given, kinds: Sequence[str]) -> tuple[Prom
 
 
 def media_in(messages: Sequence[Any], kinds: Sequence[str]) -> dict[str, list[Any]]:
-    """What the parts of a conversation stand for beside text, by kind; None where a part does not say.
+    """Returns the media in the parts of a conversation, by kind; None for a part that is only a placeholder.
 
     Args:
-      kinds: those that the model reads.
+      kinds: the kinds that the model reads.
 
     Raises:
-      UserError: for a part of another kind.
+      UserError: if a part has another kind.
     """
     found: dict[str, list[Any]] = {kind: [] for kind in kinds}
     readable = ", ".join(["text", *kinds[:-1]]) + f" and {kinds[-1]}"
@@ -105,10 +107,10 @@ def media_in(messages: Sequence[Any], kinds: Sequence[str]) -> dict[str, list[An
 
 
 def _with_plain_sounds(message: Any, where: str) -> Any:
-    """The message with its parts of type "input_audio", as OpenAI writes sounds, as parts of type "audio".
+    """Replaces a message's parts of type "input_audio", OpenAI's form of sounds, by parts of type "audio".
 
     Raises:
-      UserError: for such a part without data in base64.
+      UserError: if such a part has no base64 data.
     """
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, list):
@@ -129,7 +131,7 @@ def _with_plain_sounds(message: Any, where: str) -> Any:
 
 
 def leading_ids(tokenizer: Tokenizer) -> list[int]:
-    """What the tokenizer's own settings put before every text: nothing, or the id that begins one."""
+    """Returns the ids that the tokenizer's settings put before every text: none, or its begin-of-text id."""
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         return []
     settings = parse_object(CONFIG, tokenizer.files[CONFIG]) if CONFIG in tokenizer.files else {}
@@ -144,42 +146,42 @@ def leading_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 class TextStream:
-    """The text of tokens that come one by one, cut before the first stop string.
+    """Decodes tokens that arrive one by one, and cuts the text before the first stop string.
 
-    A character whose bytes are not all there waits for the rest, and so does what may become a stop string.
+    Text that later tokens may change is held back: an incomplete UTF-8 character, or the beginning of a stop string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         require(all(stop), "a stop string is empty")
-        self._tokenizer, self._stop, self._ids, self._told = tokenizer, tuple(stop), list[int](), 0
+        self._tokenizer, self._stop, self._ids, self._returned = tokenizer, tuple(stop), list[int](), 0
         self.text, self.stopped = "", False
 
     def add(self, token: int) -> str:
-        """Takes a token and returns the text that is new and sure."""
+        """Adds a token; returns the new text that later tokens cannot change."""
         self._ids.append(token)
         self.text = self._tokenizer.decode(self._ids)
         places = [place for stop in self._stop if (place := self.text.find(stop)) >= 0]
         if places:
             self.text, self.stopped = self.text[: min(places)], True
             return self.rest()
-        sure = len(self.text.rstrip("\ufffd"))
+        final = len(self.text.rstrip("\ufffd"))  # bytes of an incomplete character decode to U+FFFD
         for stop in self._stop:
             held = max((n for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
-            sure = min(sure, len(self.text) - held)
-        return self._tell(sure)
+            final = min(final, len(self.text) - held)
+        return self._take_until(final)
 
     def rest(self) -> str:
-        """What is left to tell once no token follows."""
-        return self._tell(len(self.text))
+        """Returns the text that was held back, once no token follows."""
+        return self._take_until(len(self.text))
 
-    def _tell(self, until: int) -> str:
-        new = self.text[self._told : max(until, self._told)]
-        self._told = max(until, self._told)
+    def _take_until(self, until: int) -> str:
+        new = self.text[self._returned : max(until, self._returned)]
+        self._returned = max(until, self._returned)
         return new
 
 
 def require_text(prompt: Any) -> None:
-    """Refuses a prompt with a picture, a video or a sound for a model of text.
+    """Checks that a prompt has no picture, video or sound, for a model that reads only text.
 
     Raises:
       UserError: naming the part.

@@ -1,4 +1,4 @@
-"""Qwen3 and Qwen3-MoE: norms of queries and keys over each head."""
+"""Qwen3 and Qwen3-MoE, which normalise queries and keys within each head."""
 
 from typing import Any
 
@@ -30,12 +30,12 @@ def _dense_config(hub: HubConfig) -> ModelConfig:
 
 
 def moe_config(hub: HubConfig, **policy: Any) -> ModelConfig:
-    """Qwen3-MoE's decoder.
+    """Reads Qwen3-MoE's decoder.
 
     Args:
-      policy: fields of AnyExpertsConfig, beside those that config.json says.
+      policy: further fields of AnyExpertsConfig.
     """
-    renormalised = hub.flag("norm_topk_prob", False)  # the class's default; the releases say true
+    renormalised = hub.flag("norm_topk_prob", False)  # the class's default; the releases set it to true
     moe = AnyExpertsConfig.static_top_k(
         hub.num_experts(),
         hub.whole("num_experts_per_tok"),
@@ -55,11 +55,12 @@ def moe_config(hub: HubConfig, **policy: Any) -> ModelConfig:
 
 
 def layer_pattern(hub: HubConfig) -> tuple[int, int]:
-    """(leading dense layers, of the others each n-th has experts): layer i has them iff step divides i + 1 and it is
-    not in mlp_only_layers.
+    """Returns (n, m): n leading dense layers, then every m-th layer has experts.
+
+    In config.json, layer i has experts if decoder_sparse_step divides i + 1 and i is not in mlp_only_layers.
 
     Raises:
-      UserError: for layers with experts at places that no such pair describes.
+      UserError: if no such pair describes the layers with experts.
     """
     layers, step = hub.whole("num_hidden_layers"), hub.whole("decoder_sparse_step", 1)
     dense = hub.get("mlp_only_layers", [])
@@ -79,7 +80,7 @@ def layer_pattern(hub: HubConfig) -> tuple[int, int]:
 
 
 def qwen3_rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
-    """The weight rules of both."""
+    """Rules for the dense and the MoE model."""
     own = (*around_rules(config), *norm_rules(), *attention_rules(config), *dense_mlp_rules(config))
     return (*own, *expert_rules(layout)) if config.stack.num_moe_layers else own
 

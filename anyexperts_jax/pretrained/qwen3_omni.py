@@ -1,7 +1,7 @@
-"""Qwen3-Omni's thinker: a vision and an audio tower before Qwen3's decoder with experts.
+"""Qwen3-Omni's thinker: a vision and an audio tower in front of Qwen3's MoE decoder.
 
-The release holds a talker and a vocoder as well, which turn the answer into speech; they are left out. The thinker
-alone may also be a checkpoint of its own.
+The release also has a talker and a vocoder, which turn the answer into speech; they are not read. A checkpoint of the
+thinker alone is read too.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ _AUDIO = keys(
     """
 )
 _MERGERS = MergerNames("merger_list", "ln_q", "mlp.0", "mlp.2")
-_POSITIONS = 2304  # of the class, where the file does not say
+_POSITIONS = 2304  # num_position_embeddings's default in the class
 
 
 def _whole_config(hub: HubConfig) -> ModelConfig:
@@ -156,12 +156,12 @@ def _block_rules(ours: str, theirs: str) -> list[Rule]:
     return rules + gelu_mlp_rules(f"{ours}mlp/", theirs, ("fc1", "fc2"))
 
 
-def _silent(_: HubConfig) -> tuple[str, ...]:
+def _speech_tensors(_: HubConfig) -> tuple[str, ...]:
     return (r"talker\..*", r"code2wav\..*")
 
 
 def _without_speech(values: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of an export: no talker is in it."""
+    """Turns speech off in the config.json of an export, which has no talker."""
     return {**values, "enable_audio_output": False}
 
 
@@ -169,7 +169,7 @@ QWEN3_OMNI_MOE = Family(
     ("Qwen3OmniMoeForConditionalGeneration",),
     _whole_config,
     _whole_rules,
-    ignored=_silent,
+    ignored=_speech_tensors,
     written=_without_speech,
 )
 QWEN3_OMNI_MOE_THINKER = Family(("Qwen3OmniMoeThinkerForConditionalGeneration",), _config, _rules)

@@ -1,6 +1,7 @@
-"""Qwen3-VL and Qwen3-VL-MoE: a vision tower before Qwen3's decoder, whose positions have a time, a row and a column.
+"""Qwen3-VL and Qwen3-VL-MoE: a vision tower in front of Qwen3's decoder, with positions of time, row and column.
 
-The experts of a layer are published in two tensors, inputs by outputs, and renormalised always.
+The experts of a layer are published as two tensors, inputs by outputs. The weights of the chosen experts are always
+renormalised.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from anyexperts_jax.pretrained.hub_config import HubConfig, keys
 from anyexperts_jax.pretrained.qwen3 import layer_pattern
 from anyexperts_jax.pretrained.rules import FLAT, KERNEL, KERNEL_OF_HEADS, ExpertLayout, Layout, Rule
 
-MROPE_SECTION = (24, 20, 20)  # of the classes, where the file does not say
+MROPE_SECTION = (24, 20, 20)  # mrope_section's default in the classes
 MOE_KEYS = keys(
     """
     num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step
@@ -61,9 +62,9 @@ _ROPE = keys(
 
 
 class MergerNames(NamedTuple):
-    """What a merger's tensors are called."""
+    """The names of a merger's tensors."""
 
-    deep: str  # the list of those after some blocks
+    deep: str  # the list of mergers that follow inner blocks
     norm: str
     up: str
     down: str
@@ -85,13 +86,13 @@ def _moe_config(hub: HubConfig) -> ModelConfig:
 
 
 def moe_decoder(text: HubConfig, renormalised: bool) -> ModelConfig:
-    """The decoder of a `text_config` with experts.
+    """Reads the MoE decoder of a `text_config`.
 
     Args:
       renormalised: whether the weights of the chosen experts sum to one.
 
     Raises:
-      UserError: for what is not computed here.
+      UserError: for values that are not supported.
     """
     first, every = layer_pattern(text)
     normalisation: Literal["all", "none"] = "all" if renormalised else "none"
@@ -115,10 +116,10 @@ def _text(hub: HubConfig, known: frozenset[str]) -> HubConfig:
 
 
 def text_part(hub: HubConfig, known: frozenset[str]) -> HubConfig:
-    """The `text_config`, whose keys and those of its rope settings are all known.
+    """Returns the `text_config`, after checking that its keys and those of its rope settings are known.
 
     Raises:
-      UserError: naming others.
+      UserError: naming the unknown keys.
     """
     text = hub.part("text_config")
     text.require_known(known)
@@ -148,13 +149,13 @@ def _whole(hub: HubConfig, decoder: ModelConfig) -> ModelConfig:
 
 
 def tower_config(vision: HubConfig, out_width: int) -> VisionTowerConfig:
-    """The tower of a `vision_config`.
+    """Reads the tower of a `vision_config`.
 
     Args:
-      out_width: of the decoder's stream, which the tower's rows must have.
+      out_width: the decoder's width, which the tower's rows must have.
 
     Raises:
-      UserError: for what is not computed here.
+      UserError: for values that are not supported.
     """
     vision.only("hidden_act", "gelu_pytorch_tanh")
     rope = HubConfig(vision.get("rope_parameters", {}), f"{vision.where}: rope_parameters")
@@ -196,10 +197,10 @@ def _in_language_model(rule: Rule) -> Rule:
 
 
 def tower_rules(config: ModelConfig, theirs: str = "model.visual.", names: MergerNames = MERGERS) -> tuple[Rule, ...]:
-    """The tensors of the tower.
+    """Rules for the tower.
 
     Args:
-      theirs: the beginning of their names.
+      theirs: the prefix of the tensors' names.
     """
     tower = config.vision_tower
     assert tower is not None
@@ -235,12 +236,12 @@ def _merger_rules(ours: str, theirs: str, names: MergerNames) -> list[Rule]:
 
 
 def layer_norm_rules(ours: str, theirs: str) -> list[Rule]:
-    """Scale and bias of a LayerNorm."""
+    """Rules for the scale and bias of a LayerNorm."""
     return [Rule(f"{ours}scale", f"{theirs}weight"), Rule(f"{ours}bias", f"{theirs}bias")]
 
 
 def gelu_mlp_rules(ours: str, theirs: str, names: tuple[str, str]) -> list[Rule]:
-    """The two maps of a GELU MLP, with their biases."""
+    """Rules for the two layers of a GELU MLP, with their biases."""
     both = tuple(zip(("up", "down"), names, strict=True))
     kernels = [Rule(f"{ours}{own}/kernel", f"{theirs}{name}.weight", KERNEL) for own, name in both]
     return kernels + [Rule(f"{ours}{own}/bias", f"{theirs}{name}.bias") for own, name in both]

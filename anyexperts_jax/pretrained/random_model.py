@@ -1,4 +1,4 @@
-"""A model of a published shape with random weights: for tests, benchmarks, and a first look without a download."""
+"""Makes a model with random weights from a published config.json, for tests, benchmarks and trials without download."""
 
 import pathlib
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from anyexperts_jax.pretrained.model import Pretrained
 
 
 def random_model(values: Mapping[str, Any], seed: int = 0) -> Pretrained:
-    """The model that a config.json describes, in float32, with the initial parameters of `models.init`.
+    """Returns the model that a config.json describes, in float32, initialised by `models.init`.
 
     Args:
-      values: of the config.json.
+      values: the contents of config.json.
 
     Raises:
-      UserError: as `load_pretrained`, for a configuration that is not supported.
+      UserError: if the configuration is not supported.
     """
     hub = HubConfig(values, "config.json")
     name, family = family_of(hub)

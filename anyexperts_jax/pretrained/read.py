@@ -1,4 +1,4 @@
-"""From a source of tensors to parameters on their devices: planned first, then read one parameter at a time."""
+"""Reads a source of tensors into parameters on their devices: plans first, then reads one parameter at a time."""
 
 import collections
 import dataclasses
@@ -34,9 +34,9 @@ from anyexperts_jax.sharding.specs import param_shardings, replicated
 
 Sharding = jax.sharding.Sharding
 HEAD = "lm_head.weight"
-_ALIGNED = 64  # bytes
-_STRIP = 64  # elements of a row
-_MOST_THREADS = 8  # more add nothing where memory is the bound
+_ALIGNED = 64  # bytes, JAX's alignment on a CPU
+_STRIP = 64  # elements per row that are copied at a time
+_MOST_THREADS = 8  # more do not help: memory bandwidth is the limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,16 +52,16 @@ class ParameterPlan:
 
 @dataclasses.dataclass(frozen=True)
 class ReadPlan:
-    """How a whole checkpoint is read: what `--dry-run` shows."""
+    """How a whole checkpoint is read; `--dry-run` prints it."""
 
     config: ModelConfig
     parameters: tuple[ParameterPlan, ...]
     tensors: Mapping[str, Expected]
-    repeated_head: bool  # a tied model's file holds the head all the same
-    left_out: tuple[str, ...] = ()  # tensors on the family's ignore list
+    repeated_head: bool  # the embeddings are tied, but the files hold a head too
+    left_out: tuple[str, ...] = ()  # tensors that the family ignores
 
     def table(self, source: Source) -> TextTable:
-        """A row a parameter: the tensors that make it, its shape, type and sharding."""
+        """Returns a table with a row per parameter: its tensors, shape, type and sharding."""
         rows = []
         for plan in self.parameters:
             stored = sorted({source.tensors[piece.tensor].stored for piece in plan.pieces})
@@ -76,10 +76,10 @@ class ReadPlan:
 
 
 def plan_reading(family: Family, hub: HubConfig, source: Source, mesh: Mesh | None) -> ReadPlan:
-    """Checks config.json against the files' headers and says what is to be read, without reading a weight.
+    """Checks config.json against the files' headers and plans what to read, without reading any weight.
 
     Raises:
-      UserError: a tensor that is missing, of another shape, or that nothing reads; sizes that do not split over `mesh`.
+      UserError: if a tensor is missing, has another shape or is not used, or `mesh` does not divide the sizes.
     """
     found = without_ignored(family, hub, source.tensors)
     left_out = tuple(name for name in source.tensors if name not in found)
@@ -107,21 +107,21 @@ def plan_reading(family: Family, hub: HubConfig, source: Source, mesh: Mesh | No
 
 
 def summary(plan: ReadPlan, family: str) -> list[str]:
-    """Lines that say what a checkpoint is: family, layers, experts, size and type."""
+    """Describes a checkpoint in a few lines: family, layers, experts, size and type."""
     stack, moe = plan.config.stack, plan.config.moe
     elements = sum(math.prod(own.shape) for own in plan.parameters)
     size = sum(math.prod(own.shape) * own.dtype.itemsize for own in plan.parameters)
     experts = f", {stack.num_moe_layers} of them with {moe.num_experts} experts, {moe.k_max:g} a token"
     head = "tied" if plan.config.tie_embeddings else "of its own"
     towers = {"a vision": plan.config.vision_tower, "an audio": plan.config.audio_tower}
-    said = [
+    tower_texts = [
         f"; {name} tower of {tower.num_layers} layers, width {tower.d_model}"
         for name, tower in towers.items()
         if tower is not None
     ]
     lines = [
         f"family {family}: {stack.num_layers} layers{experts if stack.num_moe_layers else ', dense'}, "
-        f"width {stack.d_model}, {plan.config.vocab_size} ids, head {head}{''.join(said)}",
+        f"width {stack.d_model}, {plan.config.vocab_size} ids, head {head}{''.join(tower_texts)}",
         f"{elements / 1e6:.1f}M parameters, {size / 1e9:.2f} GB, computed in {stack.dtype}",
     ]
     counts = collections.Counter(name.partition(".")[0] for name in plan.left_out)
@@ -132,10 +132,10 @@ def summary(plan: ReadPlan, family: str) -> list[str]:
 
 
 def read_parameters(plan: ReadPlan, source: Source) -> tuple[dict[str, Any], jax.Array | None]:
-    """The parameters' tree, and the expert biases [L, C], where the model has them.
+    """Reads the tree of parameters, and the expert biases [L, C] if the model has them.
 
-    One parameter is read at a time, the largest first, and of it what each device gets; a file is closed before the
-    next parameter, so that no more of it stays in memory.
+    Parameters are read one at a time, the largest first, and of a sharded one only what each device gets. Files are
+    closed after each parameter, so that their pages do not stay in memory.
     """
     leaves: dict[str, jax.Array] = {}
     with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as threads:
@@ -181,7 +181,7 @@ def _read_part(
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Room for an array. On a CPU, JAX takes over memory that is aligned as this is, instead of copying it."""
+    """Returns an uninitialised array whose memory is aligned, so that JAX on a CPU takes it over without a copy."""
     size = math.prod(shape) * dtype.itemsize
     room = np.empty(size + _ALIGNED, np.uint8)
     first = -room.ctypes.data % _ALIGNED
@@ -189,9 +189,10 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(own: np.ndarray, room: np.ndarray) -> None:
-    """`room[...] = own`. NumPy copies bfloat16 an element at a time, and the same bits as whole numbers in runs.
+    """Assigns `room[...] = own`, as integers of the same size, since NumPy copies bfloat16 element by element.
 
-    A transposed tensor is copied in strips, so that what is read of it is still in the CPU's cache for the next row.
+    A transposed tensor is copied in strips, so that the cache lines read for one row are still in the CPU's cache for
+    the next one.
     """
     if own.dtype == room.dtype:
         bits = np.dtype(f"u{own.dtype.itemsize}")
@@ -233,16 +234,16 @@ def _shardings(config: ModelConfig, mesh: Mesh | None) -> dict[str, Sharding]:
 
 
 def _common_dtype(dtypes: list[np.dtype]) -> np.dtype:
-    """The narrowest that holds all of them: of one parameter, for the types belong to tensors and not to files."""
+    """Returns the narrowest type that holds all types of a parameter's tensors, which may differ within a file."""
     found = dtypes[0]
-    with jax.numpy_dtype_promotion("standard"):  # the rule is asked for, whatever arrays are held to
+    with jax.numpy_dtype_promotion("standard"):  # `promote_types` raises under strict promotion
         for dtype in set(dtypes):
             found = np.dtype(jnp.promote_types(found, dtype))
-    return found if found.itemsize <= 4 else np.dtype(np.float32)  # JAX has no float64 unless it is told to
+    return found if found.itemsize <= 4 else np.dtype(np.float32)  # JAX has no float64 by default
 
 
 def _with_types(config: ModelConfig, parameters: list[ParameterPlan]) -> ModelConfig:
-    """The configuration that computes in the type that most weights have: bfloat16, or float32 for all others."""
+    """Sets the compute type to that of most weights: bfloat16, or float32 for any other type."""
     sizes: dict[str, int] = {}
     for plan in parameters:
         sizes[plan.dtype.name] = sizes.get(plan.dtype.name, 0) + math.prod(plan.shape)

@@ -1,8 +1,9 @@
-"""Weight rules: which tensor of a published checkpoint is which part of which parameter, for reading and for writing.
+"""Weight rules, which map the tensors of a published checkpoint to parts of parameters, for reading and writing.
 
-A rule pairs a parameter's name with a tensor's. `expand` makes of a family's rules the *pieces* of one configuration:
-each piece is one slice of a parameter and one tensor, or a part of one. Both directions are total: `check_parameters`
-and `check_tensors` refuse a parameter that is written twice or not at all, and a tensor that nothing reads.
+A rule pairs the name of a parameter with that of a tensor. `expand` turns a family's rules into the *pieces* of a
+configuration: a piece pairs one slice of a parameter with a tensor or a part of one. Both directions are checked to be
+complete: `check_parameters` refuses rules that make a parameter twice or not at all, and `check_tensors` refuses a
+tensor that no rule reads.
 """
 
 import dataclasses
@@ -17,23 +18,23 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, named_leaves
 from anyexperts_jax.models.paths import is_moe_layer, layer_place
 
-ROUTER_BIAS = "router_bias"  # [L, C], kept beside the parameters: no gradient moves it
+ROUTER_BIAS = "router_bias"  # [L, C], kept outside the parameters since it has no gradient
 Shape = tuple[int, ...]
 Layers = Literal["all", "dense", "moe"]
-# The experts of a layer on disk: a tensor each; all in one, [E, outputs, inputs]; or all in one, [E, inputs, outputs].
+# How the experts of a layer are stored: one tensor each, or stacked as [E, outputs, inputs] or as [E, inputs, outputs].
 ExpertLayout = Literal["each", "stacked", "stacked_kernels"]
-_SHOWN = 6  # names in a message
+_SHOWN = 6  # names in an error message
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a tensor's axes become a parameter's.
+    """How the axes of a tensor become those of a parameter.
 
     Attributes:
-      kind: "same"; "flat", the tensor has one axis; "kernel", the tensor is [outputs, inputs] and the parameter
-        (*inputs, *outputs); "batched_kernel", the same behind a leading axis of experts.
-      num_in: axes of inputs of a kernel.
-      inputs: of a kernel, the tensor's own axes of inputs, where they are not one: those of a convolution.
+      kind: "same"; "flat" (the tensor has one axis); "kernel" (the tensor is [outputs, inputs] and the parameter
+        (*inputs, *outputs)); "batched_kernel" (the same behind a leading axis of experts).
+      num_in: number of a kernel's input axes.
+      inputs: the input axes of a convolution's tensor; () for one axis.
     """
 
     kind: Literal["same", "flat", "kernel", "batched_kernel"] = "same"
@@ -41,7 +42,7 @@ class Layout:
     inputs: Shape = ()
 
     def theirs(self, ours: Shape) -> Shape:
-        """The shape of the tensor of a parameter of shape `ours`."""
+        """Returns the shape of the tensor for a parameter of shape `ours`."""
         if self.kind == "flat":
             return (math.prod(ours),)
         if self.kind == "kernel":
@@ -65,14 +66,14 @@ BATCHED_KERNEL = Layout("batched_kernel")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A parameter and its tensor.
+    """Pairs a parameter with a tensor.
 
     Attributes:
-      ours: the parameter's name; "{layer}" stands for the prefix of a layer, of which `layers` says which.
-      theirs: the tensor's name; "{i}" stands for the number of the layer, "{e}" for that of the expert.
-      layers: those that the rule is for.
-      place: of the parameter's axes behind that of the layers, which places of the first ones.
-      part: (axis, place) where several parameters lie one after the other along an axis of one tensor.
+      ours: the parameter's name; "{layer}" stands for the prefix of a layer.
+      theirs: the tensor's name; "{i}" stands for the index of the layer, "{e}" for that of the expert.
+      layers: the layers that the rule is for.
+      part: (axis, place) if several parameters are concatenated along an axis of the tensor.
+      place: indices into the parameter's first axes, behind that of the layers.
     """
 
     ours: str
@@ -85,7 +86,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """`parameter[index]` is, in `layout`, the tensor, or those of its rows that `part` gives it."""
+    """`parameter[index]` equals, after `layout`, the tensor, or the part of it that `part` selects."""
 
     parameter: str
     index: tuple[int, ...]
@@ -96,19 +97,19 @@ class Piece:
 
     @property
     def tensor_shape(self) -> Shape:
-        """Of the tensor, or of the part."""
+        """The shape of the tensor, or of the part."""
         return self.layout.theirs(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """A tensor as the configuration wants it: its pieces in their order along the axis they share."""
+    """A tensor that the configuration needs: its shape, and its pieces in order along the axis they share."""
 
     shape: Shape
     pieces: tuple[Piece, ...]
 
     def slices(self) -> list[tuple[slice, ...]]:
-        """Where each piece is in the tensor."""
+        """Returns the slice of the tensor that each piece is."""
         if len(self.pieces) == 1 and self.pieces[0].part is None:
             return [()]
         assert self.pieces[0].part is not None
@@ -121,7 +122,7 @@ class Expected:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
-    """Shape and type of every parameter by name, and of the expert biases, where the model has them."""
+    """Returns the shape and type of every parameter by name, and of the expert biases if the model has them."""
     shapes: dict[str, Any] = named_leaves(abstract_params(config))
     if config.moe.expert_bias and config.stack.num_moe_layers:
         shapes[ROUTER_BIAS] = _Shaped(config.router_bias_shape, np.dtype(np.float32))
@@ -135,10 +136,10 @@ class _Shaped:
 
 
 def expand(rules: Sequence[Rule], config: ModelConfig) -> tuple[Piece, ...]:
-    """The pieces that the rules mean for this configuration, checked to make every parameter exactly once.
+    """Expands rules into the pieces of a configuration, and checks that they make every parameter exactly once.
 
     Raises:
-      UserError: naming the parameters that no rule makes, or more than one.
+      UserError: naming the parameters that no rule makes, or several make.
     """
     shapes = {name: leaf.shape for name, leaf in parameter_shapes(config).items()}
     pieces = tuple(piece for rule in rules for piece in _pieces(rule, config, shapes))
@@ -168,15 +169,15 @@ def _pieces(rule: Rule, config: ModelConfig, shapes: Mapping[str, Shape]) -> Ite
 
 
 def _piece(rule: Rule, name: str, index: tuple[int, ...], tensor: str, shapes: Mapping[str, Shape]) -> Piece:
-    assert name in shapes, f"rule for {name}, which the model has not"
+    assert name in shapes, f"rule for {name}, which the model does not have"
     return Piece(name, index, shapes[name][len(index) :], tensor=tensor, layout=rule.layout, part=rule.part)
 
 
 def check_parameters(pieces: Collection[Piece], shapes: Mapping[str, Shape]) -> None:
-    """Refuses pieces that do not make every element of every parameter exactly once.
+    """Checks that the pieces make every element of every parameter exactly once.
 
     Raises:
-      UserError: naming the parameters.
+      UserError: naming the parameters for which they do not.
     """
     made: dict[str, list[tuple[int, ...]]] = {name: [] for name in shapes}
     for piece in pieces:
@@ -190,7 +191,7 @@ def check_parameters(pieces: Collection[Piece], shapes: Mapping[str, Shape]) -> 
 
 
 def expected_tensors(pieces: Collection[Piece]) -> dict[str, Expected]:
-    """The tensors that the pieces need, by name."""
+    """Returns the tensors that the pieces need, by name."""
     sharing: dict[str, list[Piece]] = {}
     for piece in pieces:
         sharing.setdefault(piece.tensor, []).append(piece)
@@ -208,20 +209,20 @@ def expected_tensors(pieces: Collection[Piece]) -> dict[str, Expected]:
 
 
 def check_tensors(expected: Mapping[str, Expected], found: Mapping[str, Shape], where: str) -> None:
-    """Refuses a checkpoint that lacks a tensor, has one too many, or one of another shape.
+    """Checks that a checkpoint has exactly the expected tensors, with the expected shapes.
 
     Args:
-      found: shapes by name, without those that the family ignores.
-      where: names the checkpoint in messages.
+      found: shapes by name, without the tensors that the family ignores.
+      where: the checkpoint's path, for error messages.
 
     Raises:
-      UserError: naming the tensors.
+      UserError: naming the tensors that do not fit.
     """
     missing, unused = [n for n in expected if n not in found], [n for n in found if n not in expected]
     if missing or unused:
-        said = [f"{len(missing)} missing: {_some(missing)}"] if missing else []
-        said += [f"{len(unused)} that nothing reads: {_some(unused)}"] if unused else []
-        raise UserError(f"{where}: the tensors do not fit config.json; {'; '.join(said)}")
+        faults = [f"{len(missing)} missing: {_some(missing)}"] if missing else []
+        faults += [f"{len(unused)} that nothing reads: {_some(unused)}"] if unused else []
+        raise UserError(f"{where}: the tensors do not fit config.json; {'; '.join(faults)}")
     wrong = [
         f"{name} is {list(found[name])}, config.json wants {list(tensor.shape)}"
         for name, tensor in expected.items()

@@ -1,7 +1,7 @@
-"""Sounds to the log-mel frames that an audio tower reads, as the checkpoint's preprocessor_config.json says.
+"""Turns sounds into log-mel frames for an audio tower, following the checkpoint's preprocessor_config.json.
 
-The features are those of Whisper: frames centred on every `hop`-th sample, a Hann window, mel bands by Slaney's scale,
-their logarithm cut off eight decades below the loudest. A sound is heard alone, whatever else is in the batch.
+The features are Whisper's: frames centred on every `hop`-th sample, a Hann window, and mel bands on Slaney's scale.
+Their logarithm is cut off eight decades below the loudest. A sound's features do not depend on the others in the batch.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ from anyexperts_jax.models.config import AudioTowerConfig
 from anyexperts_jax.pretrained.hub_config import HubConfig, keys
 from anyexperts_jax.pretrained.pictures import BOTH, IMAGES, SETTINGS
 
-_PART = "feature_extractor"  # of processor_config.json
+_PART = "feature_extractor"  # key of processor_config.json
 _KNOWN = SETTINGS | keys("feature_extractor_type")
-_HIGH_HZ = 8000.0  # where the highest band ends
+_HIGH_HZ = 8000.0  # upper end of the highest band
 _BREAK_HZ, _MELS_TO_BREAK = 1000.0, 15.0  # Slaney's scale is linear up to here
-_MELS_PER_E = 27 / math.log(6.4)  # above it: mels for a factor of e
-_FLOOR = 1e-10  # of a band's power
-_DECADES = 8.0  # of the power, below the loudest
+_MELS_PER_E = 27 / math.log(6.4)  # and logarithmic above: so many mels per factor of e
+_FLOOR = 1e-10  # lowest power of a band
+_DECADES = 8.0  # dynamic range of the power
 _BLOCK = 4096  # frames transformed at a time
 
 
 class Sound(NamedTuple):
-    """The frames that a tower reads of a sound."""
+    """The log-mel frames of a sound."""
 
     mel_SX: Float32[ndarray, "S X"]
 
@@ -46,17 +46,17 @@ class Sound(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Hearing:
-    """How samples become frames, as `read_hearing` reads it."""
+    """How samples become frames; see `read_hearing`."""
 
-    bands: int  # X of a frame
-    window: int  # samples of a frame
-    hop: int  # samples from frame to frame
+    bands: int  # mel bands, the features X of a frame
+    window: int  # samples per frame
+    hop: int  # samples from one frame to the next
 
     def sound(self, value: Any, where: str) -> Sound:
-        """The frames of one sound: a path, the bytes of a file, or mono samples at SAMPLE_RATE.
+        """Returns the frames of one sound: a path, the bytes of a file, or mono samples at SAMPLE_RATE.
 
         Raises:
-          UserError: naming it by `where`, when it cannot be read or is too short.
+          UserError: naming it by `where`, if it cannot be decoded or is too short.
         """
         source = pathlib.Path(value) if isinstance(value, str) else value
         samples = decode_audio(source, where)
@@ -65,7 +65,7 @@ class Hearing:
         return Sound(self.log_mel(samples))
 
     def log_mel(self, samples: Float32[ndarray, " samples"]) -> Float32[ndarray, "S X"]:
-        """A frame for every `hop` samples, computed in float32."""
+        """Computes a frame for every `hop` samples, in float32."""
         half = self.window // 2
         padded = np.pad(samples.astype(np.float32), half, mode="reflect")
         count = len(samples) // self.hop
@@ -85,7 +85,10 @@ class Hearing:
 
 @functools.cache
 def mel_filters(window: int, bands: int) -> Float32[ndarray, "bins bands"]:
-    """Triangles of area 2 a hertz over the FFT's bins, their corners equally spaced on Slaney's mel scale."""
+    """Returns triangular filters over the FFT's bins, with corners equally spaced on Slaney's mel scale.
+
+    Each is scaled by 2 over its width in hertz, so that all have the same area.
+    """
     corners = _hertz(np.linspace(0.0, _mels(_HIGH_HZ), bands + 2))
     bins = np.linspace(0.0, SAMPLE_RATE / 2, window // 2 + 1)[:, None]
     low, centre, high = corners[:-2], corners[1:-1], corners[2:]
@@ -108,13 +111,13 @@ def _hertz(mels: np.ndarray) -> np.ndarray:
 
 
 def sounds_of(audios: Sequence[Any], path: pathlib.Path, tower: AudioTowerConfig) -> list[Sound]:
-    """The frames of sounds; what is a `Sound` already is checked and passed on.
+    """Returns the frames of sounds. Items that are `Sound` already are checked and kept.
 
     Args:
-      path: of the checkpoint.
+      path: the checkpoint, whose settings are used.
 
     Raises:
-      UserError: for what cannot be read, naming it by its place.
+      UserError: for an item that cannot be decoded; the message has its index.
     """
     found = []
     settings = None
@@ -132,13 +135,13 @@ def sounds_of(audios: Sequence[Any], path: pathlib.Path, tower: AudioTowerConfig
 
 
 def read_hearing(folder: pathlib.Path, tower: AudioTowerConfig) -> Hearing:
-    """The settings that lie beside the weights.
+    """Reads a checkpoint's settings of audio.
 
     Args:
-      tower: whose frames they must make.
+      tower: the tower that the frames must fit.
 
     Raises:
-      UserError: when there are none, they do not fit the tower, or ask for what is not done here.
+      UserError: if there are none, they do not fit the tower, or they ask for something that is not supported.
     """
     hub = _settings(folder)
     hub.require_known(_KNOWN)

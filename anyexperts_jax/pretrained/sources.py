@@ -1,4 +1,4 @@
-"""Where tensors come from: a folder of safetensors files, or a GGUF file (`gguf_file`)."""
+"""Sources of tensors: a folder of safetensors files here, and a GGUF file in `gguf_file`."""
 
 import contextlib
 import dataclasses
@@ -30,19 +30,19 @@ _SHOWN = 4
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What a tensor is, known without reading it."""
+    """A tensor's shape and type, known from the header without reading it."""
 
     shape: tuple[int, ...]
-    dtype: np.dtype  # that `read` gives
-    stored: str  # as the file calls it: "BF16", "Q4_1"
+    dtype: np.dtype  # of the array that `read` returns
+    stored: str  # the file's name of the stored type: "BF16", "Q4_1"
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """Reads tensors while their files are open, from several threads at once."""
+    """Reads tensors while their files are open; several threads may call it at once."""
 
     def read(self, name: str) -> np.ndarray:
-        """The whole tensor, in `TensorInfo.dtype`."""
+        """Returns the whole tensor, in `TensorInfo.dtype`."""
         ...
 
 
@@ -52,22 +52,22 @@ class Source(Protocol):
 
     @property
     def where(self) -> str:
-        """The path, for messages."""
+        """The path, for error messages."""
         ...
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Every tensor by the name it has on the hub."""
+        """All tensors, by their names on the hub."""
         ...
 
     def opened(self) -> contextlib.AbstractContextManager[Reader]:
-        """The files, open. What was mapped into memory is let go at the end."""
+        """Opens the files; at the end they are closed and unmapped from memory."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SafetensorsFolder:
-    """A folder with one `model.safetensors`, or with an index of several files."""
+    """A folder with one `model.safetensors`, or with several files and their index."""
 
     folder: pathlib.Path
     file_of: Mapping[str, str]  # tensor -> file name
@@ -78,15 +78,14 @@ class SafetensorsFolder:
         """Reads the headers of the folder's files.
 
         Raises:
-          UserError: when the package is missing, there is no such file, one that the index names is missing or broken,
-            or a tensor is of a type that is not read.
+          UserError: if the package is missing, a file is missing or damaged, or a tensor has a type that is not read.
         """
         library = require_safetensors()
         named = _index(folder)
         files = sorted(set(named.values())) if named else [SINGLE]
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
-            raise UserError(_said_missing(folder, missing, len(files), bool(named)))
+            raise UserError(_missing_message(folder, missing, len(files), bool(named)))
         file_of, tensors = {}, {}
         for name in files:
             with _open(library, folder / name) as file:
@@ -107,9 +106,10 @@ class SafetensorsFolder:
 
 
 class _Files:
-    """The files of a folder, mapped into memory when they are first read from.
+    """Maps the files of a folder into memory when they are first read.
 
-    The library reads a tensor into memory of its own first, which takes twice as long as the copy that follows.
+    The library `safetensors` would read each tensor into memory of its own first, which takes twice as long as the copy
+    that follows.
     """
 
     def __init__(self, source: SafetensorsFolder) -> None:
@@ -125,7 +125,7 @@ class _Files:
 
 
 class _MappedFile:
-    """A file whose header the library has found sound (`SafetensorsFolder.find`), mapped while a view of it lives."""
+    """A file mapped into memory while a view of it exists. `SafetensorsFolder.find` has checked its header."""
 
     def __init__(self, path: pathlib.Path) -> None:
         with path.open("rb") as file:
@@ -134,16 +134,16 @@ class _MappedFile:
         self._header: dict[str, Any] = json.loads(self._contents[_HEADER_SIZE : self._data])
 
     def tensor(self, name: str, info: TensorInfo) -> np.ndarray:
-        """A view of the file."""
+        """Returns a tensor as a view of the file."""
         first, _ = self._header[name]["data_offsets"]
         return np.frombuffer(self._contents, info.dtype, math.prod(info.shape), self._data + first).reshape(info.shape)
 
 
 def require_safetensors() -> Any:
-    """The package `safetensors`.
+    """Returns the package `safetensors`.
 
     Raises:
-      UserError: when it is not installed, saying how to install it.
+      UserError: if it is not installed; the message says how to install it.
     """
     return require_package("safetensors", "pretrained")
 
@@ -161,15 +161,15 @@ def _index(folder: pathlib.Path) -> dict[str, str]:
     return weight_map
 
 
-def _said_missing(folder: pathlib.Path, missing: list[str], count: int, indexed: bool) -> str:
+def _missing_message(folder: pathlib.Path, missing: list[str], count: int, indexed: bool) -> str:
     if indexed:
         return (
             f"{folder} lacks {len(missing)} of the {count} files that {INDEX} names: {comma_list(missing[:_SHOWN])}; "
             "download them again"
         )
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".h5"))
-    told = f"; {comma_list(others[:_SHOWN])} cannot be read, save the model as safetensors" if others else ""
-    return f"{folder} holds neither {SINGLE} nor {INDEX}{told}"
+    hint = f"; {comma_list(others[:_SHOWN])} cannot be read, save the model as safetensors" if others else ""
+    return f"{folder} holds neither {SINGLE} nor {INDEX}{hint}"
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`split` cuts the dense networks of a model that was read into experts, without copies; `merge` joins them again."""
+"""`split` cuts the dense networks of a published model into experts, without copies; `merge` joins them again."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,12 @@ from anyexperts_jax.pretrained.neurons import Groups, Method, Network, group_neu
 
 ROUTER = "markers"
 ROUTER_NAMES = (f"{MOE_LAYERS}moe/router/gate_kernel", f"{MOE_LAYERS}moe/router/up_kernel")
-_CUT = ("num_dense_layers", "moe_every", "expert_d_ff", "num_shared_experts")  # of StackConfig, what split changes
+_CUT = (
+    "num_dense_layers",
+    "moe_every",
+    "expert_d_ff",
+    "num_shared_experts",
+)  # fields of StackConfig that split changes
 _SHARED = f"{MOE_LAYERS}moe/shared/"
 
 
@@ -38,27 +43,27 @@ def split(
     markers: int = 4,
     seed: int = 0,
 ) -> Pretrained:
-    """The model with every dense network cut into `num_experts` experts, of which `num_shared` serve every token.
+    """Cuts every dense network into `num_experts` experts, of which `num_shared` serve every token.
 
-    An expert is a group of the network's own neurons, and its output has the weight exactly 1. So with all experts on,
-    which is the model's own budget, the output is the dense model's up to the order of the sums; `budget` counts the
-    experts a token gets beside the shared ones. The router is not trained: it ranks experts by an estimate of their
-    outputs' norms (`routing.routers.markers`).
+    An expert is a group of the network's own neurons, and its output has weight 1. With all experts on, which is the
+    model's own budget, the output equals the dense model's up to the order of summation. `budget` counts a token's
+    experts without the shared ones. The router is not trained: it ranks experts by the estimated norms of their outputs
+    (`routing.routers.markers`).
 
     Args:
       m: a dense model.
-      num_experts: groups of neurons, the shared ones among them; divides the network's width.
-      num_shared: groups that serve every token.
-      text: what the neurons are grouped by: a text for the model's tokenizer, or rows of ids of one length. None: ids
-        drawn at random, which says little about texts.
+      num_experts: number of groups of neurons, including the shared ones; must divide the network's width.
+      num_shared: number of groups that serve every token.
+      text: the sample on which activations are compared: a text, or rows of ids of equal length. None: random ids,
+        which say little about real text.
       method: "activations", by the tokens on which neurons are active; or a baseline, "random" or "contiguous".
-      markers: neurons of an expert by which the router estimates its output.
-      seed: of the random ids and groups.
+      markers: how many neurons of an expert the router uses to estimate its output.
+      seed: seed of random ids and groups.
 
     Raises:
-      UserError: a model that has experts, biases in its networks, or sizes that do not divide.
+      UserError: if the model has experts or biases in its networks, or `num_experts` does not divide their width.
 
-    A model of random weights, cut into 6 experts, one of them for every token:
+    Cut a model with random weights into 6 experts, one of them shared:
 
     >>> import anyexperts_jax as ax
     >>> from anyexperts_jax.pretrained.random_model import random_model
@@ -82,12 +87,12 @@ def split(
 
 
 def merge(m: Pretrained) -> Pretrained:
-    """The dense model of which `m` is the split form. Its weights are those of the experts, put back bit for bit.
+    """Returns the dense model that `m` was split from. The experts' weights are put back unchanged.
 
     Raises:
-      UserError: when the model was not split.
+      UserError: if the model was not split.
 
-    A model of random weights, cut into experts and put together again:
+    Split a model with random weights, and merge it again:
 
     >>> import anyexperts_jax as ax
     >>> from anyexperts_jax.pretrained.random_model import random_model
@@ -118,10 +123,10 @@ def merge(m: Pretrained) -> Pretrained:
 
 
 def split_config(config: ModelConfig, num_experts: int, num_shared: int, markers: int) -> ModelConfig:
-    """The configuration of the split model.
+    """Returns the configuration of the split model.
 
     Raises:
-      UserError: as `split`.
+      UserError: as for `split`.
     """
     stack = config.stack
     require(stack.num_moe_layers == 0, "split: the model has experts already; a dense one is needed")
@@ -145,7 +150,7 @@ def split_config(config: ModelConfig, num_experts: int, num_shared: int, markers
 
 
 def merged_config(m: Pretrained) -> ModelConfig:
-    """The dense configuration of a split model: the layers and the policy that the family reads in config.json."""
+    """Returns the dense configuration of a split model, with the layers and the policy that config.json describes."""
     base = FAMILIES[m.family].config(m.hub)
     own = {name: getattr(base.stack, name) for name in _CUT}
     return dataclasses.replace(m.config, moe=base.moe, stack=dataclasses.replace(m.config.stack, **own))
@@ -154,7 +159,7 @@ def merged_config(m: Pretrained) -> ModelConfig:
 def assemble(
     m: Pretrained, config: ModelConfig, order_LF: Int[np.ndarray, "L F"], router: Mapping[str, Any]
 ) -> Pretrained:
-    """The split form of a dense model, from the order of its neurons and the router's parameters."""
+    """Builds a split model from a dense one, the order of its neurons and the router's parameters."""
     leaves = named_leaves(m.params)
     routed, shared = config.moe.num_experts, config.stack.num_shared_experts
     width = config.stack.expert_d_ff
@@ -179,7 +184,7 @@ def assemble(
 
 
 def _network_inputs(m: Pretrained, tokens_BT: np.ndarray) -> list[np.ndarray]:
-    """What goes into the dense network of each layer, [N, D] float32."""
+    """Returns the inputs of each layer's dense network, [N, D] float32."""
     require(tokens_BT.ndim == 2 and tokens_BT.size > 0, f"text has shape {tokens_BT.shape}; ids must be [B, T]")
     top = int(tokens_BT.max())
     require(
@@ -204,7 +209,7 @@ def _capture(static: tuple[ModelConfig, Any], params: Any, tokens_BT: Int[Array,
 
 
 def _router_leaves(leaves: Mapping[str, Any], found: Sequence[Groups]) -> dict[str, np.ndarray]:
-    """The markers' columns of gate and up, the latter times the scale and the norm that their outputs have."""
+    """Returns the markers' columns of gate and up; those of up are multiplied by their expert's scale."""
     gates, ups = [], []
     for layer, groups in enumerate(found):
         gate, up, _ = _dense_kernels(layer)
@@ -216,7 +221,7 @@ def _router_leaves(leaves: Mapping[str, Any], found: Sequence[Groups]) -> dict[s
 
 
 def _parts(leaves: Mapping[str, Any], shared: int) -> dict[str, list[np.ndarray]]:
-    """By matrix, the pieces [L, D, F] (down: [L, F, D]) that lie one after the other along the neurons."""
+    """Returns, for each matrix, the pieces [L, D, F] (down: [L, F, D]) to concatenate along the neurons."""
     parts = {}
     for weight in ("gate", "up", "down"):
         suffix = "EFD" if weight == "down" else "EDF"
@@ -232,7 +237,7 @@ def _dense_kernels(layer: int) -> tuple[str, str, str]:
 
 
 def _block_names(leaves: Mapping[str, Any]) -> list[str]:
-    """Of a dense block, what it has beside its network."""
+    """Returns the names of a dense block's parameters outside its network."""
     first = dense_name(0, "")
     own = [name.removeprefix(first) for name in leaves if name.startswith(first)]
     return [name for name in own if not name.startswith("mlp/")]

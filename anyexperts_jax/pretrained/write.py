@@ -1,4 +1,4 @@
-"""Export: a model's weights, configuration and tokenizer in the hub's layout, as transformers and servers read them."""
+"""Exports a model's weights, configuration and tokenizer in the hub's layout, which transformers and servers read."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ from anyexperts_jax.tokenizers.store import open_tokenizer
 FORMS = ("hub", "anyexperts", "adapter", *CONVERSIONS)
 SHARD_BYTES = 5 * 10**9
 GENERATION = "generation_config.json"
-_BESIDE = (  # what goes along where it lies beside the weights
+_BESIDE = (  # files that are copied along if the checkpoint has them
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -63,41 +63,40 @@ def export(
     text: str | None = None,
     experts: int | None = None,
 ) -> None:
-    """Writes the model into a new folder: weights with a tensor for each expert, config.json with the rope settings in
-    both their homes, and what lay beside the weights that were read.
+    """Writes a model into a new folder: weights, config.json, and the files that came with the checkpoint.
 
-    Everything goes into a temporary folder beside it first, which takes the name at the end.
+    config.json has the rope settings under their older and newer keys. Everything is written into a temporary folder
+    beside `path`, which is renamed when it is complete.
 
     Args:
-      form: "hub", the layout that published checkpoints have; "anyexperts", for a model with attached slots or split
-        networks: that of its base, and what the base has no place for beside it; "adapter", the low-rank adapter
-        alone, as `pretrained.lora` saves it. The other forms have an adapter merged into the weights. "plain", "zeda"
-        and "longcat" are those of `pretrained.convert`, in the hub's layout, with a model card that has the difference
-        of the two models, measured.
-      shard_bytes: of a file, at most, but for a tensor that is larger.
-      text: of a form of `pretrained.convert`, what the difference is measured on; None: ids drawn at random.
-      experts: of form "plain", a token's number; None: that of the model before it got variable slots.
+      form: "hub": the layout of published checkpoints. "anyexperts", for a model with attached slots or split networks:
+        its base in that layout, and the other parameters in files beside it. "adapter": only the low-rank adapter, as
+        `pretrained.lora` saves it; all other forms have the adapter merged into the weights. "plain", "zeda" and
+        "longcat": the conversions of `pretrained.convert`, in the hub's layout, with a model card that has the measured
+        difference of the two models.
+      shard_bytes: maximal size of a file; a larger tensor gets a file of its own.
+      text: for a conversion, the text on which the difference is measured; None: random ids.
+      experts: for form "plain", the experts per token; None: as many as before the model got variable slots.
 
     Raises:
-      UserError: the folder exists, the disk is too small, or the model has parameters that its family's layout has no
-        place for.
+      UserError: if the folder exists, the disk has too little space, or the layout cannot hold the model.
     """
     require_one_of("form", form, FORMS)
     require(text is None or form in CONVERSIONS, f"text is for form={comma_list(CONVERSIONS)}, not {form!r}")
     require(experts is None or form == "plain", f"experts is for form='plain', not {form!r}")
     out = require_new_folder(path)
     if form == "adapter":
-        with _appearing(out) as folder:
+        with _complete_or_nothing(out) as folder:
             save_adapter(model, folder)
         return
     model = merge_adapter(model)
     if form in CONVERSIONS:
         converted = as_plain(model, experts) if form == "plain" else CONVERSIONS[form](model)
         _require_disk(_Tensors.of(converted), out)
-        said = _card_of(form, model, converted, text)
-        with _appearing(out) as folder:
+        card_text = _write_card(form, model, converted, text)
+        with _complete_or_nothing(out) as folder:
             _write_model(converted, folder, shard_bytes)
-            (folder / CARD).write_text(said, encoding="utf-8")
+            (folder / CARD).write_text(card_text, encoding="utf-8")
         return
     kind = kind_of(model)
     require(
@@ -110,23 +109,23 @@ def export(
         policy == IMPORTANCE, f"a checkpoint has no place for the policy {policy!r}; export the model it was put on"
     )
     if form == "hub":
-        _require_said(model)
+        _require_hub_routing(model)
     base = base_of(model) if form == "anyexperts" else model
     _require_disk(_Tensors.of(base), out)
-    with _appearing(out) as folder:
+    with _complete_or_nothing(out) as folder:
         _write_model(base, folder, shard_bytes)
         if form == "anyexperts":
             write_extension(model, base, folder)
 
 
-def _card_of(form: str, model: Pretrained, converted: Pretrained, text: str | None) -> str:
+def _write_card(form: str, model: Pretrained, converted: Pretrained, text: str | None) -> str:
     tokens_BT = calibration_tokens(model, text, seed=0)
     sample = "drawn at random, which says little about text" if text is None else "of a text that was given"
     return card(form, model, converted, difference(model, converted, tokens_BT), sample)
 
 
-def _require_said(model: Pretrained) -> None:
-    """Checks that config.json says how the model routes.
+def _require_hub_routing(model: Pretrained) -> None:
+    """Checks that config.json describes the model's routing.
 
     Raises:
       UserError: naming the fields that differ.
@@ -152,8 +151,8 @@ def _write_model(model: Pretrained, folder: pathlib.Path, shard_bytes: int) -> N
 
 
 @contextlib.contextmanager
-def _appearing(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `out`, which takes that name at the end; nothing stays of it if writing fails."""
+def _complete_or_nothing(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary folder beside `out`, which is renamed to it at the end, or removed if writing fails."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     with contextlib.ExitStack() as undo:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -164,10 +163,10 @@ def _appearing(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def require_new_folder(path: str | os.PathLike[str]) -> pathlib.Path:
-    """The path of an export, before anything is computed for it.
+    """Checks the path of an export, before anything is computed.
 
     Raises:
-      UserError: when it exists, or the folder that it goes into does not.
+      UserError: if it exists, or its parent folder does not.
     """
     out = require_local(path, "export")
     require_printable(out, "export")
@@ -178,7 +177,7 @@ def require_new_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Tensors:
-    """The tensors to be written, in the order of the parameters they come from."""
+    """The tensors to write, in the order of their parameters."""
 
     leaves: Mapping[str, Any]
     expected: Mapping[str, Expected]
@@ -215,7 +214,7 @@ class _Tensors:
         return np.asarray(self.leaves[parameter])
 
     def shards(self, most: int) -> Iterator[list[str]]:
-        """Names by file."""
+        """Yields the names of the tensors of each file."""
         own: list[str] = []
         held = 0
         for name in self.expected:
@@ -246,11 +245,11 @@ def _write_weights(tensors: _Tensors, folder: pathlib.Path, shard_bytes: int) ->
 
 
 def write_beside(hub: HubConfig, source: pathlib.Path, dtype: str, folder: pathlib.Path) -> None:
-    """Writes what lies beside the weights: config.json and, from `source`, tokenizer, template and settings.
+    """Writes config.json, and copies tokenizer, chat template and settings from `source`.
 
     Args:
       source: the folder or the GGUF file that the model was read from.
-      dtype: of the weights, where config.json does not say.
+      dtype: type of the weights, written if config.json has none.
     """
     values = both_rope_forms(family_of(hub)[1].written(hub.values))
     if "dtype" not in values and "torch_dtype" not in values:

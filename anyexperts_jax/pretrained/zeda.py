@@ -1,9 +1,9 @@
-"""ZEDA's Qwen3-MoE (arXiv 2605.18643): experts that compute nothing stand beside the real ones in the router.
+"""ZEDA's Qwen3-MoE (arXiv 2605.18643), whose router also chooses among zero experts, which compute nothing.
 
-They have router columns and no weights. The softmax, the choice of the k best and the weights, which sum to one, are
-over all columns, and nothing limits how many of a token's k are of that kind: they are virtual experts without a cap
-and without biases. What one returns is `zce_types`: "zero", of ZEDA's releases, is nothing, and "copy" the block's
-input, as virtual experts of this package do by default.
+Zero experts have router columns but no weights. Softmax, top-k and the normalisation of the weights are over all
+columns, and nothing limits how many of a token's k are zero experts: they are virtual experts without a cap and without
+biases. `zce_types` says what they return: "zero" (in ZEDA's releases) nothing, "copy" the block's input, which is also
+what this package's virtual experts return by default.
 """
 
 from typing import Any
@@ -19,9 +19,9 @@ RETURNS = {"zero": "zero", "copy": "identity"}  # zce_types -> switches.virtual_
 
 
 def uncapped(num_experts: int, num_virtual: int) -> dict[str, Any]:
-    """The fields of AnyExpertsConfig for virtual experts that are columns of the router like any other.
+    """Returns the fields of AnyExpertsConfig for virtual experts that are treated as any other router column.
 
-    rho_max is their share where all columns are chosen equally often: what a nominal budget counts on.
+    rho_max, from which nominal budgets are computed, is their share if all columns are chosen equally often.
     """
     return {
         "num_virtual": num_virtual,
@@ -34,7 +34,7 @@ def uncapped(num_experts: int, num_virtual: int) -> dict[str, Any]:
 def _config(hub: HubConfig) -> ModelConfig:
     for key in ("zce_nums", "zce_types", "use_zce_mask"):
         require(hub.get(key) is not None, f"{hub.where} has no {key}; ZEDA's releases say it")
-    hub.only("use_zce_mask", False)  # true takes the zero experts out of the router
+    hub.only("use_zce_mask", False)  # true removes the zero experts from the router
     counts, kinds = hub.get("zce_nums"), hub.get("zce_types")
     one = isinstance(counts, list) and isinstance(kinds, list) and len(counts) == len(kinds) == 1
     require(one, f"{hub.where}: zce_nums={shown(counts)}, zce_types={shown(kinds)}: only one kind is supported")

@@ -1,1 +1,1 @@
-"""Output for people: tables, charts, importance maps and the report page."""
+"""Tables, charts, importance maps and the report page."""

@@ -1,4 +1,4 @@
-"""What the page's script reads to follow a question's tokens through the layers: questions, media, and their routing.
+"""The data with which the page's script follows a question's tokens through the layers: text, media and routing.
 
 Everything comes from the sequence that the model reads, so the page shows what the model sees: pictures at the model's
 size, sounds as log-mel frames. The figures of a question are one array of 16-bit numbers, compressed.
@@ -25,15 +25,15 @@ from anyexperts_jax.data.sequence import EncodedSequence
 from anyexperts_jax.report.followed import FollowedItem
 from anyexperts_jax.tokenizers.base import Tokenizer
 
-MOST_BYTES = 1_000_000  # of the page that all questions together may take
+MOST_BYTES = 1_000_000  # how much of the page all questions together may take
 UNITS = 10_000  # importance and combine weights are whole numbers of 1 / UNITS
-DROPPED = 1 << 15  # added to an expert's number where its buffer had no room for the token
-_LONGEST_TEXT = 200  # characters of a question or answer above the tokens, which show all of it
+DROPPED = 1 << 15  # added to an expert's index if its buffer had no room for the token
+_LONGEST_TEXT = 200  # characters of a question or answer shown above the tokens, which show all of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Explorer:
-    """The data of the page's script; how many questions they are of, and how many did not fit in `MOST_BYTES`."""
+    """The data of the page's script, the number of questions in them, and of those that did not fit in `MOST_BYTES`."""
 
     data: Mapping[str, Any]
     shown: int
@@ -43,7 +43,7 @@ class Explorer:
 def explore(
     followed: Mapping[str, Sequence[FollowedItem]], num_experts: int, spec: EncodingSpec, tokenizer: Tokenizer
 ) -> Explorer:
-    """The first question of every domain, then the second of every one, and so on, as long as they fit on the page."""
+    """Collects the first question of every domain, then the second of every domain, and so on, while they fit."""
     items = [one for of_domain in followed.values() for one in of_domain]
     kept, room = [], MOST_BYTES
     for one in sorted(items, key=lambda item: item.number):
@@ -59,7 +59,7 @@ def explore(
 
 
 def question_data(one: FollowedItem, num_experts: int, spec: EncodingSpec, tokenizer: Tokenizer) -> dict[str, Any]:
-    """One question as the script reads it."""
+    """Returns the data of one question."""
     question, answer = question_and_answer(one.item)
     sequence = one.sequence
     text_T = sequence.modality_T == Modality.TEXT
@@ -78,8 +78,11 @@ def question_data(one: FollowedItem, num_experts: int, spec: EncodingSpec, token
 
 
 def figures(one: FollowedItem, num_experts: int) -> UInt16[ndarray, " n"]:
-    """The routing as one array of uint16: L x T each of importance, real experts, virtual experts and the weight of the
-    virtual ones; then, layer by layer and token by token, each real expert's number and weight."""
+    """Packs the routing into one array of uint16.
+
+    It has L x T values each of importance, real experts, virtual experts and the virtual weight; then, layer by layer
+    and token by token, the index and weight of each real expert.
+    """
     routing = one.routing
     ids_LTK, weights_LTK = routing.expert_ids_LBTK[:, 0], routing.weights_LBTK[:, 0]
     real_LTK = ids_LTK < num_experts
@@ -89,7 +92,7 @@ def figures(one: FollowedItem, num_experts: int) -> UInt16[ndarray, " n"]:
         routing.virtual_slots_LBT[:, 0],
         _units(routing.virtual_weight_LBT[:, 0]),
     )
-    order_LTK = np.argsort(np.where(real_LTK, -weights_LTK, 1.0), axis=-1, kind="stable")  # the heaviest first
+    order_LTK = np.argsort(np.where(real_LTK, -weights_LTK, 1.0), axis=-1, kind="stable")  # largest weight first
     marked_LTK = ids_LTK + DROPPED * routing.dropped_LBTK[:, 0]
     by_expert = [
         np.take_along_axis(values, order_LTK, axis=-1)[np.take_along_axis(real_LTK, order_LTK, axis=-1)]
@@ -112,7 +115,7 @@ def _short(text: str) -> str:
 
 
 def _blocks(one: FollowedItem, spec: EncodingSpec) -> list[dict[str, Any]]:
-    """The sequence cut into stretches of text, asked or learned, and media, each with its positions."""
+    """Cuts the sequence into blocks of given text, learned text and media, each with its positions."""
     sequence, learned_T, media_T = one.sequence, one.learned_T, one.media_T
     modality_T = sequence.modality_T
     kinds = np.stack([modality_T, media_T, learned_T & (modality_T == Modality.TEXT)])
@@ -135,7 +138,7 @@ def _blocks(one: FollowedItem, spec: EncodingSpec) -> list[dict[str, Any]]:
 
 
 def frames_of(sequence: EncodedSequence, item: int, time_P: ndarray, spec: EncodingSpec) -> UInt8[ndarray, "F H W 3"]:
-    """The frames of a picture (one) or video, put together from its patches."""
+    """Reassembles the frames of a picture (one) or video from its patches."""
     own_P, size = sequence.patch_item_P == item, spec.patch_size
     row_P, column_P = sequence.patch_row_P[own_P], sequence.patch_column_P[own_P]
     pixels = np.rint((sequence.patches_PX[own_P] + 1) * 127.5).clip(0, 255).astype(np.uint8)
@@ -146,7 +149,7 @@ def frames_of(sequence: EncodedSequence, item: int, time_P: ndarray, spec: Encod
 
 
 def spectrogram(features_SX: Float32[ndarray, "S X"], spec: EncodingSpec) -> UInt8[ndarray, "bands frames"]:
-    """Log-mel frames as a grey picture: low frequencies at the bottom, dark is loud."""
+    """Returns log-mel frames as a grey picture, with low frequencies at the bottom; dark is loud."""
     frames = features_SX.reshape(-1, spec.mel_bands)
     low, high = float(frames.min()), float(frames.max())
     shade = 255 * (1 - (frames - low) / max(high - low, 1e-6))
@@ -154,7 +157,7 @@ def spectrogram(features_SX: Float32[ndarray, "S X"], spec: EncodingSpec) -> UIn
 
 
 def png(pixels: UInt8[ndarray, "..."]) -> str:
-    """A picture as a PNG file in base64."""
+    """Encodes a picture as PNG in base64."""
     from PIL import Image
 
     file = io.BytesIO()

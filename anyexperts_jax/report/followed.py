@@ -1,4 +1,4 @@
-"""`FollowedItem`: a test item as the sequence that the model reads, and what every MoE layer did with its tokens."""
+"""`FollowedItem`: a test item as the model's input sequence, with the routing of its tokens in every MoE layer."""
 
 import dataclasses
 
@@ -22,9 +22,9 @@ from anyexperts_jax.evaluate.trained import Trained, own_window
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FollowedItem:
-    """One item, the model's answer to it, and the routing of its T tokens, the right answer's included.
+    """One item, the model's answer to it, and the routing of its T tokens, including those of the correct answer.
 
-    `routing` is of one row of T positions, none of them padding. An `Example` is the prepared one.
+    `routing` has one row of T positions without padding. An `Example` is the prepared one (`data.prepare`).
     """
 
     domain: str
@@ -41,7 +41,7 @@ class FollowedItem:
 
     @property
     def media_T(self) -> Int[ndarray, " T"]:
-        """The number of the picture, video or sound that each position is of; -1 for text."""
+        """The index of the picture, video or sound that each position belongs to; -1 for text."""
         modality_T = self.sequence.modality_T
         item_T = np.full(len(modality_T), -1, np.int64)
         heard_T = modality_T == Modality.AUDIO
@@ -51,13 +51,13 @@ class FollowedItem:
 
 
 def follow(trained: Trained, domain: str, count: int, rows: int, max_new_tokens: int) -> list[FollowedItem]:
-    """The first `count` test items of a domain, traced and answered at the window that the run was trained with.
+    """Traces and answers the first `count` test items of a domain, at the window used in training.
 
-    A folder with fewer items gives all of them. The batch is padded to `rows`, at least `count`, or to the next size
-    that the mesh splits evenly, so that a program already compiled for that size can be reused.
+    A folder with fewer items gives all of them. The batch is padded to `rows` (>= `count`), or to the next size that
+    the mesh divides, so that a program already compiled for that size is reused.
 
     Raises:
-      UserError: an unknown domain, a dense model, or, unless data.on_bad_row=skip, a row that cannot be used.
+      UserError: if the domain is unknown, the model is dense, or, unless data.on_bad_row=skip, a row cannot be used.
     """
     config, tokenizer = trained.config, trained.tokenizer
     data, spec = config.data, config.data.encoding

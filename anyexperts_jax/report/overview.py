@@ -1,4 +1,4 @@
-"""The first screen of the page: how the run did, in a few figures and a bar for each domain's score."""
+"""The first screen of the page: the run's results in a few figures, and a bar for each domain's score."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from anyexperts_jax.report.verdicts import usual_budget, verdicts
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One figure, what it is, and what to hold it against."""
+    """One figure, its label, and what to compare it with."""
 
     label: str
     value: str
@@ -22,7 +22,7 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class ScoreBar:
-    """A domain's score in [0, 1], beside that of the best constant answers, where it is known."""
+    """A domain's score in [0, 1], and that of the best constant answers if it is known."""
 
     domain: str
     score: float
@@ -31,7 +31,7 @@ class ScoreBar:
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """`missing` says what would be here after another command."""
+    """The content of the first screen. `missing` names the commands that would add more."""
 
     tiles: tuple[Tile, ...] = ()
     caption: str = ""
@@ -44,7 +44,7 @@ class Overview:
 
 
 def overview(source: ReportSource) -> Overview:
-    """What the evaluation found at the budget nearest to that of training; without one, what the records say."""
+    """Returns the evaluation's results at the budget nearest to that of training, or without one those of the log."""
     if source.evaluation is None:
         return _of_records(source)
     return _of_evaluation(source, source.evaluation)

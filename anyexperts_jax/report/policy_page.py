@@ -1,4 +1,4 @@
-"""A page on a published model at several budgets by policy: the table, and perplexity against experts and time."""
+"""Writes a page about a published model by policy and budget: a table, and perplexity against experts and time."""
 
 import json
 import math
@@ -18,14 +18,14 @@ _CURVES, _FIGURES, _PAGE = "policies.png", "policies.json", "README.md"
 
 
 def write_policy_page(found: Sequence[Measured], folder: pathlib.Path, where: str, command: str) -> None:
-    """Writes README.md, policies.png and policies.json into a folder, which is made where it is missing.
+    """Writes README.md, policies.png and policies.json into a folder, which is created if it is missing.
 
-    Times are ratios to that of the first row: seconds on one machine say little about another.
+    Times are relative to the first row, since seconds on one machine say little about another.
 
     Args:
-      found: as `measure_policies` gives it.
-      where: the text and its size.
-      command: that made the figures.
+      found: the result of `measure_policies`.
+      where: a description of the text and its size.
+      command: the command that made the figures.
     """
     folder.mkdir(parents=True, exist_ok=True)
     draw_policy_curves(found, folder / _CURVES)
@@ -47,14 +47,14 @@ def write_policy_page(found: Sequence[Measured], folder: pathlib.Path, where: st
 
 
 def draw_policy_curves(found: Sequence[Measured], path: pathlib.Path) -> pathlib.Path:
-    """Two panels with a line for each policy: perplexity against the experts that tokens got, and against time."""
+    """Draws two panels, a line per policy: perplexity against experts per token, and against time."""
     names = list(dict.fromkeys(one.policy for one in found))
     with style.figure(8.0, 3.8, path) as drawn:
         panels = drawn.subplots(1, 2, sharey=True)
         for index, name in enumerate(names):
             own = sorted((one for one in found if one.policy == name), key=lambda one: one.realised)
             _line(panels[0], index, [(one.realised, perplexity(one)) for one in own], name)
-            # the oracle's time is that of all its runs, which says nothing about a policy
+            # the oracle's time is that of all its runs, and so not comparable
             timed = [] if name == "oracle" else [(one.seconds / found[0].seconds, perplexity(one)) for one in own]
             _line(panels[1], index, timed, name)
         panels[0].set_xlabel("real experts a token")
@@ -74,7 +74,7 @@ def draw_policy_curves(found: Sequence[Measured], path: pathlib.Path) -> pathlib
 
 
 def _plain_tick(value: float, _: int) -> str:
-    """A tick of a logarithmic axis: 20, 50, 100."""
+    """Formats a tick of a logarithmic axis: 20, 50, 100."""
     leading = value / 10 ** math.floor(math.log10(value))
     return f"{value:g}" if round(leading, 6) in (1, 2, 3, 5) else ""
 
@@ -103,5 +103,5 @@ def _page(found: TextTable, first: str, command: str) -> str:
 
 
 def _plain(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Replaces NaN, which JSON does not have, by None."""
     return None if math.isnan(value) else round(value, 4)

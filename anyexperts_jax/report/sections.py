@@ -34,7 +34,7 @@ _STATIC = "Static top-k: every token gets the same number of experts, so there i
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A PNG file. A chart may be shown with its lightness turned round, on a dark page; a painting may not."""
+    """A PNG file. On a dark page the lightness of a chart may be inverted, but not that of a painting."""
 
     title: str
     caption: str  # what to look for
@@ -52,7 +52,7 @@ class Listing:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A section of the page. `missing` says what is not there and which command makes it."""
+    """A section of the page. `missing` says what is missing and which command makes it."""
 
     anchor: str
     title: str
@@ -63,7 +63,7 @@ class Section:
     tables: tuple[TextTable, ...] = ()
     folded: tuple[TextTable, ...] = ()
     listings: tuple[Listing, ...] = ()
-    data: Mapping[str, Any] | None = None  # of the questions that the page's script shows
+    data: Mapping[str, Any] | None = None  # the questions that the page's script shows
 
 
 def sections(source: ReportSource, folder: pathlib.Path) -> list[Section]:

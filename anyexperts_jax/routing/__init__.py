@@ -1,1 +1,1 @@
-"""The routing policy: from logits to a `RoutingPlan`. Pure functions of arrays, without parameters or a mesh."""
+"""The routing policy: turns logits into a `RoutingPlan`. Pure functions of arrays, without parameters or a mesh."""

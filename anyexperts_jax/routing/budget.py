@@ -182,7 +182,10 @@ class _Search:
 
 
 def _shift_to(config: AnyExpertsConfig, budget: float) -> Fraction:
-    """Slots from the config's window to that of a nominal budget. Rounded, because a budget like 2/3 k was too."""
+    """Returns the shift, in slots, from the config's window to that of a nominal budget.
+
+    It is rounded because a budget like 2/3 k is itself a rounded float.
+    """
     return round(_exact(budget) / _real_share(config) - _middle(config), 12)
 
 
@@ -198,7 +201,7 @@ def _checked_target(target_real: Any) -> float:
 
 
 def _exact(x: float) -> Fraction:
-    """The number as it is written: 4.8 is 24/5, so that 4.8 / 0.8 is 6 and not 5.999."""
+    """Returns the decimal number as a fraction: 4.8 becomes 24/5, so that 4.8 / 0.8 is 6 and not 5.999."""
     return Fraction(str(float(x)))
 
 

@@ -1,13 +1,13 @@
-"""A learned onset: AnyExperts on top of a trained mixture, from no effect at all to the method as it is.
+"""A learned onset: fades AnyExperts in on top of a trained mixture of experts.
 
-A layer with `onset="learned"` has one scalar, its *strength* s. Modulation is by s w in place of w, the tilt of
-importance-aware routing too, and the scores of the virtual experts are multiplied by |s|. At s = 0, where training
-begins, nothing of this has an effect and no virtual expert can win a slot: the layer is, bit for bit, the mixture it
-was attached to. At s = 1 it is the method of the paper.
+A layer with `onset="learned"` has one scalar, its *strength* s. Modulation and the tilt of importance-aware routing use
+s w in place of w, and the scores of the virtual experts are multiplied by |s|. At s = 0, where training begins, none of
+these has an effect and no virtual expert can win a slot: the layer computes, bit for bit, what the mixture it was
+attached to computes. At s = 1 it is the method of the paper.
 
-Training leaves s = 0 by itself. The modulation gives s a gradient of the task loss at the first step, and the
-importance regulariser gives the importance network one. From the second step on s is not zero, so that the task moves
-the importance network as well, and the virtual columns take part in the softmax, in the balance loss and, once
+Training leaves s = 0 by itself. At the first step, s gets a gradient of the task loss through the modulation, and the
+importance network gets one from the importance regulariser. From the second step on s is not zero: the task loss then
+reaches the importance network too, and the virtual columns take part in the softmax, in the balance loss and, once
 l + log |s| is among the best, in the selection.
 """
 
@@ -23,7 +23,7 @@ def faded_logits(
     importance_N: Float[Array, "N"],
     strength: Float[Array, ""],
 ) -> Float[Array, "N C"]:
-    """Logits with the tilt in them, for `route` with iar="off": l + s w, and of virtual columns l - s w + log |s|.
+    """Returns tilted logits for `route` with iar="off": l + s w, and for virtual columns l - s w + log |s|.
 
     At s = 0 the virtual columns are -inf and their gradient is zero.
     """

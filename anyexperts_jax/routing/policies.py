@@ -1,9 +1,9 @@
-"""Policies: how many slots a token gets, as a function of its router scores and one number, the dial.
+"""Policies decide how many slots a token gets, from its router scores and one number, the dial.
 
-The paper's policy, "importance", is the window of `routing.window`, and so is the same number for all tokens of a layer
-(k_min = k_max). The policies here need no training: they read what the router says anyway. Each is monotone in its
-dial, so that a mean number of slots can be looked for. In training, `policy_dial` is the dial; at any budget, the
-window in force is (dial, most slots) in place of (k_min, k_max).
+The paper's policy, "importance", uses the window of `routing.window`; with k_min = k_max it gives all tokens the same
+number. The policies here need no training, since they only read the router's scores. Each is monotone in its dial, so
+that a search can find the dial of a given mean number of slots. In training the dial is `policy_dial`; otherwise the
+window in force is (dial, most slots) instead of (k_min, k_max).
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from anyexperts_jax.core.modality import Modality
 
 IMPORTANCE = "importance"
 _GOLDEN = 0.6180339887498949
-_DIGITS = 4096.0  # a score times this, modulo one, is as good as drawn
+_DIGITS = 4096.0  # a score times this, modulo one, is practically a random number
 
 
 class Seen(NamedTuple):
-    """What a policy sees of N tokens: the real columns, float32."""
+    """The inputs of a policy for N tokens: the real columns, float32."""
 
     logits_NE: Float[Array, "N E"]
     scores_NE: Float[Array, "N E"]  # summing to one per token
@@ -34,12 +34,13 @@ class Policy:
     """An entry of `core.registries.POLICIES`.
 
     Attributes:
-      slots: (what it sees, the dial) -> slots, unrounded; below one slot counts as one.
-      dial: the dial's range, from that end at which tokens get the fewest slots; None: the range of the logits, from
+      slots: (inputs, dial) -> unrounded slots; less than one counts as one.
+      dial: the range of the dial, beginning at the end that gives the fewest slots; None: the range of the logits, from
         the highest down.
-      by_modality: whether it tells text from other tokens; on text alone it is then another policy under a second name.
-      by_token: whether `slots` takes a dial for each token, [N], too.
-      causal: whether a token's slots depend on that token alone. False: a control for measurements, not for decoding.
+      causal: whether a token's slots depend on that token alone. False: only a control for measurements, not for
+        decoding.
+      by_modality: whether it treats text and other tokens differently; on text alone it then equals another policy.
+      by_token: whether `slots` also accepts one dial per token, [N].
     """
 
     slots: Callable[[Seen, Float[Array, "*N"]], Float[Array, "N"]]
@@ -54,7 +55,7 @@ def _static(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
 
 
 def _static_modality(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
-    """The dial, rounded, for text; half of that, rounded up, for a token of a picture, a video or a sound."""
+    """Gives text the rounded dial, and tokens of pictures, videos and sounds half of it, rounded up."""
     text = jnp.floor(dial + 0.5)
     if seen.modality_N is None:
         return jnp.full(seen.scores_NE.shape[0], text)
@@ -62,38 +63,38 @@ def _static_modality(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
 
 
 def _mixed(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
-    """The whole numbers around the dial, by the digits of the token's best score."""
+    """Gives one of the two whole numbers around the dial, chosen pseudo-randomly from digits of the best score."""
     place_N = seen.scores_NE.max(axis=1) * _DIGITS * _GOLDEN % 1.0
     return jnp.floor(dial) + (place_N < dial % 1.0).astype(jnp.float32)
 
 
 def _top_p(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
-    """The fewest experts whose scores sum to the dial."""
+    """Gives the fewest experts whose scores sum to the dial."""
     before_NE = jnp.cumsum(-jnp.sort(-seen.scores_NE, axis=1), axis=1)
     return 1.0 + (before_NE < dial).sum(axis=1).astype(jnp.float32)
 
 
 def _score_gap(seen: Seen, dial: Float[Array, "*N"]) -> Float[Array, "N"]:
-    """Experts whose score is at least the dial times the token's best."""
-    return _count(seen.scores_NE >= _of_tokens(dial, seen) * seen.scores_NE.max(axis=1, keepdims=True))
+    """Counts the experts whose score is at least the dial times the token's best."""
+    return _count(seen.scores_NE >= _dial_per_token(dial, seen) * seen.scores_NE.max(axis=1, keepdims=True))
 
 
 def _threshold(seen: Seen, dial: Float[Array, "*N"]) -> Float[Array, "N"]:
-    """Experts whose score is at least the dial."""
-    return _count(seen.scores_NE >= _of_tokens(dial, seen))
+    """Counts the experts whose score is at least the dial."""
+    return _count(seen.scores_NE >= _dial_per_token(dial, seen))
 
 
 def _logit_threshold(seen: Seen, dial: Float[Array, "*N"]) -> Float[Array, "N"]:
-    """Experts whose logit is at least the dial. Of the router "markers": whose output's predicted norm is large."""
-    return _count(seen.logits_NE >= _of_tokens(dial, seen))
+    """Counts the experts whose logit is at least the dial. The router "markers" predicts the norms of outputs so."""
+    return _count(seen.logits_NE >= _dial_per_token(dial, seen))
 
 
 def _shuffled(seen: Seen, dial: Float[Array, ""]) -> Float[Array, "N"]:
-    """The numbers of top_p, dealt out to the tokens at random: what a policy is worth whose choice means nothing."""
+    """Assigns the numbers of top_p to the tokens at random: a baseline whose choice carries no information."""
     return jax.random.permutation(jax.random.key(0), _top_p(seen, dial))
 
 
-def _of_tokens(dial: Float[Array, "*N"], seen: Seen) -> Float[Array, "N 1"]:
+def _dial_per_token(dial: Float[Array, "*N"], seen: Seen) -> Float[Array, "N 1"]:
     return jnp.broadcast_to(dial, seen.scores_NE.shape[:1])[:, None]
 
 

@@ -1,4 +1,4 @@
-"""Importance regularisers: they keep the mean importance, and so the budget, from drifting.
+"""Importance regularisers, which keep the mean importance, and so the budget, from drifting.
 
 An entry of `core.registries.REGULARISERS` is a function of `Importances`. It returns the combine weights for dispatch
 and its loss, an unweighted float32 scalar over the valid tokens. Most return the weights unchanged. A regulariser that

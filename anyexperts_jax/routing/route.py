@@ -50,7 +50,7 @@ def route(
       importance_logits_N: z, one scalar per token. Zeros suffice if the policy is static (not
         `config.uses_importance`).
       valid_N: False at padding, which gets no slots and does not count in losses and metrics. Default: all valid.
-      bias_C: the expert bias, or [N, C], one for each token; required if `config.expert_bias`, and an error otherwise.
+      bias_C: the expert bias, [C], or one per token, [N, C]; required if `config.expert_bias`, and an error otherwise.
       window: (k_min, k_max) to use instead of the config's, as in `window=(4, 8)`. A traced array gives one compiled
         program for every budget within `slots_bound`, but buffers of a fixed size then follow the config's budget.
       num_sequences: the tokens are num_sequences contiguous sequences of equal length. Needed for
@@ -67,7 +67,7 @@ def route(
         >>> import anyexperts_jax as ax, numpy as np
         >>> config = ax.AnyExpertsConfig(num_experts=8, num_virtual=2, k_min=2, k_max=4)
         >>> logits_NC = np.random.default_rng(0).normal(size=(16, config.num_columns))
-        >>> plan = ax.route(config, logits_NC, np.zeros(16))  # importance 1/2: three slots a token
+        >>> plan = ax.route(config, logits_NC, np.zeros(16))  # importance 1/2: three slots per token
         >>> plan.expert_ids_NK.shape, int(plan.slots_N.sum())
         ((16, 4), 48)
     """

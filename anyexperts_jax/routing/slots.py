@@ -27,7 +27,7 @@ def policy_slots(
     window: Window | None = None,
     modality_N: Int[Array, "N"] | None = None,
 ) -> Float[Array, "N"]:
-    """The slots that an entry of POLICIES gives, clipped to [1, the window's most]; they pass no gradient on."""
+    """Returns the slots that an entry of POLICIES gives, clipped to [1, the window's most], without gradient."""
     dial, most = window_array(config, window)
     policy = POLICIES[config.policy]
     require(dial.ndim == 0 or policy.by_token, f"policy={config.policy!r} takes one window for all tokens")

@@ -21,7 +21,7 @@ def combine_weights(
     normalisation="all": score / (sum over selected real and virtual slots + 1e-20). "real": the weights of the real
     slots sum to one, and the virtual weight is that of "all", so that it stays bounded and is defined for a token with
     virtual slots only (our reading). "none": the scores over all columns, as in Switch and in MoE-LLaVA's top-1.
-    "one": every slot has the weight 1, with the gradient of "none": the parts of a dense network that was split.
+    "one": every slot has weight 1, with the gradient of "none"; for a dense network that was split into experts.
     "all_raw_gradient": the values of "all" with the gradient of "none", an extension of ours: under "all" the weight of
     a token's only slot is 1 whatever its logit, and so the task loss gives the router no gradient. All weights are
     multiplied by `scaling_factor`. The expert bias affects the selection only.

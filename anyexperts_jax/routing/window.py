@@ -16,12 +16,12 @@ Window = Float[ArrayLike, "2"] | Float[ArrayLike, "N 2"] | Sequence[float]
 
 
 def check_window(config: AnyExpertsConfig, window: Any) -> tuple[float, float] | None:
-    """Checks a window: (k_min, k_max), or (dial, most slots) where the configuration names an entry of POLICIES.
+    """Checks a window: (k_min, k_max), or (dial, most slots) if the configuration names an entry of POLICIES.
 
     Returns it, or None for a traced window, whose values are not known yet.
 
-    A traced window may also be [N, 2], one for each token: a batch then holds requests of different budgets. It is
-    clipped to [1, slots_bound] where it is used. The caller should check its values here before tracing.
+    A traced window may also be [N, 2], one per token, so that a batch can hold requests with different budgets. It is
+    clipped to [1, slots_bound] when it is used. The caller should check its values here before tracing.
 
     Raises:
       UserError: unless the window is two finite numbers in order, from 1 to what the configuration's arrays can hold.

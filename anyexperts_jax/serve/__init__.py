@@ -1,1 +1,1 @@
-"""A model behind an address: slots over one cache, requests that join and leave between two tokens, OpenAI's API."""
+"""Serves a model over OpenAI's HTTP API with continuous batching: requests join and leave between two tokens."""

@@ -1,4 +1,7 @@
-"""The HTTP shell: reads bodies, asks the engine, writes answers. What they mean is decided below it."""
+"""The HTTP shell: reads request bodies, submits jobs to the engine, writes responses.
+
+Parsing of requests and building of response bodies is in `openai_requests` and `openai_answers`.
+"""
 
 import asyncio
 import dataclasses
@@ -25,21 +28,21 @@ from anyexperts_jax.serve.openai_requests import Asked, FieldError, Kind, read_r
 from anyexperts_jax.serve.slots import row_budget
 from anyexperts_jax.serve.worker import QueueFullError, StoppingError, Worker
 
-OPEN_PATHS = ("/health",)  # without a key
+OPEN_PATHS = ("/health",)  # need no API key
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request may take."""
+    """Limits of one request and of the queue."""
 
-    body_bytes: int = 8 * 2**20  # with its media
+    body_bytes: int = 8 * 2**20  # of the body, media included
     queue: int = 64  # requests that wait for a slot
-    seconds: float = 600.0  # from a request's arrival to its last token
-    upload_seconds: float = 30.0  # for its body
+    seconds: float = 600.0  # from the request's arrival to its last token
+    upload_seconds: float = 30.0  # to receive the body
 
 
 class HttpError(Exception):
-    """A request that is answered with an error."""
+    """Makes the server answer the request with this status and error message."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -48,7 +51,7 @@ class HttpError(Exception):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Service:
-    """What the endpoints share."""
+    """The state that all endpoints share."""
 
     model: ServedModel
     engine: Engine
@@ -60,7 +63,7 @@ class Service:
 
 
 def make_app(service: Service) -> Starlette:
-    """The application: /v1/models, /v1/completions, /v1/chat/completions, /health and /metrics."""
+    """Builds the application: /v1/models, /v1/completions, /v1/chat/completions, /health and /metrics."""
     endpoints: tuple[tuple[str, str, Callable[[Service, Request], Awaitable[Response]]], ...] = (
         ("/health", "GET", _health),
         ("/metrics", "GET", _metrics),
@@ -79,7 +82,7 @@ def make_app(service: Service) -> Starlette:
 async def _answered(
     service: Service, path: str, endpoint: Callable[[Service, Request], Awaitable[Response]], request: Request
 ) -> Response:
-    """The endpoint's answer, or its error; counted either way."""
+    """Returns the endpoint's response, or its `HttpError` as one; counts both in the metrics."""
     try:
         if path not in OPEN_PATHS:
             _require_key(service, request)
@@ -103,8 +106,8 @@ def _require_key(service: Service, request: Request) -> None:
     if service.api_key is None:
         return
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    right = hmac.compare_digest(key.strip().encode("utf-8", "replace"), service.api_key.encode("utf-8"))
-    if scheme.lower() != "bearer" or not right:
+    matches = hmac.compare_digest(key.strip().encode("utf-8", "replace"), service.api_key.encode("utf-8"))
+    if scheme.lower() != "bearer" or not matches:
         raise HttpError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key")
 
 
@@ -139,12 +142,12 @@ def _require_model(service: Service, name: str) -> None:
 
 
 async def _completions(kind: Kind, service: Service, request: Request) -> Response:
-    body = await _body(service.limits, request)
+    body = await _read_json(service.limits, request)
     loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event | None]]()
     try:
         asked = read_request(kind, body)
         _require_model(service, asked.model)
-        tickets = await asyncio.to_thread(_tickets, service, asked, _teller(loop, events))
+        tickets = await asyncio.to_thread(_make_tickets, service, asked, _event_sender(loop, events))
         service.worker.submit(tickets)
     except UserError as error:
         raise HttpError(400, str(error), error.field if isinstance(error, FieldError) else None) from error
@@ -152,15 +155,15 @@ async def _completions(kind: Kind, service: Service, request: Request) -> Respon
         raise HttpError(429, f"{service.limits.queue} requests wait already; try again later") from error
     except StoppingError as error:
         raise HttpError(503, f"the server takes no more requests: it is {error}") from error
-    watcher = asyncio.create_task(_gone(service, request, tickets, events))
+    watcher = asyncio.create_task(_watch_disconnect(service, request, tickets, events))
     answer = _Answer(service, asked, tickets, events, watcher=watcher)
     if asked.stream:
         return StreamingResponse(answer.chunks(), media_type="text/event-stream", headers={"cache-control": "no-store"})
     return await answer.whole()
 
 
-async def _body(limits: Limits, request: Request) -> Any:
-    """The JSON of a request's body."""
+async def _read_json(limits: Limits, request: Request) -> Any:
+    """Reads a request's body, within the limits of size and time, and parses it as JSON."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HttpError(415, f"content-type {shown(kind)}; send application/json")
@@ -175,17 +178,20 @@ async def _body(limits: Limits, request: Request) -> Any:
     except TimeoutError as error:
         raise HttpError(408, f"the body took more than {limits.upload_seconds:g} seconds") from error
     try:
-        return json.loads(taken, parse_constant=_no_constant)
+        return json.loads(taken, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise HttpError(400, f"the body is not JSON: {error}"[:300]) from error
 
 
-def _no_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _teller(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Any]") -> Callable[[int, Event], None]:
-    """Brings an event from the engine's thread to the loop; where the loop has ended nobody waits for it."""
+def _event_sender(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Any]") -> Callable[[int, Event], None]:
+    """Returns a function that passes an event from the engine's thread to the event loop.
+
+    Once the loop is closed nobody waits for events, and they are discarded.
+    """
 
     def tell(index: int, event: Event) -> None:
         if not loop.is_closed():
@@ -194,8 +200,8 @@ def _teller(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Any]") -> Ca
     return tell
 
 
-def _tickets(service: Service, asked: Asked, tell: Callable[[int, Event], None]) -> list[Ticket]:
-    """A job for each answer that is asked for, checked against the model."""
+def _make_tickets(service: Service, asked: Asked, tell: Callable[[int, Event], None]) -> list[Ticket]:
+    """Makes one job for each answer the request asks for, and checks it against the model."""
     model, reader = service.model, service.model.reader
     try:
         budget = row_budget(model.base, model.weights.config, asked.budget)
@@ -225,8 +231,10 @@ def _tickets(service: Service, asked: Asked, tell: Callable[[int, Event], None])
     return tickets
 
 
-async def _gone(service: Service, request: Request, tickets: list[Ticket], events: "asyncio.Queue[Any]") -> None:
-    """Frees the slots of a client that goes away, and tells who waits for them."""
+async def _watch_disconnect(
+    service: Service, request: Request, tickets: list[Ticket], events: "asyncio.Queue[Any]"
+) -> None:
+    """Waits until the client disconnects, then frees its slots and ends the wait for its events."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     service.worker.cancel(tickets)
@@ -235,7 +243,7 @@ async def _gone(service: Service, request: Request, tickets: list[Ticket], event
 
 
 class _Answer:
-    """What comes of one request, as it comes."""
+    """The answer to one request, sent whole or as a stream while the engine makes it."""
 
     def __init__(
         self,
@@ -255,7 +263,7 @@ class _Answer:
     async def whole(self) -> Response:
         texts, tokens = ["" for _ in self._tickets], list[list[Token]]([] for _ in self._tickets)
         reasons = ["" for _ in self._tickets]
-        async for index, event in self._all():
+        async for index, event in self._receive():
             if isinstance(event, Failed):
                 raise HttpError(504 if event.reason == "timeout" else 503, event.message, code=event.reason)
             texts[index] += event.text
@@ -264,31 +272,32 @@ class _Answer:
             else:
                 reasons[index] = event.reason
         if not all(reasons):
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # the client has disconnected
         return _json({**self._choices.whole(texts, tokens, reasons), "usage": self._usage()})
 
     async def chunks(self) -> AsyncIterator[bytes]:
         if self._asked.kind == "chat":
             for index in range(len(self._tickets)):
-                yield _sent(self._choices.chunk(index, None, []))
-        async for index, event in self._all():
+                yield _as_server_event(self._choices.chunk(index, None, []))
+        async for index, event in self._receive():
             if isinstance(event, Failed):
-                yield _sent(error_body(504 if event.reason == "timeout" else 503, event.message, code=event.reason))
+                status = 504 if event.reason == "timeout" else 503
+                yield _as_server_event(error_body(status, event.message, code=event.reason))
                 return
             if isinstance(event, Finished):
                 if event.text:
-                    yield _sent(self._choices.chunk(index, event.text, []))
-                yield _sent(self._choices.chunk(index, "", [], event.reason))
+                    yield _as_server_event(self._choices.chunk(index, event.text, []))
+                yield _as_server_event(self._choices.chunk(index, "", [], event.reason))
             elif event.text or self._asked.logprobs is not None:
-                yield _sent(self._choices.chunk(index, event.text, [event.token]))
+                yield _as_server_event(self._choices.chunk(index, event.text, [event.token]))
         if None in self._usages:
             return
         if self._asked.streams_usage:
-            yield _sent(self._choices.bare([], usage=self._usage()))
+            yield _as_server_event(self._choices.bare([], usage=self._usage()))
         yield b"data: [DONE]\n\n"
 
-    async def _all(self) -> AsyncIterator[tuple[int, Event]]:
-        """Events until every answer is done, one fails or the client goes away; then the slots are free."""
+    async def _receive(self) -> AsyncIterator[tuple[int, Event]]:
+        """Yields events until all answers are finished, one fails or the client disconnects; then frees the slots."""
         try:
             while None in self._usages:
                 index, event = await self._events.get()
@@ -307,7 +316,7 @@ class _Answer:
         return usage_body(usages, len(self._asked.prompts), self._asked.budget)
 
 
-def _sent(value: dict[str, Any]) -> bytes:
+def _as_server_event(value: dict[str, Any]) -> bytes:
     return b"data: " + as_json(value) + b"\n\n"
 
 

@@ -1,4 +1,9 @@
-"""Continuous batching: requests take a slot, a piece of a prompt at a time, then a token a step, and leave."""
+"""Continuous batching over a fixed number of slots.
+
+A request takes a free slot, its prompt is prefilled in pieces, then it gets one token per step until it is finished
+and the slot is free again. Each step reads at most one piece of one prompt, so a long prompt delays the running answers
+by one piece at a time and not by its whole length.
+"""
 
 import collections
 import dataclasses
@@ -30,18 +35,18 @@ from anyexperts_jax.serve.slots import (
 )
 from anyexperts_jax.tokenizers.base import Tokenizer
 
-PIECES = (16, 128)  # widths in which prompts are read: a program each
+PIECES = (16, 128)  # widths of prefill pieces; each is a compiled program
 
 
 class Prompt(NamedTuple):
-    """The tokens of a prompt, and where it has media, its one row as the model reads it."""
+    """The tokens of a prompt. A prompt with media also has a `batch`: the one row that the model reads."""
 
     tokens: tuple[int, ...]
     batch: Batch | None = None
 
 
 class Token(NamedTuple):
-    """A token of an answer, and where the request asks for them, its log probability and those of the likeliest."""
+    """A token of an answer. `logprob` and `top`, the most likely tokens, are filled in if the request asks for them."""
 
     id: int
     logprob: float
@@ -49,27 +54,27 @@ class Token(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What an answer took."""
+    """How many tokens and experts an answer used."""
 
     prompt_tokens: int
-    completion_tokens: int  # the one that ended it included
-    real_by_layer: tuple[float, ...] = ()  # real experts a token, of each MoE layer; () for a dense model
+    completion_tokens: int  # including the token that ended the answer
+    real_by_layer: tuple[float, ...] = ()  # real experts per token in each MoE layer; () for a dense model
 
     @property
     def real_experts(self) -> float:
-        """A token and MoE layer; nan for a dense model."""
+        """Real experts per token, averaged over the MoE layers; nan for a dense model."""
         return sum(self.real_by_layer) / len(self.real_by_layer) if self.real_by_layer else float("nan")
 
 
 class Progress(NamedTuple):
-    """A token, and the text that is new and sure."""
+    """A new token, and the new text that later tokens cannot change."""
 
     text: str
     token: Token
 
 
 class Finished(NamedTuple):
-    """The rest of the text, and why there is no more."""
+    """The last piece of the text, and why the answer ended."""
 
     text: str
     reason: Literal["stop", "length"]
@@ -77,7 +82,7 @@ class Finished(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """No more comes: the time is up, or the engine lost the slot."""
+    """The answer ended early: its time is up, or an engine step failed."""
 
     reason: Literal["timeout", "engine"]
     message: str
@@ -88,7 +93,7 @@ Event = Progress | Finished | Failed
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """One answer to be made."""
+    """One answer that a request asks for. `tell` gets its events, in the engine's thread."""
 
     prompt: Prompt
     max_new_tokens: int
@@ -98,12 +103,12 @@ class Job:
     seed: int = 0
     stop: tuple[str, ...] = ()
     tells_logprobs: bool = False
-    seconds: float = float("inf")  # from its arrival on
+    seconds: float = float("inf")  # allowed from the request's arrival
 
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-    """A job on its way. `cancelled`: nobody waits for it any more; its slot is free before the next step."""
+    """A submitted job. Setting `cancelled` frees its slot before the next step."""
 
     job: Job
     arrived: float
@@ -118,13 +123,13 @@ class Ticket:
 class _Slot:
     ticket: Ticket
     stream: TextStream
-    filled: int = 0  # positions in the cache
+    filled: int = 0  # positions written to the cache
     tokens: list[int] = dataclasses.field(default_factory=list)
     real_L: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((), np.int64))
     last_told: float = 0.0
 
     @property
-    def reads(self) -> bool:
+    def is_prefilling(self) -> bool:
         return not self.tokens
 
     @property
@@ -136,15 +141,14 @@ Watch = Callable[[str, float], None]
 
 
 class Engine:
-    """Slots over one cache. Not safe for several threads: one calls `submit` and `step`.
+    """Runs requests in slots over one cache. Not thread-safe: one thread must make all calls to `submit` and `step`.
 
     Args:
-      weights: the model with room for the largest budget.
-      base: its own configuration.
-      slots: requests that run at once.
-      length: positions of a slot: prompt and answer.
-      watch: told (what, how much) of "first_token_seconds", "between_tokens_seconds", "prompt_tokens",
-        "completion_tokens" and "real_experts".
+      weights: the model, with a window that has room for the largest budget.
+      slots: how many requests run at once.
+      length: positions of a slot, shared by prompt and answer.
+      watch: called with (metric, amount); the metrics are "first_token_seconds", "between_tokens_seconds",
+        "prompt_tokens", "completion_tokens" and "real_experts".
     """
 
     def __init__(
@@ -178,35 +182,42 @@ class Engine:
         return bool(self.running or self._waiting)
 
     def piece_lengths(self) -> list[int]:
-        """Lengths of prompts that between them need every program for text."""
+        """Prompt lengths which together run every compiled program for text; the warm-up submits one of each."""
         needing = [1, *(width + 1 for width in PIECES[:-1])]
         return [length for length in needing if length + 2 <= self.length] or [1]
 
     def check(self, job: Job) -> None:
-        """Refuses what `submit` would; safe from any thread."""
+        """Raises what `submit` would raise; may be called from any thread."""
         check_fits(job.prompt.tokens, job.max_new_tokens, self.length, self._static[0].vocab_size)
 
     def submit(self, ticket: Ticket) -> None:
-        """Puts a job at the end of the queue.
+        """Appends a job to the queue.
 
         Raises:
-          UserError: a prompt that is empty, holds an id that the model does not have, or does not fit with its answer.
+          UserError: if the prompt is empty, holds an id outside the vocabulary, or does not fit into a slot together
+            with its answer.
         """
         self.check(ticket.job)
         self._waiting.append(ticket)
 
     def step(self) -> bool:
-        """A piece of one prompt, and a token for every slot that has read its own; False where there was nothing."""
+        """Prefills one piece of one prompt, and decodes one token in every slot whose prompt is read.
+
+        Returns False if there was nothing to do.
+        """
         self._drop()
         for number, slot in enumerate(self._slots):
             if slot is None and self._waiting:
                 ticket = self._waiting.popleft()
                 self._slots[number] = _Slot(ticket, TextStream(self._tokenizer, ticket.job.stop))
-        read = self._read_piece()
-        return self._step_all() or read
+        prefilled = self._prefill_piece()
+        return self._decode_step() or prefilled
 
     def fail_all(self, message: str, waiting: bool = False) -> None:
-        """Fails what runs, and what waits if told to, and begins with an empty cache, after a step that raised."""
+        """Fails all running jobs (with `waiting` also the queued ones) and starts again with an empty cache.
+
+        Called after a step that raised: the step donated the cache, so its buffers may be gone.
+        """
         failed = [slot.ticket for slot in self._slots if slot is not None]
         if waiting:
             failed += self._waiting
@@ -217,13 +228,13 @@ class Engine:
         self._cache = self._empty_cache(len(self._slots))
 
     def _empty_cache(self, slots: int) -> StackCache:
-        """Placed as the programs return it: JAX would compile them anew for one that is placed otherwise."""
+        """Returns a cache placed as the compiled programs return it; JAX would recompile them for another placement."""
         cache: StackCache = slot_cache(self._static[0], slots, self.length)
         devices = {device for leaf in jax.tree.leaves(self._arguments[1]) for device in leaf.devices()}
         return jax.device_put(cache, devices.pop()) if len(devices) == 1 else cache
 
     def _drop(self) -> None:
-        """Frees the places of those who went away, and of those whose time is up."""
+        """Removes jobs that were cancelled or whose time is up, from the slots and from the queue."""
         for number, slot in enumerate(self._slots):
             if slot is not None and self._is_over(slot.ticket):
                 self._slots[number] = None
@@ -234,11 +245,14 @@ class Engine:
             ticket.job.tell(Failed("timeout", f"the answer took more than {ticket.job.seconds:g} seconds"))
         return ticket.cancelled or ticket.late
 
-    def _read_piece(self) -> bool:
-        readers = [(slot.ticket.arrived, number) for number, slot in enumerate(self._slots) if slot and slot.reads]
-        if not readers:
+    def _prefill_piece(self) -> bool:
+        """Prefills the next piece of the prompt that arrived first; False if no slot is prefilling."""
+        prefilling = [
+            (slot.ticket.arrived, number) for number, slot in enumerate(self._slots) if slot and slot.is_prefilling
+        ]
+        if not prefilling:
             return False
-        number = min(readers)[1]
+        number = min(prefilling)[1]
         slot = self._slots[number]
         assert slot is not None
         job, place = slot.ticket.job, jnp.int32(number)
@@ -254,16 +268,21 @@ class Engine:
             piece = job.prompt.tokens
             rows = self._rows(np.zeros((1, 1), np.int32), [(slot, len(piece))])
             chosen, self._cache = prefill_slot(*self._arguments, (job.prompt.batch, rows), self._cache, place)
-        chosen = jax.device_get(chosen)  # to index an array on the device is a program as well
+        chosen = jax.device_get(chosen)  # indexing an array on the device would compile another program
         slot.filled += len(piece)
         slot.real_L = slot.real_L + chosen.real_BL[0]
         if slot.filled == len(job.prompt.tokens):
             self._watch("first_token_seconds", time.monotonic() - slot.ticket.arrived)
-            self._take(number, slot, _token(chosen, 0, job.tells_logprobs))
+            self._add_token(number, slot, _token(chosen, 0, job.tells_logprobs))
         return True
 
-    def _step_all(self) -> bool:
-        live = [slot is not None and not slot.reads for slot in self._slots]
+    def _decode_step(self) -> bool:
+        """Decodes one token in every slot whose prompt is read; False if there is none.
+
+        All slots go through the program, so that one compiled shape serves whichever slots are live: the others rest
+        with length 0, and their tokens are ignored.
+        """
+        live = [slot is not None and not slot.is_prefilling for slot in self._slots]
         if not any(live):
             return False
         tokens_B1 = np.zeros((len(live), 1), np.int32)
@@ -279,7 +298,7 @@ class Engine:
                 slot.filled += 1
                 slot.real_L = slot.real_L + chosen.real_BL[number]
                 self._watch("between_tokens_seconds", time.monotonic() - slot.last_told)
-                self._take(number, slot, _token(chosen, number, slot.ticket.job.tells_logprobs))
+                self._add_token(number, slot, _token(chosen, number, slot.ticket.job.tells_logprobs))
         return True
 
     def _rows(self, tokens_BT: np.ndarray, slots: Sequence[tuple[_Slot | None, int]]) -> Rows:
@@ -293,8 +312,8 @@ class Engine:
             tells=any(slot.ticket.job.tells_logprobs for slot in own if slot),
         )
 
-    def _take(self, number: int, slot: _Slot, token: Token) -> None:
-        """Gives a slot its next token, and frees the slot where that is the last."""
+    def _add_token(self, number: int, slot: _Slot, token: Token) -> None:
+        """Appends a token to a slot's answer, and frees the slot if the answer is finished."""
         job = slot.ticket.job
         slot.tokens.append(token.id)
         slot.last_told = time.monotonic()
@@ -317,10 +336,10 @@ class Engine:
 
 
 def check_fits(prompt: Sequence[int], max_new_tokens: int, length: int, vocab_size: int) -> None:
-    """Refuses a prompt that no slot can continue.
+    """Checks that a prompt and its answer fit into a slot, and that the model has the prompt's ids.
 
     Raises:
-      UserError: naming the lengths or the id.
+      UserError: naming the lengths or the id that does not fit.
     """
     require(len(prompt) > 0, "the prompt is empty; give at least one token")
     require(max_new_tokens >= 1, f"max_tokens={max_new_tokens} must be >= 1")

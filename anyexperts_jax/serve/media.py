@@ -1,4 +1,4 @@
-"""Pictures and sounds of a request: data URLs and base64, read by the one decoder of `data.decode`."""
+"""Decodes the pictures and sounds of a request, given as data URLs and base64, with `data.decode`."""
 
 import base64
 import binascii
@@ -14,14 +14,14 @@ _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.ASCII)
 
 
 def medium_of(part: Any, where: str, kinds: Sequence[str]) -> Medium:
-    """The picture or sound of a part of a message's content.
+    """Decodes the picture or sound of one part of a message's content.
 
     Args:
-      where: the part's place, for messages.
-      kinds: those that the model reads: "image", "audio".
+      where: the part's place in the request, for error messages.
+      kinds: the media that the model reads, of "image" and "audio".
 
     Raises:
-      UserError: for another kind, an address that is no data URL, and what cannot be decoded.
+      UserError: for another kind, a URL that is not a data URL, or data that cannot be decoded.
     """
     kind = part.get("type") if isinstance(part, Mapping) else None
     require(kind != "text", f"{where}: a part of type 'text' needs its text, as a string")

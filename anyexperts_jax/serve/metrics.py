@@ -1,4 +1,4 @@
-"""What the server counts, as Prometheus reads it."""
+"""Counters, histograms and gauges of the server, in Prometheus's text format."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own."""
+    """The metrics of one server, in their own registry so that several servers can run in a process."""
 
     def __init__(self) -> None:
         library = require_package("prometheus_client", "serve", "`anyexperts serve` needs")
@@ -33,14 +33,14 @@ class Metrics:
         self._where = where
 
     def watch(self, name: str, amount: float) -> None:
-        """What the engine tells."""
+        """Records an amount that the engine reports."""
         if name in self._times:
             self._times[name].observe(amount)
         else:
             self._amounts[name].inc(amount)
 
     def follow(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A gauge that is read when it is asked for."""
+        """Adds a gauge whose value is read at each request of the page."""
         self._library.Gauge(name, text, **self._where).set_function(value)
 
     def answered(self, path: str, status: int) -> None:
@@ -53,5 +53,5 @@ class Metrics:
         self._gone.inc()
 
     def text(self) -> tuple[bytes, str]:
-        """The page, and its content type."""
+        """Returns the metrics page and its content type."""
         return self._library.generate_latest(self._registry), self._library.CONTENT_TYPE_LATEST

@@ -1,4 +1,4 @@
-"""What is served: a published checkpoint or a trained run, with one way to read prompts of either."""
+"""Loads the model to serve, a published checkpoint or a trained run, with a reader of its prompts."""
 
 import dataclasses
 import pathlib
@@ -28,9 +28,9 @@ from anyexperts_jax.tokenizers.chat import ASSISTANT
 
 @runtime_checkable
 class Reader(Protocol):
-    """Requests to prompts. Each raises UserError for what the model cannot read."""
+    """Turns the contents of a request into a prompt. Each method raises UserError for what the model cannot read."""
 
-    media: tuple[str, ...]  # kinds beside text: "image", "audio"
+    media: tuple[str, ...]  # what it reads beside text: "image", "audio"
 
     def text(self, text: str) -> Prompt: ...
 
@@ -41,31 +41,32 @@ class Reader(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A model with room for the largest budget, and what reads prompts for it."""
+    """A model whose window has room for the largest budget, with its tokenizer and the reader of its prompts."""
 
     name: str
     weights: Weights
-    base: ModelConfig  # as it was trained or published
+    base: ModelConfig  # as trained or published
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]
     reader: Reader
-    longest: int  # positions of prompt and answer, at most
-    leading_ids: tuple[int, ...] = ()  # before every text
+    longest: int  # maximal number of positions of prompt and answer
+    leading_ids: tuple[int, ...] = ()  # put before every text
     path: pathlib.Path | None = None  # of a published checkpoint
 
 
 def load_served(
     path: pathlib.Path, checkpoint: str = "best", max_budget: float | None = None, name: str | None = None
 ) -> ServedModel:
-    """The model in a folder.
+    """Loads the model in a folder, a run or a published checkpoint.
 
     Args:
-      checkpoint: of a run, "best" or "last".
-      max_budget: real experts a token that requests may ask for; None: the model's own window is the room.
-      name: what clients call it; None: the folder's name.
+      checkpoint: which checkpoint of a run, "best" or "last".
+      max_budget: largest budget, in real experts per token, that a request may ask for; None: what the model's own
+        window has room for.
+      name: the name that clients use; None: the folder's name.
 
     Raises:
-      UserError: when there is no model, it has no tokenizer, or the budget is out of its reach.
+      UserError: if there is no model, it has no tokenizer, or it cannot reach the budget.
     """
     if is_checkpoint(path):
         return serve_pretrained(load_pretrained(path), name or path.resolve().name, max_budget)
@@ -73,15 +74,15 @@ def load_served(
 
 
 def serve_pretrained(model: Pretrained, name: str, max_budget: float | None = None) -> ServedModel:
-    """A published model, served by a name.
+    """Prepares a published model to be served under a name.
 
     Raises:
-      UserError: when it has no tokenizer, or the budget is out of its reach.
+      UserError: if it has no tokenizer, or it cannot reach the budget.
     """
     tokenizer = model.tokenizer
     return ServedModel(
         name,
-        dataclasses.replace(model.weights, config=_roomy(model.config, max_budget)),
+        dataclasses.replace(model.weights, config=_with_room(model.config, max_budget)),
         model.config,
         tokenizer,
         stop_ids=tuple(dict.fromkeys([*model.stop_ids, *tokenizer.special.eos])),
@@ -93,16 +94,16 @@ def serve_pretrained(model: Pretrained, name: str, max_budget: float | None = No
 
 
 def serve_trained(trained: Trained, name: str, max_budget: float | None = None) -> ServedModel:
-    """A run's checkpoint, served by a name.
+    """Prepares a run's checkpoint to be served under a name.
 
     Raises:
-      UserError: when the budget is out of its reach.
+      UserError: if the model cannot reach the budget.
     """
     base, tokenizer = trained.config.model, trained.tokenizer
     bias_LC = trained.router_bias_LC if base.moe.expert_bias else None
     return ServedModel(
         name,
-        Weights(_roomy(base, max_budget), trained.placement, trained.params, bias_LC),
+        Weights(_with_room(base, max_budget), trained.placement, trained.params, bias_LC),
         base,
         tokenizer,
         stop_ids=tuple(dict.fromkeys([base.eos_id, *tokenizer.special.eos])),
@@ -112,12 +113,12 @@ def serve_trained(trained: Trained, name: str, max_budget: float | None = None) 
     )
 
 
-def _roomy(base: ModelConfig, max_budget: float | None) -> ModelConfig:
+def _with_room(base: ModelConfig, max_budget: float | None) -> ModelConfig:
     return base if max_budget is None else with_budget(base, max_budget)[0]
 
 
 class CheckpointReader:
-    """Text and conversations for a published model; of one that sees pictures, the text alone."""
+    """Reads texts and conversations for a published model; pictures and sounds are not read."""
 
     media: tuple[str, ...] = ()
 
@@ -136,7 +137,7 @@ class CheckpointReader:
 
 
 class RunReader:
-    """Text, pictures and sounds for a run, written as its training examples are."""
+    """Reads text, pictures and sounds for a run, encoded as its training examples are."""
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer) -> None:
         self._spec, self._tokenizer = data.encoding, tokenizer
@@ -145,7 +146,7 @@ class RunReader:
         self.media = tuple(kind for kind, room in rooms if room > 0)
 
     def text(self, text: str) -> Prompt:
-        """A document's beginning."""
+        """Encodes a text as the beginning of a document."""
         return self._prompt(Document("served", text, "request", ends=False), whole=True)
 
     def ids(self, ids: Sequence[int]) -> Prompt:
@@ -154,7 +155,7 @@ class RunReader:
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         read = [self._message(i, message) for i, message in enumerate(messages)]
         require(bool(read), "messages is empty; it needs at least one message")
-        answer = Message(ASSISTANT, (Text("?"),))  # stands for what is asked for; cut off again
+        answer = Message(ASSISTANT, (Text("?"),))  # a placeholder for the model's answer; `prompts` cuts it off
         return self._prompt(Conversation("served", (*read, answer), "request"), whole=False)
 
     def _prompt(self, item: Conversation | Document, whole: bool) -> Prompt:
@@ -186,7 +187,7 @@ def _is_text(part: Any) -> bool:
 
 
 def _with_plain_content(where: str, message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The message with its texts as one: many templates read nothing else."""
+    """Joins a message's text parts into one string, since many chat templates read nothing else."""
     content = message.get("content")
     if not isinstance(content, list):
         return message

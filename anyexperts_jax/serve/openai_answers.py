@@ -1,4 +1,4 @@
-"""OpenAI's answers: bodies, chunks of a stream, errors. Beside its fields, `usage` says the real experts a token."""
+"""Builds response bodies, stream chunks and errors of OpenAI's API. `usage` also has the real experts per token."""
 
 import json
 import math
@@ -13,25 +13,26 @@ _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_f
 
 
 def as_json(value: Any) -> bytes:
-    """ASCII alone: a message may repeat half a surrogate pair of the request's."""
+    """Encodes a value as ASCII JSON; a message may quote a lone surrogate of the request, which UTF-8 cannot encode."""
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """Returns an error body that OpenAI's clients understand."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": " ".join(message.splitlines()), "type": kind, "param": param, "code": code}}
 
 
 def model_body(name: str, created: int, **more: Any) -> dict[str, Any]:
-    """An entry of /v1/models."""
+    """Returns an entry of /v1/models."""
     return {"id": name, "object": "model", "created": created, "owned_by": "anyexperts", **more}
 
 
 def usage_body(usages: Sequence[Usage], prompts: int, budget: float | None) -> dict[str, Any]:
-    """What a request took. A prompt that several answers share counts once.
+    """Returns the usage of a request. A prompt that several answers share counts once.
 
-    `real_experts_per_token` is the mean over MoE layers and over the tokens that the model read, prompt and answer.
+    `real_experts_per_token` is the mean over MoE layers and over the tokens that the model read. The last token of an
+    answer is not read.
     """
     shared = len(usages) // prompts
     prompt_tokens = sum(usage.prompt_tokens for usage in usages[::shared])
@@ -58,28 +59,29 @@ class Choices:
         self._offsets: dict[int, int] = {}
 
     def whole(self, texts: Sequence[str], tokens: Sequence[list[Token]], reasons: Sequence[str]) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
+        """Returns the body of an answer that is not streamed."""
         kind = "chat.completion" if self._chat else "text_completion"
         choices = []
         for i, (text, own, reason) in enumerate(zip(texts, tokens, reasons, strict=True)):
-            said = (
+            content = (
                 {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
             )
-            choices.append({"index": i, **said, "logprobs": self._logprobs(i, own), "finish_reason": reason})
+            choices.append({"index": i, **content, "logprobs": self._logprobs(i, own), "finish_reason": reason})
         return {**self._frame, "object": kind, "choices": choices}
 
     def chunk(self, index: int, text: str | None, tokens: list[Token], reason: str | None = None) -> dict[str, Any]:
-        """A part of a stream. text: None begins a chat's answer."""
+        """Returns one chunk of a stream. `text=None` makes the chunk that begins a chat's answer."""
         if not self._chat:
-            said: dict[str, Any] = {"text": text or ""}
+            content: dict[str, Any] = {"text": text or ""}
         elif text is None:
-            said = {"delta": {"role": "assistant", "content": ""}}
+            content = {"delta": {"role": "assistant", "content": ""}}
         else:
-            said = {"delta": {"content": text} if text else {}}
-        choice = {"index": index, **said, "logprobs": self._logprobs(index, tokens), "finish_reason": reason}
+            content = {"delta": {"content": text} if text else {}}
+        choice = {"index": index, **content, "logprobs": self._logprobs(index, tokens), "finish_reason": reason}
         return self.bare([choice])
 
     def bare(self, choices: list[Any], **more: Any) -> dict[str, Any]:
+        """Returns a chunk that holds these choices and further fields."""
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         return {**self._frame, "object": kind, "choices": choices, **more}
 
@@ -88,7 +90,7 @@ class Choices:
         if asked is None:
             return None
         if self._chat:
-            return {"content": [{**self._told(t.id, t.logprob), "top_logprobs": self._top(t)} for t in tokens]}
+            return {"content": [{**self._token_entry(t.id, t.logprob), "top_logprobs": self._top(t)} for t in tokens]}
         texts = [self._text(token.id) for token in tokens]
         offsets = []
         for text in texts:
@@ -103,9 +105,9 @@ class Choices:
 
     def _top(self, token: Token) -> list[dict[str, Any]]:
         assert self._asked.logprobs is not None
-        return [self._told(id, logprob) for id, logprob in token.top[: self._asked.logprobs]]
+        return [self._token_entry(id, logprob) for id, logprob in token.top[: self._asked.logprobs]]
 
-    def _told(self, id: int, logprob: float) -> dict[str, Any]:
+    def _token_entry(self, id: int, logprob: float) -> dict[str, Any]:
         text = self._text(id)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}
 

@@ -1,7 +1,7 @@
-"""OpenAI's requests for completions: what is read of them, and what is refused with its reason.
+"""Reads and checks OpenAI's completion requests.
 
-A field that this server does not have is refused unless it asks for nothing, as `frequency_penalty: 0` does: an answer
-that ignores what was asked for would be a wrong one.
+A field that this server does not support is refused, unless its value asks for nothing, as `frequency_penalty: 0` does:
+an answer that silently ignored a field would be wrong.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from anyexperts_jax.models.sample import Sampling
 from anyexperts_jax.serve.slots import MOST_ALTERNATIVES
 
 Kind = Literal["chat", "text"]
-MOST_CHOICES = 16  # of one request: prompts times n
+MOST_CHOICES = 16  # answers to one request: prompts times n
 MOST_STOPS = 16
-DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it; a chat may fill its slot
+DEFAULT_MAX_TOKENS = 16  # of /v1/completions, OpenAI's default; a chat may fill its slot
 
 _ANY = object()
-# Fields that are taken with the values that ask for nothing; _ANY: they tell the server nothing.
+# Unsupported fields, with the values that ask for nothing and are accepted; _ANY: the field is always ignored.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -46,7 +46,7 @@ _OWN = {"chat": {"messages", "max_completion_tokens", "top_logprobs"}, "text": {
 
 
 class FieldError(UserError):
-    """A request that is refused: `field` is its `param` in the answer."""
+    """An error in one field of a request; `field` becomes the error's `param`."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)
@@ -55,7 +55,7 @@ class FieldError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A request for completions, read and checked as far as it goes without the model."""
+    """A completion request, checked as far as possible without the model."""
 
     kind: Kind
     model: str
@@ -65,17 +65,17 @@ class Asked:
     sampling: Sampling
     seed: int
     stop: tuple[str, ...]
-    logprobs: int | None  # alternatives told beside each token; None: nothing is told
+    logprobs: int | None  # most likely tokens to report for each token; None: report no probabilities
     stream: bool
     streams_usage: bool
     budget: float | None
 
 
 def read_request(kind: Kind, body: Any) -> Asked:
-    """A request's JSON as what is asked for.
+    """Reads a request's JSON.
 
     Raises:
-      FieldError: naming the field and what it must be.
+      FieldError: if a field is unknown, unsupported or invalid; the message says what it must be.
     """
     if not isinstance(body, Mapping):
         raise FieldError(f"the body must be a JSON object, not {type(body).__name__}")
@@ -112,7 +112,7 @@ def read_request(kind: Kind, body: Any) -> Asked:
 
 
 class _Fields:
-    """Reads fields by their type."""
+    """Reads fields of a request and checks their types; a missing field has its default."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self._given = given
@@ -125,8 +125,8 @@ class _Fields:
 
     def whole(self, name: str, default: int, least: int, most: int) -> int:
         value = self._given.get(name, default)
-        right = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-        if not right:
+        valid = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        if not valid:
             raise FieldError(f"{name}={shown(value)} must be a whole number from {least} to {most}", name)
         return int(value)
 
@@ -134,8 +134,8 @@ class _Fields:
         value = self._given.get(name)
         if value is None:
             return None
-        right = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e30
-        if not right or not math.isfinite(value):
+        valid = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e30
+        if not valid or not math.isfinite(value):
             raise FieldError(f"{name}={shown(value)} must be a finite number", name)
         return float(value)
 
@@ -161,8 +161,8 @@ def _flag(value: Any) -> bool:
 
 
 def _messages(value: Any) -> tuple[Any, ...]:
-    whole = isinstance(value, list) and len(value) > 0 and all(isinstance(one, Mapping) for one in value)
-    require(whole, f"{shown(value)} must be a list of objects with role and content, not an empty one")
+    valid = isinstance(value, list) and len(value) > 0 and all(isinstance(one, Mapping) for one in value)
+    require(valid, f"{shown(value)} must be a list of objects with role and content, not an empty one")
     return (value,)
 
 
@@ -171,9 +171,9 @@ def _prompts(value: Any) -> tuple[Any, ...]:
         return (value,)
     if _are_ids(value):
         return (tuple(value),)
-    many = isinstance(value, list) and len(value) > 0
-    whole = many and (all(isinstance(one, str) for one in value) or all(_are_ids(one) for one in value))
-    require(whole, f"{shown(value)} must be a text, a list of token ids, or a list of either, not an empty one")
+    several = isinstance(value, list) and len(value) > 0
+    valid = several and (all(isinstance(one, str) for one in value) or all(_are_ids(one) for one in value))
+    require(valid, f"{shown(value)} must be a text, a list of token ids, or a list of either, not an empty one")
     require(len(value) <= MOST_CHOICES, f"{len(value)} prompts, more than {MOST_CHOICES}; send several requests")
     return tuple(one if isinstance(one, str) else tuple(one) for one in value)
 
@@ -185,8 +185,8 @@ def _are_ids(value: Any) -> bool:
 
 def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value
-    whole = isinstance(stops, list) and all(isinstance(one, str) and one for one in stops)
-    require(whole, f"{shown(value)} must be a text or a list of texts, none of them empty")
+    valid = isinstance(stops, list) and all(isinstance(one, str) and one for one in stops)
+    require(valid, f"{shown(value)} must be a text or a list of texts, none of them empty")
     require(len(stops) <= MOST_STOPS, f"{len(stops)} texts, more than {MOST_STOPS}")
     return tuple(stops)
 
@@ -230,7 +230,7 @@ def _sampling(take: _Fields) -> Sampling:
         if not least <= value <= most:
             raise FieldError(f"{name}={value:g} must be from {least} to {most}", name)
         found[name] = value
-    found["top_p"] = max(found["top_p"], 1e-6)  # 0 means the most likely token, which is the least that is kept
+    found["top_p"] = max(found["top_p"], 1e-6)  # sampling always keeps the most likely token, which is what 0 asks for
     found["temperature"] = 0.0 if found["temperature"] < 1e-5 else found["temperature"]
     found["min_p"] = 0.0 if found["min_p"] < 1e-30 else found["min_p"]
     return Sampling(**found)

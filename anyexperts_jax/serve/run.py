@@ -1,4 +1,4 @@
-"""`serve`: the model, the engine and the HTTP shell put together, and run until a signal."""
+"""Puts the model, the engine and the HTTP shell together and serves requests until a signal."""
 
 import contextlib
 import dataclasses
@@ -43,15 +43,16 @@ def make_service(
     api_key: str | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> "Service":
-    """A service whose engine runs, every program compiled.
+    """Compiles every program, starts the engine's thread and returns the service.
 
     Args:
-      slots: requests that run at once.
-      length: positions of a slot; None: the model's, at most 2048.
-      api_key: what clients must send; None: nothing.
+      slots: how many requests run at once.
+      length: positions of a slot; None: those of the model, at most 2048.
+      api_key: the key that clients must send; None: none is needed.
+      note: called with one line at each stage and after each restart of the engine.
 
     Raises:
-      UserError: when the extra `serve` is missing, or the length is more than the model's.
+      UserError: if the extra `serve` is not installed, or the model has fewer positions than `length`.
     """
     require_serve()
     from anyexperts_jax.serve.app import Limits, Service
@@ -70,11 +71,11 @@ def make_service(
     warm_up(engine, model)
     warm.set()
 
-    def restarted(said: str) -> None:
+    def report_restart(message: str) -> None:
         metrics.restarted()
-        note(said)
+        note(message)
 
-    worker = Worker(engine, limits.queue, restarted)
+    worker = Worker(engine, limits.queue, report_restart)
     metrics.follow("running", "Requests that have a slot", lambda: worker.running)
     metrics.follow("waiting", "Requests that wait for one", lambda: worker.waiting)
     metrics.follow("slots", "Slots", lambda: slots)
@@ -83,20 +84,20 @@ def make_service(
 
 
 def require_serve() -> None:
-    """Refuses to go on without the packages of the extra `serve`.
+    """Checks that the packages of the extra `serve` are installed.
 
     Raises:
-      UserError: naming the package.
+      UserError: naming the missing package and how to install it.
     """
     for name in ("starlette", "uvicorn", "prometheus_client"):
         require_package(name, "serve", "`anyexperts serve` needs")
 
 
 def warm_up(engine: Engine, model: ServedModel) -> None:
-    """Compiles every program before the first request waits for it.
+    """Compiles every program, so that no request waits for a compilation.
 
     Raises:
-      UserError: when the model cannot take a step, with the reason.
+      UserError: with the reason, if the model cannot take a step.
     """
     budget, events = row_budget(model.base, model.weights.config, None), list[Any]()
     for length in engine.piece_lengths():
@@ -111,38 +112,39 @@ def warm_up(engine: Engine, model: ServedModel) -> None:
     require(not failed and any(isinstance(event, Finished) for event in events), f"the model does not run: {failed}")
 
 
-def serve(service: "Service", found: socket.socket, ready: Callable[[str], None]) -> None:
-    """Answers requests until SIGTERM or an interrupt, then finishes those that were taken.
+def serve(service: "Service", listening: socket.socket, ready: Callable[[str], None]) -> None:
+    """Answers requests until SIGTERM or an interrupt, then finishes the ones it has accepted.
 
     Args:
-      found: what `bind` gave; closed at the end.
-      ready: told the address, with the port where that was 0, once requests are answered.
+      listening: the socket from `bind`; closed at the end.
+      ready: called with the URL, which has the port that was chosen for port 0, just before requests are answered.
     """
-    found.listen(128)
-    host, port = found.getsockname()[:2]
+    listening.listen(128)
+    host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    # After its own handling uvicorn raises the signal again: to these, so that a stop that was asked for exits with 0.
-    before = {number: signal.signal(number, _told) for number in (signal.SIGTERM, signal.SIGINT)}
+    # After shutting down, uvicorn raises the signal again. These handlers ignore it, so that a requested stop exits
+    # with 0.
+    before = {number: signal.signal(number, _ignore_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ready(f"http://{shown}:{port}/v1")
-        _server(service).run(sockets=[found])
+        _make_server(service).run(sockets=[listening])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         service.worker.stop()
-        found.close()
+        listening.close()
 
 
 @contextlib.contextmanager
 def in_thread(service: "Service") -> Iterator[str]:
-    """The service behind a free port of this machine's while the block runs; tells http://HOST:PORT.
+    """Serves on a free local port while the block runs; yields http://HOST:PORT.
 
     Raises:
       UserError: when no port is free.
     """
     found = bind(Address(port=0))
     found.listen(128)
-    server = _server(service)
+    server = _make_server(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [found]}, daemon=True)
     thread.start()
     try:
@@ -155,8 +157,8 @@ def in_thread(service: "Service") -> Iterator[str]:
         found.close()
 
 
-def _server(service: "Service") -> Any:
-    """uvicorn with this process's own logging: its own would close every handler there is, absl's with our stderr."""
+def _make_server(service: "Service") -> Any:
+    """Returns a uvicorn server without its own logging: setting that up would close absl's handler, and our stderr."""
     import uvicorn
 
     from anyexperts_jax.serve.app import make_app
@@ -173,15 +175,15 @@ def _server(service: "Service") -> Any:
     return uvicorn.Server(config)
 
 
-def _told(number: int, frame: Any) -> None:
-    """A signal that the server has seen already."""
+def _ignore_signal(number: int, frame: Any) -> None:
+    """Ignores a signal that uvicorn has already handled."""
 
 
 def bind(address: Address) -> socket.socket:
-    """Takes the address before the model is read; connections are refused until `serve`.
+    """Reserves the address, before the model is loaded; connections are refused until `serve` listens.
 
     Raises:
-      UserError: when it cannot be had.
+      UserError: if the address is taken or invalid.
     """
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
@@ -197,7 +199,7 @@ def bind(address: Address) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """Whether the address can be reached from this machine only."""
     try:
         return host in LOOPBACK or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -205,10 +207,10 @@ def is_loopback(host: str) -> bool:
 
 
 def api_key_of(environment: Any = os.environ) -> str | None:
-    """The key in ANYEXPERTS_API_KEY; None where it is not set.
+    """Returns the key in ANYEXPERTS_API_KEY; None if it is not set.
 
     Raises:
-      UserError: when it is set to nothing.
+      UserError: if it is set but empty.
     """
     key = environment.get(API_KEY)
     require(key is None or bool(key.strip()), f"{API_KEY} is set but empty; unset it, or give a key")

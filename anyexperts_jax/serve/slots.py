@@ -1,7 +1,8 @@
-"""The compiled programs of the server: a step of all slots, and a piece of one slot's prompt.
+"""The compiled programs of the server: one decoding step of all slots, and the prefill of one slot.
 
-The cache has a row of fixed length for each slot, so both have the same shapes whoever occupies the slots: one program
-for a step, one for each width of a piece, one for a prompt with media. A row depends on no other row.
+The cache has one row of fixed length per slot, so shapes do not depend on which requests are running. There is one
+program for a step, one for each width of a prefill piece and one for a prompt with media. No row depends on another
+one, so an answer does not depend on the requests that run beside it.
 """
 
 import functools
@@ -23,50 +24,50 @@ from anyexperts_jax.routing.policies import IMPORTANCE
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.placement import Placement
 
-MOST_ALTERNATIVES = 20  # tokens whose probabilities are told beside the chosen one's
+MOST_ALTERNATIVES = 20  # most likely tokens whose probabilities can be reported
 Static = tuple[ModelConfig, Placement]
 
 
 class RowBudget(NamedTuple):
-    """The experts a request's tokens get."""
+    """How many experts a request's tokens get."""
 
     k_min: float
     k_max: float
-    share: float  # of positions that get k_max where a fractional budget is mixed; unused where importance decides
+    share: float  # of positions that get k_max, where a fixed policy mixes two windows; unused with importance
 
 
 class Rows(NamedTuple):
-    """What each row of a program does: its tokens, their place, its budget and its draws."""
+    """The inputs of a program, by row: tokens and their positions, budget and sampling."""
 
     tokens_BT: Int[Array, "B T"]
     start_B: Int[Array, "B"]  # position of the first token
-    length_B: Int[Array, "B"]  # tokens that count; 0: the row rests
+    length_B: Int[Array, "B"]  # valid tokens; 0: the row rests
     window_B2: Float[Array, "B 2"]
     share_B: Float[Array, "B"]
     sampling: RowSampling
-    tells: Bool[Array, ""]  # whether any row wants probabilities
+    tells: Bool[Array, ""]  # whether any row asks for probabilities
 
 
 class Chosen(NamedTuple):
-    """The next token of each row. Probabilities are zeros where no row wants them."""
+    """The next token of each row. Probabilities are zeros if no row asks for them."""
 
     tokens_B: Int[Array, "B"]
     logprobs_B: Float[Array, "B"]
     top_ids_BX: Int[Array, "B X"]
     top_logprobs_BX: Float[Array, "B X"]
-    real_BL: Int[Array, "B L"]  # real experts of the row's tokens, by MoE layer
+    real_BL: Int[Array, "B L"]  # real experts used by the row's tokens, in each MoE layer
 
 
 def row_budget(base: ModelConfig, served: ModelConfig, budget: float | None) -> RowBudget:
-    """What a request's budget means in a batch of several.
+    """Turns a request's budget into the window of its row.
 
     Args:
       base: the model's own configuration.
-      served: the same with the room that the server was started with.
-      budget: real experts a token; None: the model's own.
+      served: the same with the slots that the server was started with room for.
+      budget: real experts per token; None: the model's own window.
 
     Raises:
-      UserError: a budget that the model does not have, or that needs more room.
+      UserError: if the model cannot reach the budget, or it needs more slots than the server has room for.
     """
     if budget is None:
         return RowBudget(float(base.moe.k_min), float(base.moe.k_max), 1.0)
@@ -92,10 +93,10 @@ def make_rows(
     draws: list[tuple[Sampling, int, int]],
     tells: bool,
 ) -> Rows:
-    """The arrays of a program.
+    """Collects the arrays of a program.
 
     Args:
-      draws: of each row how it is sampled, its seed, and how many tokens it has drawn.
+      draws: for each row how it is sampled, its seed, and how many tokens it has drawn so far.
     """
     sampling = RowSampling(
         jnp.asarray([one.temperature for one, _, _ in draws], jnp.float32),
@@ -117,7 +118,7 @@ def make_rows(
 
 
 def slot_cache(config: ModelConfig, slots: int, length: int) -> StackCache:
-    """An empty cache of `length` positions a slot, ready to be donated."""
+    """Returns an empty cache with `length` positions per slot, whose buffers may be donated."""
     cache: StackCache = jax.tree.map(jnp.copy, empty_stack_cache(config.stack, slots, length))
     return cache
 
@@ -126,41 +127,42 @@ def slot_cache(config: ModelConfig, slots: int, length: int) -> StackCache:
 def step_slots(
     static: Static, params: Any, router_bias_LC: Array | None, rows: Rows, cache: StackCache
 ) -> tuple[Chosen, StackCache]:
-    """One token more for every slot that does not rest.
+    """Decodes one more token in every slot that does not rest.
 
-    A resting slot writes one entry at its `start_B`, which its next token writes again before anything reads it.
+    A resting slot also writes one cache entry, at its `start_B`. This is harmless: its next token overwrites the entry
+    before anything reads it.
     """
-    return _extended(static, params, router_bias_LC, rows, cache)
+    return _extend(static, params, router_bias_LC, rows, cache)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def extend_slot(
     static: Static, params: Any, router_bias_LC: Array | None, rows: Rows, cache: StackCache, slot: Int[Array, ""]
 ) -> tuple[Chosen, StackCache]:
-    """A piece of the prompt of one slot, B = 1, and the token after it."""
-    chosen, own = _extended(static, params, router_bias_LC, rows, _take(cache, slot))
-    return chosen, _put(cache, own, slot)
+    """Prefills a piece of one slot's prompt (B = 1) and chooses the token after it."""
+    chosen, own = _extend(static, params, router_bias_LC, rows, _take_row(cache, slot))
+    return chosen, _put_row(cache, own, slot)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def prefill_slot(
     static: Static, params: Any, router_bias_LC: Array | None, given: tuple[Batch, Rows], cache: StackCache, slot: Array
 ) -> tuple[Chosen, StackCache]:
-    """A whole prompt with media into one slot, B = 1, and the token after it."""
+    """Prefills one slot (B = 1) with a whole prompt that has media, and chooses the token after it."""
     (config, placement), (batch, rows) = static, given
     positions_BT = jnp.broadcast_to(jnp.arange(batch.tokens_BT.shape[1])[None], batch.tokens_BT.shape)
     logits_BY, trace, own = MultimodalModel(config, placement).apply(
         {"params": params},
         batch,
-        _take(cache, slot),
+        _take_row(cache, slot),
         router_bias_LC=router_bias_LC,
         **_policy(config, rows, positions_BT),
         method="prefill",
     )
-    return _chosen(rows, logits_BY, trace), _put(cache, own, slot)
+    return _chosen(rows, logits_BY, trace), _put_row(cache, own, slot)
 
 
-def _extended(
+def _extend(
     static: Static, params: Any, router_bias_LC: Array | None, rows: Rows, cache: StackCache
 ) -> tuple[Chosen, StackCache]:
     config, placement = static
@@ -177,7 +179,7 @@ def _extended(
 
 
 def _policy(config: ModelConfig, rows: Rows, positions_BT: Int[Array, "B T"]) -> dict[str, Any]:
-    """The window of each token, and what mixes it where importance does not decide."""
+    """Returns the window of each token, and what mixes two windows where a fixed policy decides."""
     window_BT2 = jnp.broadcast_to(rows.window_B2[:, None], (*positions_BT.shape, 2))
     return window_arguments(config, window_BT2, rows.share_B[:, None], positions_BT)
 
@@ -186,27 +188,27 @@ def _chosen(rows: Rows, logits_BY: Float[Array, "B Y"], trace: RoutingTrace) -> 
     tokens_B = row_tokens(rows.sampling, logits_BY)
     alternatives = min(MOST_ALTERNATIVES, logits_BY.shape[-1])
 
-    def told() -> tuple[Array, Array, Array]:
+    def probabilities() -> tuple[Array, Array, Array]:
         logprobs_BY = jax.nn.log_softmax(logits_BY.astype(jnp.float32), axis=-1)
         top_BX, ids_BX = jax.lax.top_k(logprobs_BY, alternatives)
         own_B = jnp.take_along_axis(logprobs_BY, tokens_B[:, None], axis=-1)[:, 0]
         return own_B, ids_BX.astype(jnp.int32), top_BX
 
-    def untold() -> tuple[Array, Array, Array]:
+    def zeros() -> tuple[Array, Array, Array]:
         shape = (logits_BY.shape[0], alternatives)
         return jnp.zeros(shape[:1], jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
-    logprobs_B, top_ids_BX, top_logprobs_BX = jax.lax.cond(rows.tells, told, untold)
+    logprobs_B, top_ids_BX, top_logprobs_BX = jax.lax.cond(rows.tells, probabilities, zeros)
     real_BL = trace.real_slots_BT.sum(axis=2, dtype=jnp.int32).T
     return Chosen(tokens_B, logprobs_B, top_ids_BX, top_logprobs_BX, real_BL)
 
 
-def _take(cache: StackCache, slot: Array) -> StackCache:
+def _take_row(cache: StackCache, slot: Array) -> StackCache:
     row: StackCache = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, slot, 1, a.ndim - 4), cache)
     return row
 
 
-def _put(cache: StackCache, row: StackCache, slot: Array) -> StackCache:
+def _put_row(cache: StackCache, row: StackCache, slot: Array) -> StackCache:
     whole: StackCache = jax.tree.map(
         lambda a, own: jax.lax.dynamic_update_slice_in_dim(a, own, slot, a.ndim - 4), cache, row
     )

@@ -1,4 +1,4 @@
-"""The thread that runs the engine: a queue with an end, a stop that finishes what is there, a restart after a fault."""
+"""The thread that runs the engine: a bounded queue, a stop that finishes accepted jobs, a restart after an error."""
 
 import collections
 import threading
@@ -12,19 +12,19 @@ State = Literal["ok", "stopping", "dead"]
 
 
 class QueueFullError(Exception):
-    """More requests wait than the server keeps."""
+    """The queue has no room for the request."""
 
 
 class StoppingError(Exception):
-    """The server takes no more requests."""
+    """The server accepts no more requests."""
 
 
 class Worker:
-    """Runs `engine.step` while there is work. `submit` and `cancel` may be called from any thread.
+    """Calls `engine.step` while there is work. `submit` and `cancel` may be called from any thread.
 
     Args:
-      queue: requests that may wait for a slot, at most.
-      restarted: called with one line when a step raised and the engine began anew.
+      queue: how many requests may wait for a slot.
+      restarted: called with a one-line message after a step has raised and the engine has been reset.
     """
 
     def __init__(self, engine: Engine, queue: int, restarted: Callable[[str], None]) -> None:
@@ -50,11 +50,11 @@ class Worker:
         self._thread.start()
 
     def submit(self, tickets: list[Ticket]) -> None:
-        """Puts jobs into the queue, all or none.
+        """Puts all jobs into the queue, or none of them.
 
         Raises:
-          QueueFullError: when they do not fit.
-          StoppingError: when the server stops, or its thread died.
+          QueueFullError: if they do not all fit.
+          StoppingError: if the server is stopping or the engine's thread has died.
         """
         with self._changed:
             if self._state != "ok":
@@ -65,14 +65,14 @@ class Worker:
             self._changed.notify()
 
     def cancel(self, tickets: list[Ticket]) -> None:
-        """Frees the places of jobs that nobody waits for."""
+        """Cancels jobs that nobody waits for any more."""
         with self._changed:
             for ticket in tickets:
                 ticket.cancelled = True
             self._changed.notify()
 
     def stop(self) -> None:
-        """Takes no more jobs and returns once all that were taken are done."""
+        """Accepts no more jobs, and returns when all accepted ones are finished."""
         with self._changed:
             if self._state == "ok":
                 self._state = "stopping"
@@ -94,7 +94,7 @@ class Worker:
                     ticket.job.tell(Failed("engine", "the engine's thread died; restart the server"))
 
     def _receive(self) -> bool:
-        """Waits for work and hands the engine what has arrived; False where there is none and the server stops."""
+        """Waits for work and submits new jobs to the engine; False if there is no work and the server is stopping."""
         with self._changed:
             while not self._arrived and not self._engine.busy:
                 if self._state != "ok":
@@ -109,7 +109,7 @@ class Worker:
     def _step(self) -> None:
         try:
             self._engine.step()
-        except (RuntimeError, MemoryError) as error:  # of the device: JAX's errors are RuntimeErrors
-            said = f"a step failed and its requests with it: {one_line(error, 200)}"
-            self._engine.fail_all(said)
-            self._restarted(said)
+        except (RuntimeError, MemoryError) as error:  # JAX raises RuntimeErrors for errors of the device
+            message = f"a step failed and its requests with it: {one_line(error, 200)}"
+            self._engine.fail_all(message)
+            self._restarted(message)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, Hugging Face `tokenizer.json` and GGUF files, and chat templates.
+"""Tokenizers (bytes, Hugging Face `tokenizer.json`, GGUF files) and chat templates.
 
-`store.open_tokenizer("bytes" | path)` opens one; `base.Tokenizer` says what one does.
+`store.open_tokenizer("bytes" | path)` opens a tokenizer; `base.Tokenizer` is the protocol.
 """

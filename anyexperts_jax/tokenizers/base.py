@@ -1,4 +1,4 @@
-"""What a tokenizer does: text to ids, each with the characters it stands for, and ids back to text."""
+"""The protocol `Tokenizer`: encodes text to ids with character offsets, and decodes ids to text."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from anyexperts_jax.core.errors import UserError, require
 
-_SHOWN = 12  # characters of a fingerprint in messages
+_SHOWN = 12  # characters of a fingerprint in error messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +20,11 @@ class SpecialIds:
     """The ids that frame a sequence.
 
     Raises:
-      UserError: when there is no id that ends an answer.
+      UserError: if no id ends an answer.
     """
 
-    pad: int  # fills a sequence up to its length, and stands where a patch or an audio frame is
-    eos: tuple[int, ...]  # end an answer: training writes the first, generation stops at any
+    pad: int  # fills sequences, and is the placeholder of patches and audio frames
+    eos: tuple[int, ...]  # end an answer: training writes the first one, generation stops at any
     bos: int | None = None
     sep: int | None = None
 
@@ -33,45 +33,47 @@ class SpecialIds:
 
     @property
     def begin(self) -> int:
-        """Begins a sequence: bos, or in a vocabulary without it eos, as between two documents."""
+        """The id that begins a sequence: bos, or eos in a vocabulary without bos, as between two documents."""
         return self.eos[0] if self.bos is None else self.bos
 
     @property
     def separator(self) -> int:
-        """Stands between question and answer: sep, or in a vocabulary without it eos."""
+        """The id between question and answer: sep, or eos in a vocabulary without sep."""
         return self.eos[0] if self.sep is None else self.sep
 
     @property
     def framing(self) -> dict[str, int | None]:
-        """What training writes into sequences. Further eos ids only tell generation where to stop."""
+        """Returns the ids that training writes into sequences. Further eos ids only stop generation."""
         return {"pad": self.pad, "bos": self.bos, "sep": self.sep, "eos": self.eos[0]}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenSpans:
-    """A text's token ids, and for each the half-open span of characters `text[start:stop]` it stands for.
+    """The token ids of a text, and for each the half-open span of characters `text[start:stop]` that it covers.
 
-    Spans are in order of their starts. The tokens of one character, such as the bytes of an emoji, all have its span.
-    A token that stands for no character, such as a space put before the text, has an empty one. Characters that the
-    tokenizer drops, such as spaces at the ends, are in no span.
+    Spans are sorted by start. All tokens of one character, such as the bytes of an emoji, have its span. A token that
+    covers no character, such as a space put before the text, has an empty span. Characters that the tokenizer drops,
+    such as spaces at the ends, are in no span.
     """
 
     ids_T: Int32[ndarray, " T"]
-    find_offsets: Callable[[], Int32[ndarray, "T 2"]]  # for `offsets_T2`: most texts are read for their ids alone
+    find_offsets: Callable[
+        [], Int32[ndarray, "T 2"]
+    ]  # computes `offsets_T2` when needed, since most callers need only ids
 
     @functools.cached_property
     def offsets_T2(self) -> Int32[ndarray, "T 2"]:
-        """The spans, a row a token."""
+        """The spans, one row per token."""
         return self.find_offsets()
 
     def __len__(self) -> int:
         return len(self.ids_T)
 
     def overlapping(self, spans: Iterable[tuple[int, int]]) -> Bool[ndarray, " T"]:
-        """Which tokens stand for a character of any of these spans."""
+        """Marks the tokens that cover a character of any of these spans."""
         marked_T = np.zeros(len(self), bool)
         spans = list(spans)
-        if not spans:  # offsets take as long as the rest of an example
+        if not spans:  # computing offsets would take as long as the rest of an example
             return marked_T
         starts_T, stops_T = self.offsets_T2.T
         for start, stop in spans:
@@ -79,7 +81,7 @@ class TokenSpans:
         return marked_T
 
     def dropped(self, text: str) -> str:
-        """The characters of `text`, spaces left out, that no token stands for."""
+        """Returns the characters of `text`, without spaces, that no token covers."""
         kept = np.zeros(len(text) + 1, np.int64)
         np.add.at(kept, self.offsets_T2[:, 0], 1)
         np.add.at(kept, self.offsets_T2[:, 1], -1)
@@ -88,9 +90,9 @@ class TokenSpans:
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids and back. Immutable, picklable, and safe to use from several threads.
+    """Encodes text to ids and decodes them. Immutable, picklable and thread-safe.
 
-    Tokenizers with equal fingerprints give the same ids for every text and frame sequences alike.
+    Tokenizers with equal fingerprints give the same ids for every text and frame sequences in the same way.
     """
 
     @property
@@ -100,12 +102,12 @@ class Tokenizer(Protocol):
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name in messages and tables."""
         ...
 
     @property
     def vocab_size(self) -> int:
-        """The largest id + 1: rows of the embedding table that it needs."""
+        """The largest id + 1, which is the number of embeddings that it needs."""
         ...
 
     @property
@@ -115,27 +117,27 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str: ...
 
     def encode(self, text: str) -> TokenSpans:
-        """The tokens of a text that somebody wrote: what looks like a special token in it is text.
+        """Encodes a text written by a user: what looks like a special token is treated as text.
 
         Raises:
-          UserError: when the text is not valid Unicode (a lone surrogate).
+          UserError: if the text is not valid Unicode (it has a lone surrogate).
         """
         ...
 
     def encode_rendered(self, text: str) -> TokenSpans:
-        """The tokens of what a chat template rendered: the special tokens that the vocabulary spells are read as such.
+        """Encodes a text rendered by a chat template: spellings of special tokens become these tokens.
 
         Raises:
-          UserError: when the text is not valid Unicode (a lone surrogate).
+          UserError: if the text is not valid Unicode (it has a lone surrogate).
         """
         ...
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """The text of `ids`; special ids, and ids at or past `vocab_size`, are left out."""
+        """Decodes `ids`; special ids, and ids at or past `vocab_size`, are left out."""
         ...
 
     def pieces(self, ids: Iterable[SupportsInt]) -> list[str]:
-        """Each id as people should see it, special ones by name: for tables and pictures."""
+        """Returns a readable form of each id, special ones by name, for tables and pictures."""
         ...
 
     def save(self, folder: pathlib.Path) -> None:
@@ -144,24 +146,24 @@ class Tokenizer(Protocol):
 
 
 class TokenizerKind(Protocol):
-    """What makes tokenizers of one kind: an entry of `core.registries.TOKENIZERS`."""
+    """Loads tokenizers of one kind; an entry of `core.registries.TOKENIZERS`."""
 
     def reads(self, path: pathlib.Path) -> bool:
-        """Whether `path`, which exists, looks like a tokenizer of this kind."""
+        """Whether the existing `path` looks like a tokenizer of this kind."""
         ...
 
     def load(self, path: pathlib.Path, name: str | None = None) -> Tokenizer:
-        """The tokenizer at `path`, called `name`, or after the path.
+        """Loads the tokenizer at `path`; None as `name` takes it from the path.
 
         Raises:
-          UserError: when it cannot be read.
+          UserError: if it cannot be read.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerRecord:
-    """What a run remembers of its tokenizer, beside the copy."""
+    """The record of a tokenizer that a run keeps beside the copy."""
 
     kind: str
     name: str
@@ -177,10 +179,10 @@ class TokenizerRecord:
 
 
 def require_same_tokenizer(recorded: TokenizerRecord, given: Tokenizer) -> None:
-    """Refuses another tokenizer than the one that a run or checkpoint was made with.
+    """Checks that a tokenizer is the one with which a run or checkpoint was made.
 
     Raises:
-      UserError: when the fingerprints differ, naming both tokenizers.
+      UserError: naming both tokenizers, if the fingerprints differ.
     """
     require(
         recorded.fingerprint == given.fingerprint,
@@ -190,10 +192,10 @@ def require_same_tokenizer(recorded: TokenizerRecord, given: Tokenizer) -> None:
 
 
 def require_fits_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Refuses a tokenizer with ids that the model has no embedding for.
+    """Checks that the model has embeddings for all ids of a tokenizer.
 
     Raises:
-      UserError: naming both sizes.
+      UserError: naming both sizes, if it does not.
     """
     require(
         tokenizer.vocab_size <= model_vocab_size,
@@ -203,10 +205,10 @@ def require_fits_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None
 
 
 def require_unicode(text: str) -> None:
-    """Refuses text that no encoding of Unicode can write.
+    """Checks that Unicode can encode a text, so that it has no lone surrogates.
 
     Raises:
-      UserError: naming the first such character and its place.
+      UserError: naming the first lone surrogate and its place.
     """
     try:
         text.encode("utf-8")

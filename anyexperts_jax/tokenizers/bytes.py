@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from anyexperts_jax.tokenizers.base import SpecialIds, TokenSpans, require_unicode
 
-PAD = 256  # padding, and the place of a media token
+PAD = 256  # padding, and the placeholder of media
 BOS = 257
 SEP = 258  # ends the question
 EOS = 259  # ends the answer
@@ -24,7 +24,7 @@ _SPECIAL_NAMES = {PAD: "<pad>", BOS: "<bos>", SEP: "<sep>", EOS: "<eos>"}
 
 
 def _offsets(ids_T: Int32[ndarray, " T"]) -> Int32[ndarray, "T 2"]:
-    begins_T = (ids_T & 0xC0) != 0x80  # bytes of the form 10xxxxxx go on with the character before
+    begins_T = (ids_T & 0xC0) != 0x80  # bytes of the form 10xxxxxx continue a character
     starts_T = begins_T.cumsum(dtype=np.int32) - np.int32(1)
     return np.stack([starts_T, starts_T + np.int32(1)], axis=1)
 
@@ -35,7 +35,7 @@ class BytesTokenizer:
 
     @classmethod
     def reads(cls, path: pathlib.Path) -> bool:
-        """Returns False: no file marks a byte tokenizer; only the record of a run does."""
+        """Returns False: no file identifies a byte tokenizer; only the record of a run does."""
         return False
 
     @classmethod
@@ -72,15 +72,15 @@ class BytesTokenizer:
         return self.encode(text)
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """The text of the byte tokens in `ids`; special tokens are left out, broken UTF-8 reads as U+FFFD."""
+        """Decodes the byte tokens in `ids`; special tokens are left out, and invalid UTF-8 becomes U+FFFD."""
         return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", errors="replace")
 
     def pieces(self, ids: Iterable[SupportsInt]) -> list[str]:
-        """ASCII as itself, other bytes in hexadecimal."""
+        """Returns ASCII characters unchanged, and other bytes in hexadecimal."""
         return [_SPECIAL_NAMES.get(i, chr(i) if i < 128 else f"<{i:02X}>") for i in map(int, ids)]
 
     def save(self, folder: pathlib.Path) -> None:
-        """Nothing to write: the record says all there is."""
+        """Writes nothing, since the record is sufficient."""
 
 
 BYTES = BytesTokenizer()

@@ -1,8 +1,7 @@
-"""Chat templates: a conversation as text, and which of its characters, so which tokens, are the assistant's.
+"""Chat templates: render conversations as text, and find the characters and tokens of the assistant's turns.
 
-Templates are those that published models ship: Jinja, run in a sandbox with what transformers offers them (`tojson`,
-`raise_exception`, `strftime_now`, `{% generation %}`, `{% break %}`). They come from strangers, so they see nothing
-but plain data.
+Templates come with published models. They are Jinja, run in a sandbox with transformers' additions (`tojson`,
+`raise_exception`, `strftime_now`, `{% generation %}`, `{% break %}`). They are untrusted, so they only see plain data.
 """
 
 import dataclasses
@@ -29,22 +28,22 @@ MEDIA_KEYS = (
     "input_audio",
     "path",
     "url",
-)  # a template asks only if they are there
+)  # templates only test whether these parts exist
 _MEDIUM = "<medium>"
 _SCALARS: dict[type, Callable[[Any], Any]] = {
     str: str.__str__,
     int: int.__int__,
     float: float.__float__,
-}  # a subclass may override what str() gives
+}  # exact types only, since a subclass may override str()
 
 Span = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and the half-open spans of it that the assistant says, in order.
+    """A conversation as text, and the half-open spans of the assistant's turns, in order.
 
-    A turn is what a model has to write after the generation prompt: the answer and what ends it.
+    A turn is what a model has to generate after the generation prompt: the answer and its end.
     """
 
     text: str
@@ -53,7 +52,7 @@ class Rendered:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedChat:
-    """A conversation as tokens. `assistant_T` marks those of the assistant's turns."""
+    """A conversation as tokens. `assistant_T` marks the tokens of the assistant's turns."""
 
     text: str
     tokens: TokenSpans
@@ -62,16 +61,16 @@ class EncodedChat:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChatTemplate:
-    """A template with what it is rendered with.
+    """A template with the values for rendering it.
 
     Attributes:
-      source: in Jinja.
+      source: the Jinja source.
       special_tokens: texts that the template can use by name: "bos_token", "eos_token" and so on.
-      control_tokens: texts of all special tokens: spaces after one that ends a turn are not the assistant's.
-      now: what `strftime_now` tells; None: the time of day, with which no run can be repeated.
+      control_tokens: texts of all special tokens; spaces after one that ends a turn do not belong to the turn.
+      now: the time of `strftime_now`; None: the current time, which makes runs irreproducible.
 
     Raises:
-      UserError: when the template does not compile, with the line.
+      UserError: with the line, if the template does not compile.
     """
 
     source: str
@@ -80,7 +79,7 @@ class ChatTemplate:
     now: datetime.datetime | None = None
 
     def __post_init__(self) -> None:
-        _ = self._compiled  # made now, so that a broken template is refused now
+        _ = self._compiled  # compiled now, so that an invalid template is refused now
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ChatTemplate, (self.source, dict(self.special_tokens), self.control_tokens, self.now)
@@ -89,10 +88,10 @@ class ChatTemplate:
     def of(
         cls, tokenizer: Tokenizer, name: str = DEFAULT_TEMPLATE, now: datetime.datetime | None = None
     ) -> "ChatTemplate":
-        """The template that comes with a tokenizer.
+        """Returns a template that comes with a tokenizer.
 
         Raises:
-          UserError: when it has none of this name.
+          UserError: if it has none with this name.
         """
         templates = tokenizer.chat_templates if isinstance(tokenizer, HuggingFaceTokenizer) else {}
         require(bool(templates), f"tokenizer {tokenizer.name!r} comes without a chat template; give one")
@@ -102,25 +101,26 @@ class ChatTemplate:
 
     @property
     def marks_the_assistant(self) -> bool:
-        """Whether the template itself says what the assistant's turns are, by {% generation %}."""
+        """Whether the template marks the assistant's turns with {% generation %}."""
         return self._compiled.marks
 
     def render(self, messages: Sequence[Any], add_generation_prompt: bool = False, **extra: Any) -> Rendered:
-        """The conversation as text, with the spans of the assistant's turns.
+        """Renders a conversation, and finds the spans of the assistant's turns.
 
-        Where the template marks them, they are its marks. Elsewhere a turn goes from the end of what the template
-        makes of the messages before it, with a generation prompt, to the end of what it makes of those up to it.
+        If the template marks turns, its marks are used. Otherwise the messages before a turn, with a generation prompt,
+        and those up to and with the turn are rendered too: the turn reaches from the end of the one to that of the
+        other.
 
         Args:
-          messages: each an object with a "role", one of ROLES, and "content": a text, or parts such as
+          messages: objects with a "role", one of ROLES, and "content": a text, or parts such as
             {"type": "text", "text": ...}.
-          add_generation_prompt: ends with what comes before the assistant's next turn; then the conversation may have
-            no turn of the assistant's yet.
+          add_generation_prompt: whether to end with the beginning of the assistant's next turn; the conversation may
+            then have no turn of the assistant yet.
           extra: further values for the template, such as `tools`.
 
         Raises:
-          UserError: when a message is malformed, there is no turn of the assistant's, the template refuses the
-            conversation, or its text does not let the assistant's turns be found.
+          UserError: if a message is malformed, the assistant has no turn, the template refuses the conversation, or
+            the assistant's turns cannot be found in its text.
         """
         plain = _plain_messages(messages)
         turns = [i for i, message in enumerate(plain) if message["role"] == ASSISTANT]
@@ -140,15 +140,15 @@ class ChatTemplate:
         return Rendered(text, tuple(self._by_prefixes(render, plain, turns, text)))
 
     def write(self, messages: Sequence[Any], add_generation_prompt: bool = False, **extra: Any) -> str:
-        """The conversation as text alone, for a prompt: the assistant's turns need not be found in it.
+        """Renders a conversation as a prompt, without finding the assistant's turns.
 
-        Templates may write earlier turns otherwise than the one to come, as those that leave out old thoughts.
+        Templates may render earlier turns differently from the next one, for example without their thoughts.
 
         Args:
           messages, extra: as for `render`.
 
         Raises:
-          UserError: when a message is malformed, or the template refuses the conversation.
+          UserError: if a message is malformed, or the template refuses the conversation.
         """
         values = _plain("values for the template", extra)
         return self._text(values, self.now or _now(), _plain_messages(messages), add_generation_prompt)
@@ -169,7 +169,7 @@ class ChatTemplate:
         return spans
 
     def _without_space_after_end(self, text: str, start: int, stop: int) -> int:
-        """`stop` moved before the white space that follows a special token, which nobody generates."""
+        """Moves `stop` before white space that follows a special token, which a model does not generate."""
         said = text[start:stop].rstrip()
         return start + len(said) if said.endswith(self.control_tokens) else stop
 
@@ -197,16 +197,16 @@ def encode_chat(
     add_generation_prompt: bool = False,
     **extra: Any,
 ) -> EncodedChat:
-    """The conversation as tokens, with those of the assistant's turns marked.
+    """Encodes a conversation, and marks the tokens of the assistant's turns.
 
-    A token is the assistant's when one of its characters is. The ids are those of transformers' `apply_chat_template`.
-    Like there, a special token that a message spells becomes that token.
+    A token is marked if one of its characters belongs to a turn. The ids equal those of transformers'
+    `apply_chat_template`; as there, the spelling of a special token in a message becomes that token.
 
     Args:
       add_generation_prompt, extra: as for `ChatTemplate.render`.
 
     Raises:
-      UserError: as `ChatTemplate.render`; or when the tokenizer drops all that the assistant says.
+      UserError: as for `ChatTemplate.render`, or if the tokenizer drops the assistant's whole text.
     """
     rendered = template.render(messages, add_generation_prompt, **extra)
     tokens = tokenizer.encode_rendered(rendered.text)
@@ -229,7 +229,7 @@ def _plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def _plain_message(index: int, message: Any) -> dict[str, Any]:
-    """The message as plain data without empty keys. A medium becomes one word: templates see no more of it."""
+    """Returns the message as plain data without empty keys. A medium becomes one word, all that templates see of it."""
     where = f"message {index}"
     require(isinstance(message, Mapping), f"{where} is a {type(message).__name__}, not an object with role and content")
     held = {key: value for key, value in message.items() if value is not None}
@@ -249,7 +249,7 @@ def _medium(key: str, value: Any) -> Any:
 
 
 def _plain(where: str, value: Any) -> Any:
-    """Rebuilds `value` from JSON's types: any other object could be a way out of the sandbox."""
+    """Rebuilds `value` from JSON's types, since any other object could lead out of the sandbox."""
     if isinstance(value, bool | None):
         return value
     for kind, plain in _SCALARS.items():

@@ -1,4 +1,4 @@
-"""Reading the small text files that describe a tokenizer, with errors of one line."""
+"""Reads the small text files that describe a tokenizer, with one-line errors."""
 
 import json
 import pathlib
@@ -9,10 +9,10 @@ from anyexperts_jax.core.errors import UserError, require
 
 
 def read_text(path: pathlib.Path) -> str:
-    """The text of a UTF-8 file.
+    """Reads a UTF-8 file.
 
     Raises:
-      UserError: when it cannot be read.
+      UserError: if it cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -23,10 +23,10 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def parse_object(name: str, text: str) -> dict[str, Any]:
-    """The JSON object that `text` holds; `name` is for messages.
+    """Parses a JSON object; `name` is for error messages.
 
     Raises:
-      UserError: when it holds none.
+      UserError: if `text` is not a JSON object.
     """
     try:
         value = json.loads(text)
@@ -37,5 +37,5 @@ def parse_object(name: str, text: str) -> dict[str, Any]:
 
 
 def as_text(value: Mapping[str, Any]) -> str:
-    """As JSON, as the files of a tokenizer are written."""
+    """Formats JSON as in the files of a tokenizer."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

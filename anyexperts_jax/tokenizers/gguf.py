@@ -1,7 +1,7 @@
-"""The tokenizer in a GGUF file's metadata, as the files of a Hugging Face tokenizer.
+"""Converts the tokenizer in a GGUF file's metadata to the files of a Hugging Face tokenizer.
 
-Byte-level BPE only (`tokenizer.ggml.model` "gpt2"). How text is split before the merges is not in the file, only the
-name of a way that llama.cpp knows; _SPLITS holds those known here.
+Only byte-level BPE is supported (`tokenizer.ggml.model` "gpt2"). The file does not say how text is split before the
+merges, but only names one of llama.cpp's methods; _SPLITS has those known here.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from anyexperts_jax.tokenizers.files import as_text
 if TYPE_CHECKING:
     import tokenizers
 
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token"}  # GGUF's spelling
 _NAMED |= {"separator": "sep_token", "padding": "pad_token"}
 _MORE_EOS = ("eot", "eom")  # end of turn, end of message
@@ -27,10 +27,10 @@ _SPLITS = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 
 
 def read_gguf(path: pathlib.Path) -> tuple[dict[str, str], str]:
-    """The files of the tokenizer in a GGUF file, and its model's name.
+    """Returns the files of the tokenizer in a GGUF file, and the model's name.
 
     Raises:
-      UserError: when `gguf` or `tokenizers` is not installed, the file is broken, or its tokenizer is of another kind.
+      UserError: if `gguf` or `tokenizers` is not installed, the file is damaged, or its tokenizer has another kind.
     """
     found = _metadata(path)
     model = found.get("tokenizer.ggml.model")
@@ -68,7 +68,7 @@ def _metadata(path: pathlib.Path) -> dict[str, Any]:
         return {name: fields[name].contents() for name in wanted}
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from error
-    except (ValueError, IndexError, OverflowError) as error:  # what NumPy says of a file that ends too early
+    except (ValueError, IndexError, OverflowError) as error:  # NumPy raises these for a file that ends too early
         raise UserError(f"is not a complete GGUF file: {error}") from error
 
 
@@ -80,7 +80,7 @@ def _build(found: Mapping[str, Any]) -> "tokenizers.Tokenizer":
     require_one_of("tokenizer.ggml.pre", split, _SPLITS)
     vocabulary = {token: id for id, token in enumerate(found["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in found["tokenizer.ggml.merges"]]
-    for pair in merges:  # the library says so in an error of no kind of its own
+    for pair in merges:  # the library would raise a plain Exception
         fits = len(pair) == 2 and vocabulary.keys() >= {*pair, "".join(pair)}
         require(fits, f"tokenizer.ggml.merges holds {' '.join(pair)!r}, which does not fit tokenizer.ggml.tokens")
     made = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split == "llama-bpe"))
@@ -96,7 +96,7 @@ def _build(found: Mapping[str, Any]) -> "tokenizers.Tokenizer":
 
 
 def _splitter(library: Any, split: str) -> Any:
-    """The pre-tokenizer: it cuts a text into pieces, across which nothing is merged, and spells their bytes."""
+    """Returns the pre-tokenizer, which cuts a text into pieces that are merged separately, and spells their bytes."""
     by_words = library.ByteLevel(add_prefix_space=False, use_regex=True)
     if split == "gpt-2":
         return by_words

@@ -1,7 +1,7 @@
-"""Hugging Face tokenizers: a `tokenizer.json`, and the files beside it that name special tokens and a chat template.
+"""Hugging Face tokenizers: a `tokenizer.json`, and files beside it with special tokens and a chat template.
 
-Needs the package `tokenizers` (extra `text`). Ids are those of transformers; offsets are exact, so that spans of
-evidence stay exact: nothing trims the spaces that belong to a token.
+The package `tokenizers` (extra `text`) is needed. Ids equal those of transformers. Offsets include the spaces that
+belong to a token, so that spans of evidence are exact.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ KIND = "huggingface"
 MAIN = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
-PROCESSOR_TEMPLATE = "chat_template.json"  # of models with media, which transformers' processor reads
+PROCESSOR_TEMPLATE = "chat_template.json"  # for models with media; transformers' processor reads it
 FILES = (MAIN, CONFIG, "special_tokens_map.json", "generation_config.json", TEMPLATE, PROCESSOR_TEMPLATE)
 DEFAULT_TEMPLATE = "default"
 
-_UNUSED = ("version", "truncation", "padding", "post_processor")  # parts of tokenizer.json that change no id of ours
+_UNUSED = ("version", "truncation", "padding", "post_processor")  # parts of tokenizer.json that do not affect ids here
 _ELSEWHERE = {
     "tokenizer.model": "SentencePiece",
     "vocab.json": "a vocabulary and merges",
@@ -43,10 +43,10 @@ _ELSEWHERE = {
 
 
 def require_library() -> Any:
-    """The package `tokenizers`.
+    """Returns the package `tokenizers`.
 
     Raises:
-      UserError: when it is not installed, saying how to install it.
+      UserError: if it is not installed; the message says how to install it.
     """
     return require_package("tokenizers", "text")
 
@@ -56,12 +56,12 @@ class HuggingFaceTokenizer:
     """A tokenizer made from the texts of its files.
 
     Attributes:
-      files: text by file name, of those in FILES that there are.
-      name: what people call it.
+      files: the texts of those of FILES that exist, by file name.
+      name: its name in messages and tables.
 
     Raises:
-      UserError: when `tokenizers` is not installed, a file is broken, no token ends an answer, or an added token gets
-        another id than the files say.
+      UserError: if `tokenizers` is not installed, a file is damaged, no token ends an answer, or an added token gets
+        another id than in the files.
     """
 
     files: Mapping[str, str]
@@ -69,9 +69,9 @@ class HuggingFaceTokenizer:
 
     def __post_init__(self) -> None:
         require(MAIN in self.files, f"there is no {MAIN}")
-        _ = self._text  # made now, so that broken files are refused now
+        _ = self._text  # built now, so that damaged files are refused now
         self._require_declared_ids()
-        self._require_a_way_for_the_unknown()
+        self._require_unknown_token()
         for id in self._special_ids:
             require(
                 id < self.vocab_size, f"the special token id {id} is not in the vocabulary of {self.vocab_size} ids"
@@ -82,17 +82,17 @@ class HuggingFaceTokenizer:
 
     @classmethod
     def reads(cls, path: pathlib.Path) -> bool:
-        """Whether it is a tokenizer.json, a GGUF file, or a folder that holds, or should hold, the former."""
+        """Whether it is a tokenizer.json, a GGUF file, or a folder that has, or should have, the former."""
         if path.is_dir():
             return any((path / name).exists() for name in (*FILES, *_ELSEWHERE))
         return path.suffix in (".json", ".gguf")
 
     @classmethod
     def load(cls, path: pathlib.Path, name: str | None = None) -> "HuggingFaceTokenizer":
-        """The tokenizer of a folder, of a tokenizer.json (the files beside it count), or of a GGUF file's metadata.
+        """Loads the tokenizer of a folder, of a tokenizer.json with the files beside it, or of a GGUF file.
 
         Raises:
-          UserError: when there is none or it is broken, naming the file.
+          UserError: naming the file, if there is none or it is damaged.
         """
         try:
             if path.suffix == ".gguf":
@@ -117,7 +117,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def special(self) -> SpecialIds:
-        """Ids of the named tokens; where the files name none, those of generation_config.json. Padding may be eos."""
+        """The ids of the named tokens, or those of generation_config.json if the files name none. pad may be eos."""
         declared = self._declared
         ids = {name: self._id_of(token) for name, token in declared.named.items()}
         own = [ids["eos_token"]] if "eos_token" in ids else []
@@ -132,24 +132,24 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides ids and sequences. How the files are written does not count."""
+        """A hash of everything that affects ids and sequences, but not of how the files are formatted."""
         added = {id: [token.content, token.special] for id, token in self._text.get_added_tokens_decoder().items()}
         parts = {"tokenizer": _canonical(self._description), "added": added, "special": self.special.framing}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[str, str]:
-        """Text of the named special tokens, as chat templates see them: "eos_token" and so on."""
+        """The texts of the named special tokens, as chat templates see them: "eos_token" and so on."""
         return self._declared.named
 
     @functools.cached_property
     def control_tokens(self) -> tuple[str, ...]:
-        """Text of every special token."""
+        """The texts of all special tokens."""
         return tuple(token.content for token in self._text.get_added_tokens_decoder().values() if token.special)
 
     @functools.cached_property
     def chat_templates(self) -> Mapping[str, str]:
-        """Sources of the chat templates by name, most often one called DEFAULT_TEMPLATE."""
+        """The sources of the chat templates by name, usually one named DEFAULT_TEMPLATE."""
         if TEMPLATE in self.files:
             return {DEFAULT_TEMPLATE: self.files[TEMPLATE]}
         found = self._json(PROCESSOR_TEMPLATE).get("chat_template") or self._json(CONFIG).get("chat_template")
@@ -171,7 +171,7 @@ class HuggingFaceTokenizer:
         return str(self._text.decode(kept, skip_special_tokens=True))
 
     def pieces(self, ids: Iterable[SupportsInt]) -> list[str]:
-        """Each token's text; one that is a part of a character as bytes in hexadecimal."""
+        """Returns each token's text; a token that is part of a character gives its bytes in hexadecimal."""
         tokens = [self._text.id_to_token(i) or f"<{i}>" for i in map(int, ids)]
         if not self._byte_level:
             return [token.replace("▁", " ") for token in tokens]
@@ -184,7 +184,7 @@ class HuggingFaceTokenizer:
         ]
 
     def save(self, folder: pathlib.Path) -> None:
-        """The files as they were read: other tools read the copy too."""
+        """Writes the files unchanged, so that other tools can read the copy too."""
         for name, text in self.files.items():
             (folder / name).write_text(text, encoding="utf-8")
 
@@ -203,18 +203,18 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _text(self) -> "tokenizers.Tokenizer":
-        """The library's tokenizer for what people write: the spelling of a special token is text."""
+        """The library's tokenizer for users' texts: the spelling of a special token is text."""
         made = self._make()
         made.encode_special_tokens = True
         return made
 
     @functools.cached_property
     def _rendered(self) -> "tokenizers.Tokenizer":
-        """The library's tokenizer for what templates render."""
+        """The library's tokenizer for rendered conversations."""
         return self._make()
 
     def _make(self) -> "tokenizers.Tokenizer":
-        """Makes it without truncation, padding and post-processor; the last would also trim the offsets."""
+        """Builds it without truncation, padding and post-processor; the last would also trim offsets."""
         library = require_library()
         description = {**self._description, "truncation": None, "padding": None, "post_processor": None}
         try:
@@ -234,7 +234,7 @@ class HuggingFaceTokenizer:
         return made
 
     def _spans(self, made: "tokenizers.Tokenizer", text: str) -> TokenSpans:
-        try:  # without offsets, which few callers look at: it takes five sixths of the time
+        try:  # without offsets, which few callers need: it takes five sixths of the time
             (found,) = made.encode_batch_fast([text], add_special_tokens=False)
         except TypeError:
             require_unicode(text)
@@ -244,7 +244,7 @@ class HuggingFaceTokenizer:
         return TokenSpans(ids_T, lambda: self._offsets(made, text, ids_T))
 
     def _offsets(self, made: "tokenizers.Tokenizer", text: str, ids_T: Int32[ndarray, " T"]) -> Int32[ndarray, "T 2"]:
-        """The library's offsets. A space that the tokenizer puts before the text gets an empty span here."""
+        """Returns the library's offsets. A space that the tokenizer puts before the text gets an empty span."""
         found = made.encode(text, add_special_tokens=False).offsets
         offsets_T2 = np.array(found, np.int32).reshape(-1, 2)
         for i in np.nonzero(ids_T == self._space_id)[0].tolist():
@@ -254,14 +254,14 @@ class HuggingFaceTokenizer:
         return offsets_T2
 
     def _id_of(self, token: str) -> int:
-        """The id of a token that is in the vocabulary, as declared ones are."""
+        """Returns the id of a token that is in the vocabulary."""
         id = self._text.token_to_id(token)
         assert id is not None
         return id
 
     @property
     def _space(self) -> str:
-        """How the vocabulary spells a space."""
+        """The vocabulary's spelling of a space."""
         return "Ġ" if self._byte_level else "▁"
 
     @functools.cached_property
@@ -282,7 +282,7 @@ class HuggingFaceTokenizer:
     # What must hold
 
     def _require_declared_ids(self) -> None:
-        """Refuses a vocabulary with holes: the library renumbers added tokens there, and the weights do not follow."""
+        """Checks the ids of added tokens, which the library renumbers in a vocabulary with gaps, unlike the weights."""
         listed = self._description.get("added_tokens") or []
         wanted = {token["content"]: token["id"] for token in listed if isinstance(token, dict) and "id" in token}
         wanted |= {flags["content"]: id for id, flags in self._declared.added.items()}
@@ -290,8 +290,8 @@ class HuggingFaceTokenizer:
             found = self._text.token_to_id(content)
             require(found == id, f"the added token {content!r} has id {id} in the files, but would be read as {found}")
 
-    def _require_a_way_for_the_unknown(self) -> None:
-        """Requires a token for unknown text. Without one some models fail; BPE drops it and miscounts what follows."""
+    def _require_unknown_token(self) -> None:
+        """Requires a token for unknown text. Without one, some models fail, and BPE drops it with wrong offsets."""
         model, vocabulary = self._description["model"], self._text.get_vocab(with_added_tokens=False)
         kind, unknown = model.get("type", "BPE"), model.get("unk_token")
         if kind == "Unigram":
@@ -308,7 +308,7 @@ class HuggingFaceTokenizer:
 
     @functools.cached_property
     def _missing_bytes(self) -> re.Pattern[bytes] | None:
-        """Finds the bytes that a byte-level vocabulary has no token for, as published ones lack rare controls."""
+        """Finds the bytes without a token in a byte-level vocabulary; published ones lack rare control characters."""
         if not self._byte_level or self._description["model"].get("unk_token") is not None:
             return None
         vocabulary = self._text.get_vocab(with_added_tokens=False)
@@ -316,7 +316,7 @@ class HuggingFaceTokenizer:
         return re.compile(b"[" + re.escape(missing) + b"]") if missing else None
 
     def _require_tokens_for(self, text: str) -> None:
-        """Refuses text with a character that BPE would drop: the spans after it would be wrong."""
+        """Refuses text with a character that BPE would drop, since the spans after it would be wrong."""
         if self._missing_bytes is None:
             return
         normalizer = self._text.normalizer
@@ -329,11 +329,11 @@ class HuggingFaceTokenizer:
 
 
 def _byte_spellings() -> dict[int, str]:
-    """How byte-level vocabularies spell the bytes of UTF-8: visible ones as themselves, the others from U+0100 on."""
+    """Returns byte-level vocabularies' spelling of UTF-8 bytes: visible ones unchanged, others from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in visible]
     spelled = {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
-    never = (0xC0, 0xC1, *range(0xF5, 0x100))  # no text has them
+    never = (0xC0, 0xC1, *range(0xF5, 0x100))  # never occur in UTF-8
     return {byte: spelling for byte, spelling in spelled.items() if byte not in never}
 
 
@@ -348,7 +348,7 @@ def _missing(folder: pathlib.Path) -> str:
 
 
 def _canonical(description: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer.json without what decides no id, and in the form of the newest releases of `tokenizers`."""
+    """Removes what does not affect ids from tokenizer.json, and brings it to the form of the newest `tokenizers`."""
     kept = {key: value for key, value in description.items() if key not in (*_UNUSED, "added_tokens")}
     model = {key: value for key, value in kept["model"].items() if value not in (None, False, "")}
     if "merges" in model:

@@ -1,4 +1,4 @@
-"""Running chat templates of strangers: a Jinja sandbox, and marks around what the assistant says."""
+"""Runs untrusted chat templates in a Jinja sandbox, with marks around the assistant's text."""
 
 import dataclasses
 import datetime
@@ -17,25 +17,25 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from anyexperts_jax.core.errors import UserError, one_line, require
 
-GENERATION = "generation"  # the tag around what the assistant says
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode keeps these two out of all text
-_WANTS_MARKS = "__anyexperts_marks__"  # whether this rendering writes marks: a variable that no template names
-# What foreign code that computes with foreign data raises, besides Jinja's own errors.
+GENERATION = "generation"  # the tag around the assistant's text
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode keeps out of all text
+_WANTS_MARKS = "__anyexperts_marks__"  # variable that turns marks on; no template uses its name
+# Exceptions that a template may raise while it computes with its data, besides Jinja's own.
 _FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompiledTemplate:
-    """A template that is ready to run. `marks`: whether it has the tag {% generation %}."""
+    """A compiled template. `marks`: whether it has the tag {% generation %}."""
 
     template: jinja2.Template
     marks: bool
 
     def render(self, values: Mapping[str, Any], now: datetime.datetime, marks: bool = False) -> str:
-        """The template's text for these values; with `marks`, those around what the assistant says (`read_marks`).
+        """Renders the template; with `marks` there are marks around the assistant's text (see `read_marks`).
 
         Raises:
-          UserError: when the template refuses the values or fails on them.
+          UserError: if the template refuses the values or fails on them.
         """
         try:
             return self.template.render({**values, "strftime_now": now.strftime, _WANTS_MARKS: marks})
@@ -46,10 +46,10 @@ class CompiledTemplate:
 
 
 def compile_template(source: str) -> CompiledTemplate:
-    """The template `source`, ready to run.
+    """Compiles the template `source`.
 
     Raises:
-      UserError: when it does not compile, with the line.
+      UserError: with the line, if it does not compile.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -64,10 +64,10 @@ def compile_template(source: str) -> CompiledTemplate:
 
 
 def read_marks(text: str, marked: str) -> tuple[tuple[int, int], ...]:
-    """The spans of `text` between the marks of `marked`, the same text with marks; empty ones are left out.
+    """Returns the spans of `text` between the marks of `marked`, the same text with marks; empty ones are left out.
 
     Raises:
-      UserError: when `text` holds marks of its own, or the template did something else to it because of the marks.
+      UserError: if `text` itself has marks, or the marks changed the template's output in other ways.
     """
     require(_OPEN not in text and _CLOSE not in text, "the conversation holds U+FDD0 or U+FDD1, which is no text")
     spans: list[tuple[int, int]] = []
@@ -92,7 +92,7 @@ def read_marks(text: str, marked: str) -> tuple[tuple[int, int], ...]:
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} around what the assistant says."""
+    """The tags {% generation %} ... {% endgeneration %} around the assistant's text."""
 
     tags = {GENERATION}  # noqa: RUF012
 
@@ -108,7 +108,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace, in which no private name can be set: that would be a way out of the sandbox."""
+    """Jinja's namespace without private names, which would lead out of the sandbox."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -123,7 +123,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As JSON; Jinja's own filter would escape what is special in HTML."""
+    """Formats JSON without HTML escapes, unlike Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,4 +1,4 @@
-"""Describes a tokenizer, and the tokens that it makes of a text."""
+"""Describes a tokenizer, and the tokens of a text."""
 
 from anyexperts_jax.core.errors import comma_list
 from anyexperts_jax.core.text_table import TextTable
@@ -6,7 +6,7 @@ from anyexperts_jax.tokenizers.base import Tokenizer, TokenSpans
 
 
 def describe(tokenizer: Tokenizer) -> list[str]:
-    """Lines that describe it: name, kind, size, fingerprint, special ids with their spelling."""
+    """Returns lines that describe it: name, kind, size, fingerprint, special ids with their spelling."""
     special = tokenizer.special
     ids = {"pad": special.pad, "bos": special.bos, "sep": special.sep}
     known = {name: id for name, id in ids.items() if id is not None}
@@ -24,7 +24,7 @@ def describe(tokenizer: Tokenizer) -> list[str]:
 
 
 def token_table(tokenizer: Tokenizer, tokens: TokenSpans) -> TextTable:
-    """A row a token: its place, id, spelling and the characters it stands for."""
+    """Returns a table with a row per token: its index, id, spelling and characters."""
     rows = []
     spelled = tokenizer.pieces(tokens.ids_T)
     for i, (id, piece, span) in enumerate(zip(tokens.ids_T, spelled, tokens.offsets_T2, strict=True)):
@@ -34,7 +34,7 @@ def token_table(tokenizer: Tokenizer, tokens: TokenSpans) -> TextTable:
 
 
 def summary(text: str, tokens: TokenSpans) -> str:
-    """Counts the tokens of the text, and names the characters that no token stands for."""
+    """Counts the tokens of the text, and names the characters that no token covers."""
     size, count = len(text.encode()), len(tokens)
     ratio = f" ({size / count:.2f} bytes a token)" if count else ""
     dropped = tokens.dropped(text)

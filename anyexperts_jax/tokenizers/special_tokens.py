@@ -1,4 +1,4 @@
-"""Which tokens of a Hugging Face tokenizer are special, as the files beside `tokenizer.json` say."""
+"""Reads, from the files beside `tokenizer.json`, which tokens of a Hugging Face tokenizer are special."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -15,8 +15,8 @@ class Declared:
     """The tokens that the files declare.
 
     Attributes:
-      named: text of the special tokens by name, as chat templates see them: "eos_token" and so on.
-      added: tokens with their ids and flags; they may be missing in `tokenizer.json`.
+      named: texts of the special tokens by name, as chat templates see them: "eos_token" and so on.
+      added: tokens with ids and flags, which `tokenizer.json` may lack.
       extra: further special tokens.
       eos_ids, pad_id, bos_id: those of generation_config.json.
     """
@@ -30,10 +30,10 @@ class Declared:
 
 
 def declared(config: Mapping[str, Any], token_map: Mapping[str, Any], generation: Mapping[str, Any]) -> Declared:
-    """What tokenizer_config.json, special_tokens_map.json and generation_config.json declare; the first wins.
+    """Reads tokenizer_config.json, special_tokens_map.json and generation_config.json, in this order of precedence.
 
     Raises:
-      UserError: naming the file and the value that is neither a token nor an id.
+      UserError: naming the file and a value that is neither a token nor an id.
     """
     sources = (("special_tokens_map.json", token_map), ("tokenizer_config.json", config))
     tokens = {
@@ -54,8 +54,8 @@ def declared(config: Mapping[str, Any], token_map: Mapping[str, Any], generation
 
 
 def _token(name: str, key: str, value: Any) -> Iterator[str]:
-    """The text of a token under a key such as "eos_token": a string, or an object with its content."""
-    if not key.endswith("_token") or value is None or isinstance(value, bool):  # add_bos_token is a switch
+    """Yields the text of a token under a key such as "eos_token": a string, or an object with its content."""
+    if not key.endswith("_token") or value is None or isinstance(value, bool):  # add_bos_token is a boolean
         return
     content = value.get("content") if isinstance(value, dict) else value
     require(_is_token(content), f"{name}: {key}={value!r} is not a token")
@@ -63,12 +63,12 @@ def _token(name: str, key: str, value: Any) -> Iterator[str]:
 
 
 def _is_token(content: Any) -> bool:
-    """Whether it is a text that UTF-8 can write."""
+    """Whether it is a text that UTF-8 can encode."""
     return isinstance(content, str) and bool(content) and content.encode(errors="replace").decode() == content
 
 
 def _extra(*sources: Mapping[str, Any]) -> Iterator[str]:
-    """Special tokens without a name of their own."""
+    """Yields special tokens that have no name."""
     for source in sources:
         for key in ("additional_special_tokens", "extra_special_tokens"):
             values = source.get(key) or ()
@@ -90,7 +90,7 @@ def _flags(value: Any) -> dict[str, Any]:
 
 
 def _id_or_none(key: str, values: Mapping[str, Any]) -> int | None:
-    return None if values.get(key) in (None, -1) else _id(key, values[key])  # -1: how the first Llama said "none"
+    return None if values.get(key) in (None, -1) else _id(key, values[key])  # the first Llama wrote -1 for none
 
 
 def _id(key: str, value: Any) -> int:

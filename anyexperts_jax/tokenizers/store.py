@@ -1,4 +1,4 @@
-"""Opens a tokenizer, saves a copy of it, and loads the copy."""
+"""Opens tokenizers, saves copies and loads them."""
 
 import dataclasses
 import pathlib
@@ -14,13 +14,13 @@ RECORD = "anyexperts_tokenizer.json"
 
 
 def open_tokenizer(source: str) -> Tokenizer:
-    """The tokenizer that a configuration names: "bytes", or a path.
+    """Opens the tokenizer that a configuration names: "bytes", or a path.
 
-    A path leads to a folder with a tokenizer.json or a copy that `save_tokenizer` made, to a tokenizer.json, or to a
+    A path is a folder with a tokenizer.json or a copy made by `save_tokenizer`, a tokenizer.json, or a
     GGUF file.
 
     Raises:
-      UserError: when there is no tokenizer at the path, or it is broken.
+      UserError: if there is no tokenizer at the path, or it is damaged.
     """
     if source == BYTES_NAME:
         return BYTES
@@ -37,18 +37,18 @@ def open_tokenizer(source: str) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-    """Creates `folder` and writes a copy of the tokenizer into it, with a record of what it is."""
+    """Creates `folder` and writes a copy of the tokenizer and its record into it."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     record = dataclasses.asdict(TokenizerRecord.of(tokenizer))
-    (folder / RECORD).write_text(as_text(record), encoding="utf-8")  # last: without it there is no copy
+    (folder / RECORD).write_text(as_text(record), encoding="utf-8")  # last, since a copy counts only with its record
 
 
 def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
-    """The tokenizer that `save_tokenizer` wrote.
+    """Loads a tokenizer that `save_tokenizer` wrote.
 
     Raises:
-      UserError: when there is none, it is of an unknown kind, or it is not what the record says.
+      UserError: if there is none, its kind is unknown, or it does not match the record.
     """
     record = read_record(folder)
     TOKENIZERS.check(f"{folder / RECORD}: kind", record.kind)
@@ -62,10 +62,10 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
 
 
 def read_record(folder: pathlib.Path) -> TokenizerRecord:
-    """The record of the tokenizer that was copied to `folder`.
+    """Reads the record of the tokenizer that was copied to `folder`.
 
     Raises:
-      UserError: when there is no record, or it is broken.
+      UserError: if there is no record, or it is damaged.
     """
     path = folder / RECORD
     values = parse_object(str(path), read_text(path))

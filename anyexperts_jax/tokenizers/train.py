@@ -1,4 +1,4 @@
-"""Training a tokenizer on a corpus: byte-level BPE, saved as a `tokenizer.json`."""
+"""Trains a byte-level BPE tokenizer on a corpus."""
 
 import gzip
 import pathlib
@@ -11,23 +11,23 @@ from anyexperts_jax.tokenizers.huggingface import CONFIG, MAIN, HuggingFaceToken
 
 SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "sep_token": "<|sep|>", "eos_token": "<|eos|>"}
 _BYTES = 256
-_MOST = 2**20  # four times the largest published; the library makes tables of the size asked for before it looks
+_MOST = 2**20  # four times the largest published; the library allocates tables of this size first
 
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, name: str = "trained", special: Sequence[str] = ()
 ) -> HuggingFaceTokenizer:
-    """A byte-level BPE tokenizer of at most `vocab_size` ids: special tokens first, then bytes, then merges.
+    """Trains a byte-level BPE tokenizer with at most `vocab_size` ids: special tokens, then bytes, then merges.
 
-    Digits stay single. Any text can be encoded and comes back unchanged. The same texts give the same tokenizer.
+    Digits are never merged. Any text can be encoded and is decoded unchanged. The same texts give the same tokenizer.
 
     Args:
-      texts: lines or documents; no merge crosses from one to the next.
-      vocab_size: the vocabulary is smaller where the texts hold too few pairs to merge.
+      texts: lines or documents; no merge crosses their boundaries.
+      vocab_size: the vocabulary is smaller if the texts have too few pairs to merge.
       special: further special tokens, such as those of a chat template.
 
     Raises:
-      UserError: when there is no text, `vocab_size` is too small, or `tokenizers` is not installed.
+      UserError: if there is no text, `vocab_size` is too small, or `tokenizers` is not installed.
     """
     library = require_library()
     first = list(dict.fromkeys([*SPECIAL.values(), *special]))
@@ -54,10 +54,10 @@ def train_tokenizer(
 
 
 def read_lines(paths: Sequence[pathlib.Path]) -> Iterator[str]:
-    """The lines of UTF-8 text files, one after the other; a name that ends in .gz means that the file is compressed.
+    """Yields the lines of UTF-8 text files, which are compressed if their names end in .gz.
 
     Raises:
-      UserError: naming the file, and after which line it is not UTF-8.
+      UserError: naming the file, and the line after which it is not UTF-8.
     """
     for path in paths:
         opened = gzip.open if path.suffix == ".gz" else open
@@ -75,7 +75,7 @@ def read_lines(paths: Sequence[pathlib.Path]) -> Iterator[str]:
 
 
 class _NotEmpty:
-    """Passes texts on and remembers whether one had a character."""
+    """Passes texts on, and remembers whether one was not empty."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts, self.any = texts, False

@@ -1,9 +1,9 @@
-"""What an expert's dots cost on a CPU, by XLA as the `xla` form asks for them and by PyTorch. Minutes on two cores.
+"""Times an expert's dots on a CPU with XLA, as the `xla` form calls them, and with PyTorch. Minutes on two cores.
 
     python -m experiments.bench.cpu_dots
 
-Every expert has the mean number of rows, so nothing is padded, and nothing is gathered, routed or summed: what is left
-of the difference between a layer of ours and transformers' when all that is taken away. Needs torch (extra `parity`).
+Every expert has the mean number of rows, so nothing is padded, and nothing is gathered, routed or summed. The times
+show how much of the difference between our layer and transformers' is due to the dots. Needs torch (extra `parity`).
 """
 
 import os
@@ -30,7 +30,7 @@ FORWARD, SAME, GRADIENT = "x w_gate", "x w_gate, one expert's weights for all", 
 
 
 def operands(shape: LayerShape, dtype: str) -> tuple[Array, Array, Array]:
-    """(x_ECD, w_EDF, d_gate_ECF), unit normal."""
+    """Draws (x_ECD, w_EDF, d_gate_ECF) from a unit normal."""
     rows = shape.tokens * shape.slots // shape.experts
     E, D, F = shape.experts, shape.width, shape.hidden
     keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
@@ -40,7 +40,7 @@ def operands(shape: LayerShape, dtype: str) -> tuple[Array, Array, Array]:
 
 
 def in_place(one_expert: Callable[..., Array], into: Array, *operands: Array) -> Callable[[], Array]:
-    """A call that writes `one_expert(e, *operands)` of all experts where the call before wrote it, in no new memory."""
+    """Returns a call that computes `one_expert(e, *operands)` for all experts into the previous call's memory."""
     held = [into]
 
     def run(total: Array, *operands: Array) -> Array:
@@ -59,7 +59,7 @@ def in_place(one_expert: Callable[..., Array], into: Array, *operands: Array) ->
 
 
 def xla_calls(x_ECD: Array, w_EDF: Array, d_gate_ECF: Array) -> dict[str, Callable[[], Any]]:
-    """What the loop over experts does with its weights and rows: slices of them, then the dot."""
+    """Returns calls that do what the loop over experts does: slice weights and rows, then compute the dot."""
 
     def own(a: Array, e: Array) -> Array:
         return lax.dynamic_index_in_dim(a, e, keepdims=False)
@@ -81,7 +81,7 @@ def xla_calls(x_ECD: Array, w_EDF: Array, d_gate_ECF: Array) -> dict[str, Callab
 
 
 def torch_calls(x_ECD: Array, w_EDF: Array, d_gate_ECF: Array) -> dict[str, Callable[[], Any]]:
-    """The same products, each expert's written into its part of one array; weights lie as transformers has them."""
+    """Returns calls for the same products, written into one array; weights have transformers' layout."""
     import torch
 
     x, w, d_gate = (torch.from_dlpack(a).clone() for a in (x_ECD, w_EDF, d_gate_ECF))
@@ -104,7 +104,7 @@ def torch_calls(x_ECD: Array, w_EDF: Array, d_gate_ECF: Array) -> dict[str, Call
 
 
 def measure(name: str, dtype: str) -> list[tuple[str, ...]]:
-    """The rows of one shape and dtype."""
+    """Measures the table rows of one shape and dtype."""
     arrays = operands(SHAPES[name], dtype)
     ours, theirs = xla_calls(*arrays), torch_calls(*arrays)
     calls = {f"{who} {what}": call for who, own in (("ours", ours), ("theirs", theirs)) for what, call in own.items()}
@@ -126,7 +126,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     where = environment(ROUNDS)
     where["versions"] |= {"torch": torch.__version__}
-    shapes = [name for name in HOST_SHAPES if name != "S4"]  # which decodes: one row an expert
+    shapes = [name for name in HOST_SHAPES if name != "S4"]  # S4 is for decoding: one row per expert
     rows = [row for name in shapes for dtype in ("bfloat16", "float32") for row in measure(name, dtype)]
     RESULT.write_text(markdown("An expert's dots on a CPU", COMMAND, where, [TextTable("Dots", COLUMNS, tuple(rows))]))
 

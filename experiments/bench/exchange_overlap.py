@@ -1,9 +1,9 @@
-"""What can run beside the exchange of rows between devices, static: compiles what `experiments/results` lacks.
+"""Finds statically what can run during the exchange of rows between devices; compiles what `results` lacks.
 
     python -m experiments.bench.exchange_overlap [--only CHIP ...]    with libtpu; minutes a program on two cores
 
 Compiles one layer of the 16B model, forward and backward, and reads from the compiler's schedule which expert kernels
-lie between the start and the end of an all-to-all. What that can gain at most follows from `results/pods`.
+lie between the start and the end of an all-to-all. The most that this can gain follows from `results/pods`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((?:%([\w
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """Of a program: the all-to-alls of rows, those of them beside which expert kernels run, and the kernels."""
+    """Counts in a program: all-to-alls of rows, those during which expert kernels run, and the kernels."""
 
     exchanges: int
     exchanges_beside: int
@@ -46,7 +46,7 @@ class Overlap:
 
 
 def compile_layer(topology: str, chunks: int, beside: bool) -> str:
-    """The scheduled program of a layer's output and gradients: one sequence a device, the experts over all devices."""
+    """Compiles a layer's output and gradients: one sequence per device, the experts sharded over all devices."""
     model = model_preset("ling_mini_2")
     moe, width, hidden = model.moe, model.stack.d_model, model.stack.expert_d_ff
     spec = plan_spec(moe, num_sequences=DEVICES)
@@ -79,9 +79,9 @@ def compile_layer(topology: str, chunks: int, beside: bool) -> str:
 
 
 def read_overlap(program: str) -> Overlap:
-    """What the main computation's schedule says. All-to-alls of 32 bits, slots' experts and weights, are left out."""
+    """Reads the main computation's schedule; skips 32-bit all-to-alls, which carry the slots' experts and weights."""
     exchanges = kernels = kernels_beside = 0
-    flying: dict[str, int] = {}  # kernels since the start of each all-to-all under way
+    flying: dict[str, int] = {}  # kernels since the start of each unfinished all-to-all
     beside: set[str] = set()
     for line in program[program.index("\nENTRY") :].splitlines():
         found = _INSTRUCTION.match(line)
@@ -113,7 +113,7 @@ def schedule_table(found: dict[str, dict[str, int]]) -> TextTable:
 
 
 def gain_table() -> TextTable:
-    """From the committed figures of the pods: with chunks the shorter of experts and exchange is hidden at most."""
+    """Bounds the gain by the pods' committed figures: chunks hide at most the shorter of experts and exchange."""
     head = ("pod", "exchange, ms", "experts, ms", "other arithmetic, ms", "gain at most", "two chunks' padding, ms")
     body = []
     for pod in PODS:

@@ -1,4 +1,4 @@
-"""Times the dropless Triton path at the paper's layer under several tiles, on the GPU that is there.
+"""Times the dropless Triton path at the paper's layer with several tiles, on the attached GPU.
 
     python -m experiments.bench.gpu_tiles [--rounds 5]
 
@@ -31,11 +31,11 @@ from anyexperts_jax.ops.routed_mlp import buffered, gpu
 SHAPE = SHAPES["P"]
 REAL = (8.0, 4.8)
 SLOTS = 12
-REPEATS = 6  # calls a sample
+REPEATS = 6  # calls per sample
 WRITTEN_OUT = "written out"
 
 _OURS = tiles_for("pallas_triton", gpus()["h100"].device, GpuShape(SHAPE.width, SHAPE.hidden, 2))
-_FIRST = _OURS._replace(  # what was there before anything ran on a GPU
+_FIRST = _OURS._replace(  # the tiles chosen before anything ran on a GPU
     gate_up=TritonTile(128, 128, 64, 8, 3),
     down=TritonTile(128, 128, 64, 8, 4),
     d_w_gate_up=TritonTile(128, 128, 64, 8, 3),
@@ -55,7 +55,7 @@ CANDIDATES: dict[str, Tiles] = {
 
 
 def programs(name: str, tiles: Tiles) -> dict[str, Callable[..., Any]]:
-    """Functions of (x_ND, weights_NK, order, experts)."""
+    """Returns the timed functions of (x_ND, weights_NK, order, experts) by name."""
     kernels = gpu.aligned_kernels(pallas_triton, GpuOptions(tiles=tiles))
     if name == WRITTEN_OUT:
         kernels = kernels._replace(take=buffered.take_tokens)

@@ -1,10 +1,10 @@
-"""Static time of the expert kernels on TPUs that are not here, beside other libraries' kernels.
+"""Compares the static time of the expert kernels on TPUs, none attached, with other libraries' kernels.
 
     python -m experiments.bench.kernels [--chip v5e ...] [--shape P ...] [--what ours tokamax ...] [--part forward]
 
 Compiles what is selected and not yet in experiments/results/kernels_tpu.json, then writes that file, its table
-(kernels_tpu.md) and tests/golden/tpu_kernels.json anew from all that is in it. A figure is compiled again when what
-determines it has changed: the versions, the sizes, or the source of our kernels. Nothing here is run on a device.
+(kernels_tpu.md) and tests/golden/tpu_kernels.json anew from all its figures. A figure is compiled again when anything
+that determines it has changed: the versions, the sizes, or the source of our kernels. Nothing is run on a device.
 """
 
 import argparse
@@ -38,7 +38,7 @@ NOTE = "static, no device run"
 
 
 class Task(NamedTuple):
-    """One program to compile, and all that determines what comes out."""
+    """One program to compile, and everything that determines the result."""
 
     name: str  # "chip/shape/library/call"
     key: dict[str, Any]
@@ -48,7 +48,7 @@ class Task(NamedTuple):
 def our_program(
     call: str, shape: kernels.ExpertShape, sizes: TpuSizes
 ) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
-    """One of our kernels as (function, abstract arguments), with these sizes."""
+    """Returns one of our kernels with these sizes, as (function, abstract arguments)."""
     x, counts, *weights, d_y = kernels.arguments(shape)
     x, d_y = (jax.ShapeDtypeStruct((shape.experts, tpu_table.rows_of(shape), shape.width), a.dtype) for a in (x, d_y))
     row = jax.ShapeDtypeStruct((*x.shape[:2], shape.hidden), x.dtype)
@@ -64,7 +64,7 @@ def our_program(
 
 
 def tasks(chips: list[str], shapes: list[str], what: list[str], parts: list[str]) -> Iterator[Task]:
-    """Ours and the forward passes first, what takes longest to compile last."""
+    """Yields our kernels and forward passes first, the slowest to compile last."""
     selected = list(itertools.product(chips, shapes))
     calls = [call for call in tpu_model.OURS if ("forward" if call == "forward" else "backward") in parts]
     for call, (chip, name) in itertools.product(calls, selected if "ours" in what else ()):
@@ -79,7 +79,7 @@ def tasks(chips: list[str], shapes: list[str], what: list[str], parts: list[str]
 
 
 def our_task(chip: str, name: str, call: str, sizes: TpuSizes) -> Task:
-    """One of our kernels, with these sizes."""
+    """Returns the task that compiles one of our kernels with these sizes."""
     shape = kernels.SHAPES[name]
     function, arguments = our_program(call, shape, sizes)
     key = _key(chip, call, shape, sizes=vars(tpu_model.own_sizes(call, sizes)), vmem_bytes=sizes.vmem_bytes)
@@ -122,7 +122,7 @@ def _key(chip: str, call: str, shape: kernels.ExpertShape, **more: Any) -> dict[
 
 
 def _summary(chip: str, function: Any, arguments: Any, directory: pathlib.Path) -> dict[str, Any]:
-    """The one program with matmuls, or a line why there is none."""
+    """Returns the summary of the only program with matmuls, or a line that says why there is none."""
     found = report.compile_report(chip, function, arguments, directory)
     if len(found) != 1:
         return {"unread": f"{len(found)} programs with matmuls where one was expected"}
@@ -130,19 +130,19 @@ def _summary(chip: str, function: Any, arguments: Any, directory: pathlib.Path) 
 
 
 def _source() -> str:
-    """Of the files that make our kernels; the list of tiles is their input."""
+    """Returns a digest of the kernels' source files; the list of tiles is an input and not part of it."""
     files = [pathlib.Path(str(m.__file__)) for m in (pallas_tpu, tpu_bodies, tpu_grid)]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of what determines a figure; megablox ships with JAX."""
+    """Returns the versions that determine a figure; megablox ships with JAX."""
     names = ["jax", "libtpu", *(p for p in packages if p != "megablox")]
     return {name: importlib.metadata.version(name) for name in names}
 
 
 def compile_all(selected: Iterator[Task], result: pathlib.Path, seconds: float) -> None:
-    """Compiles what `result` lacks under any name, keeping each figure at once, until `seconds` have passed."""
+    """Compiles what `result` lacks under any name, saving each figure at once, until `seconds` have passed."""
     directory, begun = pathlib.Path(tempfile.mkdtemp()), time.monotonic()
     topology.open_compiler(directory)
     for task in selected:
@@ -160,7 +160,7 @@ def compile_all(selected: Iterator[Task], result: pathlib.Path, seconds: float) 
 
 
 def _found(task: Task, directory: pathlib.Path) -> dict[str, Any]:
-    """What the compiler says, also where it refuses."""
+    """Returns the compiler's figures, or the reason for its refusal."""
     try:
         return task.compile(directory)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:

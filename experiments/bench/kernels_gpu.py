@@ -1,9 +1,9 @@
-"""Writes experiments/results/kernels_gpu.{json,md}: what the GPU kernels take of a chip, read from the compiler.
+"""Writes experiments/results/kernels_gpu.{json,md}: the resources of GPU kernels, read from the compiler.
 
     python experiments/bench/kernels_gpu.py [FOLDER]
 
 Needs no GPU, but the extra `aot-gpu` and JAX 0.11. Takes about two minutes. The figures are static; nothing is run.
-tests/aot compares what it compiles with the file, so the file is also what a regression is measured against.
+tests/aot compares its own compilation with the file, so the file is also the reference for regressions.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""What large pages are worth: the demo's train step with and without them, in turn. Minutes on two cores.
+"""Times the demo's train step with and without large pages, alternately. Minutes on two cores.
 
     python -m experiments.bench.large_pages
 
-`anyexperts` asks glibc for them itself, see `anyexperts_jax.__main__`; here the variable says so, or is empty.
+`anyexperts` asks glibc for large pages itself (see `anyexperts_jax.__main__`); here an environment variable decides.
 """
 
 import json
@@ -22,7 +22,7 @@ ROUNDS, STEPS, VALUE = 4, 60, LARGE_PAGES["GLIBC_TUNABLES"]
 
 
 def step_seconds(tunables: str) -> float:
-    """The median step of the last sixth of a run of the demo's configuration."""
+    """Trains the demo's configuration and returns the median step time of the last sixth of the run."""
     with tempfile.TemporaryDirectory() as run:
         never = [f"train.{name}={2 * STEPS}" for name in ("eval_every", "checkpoint_every")]
         settings = [word for setting in (f"train.steps={STEPS}", *never) for word in ("--set", setting)]

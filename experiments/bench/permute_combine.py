@@ -1,4 +1,4 @@
-"""Writes experiments/results/permute_combine.md: tokens gathered into rows and rows summed per token, on TPUs, static.
+"""Writes experiments/results/permute_combine.md: static times of gathering tokens and summing rows on TPUs.
 
     JAX_PLATFORMS=cpu python experiments/bench/permute_combine.py [FOLDER]
 
@@ -46,7 +46,7 @@ def xla_combine(y_RD, weights_NK, rows_NK, held_NK):
 
 
 def cases():
-    """name: (function, arguments, {part of a program's name: (how often it runs, bytes it copies)})."""
+    """Returns {name: (function, arguments, {part of a program's name: (how often it runs, bytes it copies)})}."""
     x, y = array(TOKENS, WIDTH), array(ROWS, WIDTH)
     ints, held = array(TOKENS, SLOTS, dtype=jnp.int32), array(TOKENS, SLOTS, dtype=bool)
     weights = array(TOKENS, SLOTS, dtype=jnp.float32)
@@ -69,7 +69,7 @@ def array(*shape, dtype=jnp.bfloat16):
 
 
 def program_cycles(directory, part):
-    """Cycles of the program of that name, None where there is no schedule: XLA gave it to a SparseCore."""
+    """Returns the cycles of the program of that name; None if XLA gave it to a SparseCore, without a schedule."""
     found = [
         p for p in directory.glob(f"*{report._UTILISATION}") if re.search(rf"-\w*{part}\w*(\.\d+)?-\d+-pre", p.name)
     ]
@@ -83,7 +83,7 @@ def program_cycles(directory, part):
 
 
 def exit_tests(schedule):
-    """[(bundle, bound)] of every loop's test."""
+    """Returns [(bundle, bound)] of every loop's exit test."""
     place, found = 0, []
     for line in schedule.splitlines():
         number = BUNDLE.match(line)
@@ -93,8 +93,11 @@ def exit_tests(schedule):
 
 
 def counted(span, tests):
-    """Cycles of a span, its loops as often as they run. What is skipped at some steps counts at every one, but for the
-    first of two loops beside each other: the copies that the kernel starts for its first step alone."""
+    """Returns the cycles of a span, with each loop counted as often as it runs.
+
+    Code that some steps skip counts at every step, except the first of two adjacent loops: the copies that the kernel
+    starts for its first step only.
+    """
     children = [child for child in span.children if child.end > child.start]
     loops = [child for child in children if bound(child, tests) > 1]
     inner = sum(counted(child, tests) for child in children if len(loops) < 2 or child is not loops[0])
@@ -103,7 +106,7 @@ def counted(span, tests):
 
 
 def bound(span, tests):
-    """How often a span runs in a row. A loop that is skipped as a whole is listed as such, so its test tells it."""
+    """Returns how often a span runs in a row, read from its loop's exit test."""
     inner = [(child.start, child.end) for child in span.children]
     own = [n for place, n in tests if span.start <= place < span.end and not any(a <= place < b for a, b in inner)]
     return own[-1] if own and span.kind != "program" else 1

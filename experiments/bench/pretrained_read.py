@@ -1,10 +1,10 @@
-"""How fast a checkpoint is read, and with how much memory, beside a bare read of the same files by safetensors.
+"""Compares time and memory of reading a checkpoint with a bare read of the same files by safetensors.
 
     python -m experiments.bench.pretrained_read [--gib 4] [--folder DIR] [--rounds 4]
 
-Writes a Qwen3-MoE checkpoint of random bits in the hub's layout (DIR needs its size in disk), then reads it in turn by
-the library alone (`load_file`, all tensors kept), and by `load_pretrained`, each in a process of its own with the files
-in the page cache. Writes `experiments/results/pretrained_read.md`.
+Writes a Qwen3-MoE checkpoint of random bits in the hub's layout (DIR needs as much disk space), then reads it
+alternately with the library alone (`load_file`, all tensors kept) and with `load_pretrained`, each in its own process
+with the files in the page cache. Writes `experiments/results/pretrained_read.md`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from anyexperts_jax.core.text_table import TextTable
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 GIB = 2**30
-SHAPE = {  # of Qwen3-30B-A3B, with fewer layers and ids
+SHAPE = {  # Qwen3-30B-A3B with fewer layers and ids
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
     "vocab_size": 32768,
@@ -43,12 +43,12 @@ SHAPE = {  # of Qwen3-30B-A3B, with fewer layers and ids
     "rope_theta": 1e6,
     "torch_dtype": "bfloat16",
 }
-_SHARD = GIB  # bytes of a file, about
-_LAYER = 128 * 3 * 2048 * 768 * 2  # bytes of the experts of a layer
+_SHARD = GIB  # approximate bytes of a file
+_LAYER = 128 * 3 * 2048 * 768 * 2  # bytes of a layer's experts
 
 
 def write_checkpoint(folder: pathlib.Path, gib: float) -> None:
-    """A checkpoint of about this size, a layer of experts at a time."""
+    """Writes a checkpoint of about this size, one layer of experts at a time."""
     from safetensors.numpy import save_file
 
     from anyexperts_jax.pretrained.family import family_of
@@ -75,7 +75,7 @@ def write_checkpoint(folder: pathlib.Path, gib: float) -> None:
 
 
 class Memory:
-    """The most anonymous memory of this process since it began, above what it had then, looked at every 5 ms."""
+    """Samples this process's anonymous memory every 5 ms; gives the peak above the value at the start."""
 
     def __init__(self) -> None:
         self.most, self._before, self._ends = 0, anonymous(), threading.Event()
@@ -95,13 +95,13 @@ class Memory:
 
 
 def anonymous() -> int:
-    """Bytes of memory that hold no file: pages of a mapped file can be taken back at any time."""
+    """Returns the bytes of memory without a file behind them; the system can reclaim pages of a mapped file."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def bare(folder: pathlib.Path) -> dict[str, float]:
-    """Every tensor of every file, by the library alone, kept as a model is."""
+    """Reads every tensor of every file with the library alone and keeps them all."""
     from safetensors.numpy import load_file
 
     began = time.perf_counter()
@@ -111,13 +111,13 @@ def bare(folder: pathlib.Path) -> dict[str, float]:
 
 
 def ours(folder: pathlib.Path) -> dict[str, float]:
-    """What `load_pretrained` does, until everything is on the device."""
+    """Runs `load_pretrained` until everything is on the device."""
     import jax
 
     from anyexperts_jax.pretrained.load import open_checkpoint
     from anyexperts_jax.pretrained.read import read_parameters
 
-    jax.device_put(np.zeros(1)).block_until_ready()  # JAX's own start
+    jax.device_put(np.zeros(1)).block_until_ready()  # starts JAX before the clock
     with Memory() as memory:
         began = time.perf_counter()
         found = open_checkpoint(folder)
@@ -131,7 +131,7 @@ def ours(folder: pathlib.Path) -> dict[str, float]:
 
 
 def measure(folder: pathlib.Path, rounds: int) -> tuple[list[dict], list[dict]]:
-    """Both ways in turn, after a round that fills the page cache."""
+    """Measures both ways in turn, after a round that fills the page cache."""
     found: dict[str, list[dict]] = {"bare": [], "ours": []}
     for number in range(rounds + 1):
         for way in found:

@@ -1,9 +1,9 @@
-"""What it costs on a mesh to rank tokens by salience among the batch, a device's own tokens, or a sequence.
+"""Measures the cost on a mesh of ranking tokens by salience within the batch, a device's tokens, or a sequence.
 
     JAX_PLATFORMS=cpu python -m experiments.bench.salience_scope    with libtpu; minutes on two cores
 
-Compiles the backward pass of one layer's `rank_by_salience` for TPUs that are not here and reads the collectives and
-the temporaries; nothing is run on them. What sorting takes is measured on the CPU that is here.
+Compiles the backward pass of one layer's `rank_by_salience` for TPUs, none attached, and reads the collectives and
+temporaries; nothing is run on them. The time of sorting is measured on this CPU.
 """
 
 import importlib.metadata
@@ -27,14 +27,14 @@ from anyexperts_jax.sharding.specs import DEFAULT_RULES, batch_shards
 
 COMMAND = "JAX_PLATFORMS=cpu python -m experiments.bench.salience_scope"
 RESULT = pathlib.Path(__file__).resolve().parents[1] / "results" / "salience_scope.md"
-LENGTH, SLOTS = 4096, 12  # positions of the one sequence a device has, and slots a token
+LENGTH, SLOTS = 4096, 12  # positions of each device's one sequence, and slots per token
 TOPOLOGIES = ("v5e:2x4", "v5e:16x16")
 HOST_TOKENS = (LENGTH, 8 * LENGTH, 64 * LENGTH, 256 * LENGTH)
 ROUNDS = 5
 
 
 def backward(scope: SalienceScope, shards: int):  # type: ignore[no-untyped-def]
-    """The gradient to importance [B, T], as a function of [B, T] and [B, T, K] arrays."""
+    """Returns the gradient to importance [B, T] as a function of [B, T] and [B, T, K] arrays."""
 
     def loss(importance_BT: jax.Array, weights_BTK: jax.Array, slopes_BTK: jax.Array, valid_BT: jax.Array) -> jax.Array:
         groups = token_groups(scope, len(importance_BT), shards)

@@ -1,8 +1,9 @@
-"""Static time of a kernel on a TPU: cycles from the compiler, copies at the full rate of HBM, nothing else.
+"""Models a kernel's static time on a TPU from the compiler's cycles and copies at the full rate of HBM alone.
 
-A kernel is a list of steps. A step computes for so many cycles once its blocks have come; copies go one after the
-other, each asked for when the step that precedes its own by `ahead` begins, and what a step wrote leaves VMEM when it
-ends. Launching the kernel, its list of tiles and the small operations around it are not counted, for anyone.
+A kernel is a list of steps. A step computes for its number of cycles once its blocks have arrived. Copies run one
+after the other; each starts when the step that is `ahead` steps before its own begins, and a step's results leave VMEM
+when it ends. Launching the kernel, its list of tiles and the small operations around it are not counted for any
+library.
 """
 
 from collections.abc import Sequence
@@ -23,28 +24,28 @@ _OUT_BUFFERS = 2
 
 
 class Steps(NamedTuple):
-    """What the steps of one core cost, an entry each."""
+    """The costs of one core's steps; each array has an entry per step."""
 
     cycles: np.ndarray
-    read: np.ndarray  # bytes that come for the step
+    read: np.ndarray  # bytes that arrive for the step
     written: np.ndarray  # bytes that leave after it
     ahead: int = 1  # steps between asking for a block and using it
-    cores: int = 1  # that do the like at the same time and share HBM
+    cores: int = 1  # cores that do the same at the same time and share HBM
 
 
 def draw_counts(shape: ExpertShape) -> np.ndarray:
-    """Rows of each expert: one multinomial draw, its chances lognormal with sigma 0.3; no more than a buffer holds."""
+    """Draws each expert's rows: multinomial, with lognormal probabilities of sigma 0.3, capped at the capacity."""
     rng = np.random.default_rng(0)
     chances = rng.lognormal(sigma=0.3, size=shape.experts)
     return np.minimum(rng.multinomial(shape.rows, chances / chances.sum()), shape.capacity)
 
 
 def time_us(steps: Steps, chip: str) -> float:
-    """Microseconds until the last copy of the last step has left."""
+    """Returns the microseconds until the last step's last copy has left."""
     per_byte = 1e-3 * steps.cores / tpus()[chip].hbm_gbs
     per_cycle = 1e-3 / tpus()[chip].clock_ghz
     arrived, left = [0.0] * len(steps.cycles), [0.0] * len(steps.cycles)
-    free = end = 0.0  # of the copies, of the last step
+    free = end = 0.0  # when the copies, and when the last step, end
 
     def fetch(at: int, now: float) -> float:
         if at >= len(arrived):
@@ -65,7 +66,7 @@ def time_us(steps: Steps, chip: str) -> float:
 
 
 def floor_us(chip: str, shape: ExpertShape, counts: np.ndarray, part: str) -> float:
-    """The longer of the matmuls at the peak rate and of every operand and result moved once, for live rows alone."""
+    """Returns the longer of the matmuls at peak rate and of moving each operand and result once, for live rows only."""
     D, F, rows = shape.width, shape.hidden, int(counts.sum())
     matmuls, matrices = (6, 6) if part == "backward" else (3, 3)
     values = {"forward": 2 * D, "forward_kept": 2 * D + 2 * F, "backward": 3 * D + 2 * F}[part]
@@ -74,19 +75,19 @@ def floor_us(chip: str, shape: ExpertShape, counts: np.ndarray, part: str) -> fl
 
 
 def own_sizes(call: str, sizes: TpuSizes) -> KernelSizes:
-    """The sizes of one of our kernels."""
+    """Returns the sizes of one of our kernels."""
     return sizes.forward if call.startswith("forward") else getattr(sizes, call)
 
 
 def our_steps(
     call: str, chip: str, shape: ExpertShape, sizes: TpuSizes, summary: dict[str, Any], counts: np.ndarray
 ) -> list[Steps]:
-    """The steps of each core in one of our kernels, from its compiled summary."""
+    """Returns each core's steps in one of our kernels, from its compiled summary."""
     own, cores = own_sizes(call, sizes), tpus()[chip].cores
     capacity = -(-shape.capacity // 16) * 16  # as `expert_mlp` pads it
     listed = list_tiles(jnp.asarray(counts), capacity, own.block)
     traffic = _traffic(call, shape, own)
-    if call == "weights":  # cores share the parts of the columns, each going through all tiles
+    if call == "weights":  # cores share the blocks of columns, and each goes through all tiles
         parts = [[np.asarray(a)[: int(listed.num_touched)] for a in listed[:7]]]
         turns, cores = -(-traffic.turns // cores), min(traffic.turns, cores)
     else:
@@ -110,16 +111,16 @@ def our_steps(
 
 
 def longest_us(parts: Sequence[Steps], chip: str) -> float:
-    """Time of the slowest core."""
+    """Returns the time of the slowest core."""
     return max(time_us(part, chip) for part in parts)
 
 
 def pass_cycles(summary: dict[str, Any], own: KernelSizes, rows: int) -> int:
-    """Cycles of the passes over `rows` live rows."""
+    """Returns the cycles of the passes over `rows` live rows."""
     passes = [p["cycles"] for p in summary["passes"]]
     looped = own.block > own.slab
     full, rest = divmod(rows, own.slab) if looped else (0, rows)
-    if looped and rest > own.slab - own.step:  # nearly whole: one more turn of the loop
+    if looped and rest > own.slab - own.step:  # nearly a whole slab: one more iteration of the loop
         full, rest = full + 1, 0
     part = -(-rest // own.step)
     return full * passes[-1] + (passes[part - 1] if part else 0)
@@ -130,7 +131,7 @@ class _Traffic(NamedTuple):
     read_an_expert: int  # bytes
     written_a_row: int
     written_an_expert: int
-    turns: int = 1  # times that the tiles are gone through
+    turns: int = 1  # how often all tiles are read
 
 
 def _traffic(call: str, shape: ExpertShape, own: KernelSizes) -> _Traffic:

@@ -1,8 +1,7 @@
-"""Other libraries' kernels for the same work, and what their steps cost: tokamax gmm_v2 and tgmm_v2, megablox.
+"""Other libraries' kernels for the same work and the costs of their steps: tokamax gmm_v2, tgmm_v2 and megablox.
 
-They take rows packed by expert, [R, D], not buffers. Where they leave a choice it is made in their favour: what stands
-between the kernels (SwiGLU and its gradient, transposes) is not counted, and of several variants of one pass the
-shortest is taken.
+They take rows packed by expert, [R, D], not buffers. Every choice is made in their favour: operations between the
+kernels (SwiGLU and its gradient, transposes) are not counted, and of several variants of one pass the shortest counts.
 """
 
 import importlib
@@ -19,7 +18,7 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.hardware import tpus
 from experiments.bench.tpu_model import ITEMSIZE, Steps
 
-_SUBLANES = 16  # rows of bfloat16 that are moved together
+_SUBLANES = 16  # bfloat16 rows are moved in groups of this size
 _MEGABLOX_ROWS, _MEGABLOX_COLUMNS = 256, 512  # its default, 128 each way, moves seven times the bytes
 
 
@@ -27,13 +26,13 @@ class Matmul(NamedTuple):
     """One grouped matmul: `kind` is "gmm", its transpose "gmm_t" (rows times weights^T) or "tgmm" (rows^T rows)."""
 
     kind: str
-    k: int  # contracted, or the rows of the result of "tgmm"
+    k: int  # the contracted size, or for "tgmm" the rows of the result
     n: int
     act: bool = False  # SwiGLU of the halves of n follows in the kernel
 
 
 def matmuls(library: str, part: str, shape: ExpertShape) -> dict[str, Matmul]:
-    """The kernels of one pass; gate and up are one matrix of 2 F columns."""
+    """Returns the kernels of one pass; gate and up are one matrix of 2 F columns."""
     D, F = shape.width, shape.hidden
     if part == "forward":
         return {"up": Matmul("gmm", D, 2 * F, act=library == "tokamax"), "down": Matmul("gmm", F, D)}
@@ -46,7 +45,7 @@ def matmuls(library: str, part: str, shape: ExpertShape) -> dict[str, Matmul]:
 
 
 def program(library: str, shape: ExpertShape, m: Matmul) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
-    """(function, abstract arguments)."""
+    """Returns (function, abstract arguments) of the kernel."""
     E, R = shape.experts, shape.rows
     left, counts = jax.ShapeDtypeStruct((R, m.k), jnp.bfloat16), jax.ShapeDtypeStruct((E,), jnp.int32)
     sizes = {"gmm": (E, m.k, m.n), "gmm_t": (E, m.n, m.k), "tgmm": (R, m.n)}
@@ -68,7 +67,7 @@ def _megablox(m: Matmul, experts: int) -> Callable[..., Any]:
     del experts
     module = importlib.import_module(
         "jax.experimental.pallas.ops.tpu.megablox.gmm"
-    )  # a function hides it in its package
+    )  # in its package a function of the same name hides the module
     tiling = _megablox_tiling(m)
     if m.kind == "tgmm":
         return lambda left, right, counts: module.tgmm(left.T, right, counts, jnp.bfloat16, tiling)
@@ -77,13 +76,13 @@ def _megablox(m: Matmul, experts: int) -> Callable[..., Any]:
 
 
 def _megablox_tiling(m: Matmul) -> tuple[int, int, int]:
-    """(rows, k, n): the contracted side whole, so that an expert's weights come once for each part of the columns."""
+    """Returns (rows, k, n) with the whole contracted side, so weights are read once per block of columns."""
     k = min(m.k, 2 * _MEGABLOX_COLUMNS) if m.kind == "tgmm" else m.k
     return _MEGABLOX_ROWS, k, min(m.n, _MEGABLOX_COLUMNS)
 
 
 def steps(library: str, chip: str, m: Matmul, summary: dict[str, Any], counts: np.ndarray) -> list[Steps]:
-    """Steps of each core that works, from the compiled summary."""
+    """Returns the steps of each working core, from the compiled summary."""
     return (_tokamax_steps if library == "tokamax" else _megablox_steps)(chip, m, summary, counts)
 
 
@@ -100,7 +99,7 @@ def _tokamax_steps(chip: str, m: Matmul, summary: dict[str, Any], counts: np.nda
             group, start, stop = [*group, expert], [*start, begin], [*stop, after]
             begin = after
     first, last, of = np.array(start), np.array(stop), np.array(group)
-    reach = last - first // _SUBLANES * _SUBLANES  # rows of the tile, those of the expert before among them
+    reach = last - first // _SUBLANES * _SUBLANES  # rows of the tile, including the previous expert's
     passes = _buckets(summary, m, tile_m)
     base = tile_m // len(passes)
     bucket = np.minimum((reach - 1 if m.kind == "tgmm" else reach) // base, len(passes) - 1)
@@ -120,7 +119,7 @@ def _tokamax_steps(chip: str, m: Matmul, summary: dict[str, Any], counts: np.nda
 
 
 def _buckets(summary: dict[str, Any], m: Matmul, tile_m: int) -> np.ndarray:
-    """Cycles of the pass for each number of rows; a pass of `tgmm` has four variants (opens or closes an expert)."""
+    """Returns the pass's cycles by number of rows; `tgmm`'s has four variants (opening or closing an expert)."""
     cycles = [p["cycles"] for p in summary["passes"]]
     variants = 4 if m.kind == "tgmm" else 1
     count = len(cycles) // variants
@@ -153,7 +152,7 @@ def _megablox_steps(chip: str, m: Matmul, summary: dict[str, Any], counts: np.nd
 
 
 def _share(chip: str, turns: int, cycles: np.ndarray, read: np.ndarray, written: np.ndarray, ahead: int) -> list[Steps]:
-    """Cores share the turns, the axis these kernels call parallel: where there is one turn, one core works."""
+    """Shares the turns, these kernels' parallel axis, among the cores; with one turn only one core works."""
     cores = min(tpus()[chip].cores, turns)
     turns = -(-turns // cores)
     return [Steps(np.tile(cycles, turns), np.tile(read, turns), np.tile(written, turns), ahead, cores)]

@@ -1,4 +1,4 @@
-"""The table of static times, from the programs that experiments/bench/kernels.py compiled."""
+"""Makes the table of static times from the programs that experiments/bench/kernels.py compiled."""
 
 import itertools
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ LIBRARIES = ("tokamax", "megablox")
 
 
 def rows_of(shape: kernels.ExpertShape) -> int:
-    """Rows of a buffer, padded as `expert_mlp` pads them."""
+    """Returns the rows of a buffer, padded as in `expert_mlp`."""
     return -(-shape.capacity // 16) * 16
 
 
@@ -30,7 +30,7 @@ def sizes_for(chip: str, shape: kernels.ExpertShape) -> TpuSizes:
 
 
 def rows(programs: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry a chip, shape, part and library: ns of model time a kept row at each budget, and their ratio."""
+    """Returns an entry per chip, shape, part and library: modelled ns per kept row at each budget, and the ratio."""
     found = []
     for chip in tpus():
         for name in kernels.SHAPES:
@@ -44,7 +44,7 @@ def rows(programs: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _budgets(name: str) -> Iterator[tuple[str, kernels.ExpertShape, np.ndarray]]:
-    """(budget, shape, rows of each expert); buffers are sized by the budget, as `dispatch` sizes them."""
+    """Yields (budget, shape, rows of each expert); buffers are sized by the budget, as in `dispatch`."""
     for budget, share in BUDGETS.items():
         shape = kernels.SHAPES[name]
         shape = shape._replace(rows=round(shape.rows * share))
@@ -94,13 +94,13 @@ def _peer(programs: dict[str, Any], chip: str, name: str, part: str, library: st
         idle = [tpus()[chip].cores // one[0].cores for one in steps]
         halved[budget] = sum(u / n for u, n in zip(us, idle, strict=True)), int(counts.sum())
     entries = [_entry(chip, name, part, library, times)]
-    if halved != times:  # no kernel can do better than twice as well with a second core
+    if halved != times:  # a second core can at most double the speed
         entries.append(_entry(chip, name, part, f"{library}, were both cores used", halved))
     return entries
 
 
 def _xla(programs: dict[str, Any], chip: str, name: str) -> list[dict[str, Any]]:
-    """What XLA says of programs whose schedule is not read: never a time."""
+    """Returns XLA's own counts, never times, for programs whose schedule is not read."""
     entries = []
     for call in ("ragged_dot", "einsum"):
         one = programs.get(f"{chip}/{name}/xla/{call}", {}).get("found", {})
@@ -112,13 +112,13 @@ def _xla(programs: dict[str, Any], chip: str, name: str) -> list[dict[str, Any]]
 
 
 def _unread(chip: str, name: str, part: str, who: str, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """Why there is no figure; nothing where nothing was compiled."""
+    """Returns the reason for a missing figure; nothing if the program was not compiled."""
     reasons = [f"{call}: {one['unread']}".removeprefix(": ") for call, one in found.items() if "unread" in one]
     return [{"chip": chip, "shape": name, "part": part, "who": who, "unread": "; ".join(reasons)}] if reasons else []
 
 
 def golden(kept: dict[str, Any]) -> dict[str, Any]:
-    """What our kernels take: {"kernels": {chip: {shape: {kernel: figures}}}}."""
+    """Returns our kernels' resources: {"kernels": {chip: {shape: {kernel: figures}}}}."""
     table: dict[str, Any] = {chip: {name: {} for name in kernels.SHAPES} for chip in tpus()}
     for key, program in kept["programs"].items():
         chip, name, who, call = key.split("/", 3)
@@ -151,7 +151,7 @@ between cores, and where they are one tile one core does all the work."""
 
 
 def _missing(entries: list[dict[str, Any]]) -> list[str]:
-    """Lines that name what was not compiled."""
+    """Returns lines that name the programs not yet compiled."""
     have = {(row["who"], row["part"], row["chip"], row["shape"]) for row in entries}
     places = list(itertools.product(tpus(), kernels.SHAPES))
     wanted = [("ours", part) for part in PARTS] + [(w, p) for w in LIBRARIES for p in ("forward", "backward")]

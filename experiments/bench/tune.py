@@ -1,4 +1,4 @@
-"""Compares block sizes of the TPU kernels by their static time and writes the package's table of the best.
+"""Compares the TPU kernels' block sizes by static time and writes the best ones to the package's table.
 
     python -m experiments.bench.tune [--chip v5e ...] [--shape A ...] [--kernel forward ...] [--seconds 600]
 
@@ -36,18 +36,20 @@ from experiments.bench.kernels import NOTE, RESULT, ROOT, Task, compile_all, loa
 
 TABLE = ROOT / "anyexperts_jax" / "ops" / "expert_mlp" / tpu_size_table.FILE
 _TIE = 0.995
-_PACKED_ROWS = 16  # of bfloat16 lie in one register
+_PACKED_ROWS = 16  # bfloat16 rows in one register
 _MATRIX_UNIT = 256
-_MOST_ROWS = 512  # of a pass
+_MOST_ROWS = 512  # rows in a pass
 
 
 def candidates(chip: str, name: str, kernel: str) -> list[TpuSizes]:
-    """The heuristic's sizes first, then all rows of an expert in one block, larger slabs for the sums over rows, for
-    the others all rows of an expert in one of four passes, and for the forward kernel hidden columns that fill no tile
-    of a 256-wide matrix unit summed last.
+    """Returns the sizes to compare, the heuristic's first.
 
-    No steps below 64 rows: more than four passes make a program that instruction memory may not hold, of which the
-    figures say nothing."""
+    Then all rows of an expert in one block; larger slabs for kernels that sum over rows, and for the others all rows
+    of an expert in one of four passes; and for the forward kernel a last sum over hidden columns that do not fill a
+    tile of a 256-wide matrix unit.
+
+    Steps have at least 64 rows: a program of more than four passes may not fit in instruction memory, which the figures
+    do not show."""
     shape = class_of(name)
     base = choose_sizes(tpus()[chip].limits, shape)
     own: KernelSizes = getattr(base, kernel)
@@ -94,7 +96,7 @@ def label(sizes: KernelSizes) -> str:
 
 
 def static_ns(chip: str, name: str, kernel: str, sizes: TpuSizes, summary: dict[str, Any]) -> float:
-    """Of a kept row at 8.0."""
+    """Returns the static ns per kept row at budget 8.0."""
     shape = kernels.SHAPES[name]
     counts = tpu_model.draw_counts(shape)
     steps = tpu_model.our_steps(kernel, chip, shape, sizes, summary, counts)
@@ -102,7 +104,7 @@ def static_ns(chip: str, name: str, kernel: str, sizes: TpuSizes, summary: dict[
 
 
 def choose(programs: dict[str, Any], chip: str, name: str, kernel: str) -> tuple[KernelSizes, dict[str, Any]]:
-    """(the best sizes, {label: ns or why there is none}) of what was compiled."""
+    """Returns (the best compiled sizes, {label: ns, or why there is none})."""
     found = candidates(chip, name, kernel)
     best, least, said = getattr(found[0], kernel), None, {}
     for sizes in found:
@@ -118,7 +120,7 @@ def choose(programs: dict[str, Any], chip: str, name: str, kernel: str) -> tuple
 
 
 def table(programs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """({chip: entries}, {chip/shape/kernel: what was compared})."""
+    """Returns ({chip: entries}, {chip/shape/kernel: the compared sizes})."""
     chips: dict[str, Any] = {}
     compared = {}
     for chip in tpus():

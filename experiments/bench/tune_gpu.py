@@ -2,13 +2,13 @@
 
     python -m experiments.bench.tune_gpu [--table FILE]
 
-For each GPU, implementation and dtype the candidates of a kernel are the tiles that were fastest on the GPU itself,
-where it was there, then the heuristic's, then ever smaller ones. The first is taken that, compiled for the GPU, spills
-nothing, multiplies on tensor cores and fits in shared memory and registers, at the studied shapes and at the edges of
-the class. Static tools tell what fits, not what is fastest: no other order is made of what they say.
+For each GPU, implementation and dtype the candidates of a kernel are the tiles that were fastest on that GPU, if one
+was available, then the heuristic's, then ever smaller ones. The first candidate is chosen that, compiled for the GPU,
+spills nothing, multiplies on tensor cores and fits in shared memory and registers, at the studied shapes and at the
+edges of the class. Static tools tell which tiles fit, not which are fastest, so they do not change this order.
 
-Needs no GPU, but the extra `aot-gpu` and JAX 0.11. Takes about four minutes. Then experiments/bench/kernels_gpu.py is
-to be run.
+Needs no GPU, but the extra `aot-gpu` and JAX 0.11. Takes about four minutes. Run experiments/bench/kernels_gpu.py
+afterwards.
 """
 
 import argparse
@@ -40,9 +40,9 @@ SETS = (
     ("A100", "pallas_triton", "bfloat16"),
     ("A100", "pallas_triton", "float32"),
 )
-NARROWEST = 512  # of the class: narrower experts are the heuristic's
+NARROWEST = 512  # of the class; narrower experts use the heuristic
 ROW_BYTES = 16  # rows of the class's arrays are multiples of: with others, Triton's copies are not asynchronous
-WIDE = {"pallas_triton": 2888, "pallas_gpu": 2880}  # ends inside a tile; Mosaic's widths come padded to 64
+WIDE = {"pallas_triton": 2888, "pallas_gpu": 2880}  # end inside a tile; Mosaic's widths are padded to 64
 # Fastest of what ran on the GPU: a row of the file, but d_w_gate_up with the stages that fit over [E, C, D] too.
 MEASURED = {
     ("H100", "pallas_triton", "bfloat16"): (
@@ -60,7 +60,7 @@ MEASURED = {
 
 
 def shapes(implementation: str) -> dict[str, Shape]:
-    """The studied ones and the class's edges: as narrow as it has them, and widths that end inside a tile."""
+    """Returns the studied shapes and the class's edges: its narrowest width, and widths that end inside a tile."""
     wide = WIDE[implementation]
     return SHAPES | {
         f"{NARROWEST}": Shape(8, 104, NARROWEST, NARROWEST),
@@ -70,7 +70,7 @@ def shapes(implementation: str) -> dict[str, Shape]:
 
 
 def candidates(kernel: str, gpu: str, implementation: str, dtype: str) -> Iterator[Tile]:
-    """Fastest first."""
+    """Yields the tiles to try, the fastest first."""
     target, itemsize = gpus()[gpu.lower()], jnp.dtype(dtype).itemsize
     _, measured = MEASURED.get((gpu, implementation, dtype), ("", None))
     if measured is not None:
@@ -90,7 +90,7 @@ def label(tile: Tile) -> str:
 def try_tile(
     kernel: str, tile: Tile, target: Gpu, implementation: str, dtype: str
 ) -> tuple[dict[str, KernelReport], dict[str, str]]:
-    """({shape: report}, {shape: what is wrong})."""
+    """Returns ({shape: report}, {shape: what is wrong})."""
     reports, wrong = {}, {}
     for name, shape in shapes(implementation).items():
         cases = cases_of(implementation, Tiles(*(tile,) * len(Tiles._fields)), shape, dtype)
@@ -109,7 +109,7 @@ def try_tile(
 
 
 def choose(kernel: str, gpu: str, implementation: str, dtype: str) -> tuple[Tile, dict[str, str]]:
-    """(the first candidate of which nothing is wrong, {label: what the compiler said})."""
+    """Returns (the first candidate without a fault, {label: what the compiler said})."""
     said: dict[str, str] = {}
     for tile in candidates(kernel, gpu, implementation, dtype):
         reports, wrong = try_tile(kernel, tile, gpus()[gpu.lower()], implementation, dtype)
@@ -124,7 +124,7 @@ def choose(kernel: str, gpu: str, implementation: str, dtype: str) -> tuple[Tile
 
 
 def entry(gpu: str, implementation: str, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the table's entry, {kernel: what was tried})."""
+    """Returns (the table's entry, {kernel: the tiles tried})."""
     tiles, tried = {}, {}
     for kernel in Tiles._fields:
         tile, tried[kernel] = choose(kernel, gpu, implementation, dtype)

@@ -1,4 +1,4 @@
-"""What EvoMoE's equation (1) does to the evolved experts, on a problem of a second: the two findings.
+"""Shows on a one-second problem what EvoMoE's equation (1) does to the evolved experts.
 
     python experiments/evolution/equation_one.py        # writes results/evolution_equation_one.{json,md}
 
@@ -22,7 +22,7 @@ from anyexperts_jax.evolution.evolve import expert_evolution
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 D, F, BATCH, EXPERTS, NOISE, LR = 16, 32, 64, 4, 0.3, 3e-3
-MARKS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)  # shares of the run at which distances are written down
+MARKS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)  # shares of the run at which distances are recorded
 
 # Name -> (fields of EvolutionConfig, learning rate at the end over its highest)
 CASES: dict[str, tuple[dict[str, Any], float]] = {
@@ -39,7 +39,7 @@ CASES: dict[str, tuple[dict[str, Any], float]] = {
 
 
 def ffn(weights: dict[str, jax.Array], x_BD: jax.Array) -> jax.Array:
-    """The output [B, D] of one expert's SwiGLU."""
+    """Returns the output [B, D] of one expert's SwiGLU."""
     return (jax.nn.silu(x_BD @ weights["gate"]) * (x_BD @ weights["up"])) @ weights["down"]
 
 
@@ -54,7 +54,7 @@ def random_ffn(key: jax.Array) -> dict[str, jax.Array]:
 
 @functools.cache
 def run(case: str, steps: int, seed: int = 0) -> dict[str, Any]:
-    """Distances from expert 1 at MARKS and every expert's loss at the end (0: the teacher; untrained: about 0.5)."""
+    """Returns distances from expert 1 at MARKS and each expert's final loss (teacher 0, untrained about 0.5)."""
     fields, floor = CASES[case]
     teacher = random_ffn(jax.random.key(seed))
     start = random_ffn(jax.random.key(seed + 1))
@@ -70,7 +70,7 @@ def run(case: str, steps: int, seed: int = 0) -> dict[str, Any]:
     )
 
     def loss(params: Any, key: jax.Array) -> jax.Array:
-        """Of expert 1."""
+        """Returns the loss of expert 1."""
         x_BD = jax.random.normal(key, (BATCH, D))
         answer_BD = ffn(teacher, x_BD) + NOISE * jax.random.normal(jax.random.fold_in(key, 1), (BATCH, D))
         return jnp.mean((ffn(jax.tree.map(lambda w: w[0], params), x_BD) - answer_BD) ** 2)
@@ -99,7 +99,7 @@ def run(case: str, steps: int, seed: int = 0) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any], steps: int, command: str) -> str:
-    """The result as Markdown."""
+    """Returns the result as Markdown."""
     lines = [
         "# Equation (1) of EvoMoE: what the evolved experts become",
         "",

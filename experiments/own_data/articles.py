@@ -1,8 +1,9 @@
-"""A text of articles, one after the other, as three splits of whole articles: docs/guides/articles.md.
+"""Splits a text of consecutive articles into three splits of whole articles: docs/guides/articles.md.
 
 python -m experiments.own_data.articles PATH runs/articles
 
-The text is WikiText's: a line " = Title = " begins each article. Of ten articles one is for validation, one for test.
+The text is WikiText's: a line " = Title = " begins each article. Of every ten articles one is for validation, one for
+test.
 """
 
 import argparse
@@ -15,7 +16,7 @@ TITLE = re.compile(r"^ = [^=].* = \n$")
 
 
 def read_articles(path: pathlib.Path) -> list[str]:
-    """The articles in their order, each with its title."""
+    """Returns the articles in order, each with its title."""
     opened = gzip.open if path.suffix == ".gz" else open
     articles: list[list[str]] = []
     with opened(path, "rt", encoding="utf-8") as lines:

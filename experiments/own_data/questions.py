@@ -1,4 +1,4 @@
-"""Rows of a question and an answer, cut out of articles at random: what `anyexperts bench data` is measured on.
+"""Cuts questions and answers at random out of articles, as the rows that `anyexperts bench data` measures.
 
 python -m experiments.own_data.questions runs/articles-data/train.jsonl runs/questions
 """

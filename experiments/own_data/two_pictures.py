@@ -1,4 +1,4 @@
-"""Questions about two pictures each, as chats in the form of transformers: docs/guides/two_pictures.md.
+"""Makes questions about two pictures each, as chats in transformers' format: docs/guides/two_pictures.md.
 
 python -m experiments.own_data.two_pictures runs/pictures
 """
@@ -24,7 +24,7 @@ def draw(rng: np.random.Generator, colour: str, path: pathlib.Path) -> list[int]
 
 
 def row(rng: np.random.Generator, number: int, folder: pathlib.Path) -> dict[str, object]:
-    """One question: which colours, in order, or whether they are the same."""
+    """Makes one question: which colours the squares have, in order, or whether they are the same."""
     kind = ("colours", "same")[number % 2]
     first, second = (str(name) for name in rng.choice(list(COLOURS), 2))
     second = first if kind == "same" and number % 4 == 1 else second

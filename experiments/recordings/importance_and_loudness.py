@@ -1,4 +1,4 @@
-"""Does importance over the sound follow how loud it is? A run's test recordings, chunk by chunk.
+"""Compares importance with loudness, chunk by chunk, in a run's test recordings.
 
 python -m experiments.recordings.importance_and_loudness runs/spoken spoken
 """

@@ -1,4 +1,4 @@
-"""Recordings and their transcripts, as a user has them, to a folder that `anyexperts` reads; split by speaker.
+"""Converts a user's recordings and transcripts into a folder that `anyexperts` reads, split by speaker.
 
     python -m experiments.recordings.spoken_digits spoken_digits.tar.gz runs/spoken
 
@@ -33,7 +33,7 @@ class Recording:
     sound: bytes
     text: str
     speaker: str
-    speed: float = 1.0  # at which it is played: pitch and formants go with it, as other speakers have them
+    speed: float = 1.0  # of playing; it also moves pitch and formants, as if another person spoke
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Recordings:
 
 
 def _at_speed(audio: np.ndarray, speed: float) -> np.ndarray:
-    """The samples played at a speed, a little quieter or louder with each."""
+    """Returns the samples played at a speed, which also makes them a little quieter or louder."""
     if speed == 1:
         return audio
     loudness = 0.4 + 0.6 * (7 * speed % 1)
@@ -69,7 +69,7 @@ def _at_speed(audio: np.ndarray, speed: float) -> np.ndarray:
 
 
 def read_archive(archive: pathlib.Path) -> tuple[Recording, ...]:
-    """Every recording that the archive's transcripts name, in their order."""
+    """Returns every recording that the archive's transcripts name, in order."""
     try:
         with tarfile.open(archive) as tar:
             files = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}  # type: ignore[union-attr]
@@ -88,9 +88,9 @@ def read_archive(archive: pathlib.Path) -> tuple[Recording, ...]:
 def convert(
     archive: pathlib.Path, folder: pathlib.Path, validation: str, test: str, speeds: Sequence[float]
 ) -> dict[str, int]:
-    """Writes the three splits, each of speakers of its own; returns how many recordings each has.
+    """Writes the three splits, which share no speaker; returns how many recordings each has.
 
-    Those of train are there once for every speed besides: three speakers are few.
+    The training recordings are also written once at every speed, because three speakers are few.
     """
     recordings = read_archive(archive)
     speakers = sorted({one.speaker for one in recordings})

@@ -1,1 +1,1 @@
-"""Tables and figures from declared experiments: which runs, how they are run, and what they say."""
+"""Makes tables and figures from experiments declared in files: their runs, how to run them, and their results."""

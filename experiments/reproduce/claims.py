@@ -1,10 +1,10 @@
 """The paper's claims, each with a verdict by a rule that was fixed before the results were seen.
 
-A claim that something is better: supported where the interval of the difference lies above 0; not supported where it
-lies below `BETTER_MARGIN`, so that a gain worth having is excluded; else undecided. A claim that two are equal:
-supported where the interval of the difference lies above -`EQUAL_MARGIN`; not supported where it lies below; else
-undecided. Both on differences paired by seed, in scores of 0 to 1, averaged over domains. Fewer than `MIN_SEEDS` seeds
-leave it undecided.
+A claim that something is better is supported if the interval of the difference lies above 0; not supported if it lies
+below `BETTER_MARGIN`, which excludes a gain worth having; else undecided. A claim that two are equal is supported if
+the interval of the difference lies above -`EQUAL_MARGIN`; not supported if it lies below; else undecided. Both take
+differences paired by seed, in scores of 0 to 1, averaged over domains. With fewer than `MIN_SEEDS` seeds the verdict is
+undecided.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ EQUAL_MARGIN = 0.02
 MIN_SEEDS = 3
 MEDIA, TEXT = ("general", "video"), ("ocr", "nlp")  # image and video, and text, as the paper's domains have them
 FULL, LESS_MEDIA, LESS_TEXT = 8.0, 4.8, 7.2  # nominal budgets: all, 40% and 10% fewer real experts
-# A static top-k cut by at least as much: where it loses nothing either, a verdict is of the tasks, not of the method.
+# A static top-k cut by at least as much: if it loses nothing either, the verdict is about the tasks, not the method.
 CONTROLS = {LESS_MEDIA: 4.0, LESS_TEXT: 6.0}
 
 Verdict = Literal["supported", "not supported", "undecided at this scale"]
@@ -41,18 +41,18 @@ Unit = Literal["score", "AUC", "nats", "overlap", "drift"]
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One claim with what was measured."""
+    """One claim with its measurements."""
 
     statement: str
     verdict: Verdict
-    effect: Summary  # what the verdict is about
+    effect: Summary  # the quantity that the verdict judges
     unit: Unit
     evidence: str
-    limit: float = 0.0  # what the effect is counted from, where the figure itself is told
+    limit: float = 0.0  # subtracted in the effect; reports show the figure without it
 
 
 def better(effect: Summary) -> Verdict:
-    """The verdict on a claim that a difference is above 0."""
+    """Returns the verdict on a claim that a difference is above 0."""
     if effect.n < MIN_SEEDS:
         return "undecided at this scale"
     if effect.low > 0:
@@ -61,7 +61,7 @@ def better(effect: Summary) -> Verdict:
 
 
 def equal(effect: Summary) -> Verdict:
-    """The verdict on a claim that nothing is lost: that a difference is not below -EQUAL_MARGIN."""
+    """Returns the verdict on a claim that nothing is lost: that a difference is not below -EQUAL_MARGIN."""
     if effect.n < MIN_SEEDS:
         return "undecided at this scale"
     if effect.low > -EQUAL_MARGIN:
@@ -70,7 +70,7 @@ def equal(effect: Summary) -> Verdict:
 
 
 def all_claims(figure3: Results, table3: Results) -> list[Claim]:
-    """Those whose runs are there: of Figure 3 (budgets) and Table 3 (ablations)."""
+    """Returns the claims of Figure 3 (budgets) and Table 3 (ablations) whose runs are done."""
     found: list[Claim] = []
     if figure3.found:
         found += [*_dynamic_beats_static(figure3), *_cheaper(figure3), *_meaning(figure3)]
@@ -115,7 +115,7 @@ def _cheaper(results: Results) -> list[Claim]:
 
 
 def _control(results: Results, top_k: float, domains: Sequence[str]) -> str:
-    """What the same domains lose where a static top-8 is cut to `top_k`."""
+    """Tells how much the same domains lose if a static top-8 is cut to `top_k`."""
     if not results.has(STATIC):
         return ""
     lost = summarise(results.paired([STATIC], functools.partial(_lost, top_k, domains)))
@@ -140,7 +140,7 @@ def _gained(domains: Sequence[str], ours: RunResult, without: RunResult) -> floa
 
 
 def _meaning(results: Results) -> list[Claim]:
-    """AUC of importance against the tokens that carry the answer, less the 0.5 of chance; mean over modalities."""
+    """Makes claims on importance's AUC for the tokens that carry the answer, minus chance (0.5), mean of modalities."""
     found = []
     for variant, how in ((DYNAMIC, "the paper's terms"), (SALIENCE, "by salience (ours)")):
         if results.has(variant):
@@ -164,7 +164,7 @@ def _claim(
     figure: Callable[..., float],
     parts: Sequence[str],
 ) -> Claim:
-    """The claim about `figure`(parts, *results of one seed): of all parts together, and of each as evidence."""
+    """Makes the claim about `figure(parts, *results of one seed)` for all parts, with each part alone as evidence."""
 
     def effect(chosen: Sequence[str]) -> Summary:
         return summarise(results.paired(variants, functools.partial(figure, chosen)))
@@ -174,7 +174,7 @@ def _claim(
 
 
 def auc(result: RunResult, modality: str) -> float:
-    """Of importance, mean of layers; NaN where the run measured none."""
+    """Returns importance's AUC, mean of layers; NaN if the run did not measure it."""
     return next((one.auc for one in result.separations if one.modality == modality), math.nan)
 
 
@@ -183,7 +183,7 @@ def _parts_text(found: Mapping[str, Summary]) -> str:
 
 
 def told(claim: Claim) -> str:
-    """The claim's figure with its interval: a score's difference in points, anything else with its unit behind it."""
+    """Formats the claim's figure with its interval: a difference of scores in points, others with their unit."""
     if claim.unit == "nats":
         return f"{_interval(claim.effect, '+.3f')} nats"
     if claim.unit == "overlap":
@@ -194,7 +194,7 @@ def told(claim: Claim) -> str:
 
 
 def signed(one: Summary) -> str:
-    """Mean and interval in hundredths, with their signs; a dash for nothing."""
+    """Formats mean and interval in hundredths with signs; a dash if there is none."""
     hundredths = dataclasses.replace(one, mean=100 * one.mean, low=100 * one.low, high=100 * one.high)
     return _interval(hundredths, "+.1f")
 

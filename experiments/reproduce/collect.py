@@ -1,4 +1,4 @@
-"""The results of an experiment's runs, by variant and seed, and figures paired by seed."""
+"""Collects the results of an experiment's runs by variant and seed, and pairs figures by seed."""
 
 import dataclasses
 import json
@@ -9,25 +9,25 @@ from anyexperts_jax.train.run_dir import write_whole
 from experiments.reproduce.experiment import Run
 from experiments.reproduce.run_result import RESULT_NAME, RunResult, load_result, result_from_json, result_to_json
 
-KEPT_NAME = "runs.jsonl"  # a result a line, beside the tables made from them
+KEPT_NAME = "runs.jsonl"  # a result per line, next to the tables made from them
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """The results there are of one experiment; a table of what is missing is a table with fewer seeds."""
+    """The results of one experiment so far; missing ones make a table with fewer seeds."""
 
     found: Mapping[tuple[str, int], RunResult]  # by variant and seed
     missing: tuple[tuple[str, int], ...] = ()
     older: tuple[tuple[str, int], ...] = ()  # of `found`, made by an older version of the code or of its defaults
 
     def has(self, *variants: str) -> bool:
-        """Whether each of them has a seed."""
+        """Returns whether each variant has a result of at least one seed."""
         return all(any(name == variant for name, _ in self.found) for variant in variants)
 
     def seeds(self, *variants: str) -> list[int]:
-        """The seeds that all of `variants` have, and in which they went on from the same weights, if from shared ones.
+        """Returns the seeds that all of `variants` have, and in which they continued from the same shared weights.
 
-        A start that was trained twice, as on two machines, is two starts: their runs differ by chance as two seeds do.
+        A start that was trained twice, as on two machines, counts as two: runs from them differ by chance like seeds.
         """
         sets = [{seed for name, seed in self.found if name == variant} for variant in variants]
         common = sorted(set.intersection(*sets)) if sets else []
@@ -35,26 +35,26 @@ class Results:
 
     @property
     def apart(self) -> list[int]:
-        """The seeds whose runs went on from several trainings of one start: only those of the same one are paired."""
+        """Returns the seeds whose runs continued from several trainings of one start; only runs of one are paired."""
         seeds = sorted({seed for _, seed in self.found})
         return [s for s in seeds if not _one_origin(one for (_, seed), one in self.found.items() if seed == s)]
 
     def paired(self, variants: Sequence[str], figure: Callable[..., float]) -> list[float]:
-        """`figure` of the variants' results of one seed, for each seed that all have."""
+        """Returns `figure` of the variants' results of one seed, for each seed that all have."""
         return [figure(*(self.found[name, seed] for name in variants)) for seed in self.seeds(*variants)]
 
 
 def _one_origin(results: Iterable[RunResult]) -> bool:
-    """Whether those that went on from a start of one name went on from the same training of it."""
+    """Returns whether results that continued from a start of one name continued from the same training of it."""
     known = {one.origin for one in results if one.origin is not None}
     return len(known) == len({origin.partition(":")[0] for origin in known})
 
 
 def collect(runs: Mapping[tuple[str, int], Run], root: pathlib.Path, kept: Mapping[str, RunResult]) -> Results:
-    """Results of runs from their folders under `root`, or else from `kept`, by id, or else by the id of old.
+    """Returns results from the runs' folders under `root`, or else from `kept` by id, or else by the older id.
 
     Raises:
-      UserError: a result.json that is not this version's.
+      UserError: if a result.json was not written by this version.
     """
     found, missing, older = {}, [], []
     for key, run in runs.items():
@@ -72,10 +72,10 @@ def collect(runs: Mapping[tuple[str, int], Run], root: pathlib.Path, kept: Mappi
 
 
 def load_kept(folder: pathlib.Path) -> dict[str, RunResult]:
-    """The results in `folder`/runs.jsonl by id; none where there is no such file.
+    """Returns the results in `folder`/runs.jsonl by id; an empty dict without that file.
 
     Raises:
-      UserError: a line that is not a result of this version.
+      UserError: if a line is not a result of this version.
     """
     path = folder / KEPT_NAME
     if not path.exists():
@@ -85,7 +85,7 @@ def load_kept(folder: pathlib.Path) -> dict[str, RunResult]:
 
 
 def save_kept(results: Mapping[str, RunResult], folder: pathlib.Path) -> pathlib.Path:
-    """Writes them to `folder`/runs.jsonl, by name and seed."""
+    """Writes the results to `folder`/runs.jsonl, sorted by name and seed."""
     ordered = sorted(results.values(), key=lambda one: (one.name, one.seed, one.id))
     path = folder / KEPT_NAME
     write_whole(path, "".join(json.dumps(result_to_json(one)) + "\n" for one in ordered))
@@ -93,7 +93,7 @@ def save_kept(results: Mapping[str, RunResult], folder: pathlib.Path) -> pathlib
 
 
 def mean_score(result: RunResult, budget: float | None = None, domains: Sequence[str] | None = None) -> float:
-    """The mean over domains of the scores at a budget; None: all domains, and the budget trained with."""
+    """Returns the mean score over domains at a budget; None stands for all domains, and for the trained budget."""
     scores = (result.at(budget) if budget is not None else result.own).scores
     chosen = [score.score for score in scores if domains is None or score.domain in domains]
     return sum(chosen) / len(chosen)

@@ -1,4 +1,4 @@
-"""`python -m experiments.reproduce`: the runs that are asked for, then the page they belong to."""
+"""`python -m experiments.reproduce`: makes the requested runs, then the page they belong to."""
 
 import dataclasses
 import os
@@ -22,10 +22,10 @@ from experiments.reproduce.reproduce import (
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line says, option by option.
+    """The options of the command line.
 
     Raises:
-      UserError: an unknown scale, or one beside a file, which says itself what it varies.
+      UserError: for an unknown scale, or a scale given with a file, which names its own base.
     """
 
     tables: Sequence[str]
@@ -50,19 +50,19 @@ class Request:
 
     @property
     def command(self) -> str:
-        """As a page tells how it was made."""
+        """Returns the command that a page shows."""
         scale = "" if self.scale == "tiny" else f" --scale {self.scale}"
         return f"python -m experiments.reproduce {' '.join(self.tables)}{scale}{' --quick' if self.quick else ''}"
 
     @property
     def side_by_side(self) -> int:
-        """Runs at a time: one a core, or one on an accelerator."""
+        """Returns the number of runs at a time: one per core, or one on an accelerator."""
         if self.workers is not None:
             return self.workers
         return os.cpu_count() or 1 if self.scale == "tiny" else 1
 
     def page_folder(self, runs: pathlib.Path) -> pathlib.Path:
-        """Where tables go unless told otherwise; a quick page stays beside its runs."""
+        """Returns the default folder of tables; a quick page is kept with its runs."""
         if self.quick:
             return runs / ("tables" if self.scale == "tiny" else f"tables_{self.scale}")
         return default_out(self.tables, self.scale)
@@ -72,10 +72,10 @@ class Request:
 
 
 def reproduce(request: Request, note: Note = lambda line: None) -> None:
-    """Makes runs and, once none is left, tables and figures, in the folders that the request names.
+    """Makes the runs and, once all are done, tables and figures, in the folders that the request names.
 
     Raises:
-      UserError: a wrong request, or runs that failed.
+      UserError: for a bad request, or if runs failed.
       RunInterruptedError: after SIGINT or SIGTERM.
     """
     runs = request.runs or pathlib.Path("runs", "reproduce_quick" if request.quick else "reproduce")

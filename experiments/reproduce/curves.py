@@ -1,4 +1,4 @@
-"""Scores against the budget: one checkpoint moved over budgets, or a model retrained for each."""
+"""Curves of score against budget: of one checkpoint at several budgets, or of a model retrained for each."""
 
 import dataclasses
 import math
@@ -8,12 +8,12 @@ from experiments.reproduce.collect import Results
 from experiments.reproduce.run_result import BudgetScores
 from experiments.reproduce.statistics import interpolate
 
-DYNAMIC, STATIC, SALIENCE = "dynamic 8.0", "static 8", "salience"  # the variants that are moved over budgets
+DYNAMIC, STATIC, SALIENCE = "dynamic 8.0", "static 8", "salience"  # the variants evaluated at several budgets
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Points of several seeds, each seed's in the same order of budgets."""
+    """The points of several seeds, in the same order of budgets for each."""
 
     name: str
     points: dict[int, tuple[BudgetScores, ...]]  # by seed
@@ -23,19 +23,19 @@ class Curve:
         return sorted(self.points)
 
     def figures(self, index: int, domain: str | None) -> list[float]:
-        """The score of each seed at the index-th budget; None: the mean over domains."""
+        """Returns each seed's score at the index-th budget; with domain None, the mean over domains."""
         return [domain_score(self.points[seed][index], domain) for seed in self.seeds]
 
 
 def one_checkpoint(results: Results, variant: str, name: str) -> Curve:
-    """Of the variant's checkpoints, by realised budget."""
+    """Returns the curve of the variant's checkpoints, by realised budget."""
     return Curve(name, {seed: _ordered(results.found[variant, seed].budgets) for seed in results.seeds(variant)})
 
 
 def retrained(results: Results, kind: str, name: str) -> Curve:
-    """Of all variants called "`kind` BUDGET", each at the budget it was trained with, for seeds that have them all.
+    """Returns the curve of all variants named "`kind` BUDGET", each at its own budget, for seeds that have them all.
 
-    No curve of a single budget: that is where one checkpoint is, too.
+    A single budget makes no curve, because the checkpoint's own curve has that point too.
     """
     variants = sorted({variant for variant, _ in results.found if variant.split(" ")[0] == kind})
     if len(variants) < 2:
@@ -45,7 +45,7 @@ def retrained(results: Results, kind: str, name: str) -> Curve:
 
 
 def all_curves(results: Results) -> list[Curve]:
-    """Those of Figure 3 that have at least one seed."""
+    """Returns the curves of Figure 3 that have at least one seed."""
     curves = [
         retrained(results, "dynamic", "dynamic, retrained"),
         retrained(results, "static", "static, retrained"),
@@ -58,10 +58,10 @@ def all_curves(results: Results) -> list[Curve]:
 
 
 def gains(curve: Curve, reference: Curve, domain: str | None = None) -> list[float]:
-    """By how much `curve` scores higher than `reference` at equal realised budget, one figure a seed that both have.
+    """Returns how much higher `curve` scores than `reference` at equal realised budget, for each seed of both.
 
-    The reference's score is read off the line through its points; points of `curve` outside of their reach are left
-    out, and the rest averaged.
+    The reference's score is interpolated between its points; points of `curve` outside their range are left out, and
+    the others averaged.
     """
     found = []
     for seed in curve.seeds:
@@ -79,14 +79,14 @@ def gains(curve: Curve, reference: Curve, domain: str | None = None) -> list[flo
 
 
 def domain_score(point: BudgetScores, domain: str | None) -> float:
-    """Of one domain; None: the mean over domains."""
+    """Returns the score of one domain; with None, the mean over domains."""
     if domain is not None:
         return point.score(domain).score
     return sum(score.score for score in point.scores) / len(point.scores)
 
 
 def domains_of(results: Results) -> list[str]:
-    """In the order of the evaluation."""
+    """Returns the domains in the order of the evaluation."""
     first = next(iter(results.found.values()))
     return [score.domain for score in first.budgets[0].scores]
 

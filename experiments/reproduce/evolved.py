@@ -1,4 +1,4 @@
-"""What a run of EvoMoE's stages ends with, and what its experts and routers have become."""
+"""The final model of a run of EvoMoE's stages, and diagnostics of its experts and routers."""
 
 import dataclasses
 import itertools
@@ -28,9 +28,9 @@ _LARGEST_BATCH = 64
 
 
 def last_model(run: EvolveRun, folder: pathlib.Path) -> Trained:
-    """The model the last stage ends with: the dense one (I), that of expert 1 alone (II), the mixture (III).
+    """Returns the last stage's model: the dense one (I), expert 1 alone (II), or the mixture (III).
 
-    The first two as a mixture of one expert, which computes what they compute.
+    The first two are returned as a mixture of one expert, which computes the same.
     """
     last = run.stages[-1]
     dense = last == "warm_up" and not run.evolve.evolve_in_warm_up
@@ -42,17 +42,17 @@ def last_model(run: EvolveRun, folder: pathlib.Path) -> Trained:
 
 
 def validation_record(stage_folder: pathlib.Path) -> dict[str, Any]:
-    """The last one of a stage that is done."""
+    """Returns the last validation record of a finished stage."""
     records = read_records(RunDir(stage_folder).metrics)
     return next(record for record in reversed(records) if record["kind"] == "validation")
 
 
 def expert_figures(run: EvolveRun, folder: pathlib.Path, trained: Trained, examples: int) -> ExpertFigures:
-    """Diagnostics of the mixture `trained` that the stages in `folder` ended with, on validation examples."""
+    """Returns diagnostics, on validation examples, of the final mixture `trained` of the stages in `folder`."""
     rows = min(examples, _LARGEST_BATCH)
     batches = load_batches(trained, trained.config.data.domains, "validation", examples, rows)
     found = diagnose(trained, batches)
-    early = run.evolve.evolve_in_warm_up  # then there is no dense model to have gone from
+    early = run.evolve.evolve_in_warm_up  # then there is no dense model to measure drift from
     dense = None if early else _dense_as_mixture(run, folder)
     distance, drift = {}, {}
     for name in [name for name in run.stages if name != "warm_up" or early]:
@@ -73,7 +73,7 @@ def expert_figures(run: EvolveRun, folder: pathlib.Path, trained: Trained, examp
 
 
 def _dense_as_mixture(run: EvolveRun, folder: pathlib.Path) -> Trained:
-    """Stage I's model with one expert in each of the layers that get experts, which are its FFNs as they are."""
+    """Returns stage I's model as a mixture of one expert, its unchanged FFN, in each layer that gets experts."""
     dense = load_trained(folder / "warm_up", "last")
     upcycle = dataclasses.replace(run.evolve.upcycle, num_experts=1, init="copy")
     model = upcycled_model(dense.config.model, upcycle, AnyExpertsConfig.static_top_k(1, 1))
@@ -87,7 +87,7 @@ def _with_model(trained: Trained, model: ModelConfig, params: Any) -> Trained:
 
 
 def _drift(dense: Trained, trained: Trained) -> float:
-    """The distance of expert 1 from the dense FFN, over its own norm."""
+    """Returns the distance of expert 1 from the dense FFN, divided by its own norm."""
 
     def first(of: Trained) -> np.ndarray:
         flags, leaves = jax.tree.leaves(leaves_of(of.config.model, "expert")), jax.tree.leaves(of.params)

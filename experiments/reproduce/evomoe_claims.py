@@ -1,9 +1,9 @@
 """EvoMoE's claims, each with a verdict by the rule of `claims`, fixed before the results were seen.
 
-A claim is about evolved experts as our default reading makes them and, as "(snapshots, ours)", about experts that stop
-following while the learning rate is high, which do not end alike. Differences are paired by seed. Besides scores:
-losses in nats per answer token and overlaps of densities, both by the same margins, and how far experts 2 to N end from
-expert 1 over how far that has gone from the dense FFN: they end apart where that is above `APART`.
+Each claim is judged for experts evolved by our default reading and, as "(snapshots, ours)", for experts that stop
+following while the learning rate is high, which do not end alike. Differences are paired by seed. Besides scores there
+are losses in nats per answer token and overlaps of densities, judged by the same margins, and the distance of experts 2
+to N from expert 1 divided by expert 1's drift from the dense FFN: the experts end apart if it is above `APART`.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from experiments.reproduce.statistics import Summary, summarise
 
 APART = 0.1
 DENSE, ALONE, COPIES, COPIES_DTR = "dense", "expert 1 alone", "MoE-tuning", "MoE-tuning + DTR"
-KINDS = {"evolution": "", "snapshots": " (snapshots, ours)"}  # ways to evolve, by the beginning of variants' names
+KINDS = {"evolution": "", "snapshots": " (snapshots, ours)"}  # ways to evolve, by the prefix of variants' names
 BOTH = "evolution + DTR"
 LINEAR_SLOTS, DTR_SLOTS = "dynamic 8.0", "dynamic 8.0, DTR"
 
@@ -28,21 +28,21 @@ Figure = Callable[..., float]
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A claim, and what the paper found in percent, as text."""
+    """A claim, and the paper's figures in percent, as text."""
 
     claim: Claim
     paper: str
 
 
 def evomoe_findings(results: Results) -> list[Finding]:
-    """Those whose runs are there, of the results of all EvoMoE's experiments together."""
+    """Returns the findings whose runs are done, from the results of all EvoMoE's experiments together."""
     main = main_findings(results)
     rest = [*_routers(results), *_diversity(results), *_beta(results), *_numbers(results)]
     return [*main, *(one for one in rest if one is not None)]
 
 
 def main_findings(results: Results) -> list[Finding]:
-    """Those on the method's parts and on what experts and routers become: a table short enough for a page of docs/."""
+    """Returns the findings on the method's parts and on its experts and routers: short enough for a page of docs/."""
     found = [*_components(results), *_uniformity(results), *_rigidity(results), *_apart(results)]
     return [one for one in found if one is not None]
 
@@ -162,14 +162,14 @@ def _apart(results: Results) -> list[Finding | None]:
 
 
 def _gain(results: Results, statement: str, ours: str, theirs: str) -> Finding | None:
-    """By how much `ours` scores higher, mean of domains, and by domain."""
+    """Returns the finding on how much higher `ours` scores, as the mean of domains and by domain."""
     return _finding(results, statement, better, "score", (ours, theirs), lambda a, b: mean_score(a) - mean_score(b))
 
 
 def _finding(
     results: Results, statement: str, judge: Judge, unit: Unit, variants: Sequence[str], figure: Figure
 ) -> Finding | None:
-    """The claim about `figure` of one seed's results; None where no seed has all variants, or none the figure."""
+    """Returns the finding about `figure` of one seed's results; None if no seed has all variants and the figure."""
     effect = summarise([one for one in results.paired(variants, figure) if not math.isnan(one)])
     if effect.n == 0:
         return None
@@ -205,11 +205,11 @@ PAPER_ROWS: Mapping[str, str] = {  # our variant: the paper's row
     "local entropy": "local_entropy",
     "evolving in stage I": "stage_one",
 }
-_ON_FOUR = {"evolution + linear": "linear", BOTH: "dtr"}  # beside routers and diversity: the same four benchmarks
+_ON_FOUR = {"evolution + linear": "linear", BOTH: "dtr"}  # the same four benchmarks as for routers and diversity
 
 
 def _paper(variants: Sequence[str]) -> str:
-    """The paper's two figures for a pair of variants; nothing for variants of ours."""
+    """Returns the paper's two figures for a pair of variants; an empty text for our own variants."""
     if not set(variants) <= set(PAPER_ROWS):
         return ""
     scores, rows = evomoe_scores(), [PAPER_ROWS[name] for name in variants]
@@ -220,17 +220,17 @@ def _paper(variants: Sequence[str]) -> str:
 
 
 def shuffle_cost(result: RunResult) -> float:
-    """Nats per answer token that shuffling the router's logits costs."""
+    """Returns the nats per answer token that shuffling the router's logits costs."""
     return math.nan if result.experts is None else result.experts.shuffled_loss - result.experts.loss
 
 
 def overlap(result: RunResult, pair: str = "text-image") -> float:
-    """Of the densities of two modalities' router logits; 1 where they are alike."""
+    """Returns the overlap of the densities of two modalities' router logits; 1 if they are equal."""
     return math.nan if result.experts is None else result.experts.overlap.get(pair, math.nan)
 
 
 def apart(result: RunResult) -> float:
-    """The mean distance of experts 2 to N from expert 1 over its drift from the dense FFN, at the end of evolution."""
+    """Returns the mean distance of experts 2 to N from expert 1 over its drift from the dense FFN after evolution."""
     experts = result.experts
     if experts is None or not experts.distance.get("evolving") or not experts.drift.get("evolving"):
         return math.nan
@@ -238,12 +238,12 @@ def apart(result: RunResult) -> float:
 
 
 def end_distance(result: RunResult) -> float:
-    """The mean distance of experts 2 to N from expert 1 over its norm, at the end of the last stage."""
+    """Returns the mean distance of experts 2 to N from expert 1 over its norm, at the end of the last stage."""
     experts = result.experts
     return mean_distance(experts, list(experts.distance)[-1]) if experts and experts.distance else math.nan
 
 
 def mean_distance(experts: ExpertFigures, stage: str) -> float:
-    """Of experts 2 to N from expert 1, over its norm; NaN for a single expert."""
+    """Returns the mean distance of experts 2 to N from expert 1 over its norm; NaN for a single expert."""
     distances = experts.distance[stage]
     return sum(distances) / len(distances) if distances else math.nan

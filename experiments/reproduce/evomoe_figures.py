@@ -1,4 +1,4 @@
-"""EvoMoE's pictures: scores of all variants, and what shuffling costs against how far experts end apart."""
+"""EvoMoE's pictures: scores of all variants, and the cost of shuffling against the distance between experts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 _KIND_NAMES = ("evolution", "snapshots (ours)", "others")
 _OTHER = 2
-_LEAST_DISTANCE = 1e-8  # where experts that are alike stand on the logarithmic axis
+_LEAST_DISTANCE = 1e-8  # the place of equal experts on the logarithmic axis
 
 
 def draw_scores(tables: Mapping[str, Results], path: Path, title: str) -> Path:
-    """A panel a table, a row a variant: by how much it scores above the table's reference, every seed and the mean.
+    """Draws a panel per table and a row per variant: its gain over the table's reference, for every seed and the mean.
 
-    Seeds lie further apart than variants, so each is set against its own.
+    Seeds differ more than variants, so each is compared with the reference of the same seed.
     """
     sizes = [max(len({name for name, _ in one.found}), 1) for one in tables.values()]
     with style.figure(9.0, 0.6 + 0.26 * sum(sizes) + 0.3 * len(sizes), path) as drawn:
@@ -61,10 +61,10 @@ def _draw_gain(axes: "Axes", row: int, results: Results, variant: str, reference
 
 
 def draw_experts(results: Results, path: Path, title: str) -> Path:
-    """What shuffling costs against the distance between experts, and the overlap of logits by modality."""
+    """Draws the cost of shuffling against the distance between experts, and the overlap of logits by modality."""
     variants = list(dict.fromkeys(name for (name, _), one in results.found.items() if one.experts))
     every = [abs(shuffle_cost(one)) for one in results.found.values() if one.experts]
-    named_from = 0.1 * max(every, default=0.0)  # names of those on the zero line would lie on one another
+    named_from = 0.1 * max(every, default=0.0)  # names on the zero line would overlap
     means: dict[str, tuple[float, float]] = {}
     with style.figure(11.0, max(4.4, 0.9 + 0.15 * len(variants)), path) as drawn:
         left, right = drawn.subplots(1, 2)
@@ -85,8 +85,10 @@ def draw_experts(results: Results, path: Path, title: str) -> Path:
         left.set_xscale("log")
         left.axhline(0.0, color=style.FAINT, linewidth=1)
         _name(left, means)
-        left.xaxis.set_major_formatter("{x:g}")  # the usual one writes powers as formulas, which `style` turns off
-        left.xaxis.set_minor_formatter("")  # decades alone have labels
+        left.xaxis.set_major_formatter(
+            "{x:g}"
+        )  # the default formatter writes powers as formulas, which `style` turns off
+        left.xaxis.set_minor_formatter("")  # only decades have labels
         left.set_xlabel("distance of experts 2 to N from expert 1 over its norm")
         left.set_ylabel("nats per answer token that shuffled logits cost")
         right.set_yticks(range(len(variants)), variants)
@@ -102,7 +104,7 @@ def draw_experts(results: Results, path: Path, title: str) -> Path:
 
 
 def _name(axes: "Axes", points: Mapping[str, tuple[float, float]]) -> None:
-    """Writes the points' names in a column left of experts that differ, about as high as they, and a line to each."""
+    """Writes the points' names in a column to the left of experts that differ, with a line to each point."""
     low, high = axes.get_ylim()
     names = sorted(points, key=lambda name: points[name][1])
     heights = _apart([points[name][1] for name in names], gap=0.03 * (high - low))
@@ -120,7 +122,7 @@ def _name(axes: "Axes", points: Mapping[str, tuple[float, float]]) -> None:
 
 
 def _apart(ascending: Sequence[float], gap: float) -> list[float]:
-    """The numbers moved so that neighbours are at least `gap` apart, their mean where it was."""
+    """Returns the numbers moved so that neighbours are at least `gap` apart, keeping their mean."""
     moved: list[float] = []
     for number in ascending:
         moved.append(max(number, moved[-1] + gap) if moved else number)
@@ -129,5 +131,5 @@ def _apart(ascending: Sequence[float], gap: float) -> list[float]:
 
 
 def _kind(variant: str) -> int:
-    """The place in `_KIND_NAMES`."""
+    """Returns the variant's index in `_KIND_NAMES`."""
     return next((i for i, start in enumerate(("evolution", "snapshots")) if variant.startswith(start)), _OTHER)

@@ -1,4 +1,4 @@
-"""EvoMoE's page from results: verdicts, tables, pictures. The runs and the page of AnyExperts are `output`'s."""
+"""Writes EvoMoE's page from results: verdicts, tables, pictures. `output` writes AnyExperts' page."""
 
 import pathlib
 from collections.abc import Mapping
@@ -41,12 +41,12 @@ RULE = (
 
 
 def is_evomoe(names: Mapping[str, Results]) -> bool:
-    """Whether a page of these tables is EvoMoE's."""
+    """Returns whether a page of these tables is EvoMoE's."""
     return set(names) <= set(EVOMOE_TABLES)
 
 
 def together(results: Mapping[str, Results]) -> Results:
-    """All experiments' results: a variant of one name is the same run in each."""
+    """Merges all experiments' results; a variant of one name is the same run in each."""
     return Results({key: one for each in results.values() for key, one in each.found.items()})
 
 
@@ -68,7 +68,7 @@ def write_evomoe_page(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def evomoe_block(page: Page, where: str) -> str:
-    """The block of docs/results/evomoe.md: the main verdicts without details, with links to the page in `where`."""
+    """Returns the block of docs/results/evomoe.md: the main verdicts, with links to the page in `where`."""
     whole = finding_table(main_findings(together(page.results)))
     short = TextTable(whole.title, whole.columns[:5], tuple(row[:5] for row in whole.rows))
     return (

@@ -1,4 +1,4 @@
-"""EvoMoE's tables: verdicts, scores by variant with the paper's beside, and what experts and routers became."""
+"""EvoMoE's tables: verdicts, scores by variant with the paper's for comparison, and diagnostics of experts."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from experiments.reproduce.statistics import summarise
 from experiments.reproduce.tables import VERDICTS_TITLE, spread
 
 PAIRS = ("text-image", "text-audio", "text-video", "image-video")
-_REFERENCES = {  # what a table's differences are to; routers: the linear one of the same experts
+_REFERENCES = {  # the reference of a table's differences; routers are compared with the linear one of the same experts
     "evomoe-components": COPIES,
     "evomoe-diversity": BOTH,
     "evomoe-beta": BOTH,
@@ -45,7 +45,7 @@ _FOUR_BENCHMARKS = ("evomoe-routers", "evomoe-diversity")
 
 
 def finding_table(findings: Sequence[Finding]) -> TextTable:
-    """A row a claim: verdict, effect with its interval in its unit, seeds, the paper's figures, and by domain."""
+    """Returns a row per claim: verdict, effect with its interval, seeds, the paper's figures, and effects by domain."""
     rows = [
         (
             one.claim.statement,
@@ -62,7 +62,7 @@ def finding_table(findings: Sequence[Finding]) -> TextTable:
 
 
 def variant_table(name: str, results: Results) -> TextTable:
-    """Every variant's score by domain, its difference to the table's reference paired by seed, the paper's average."""
+    """Returns every variant's score by domain, its paired difference to the reference, and the paper's average."""
     domains, rows = domains_of(results), []
     for variant in _variants(results):
         ones = [result for (found, _), result in results.found.items() if found == variant]
@@ -76,19 +76,19 @@ def variant_table(name: str, results: Results) -> TextTable:
 
 
 def against(name: str) -> str:
-    """What the variants of the table `name` are set against, in words."""
+    """Describes the reference of the table `name` in words."""
     return _REFERENCES.get(name, "the linear router")
 
 
 def reference_of(name: str, variant: str) -> str:
-    """The variant that `variant` is set against in the table `name`."""
+    """Returns the variant that `variant` is compared with in the table `name`."""
     if name in _REFERENCES:
         return _REFERENCES[name]
     return next(f"{kind} + linear" for kind in KINDS if variant.startswith(kind))
 
 
 def _paper(name: str, variant: str) -> str:
-    """The paper's average: of all its benchmarks, beside routers and diversity of the four it gives there."""
+    """Returns the paper's average over all its benchmarks; for routers and diversity, over the four it gives there."""
     row = PAPER_ROWS.get(variant)
     if name in _FOUR_BENCHMARKS:
         row = {"evolution + linear": "linear", BOTH: "dtr", "MoE-tuning + DTR": None}.get(variant, row)
@@ -96,7 +96,7 @@ def _paper(name: str, variant: str) -> str:
 
 
 def expert_table(results: Results) -> TextTable:
-    """What experts and routers became: shuffling, each expert alone, distances, overlap of logits by modality."""
+    """Returns the diagnostics: cost of shuffling, each expert alone, distances, overlap of logits by modality."""
     rows = []
     for variant in _variants(results):
         ones = [r for (name, _), r in results.found.items() if name == variant and r.experts is not None]

@@ -1,4 +1,4 @@
-"""`Experiment`: a table or figure as a list of variants of one run, times seeds, from a TOML file, strictly."""
+"""`Experiment`: a table or figure as variants of one run times seeds, read strictly from a TOML file."""
 
 import dataclasses
 import functools
@@ -28,10 +28,13 @@ EVOMOE_TABLES = (
     "evomoe-experts",
     "evomoe-slots",
 )
-GROUPS = {"all": TABLES, "evomoe": EVOMOE_TABLES}  # a paper each: tables that share their runs and a page
+GROUPS = {"all": TABLES, "evomoe": EVOMOE_TABLES}  # one group per paper: tables that share their runs and a page
 EVOLVES = "evolve_and_evaluate"  # the recipe whose base has a table `evolve`
-CONFIGS = pathlib.Path("experiments") / "configs"  # under the current directory: they come with a checkout
-SCALES = {"tiny": CONFIGS, "small": CONFIGS / "small"}  # the same tables of a model for two cores, for one accelerator
+CONFIGS = pathlib.Path("experiments") / "configs"  # under the current directory; a checkout has them
+SCALES = {
+    "tiny": CONFIGS,
+    "small": CONFIGS / "small",
+}  # the same tables with a model for two cores or for one accelerator
 _ID_LENGTH = 12
 _START_SEEDS = 1000  # above a variant's seed
 _LABELS = ("name", "keep", "stage")
@@ -41,11 +44,11 @@ _NOTHING = object()
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-    """How much every run of an experiment is measured."""
+    """How many examples measure every run of an experiment."""
 
     test_examples: int = 256  # of each domain
     validation_examples: int = 32
-    model_baselines: bool = True  # AUC of what router, gradient and embeddings say of a token
+    model_baselines: bool = True  # AUC of token scores from the router, gradient and embeddings
 
     def __post_init__(self) -> None:
         for name in _EXAMPLES:
@@ -54,15 +57,15 @@ class Amounts:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """The base run with `set` laid over it, evaluated at the nominal budgets `budgets`."""
+    """The base run with the overrides `set`, evaluated at the nominal budgets `budgets`."""
 
     name: str
     set: tuple[str, ...] = ()  # as `anyexperts train --set` takes them
-    budgets: tuple[float, ...] = ()  # real experts per token; none: the one it is trained with
-    seeds: tuple[int, ...] | None = None  # None: the experiment's
+    budgets: tuple[float, ...] = ()  # real experts per token; empty for the trained budget
+    seeds: tuple[int, ...] | None = None  # None for the experiment's
     stage: int = 1  # all seeds of a stage run before the next stage
-    keep: tuple[int, ...] = ()  # seeds whose checkpoint is kept, for pictures
-    stages: tuple[str, ...] = STAGES  # of EvoMoE's, those it goes through: it is measured at the end of the last
+    keep: tuple[int, ...] = ()  # seeds whose checkpoint is kept for pictures
+    stages: tuple[str, ...] = STAGES  # EvoMoE's stages that the run goes through; it is measured after the last
 
     def __post_init__(self) -> None:
         for name in self.stages:
@@ -71,11 +74,11 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Quick:
-    """What --quick changes: fewer seeds and examples, and overrides of every variant."""
+    """The changes of --quick: fewer seeds and examples, and overrides of every variant."""
 
     seeds: tuple[int, ...] = (0,)
     set: tuple[str, ...] = ()
-    test_examples: int = 16  # at most, as the next
+    test_examples: int = 16  # a maximum, as is the next
     validation_examples: int = 16
 
     def __post_init__(self) -> None:
@@ -87,15 +90,15 @@ class Experiment:
     """One table or figure.
 
     Raises:
-      UserError: naming the value and the rule it breaks.
+      UserError: that names the value and the rule it breaks.
     """
 
     title: str
-    base: str  # what the variants vary: a .toml beside this file, or a preset of `anyexperts train`
+    base: str  # the run to vary: a .toml in the experiment's folder, or a preset of `anyexperts train`
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     recipe: str = "train_and_evaluate"  # how a run is made, see `recipes`
-    start: str | None = None  # a run as `base`, trained once a seed, from whose end that seed's variants start
+    start: str | None = None  # a run named like `base`, trained once per seed; that seed's variants start from its end
     evaluation: Amounts = dataclasses.field(default_factory=Amounts)
     quick: Quick = dataclasses.field(default_factory=Quick)
 
@@ -114,7 +117,7 @@ class Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run with its evaluation, whichever tables want it."""
+    """One training run with its evaluation; several tables may share it."""
 
     name: str
     config: RunConfig
@@ -123,55 +126,55 @@ class Run:
     recipe: str
     keep: bool = False
     stage: int = 1
-    evolve: EvolveConfig | None = None  # what recipe EVOLVES lays over `config`
-    start: RunConfig | None = None  # the run from whose end it starts; None: from scratch
+    evolve: EvolveConfig | None = None  # the settings that recipe EVOLVES adds to `config`
+    start: RunConfig | None = None  # the run from whose end it starts; None to train from scratch
 
     @functools.cached_property
     def id(self) -> str:
-        """Runs with one id are the same run: it hashes all that decides the result, and none of `_LABELS`.
+        """Returns a hash of everything that decides the result, and of none of `_LABELS`; equal ids mean the same run.
 
-        That is the whole configuration, defaults too, and the version of the code: a default or a computation that
-        changes makes it another run, whose result is not taken from the one before.
+        It covers the whole configuration including defaults, and the version of the code, so a changed default or
+        computation makes another run, which does not reuse the earlier result.
         """
         parts = {name: value for name, value in dataclasses.asdict(self).items() if name not in _LABELS}
         return _digest({"code": CODE_VERSION, **parts})
 
     @functools.cached_property
     def older_id(self) -> str:
-        """The id it had in results that were committed before ids told defaults and the version of the code."""
+        """Returns the run's id in results committed before ids covered defaults and the version of the code."""
         apart = ("config", "evolve", "start", *_LABELS)
         others = {name: value for name, value in dataclasses.asdict(self).items() if name not in apart}
         parts = {"config": _unusual(self.config, RunConfig()), **others}
         if self.evolve is not None:
-            parts["evolve"] = _unusual(self.evolve, EvolveConfig(), ("model",))  # whose only moved keys are below moe
+            parts["evolve"] = _unusual(self.evolve, EvolveConfig(), ("model",))  # only keys below moe moved in it
         if self.start is not None:
             parts["start"] = _unusual(self.start, RunConfig())
         return _digest(parts)
 
     @property
     def moe(self) -> AnyExpertsConfig:
-        """The routing policy it is measured with."""
+        """Returns the routing policy that the run is measured with."""
         return self.config.model.moe if self.evolve is None else self.evolve.moe
 
     @property
     def evolve_run(self) -> EvolveRun:
-        """The stages of a run that evolves its experts."""
+        """Returns the stages of a run that evolves its experts."""
         assert self.evolve is not None
         return EvolveRun(self.config, self.evolve)
 
 
 def evolve_digest(run: EvolveRun) -> str:
-    """Stages with one digest are the same stages, of one version of the code."""
+    """Returns a digest that is equal for the same stages under one version of the code."""
     return _digest({"code": CODE_VERSION, **dataclasses.asdict(run)})
 
 
 def config_digest(config: RunConfig) -> str:
-    """Training runs with one digest are the same, of one version of the code."""
+    """Returns a digest that is equal for the same training run under one version of the code."""
     return _digest({"code": CODE_VERSION, "config": dataclasses.asdict(config)})
 
 
 def _unusual(config: Any, usual: Any, root: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What differs from the defaults, under the keys of old; `root`: where in a run's configuration `config` stands."""
+    """Returns the values that differ from the defaults, under the older keys; `root` is the path of `config`."""
     known = flatten(usual)
     below = {old[len(root) :]: new[len(root) :] for old, new in MOVED.items() if new[: len(root)] == root}
     now = {".".join(new): ".".join(old) for old, new in below.items()}
@@ -183,10 +186,10 @@ def _digest(parts: dict[str, Any]) -> str:
 
 
 def load_experiment(source: str | pathlib.Path, configs: pathlib.Path = CONFIGS) -> tuple[Experiment, pathlib.Path]:
-    """The experiment of a name in the folder `configs`, or of a path to a .toml file; and that path.
+    """Loads the experiment of a name in the folder `configs`, or of a .toml file; returns it with its path.
 
     Raises:
-      UserError: no such file, or one line with file, key and the valid keys or values.
+      UserError: if there is no such file, or for a bad key or value, with the valid ones.
     """
     path = pathlib.Path(source)
     if path.suffix != ".toml":
@@ -208,15 +211,15 @@ def load_experiment(source: str | pathlib.Path, configs: pathlib.Path = CONFIGS)
 def runs_of(
     experiment: Experiment, path: pathlib.Path, *, quick: bool = False, overrides: Sequence[str] = ()
 ) -> dict[tuple[str, int], Run]:
-    """The experiment's runs by variant and seed, in the order in which to run them: by stage, seed and variant.
+    """Returns the experiment's runs by variant and seed, in running order: by stage, seed and variant.
 
     Args:
-      path: the experiment's file, for messages and to find the base beside it.
-      quick: fewer seeds and steps, as the experiment says.
-      overrides: laid over every variant.
+      path: the experiment's file, for messages and to find the base in its folder.
+      quick: whether to use the experiment's fewer seeds and steps.
+      overrides: applied to every variant.
 
     Raises:
-      UserError: a variant whose overrides or budgets do not fit the base.
+      UserError: if a variant's overrides or budgets do not fit the base.
     """
     amounts = experiment.evaluation
     if quick:
@@ -264,7 +267,7 @@ def _run_of(
 
 
 def _start_of(experiment: Experiment, path: pathlib.Path, overrides: Sequence[str], seed: int) -> RunConfig | None:
-    """It sees other training examples than what starts from it: of a seed that no variant has."""
+    """Returns the start with a seed that no variant has, so it sees other training examples than its variants."""
     if experiment.start is None:
         return None
     seeds = (f"seed={seed}", f"data.seed={seed + _START_SEEDS}")
@@ -272,7 +275,7 @@ def _start_of(experiment: Experiment, path: pathlib.Path, overrides: Sequence[st
 
 
 def shared(runs: Sequence[Mapping[tuple[str, int], Run]]) -> list[Run]:
-    """The runs of several experiments, each once, by stage and seed; kept where one of them keeps it."""
+    """Returns the runs of several experiments, each once, by stage and seed; kept if any experiment keeps it."""
     found: dict[str, Run] = {}
     for run in (run for each in runs for run in each.values()):
         known = found.get(run.id, run)
@@ -286,13 +289,13 @@ def run_to_json(run: Run) -> str:
 
 
 def run_from_json(text: str) -> Run:
-    """The inverse of `run_to_json`."""
+    """Inverts `run_to_json`."""
     values: dict[str, Any] = json.loads(text)
     return build(Run, values)
 
 
 def _read(path: pathlib.Path, above: tuple[pathlib.Path, ...] = ()) -> dict[str, Any]:
-    """The file's tables, laid over those of the file beside it that its key `like` names."""
+    """Reads the file's tables over those of the file in the same folder that its key `like` names."""
     values = parse_toml(str(path), read_text(path, "experiment"))
     like = values.pop("like", None)
     if like is None:

@@ -1,4 +1,4 @@
-"""Figure 3's curves and Figure 5's areas under the curve."""
+"""Draws Figure 3's curves and Figure 5's areas under the curve."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +20,10 @@ Place = Callable[[Curve, BudgetScores], float]
 
 
 def draw_curves(results: Results, path: Path, times: LayerTimes | None, title: str, *, all_axes: bool = True) -> Path:
-    """Score against the budget, a column a domain; a row for each of three x axes, or the realised budget's alone.
+    """Draws score against budget, a column per domain and a row for each of three x axes, or the realised budget only.
 
-    Bars are 95% intervals of the mean over seeds once each seed's level, its mean over all points, is taken out: seeds
-    lie further apart than variants, and the comparison is within them. Layer times are those of another, stated, size
+    Bars are 95% intervals of the mean over seeds after subtracting each seed's level, its mean over all points: seeds
+    differ more than variants, and the comparison is within seeds. Layer times are those of another, stated, size
     (`LayerTimes`).
     """
     curves, domains = all_curves(results), [*domains_of(results), None]
@@ -52,7 +52,7 @@ def draw_curves(results: Results, path: Path, times: LayerTimes | None, title: s
 
 
 def seed_levels(curves: Sequence[Curve], domain: str | None) -> dict[int, float]:
-    """By how much each seed's mean over all points of all curves is above that of all seeds."""
+    """Returns how far each seed's mean over all points of all curves is above the mean of all seeds."""
     scores: dict[int, list[float]] = {}
     for curve in curves:
         for seed, points in curve.points.items():
@@ -87,14 +87,14 @@ def _draw_curve(
 
 
 def _layer_time(times: LayerTimes, curve: Curve, point: BudgetScores) -> float:
-    """Read off the line through the measured points, over that of static top-8; NaN beyond them."""
+    """Returns the layer time interpolated between measured points over static top-8's; NaN outside their range."""
     points = times.static if curve.name.startswith("static") else times.dynamic
     known_x, known_y = zip(*points, strict=True)
     return interpolate(point.realised, known_x, known_y) / times.reference
 
 
 def draw_separations(results: Results, variants: Sequence[str], path: Path, title: str) -> Path:
-    """AUC of importance against the tokens that carry the answer, a panel a variant, a group of marks a modality."""
+    """Draws importance's AUC for the tokens that carry the answer: a panel per variant, marks grouped by modality."""
     present = [name for name in variants if any(v == name and r.separations for (v, _), r in results.found.items())]
     with style.figure(9.0, 0.9 + 2.6 * len(present), path) as drawn:
         grid = drawn.subplots(len(present), 1, squeeze=False, sharex=True)[:, 0]

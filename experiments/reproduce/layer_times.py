@@ -1,4 +1,4 @@
-"""The time of one MoE layer against the real experts it realises, dynamic and static: Figure 3's third axis."""
+"""Times one MoE layer by its realised real experts, dynamic and static, for Figure 3's third axis."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.train.run_dir import write_whole
 
 NAME = "layer_times.json"
-SHAPE = "S1"  # of `anyexperts bench layer`: at the size the runs train, experts are a small part of the time
+SHAPE = "S1"  # a shape of `anyexperts bench layer`; at the size of the runs, experts take a small part of the time
 DYNAMIC_BUDGETS = (4.8, 6.4, 7.2, 8.0, 9.6)
 STATIC_K = (4, 6, 8, 10)
 ROUNDS = 7
@@ -28,7 +28,7 @@ ROUNDS = 7
 
 @dataclasses.dataclass(frozen=True)
 class LayerTimes:
-    """Milliseconds of a forward pass, router, importance and virtual experts included, by realised real experts."""
+    """Milliseconds of a forward pass with router, importance and virtual experts, by realised real experts."""
 
     shape: str
     tokens: int
@@ -40,12 +40,12 @@ class LayerTimes:
 
     @property
     def reference(self) -> float:
-        """Milliseconds of static top-8, in which times are told."""
+        """Returns the milliseconds of static top-8, the unit of times in figures."""
         return dict(self.static)[8.0]
 
 
 def measure_layer_times(rounds: int = ROUNDS) -> LayerTimes:
-    """Times every budget in turn on random tokens, so that a busy machine slows all alike. Takes about a minute."""
+    """Times all budgets in turn on random tokens, so that load affects all equally. Takes about a minute."""
     shape = SHAPES[SHAPE]
     x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((1, shape.tokens, shape.width)), jnp.float32)
     E = shape.experts
@@ -76,10 +76,10 @@ def save_layer_times(times: LayerTimes, folder: pathlib.Path) -> pathlib.Path:
 
 
 def load_layer_times(folder: pathlib.Path) -> LayerTimes | None:
-    """None where there is no such file.
+    """Loads the layer times; None without such a file.
 
     Raises:
-      UserError: when it is not one this version wrote.
+      UserError: if this version did not write the file.
     """
     path = folder / NAME
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Figures 4 and 5: importance maps of one kept checkpoint on each domain's first test questions."""
+"""Draws Figures 4 and 5: importance maps of one kept checkpoint on each domain's first test questions."""
 
 import pathlib
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _EXAMPLES, _ANSWER_TOKENS = 3, 24
 def draw_maps(
     run: Run, root: pathlib.Path, domains: Sequence[str], folder: pathlib.Path, stem: str
 ) -> list[pathlib.Path]:
-    """A picture a domain, `stem`_DOMAIN.png, of the run's checkpoint; none where it was not kept."""
+    """Draws a picture per domain, `stem`_DOMAIN.png, from the run's checkpoint; none if it was not kept."""
     if not has_checkpoint(root / run.id):
         return []
     trained = load_trained(root / run.id / TRAIN_FOLDER, "last")

@@ -1,4 +1,4 @@
-"""The tables and figures of experiments from their results: CSV, PNG and one Markdown page."""
+"""Writes the tables and figures of experiments from their results: CSV, PNG and one Markdown page."""
 
 import csv
 import dataclasses
@@ -47,23 +47,23 @@ _EMPTY = Results({})
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What a page shows: results by the name of the table or figure, and how they came to be."""
+    """The contents of a page: results by the name of the table or figure, and how they were made."""
 
     results: Mapping[str, Results]
     command: str
     parameters: int  # of the model
     quick: bool = False
     times: LayerTimes | None = None
-    start_steps: int | None = None  # of the run that all of a seed go on from; None: they are trained from scratch
+    start_steps: int | None = None  # of the run that a seed's runs start from; None if they train from scratch
 
     @property
     def title(self) -> str:
-        """Over every picture."""
+        """Returns the title of every picture."""
         return QUICK_NOTE if self.quick else f"AnyExperts at {self.size} parameters"
 
     @property
     def size(self) -> str:
-        """The number of parameters, in millions."""
+        """Returns the number of parameters in millions."""
         return f"{self.parameters / 1e6:.{1 if self.parameters < 1e7 else 0}f}M"
 
 
@@ -86,12 +86,12 @@ def write_page(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def claims_of(results: Mapping[str, Results]) -> list[Claim]:
-    """The claims that the results there are can say something about."""
+    """Returns the claims that the results so far can judge."""
     return all_claims(results.get("figure3", _EMPTY), results.get("table3", _EMPTY))
 
 
 def _tables(results: Mapping[str, Results]) -> dict[str, TextTable]:
-    """The tables by the name of their file."""
+    """Returns the tables by the name of their file."""
     makers = {
         "table1": tables.wer_table,
         "figure3": tables.curve_table,
@@ -105,7 +105,7 @@ def _tables(results: Mapping[str, Results]) -> dict[str, TextTable]:
 
 
 def _pictures(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
-    """The figures that are drawn from results alone; importance maps take a checkpoint, see `maps`."""
+    """Draws the figures that need only results; importance maps need a checkpoint, see `maps`."""
     paths = []
     if page.results.get("figure3", _EMPTY).found:
         results = page.results["figure3"]
@@ -118,14 +118,14 @@ def _pictures(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def map_pictures(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The importance maps in `folder`, drawn now or before: they take a checkpoint, which not every machine has."""
+    """Returns the importance maps in `folder`, drawn now or earlier, as not every machine has the checkpoint."""
     return [*sorted(folder.glob("figure4_*.png")), *sorted(folder.glob("figure5_*.png"))]
 
 
 def page_text(
     page: Page, heading: str, note: str, rule: str, made: Sequence[TextTable], pictures: Sequence[str]
 ) -> str:
-    """A Markdown page: how the runs were made, the tables, with `rule` below the verdicts, and the pictures."""
+    """Returns a Markdown page: how the runs were made, the tables with `rule` below the verdicts, and the pictures."""
     results = [result for one in page.results.values() for result in one.found.values()]
     lines = [f"# {heading}", ""]
     lines += [f"**{QUICK_NOTE}**", ""] if page.quick else []
@@ -140,14 +140,14 @@ def page_text(
 
 
 def old_splits(results: Mapping[str, Results]) -> list[str]:
-    """A line where runs were measured on splits of another version than this one's, else none."""
+    """Returns a line if runs were measured on splits of another version, else none."""
     once = {one.id: one for each in results.values() for one in each.found.values()}.values()
     old = sum(one.splits != SPLITS_VERSION for one in once)
     return [OLD_SPLITS_NOTE.format(old, len(once))] if old else []
 
 
 def missing_text(results: Mapping[str, Results]) -> str:
-    """Which runs there are not, by variant with their seeds, how many are older, and which seeds are not all paired."""
+    """Tells which runs are missing, by variant and seed, how many are older, and which seeds are not all paired."""
     seeds: dict[str, set[int]] = {}
     for name, seed in (key for one in results.values() for key in one.missing):
         seeds.setdefault(name, set()).add(seed)
@@ -169,7 +169,7 @@ def missing_text(results: Mapping[str, Results]) -> str:
 
 
 def how_text(results: Sequence[RunResult]) -> str:
-    """How the runs were made, in a sentence or two."""
+    """Tells in a sentence or two how the runs were made."""
     once = {result.id: result for result in results}.values()
     devices = sorted({result.device for result in once})
     seconds = sorted(result.train_seconds + result.evaluate_seconds for result in once)
@@ -194,14 +194,14 @@ def _times_text(times: LayerTimes) -> str:
 
 
 def markdown_table(table: TextTable) -> str:
-    """The table in Markdown, figures as they are; a bar in a name would begin a new cell."""
+    """Formats the table as Markdown, with figures as they are and bars in names escaped."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in (table.columns, *table.rows)]
     head, *body = ("| " + " | ".join(row) + " |" for row in rows)
     return "\n".join((head, "|---" * len(table.columns) + "|", *body))
 
 
 def write_csv(table: TextTable, path: pathlib.Path, quick: bool) -> pathlib.Path:
-    """The table's texts as CSV; a quick run says so in its first line."""
+    """Writes the table's texts as CSV; the first line marks a quick run."""
     with path.open("w", newline="") as file:
         if quick:
             file.write(f"# {QUICK_NOTE}\n")

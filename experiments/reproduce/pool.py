@@ -1,4 +1,4 @@
-"""Runs side by side: a process each, on cores of its own, until all are done or the time is up."""
+"""Runs several runs at a time, each in a process on its own cores, until all are done or the time is up."""
 
 import dataclasses
 import itertools
@@ -15,7 +15,7 @@ from experiments.reproduce.experiment import Run
 from experiments.reproduce.run_folder import LOG_NAME, finished, prepare
 from experiments.reproduce.shared_stages import missing_stages
 
-GRACE_SECONDS = 20.0  # to write a checkpoint in, before a process is killed
+GRACE_SECONDS = 20.0  # for writing a checkpoint before a process is killed
 _POLL_SECONDS = 0.2
 _CACHE_NAME = "compiled"
 WORKER = (sys.executable, "-m", "experiments.reproduce.worker")  # FOLDER and CORES follow
@@ -25,9 +25,9 @@ Note = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of the runs asked for."""
+    """The outcome of the requested runs."""
 
-    done: tuple[Run, ...]  # now or before
+    done: tuple[Run, ...]  # now or earlier
     failed: tuple[tuple[Run, str], ...]  # with the last line of its log
     left: tuple[Run, ...]  # not started, or stopped when the time was up
 
@@ -50,18 +50,18 @@ def run_all(
     note: Note = lambda line: None,
     worker: Sequence[str] = WORKER,
 ) -> Outcome:
-    """Finishes `runs`, in order, `workers` at a time; those that have a result are not run again.
+    """Finishes `runs` in order, `workers` at a time; runs that have a result are not repeated.
 
-    One that needs a stage which another one is training waits, and the next goes before it.
+    A run that needs a stage which another run is training waits, and the next one goes first.
 
     Args:
       root: where each run has its folder.
-      deadline: seconds from now; then nothing is started and what runs is stopped, with a checkpoint where it trains.
+      deadline: seconds from now, after which no run is started and running ones stop, with a checkpoint if training.
       note: called with a line as each run starts and ends.
       worker: the command that finishes one run.
 
     Raises:
-      UserError: a number out of range, or a result that is not this version's.
+      UserError: for a number out of range, or a result that this version did not write.
       RunInterruptedError: after SIGINT or SIGTERM, once all processes are stopped.
     """
     require(workers >= 1, f"workers={workers} must be >= 1")
@@ -89,9 +89,9 @@ def run_all(
 
 
 def core_shares(workers: int) -> list[tuple[int, ...]]:
-    """The cores of each of `workers` processes: a share of those this process may use, or one of them in turn."""
+    """Returns the cores of each of `workers` processes: a share of this process's cores, or one of them in turn."""
     if not hasattr(os, "sched_getaffinity"):
-        return [(0,)] * workers  # where processes cannot be held to cores the numbers mean nothing
+        return [(0,)] * workers  # this system cannot pin processes to cores, so the numbers mean nothing
     cores = sorted(os.sched_getaffinity(0))
     if workers >= len(cores):
         return [(cores[i % len(cores)],) for i in range(workers)]
@@ -100,7 +100,7 @@ def core_shares(workers: int) -> list[tuple[int, ...]]:
 
 
 class _Pool:
-    """The processes under way. Each leads a session of its own, so that Ctrl-C reaches it once, through `stop`."""
+    """The running processes. Each leads its own session, so that Ctrl-C reaches it only once, through `stop`."""
 
     def __init__(
         self, root: pathlib.Path, shares: Sequence[tuple[int, ...]], note: Note, worker: Sequence[str]
@@ -111,7 +111,7 @@ class _Pool:
         self.failed: list[tuple[Run, str]] = []
 
     def first_ready(self, todo: Sequence[Run]) -> Run | None:
-        """The first that need not wait for a stage another one is training; None where all must."""
+        """Returns the first run that need not wait for a stage in training; None if all must."""
         if not todo:
             return None
         busy = frozenset[str]().union(*(missing_stages(one.run, self.root) for one in self.running))
@@ -136,7 +136,7 @@ class _Pool:
         self.note(f"start {_label(run)}")
 
     def collect(self) -> None:
-        """Takes note of those that ended."""
+        """Collects the processes that have ended."""
         for one in [one for one in self.running if one.process.poll() is not None]:
             self.running.remove(one)
             self.free.append(one.slot)
@@ -149,7 +149,7 @@ class _Pool:
                 self.note(f"FAILED {_label(one.run)} after {seconds:.0f} s, code {one.process.returncode}: {last}")
 
     def stop(self) -> None:
-        """Ends what still runs: by SIGTERM, after which training writes a checkpoint, or else by SIGKILL."""
+        """Ends running processes with SIGTERM, upon which training writes a checkpoint, or at last with SIGKILL."""
         self.collect()
         for one in self.running:
             one.process.terminate()
@@ -165,7 +165,7 @@ class _Pool:
 
 
 def _environment(base: Mapping[str, str], root: pathlib.Path) -> dict[str, str]:
-    """For the workers: what one compiled, the others read; and on a GPU they share its memory."""
+    """Returns the workers' environment: they share a cache of compiled programs and, on a GPU, its memory."""
     wanted = {
         "JAX_COMPILATION_CACHE_DIR": str((root / _CACHE_NAME).absolute()),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",

@@ -1,4 +1,4 @@
-"""The main figure and the table of verdicts of a page in docs/results, written between the page's two markers."""
+"""Writes the main figure and the table of verdicts between the two markers of a page in docs/results."""
 
 import os
 import pathlib
@@ -16,10 +16,10 @@ EVOMOE_END = END.replace("reproduce", "reproduce evomoe")
 
 
 def update_readme(page: Page, folder: pathlib.Path, readme: pathlib.Path) -> None:
-    """Replaces what stands between the markers of `readme`, a Markdown file, by the main figure and the verdicts.
+    """Replaces the text between the markers of `readme`, a Markdown file, with the main figure and the verdicts.
 
     Raises:
-      UserError: no such file, or not exactly one pair of markers in it.
+      UserError: if there is no such file, or it does not hold exactly one pair of markers.
     """
     try:
         text = readme.read_text()
@@ -34,7 +34,7 @@ def update_readme(page: Page, folder: pathlib.Path, readme: pathlib.Path) -> Non
 
 
 def block(page: Page, folder: pathlib.Path, base: pathlib.Path) -> str:
-    """The figure and the verdicts without their details, with links relative to `base`."""
+    """Returns the figure and the verdicts without details, with links relative to `base`."""
     where = pathlib.Path(os.path.relpath(folder, base)).as_posix()
     return "".join(f"{note}\n\n" for note in old_splits(page.results)) + _verdicts(page, where)
 

@@ -1,4 +1,4 @@
-"""How a run is made, by name: an experiment's `recipe`."""
+"""The recipes by name: how an experiment's runs are made."""
 
 import contextlib
 import dataclasses
@@ -22,16 +22,17 @@ from experiments.reproduce.run_result import RunResult
 from experiments.reproduce.shared_stages import SHARED, link_stages, trained_start
 
 TRAIN_FOLDER = "train"
-_SECONDS_NAME = "seconds.json"  # of training so far, beside the checkpoints
+_SECONDS_NAME = "seconds.json"  # seconds of training so far, stored next to the checkpoints
 
 Note = Callable[[str], None]
 Recipe = Callable[[Run, pathlib.Path, Note], RunResult]
 
 
 def train_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult:
-    """Trains in `folder`/train, going on from a checkpoint there, and evaluates the last state at every budget.
+    """Trains in `folder`/train, resuming from a checkpoint there, and evaluates the last state at every budget.
 
-    The last state and not the best: which step validates best would be one more choice that differs between variants.
+    It takes the last state, not the best: the step that validates best would be one more choice that differs between
+    variants.
     """
     train_folder, config, origin = folder / TRAIN_FOLDER, run.config, None
     if run.start is not None:
@@ -45,7 +46,7 @@ def train_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult:
 
 
 def evolve_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult:
-    """EvoMoE's stages in `folder`/train, I and II shared with other runs, and what the last one ends with, evaluated.
+    """Trains EvoMoE's stages in `folder`/train, I and II shared with other runs, and evaluates the final model.
 
     After stage I that is the dense model, after II expert 1 in place of all, after III the mixture.
     """
@@ -66,14 +67,14 @@ def evolve_and_evaluate(run: Run, folder: pathlib.Path, note: Note) -> RunResult
 
 
 def _origin(name: str, folder: pathlib.Path) -> str:
-    """A shared training's name and a digest of what it scored, to the last bit, as no second training of it does."""
+    """Returns a shared training's name with a digest of its exact scores, which no second training repeats."""
     record = validation_record(folder)
     scored = json.dumps([record["loss"], record["domains"]], sort_keys=True)
     return f"{name}:{hashlib.sha256(scored.encode()).hexdigest()[:12]}"
 
 
 def _measured(run: Run, trained: Trained, record: dict[str, Any], train_seconds: float, note: Note) -> RunResult:
-    """The result of `trained` at every budget of the run; `record` is its validation's."""
+    """Returns the result of `trained` at every budget of the run; `record` is its validation record."""
     validation = {name: scores["exact_match"] for name, scores in record["domains"].items()}
     note(f"trained in {train_seconds:.0f} s: " + "  ".join(f"{name} {right:.0%}" for name, right in validation.items()))
     start = time.perf_counter()
@@ -102,7 +103,7 @@ def _measured(run: Run, trained: Trained, record: dict[str, Any], train_seconds:
 
 @contextlib.contextmanager
 def _timed(folder: pathlib.Path) -> Iterator[Callable[[], float]]:
-    """Counts the seconds inside, and those of earlier attempts, whether or not it ends well."""
+    """Counts the seconds spent inside, plus those of earlier attempts, even after an error."""
     path = folder / _SECONDS_NAME
     before = float(json.loads(path.read_text())["train"]) if path.exists() else 0.0
     start = time.perf_counter()
@@ -130,11 +131,11 @@ def recipe(name: str) -> Recipe:
 
 
 def has_checkpoint(folder: pathlib.Path) -> bool:
-    """Whether the run in `folder` still has what its pictures are made from."""
+    """Returns whether the run in `folder` still has the checkpoint for its pictures."""
     return any((folder / TRAIN_FOLDER / "checkpoints").glob("[0-9]*"))
 
 
 def drop_checkpoint(folder: pathlib.Path) -> None:
-    """Removes what was only needed to go on, or to measure."""
+    """Removes the files that were only needed to resume or to measure."""
     shutil.rmtree(folder / TRAIN_FOLDER, ignore_errors=True)
     (folder / _SECONDS_NAME).unlink(missing_ok=True)

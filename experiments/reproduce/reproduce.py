@@ -1,4 +1,4 @@
-"""The plans of tables and figures, their runs, and their pages."""
+"""Plans tables and figures, makes their runs, and writes their pages."""
 
 import dataclasses
 import pathlib
@@ -30,10 +30,10 @@ class Plan:
 def plans(
     tables: Sequence[str], *, quick: bool = False, overrides: Sequence[str] = (), configs: pathlib.Path = CONFIGS
 ) -> list[Plan]:
-    """The plans of tables by name ("all": every one of AnyExperts', "evomoe": of EvoMoE's), or of paths to .toml files.
+    """Returns the plans of tables by name ("all": AnyExperts', "evomoe": EvoMoE's), or by the path of a .toml file.
 
     Raises:
-      UserError: no such experiment, or a wrong one.
+      UserError: for an unknown or malformed experiment.
     """
     names = [name for table in tables for name in GROUPS.get(table, (table,))]
     found = []
@@ -44,7 +44,7 @@ def plans(
 
 
 def whole_page(tables: Sequence[str]) -> Sequence[str]:
-    """What to draw where `tables` were asked for: the whole page of a paper's, or these if not of one."""
+    """Returns the tables to draw for a request: all of the same paper's page, or the given ones if they have none."""
     for group, names in GROUPS.items():
         if set(tables) <= {group, *names}:
             return (group,)
@@ -52,10 +52,10 @@ def whole_page(tables: Sequence[str]) -> Sequence[str]:
 
 
 def of_seeds(found: Sequence[Plan], seeds: Sequence[int]) -> list[Plan]:
-    """The plans with the runs of some seeds alone.
+    """Returns the plans with the runs of these seeds only.
 
     Raises:
-      UserError: a seed that no run has.
+      UserError: for a seed that no run has.
     """
     known = sorted({seed for plan in found for _, seed in plan.runs})
     for seed in seeds:
@@ -64,7 +64,7 @@ def of_seeds(found: Sequence[Plan], seeds: Sequence[int]) -> list[Plan]:
 
 
 def default_out(tables: Sequence[str], scale: str = "tiny") -> pathlib.Path:
-    """Where the page of `tables` is kept in a checkout."""
+    """Returns the folder of the page of `tables` in a checkout."""
     folder = pathlib.Path("experiments", "results", "reproduce")
     if whole_page(tables) == ("evomoe",):
         return folder / "evomoe"
@@ -79,7 +79,7 @@ def run_plans(
     deadline: float | None = None,
     note: Note = lambda line: None,
 ) -> Outcome:
-    """Makes every run of the plans, each once, under `root`; what is done is kept. See `pool.run_all`."""
+    """Makes every run of the plans once, under `root`; finished ones are kept. See `pool.run_all`."""
     runs = shared([plan.runs for plan in found])
     return run_all(runs, root, workers=workers, deadline=deadline, note=note)
 
@@ -93,13 +93,13 @@ def write_plans(
     quick: bool = False,
     note: Note = lambda line: None,
 ) -> Page:
-    """Writes tables and figures of what is done into `out`, with the results they are made from in runs.jsonl.
+    """Writes tables and figures of finished runs into `out`, with their results in runs.jsonl.
 
-    Results come from `root`, or where they are not there from `out`'s runs.jsonl, so that a checkout can draw what was
-    committed. Layer times are measured once and kept in `out`; so are importance maps, drawn where a checkpoint is.
+    Results come from `root`, or else from `out`'s runs.jsonl, so that a checkout can draw the committed results. Layer
+    times are measured once and kept in `out`; so are importance maps, drawn if the checkpoint is there.
 
     Raises:
-      UserError: nothing is done yet, or a file is not what this version writes.
+      UserError: if no run is done, or a file was not written by this version.
     """
     kept = load_kept(out)
     results = {plan.name: collect(plan.runs, root, kept) for plan in found}
@@ -111,14 +111,14 @@ def write_plans(
     times = _layer_times(results, out, note)
     page = Page(results, command, parameters_of(found), quick, times, _start_steps(found))
     write = write_evomoe_page if is_evomoe(page.results) else write_page
-    maps = _maps(found, root, out)  # before the page, which shows those it finds
+    maps = _maps(found, root, out)  # before the page, which shows the maps it finds
     for path in [*write(page, out), *maps]:
         note(f"wrote {path}")
     return page
 
 
 def parameters_of(found: Sequence[Plan]) -> int:
-    """Of the model that the first run ends with, which the others vary a little."""
+    """Returns the number of parameters of the first run's final model; other runs differ a little."""
     run = next(run for plan in found for run in plan.runs.values())
     model = run.config.model
     return parameter_count(model if run.evolve is None else upcycled_model(model, run.evolve.upcycle, run.evolve.moe))

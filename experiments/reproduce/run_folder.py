@@ -1,4 +1,4 @@
-"""A run's folder, RUNS/ID: run.json, result.json once it is done, log.txt, and while it goes or if kept, train/."""
+"""A run's folder, RUNS/ID: run.json, log.txt, result.json once done, and train/ while it runs or if it is kept."""
 
 import pathlib
 
@@ -16,7 +16,7 @@ def prepare(run: Run, root: pathlib.Path) -> pathlib.Path:
     """Makes the run's folder and writes run.json.
 
     Raises:
-      UserError: an unknown recipe, or a folder that cannot be made.
+      UserError: for an unknown recipe, or a folder that cannot be made.
     """
     require_one_of("recipe", run.recipe, RECIPES)
     folder = root / run.id
@@ -29,7 +29,7 @@ def prepare(run: Run, root: pathlib.Path) -> pathlib.Path:
 
 
 def finished(run: Run, root: pathlib.Path) -> RunResult | None:
-    """The run's result, None where it is not done or lacks a checkpoint it is to keep."""
+    """Returns the run's result; None if it is not done or lacks a checkpoint it should keep."""
     path = root / run.id / RESULT_NAME
     if not path.exists() or (run.keep and not has_checkpoint(path.parent)):
         return None
@@ -37,7 +37,7 @@ def finished(run: Run, root: pathlib.Path) -> RunResult | None:
 
 
 def finish(run: Run, folder: pathlib.Path, note: Note) -> RunResult:
-    """Runs it, from where it stopped if it did, and writes result.json; drops the checkpoint unless it is kept."""
+    """Makes or resumes the run and writes result.json; drops the checkpoint unless it is kept."""
     result = recipe(run.recipe)(run, folder, note)
     save_result(result, folder)
     if not run.keep:

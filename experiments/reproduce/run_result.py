@@ -1,4 +1,4 @@
-"""`RunResult`: what is kept of a run, small enough to commit, and its JSON."""
+"""`RunResult`: the results kept of a run, small enough to commit, and their JSON."""
 
 import dataclasses
 import json
@@ -18,9 +18,9 @@ _DIGITS = 6  # significant
 
 @dataclasses.dataclass(frozen=True)
 class BudgetScores:
-    """One checkpoint at one budget: scores, and where the real experts went (`evaluate.results` has the units)."""
+    """One checkpoint at one budget: scores, and the distribution of real experts (units: `evaluate.results`)."""
 
-    budget: float  # asked
+    budget: float  # nominal
     nominal: float
     realised: float
     window: tuple[float, float]
@@ -59,33 +59,35 @@ class ExpertFigures:
     """
 
     loss: float
-    shuffled_loss: float  # each token's router logits dealt to other experts, mean of the shuffles
-    alone: tuple[float, ...]  # of each expert in place of all
+    shuffled_loss: float  # with each token's router logits permuted among experts, mean of the shuffles
+    alone: tuple[float, ...]  # loss of each expert in place of all
     distance: dict[str, tuple[float, ...]]  # by stage, at its end: experts 2 to E from expert 1
     drift: dict[str, float]  # by stage, at its end: expert 1 from the dense FFN it was made from
     overlap: dict[str, float]  # by pair of modalities, "text-image": of their router logits' densities; 1 is alike
-    share: dict[str, tuple[float, ...]]  # by modality: of its real slots that went to each expert, mean of layers
+    share: dict[str, tuple[float, ...]]  # by modality: the share of its real slots that each expert got, mean of layers
 
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What a finished run found."""
+    """The result of a finished run."""
 
     id: str
     name: str
     seed: int
     trained_budget: float  # nominal
     step: int  # of the checkpoint measured
-    validation: dict[str, float]  # teacher-forced answers right by domain, at the last step
+    validation: dict[str, float]  # share of right teacher-forced answers by domain, at the last step
     budgets: tuple[BudgetScores, ...]
-    separations: tuple[Separation, ...]  # importance against the answers' tokens, at the window trained with
+    separations: tuple[Separation, ...]  # importance against the answers' tokens, at the trained window
     train_seconds: float
     evaluate_seconds: float
     device: str
     versions: dict[str, str]
-    experts: ExpertFigures | None = None  # of runs that evolve or upcycle experts
-    splits: int | None = None  # data.domain.SPLITS_VERSION of its questions; None: of before that was recorded
-    origin: str | None = None  # the shared training it went on from, "NAME:DIGEST"; None: from none, or not recorded
+    experts: ExpertFigures | None = None  # only of runs that evolve or upcycle experts
+    splits: int | None = None  # data.domain.SPLITS_VERSION of its questions; None in older results, which lack it
+    origin: str | None = (
+        None  # the shared training it started from, "NAME:DIGEST"; None without one, or in older results
+    )
 
     @classmethod
     def of(cls, evaluation: EvaluationResult, **fields: Any) -> "RunResult":
@@ -101,18 +103,18 @@ class RunResult:
 
     @property
     def own(self) -> BudgetScores:
-        """The scores at the budget it was trained with.
+        """Returns the scores at the trained budget.
 
         Raises:
-          UserError: when it was not evaluated there.
+          UserError: if the run was not evaluated there.
         """
         return self.at(self.trained_budget)
 
     def at(self, budget: float) -> BudgetScores:
-        """The scores at the budget that was asked.
+        """Returns the scores at a nominal budget.
 
         Raises:
-          UserError: when it was not evaluated there.
+          UserError: if the run was not evaluated there.
         """
         for one in self.budgets:
             if abs(one.budget - budget) < 1e-6:
@@ -121,7 +123,7 @@ class RunResult:
 
 
 def save_result(result: RunResult, folder: pathlib.Path) -> pathlib.Path:
-    """Writes result.json, whole or not at all."""
+    """Writes result.json atomically."""
     path = folder / RESULT_NAME
     write_whole(path, json.dumps(result_to_json(result)) + "\n")
     return path
@@ -135,12 +137,12 @@ def load_result(path: pathlib.Path) -> RunResult:
 
 
 def result_to_json(result: RunResult) -> Any:
-    """Plain numbers, rounded to six significant digits, None for NaN."""
+    """Returns plain values rounded to six significant digits, with None for NaN."""
     return plain(_rounded(dataclasses.asdict(result)))
 
 
 def result_from_json(text: str, name: str) -> RunResult:
-    """The inverse of `result_to_json` and `json.dumps`; `name` is for messages."""
+    """Inverts `result_to_json` and `json.dumps`; `name` is for messages."""
     return read_saved(RunResult, text, f"{name} is not a run's result", "remove it to run it again")
 
 

@@ -1,7 +1,7 @@
-"""What many runs have in common, trained once, in RUNS/stages, under a lock: EvoMoE's stages I and II, or a start.
+"""Trains stages that several runs share once, under a lock, in RUNS/stages: EvoMoE's stages I and II, or a start.
 
-An evolving run's folder links to its stages; what is its own, stage III, it trains itself. Who comes first trains; a
-stage that was stopped goes on with whoever needs it next.
+An evolving run's folder links to its shared stages; the run trains stage III itself. The first run that needs a stage
+trains it; a stopped stage is resumed by the next run that needs it.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from anyexperts_jax.train.loop import train
 from anyexperts_jax.train.run_dir import RunDir
 from experiments.reproduce.experiment import Run, config_digest, evolve_digest
 
-STORE_NAME = "stages"  # beside the runs' folders
+STORE_NAME = "stages"  # in the same folder as the runs' folders
 SHARED = ("warm_up", "evolving")
 _OF_EVOLUTION = ("upcycle", "evolution", "evolving", "evolve_in_warm_up")
 _NO_STEPS = StageConfig(steps=0)
@@ -29,7 +29,7 @@ Note = Callable[[str], None]
 
 
 def up_to(run: EvolveRun, name: str) -> EvolveRun:
-    """The run that ends with stage `name`, without what does not matter to it: runs that share the stage have one."""
+    """Returns the run that ends with stage `name`, without settings that do not affect it, so sharing runs agree."""
     needed: dict[str, Any] = {"warm_up": run.evolve.warm_up, "evolving": _NO_STEPS, "routing": _NO_STEPS}
     if name == "evolving" or run.evolve.evolve_in_warm_up:
         needed |= {part: getattr(run.evolve, part) for part in _OF_EVOLUTION}
@@ -38,7 +38,7 @@ def up_to(run: EvolveRun, name: str) -> EvolveRun:
 
 
 def missing_stages(run: Run, root: pathlib.Path) -> frozenset[str]:
-    """The shared stages that `run` would train first, by their folders' names."""
+    """Returns the folder names of the shared stages that `run` would have to train first."""
     missing = set()
     if run.start is not None and not _is_trained(run.start, place := _start_place(run.start, root)):
         missing.add(place.name)
@@ -50,7 +50,7 @@ def missing_stages(run: Run, root: pathlib.Path) -> frozenset[str]:
 
 
 def trained_start(start: RunConfig, root: pathlib.Path, note: Note) -> pathlib.Path:
-    """The folder of the run `start`, which is trained to its end first if it is not there yet.
+    """Returns the folder of the run `start`, which is first trained to its end if needed.
 
     Raises:
       RunStoppedError: as for `train.loop.train`.
@@ -73,10 +73,10 @@ def _is_trained(config: RunConfig, folder: pathlib.Path) -> bool:
 
 
 def link_stages(run: EvolveRun, folder: pathlib.Path, root: pathlib.Path, note: Note) -> None:
-    """Trains what shared stages of `run` are not there yet, and links them into `folder`.
+    """Trains the missing shared stages of `run` and links all of them into `folder`.
 
     Raises:
-      UserError: when something else is in the way.
+      UserError: if another file is in the way.
       RunStoppedError: as for `train.loop.train`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def _link(link: pathlib.Path, target: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-    """One process at a time; the lock of one that died is free."""
+    """Admits one process at a time; the lock of a dead process is free."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Figures over seeds: mean, spread and a bootstrap interval. Differences are paired: one seed, one set of data."""
+"""Summarises figures over seeds: mean, spread and bootstrap interval. Differences are paired by seed, hence by data."""
 
 import dataclasses
 import math
@@ -12,10 +12,10 @@ LEVEL = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Of n seeds' figures. Undefined ones are NaN: all without a seed, spread and interval with one.
+    """The summary of n seeds' figures. Without a seed all values are NaN; with one, spread and interval are.
 
-    The interval is the percentile bootstrap's of the mean over seeds. With five seeds it never reaches past the
-    smallest and the largest of them, and holds less than its nominal 95%.
+    The interval is the percentile bootstrap's of the mean over seeds. With five seeds it never extends beyond the
+    smallest and the largest value, and its coverage is below the nominal 95%.
     """
 
     n: int
@@ -26,7 +26,7 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Of one figure a seed; the same values always give the same interval."""
+    """Summarises one figure per seed; the same values always give the same interval."""
     from scipy.stats import bootstrap
 
     found = np.asarray(values, np.float64)
@@ -46,7 +46,7 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def interpolate(x: float, known_x: Sequence[float], known_y: Sequence[float]) -> float:
-    """y at x on the line through known points; NaN outside of them, where nothing was measured."""
+    """Returns y at x on the line through known points; NaN outside their range, where nothing was measured."""
     order = np.argsort(known_x)
     xs, ys = np.asarray(known_x, np.float64)[order], np.asarray(known_y, np.float64)[order]
     return float(np.interp(x, xs, ys, left=math.nan, right=math.nan))

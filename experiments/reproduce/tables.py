@@ -1,4 +1,4 @@
-"""Tables 1 to 3 and the table of verdicts: ours over seeds, the paper's figures beside them."""
+"""Tables 1 to 3 and the table of verdicts: our figures over seeds, with the paper's for comparison."""
 
 from collections.abc import Sequence
 
@@ -28,14 +28,14 @@ _PAPER_NAMES = {  # our variant: the paper's column of Table 3
 
 
 def verdict_table(claims: Sequence[Claim]) -> TextTable:
-    """A row a claim: verdict, effect with its interval in points, seeds, and the same by domain or modality."""
+    """Returns a row per claim: verdict, effect with its interval in points, seeds, and effects by part."""
     rows = [(one.statement, one.verdict, told(one), str(one.effect.n), one.evidence) for one in claims]
     columns = ("claim", "verdict", "difference in points (95%)", "seeds", "by domain or modality")
     return TextTable(VERDICTS_TITLE, columns, tuple(rows))
 
 
 def wer_table(results: Results) -> TextTable:
-    """Table 1: word error rate of speech at each budget, of our curves and in the paper."""
+    """Returns Table 1: word error rate of speech at each budget, of our curves and in the paper."""
     paper, rows = audio_wer(), []
     for curve in all_curves(results):
         kind = curve.name.split(",")[0].split(" ")[0]
@@ -57,7 +57,7 @@ def wer_table(results: Results) -> TextTable:
 
 
 def curve_table(results: Results) -> TextTable:
-    """The figures behind Figure 3: every curve's score at every budget, by domain, in percent."""
+    """Returns the figures behind Figure 3: every curve's score at every budget, by domain, in percent."""
     domains = domains_of(results)
     rows = []
     for curve in all_curves(results):
@@ -73,7 +73,7 @@ def curve_table(results: Results) -> TextTable:
 
 
 def budget_table(results: Results) -> TextTable:
-    """Table 2: the default budget against 10% less at inference, by question type; the paper's averages beside."""
+    """Returns Table 2: the default budget against 10% less at inference, by question type, with the paper's."""
     paper, rows = budget_scores(), []
     for variant in (DYNAMIC, SALIENCE):
         if not results.has(variant):
@@ -93,7 +93,7 @@ def budget_table(results: Results) -> TextTable:
 
 
 def _drop(results: Results, variant: str, domain: str, question: str | None) -> tuple[str, str, str]:
-    """Score at the default budget, at 10% less, and the difference, of a domain or one of its question types."""
+    """Returns a domain's or question type's score at the default budget, at 10% less, and the difference."""
 
     def score(result: RunResult, budget: float) -> float:
         found = result.at(budget).score(domain)
@@ -108,7 +108,7 @@ def _drop(results: Results, variant: str, domain: str, question: str | None) -> 
 
 
 def ablation_table(results: Results) -> TextTable:
-    """Table 3: every variant's score by domain, its difference to the default paired by seed, the paper's averages."""
+    """Returns Table 3: every variant's score by domain, its paired difference to the default, the paper's averages."""
     domains, paper, rows = domains_of(results), ablation_scores(), []
     for variant in dict.fromkeys(name for name, _ in results.found):
         of_variant = [result for (name, _), result in results.found.items() if name == variant]
@@ -132,7 +132,7 @@ def ablation_table(results: Results) -> TextTable:
 
 
 def separation_table(results: Results) -> TextTable:
-    """Figure 5's figures: AUC against the tokens that carry the answer, of importance, its layers and the baselines."""
+    """Returns Figure 5's figures: AUC for the tokens that carry the answer, of importance, its layers and baselines."""
     rows = []
     for variant in dict.fromkeys(name for name, _ in results.found):
         of_variant = [result.separations for (name, _), result in results.found.items() if name == variant]
@@ -151,7 +151,7 @@ def separation_table(results: Results) -> TextTable:
 
 
 def spread(one: Summary, digits: int) -> str:
-    """Mean and standard deviation."""
+    """Formats mean and standard deviation."""
     return figure_text(one.mean, f".{digits}f") + ("" if one.n < 2 else f" ± {one.sd:.{digits}f}")
 
 

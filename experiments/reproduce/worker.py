@@ -1,6 +1,6 @@
-"""One run in a process of its own: `python -m experiments.reproduce.worker FOLDER CORES`.
+"""Makes one run in its own process: `python -m experiments.reproduce.worker FOLDER CORES`.
 
-FOLDER holds run.json; CORES are the processor cores to stay on, as 0,1. They are set before JAX counts cores.
+FOLDER holds run.json; CORES are the processor cores to use, as in 0,1. They are set before JAX counts cores.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 
 
 def main(arguments: list[str]) -> int:
-    """Runs it and returns the exit code of `anyexperts`: 0, 2, 3, 4, 130 or 143."""
+    """Makes the run and returns an exit code of `anyexperts`: 0, 2, 3, 4, 130 or 143."""
     folder, cores = pathlib.Path(arguments[0]), [int(core) for core in arguments[1].split(",")]
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)

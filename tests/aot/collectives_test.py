@@ -19,7 +19,7 @@ def compiled_text(run, shape, spec):
     return jax.jit(mapped).lower(jnp.zeros(shape, jnp.float32)).compile().as_text()
 
 
-def test_loops_are_multiplied_out():
+def test_collectives_in_loops_are_multiplied_by_the_trip_count():
     """Five exchanges of [8, 3] float32 over `expert` in a loop, and one sum of [8, 3] over `fsdp` after it."""
 
     def run(x):
@@ -102,7 +102,7 @@ def test_a_sum_of_which_each_device_keeps_its_share_is_a_reduce_scatter():
     assert rows["reduce-scatter", ("fsdp",)].count == 20 + 20  # plus the one that is written as a reduce-scatter
 
 
-def test_what_goes_to_other_slices_goes_over_dcn():
+def test_traffic_to_other_slices_goes_over_dcn():
     send = (
         "  %sent = (f32[3,5]{1,0}, u32[], token[]) send(%done, %after), channel_id=3, is_host_transfer=true, "
         'frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}\n'

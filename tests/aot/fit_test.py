@@ -12,12 +12,12 @@ def config(*settings):
     return load_config("smoke", ["train.batch_size=16", *settings])
 
 
-def test_state_that_dominates_is_split_over_more_devices_or_made_smaller():
+def test_for_dominant_state_more_devices_or_a_smaller_state_are_suggested():
     best = [knob.change for knob in knobs(config(), MESH, 8 * GIB, 1 * GIB)][:2]
     assert best == ["mesh.fsdp=4 with mesh.data=1", 'model.stack.param_dtype="bfloat16"']
 
 
-def test_temporaries_that_dominate_are_computed_in_parts():
+def test_for_dominant_temporaries_computing_in_parts_is_suggested():
     best = knobs(config(), MESH, 1 * GIB, 8 * GIB)[0]
     assert best.change == "train.accumulation=2"
     assert best.saves == 4 * GIB
@@ -25,13 +25,13 @@ def test_temporaries_that_dominate_are_computed_in_parts():
     assert most.change.startswith("data.encoding.max_length=")
 
 
-def test_a_policy_that_keeps_more_is_a_knob_where_it_is_set():
+def test_a_remat_policy_that_keeps_more_is_a_knob_if_configured():
     changes = lambda remat: [k.change for k in knobs(config(f"model.stack.remat={remat}"), MESH, 1, 1)]  # noqa: E731
     assert 'model.stack.remat="full"' in changes("dots")
     assert 'model.stack.remat="full"' not in changes("full")
 
 
-def test_the_line_says_by_how_much_and_two_knobs():
+def test_the_line_states_the_excess_and_two_knobs():
     message = str(does_not_fit(config(), MESH, "v5e:2x2", 16 * GIB, 2 * GIB, 20 * GIB))
     assert "does not fit a device of v5e:2x2: 6.00 GiB more than its 16 GiB" in message
     assert message.endswith(
@@ -47,7 +47,7 @@ def test_a_compiled_step_is_checked_against_the_chip():
         require_fits(config(), "v5e:2x2", MESH, memory, 15 * GIB)
 
 
-def test_what_the_compiler_wanted_is_read_from_its_refusal():
+def test_the_memory_wanted_is_read_from_the_compilers_error():
     text = "required for HLO temporaries (40.17G) exceeds available HBM (15.75G). HLO module: jit_train_step."
     assert temporaries_refused(text) == pytest.approx(40.17 * GIB)
     assert temporaries_refused("INTERNAL: something else") is None

@@ -29,7 +29,7 @@ def installed(monkeypatch, jax, pin, found):
         ("0.12.0.1", "0.0.50", "0.0.52"),
     ],
 )
-def test_jaxs_own_libtpu_fits_and_what_was_tried(jax, pin, found, monkeypatch):
+def test_the_pinned_libtpu_and_tested_newer_ones_are_accepted(jax, pin, found, monkeypatch):
     installed(monkeypatch, jax, pin, found)
     libtpu.require_libtpu()
 
@@ -46,13 +46,13 @@ def test_another_libtpu_is_refused_with_the_one_to_install(jax, pin, found, monk
     assert said.endswith(f"pip install 'libtpu=={pin}.*'")
 
 
-def test_a_jax_that_names_no_libtpu_is_let_through(monkeypatch):
+def test_a_jax_that_pins_no_libtpu_is_accepted(monkeypatch):
     installed(monkeypatch, "0.12.0.dev1", "0.0.50", "0.0.53.dev2")
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: None)
     libtpu.require_libtpu()
 
 
-def test_this_jax_names_its_own():
+def test_the_installed_jax_pins_a_libtpu():
     assert libtpu.own_release(importlib.metadata.requires("jax")).startswith("0.0.")
 
 

@@ -34,7 +34,7 @@ def seconds(kind, axes, devices, mesh, chip=CHIP):
         ("collective-permute", 4, 0),
     ],
 )
-def test_one_axis_along_a_line(kind, length, bytes_over_a_link):
+def test_times_of_one_axis_along_a_line(kind, length, bytes_over_a_link):
     (alone,), together, between = seconds(kind, ("expert",), line(length), {"fsdp": 1, "expert": length})
     assert alone == pytest.approx(bytes_over_a_link / W)
     assert together == alone
@@ -49,7 +49,7 @@ def test_groups_that_share_links_wait_for_each_other():
     assert alone == pytest.approx(SIZE / 2 / W)
 
 
-def test_collectives_on_links_of_their_own_do_not_add_up():
+def test_times_on_separate_links_do_not_add_up():
     devices = [SimpleNamespace(coords=[x, y, 0], process_index=0) for x in range(2) for y in range(2)]
     rows = [Collective("all-gather", (axis,), 1, SIZE) for axis in ("fsdp", "expert", "fsdp")]
     alone, together, _ = network_seconds(rows, devices, {"fsdp": 2, "expert": 2}, CHIP)
@@ -69,7 +69,7 @@ def test_two_devices_of_a_chip_share_its_links():
     assert alone == pytest.approx(2 * 2 * SIZE / 4 / W)  # two devices to two
 
 
-def test_between_slices_the_data_centre_carries_it():
+def test_between_slices_the_data_centre_network_is_used():
     _, inside, between = seconds("all-reduce", ("dcn",), line(4), {"fsdp": 4})
     assert inside == 0
     assert between == pytest.approx(2 * SIZE / 0.5e9)

@@ -30,7 +30,7 @@ def write(folder, values):
     return str(folder)
 
 
-def test_the_model_is_that_of_the_weights_with_slots_attached(tmp_path):
+def test_the_model_equals_the_loaded_one_with_slots_attached(tmp_path):
     found = published_run(write(tmp_path, MOE), ["train.batch_size=4"], SLOTS)
     slots = attach(random_model(MOE), **dataclasses.asdict(SLOTS))
     assert found.model.moe == slots.config.moe
@@ -43,7 +43,7 @@ def test_the_model_is_that_of_the_weights_with_slots_attached(tmp_path):
     assert decoded.moe.k_max == 3
 
 
-def test_of_a_model_that_sees_the_run_trains_the_decoder(tmp_path):
+def test_of_a_vision_model_only_the_decoder_is_trained(tmp_path):
     found = published_run(write(tmp_path, vl_values()), ["model.stack.remat=full"], SLOTS)
     assert found.run.model.vision_tower is None
     assert found.model.vision_tower is not None
@@ -52,7 +52,7 @@ def test_of_a_model_that_sees_the_run_trains_the_decoder(tmp_path):
     assert parameter_count(found.model) > parameter_count(found.run.model)
 
 
-def test_what_is_a_published_configuration(tmp_path):
+def test_a_published_configuration_is_recognised(tmp_path):
     folder = write(tmp_path / "hub", MOE)
     assert is_published_config(folder)
     assert is_published_config(f"{folder}/config.json")
@@ -74,7 +74,7 @@ def test_what_is_a_published_configuration(tmp_path):
         (["HUB", "--set", "model.stack.width=3"], "width"),
     ],
 )
-def test_bad_options_are_one_line(tmp_path, capsys, options, message):
+def test_bad_options_are_refused_in_one_line(tmp_path, capsys, options, message):
     folder = write(tmp_path, MOE)
     words = [folder if word == "HUB" else word for word in options]
     assert cli.main(["compile", *words, "--topology", "v5p:2x2x1"]) == 2
@@ -83,7 +83,7 @@ def test_bad_options_are_one_line(tmp_path, capsys, options, message):
     assert len(told.strip().splitlines()) == 1
 
 
-def test_a_step_of_decoding_reads_the_experts_that_its_rows_hit(tmp_path):
+def test_a_decode_step_reads_the_experts_that_its_rows_hit(tmp_path):
     model = published_run(write(tmp_path, MOE), trains=False).model
     mesh = make_mesh(published_run(write(tmp_path, MOE)).run.mesh, jax.devices()[:1])
     one, many, twice = (read_bytes(model, mesh, rows, 16) for rows in (1, 2000, 4000))
@@ -94,7 +94,7 @@ def test_a_step_of_decoding_reads_the_experts_that_its_rows_hit(tmp_path):
     assert many - one == pytest.approx(1999 * cache + (7 - 3) * expert)
 
 
-def test_a_cache_is_split_over_rows_and_heads(tmp_path):
+def test_a_cache_is_sharded_over_rows_and_heads(tmp_path):
     if len(jax.devices()) < 8:
         pytest.skip("needs eight devices")
     run = published_run(write(tmp_path, MOE), ["mesh.tensor=2", "mesh.data=4"], trains=False).run

@@ -27,7 +27,7 @@ def write(directory, name="1700-jvp_a_kernel_.3", vmem="size = 0x100, offset = 0
     (directory / f"{name}-66-post-bundle-packing-post-ra.txt").write_text(allocation)
 
 
-def test_passes_shared_cycles_spills_and_memory(tmp_path):
+def test_passes_shared_cycles_spills_and_memory_are_parsed(tmp_path):
     write(tmp_path)
     (found,) = report.read_reports(tmp_path)
     assert found.name == "a_kernel"

@@ -36,7 +36,7 @@ def eight_chips(monkeypatch):
     monkeypatch.setattr(module, "state_bytes", lambda *_: 2**20)
 
 
-def test_meshes_divide_what_they_split():
+def test_meshes_divide_the_dimensions_they_split():
     found = list(meshes(config(), 8))
     assert all(math.prod(mesh.sizes(8).values()) == 8 for mesh in found)
     assert {mesh.expert for mesh in found} == {1, 2, 4, 8}
@@ -46,7 +46,7 @@ def test_meshes_divide_what_they_split():
 
 
 @pytest.mark.slow
-def test_candidates_come_by_their_estimate(eight_chips):
+def test_candidates_are_sorted_by_their_estimate(eight_chips):
     found = candidates(config(), "v5e:2x4", 1)
     estimates = [estimate for estimate, _ in found]
     assert estimates == sorted(estimates)

@@ -20,7 +20,7 @@ needs_libtpu = pytest.mark.usefixtures("schedules")
 EXCHANGE = ["mesh.data=-1", "mesh.expert=4", "model.stack.execution.dispatch=exchange"]
 
 
-def test_the_placed_batch_is_what_the_pipeline_gives():
+def test_the_placed_batch_matches_the_pipelines():
     config = load_config("smoke", [])
     batch = placed_batch(config.data.encoding, 8, make_mesh(config.mesh))
     assert batch.tokens_BT.shape == (8, config.data.encoding.max_length)
@@ -35,7 +35,7 @@ def test_an_invalid_topology_is_refused_with_the_known_chips(name, capsys):
     assert f"topology {name!r} is not of the form CHIP:SHAPE with CHIP of v5e, v5p, v6e, tpu7x, h100" in message
 
 
-def test_slices_that_the_mesh_does_not_have_are_refused(capsys):
+def test_more_slices_than_the_mesh_has_are_refused(capsys):
     assert cli.main(["compile", "smoke", "--topology", "v5e:2x2", "--slices", "2"]) == 2
     message = "there are 2 slices, but mesh.dcn_data x mesh.dcn_fsdp = 1; set mesh.dcn_data=2"
     assert message in capsys.readouterr().err
@@ -95,7 +95,7 @@ def exchanged_bytes(config):
 
 @pytest.mark.aot
 @needs_libtpu
-def test_what_slices_send_each_other_goes_over_dcn():
+def test_traffic_between_slices_goes_over_dcn():
     """Every slice has all parameters, so each gradient is summed once between slices."""
     settings = [
         "mesh.data=1",
@@ -118,7 +118,7 @@ def test_what_slices_send_each_other_goes_over_dcn():
 
 
 @pytest.mark.aot
-def test_nodes_of_gpus_are_devices_to_compile_for():
+def test_gpu_nodes_can_be_compiled_for():
     if missing_packages():
         pytest.skip("the GPU compilers are not installed (extra `aot-gpu`)")
     devices = slice_devices("h100:2x8")

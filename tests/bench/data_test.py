@@ -1,4 +1,4 @@
-"""Speeds of data: a row a domain and modality, the plain loop where there is one, and memory that does not grow."""
+"""`bench data`: a row per domain and modality, a plain loop for comparison, and memory that does not grow."""
 
 import csv
 import dataclasses
@@ -22,7 +22,7 @@ SPEC = EncodingSpec(max_length=80, max_patches=8, max_frames=16)
 
 @dataclasses.dataclass(frozen=True)
 class Repeated:
-    """A source of so many examples, of three modalities in turn unless of one."""
+    """A source of `length` examples, made by `makers` in turn."""
 
     length: int
     makers: tuple = (text_example, image_example, audio_example)
@@ -48,7 +48,7 @@ def bench(config):
     return bench_data(config, examples=6, rounds=1)
 
 
-def test_a_row_a_domain_and_modality(bench):
+def test_every_domain_and_modality_has_a_row(bench):
     assert [(one.domain, one.modality, one.examples) for one in bench.speeds] == [
         ("mine", "text", 2), ("mine", "image", 2), ("mine", "audio", 2), ("nlp", "text", 6),
     ]  # fmt: skip
@@ -61,7 +61,7 @@ def test_a_row_a_domain_and_modality(bench):
     assert picture.megabytes_per_second / picture.examples_per_second == pytest.approx((16 * 24 * 3 + 4) / 1e6)
 
 
-def test_the_plain_loop_stands_beside_files_alone(bench, config):
+def test_only_files_are_compared_with_a_plain_loop(bench, config):
     *mine, nlp = bench.speeds
     assert (nlp.plain, nlp.plain_per_second, nlp.ratio) == (None, None, None)
     for one in mine:
@@ -72,7 +72,7 @@ def test_the_plain_loop_stands_beside_files_alone(bench, config):
     assert plain_loop(config, "mine", "test") is None
 
 
-def test_tables_and_files(bench, tmp_path):
+def test_tables_are_printed_and_files_written(bench, tmp_path):
     speeds, plain = data_tables(bench)
     assert [row[:3] for row in speeds.rows][:2] == [("mine", "text", "2"), ("mine", "image", "2")]
     assert plain.rows[-1][3:] == ("-", "-", "-", "generated")
@@ -86,7 +86,7 @@ def test_bad_numbers_are_refused(config):
         bench_data(config, rounds=0)
 
 
-def test_the_command(config, capsys):
+def test_the_command_prints_the_speeds(config, capsys):
     changes = ["--set", 'data.domains=["nlp"]', "--set", "data.weights=[1]"]
     assert main(["bench", "data", "smoke", "--examples", "2", "--rounds", "1", *changes]) == 0
     shown = capsys.readouterr()
@@ -95,7 +95,7 @@ def test_the_command(config, capsys):
 
 
 def test_memory_is_flat_over_a_corpus_ten_times_as_long(tmp_path):
-    """Python's and NumPy's memory that a whole pass leaves in use, of a packed pipeline with its shuffle."""
+    """Measures the Python and NumPy memory that a pass of a packed, shuffled pipeline leaves allocated."""
 
     def kept(examples, name):
         folder = tmp_path / name
@@ -112,13 +112,13 @@ def test_memory_is_flat_over_a_corpus_ten_times_as_long(tmp_path):
         finally:
             tracemalloc.stop()
 
-    kept(20, "first")  # what is imported and opened once
+    kept(20, "first")  # imports and opens files once
     short, long = kept(20, "short"), kept(200, "long")
     assert long < short + 2**16, "of 180 further examples, each of a KB at least"
 
 
 def test_the_plain_loop_over_a_hugging_face_dataset(tmp_path):
-    """By pyarrow, tokenizers and soundfile, of the rows that ours reads."""
+    """It reads the same rows with pyarrow, tokenizers and soundfile."""
     datasets = pytest.importorskip("datasets")
     from io import BytesIO
 

@@ -21,7 +21,7 @@ def bench():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer, "SHAPES", {"S1": TINY})
         patch.setattr(layer, "has_transformers", lambda: False)
-        patch.setattr(layer, "BUDGETS", (8.0, 4.8))  # each compiles two programs more
+        patch.setattr(layer, "BUDGETS", (8.0, 4.8))  # each further budget compiles two more programs
         return layer.bench_layer(("S1",), ("float32",), Timing(rounds=1))
 
 
@@ -78,7 +78,7 @@ def test_the_implementation_asked_for_runs_in_every_table(monkeypatch):
     }
 
 
-def test_an_implementation_that_is_unknown_or_cannot_run_here(monkeypatch):
+def test_an_unknown_or_unavailable_implementation_is_refused(monkeypatch):
     with pytest.raises(UserError, match=r"^implementation='cuda' is unknown; valid: reference, xla"):
         layer.bench_layer(("S1",), implementations=["cuda"])
     monkeypatch.setattr(layer, "SHAPES", {"S1": TINY})
@@ -108,16 +108,16 @@ def test_budget_plans_have_the_average_exactly_and_one_shape():
 
 
 def test_ratios_are_taken_within_rounds():
-    """Twice as slow in two of three rounds, while the machine slows down: 2, although the medians differ by 4."""
+    """One is twice as slow in two of three rounds while the machine slows down: 2, though the medians differ by 4."""
     found = Rounds({"own": [2.0, 8.0, 20.0], "other": [1.0, 2.0, 10.0]}, None)
     assert found.ratio("own", "other") == 2.0
     assert found.milliseconds("own") == 8000.0
 
 
-def test_calls_on_end_share_their_time():
+def test_consecutive_calls_share_their_time():
     calls = []
     found = interleaved_rounds({"a": lambda: calls.append(time.sleep(0.02))}, rounds=1, repeats=5)
-    assert len(calls) == 1 + 1 + 5, "one to warm up, one that begins the turn"
+    assert len(calls) == 1 + 1 + 5, "one call warms up, one begins the turn"
     assert 0.02 <= found.seconds["a"][0] < 0.1
 
 
@@ -134,12 +134,12 @@ def test_ragged_dot_computes_the_same_layer():
 def test_rounds_alternate():
     order = []
     found = interleaved_rounds({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2)
-    assert order == ["a", "b"] + ["a", "a", "b", "b"] * 2, "of each two in a turn the second is timed"
+    assert order == ["a", "b"] + ["a", "a", "b", "b"] * 2, "the second of each two calls in a turn is timed"
     assert {name: len(own) for name, own in found.seconds.items()} == {"a": 2, "b": 2}
 
 
 @pytest.mark.skipif(cpu_times() is None, reason="no /proc/stat")
-def test_own_work_is_not_others_load():
+def test_our_own_work_does_not_count_as_load():
     start = cpu_times()
     while cpu_times().wall - start.wall < 0.3:
         pass
@@ -148,7 +148,7 @@ def test_own_work_is_not_others_load():
     assert others_load(None) is None
 
 
-def test_unknown_shape_and_dtype():
+def test_an_unknown_shape_or_dtype_is_refused():
     with pytest.raises(UserError, match=r"^shape='S9' is unknown; valid: S1, S2, S3, S4, A, B, P, P4$"):
         layer.bench_layer(("S9",))
     with pytest.raises(UserError, match=r"^dtype='float16' is unknown; valid: float32, bfloat16$"):

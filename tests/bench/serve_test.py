@@ -1,4 +1,4 @@
-"""The load of the server at its smallest: nothing lost, nothing mixed up, files that say how they were made."""
+"""The smallest load on the server: no request is lost or mixed up, and files record how they were made."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_lengths_follow_the_distribution_and_fit_a_slot():
     assert asked == requests_of(load, 300, 64)
 
 
-def test_the_command_loses_and_mixes_up_nothing(folder, tmp_path, capsys):
+def test_the_command_loses_and_mixes_up_no_request(folder, tmp_path, capsys):
     sizes = ["--requests", "6", "--prompt-tokens", "6", "--answer-tokens", "4", "--slots", "4", "--length", "96"]
     options = [*sizes, "--clients", "1", "4", "--budget", "1.5", "3", "--out", str(tmp_path)]
     assert main(["bench", "serve", str(folder), *options]) == 0
@@ -49,7 +49,7 @@ def test_the_command_loses_and_mixes_up_nothing(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "again" / "bench_serve.json").read_text())["load"] == found["load"]
 
 
-def test_numbers_out_of_range():
+def test_numbers_out_of_range_are_refused():
     with pytest.raises(UserError, match=r"clients=\(0,\) must be numbers >= 1"):
         Load(clients=(0,))
     with pytest.raises(UserError, match="requests=0 must be >= 1"):

@@ -20,11 +20,13 @@ def test_forms_have_rows_and_files_are_written(monkeypatch, tmp_path):
     assert all(one.tokens_per_second > 0 and one.ratio is None for one in bench.steps)
     paths = step.write_bench(bench, tmp_path, "anyexperts bench step")
     assert json.loads(paths[0].read_text())["environment"]["size"]["width"] == 16
-    assert "| tokens/s | tokens/s over transformers |" in paths[2].read_text(), "not of time, as a layer's"
+    assert "| tokens/s | tokens/s over transformers |" in paths[2].read_text(), (
+        "a step's ratio is of memory, not of time as a layer's"
+    )
 
 
 @pytest.mark.parity
-def test_transformers_has_as_many_parameters_but_the_modality_table():
+def test_transformers_has_as_many_parameters_except_the_modality_table():
     pytest.importorskip("transformers")
     from anyexperts_jax.bench.peers import transformers_step
 

@@ -38,7 +38,7 @@ def config_for(folder):
 
 
 @pytest.mark.parametrize("make", [text_example, image_example, video_example, audio_example])
-def test_a_record_holds_all_of_its_example(make):
+def test_a_record_holds_every_field_of_its_example(make):
     example = make()
     assert same(from_record(to_record(example)), example)
 
@@ -49,8 +49,8 @@ def test_a_broken_record_is_refused(record):
         from_record(record)
 
 
-def test_a_record_of_no_use_is_named_by_its_number(tmp_path):
-    """Written by another program, or with values that are no sound."""
+def test_an_unusable_record_is_named_by_its_number(tmp_path):
+    """The record was written by another program, or its values are not a sound."""
     with_nan = io.BytesIO()
     fields = {"domain": "d", "question_type": "q", "level": 1, "question": "?", "answer": "a", "source": ""}
     text = np.frombuffer(json.dumps(fields).encode(), np.uint8)
@@ -75,7 +75,7 @@ def test_a_record_of_no_use_is_named_by_its_number(tmp_path):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_what_is_exported_is_read_back_in_order(tmp_path, shards):
+def test_exported_examples_are_read_back_in_order(tmp_path, shards):
     export_array_record(generated(), tmp_path / "frozen", "train", shards=shards)
     export_array_record(generated("test", 3), tmp_path / "frozen", "test")
     config = config_for(tmp_path / "frozen")
@@ -86,7 +86,7 @@ def test_what_is_exported_is_read_back_in_order(tmp_path, shards):
         assert all(same(source[i], generated(split)[i]) for i in range(length))
 
 
-def test_a_frozen_domain_gives_the_batches_of_the_generated_one(tmp_path):
+def test_an_exported_domain_gives_the_same_batches_as_the_generated_one(tmp_path):
     live = DataConfig(domains=("general", "nlp"), train_examples=12, threads=0)
     folders = []
     for name in live.domains:
@@ -99,7 +99,7 @@ def test_a_frozen_domain_gives_the_batches_of_the_generated_one(tmp_path):
         assert all((getattr(one, name) == getattr(other, name)).all() for name in vars(one))
 
 
-def test_a_split_is_not_overwritten(tmp_path):
+def test_an_exported_split_is_not_overwritten(tmp_path):
     export_array_record(generated(), tmp_path, "train")
     with pytest.raises(UserError, match="already has a split 'train'"):
         export_array_record(generated(), tmp_path, "train")
@@ -119,7 +119,7 @@ def test_an_export_that_stops_halfway_leaves_no_dataset(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         export_array_record(Stops("nlp", "train", 7, 0, (1,)), tmp_path, "train")
     assert not array_records.is_folder(tmp_path)
-    export_array_record(generated(), tmp_path, "train")  # and can be made good
+    export_array_record(generated(), tmp_path, "train")  # a second export succeeds
     assert len(open_source(config_for(tmp_path), "mine", "train")) == 7
 
 
@@ -163,7 +163,7 @@ def test_a_broken_file_is_refused(tmp_path):
         open_source(config, "mine", "train")
 
 
-def test_an_empty_or_missing_folder_is_one_clear_error(tmp_path):
+def test_an_empty_or_missing_folder_is_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"the data directory \S+gone does not exist"):
         train_iterator(config_for(tmp_path / "gone"), 2)
     with pytest.raises(UserError, match=r"the data directory \S+ is empty"):
@@ -173,7 +173,7 @@ def test_an_empty_or_missing_folder_is_one_clear_error(tmp_path):
         train_iterator(config_for(tmp_path), 2)
 
 
-def test_evaluation_does_not_ask_for_more_than_there_is(tmp_path):
+def test_evaluation_stops_at_the_last_example(tmp_path):
     export_array_record(generated("validation"), tmp_path, "validation")
     config = config_for(tmp_path)
     assert sum(batch.valid_BT.any(axis=1).sum() for batch in eval_batches(config, "mine", "validation", 4, 5)) == 5

@@ -39,7 +39,7 @@ def test_padding_rows_are_invalid(batch):
         batches.pad_rows(batch, 3)
 
 
-def test_an_empty_batch_has_the_shapes_of_every_batch(batch):
+def test_an_empty_batch_has_the_shapes_of_any_other(batch):
     empty = batches.empty_batch(SPEC, 4)
     chex.assert_trees_all_equal_shapes_and_dtypes(batch, empty)
     padding = batches.pad_rows(batch, 8)

@@ -1,4 +1,4 @@
-"""Data read once before a run: what there is, what cannot be used, and what splits share."""
+"""`data check` reads the data once before a run: it counts examples, unusable rows and overlap between splits."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def three(train=(), validation=(), test=()):
     return {name: [*rows, *more[name]] for name, rows in plain.items()}
 
 
-def test_what_there_is_and_what_cannot_be_used(tmp_path):
+def test_examples_and_unusable_rows_are_counted(tmp_path):
     long = {"question": "q" * 99, "answer": "a"}
     data = config(tmp_path, three(train=[long, {"nothing": 1}, {"nothing": 2}]))
     reports, shared = check_data(data, processes=1)
@@ -68,13 +68,13 @@ LEAKS = {
 
 
 @pytest.mark.parametrize(("splits", "near", "message"), LEAKS.values(), ids=LEAKS)
-def test_a_split_that_is_empty_or_leaks_is_refused(splits, near, message, tmp_path):
+def test_an_empty_or_leaking_split_is_refused(splits, near, message, tmp_path):
     reports, shared = check_data(config(tmp_path, splits), processes=1, near=near)
     with pytest.raises(UserError, match=message):
         require_clean(reports, shared)
 
 
-def test_near_duplicates_are_told(tmp_path):
+def test_near_duplicates_are_reported(tmp_path):
     splits = three(train=[{"text": WORDS}], test=[{"text": WORDS + " twelve"}, {"text": WORDS[::-1]}])
     reports, shared = check_data(config(tmp_path, splits), processes=1, near=0.7)
     (pair,) = shared
@@ -83,7 +83,7 @@ def test_near_duplicates_are_told(tmp_path):
     assert shared_table(shared).rows[0][0] == "nearly"
 
 
-def test_stretches_of_a_document_are_no_examples_of_their_own(tmp_path):
+def test_chunks_of_a_document_do_not_count_as_examples(tmp_path):
     head = "the same licence stands above every document of this corpus, word for word. "
     splits = {split: [{"text": head + split * 30}] for split in ("train", "validation", "test")}
     reports, shared = check_data(config(tmp_path, splits), processes=1)

@@ -1,4 +1,4 @@
-"""Data of one's own on the command line, as far as it goes without a model."""
+"""A user's own data on the command line, without a model."""
 
 import json
 
@@ -23,7 +23,7 @@ def chats(number, same=0):
     ]
 
 
-def test_data_takes_the_place_of_generated_domains_and_stands_beside_ones_own(tmp_path):
+def test_data_replaces_the_generated_domains_and_keeps_the_users_own(tmp_path):
     path = str(lines(tmp_path / "a.jsonl", chats(3)))
     alone = load_config("smoke", data_overrides("smoke", [f"mine={path}"])).data
     assert (alone.domains, alone.places()) == (("mine",), {"mine": path})
@@ -33,10 +33,10 @@ def test_data_takes_the_place_of_generated_domains_and_stands_beside_ones_own(tm
     assert both.domains == ("nlp", "old", "mine")
     assert both.places() == {"old": "elsewhere", "mine": path}
     mixed = load_config("smoke", [*data_overrides("smoke", [f"mine={path}"]), 'data.domains=["nlp", "mine"]']).data
-    assert mixed.domains == ("nlp", "mine"), "--set has the last word"
+    assert mixed.domains == ("nlp", "mine"), "--set overrides --data"
 
 
-def test_conversations_are_shown_with_what_is_learned(tmp_path, capsys):
+def test_conversations_are_shown_with_the_learned_tokens_marked(tmp_path, capsys):
     path = lines(tmp_path / "a.jsonl", [*chats(5)[:3], {"messages": CHAT["messages"] * 2}, *chats(5)[3:]])
     assert main(["data", "show", "--data", f"mine={path}", "--count", "4", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
@@ -70,6 +70,6 @@ def test_data_is_checked(splits, code, said, tmp_path, capsys):
     assert (tmp_path / "out" / "lengths.png").is_file()
 
 
-def test_there_is_nothing_to_check_in_generated_domains(capsys):
+def test_generated_domains_need_no_check(capsys):
     assert main(["data", "check", "smoke"]) == 2
-    assert "smoke reads generated domains alone; give data of yours: --data NAME=PATH" in capsys.readouterr().err
+    assert "smoke reads only generated domains; give your own data: --data NAME=PATH" in capsys.readouterr().err

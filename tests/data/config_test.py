@@ -45,7 +45,7 @@ def test_metrics_by_domain():
     assert DataConfig(metrics=("nlp=cer", "ocr=f1")).metric_names() == {"nlp": "cer", "ocr": "f1"}
 
 
-def test_the_defaults_mix_all_domains_alike():
+def test_the_defaults_mix_all_domains_equally():
     config = DataConfig()
     assert config.domains == DOMAIN_NAMES
     assert config.shares() == pytest.approx([0.2] * 5)

@@ -3,5 +3,5 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Indices of the tests' files lie with them."""
+    """Keeps the indices of test files in a temporary directory."""
     monkeypatch.setenv("ANYEXPERTS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,4 +1,4 @@
-"""What every kind of picture, film and sound decodes to, or how it is refused: tables of inputs."""
+"""Tables of pictures, videos and sounds of every kind: what each decodes to, or how it is refused."""
 
 import io
 import pathlib
@@ -40,7 +40,7 @@ def wav(samples, rate=SAMPLE_RATE):
 
 
 def short(value):
-    """The name of a case: bytes would be printed in full."""
+    """Returns a short name for a case, because pytest would print bytes in full."""
     return value[:24] if isinstance(value, str) else type(value).__name__
 
 
@@ -72,7 +72,7 @@ MODES = [  # the picture, and the red, green and blue of its pixels in order
     (encoded(Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "TIFF"), [0, 0, 0] * 64),
     (grey([[0, 257, 32768, 65535]], np.uint16), [0] * 3 + [1] * 3 + [128] * 3 + [255] * 3),
     (png(grey([[0, 257, 32768, 65535]], np.uint16)), [0] * 3 + [1] * 3 + [128] * 3 + [255] * 3),
-    (encoded(grey([[100]], np.uint16), "TIFF"), [0] * 3),  # 16 bits by its mode, and nearly black
+    (encoded(grey([[100]], np.uint16), "TIFF"), [0] * 3),  # the mode holds 16 bits, so 100 is nearly black
     (grey([[0, 128, 255]], np.int32), [0] * 3 + [128] * 3 + [255] * 3),
     (grey([[0, 32768, 65535]], np.int32), [0] * 3 + [128] * 3 + [255] * 3),
     (grey([[0.0, 0.5, 1.0]], np.float32), [0] * 3 + [128] * 3 + [255] * 3),
@@ -81,15 +81,15 @@ MODES = [  # the picture, and the red, green and blue of its pixels in order
 
 
 @pytest.mark.parametrize(("picture", "expected"), MODES, ids=short)
-def test_pictures_by_mode(picture, expected):
+def test_a_picture_of_any_mode_is_decoded(picture, expected):
     pixels = decode_picture(picture, "here")
     assert pixels.dtype == np.uint8
     assert pixels.reshape(-1).tolist() == expected
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_as_their_camera_was_held(orientation):
-    """A red pixel at the top left, a blue one to its right, stored as a camera held otherwise stores them."""
+def test_pictures_are_turned_by_their_exif_orientation(orientation):
+    """Stores a red pixel with a blue one to its right as a rotated camera would, with the matching EXIF tag."""
     upright = np.zeros((2, 3, 3), np.uint8)
     upright[0, 0], upright[0, 1] = (255, 0, 0), (0, 0, 255)
     stored = {
@@ -120,7 +120,7 @@ ARRAYS = [
 
 
 @pytest.mark.parametrize(("values", "expected"), ARRAYS)
-def test_numbers_by_type_and_range(values, expected):
+def test_pixel_arrays_are_scaled_by_type_and_range(values, expected):
     assert decode_picture(values, "here").tolist() == [[expected]]
     assert decode_video([values, values], "here").tolist() == [[[expected]], [[expected]]]
 
@@ -148,7 +148,7 @@ def test_numbers_by_type_and_range(values, expected):
     ],
     ids=short,
 )
-def test_pictures_that_are_refused(values, message):
+def test_unusable_pictures_are_refused(values, message):
     with pytest.raises(UserError, match=message) as refused:
         decode_picture(values, "here")
     assert "\n" not in str(refused.value)
@@ -164,7 +164,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked():
             decode_picture(bytes(bomb), "here")
 
 
-def test_films():
+def test_video_arrays_are_decoded():
     red, blue = Image.new("RGB", (2, 1), (255, 0, 0)), Image.new("RGB", (2, 1), (0, 0, 255))
     expected = [[[[255, 0, 0]] * 2], [[[0, 0, 255]] * 2]]
     assert decode_video([red, png(blue)], "here").tolist() == expected
@@ -180,7 +180,7 @@ def test_films():
         decode_video([[[1, 2, 3]]], "here")
 
 
-def test_how_many_frames_of_a_film_are_shown_a_second():
+def test_a_video_is_sampled_at_the_frame_rate_asked_for():
     red, blue = Image.new("RGB", (2, 1), (255, 0, 0)), Image.new("RGB", (2, 1), (0, 0, 255))
     shown = {"save_all": True, "append_images": [blue]}
     frames, rate = decode_film_file(encoded(red, "GIF", duration=[100, 300], **shown), "here", 8)
@@ -194,9 +194,9 @@ def test_how_many_frames_of_a_film_are_shown_a_second():
 
 
 def film(times, form="mp4", codec="mpeg4", size=(32, 16), turned=False, options=None):
-    """A video of frames that are shown from these times on, in hundredths of a second; the n-th has grey 40 n."""
+    """Encodes a video whose n-th frame has grey value 40 n and begins at `times[n]`, in hundredths of a second."""
     av = pytest.importorskip("av")
-    path, tick = pathlib.Path(tempfile.mkdtemp()) / "film", Fraction(1, 100)  # it is read again for `faststart`
+    path, tick = pathlib.Path(tempfile.mkdtemp()) / "film", Fraction(1, 100)  # `faststart` reads the file again
     with av.open(str(path), "w", format=form, options=options or {}) as file:
         stream = file.add_stream(codec, rate=10)
         stream.width, stream.height = size
@@ -208,27 +208,27 @@ def film(times, form="mp4", codec="mpeg4", size=(32, 16), turned=False, options=
             file.mux(stream.encode(frame))
         file.mux(stream.encode(None))
     data = bytearray(path.read_bytes())
-    if turned:  # by a quarter to the right, as telephones write it
+    if turned:  # a quarter turn to the right, as phones record it
         matrix = data.index(b"tkhd") + 44
         data[matrix : matrix + 36] = struct.pack(">9i", 0, 2**16, 0, -(2**16), 0, 0, 0, 0, 2**30)
     return bytes(data)
 
 
 @pytest.mark.parametrize("form", ["mp4", "mov", "avi", "matroska"])
-def test_videos_by_format(form):
+def test_a_video_of_any_format_is_decoded(form):
     found = decode_video(film([0, 10, 20], form), "here")
     assert found.shape == (3, 16, 32, 3)
     assert np.abs(found.astype(int) - np.array([0, 40, 80]).reshape(3, 1, 1, 1)).max() <= 6
 
 
-def test_frames_are_taken_by_time_and_not_by_number():
-    """Four frames in a second and a half, of which the third stays for longer than the others together."""
+def test_frames_are_sampled_by_time_not_by_number():
+    """Four frames last a second and a half; the third lasts longer than the other three together."""
     found = decode_video(film([0, 10, 20, 140]), "here")
     assert np.rint(found[:, 0, 0, 0] / 40).tolist() == [1, 2, 2, 2]
     assert np.rint(read_video(film([0, 10, 20, 30, 40, 50]), "here", 2)[:, 0, 0, 0] / 40).tolist() == [1, 4]
 
 
-def test_a_video_is_turned_as_it_is_to_be_shown():
+def test_a_video_is_turned_by_its_display_matrix():
     assert decode_video(film([0, 10], turned=True), "here").shape == (2, 32, 16, 3)
 
 
@@ -254,7 +254,7 @@ def sound_in_a_film():
 
 
 def without_frames():
-    """A video in pieces, before the first."""
+    """Returns the header of a fragmented video, without any fragment."""
     data = film([0, 10], options={"movflags": "frag_keyframe+empty_moov"})
     return data[: data.index(b"moof") - 4]
 
@@ -271,7 +271,7 @@ def without_frames():
         (lambda: b"", "cannot read the film in here: "),
     ],
 )
-def test_what_is_no_video_is_refused_in_one_line(make, message):
+def test_a_file_without_a_video_is_refused_in_one_line(make, message):
     with pytest.raises(UserError, match=message) as caught:
         decode_video(make(), "here")
     assert "\n" not in str(caught.value)
@@ -284,7 +284,7 @@ def test_without_pyav_the_error_names_the_extra(monkeypatch):
         decode_video(data, "here")
 
 
-def test_films_are_read_up_to_a_length(monkeypatch):
+def test_a_video_that_is_too_long_is_refused(monkeypatch):
     frames = [Image.new("RGB", (2, 1), (40 * i, 0, 0)) for i in range(4)]
     film = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert len(decode_video(film, "here")) == 4
@@ -300,7 +300,7 @@ SAMPLES = [
     (np.array([0.0, 0.5, -1.0]), [0, 0.5, -1]),
     (np.array([0.0, 0.5, 1.25], np.float32), [0, 0.5, 1]),  # a codec's overshoot
     (np.array([0, 2**14, -(2**15)], np.int16), [0, 0.5, -1]),
-    ([0, 2**14, -(2**15)], [0, 0.5, -1]),  # 16 bits, in Python's integers
+    ([0, 2**14, -(2**15)], [0, 0.5, -1]),  # 16-bit samples as Python integers
     (np.array([0, 2**14, -(2**15)], np.int32), [0, 0.5, -1]),
     ([0, 2**30, -(2**31)], [0, 0.5, -1]),
     (np.array([0, 64, -128], np.int8), [0, 0.5, -1]),
@@ -309,7 +309,7 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize(("values", "expected"), SAMPLES)
-def test_samples_by_type_and_range(values, expected):
+def test_samples_are_scaled_by_type_and_range(values, expected):
     found = decode_audio(values, "here")
     assert found.dtype == np.float32
     assert found.tolist() == expected
@@ -340,19 +340,19 @@ def test_samples_by_type_and_range(values, expected):
     ],
     ids=short,
 )
-def test_sounds_that_are_refused(values, message):
+def test_unusable_sounds_are_refused(values, message):
     with pytest.raises(UserError, match=message) as refused:
         decode_audio(values, "here")
     assert "\n" not in str(refused.value)
 
 
-def test_numbers_at_another_rate_are_refused():
+def test_samples_at_another_rate_are_refused():
     with pytest.raises(UserError, match="here: audio at 8000 Hz must be resampled to 16000 Hz"):
         decode_audio([0.0], "here", 8000)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64, ">i2"])
-def test_wav_files_by_type(dtype):
+def test_a_wav_file_of_any_sample_type_is_read(dtype):
     silence, half = (128, 192) if dtype == np.uint8 else (0, 0.5)
     if np.dtype(dtype).kind == "i":
         half = -np.iinfo(dtype).min // 2
@@ -361,7 +361,7 @@ def test_wav_files_by_type(dtype):
     np.testing.assert_allclose(found, np.repeat([0, 0.5], 200), atol=1e-4)
 
 
-def test_files_are_brought_to_our_rate():
+def test_sound_files_are_resampled_to_our_rate():
     tone = np.sin(2 * np.pi * 440 * np.arange(44_100) / 44_100)
     found = decode_audio(wav((tone * 2**14).astype(np.int16), 44_100), "here")
     expected = np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE) / SAMPLE_RATE) / 2
@@ -369,7 +369,7 @@ def test_files_are_brought_to_our_rate():
     np.testing.assert_allclose(found[500:-500], expected[500:-500], atol=3e-3)
 
 
-def test_a_wav_file_written_to_a_pipe_has_no_length_and_is_whole():
+def test_a_wav_file_without_a_length_is_read_to_its_end():
     data = bytearray(wav(np.full(300, 2**14, np.int16)))
     data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
     with warnings.catch_warnings():
@@ -379,7 +379,7 @@ def test_a_wav_file_written_to_a_pipe_has_no_length_and_is_whole():
 
 @pytest.mark.parametrize("rate", [8000, 11_025, 22_050, 44_100, 48_000, 44_101])
 @pytest.mark.parametrize("channels", [1, 2, 6])
-def test_any_rate_and_number_of_channels(rate, channels):
+def test_any_rate_and_number_of_channels_are_read(rate, channels):
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate // 2) / rate)
     found = decode_audio(wav(np.repeat(tone[:, None], channels, axis=1).astype(np.float32), rate), "here")
     expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE // 2) / SAMPLE_RATE)
@@ -393,7 +393,7 @@ def test_any_rate_and_number_of_channels(rate, channels):
      ("WAV", "IMA_ADPCM"), ("WAVEX", "PCM_16"), ("RF64", "PCM_16"), ("FLAC", "PCM_S8"), ("FLAC", "PCM_24"),
      ("AIFF", "PCM_16"), ("OGG", "OPUS")],
 )  # fmt: skip
-def test_any_depth_and_coding(form, subtype):
+def test_any_bit_depth_and_encoding_are_read(form, subtype):
     soundfile = pytest.importorskip("soundfile")
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(SAMPLE_RATE) / SAMPLE_RATE)
     buffer = io.BytesIO()
@@ -436,7 +436,7 @@ def test_a_sound_that_is_too_long_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     "make", [lambda: png(Image.new("RGB", (1, 1))), lambda: b"text, not sound", lambda: film([0, 10])]
 )
-def test_what_is_no_sound_is_refused_in_one_line(make):
+def test_a_file_without_a_sound_is_refused_in_one_line(make):
     with pytest.raises(UserError, match=r"cannot read the sound in here: .*; it must be a WAV file") as caught:
         decode_audio(make(), "here")
     assert "\n" not in str(caught.value)
@@ -468,7 +468,7 @@ def test_without_soundfile_the_error_says_what_to_install(monkeypatch):
 
 
 def damaged(data, rng, number):
-    """The file cut, or with some bytes changed."""
+    """Returns the file cut short or with some bytes changed."""
     for length in (*range(0, min(len(data), 60), 3), len(data) // 2, len(data) - 1):
         yield data[:length]
     for _ in range(number):
@@ -479,7 +479,7 @@ def damaged(data, rng, number):
 
 
 def refused(read, *arguments):
-    """What `read` says where it refuses its arguments, None where it takes them."""
+    """Returns the message with which `read` refuses its arguments, or None if it accepts them."""
     try:
         read(*arguments)
     except UserError as error:

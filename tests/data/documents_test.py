@@ -14,7 +14,7 @@ def style(face="DejaVuSans", offset=(0, 0)):
 
 
 def ink(document):
-    """Where text was drawn: what is grey, not white and not blue."""
+    """Returns a mask of the pixels of text: grey ones, neither white nor blue."""
     image = document.image.astype(int)
     return (image.max(axis=2) - image.min(axis=2) < 10) & (image.max(axis=2) < 200)
 
@@ -49,7 +49,7 @@ def test_boxes_do_not_overlap():
         assert covered.max() == 1
 
 
-def test_bars_stand_on_one_floor_and_are_as_high_as_their_values():
+def test_bars_share_a_baseline_and_their_heights_follow_their_values():
     document = documents.chart(style(), [("A", 2), ("B", 7), ("C", 4)])
     blue = (document.image == np.array(BLUE)).all(axis=2)
     heights = []
@@ -70,7 +70,7 @@ def test_an_offset_moves_the_ink_and_its_boxes():
     assert moved.fields[0].value_box == (left + 2, top - 1, right + 2, bottom - 1)
 
 
-def test_what_does_not_fit_is_refused():
+def test_text_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match="a table of 5 rows; it has 2 to 4"):
         documents.table(style(), [("A", "1")] * 5)
     with pytest.raises(UserError, match="a receipt of 1 rows"):

@@ -25,7 +25,7 @@ def test_a_generator_depends_on_each_argument():
 
     first = numbers()
     assert numbers() == first
-    assert first == (3, 912566719, 141376455, 147980161)  # on every machine
+    assert first == (3, 912566719, 141376455, 147980161)  # the same on every machine
     for change in (("name", "ocr"), ("split", "test"), ("index", 6), ("seed", 2)):
         assert numbers(change)[1:] != first[1:]
 

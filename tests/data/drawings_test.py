@@ -43,7 +43,7 @@ def test_lines_are_wrapped_at_spaces_with_their_marks():
     assert "".join(line for line, _ in lines) == text
     assert all(len(line) <= 15 for line, _ in lines)
     assert [line[a:b] for line, spans in lines for a, b in spans] == ["12", "Max", "7"]
-    cut = list(drawings.wrap_marked("a" * 10, [(3, 7)], 5))  # a mark over the break goes on in the next line
+    cut = list(drawings.wrap_marked("a" * 10, [(3, 7)], 5))  # a mark across the break continues on the next line
     assert cut == [("aaaaa", ((3, 5),)), ("aaaaa", ((0, 2),))]
 
 
@@ -84,7 +84,7 @@ def test_audio_evidence_is_a_bar_over_its_seconds(tmp_path):
     assert row.sum() == pytest.approx(0.5 * 3.0 * 110, abs=4)  # half of 3 inches
 
 
-def test_question_evidence_is_marked_where_it_is_written(tmp_path):
+def test_evidence_in_the_question_is_underlaid(tmp_path):
     plain = example(question="mark the last word here")
     marked = example(question="mark the last word here", question_evidence=((9, 13),))
     drawings.draw_sheet([(0, plain)], "toy", tmp_path / "plain.png")

@@ -18,7 +18,7 @@ SPEC = EncodingSpec(max_length=32, max_patches=8, max_frames=16)
 TEXT, IMAGE, AUDIO, VIDEO = Modality
 
 
-def test_the_fields_are_those_of_a_batch():
+def test_the_fields_are_the_batchs():
     names = [field.name for field in dataclasses.fields(Batch)]
     for example in (text_example(), image_example(), video_example(), audio_example()):
         fields = encode(example, SPEC)
@@ -64,7 +64,7 @@ def test_an_image_by_hand():
     assert not fields["time_BT"].any()
 
 
-def test_a_patch_needs_its_share_of_evidence():
+def test_a_patch_is_evidence_from_an_eighth_of_its_pixels():
     fields = encode(video_example(), SPEC)  # 7 and 8 of 64 pixels
     assert np.flatnonzero(fields["evidence_BT"]).tolist() == [6]
     lower = dataclasses.replace(SPEC, patch_evidence=7 / 64)
@@ -123,12 +123,12 @@ def test_audio_by_hand():
         ),
     ],
 )
-def test_what_is_too_long_is_refused_with_its_lengths(example, change, message):
+def test_an_example_that_is_too_long_is_refused_with_its_lengths(example, change, message):
     with pytest.raises(UserError, match=message):
         encode(example, dataclasses.replace(SPEC, **change))
 
 
-def test_the_longest_that_fits_fits():
+def test_an_example_that_just_fits_is_encoded():
     spec = dataclasses.replace(SPEC, max_length=13, max_patches=6)
     assert encode(image_example(), spec)["valid_BT"].all()
 
@@ -147,11 +147,13 @@ def test_a_spec_refuses_bad_values(change, message):
         EncodingSpec(**change)
 
 
-def test_a_model_must_read_what_is_encoded():
+def test_an_encoding_that_the_model_cannot_read_is_refused():
     in_space = StackConfig(attention=AttentionConfig(mrope_section=(8, 4, 4)))
     require_fits_model(EncodingSpec(), ModelConfig())
     require_fits_model(EncodingSpec(max_frames=0), ModelConfig(audio=None))
-    require_fits_model(EncodingSpec(max_patches=10_000), ModelConfig())  # a place has coordinates, not a table
+    require_fits_model(
+        EncodingSpec(max_patches=10_000), ModelConfig()
+    )  # positions are coordinates, not rows of a table
     for spec, model, message in (
         (EncodingSpec(max_length=256), ModelConfig(), "max_length=256 is longer than the model's max_length=128"),
         (

@@ -17,13 +17,13 @@ from anyexperts_jax.data.five_domains import speech
 
 @pytest.fixture
 def unloaded():
-    """eSpeak NG as a process finds it at first, before and after the test."""
+    """Unloads eSpeak NG before and after the test, so that it starts as in a new process."""
     espeak._engine.cache_clear()
     yield
     espeak._engine.cache_clear()
 
 
-def test_an_utterance_does_not_depend_on_what_was_said_before():
+def test_an_utterance_does_not_depend_on_earlier_ones():
     voices = [f"{accent}+{variant}" for variant in ("Alex", "f1", "m3", "norbert") for accent in ("en-us", "en-029")]
     first = {voice: espeak.speak("seven one stop", voice) for voice in voices}
     for i, voice in enumerate(reversed(voices)):
@@ -45,7 +45,7 @@ def test_another_process_gives_the_same_samples():
 
 
 def test_known_samples():
-    """The samples of eSpeak NG 1.52.0; a new version may speak otherwise, and then makes other examples."""
+    """The samples are eSpeak NG 1.52.0's; a new version may speak differently, and then the examples change too."""
     if espeak.version() != "1.52.0":
         pytest.skip(f"eSpeak NG {espeak.version()} is not 1.52.0")
     said = espeak.speak("seven one stop", "en-us+m1")
@@ -55,7 +55,7 @@ def test_known_samples():
 
 @pytest.mark.usefixtures("unloaded")
 def test_threads_do_not_mix_their_utterances():
-    """Not even those that load the library at the same time."""
+    """This holds even for threads that load the library at the same time."""
     texts = ["one", "two", "three four", "stop", "seven eight nine"] * 8
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda text: espeak.speak(text, "en-us+m1").samples.tobytes(), texts))
@@ -97,7 +97,7 @@ def test_bad_voices_and_numbers_are_refused():
         espeak.speak("one", "en-us+m1", pitch=101)
 
 
-def test_voices_that_keep_state_are_left_out():
+def test_voices_that_keep_state_are_excluded():
     assert not {"m2", "klatt2", "whisper"} & set(espeak.variants())
 
 
@@ -106,7 +106,7 @@ def fake_loader(library: str, data: str) -> types.SimpleNamespace:
 
 
 @pytest.mark.usefixtures("unloaded")
-def test_a_missing_wheel_library_or_data_is_one_clear_line(monkeypatch, tmp_path):
+def test_a_missing_wheel_library_or_data_is_refused_in_one_line(monkeypatch, tmp_path):
     import espeakng_loader
 
     library, data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
@@ -130,7 +130,7 @@ def test_a_missing_wheel_library_or_data_is_one_clear_line(monkeypatch, tmp_path
 
 
 @pytest.mark.usefixtures("unloaded")
-def test_the_data_folder_goes_with_the_engine():
+def test_the_data_folder_is_the_engines():
     folder = espeak._engine().data.parent
     assert folder.is_dir()
     espeak._engine.cache_clear()

@@ -16,7 +16,7 @@ VIDEO = np.zeros((2, 16, 24, 3), np.uint8)
 AUDIO = np.zeros(SAMPLE_RATE // 2, np.float32)
 
 
-def test_media_names_the_kind():
+def test_media_names_the_kind_of_medium():
     assert example().media is None
     assert example(image=IMAGE).media == "image"
     assert example(video=VIDEO).media == "video"
@@ -41,7 +41,7 @@ def test_media_names_the_kind():
         ({"audio": AUDIO[:0]}, r"audio of float32 and shape \(0,\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes, message):
+def test_inconsistent_fields_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         example(**changes)
 
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_refused(changes, message):
         (example_module._require_samples, (AUDIO.astype(np.int16),), "d/q: audio of int16"),
     ],
 )
-def test_what_tests_cannot_pass_is_refused_outside_of_them(check, arguments, message):
-    """There the annotations of `Example` are checked first."""
+def test_wrong_types_are_refused_outside_of_tests_too(check, arguments, message):
+    """Tests check the annotations of `Example` first, so these checks are called directly."""
     with pytest.raises(UserError, match=message):
         check("d/q", *arguments)

@@ -1,4 +1,4 @@
-"""Small examples by hand, for the tests of what reads examples."""
+"""Small examples written by hand, for tests of code that reads examples."""
 
 import numpy as np
 

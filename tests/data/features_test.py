@@ -7,7 +7,7 @@ from anyexperts_jax.data.example import SAMPLE_RATE
 
 
 def slow_log_power(audio: np.ndarray, num_bands: int) -> np.ndarray:
-    """Frame by frame, with the transform and the triangles written as sums."""
+    """Computes the log-mel power frame by frame, with the Fourier transform and the mel filters written as sums."""
     low, high = (2595 * np.log10(1 + hz / 700) for hz in (60, 7600))
     corners = [700 * (10 ** ((low + (high - low) * i / (num_bands + 1)) / 2595) - 1) for i in range(num_bands + 2)]
     rows = []

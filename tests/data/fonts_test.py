@@ -11,7 +11,7 @@ FACES = list(itertools.chain.from_iterable(fonts.FACES.values()))
 
 
 def test_splits_share_no_family():
-    """By the names in the files: matplotlib has three designs, so one split has no sans and no monospaced face."""
+    """Checked by the names in the files. Matplotlib has three designs, so one split lacks sans and monospaced faces."""
     assert len(set(FACES)) == len(FACES)
     split_of = {}
     for split, faces in fonts.FACES.items():
@@ -46,7 +46,7 @@ def test_every_face_draws_every_character_differently(face):
 
 
 @pytest.mark.parametrize("face", FACES)
-def test_fitted_font_is_the_largest_that_fits(face):
+def test_a_fitted_font_is_the_largest_that_fits(face):
     alphabet = documents._ALPHABET
     font = fonts.fitted_font(face, alphabet, 11, 12)
     larger = fonts.load_font(face, int(font.size) + 1)
@@ -59,7 +59,7 @@ def test_fitted_font_is_the_largest_that_fits(face):
     assert not fits(larger)
 
 
-def test_what_is_missing_is_named(monkeypatch):
+def test_a_missing_font_is_named(monkeypatch):
     with pytest.raises(UserError, match="matplotlib ships no Comic"):
         fonts.load_font("Comic", 12)
     with pytest.raises(UserError, match="does not fit cells of 1 x 1"):

@@ -1,4 +1,4 @@
-"""Datasets as the package `datasets` saves them."""
+"""Tests reading datasets that the package `datasets` saved."""
 
 import dataclasses
 import io
@@ -70,7 +70,7 @@ def test_question_and_answer_are_enough(save):
     assert (source[0].question_type, source[0].level) == ("any", 1)
 
 
-def test_media_columns(save):
+def test_media_columns_are_read(save):
     image = np.arange(8 * 16 * 3, dtype=np.uint8).reshape(8, 16, 3)
     row = {"question": "q?", "answer": "a"}
     splits = {
@@ -84,7 +84,7 @@ def test_media_columns(save):
     assert open_source(config, "mine", "test")[0].audio.tolist() == [0.0, 0.5]
 
 
-def test_pictures_of_pillow_are_read(save):
+def test_pillow_pictures_are_read(save):
     picture = Image.new("L", (16, 8), 77)
     source = open_source(save({"train": [{"question": "q?", "answer": "a", "image": picture}]}), "mine", "train")
     assert source[0].image.shape == (8, 16, 3)
@@ -100,7 +100,7 @@ def test_pictures_of_pillow_are_read(save):
         ({"audio": {"array": [0.0], "sampling_rate": 8000}}, "audio at 8000 Hz must be resampled to 16000 Hz"),
     ],
 )
-def test_media_of_another_form_are_refused(save, row, message):
+def test_malformed_media_are_refused(save, row, message):
     source = open_source(save({"train": [{"question": "q?", "answer": "a"} | row]}), "mine", "train")
     with pytest.raises(UserError, match=message):
         source[0]
@@ -121,7 +121,7 @@ def test_without_the_package_the_error_says_what_to_install(save, monkeypatch):
         open_source(config, "mine", "train")
 
 
-TEXTS = [  # a column of answers, and what they read as
+TEXTS = [  # a column of answers, and the texts they are read as
     (ClassLabel(names=["no", "yes"]), [1, 0], ["yes", "no"]),
     (Value("int64"), [7, -3], ["7", "-3"]),
     (Value("bool"), [True, False], ["true", "false"]),
@@ -135,7 +135,7 @@ TEXTS = [  # a column of answers, and what they read as
 
 @pytest.mark.parametrize("column", ["question", "answer"])
 @pytest.mark.parametrize(("feature", "values", "expected"), TEXTS, ids=str)
-def test_questions_and_answers_of_every_kind(save, column, feature, values, expected):
+def test_questions_and_answers_of_any_type_are_read(save, column, feature, values, expected):
     features = {"question": Value("string"), "answer": Value("string")} | {column: feature}
     source = open_source(save({"train": [QA | {column: value} for value in values]}, features), "mine", "train")
     assert [getattr(source[i], column) for i in range(2)] == expected
@@ -155,7 +155,7 @@ def test_questions_and_answers_of_every_kind(save, column, feature, values, expe
     ],
     ids=str,
 )
-def test_answers_of_no_use_are_refused_by_their_row(save, feature, value, message):
+def test_unusable_answers_are_refused_with_their_row(save, feature, value, message):
     rows = [QA | {"answer": each} for each in (value, value)]
     config = save({"train": rows}, {"question": Value("string"), "answer": feature})
     with pytest.raises(UserError, match=f"mine row 1 of train: {message}"):
@@ -171,14 +171,14 @@ def test_answers_of_no_use_are_refused_by_their_row(save, feature, value, messag
     ],
     ids=str,
 )
-def test_question_types_of_every_kind(save, feature, values, expected):
+def test_question_types_of_any_type_are_read(save, feature, values, expected):
     features = {"question": Value("string"), "answer": Value("string"), "question_type": feature}
     source = open_source(save({"train": [QA | {"question_type": v} for v in values]}, features), "mine", "train")
     assert source.question_types == tuple(sorted(set(expected)))
     assert [source[i].question_type for i in range(3)] == expected
 
 
-def test_a_split_without_question_types_has_the_one(save):
+def test_a_split_without_question_types_has_the_default_one(save):
     source = open_source(save({"train": TEXT, "test": [QA]}), "mine", "test")
     assert source.question_types == ("any", "double")
     assert source[0].question_type == "any"
@@ -191,13 +191,13 @@ def test_lists_of_question_types_are_refused(save):
 
 
 @pytest.mark.parametrize(("level", "expected"), [(None, 1), (3, 3), (2.0, 2)])
-def test_levels(save, level, expected):
+def test_levels_are_read(save, level, expected):
     source = open_source(save({"train": [QA | {"level": 1}, QA | {"level": level}]}), "mine", "train")
     assert source[1].level == expected
 
 
 @pytest.mark.parametrize("level", [0, 4, 1.5, NAN, "easy"])
-def test_levels_out_of_range_are_refused_by_their_row(save, level):
+def test_levels_out_of_range_are_refused_with_their_row(save, level):
     config = save({"train": [QA | {"level": level}]})
     with pytest.raises(UserError, match=rf"mine row 0 of train: .*level={level!r} is unknown; valid: 1, 2, 3"):
         open_source(config, "mine", "train")[0]
@@ -227,7 +227,7 @@ HALF = np.full(400, 2**14, np.int16)
 
 @pytest.mark.parametrize("rate", [16_000, 44_100])
 def test_audio_features_need_no_codec(save, tmp_path, rate):
-    """As `datasets` 4 and newer have it: without torchcodec they decode nothing, and we read the WAV file."""
+    """`datasets` 4 and newer decode audio only with torchcodec; we read the WAV bytes ourselves."""
     (tmp_path / "a.wav").write_bytes(wav(HALF, rate))
     row = QA | {"audio": str(tmp_path / "a.wav")}
     source = open_source(save({"train": [row]}, cast={"audio": Audio(sampling_rate=16_000)}), "mine", "train")
@@ -236,7 +236,7 @@ def test_audio_features_need_no_codec(save, tmp_path, rate):
     assert audio[60] == pytest.approx(0.5, abs=0.01)
 
 
-def test_file_names_are_looked_up_from_the_folder(save, tmp_path):
+def test_file_names_are_relative_to_the_folder(save, tmp_path):
     save({"train": [QA | {"audio": "sounds/a.wav", "image": None}, QA | {"audio": None, "image": "b.png"}]})
     folder = tmp_path / "mine"
     (folder / "sounds").mkdir()
@@ -266,7 +266,7 @@ def test_numbers_keep_the_type_they_are_stored_in(save):
     assert open_source(config, "mine", "test")[0].audio.tolist() == [0.0, 0.5]
 
 
-def test_films_of_floats_and_of_pictures(save):
+def test_videos_of_floats_and_of_pictures_are_read(save):
     floats = [[[[0.0, 0.5, 1.0]]], [[[1.0, 0.5, 0.0]]]]
     red, blue = Image.new("RGB", (2, 1), (255, 0, 0)), Image.new("RGB", (2, 1), (0, 0, 255))
     config = save({"train": [QA | {"video": floats}], "test": [QA | {"video": [red, blue]}]})
@@ -289,7 +289,7 @@ def test_films_of_floats_and_of_pictures(save):
     ],
     ids=str,
 )
-def test_media_that_cannot_be_read_are_named_by_their_row(save, row, message):
+def test_unreadable_media_are_named_by_their_row(save, row, message):
     source = open_source(save({"train": [QA | row, QA | row]}), "mine", "train")
     with pytest.raises(UserError, match=message):
         source[1]
@@ -314,7 +314,7 @@ def test_a_picture_that_does_not_fit_is_named_by_its_number(save):
 
 
 def damage(folder):
-    """Every file of the dataset cut short, and emptied, one at a time."""
+    """Cuts each file of the dataset short, then empties it, one file at a time."""
     for path in sorted(folder.rglob("*.*")):
         whole = path.read_bytes()
         for cut in (0, 1, len(whole) // 2, len(whole) - 1):
@@ -323,7 +323,7 @@ def damage(folder):
             path.write_bytes(whole)
 
 
-def test_a_damaged_dataset_is_refused_in_one_line_or_read_as_it_was(save):
+def test_a_damaged_dataset_is_refused_in_one_line_or_read_correctly(save):
     config = save({"train": TEXT})
     said = []
     for _ in damage(config.folder_paths()["mine"]):
@@ -339,7 +339,7 @@ def test_a_damaged_dataset_is_refused_in_one_line_or_read_as_it_was(save):
 
 
 def test_changed_bytes_of_the_rows_are_refused_in_one_line_or_read(save):
-    """Offsets that lead out of the file would end the process: Arrow follows them unless it is told to check."""
+    """Arrow follows offsets out of the file, which would crash the process, unless it is told to check them."""
     config = save({"train": TEXT})
     (path,) = config.folder_paths()["mine"].rglob("*.arrow")
     whole, rng, said = path.read_bytes(), np.random.default_rng(0), []

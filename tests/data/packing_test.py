@@ -32,7 +32,7 @@ def text(length, name):
 
 
 def names(rows):
-    """What is in each row, as the tokens of its segments."""
+    """Returns each row as the names of its sequences, read from the tokens."""
     return [[int(row.tokens_T[row.segment_T == s][0]) for s in range(row.segment_T.max() + 1)] for row in rows]
 
 
@@ -47,26 +47,26 @@ def sequences():
     ("window", "expected"),
     [
         (1, [[0], [1, 2], [3, 4], [5], [6]]),
-        (2, [[0, 2], [1, 3], [4, 6], [5]]),  # 4 fits in neither row: both go, and it opens one of the next two
+        (2, [[0, 2], [1, 3], [4, 6], [5]]),  # 4 fits in neither row: both are emitted, and 4 opens a new row
         (3, [[0, 2], [1, 3], [4], [5], [6]]),
         (64, [[0, 2], [1, 3], [4, 6], [5]]),
     ],
 )
-def test_each_sequence_goes_to_the_first_open_row_with_room_for_it(window, expected):
+def test_each_sequence_goes_into_the_first_open_row_that_has_room(window, expected):
     found = list(pack(sequences(), ROOM, window))
     assert names(found) == expected
     assert all(len(row.tokens_T) <= 10 for row in found)
 
 
-def test_patches_and_frames_need_room_too():
+def test_rows_are_also_limited_by_patches_and_frames():
     room = Size(positions=10, patches=3, frames=2)
     assert (Size(4, 2, 1) + Size(6, 1, 1)).fits(room)
     for size in (Size(11, 0, 0), Size(0, 4, 0), Size(0, 0, 3)):
         assert not size.fits(room)
 
 
-def test_it_streams():
-    """A row comes out before the sequences end, which these never do."""
+def test_packing_streams():
+    """The sequences never end, yet rows are emitted."""
     endless = (text(4, i % 200) for i in itertools.count())
     first = list(itertools.islice(pack(endless, ROOM, 2), 3))
     assert names(first) == [[0, 1], [2, 3], [4, 5]]
@@ -81,14 +81,14 @@ def identical(one, other):
 
 
 class Listed(PackedSequences):
-    """The rows of a list, for an iterator that ends."""
+    """Packs a list, so that the iterator ends."""
 
     def __init__(self, sequences, window):
         super().__init__(grain.MapDataset.source(sequences).to_iter_dataset(), ROOM, window)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 64])
-def test_an_iterator_gives_the_rows_of_pack_and_resumes_at_any_of_them(window):
+def test_an_iterator_gives_the_rows_of_pack_and_resumes_at_any_row(window):
     expected = names(pack(sequences(), ROOM, window))
     iterator = iter(Listed(sequences(), window))
     states, found = [], []
@@ -99,7 +99,7 @@ def test_an_iterator_gives_the_rows_of_pack_and_resumes_at_any_of_them(window):
     with pytest.raises(StopIteration):
         next(iterator)
     for row, state in enumerate(states):
-        iterator.set_state(state)  # back in time, in the same iterator and in a fresh one
+        iterator.set_state(state)  # rewinds the same iterator, then sets a new one
         assert names(list(iterator)) == expected[row:]
         fresh = iter(Listed(sequences(), window))
         fresh.set_state(state)
@@ -107,7 +107,7 @@ def test_an_iterator_gives_the_rows_of_pack_and_resumes_at_any_of_them(window):
 
 
 def examples_of(batches):
-    """The tokens of every valid segment, in order."""
+    """Returns the tokens of every valid segment, in order."""
     found = []
     for batch in batches:
         for tokens_T, valid_T, segment_T in zip(batch.tokens_BT, batch.valid_BT, batch.segment_BT, strict=True):
@@ -115,7 +115,7 @@ def examples_of(batches):
     return found
 
 
-def test_training_batches_are_packed_of_the_examples_of_the_unpacked_in_fewer_rows():
+def test_packed_batches_hold_the_same_examples_in_fewer_rows():
     packed = take(train_iterator(PACKED, 3), 4)
     assert {batch.tokens_BT.shape for batch in packed} == {(3, 160)}
     alone = take(train_iterator(dataclasses.replace(PACKED, packing="none"), 3), 14)
@@ -123,7 +123,7 @@ def test_training_batches_are_packed_of_the_examples_of_the_unpacked_in_fewer_ro
     assert 24 < len(first) <= 42
     assert all(tokens[-1] == EOS for tokens in first)
     everything = examples_of(alone)
-    window = everything[: len(first) + 3]  # those that the rows not given out yet may hold instead
+    window = everything[: len(first) + 3]  # rows still open may hold up to three of the first examples
     assert all(tokens in window for tokens in first)
     before, after = padding_shares(packed[0])
     assert before == pytest.approx(1 - packed[0].valid_BT.sum() / (160 * len(examples_of(packed[:1]))))
@@ -132,7 +132,7 @@ def test_training_batches_are_packed_of_the_examples_of_the_unpacked_in_fewer_ro
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_packed_iterator_resumes_where_it_was(workers):
+def test_a_packed_iterator_resumes_at_its_state(workers):
     config = dataclasses.replace(PACKED, workers=workers, threads=0 if workers else 1)
     iterator = train_iterator(config, 2)
     assert all(map(identical, take(iterator, 2), take(train_iterator(PACKED, 2), 2)))
@@ -145,7 +145,7 @@ def test_a_packed_iterator_resumes_where_it_was(workers):
     resumed.close()
 
 
-def test_processes_make_their_rows_of_the_same_packed_batches():
+def test_each_process_makes_its_rows_of_the_same_packed_batches():
     whole = train_iterator(PACKED, 4)
     parts = [train_iterator(PACKED, 4, rows) for rows in ((0, 2), (1,), (3,))]
     for _ in range(3):
@@ -160,5 +160,5 @@ def test_padding_shares_count_examples_not_rows():
     spec = dataclasses.replace(SPEC, max_length=12)
     batch = stack([padded(row, spec), padded(text(3, 1), spec)])
     assert padding_shares(batch) == (1 - 12 / 36, 1 - 12 / 24)
-    assert padding_shares(pad_rows(batch, 3)) == (1 - 12 / 36, 1 - 12 / 36), "an empty row is padding, no example"
+    assert padding_shares(pad_rows(batch, 3)) == (1 - 12 / 36, 1 - 12 / 36), "an empty row is padding, not an example"
     assert np.asarray(batch.segment_BT).max() == 1

@@ -46,21 +46,21 @@ def test_the_same_config_gives_the_same_batches():
     assert questions(other) != questions(first[0])
 
 
-def test_domains_come_in_their_shares():
+def test_domains_are_mixed_by_their_shares():
     batches = take(train_iterator(CONFIG, 16), 10)
     counts = np.bincount(np.concatenate([batch.domain_B for batch in batches]), minlength=3)
     assert np.abs(counts - np.array([80, 40, 40])).max() <= 1
-    for batch in batches:  # and evenly over time
+    for batch in batches:  # the shares are even over time
         assert np.abs(np.bincount(batch.domain_B, minlength=3) - np.array([8, 4, 4])).max() <= 1
 
 
-def test_only_the_levels_asked_for():
+def test_only_the_configured_levels_occur():
     batches = take(train_iterator(dataclasses.replace(CONFIG, levels=(1, 3)), 16), 3)
     assert set(np.concatenate([batch.level_B for batch in batches]).tolist()) == {1, 3}
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_an_iterator_resumes_where_it_was(threads):
+def test_an_iterator_resumes_at_its_state(threads):
     config = dataclasses.replace(CONFIG, threads=threads)
     iterator = train_iterator(config, 4)
     take(iterator, 3)
@@ -69,7 +69,7 @@ def test_an_iterator_resumes_where_it_was(threads):
     resumed = train_iterator(config, 4)
     resumed.set_state(state)
     assert all(map(identical, ahead, take(resumed, 4)))
-    iterator.set_state(state)  # back in time
+    iterator.set_state(state)  # rewinds
     assert identical(next(iterator), ahead[0])
 
 
@@ -80,20 +80,20 @@ def test_threads_do_not_change_the_batches():
 
 
 def seen(config, batch_size, batches, rows=None):
-    """(domain, example) of each row."""
+    """Returns (domain, example) of each row."""
     made = take(train_iterator(config, batch_size, rows), batches)
     return [(int(d), int(i)) for batch in made for d, i in zip(batch.domain_B, batch.example_B, strict=True)]
 
 
 def rows_of_processes(count, mesh_config):
-    """The rows of a batch of 8 that each of `count` processes makes, with the 8 devices dealt out to them."""
+    """Returns the rows of a batch of 8 that each of `count` processes makes when they share 8 devices evenly."""
     mesh = make_mesh(mesh_config)
     groups = np.array_split(np.asarray(jax.devices()), count)
     return [batch_rows(mesh, 8, list(group)) for group in groups]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_processes_share_no_example_and_together_make_the_batches_of_one(count):
+def test_processes_share_no_example_and_together_make_one_processs_batches(count):
     config = dataclasses.replace(CONFIG, train_examples=24)
     shares = rows_of_processes(count, MeshConfig(data=2, fsdp=2, expert=2))
     assert [len(rows) for rows in shares] == [8 // count] * count
@@ -110,8 +110,8 @@ def test_processes_that_split_a_sequence_or_weights_make_the_same_rows():
     assert rows_of_processes(2, MeshConfig(data=1, fsdp=4, sequence=2)) == [(0, 1, 2, 3), (4, 5, 6, 7)]
 
 
-def test_a_run_goes_on_with_another_number_of_processes():
-    """The iterators' states are those of one process, and so are the batches after it."""
+def test_a_run_resumes_with_another_number_of_processes():
+    """The iterators' states equal a single process's, and so do the batches after resuming."""
     alone, halves = train_iterator(NLP, 4), [train_iterator(NLP, 4, rows) for rows in ((0, 1), (2, 3))]
     for iterator in (alone, *halves):
         take(iterator, 3)
@@ -124,7 +124,7 @@ def test_a_run_goes_on_with_another_number_of_processes():
     assert next(halves[1]).example_B.tolist() == after.example_B[2:].tolist()
 
 
-def test_rows_of_an_evaluation_are_those_of_its_whole_batches():
+def test_processes_share_the_rows_of_an_evaluation():
     whole = list(eval_batches(NLP, "nlp", "validation", 4, 9))
     for rows in ((0, 1), (2, 3), (1, 3)):
         part = list(eval_batches(NLP, "nlp", "validation", 4, 9, rows))
@@ -191,7 +191,7 @@ def test_evaluation_refuses_bad_numbers():
 
 
 @pytest.mark.parametrize("threads", [0, 1])
-def test_a_sequence_that_is_too_long_is_one_clear_error(threads):
+def test_a_sequence_that_is_too_long_is_refused_in_one_line(threads):
     config = dataclasses.replace(NLP, encoding=EncodingSpec(max_length=20), threads=threads)
     with pytest.raises(UserError, match=r"nlp/\w+ example needs \d+ positions .* more than encoding.max_length=20"):
         next(train_iterator(config, 4))

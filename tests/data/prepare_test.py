@@ -1,4 +1,4 @@
-"""Pictures and videos as the model sees them: their grids, and that everybody who shows the model one sees the same."""
+"""Pictures and videos are resized to grids of patches, and training, evaluation and generation see the same grid."""
 
 import dataclasses
 
@@ -25,10 +25,10 @@ SPEC = EncodingSpec(max_length=32, max_patches=12, max_frames=0)
     ("height", "width", "most", "grid"),
     [
         (16, 24, 6, (2, 3)),  # whole patches that fit
-        (16, 24, 600, (2, 3)),  # never enlarged beyond
+        (16, 24, 600, (2, 3)),  # never enlarged
         (16, 24, 5, (2, 2)),
-        (17, 30, 99, (2, 4)),  # to the nearest whole patches
-        (12, 11, 99, (2, 1)),  # half a patch goes up
+        (17, 30, 99, (2, 4)),  # rounded to whole patches
+        (12, 11, 99, (2, 1)),  # half a patch rounds up
         (1, 1, 4, (1, 1)),
         (640, 480, 72, (10, 7)),
         (480, 640, 72, (7, 10)),
@@ -43,7 +43,7 @@ def test_a_grid_keeps_the_shape_and_the_limit(height, width, most, grid):
 
 
 def test_every_grid_is_near_the_pictures_shape():
-    """Over many sizes: within the limit, and a common scale at which each side is within half a patch of its own."""
+    """Over many sizes: the grid is within the limit, and some scale brings both sides within half a patch of it."""
     rng = np.random.default_rng(0)
     for height, width, most in rng.integers(1, 400, (300, 3)).tolist():
         rows, columns = patch_grid(height, width, 8, most)
@@ -51,14 +51,14 @@ def test_every_grid_is_near_the_pictures_shape():
         low = max(0 if side == 1 else (side - 0.5) * 8 / pixels for side, pixels in ((rows, height), (columns, width)))
         high = min((side + 0.5) * 8 / pixels for side, pixels in ((rows, height), (columns, width)))
         assert low <= min(high, 1)
-        if high < 1:  # one scale further it would be too many
+        if high < 1:  # the next larger scale would exceed the limit
             larger = [side + (np.isclose((side + 0.5) * 8 / n, high)) for side, n in ((rows, height), (columns, width))]
             assert larger[0] * larger[1] > most
 
 
 @pytest.mark.parametrize("name", ["general", "ocr", "video"])
 @pytest.mark.parametrize("pictures", ["fit", "whole"])
-def test_generated_pictures_stay_as_they_are(name, pictures):
+def test_generated_pictures_are_not_resized(name, pictures):
     spec = EncodingSpec(pictures=pictures)
     for index in range(3):
         example = domain(name).example("test", index)
@@ -68,7 +68,7 @@ def test_generated_pictures_stay_as_they_are(name, pictures):
 
 
 def test_evidence_is_resized_with_its_picture():
-    """The right half of a picture, twice as large as fits, carries the answer."""
+    """The picture is twice as large as fits, and its right half is the evidence."""
     evidence = np.zeros((32, 64), bool)
     evidence[:, 32:] = True
     image = np.where(evidence[..., None], 255, 0).repeat(3, axis=-1).astype(np.uint8)
@@ -93,7 +93,7 @@ def test_a_long_video_keeps_frames_evenly_spaced():
     assert fields["time_BT"][1:7].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_a_run_without_pictures_says_so():
+def test_a_picture_is_refused_in_a_run_without_pictures():
     blind = dataclasses.replace(SPEC, max_patches=0)
     with pytest.raises(UserError, match=r"general image of 24 x 16 pixels: this run reads no images: data.encoding"):
         prepare(image_example(), blind)
@@ -119,10 +119,10 @@ class Given:
 
 
 def test_training_evaluation_and_generation_see_the_same_patches(tmp_path):
-    """A photograph on its side, of no whole patches and more than fit, from its file."""
+    """A photograph is read from a file: rotated, too large, and not a whole number of patches."""
     pixels = np.random.default_rng(0).integers(0, 256, (50, 83, 3), np.uint8)
     tags = Image.Exif()
-    tags[0x0112] = 6  # turned by a quarter
+    tags[0x0112] = 6  # a quarter turn
     file = tmp_path / "photo.png"
     Image.fromarray(pixels).save(file, exif=tags)
     example = Example(**BASE, question="what?", answer="?", image=decode_picture(file, "here"))

@@ -1,4 +1,4 @@
-"""Each public form of a conversation, read as it stands."""
+"""Each public format of conversations is read without conversion."""
 
 import base64
 import io
@@ -41,7 +41,7 @@ def read(row, **options):
 
 
 def outline(item):
-    """Roles and parts: texts as they are, media as kind and shape or first pixel."""
+    """Returns roles and parts: a text as it is, a medium as its kind and its shape or first pixel."""
     return [(m.role, [p.text if isinstance(p, Text) else shown(p) for p in m.parts]) for m in item.messages]
 
 
@@ -123,7 +123,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize(("row", "expected"), FORMS.values(), ids=FORMS)
-def test_each_form_is_read_as_it_stands(row, expected):
+def test_each_format_is_read(row, expected):
     item = read(row)
     assert isinstance(item, Conversation)
     assert outline(item) == expected
@@ -133,11 +133,13 @@ def test_text_alone_is_a_document():
     assert read({"text": "words", "id": 3}) == Document("mine", "words", "file row")
 
 
-def test_columns_have_the_names_that_the_configuration_gives():
+def test_the_configuration_names_the_columns():
     columns = Columns(question="prompt", answer="label")
     item = read({"prompt": "which?", "label": 1}, columns=columns, labels={"label": ["no", "yes"]})
     assert outline(item) == [("user", ["which?"]), ("assistant", ["yes"])]
-    assert outline(read({"question": "a", "answer": "b"}, columns=columns))[1] == ("assistant", ["b"]), "its own names"
+    assert outline(read({"question": "a", "answer": "b"}, columns=columns))[1] == ("assistant", ["b"]), (
+        "the default names"
+    )
 
 
 def test_evidence_is_kept():
@@ -186,7 +188,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("row", "message"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_said_in_one_line(row, message):
+def test_a_malformed_record_is_refused_in_one_line(row, message):
     with pytest.raises(UserError, match=message) as caught:
         read(row)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What a run reads of a user's rows: order, splits, rows that cannot be used, mixtures, and what it remembers."""
+"""How a run reads a user's rows: order, splits, unusable rows, mixtures and the recorded state of a source."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ def question(number):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes rows as NAME.jsonl, and returns a configuration that reads all that were written."""
+    """Returns a function that writes rows as NAME.jsonl and returns a configuration that reads all files so far."""
     places = []
 
     def make(rows, name="mine", **options):
@@ -44,12 +44,12 @@ def take(iterator, count):
 
 
 def drawn(config, batches, batch_size=4, **options):
-    """(domain, example) of the rows in their order."""
+    """Returns (domain, example) of the rows in order."""
     made = take(train_iterator(config, batch_size, **options), batches)
     return [(int(d), int(i)) for batch in made for d, i in zip(batch.domain_B, batch.example_B, strict=True)]
 
 
-def test_the_order_follows_seed_and_data(write):
+def test_the_order_depends_on_seed_and_data(write):
     config = write([question(i) for i in range(60)])
     first = drawn(config, 5)
     assert first == drawn(config, 5)
@@ -61,7 +61,7 @@ def test_the_order_follows_seed_and_data(write):
 
 
 @pytest.mark.parametrize("packing", ["none", "first_fit"])
-def test_an_iterator_goes_on_over_rows_that_are_skipped(write, packing):
+def test_an_iterator_resumes_after_skipped_rows(write, packing):
     rows = [question(i) if i % 5 else {"nothing": i} for i in range(60)]
     config = write(rows[1:], on_bad_row="skip", max_bad_share=0.5, packing=packing)
     iterator = train_iterator(config, 2)
@@ -108,7 +108,7 @@ def test_too_many_bad_rows_stop_a_run_that_skips(write):
         take(train_iterator(config, 4), 10)
 
 
-def test_a_bad_row_of_an_evaluation_is_padding(write):
+def test_a_bad_row_becomes_padding_in_an_evaluation(write):
     rows = [question(i) if i % 4 else {"nothing": i} for i in range(1, 41)]
     config = write(rows, on_bad_row="skip", max_bad_share=0.9, held_out=0.3)
     count = Sources(config).count("mine", "test", 99)
@@ -117,7 +117,7 @@ def test_a_bad_row_of_an_evaluation_is_padding(write):
     assert sum(rows) == count - bad
 
 
-def test_mixtures_go_by_weight_or_temperature_and_count_their_epochs(write):
+def test_domains_are_mixed_by_weight_or_temperature_and_epochs_are_counted(write):
     write([question(i) for i in range(100)], "large")
     config = write([question(i) for i in range(20)], "small", temperature=2.0, held_out=0.01)
     lengths = source_lengths(Sources(config))
@@ -130,8 +130,8 @@ def test_mixtures_go_by_weight_or_temperature_and_count_their_epochs(write):
     assert passes["small"] == pytest.approx(160 * expected / lengths["small"])
 
 
-def test_an_evaluation_of_few_rows_is_a_sample_of_all(write):
-    """Files are often sorted by what is in them."""
+def test_a_short_evaluation_samples_all_rows(write):
+    """Files are often sorted by content, so the first rows would not represent them."""
     source = open_source(write([question(i) for i in range(400)], held_out=0.2), "mine", "test")
     first = [int(source[i].question[1:-1]) for i in range(20)]
     assert first != sorted(first)
@@ -145,11 +145,11 @@ def test_splits_by_hash_keep_equal_rows_together():
     assert (splits == splits[:, :1]).all()
     assert np.bincount(splits[:, 0]) / 1000 == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
     more = hashed_splits(np.concatenate([keys, keys + np.uint64(1)]), 0.1)
-    assert (more[: len(keys)] == splits.ravel()).all(), "rows that are added move none"
+    assert (more[: len(keys)] == splits.ravel()).all(), "added rows move no others"
     assert sorted(hashed_splits(keys[::3][:3], 0.01)) == [0, 1, 2]
 
 
-def test_a_source_that_changed_is_told(write, tmp_path):
+def test_a_changed_source_is_reported(write, tmp_path):
     paths = RunDir(tmp_path / "run")
     config = with_fingerprints(Sources(write([question(i) for i in range(40)])), paths)
     (recorded,) = config.fingerprints
@@ -160,7 +160,7 @@ def test_a_source_that_changed_is_told(write, tmp_path):
         with_fingerprints(Sources(config), paths)
 
 
-def test_kinds_of_questions_are_known_before_a_row_is_read(write):
+def test_question_types_are_known_before_any_row_is_read(write):
     rows = [{**question(i), "question_type": "even" if i % 2 == 0 else "odd"} for i in range(40)]
     source = open_source(write(rows), "mine", "train")
     assert source.question_types == ("any", "even", "odd")

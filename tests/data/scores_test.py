@@ -63,7 +63,7 @@ def test_cer(prediction, answer, expected):
     ("prediction", "answer", "expected"),
     [
         ("the red cat", "Red  cat", 4 / 5),  # two of three, two of two
-        ("cat cat", "cat", 2 / 3),  # a word counts as often as both have it
+        ("cat cat", "cat", 2 / 3),  # a word counts as often as it is in both
         ("dog", "cat", 0.0),
         ("", "cat", 0.0),
         ("cat", "cat", 1.0),
@@ -75,7 +75,7 @@ def test_f1(prediction, answer, expected):
     assert scores.score("f1", prediction, answer) == pytest.approx(expected)
 
 
-def test_a_metric_of_the_users_own(monkeypatch):
+def test_a_registered_metric_is_used(monkeypatch):
     registry = Registry("metric", {"exact": scores.EXACT})
     monkeypatch.setattr(scores, "METRICS", registry)
     registry.register("length", AnswerMetric("length", lambda said, answer: len(said) / len(answer)))
@@ -91,12 +91,12 @@ def test_a_metric_of_the_users_own(monkeypatch):
             scores.score(name, "abcdefgh", "abcd")
 
 
-def test_corpus_wer_weighs_words_not_pairs():
+def test_corpus_wer_weights_words_not_pairs():
     # 1 error in 1 word and 0 in 3: 1/4, where the mean over pairs would be 1/2.
     assert scores.corpus_wer(["2", "3 7 1"], ["1", "3 7 1"]) == pytest.approx(0.25)
 
 
-def test_corpus_wer_refuses_what_is_undefined():
+def test_an_undefined_corpus_wer_is_refused():
     with pytest.raises(UserError, match="1 predictions for 2 answers"):
         scores.corpus_wer(["1"], ["1", "2"])
     with pytest.raises(UserError, match="no answers"):
@@ -105,7 +105,7 @@ def test_corpus_wer_refuses_what_is_undefined():
         scores.corpus_wer(["1"], [" "])
 
 
-def test_score_is_higher_for_better_and_bounded():
+def test_scores_are_bounded_and_higher_is_better():
     assert scores.score("exact", "no", "no") == 1.0
     assert scores.score("anls", "te", "tea") == pytest.approx(2 / 3)
     assert scores.score("wer", "3 1", "3 7 1") == pytest.approx(2 / 3)

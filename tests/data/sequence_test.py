@@ -25,7 +25,7 @@ def sound(chunks):
 
 
 def conversation():
-    """Two pictures of unlike grids with a sound between them, and text around all of them."""
+    """Returns a sequence of two pictures of different grids with a sound between them, and text around all three."""
     return assemble(
         [
             TokenPart([7]),
@@ -40,14 +40,14 @@ def conversation():
     )
 
 
-def test_media_of_all_kinds_lie_where_they_come_each_an_item_with_coordinates_of_its_own():
+def test_media_are_placed_in_order_with_an_item_and_coordinates_each():
     made = conversation()
     assert made.tokens_T.tolist() == [7, *[PAD] * 2, 1, 2, *[PAD] * 5, 3, 4, 5]
     assert made.modality_T.tolist() == [TEXT, IMAGE, IMAGE, TEXT, TEXT, AUDIO, AUDIO, AUDIO, IMAGE, IMAGE, *[TEXT] * 3]
     assert np.flatnonzero(made.loss_mask_T).tolist() == [10, 11]  # predict 4 and 5
     assert np.flatnonzero(made.evidence_T).tolist() == [2, 4, 9]
     assert made.time_T.tolist() == [0] * 5 + [0, 1, 2] + [0] * 5
-    assert made.patches_PX[:, 0].tolist() == [0, 3, 50, 53]  # in the order of their positions
+    assert made.patches_PX[:, 0].tolist() == [0, 3, 50, 53]  # in the order of positions
     assert made.patch_item_P.tolist() == [0, 0, 2, 2]
     assert made.patch_row_P.tolist() == [0, 1, 0, 0]
     assert made.patch_column_P.tolist() == [0, 0, 0, 1]
@@ -66,7 +66,7 @@ def test_padding_continues_the_last_segment_and_is_not_valid():
     assert not fields["frames_BSX"][3:].any()
 
 
-def test_what_is_joined_is_numbered_on_and_keeps_its_own_coordinates_and_times():
+def test_joined_sequences_renumber_segments_and_keep_coordinates_and_times():
     one = dataclasses.replace(conversation(), domain=3, example=11)
     row = concatenate([one, assemble([TokenPart([1])], SPEC), concatenate([one, sound_alone()])])
     T = 13
@@ -86,7 +86,7 @@ def sound_alone():
     return assemble([TokenPart([2]), sound(1)], SPEC)
 
 
-def test_what_does_not_fit_a_row_is_refused_with_its_sizes():
+def test_a_sequence_that_does_not_fit_a_row_is_refused_with_its_sizes():
     with pytest.raises(
         UserError,
         match=r"26 positions, 8 patches and 6 audio frames does not fit in a row of 24, 8 and 5: encoding.max_length",

@@ -35,7 +35,7 @@ def test_every_domain_is_printed_and_drawn(name, tmp_path, console):
     assert len(sounds) == (3 if name == "speech" else 0)
 
 
-def test_sound_is_what_the_example_holds(tmp_path, console):
+def test_the_written_sound_is_the_examples(tmp_path, console):
     show.show("speech", "train", 1, tmp_path, seed=3, console=console)
     rate, samples = wavfile.read(tmp_path / "speech_train_0.wav")
     assert rate == 16_000
@@ -43,13 +43,13 @@ def test_sound_is_what_the_example_holds(tmp_path, console):
     np.testing.assert_array_equal(samples / np.float32(32768), domains.domain("speech").example("train", 0, 3).audio)
 
 
-def test_kinds_of_media_get_sheets_of_their_own(tmp_path, console):
+def test_each_kind_of_media_gets_its_own_sheet(tmp_path, console):
     examples = [(i, domains.domain(name).example("train", i)) for i, name in enumerate(("nlp", "ocr", "speech"))]
     written = show.show_examples(examples, "mixed", tmp_path, console=console)
     assert {path.name for path in written} == {"mixed_text.png", "mixed_image.png", "mixed_audio.png", "mixed_2.wav"}
 
 
-def test_evidence_in_words():
+def test_evidence_is_described_in_words():
     fields = {"domain": "d", "question_type": "q", "level": 1, "question": "?", "answer": "a", "source": ""}
     frames = np.zeros((8, 2, 2), bool)
     frames[[0, 4, 5, 6]] = True
@@ -64,7 +64,7 @@ def test_evidence_in_words():
     assert show.describe_evidence(Example(**fields)) == ""
 
 
-def test_bad_arguments_are_one_clear_line(tmp_path, console):
+def test_bad_arguments_are_refused_in_one_line(tmp_path, console):
     with pytest.raises(UserError, match=r"count=0 must be in \[1, 96\]"):
         show.show("ocr", "train", 0, tmp_path, console=console)
     with pytest.raises(UserError, match="start=-1"):
@@ -95,8 +95,8 @@ def test_a_domain_of_a_folder_is_shown_up_to_its_end(tmp_path, console):
 
 
 @pytest.mark.parametrize("name", ["[/red]", "[bold]x[/bold]", "a/b", "$x$ \\frac", ":cat:", "..", "x|<b>", "日本"])
-def test_names_are_shown_as_they_are(name, tmp_path, console):
-    """The terminal library, matplotlib and file systems have marks of their own."""
+def test_names_are_shown_verbatim(name, tmp_path, console):
+    """The terminal library, matplotlib and file systems each give some characters a special meaning."""
     example = Example(name, name, 1, f"is it {name}?", name, name)
     written = show.show_examples([(0, example)], name, tmp_path / "out[bold]", console=console)
     assert [path.parent for path in written] == [tmp_path / "out[bold]"]
@@ -106,7 +106,7 @@ def test_names_are_shown_as_they_are(name, tmp_path, console):
     assert "out[bold]" in printed
 
 
-def test_file_names_stay_apart():
+def test_file_names_are_distinct():
     names = ["[/red]", "a b", "a%20b", "日本", "_x", "x_train", "a/b", "a\\b", "a\nb"]
     assert file_name("own-data_2.b") == "own-data_2.b"
     assert file_name("[/red]") == "%5B%2Fred%5D"

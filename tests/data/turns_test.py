@@ -1,4 +1,4 @@
-"""What of a conversation stands where in its sequence, and what of it is learned."""
+"""Where the turns and media of a conversation lie in its sequence, and which tokens are learned."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ TWO_TURNS = conversation(
 
 
 def drawn(sequence):
-    """Tokens as letters, media as the first letter of their kind."""
+    """Returns tokens as letters and media as the first letter of their kind."""
     letters = {BOS: "^", SEP: "/", EOS: "$"}
     kinds = {Modality.IMAGE: "I", Modality.AUDIO: "A", Modality.VIDEO: "V"}
     pairs = zip(sequence.tokens_T.tolist(), sequence.modality_T.tolist(), strict=True)
@@ -56,18 +56,18 @@ def drawn(sequence):
 
 
 def learned(sequence):
-    """What the positions in the loss are to predict."""
+    """Returns the tokens that positions in the loss predict."""
     shown = drawn(sequence)
     return "".join(shown[i + 1] for i in np.flatnonzero(sequence.loss_mask_T))
 
 
-def test_turns_and_media_stand_in_their_order():
+def test_turns_and_media_keep_their_order():
     sequence = encode_item(TWO_TURNS, SPEC)
     assert drawn(sequence) == "^be\naIbAAI/c$d/ef$"
     assert learned(sequence) == "c$ef$"
     assert sequence.patch_item_P.tolist() == [0, 2]
     assert sequence.frame_item_S.tolist() == [1, 1]
-    assert sequence.time_T[sequence.modality_T == Modality.AUDIO].tolist() == [0, 1], "a time base of its own"
+    assert sequence.time_T[sequence.modality_T == Modality.AUDIO].tolist() == [0, 1], "each sound has its own time base"
 
 
 def test_a_template_writes_the_turns_around_the_media():
@@ -83,14 +83,14 @@ def test_evidence_is_exact(template):
     assert "".join(drawn(sequence)[i] for i in np.flatnonzero(sequence.evidence_T)) == "cd"
 
 
-def test_a_question_with_one_medium_is_the_sequence_of_an_example():
+def test_a_question_with_one_medium_gives_an_examples_sequence():
     one = conversation(said("user", Medium("image", PICTURE), "what?"), said("assistant", "x"))
     plain, example = encode_item(one, SPEC), encode_example(one.as_example(), SPEC)
     for field in dataclasses.fields(plain):
         assert np.array_equal(getattr(plain, field.name), getattr(example, field.name)), field.name
 
 
-def test_pictures_of_any_side_share_the_patches_of_a_row():
+def test_pictures_of_any_size_share_the_patches_of_a_row():
     large = np.zeros((30, 50, 3), np.uint8)
     sequence = encode_item(conversation(said("user", *[Medium("image", large)] * 2), said("assistant", "x")), SPEC)
     counts = np.bincount(sequence.patch_item_P)
@@ -98,12 +98,12 @@ def test_pictures_of_any_side_share_the_patches_of_a_row():
     assert 2 <= counts[0] <= SPEC.max_patches // 2
 
 
-def test_what_is_learned_of_all_turns_is_counted():
+def test_learned_tokens_of_all_turns_are_counted():
     batch = stack([padded(encode_item(TWO_TURNS, SPEC), SPEC)])
     assert learned_texts(batch) == ["cef"]
 
 
-def test_another_answer_takes_the_last_ones_place():
+def test_another_answer_replaces_the_last_one():
     other = with_answer(TWO_TURNS, "zz")
     assert question_and_answer(other) == ("d", "zz")
     assert other.messages[2].text == "c"
@@ -111,7 +111,7 @@ def test_another_answer_takes_the_last_ones_place():
         with_answer(Document("mine", "words", ""), "x")
 
 
-def test_the_last_turn_is_what_is_asked_for_and_scored():
+def test_the_last_turn_is_generated_and_scored():
     batch = stack([padded(encode_item(TWO_TURNS, SPEC), SPEC)])
     assert answers(batch) == ["ef"]
     assert questions(batch) == ["be\nabcd"]
@@ -142,6 +142,6 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("item", "template", "message"), WRONG.values(), ids=WRONG)
-def test_what_does_not_fit_is_refused_and_never_shortened(item, template, message):
+def test_a_conversation_that_does_not_fit_is_refused_not_truncated(item, template, message):
     with pytest.raises(UserError, match=message):
         encode_item(item, SPEC, tokenizer=BYTES, template=template)

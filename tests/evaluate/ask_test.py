@@ -1,4 +1,4 @@
-"""One question at a time, to the random model of the stand-in."""
+"""Asks the stand-in's random model one question at a time."""
 
 import dataclasses
 import os
@@ -29,7 +29,7 @@ def example():
 
 
 @pytest.mark.slow
-def test_the_answer_does_not_depend_on_the_examples_own(one, example):
+def test_the_generated_answer_does_not_depend_on_the_correct_one(one, example):
     reply = ask(one, example)
     assert reply == ask(one, dataclasses.replace(example, answer="x" * len(example.answer)))
     assert reply.window == (3, 6)
@@ -45,15 +45,15 @@ def test_a_larger_budget_gives_every_modality_more_real_experts(one, example):
 
 
 @pytest.mark.slow
-def test_the_users_own_picture(one, tmp_path):
+def test_a_users_picture_is_asked_about(one, tmp_path):
     Image.fromarray(np.full((30, 50, 3), 200, np.uint8)).save(tmp_path / "grey.png")
     example = own_example("what is it?", one.config.data.encoding, image=tmp_path / "grey.png")
-    assert example.image.shape == (30, 50, 3)  # resized, in its shape, when it is encoded
+    assert example.image.shape == (30, 50, 3)  # encoding resizes it later
     assert prepare(example, one.config.data.encoding).image.shape == (32, 48, 3)
     assert set(ask(one, example).real_slots) == {"text", "image"}
 
 
-def test_the_users_own_sound_is_brought_to_our_rate(tmp_path):
+def test_a_users_sound_is_resampled_to_our_rate(tmp_path):
     wavfile.write(tmp_path / "a.wav", 2 * SAMPLE_RATE, np.full((400, 2), 2**14, np.int16))
     example = own_example("what is said?", EncodingSpec(), audio=tmp_path / "a.wav")
     assert example.audio.shape == (200,)
@@ -64,14 +64,14 @@ def test_the_users_own_sound_is_brought_to_our_rate(tmp_path):
     ("dtype", "silence", "half"),
     [(np.uint8, 128, 192), (np.int16, 0, 2**14), (np.int32, 0, 2**30), (np.float32, 0, 0.5)],
 )
-def test_every_kind_of_wav_is_read_at_its_own_scale(tmp_path, dtype, silence, half):
+def test_samples_of_every_wav_type_are_scaled(tmp_path, dtype, silence, half):
     samples = np.repeat(np.array([silence, half], dtype), 200)
     wavfile.write(tmp_path / "a.wav", SAMPLE_RATE, samples)
     audio = own_example("what is said?", EncodingSpec(), audio=tmp_path / "a.wav").audio
     np.testing.assert_allclose(audio, np.repeat([0, 0.5], 200), atol=1e-4)
 
 
-def test_what_cannot_be_read_is_refused(tmp_path):
+def test_unreadable_files_are_refused(tmp_path):
     wavfile.write(tmp_path / "empty.wav", SAMPLE_RATE, np.zeros(0, np.int16))
     (tmp_path / "no.png").write_text("not a picture")
     (tmp_path / "no.wav").write_text("not a sound")
@@ -93,7 +93,7 @@ def test_what_cannot_be_read_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(one, tmp_path, capsys):
+def test_the_command_prints_answers_by_budget(one, tmp_path, capsys):
     run = str(write_run(tmp_path / "run", one))
     assert main(["generate", run, "--domain", "nlp", "--index", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""Buffers of dispatch have the size of the window in force: what overflows depends on no other budget."""
+"""Dispatch buffers are sized by the current window, so overflow does not depend on the other budgets measured."""
 
 import dataclasses
 
@@ -37,8 +37,8 @@ def on_four_devices(one):
     return dataclasses.replace(one, params=jax.device_put(one.params, shardings), router_bias_LC=bias_LC)
 
 
-def test_what_a_budget_drops_is_the_same_alone_and_beside_others(monkeypatch):
-    """The whole command but for answers and times, which drop nothing and are compiled at length."""
+def test_a_budget_drops_the_same_tokens_alone_and_with_others(monkeypatch):
+    """Runs the whole command except answers and times, which drop nothing and take long to compile."""
     monkeypatch.setattr(evaluation, "predict", lambda trained, model, batch, *how: [""] * len(batch.tokens_BT))
     monkeypatch.setattr(evaluation, "time_budgets", lambda *how: dict.fromkeys(how[3], NO_TIME))
     one = trained(model_of("capacity"))
@@ -51,7 +51,7 @@ def test_what_a_budget_drops_is_the_same_alone_and_beside_others(monkeypatch):
     assert alone[0].realised == beside[0].realised
 
 
-def test_what_an_exchange_drops_does_not_depend_on_the_room():
+def test_an_exchange_drops_the_same_tokens_with_more_room():
     one = on_four_devices(trained(model_of("exchange")))
     window = own_window(shift_budget(MOE, 4.8))
     batches = load_batches(one, ("general",), "test", 4, 4)
@@ -61,7 +61,7 @@ def test_what_an_exchange_drops_does_not_depend_on_the_room():
     assert few == many > 0
 
 
-def test_a_budget_whose_slots_never_fit_is_refused_before_anything_is_measured():
+def test_a_budget_that_overflows_every_buffer_is_refused_before_measuring():
     one, notes = trained(model_of("exchange")), []
     with pytest.raises(UserError, match=r"capacity_factor=0\.65 gives room for 5\.2 real slots per token, fewer than"):
         evaluate_trained(one, (4.8, 8.0), ("nlp",), options=OPTIONS, note=notes.append)
@@ -69,7 +69,7 @@ def test_a_budget_whose_slots_never_fit_is_refused_before_anything_is_measured()
 
 
 @pytest.mark.parametrize(("dispatch", "own"), [("capacity", True), ("exchange", True), ("blocks", False)])
-def test_only_what_has_buffers_gets_a_program_of_its_own(dispatch, own):
+def test_only_dispatch_with_buffers_compiles_a_program_per_budget(dispatch, own):
     model = model_of(dispatch)
     found = at_window(model, (5.5, 9.5))
     assert (found.moe.k_min, found.moe.k_max) == ((5.5, 9.5) if own else (4, 8))

@@ -1,4 +1,4 @@
-"""A text corpus asks nothing: it is scored by the tokens that are right."""
+"""A text corpus has no questions: its score is the share of correctly predicted tokens."""
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Wiki:
 
 
 def said(next_BT):
-    """What a model gives that is sure of these tokens."""
+    """Returns the logits of a model that is certain of these tokens."""
     output = object.__new__(ModelOutput)
     object.__setattr__(output, "logits_BTY", 20.0 * np.eye(260, dtype=np.float32)[next_BT])
     return output

@@ -1,4 +1,4 @@
-"""One checkpoint at several budgets, on a random model small enough to compile in seconds."""
+"""Evaluates a checkpoint at several budgets; its random model compiles in seconds."""
 
 import csv
 import dataclasses
@@ -38,7 +38,7 @@ from evaluate.stand_in import DATA, MODEL, trained
 ROWS = 6
 OPTIONS = Options(num_examples=ROWS, calibration_examples=ROWS, batch_size=ROWS, tolerance=0.02, time_rounds=2)
 BUDGETS = (3.0, 4.5)
-ROOMY = with_room(MODEL, 10)  # what the evaluation at BUDGETS compiles
+ROOMY = with_room(MODEL, 10)  # the model that the evaluation at BUDGETS compiles
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_batches(one):
 
 @pytest.mark.slow
 def test_a_folder_with_fewer_examples_is_evaluated_on_all_of_them(one, result, tmp_path):
-    """`result` has compiled the programs."""
+    """Reuses the programs that `result` compiled."""
     there = {"test": ROWS - 2, "validation": ROWS - 3}
     for split, count in there.items():
         export_array_record(open_source(DATA, "nlp", split, count), tmp_path / "own", split)
@@ -75,7 +75,7 @@ def test_a_folder_with_fewer_examples_is_evaluated_on_all_of_them(one, result, t
 
 
 @pytest.mark.slow
-def test_the_realised_average_is_the_asked_one(result):
+def test_the_realised_average_is_the_budget(result):
     for found, budget in zip(result.budgets, BUDGETS, strict=True):
         assert found.budget == budget
         assert found.realised_validation == pytest.approx(budget, rel=OPTIONS.tolerance)
@@ -86,8 +86,8 @@ def test_the_realised_average_is_the_asked_one(result):
 
 
 @pytest.mark.slow
-def test_averages_are_those_of_a_plain_count(one, result, test_batches):
-    """The summary against sums over tokens, written out."""
+def test_averages_equal_a_plain_count(one, result, test_batches):
+    """Compares the summary with plain sums over tokens."""
     window = own_window(MODEL.moe)
     totals, tokens, by_modality = 0.0, 0, {}
     load_LE, virtual, most_virtual = np.zeros((2, 8)), 0, 0.0
@@ -139,7 +139,7 @@ def test_a_larger_budget_gives_every_domain_and_modality_more(result):
 
 
 @pytest.mark.slow
-def test_room_changes_no_answer(one, test_batches):
+def test_extra_room_changes_no_answer(one, test_batches):
     """Wider slot arrays must not change what a window computes."""
     assert (MODEL.moe.slots_bound, ROOMY.moe.slots_bound) == (6, 10)
     batch = test_batches["nlp"][0]
@@ -150,7 +150,7 @@ def test_room_changes_no_answer(one, test_batches):
     np.testing.assert_allclose(plain.logits_BTY, wide.logits_BTY, atol=1e-5)
 
 
-def test_room_ends_where_the_experts_end():
+def test_room_is_limited_by_the_number_of_experts():
     assert with_room(MODEL, 4) is MODEL
     top = with_room(MODEL, 100).moe
     assert top.slots_bound <= top.num_columns
@@ -172,7 +172,7 @@ def test_the_answer_begins_with_what_the_whole_sequence_predicts_at_sep(one, tes
 
 
 @pytest.mark.slow
-def test_the_longest_answer_counts_its_end(test_batches):
+def test_the_longest_answer_includes_its_end_token(test_batches):
     lengths = [len(text.encode()) + 1 for batch in test_batches["nlp"] for text in answers(batch)]
     assert longest_answer(test_batches["nlp"]) == max(lengths)
 
@@ -205,8 +205,8 @@ def test_chance_is_the_best_constant_of_each_type(test_batches):
 
 
 @pytest.mark.slow
-def test_the_right_answers_cost_what_the_logits_say(one, result, test_batches):
-    """Loss, bits per byte and token accuracy, token by token, at the first budget's window."""
+def test_losses_of_the_right_answers_follow_from_the_logits(one, result, test_batches):
+    """Computes loss, bits per byte and token accuracy token by token, at the first budget's window."""
     found = result.budgets[0]
     for score in found.scores:
         nats, hits, text = [], [], 0
@@ -225,7 +225,7 @@ def test_the_right_answers_cost_what_the_logits_say(one, result, test_batches):
 
 @pytest.mark.slow
 def test_a_choice_is_the_likeliest_answer_of_its_type(one, test_batches):
-    """Against the loss of each candidate, one at a time, put into the row by hand."""
+    """Compares with the loss of each candidate, put into the row by hand one at a time."""
     (batch,) = test_batches["nlp"]
     source, window = open_source(DATA, "nlp", "test"), own_window(MODEL.moe)
     picked = choose(one, ROOMY, source, [pad_rows(batch, ROWS + 1)], window)
@@ -251,7 +251,7 @@ def test_a_choice_is_the_likeliest_answer_of_its_type(one, test_batches):
 
 @pytest.mark.slow
 def test_a_metric_is_chosen_by_name(one, test_batches):
-    """On the command line over the run's own choice, which stands over the data's."""
+    """The command line overrides the run's choice, which overrides the data's."""
     data = dataclasses.replace(DATA, metrics=("nlp=cer", "general=f1"))
     chosen = dataclasses.replace(one, config=dataclasses.replace(one.config, data=data))
     said = evaluate_trained(chosen, BUDGETS[:1], options=dataclasses.replace(OPTIONS, metrics=("general=choice",)))
@@ -284,7 +284,7 @@ def test_results_survive_json_and_csv(result, tmp_path):
     assert float(rows[0]["realised"]) == pytest.approx(result.budgets[0].realised, abs=1e-4)
 
 
-def test_a_foreign_evaluation_file_is_refused(tmp_path):
+def test_an_evaluation_file_of_another_format_is_refused(tmp_path):
     assert load_evaluation(tmp_path) is None
     for text in ("{", "[]", '{"step": 1, "extra": 2}'):
         (tmp_path / JSON_NAME).write_text(text)
@@ -310,7 +310,7 @@ def test_verdicts_follow_the_figures(result):
 @pytest.mark.parametrize(
     ("loads", "measured", "met"),
     [
-        (((1.2, 1.3), (1.5, 2.43)), "2.43 at budget 4.5", False),  # not at 3, the nearest to the one trained with
+        (((1.2, 1.3), (1.5, 2.43)), "2.43 at budget 4.5", False),  # not at 3, which is nearest to the trained budget
         (((1.2, 1.73), (1.5, 1.3)), "1.73 at budget 3", True),
         (((2.0, 1.3), (1.5, 1.73)), "2.00 at budget 3", False),
     ],
@@ -372,7 +372,7 @@ def test_default_budgets_are_the_papers():
         (314, 318, (151.68, 202.24, 252.8, 254.4)),
     ],
 )
-def test_default_budgets_are_within_the_reach_of_every_window(k_min, k_max, budgets):
+def test_default_budgets_are_within_reach_of_any_window(k_min, k_max, budgets):
     moe = AnyExpertsConfig(k_min=k_min, k_max=k_max)
     found = default_budgets(moe)
     assert found == budgets
@@ -381,7 +381,7 @@ def test_default_budgets_are_within_the_reach_of_every_window(k_min, k_max, budg
 
 
 @pytest.mark.slow
-def test_a_low_window_is_evaluated_and_says_at_which_budgets():
+def test_a_low_window_is_evaluated_and_its_budgets_are_printed():
     moe = dataclasses.replace(MODEL.moe, k_min=1, k_max=3)
     low = trained(dataclasses.replace(MODEL, moe=moe))
     notes: list[str] = []
@@ -410,7 +410,7 @@ def test_equal_importance_ends_at_the_nearest_window_with_a_note(one, test_batch
     ("budgets", "domains", "message"),
     [((50.0,), None, "out of reach"), (None, ("speech",), "domain='speech' is unknown"), ((-1.0,), None, "> 0")],
 )
-def test_what_cannot_be_evaluated_is_refused_at_once(one, budgets, domains, message):
+def test_impossible_evaluations_are_refused_at_once(one, budgets, domains, message):
     with pytest.raises(UserError, match=message):
         evaluate_trained(one, budgets, domains, options=OPTIONS)
 
@@ -424,7 +424,7 @@ def test_options_are_checked(field):
 
 
 def test_times_are_medians_of_interleaved_calls(monkeypatch):
-    """A clock that only the calls move: 1, 9, 2 s and 4, 4, 4 s have the medians 2 and 4."""
+    """Only the calls advance the clock: 1, 9, 2 s and 4, 4, 4 s have the medians 2 and 4."""
     clock, order = [0.0], []
     monkeypatch.setattr(timing, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     durations = {1.0: iter((0.0, 1.0, 9.0, 2.0)), 2.0: iter((0.0, 4.0, 4.0, 4.0))}
@@ -450,7 +450,7 @@ def test_times_are_finite_and_one_at_the_reference(result):
 
 
 @pytest.mark.slow
-def test_the_layer_is_timed_on_the_devices_that_have_the_model(one, test_batches, monkeypatch):
+def test_the_layer_is_timed_on_the_models_devices(one, test_batches, monkeypatch):
     seen, run = [], timing.apply_plan
 
     def note(x_ND, plan, experts, execution, placement):

@@ -1,4 +1,4 @@
-"""AUC against counting pairs, and which tokens are compared with which."""
+"""The AUC equals the count of ordered pairs, and compares the right tokens."""
 
 import math
 
@@ -21,7 +21,7 @@ def encoded(*names, count=3):
 
 
 def count_pairs(score_N, positive_N):
-    """The definition: of all (positive, negative) pairs, those in order, ties half."""
+    """Returns the AUC by its definition: the share of (positive, negative) pairs in order, ties counting half."""
     won = [float(p > n) + 0.5 * float(p == n) for p in score_N[positive_N] for n in score_N[~positive_N]]
     return np.mean(won)
 
@@ -35,12 +35,12 @@ def test_auc_is_the_share_of_pairs_in_order(seed):
     assert roc_auc(score_N, positive_N) == pytest.approx(count_pairs(score_N, positive_N), abs=1e-12)
 
 
-def test_auc_needs_both_kinds():
+def test_auc_needs_positives_and_negatives():
     assert math.isnan(roc_auc(np.arange(3.0), np.ones(3, bool)))
     assert math.isnan(roc_auc(np.arange(3.0), np.zeros(3, bool)))
 
 
-def test_candidates_are_media_and_question_alone():
+def test_only_media_and_question_tokens_are_candidates():
     batch = encoded("general", "nlp")
     found_BT = candidates(batch)
     assert not np.isin(batch.tokens_BT[found_BT], (BOS, SEP, EOS)).any()
@@ -51,7 +51,7 @@ def test_candidates_are_media_and_question_alone():
     assert not (batch.evidence_BT & ~found_BT).any()
 
 
-def test_contrast_lies_where_the_patches_lie():
+def test_contrast_is_placed_at_the_patches():
     batch = encoded("general", count=2)
     contrast_BT = baseline_scores(batch)["contrast"]
     image_BT = batch.modality_BT == 1
@@ -115,7 +115,7 @@ def test_the_interval_holds_the_auc_and_is_narrower_with_more_sequences():
     assert widths[1] < widths[0] / 2
 
 
-def test_the_lead_over_contrast_is_the_difference_of_the_two_aucs_and_paired():
+def test_the_lead_over_contrast_is_the_paired_difference_of_aucs():
     rng = np.random.default_rng(0)
     evidence_BT = np.tile(np.arange(20) < 5, (30, 1))
     noise_BT = rng.normal(size=(30, 20))
@@ -130,10 +130,10 @@ def test_the_lead_over_contrast_is_the_difference_of_the_two_aucs_and_paired():
     one = lead(contrast_BT)
     assert one.contrast_lead == pytest.approx(one.auc - one.baselines["contrast"])
     assert 0 < one.contrast_lead_low < one.contrast_lead < one.contrast_lead_high
-    itself = lead(importance_LBT[0])  # drawn apart, the two would differ by chance
+    itself = lead(importance_LBT[0])  # with unpaired resampling the two would differ by chance
     assert (itself.contrast_lead_low, itself.contrast_lead, itself.contrast_lead_high) == (0, 0, 0)
 
 
-def test_no_evidence_no_separation():
+def test_without_evidence_there_is_no_separation():
     evidence_BT = np.zeros((2, 5), bool)
     assert separate(np.full((1, 2, 5), 0.5), evidence_BT, np.zeros((2, 5), int)) == ()

@@ -1,4 +1,4 @@
-"""A checkpoint is evaluated on any mesh, and found to be what it is on one device."""
+"""Evaluating a checkpoint on any mesh gives the results of one device."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from anyexperts_jax.report.example_map import map_examples
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from evaluate.stand_in import trained, write_run
 
-ROWS = 3  # which the mesh does not split evenly
+ROWS = 3  # does not divide evenly over the mesh
 OPTIONS = Options(num_examples=ROWS, calibration_examples=ROWS, time_rounds=1, calibrated=False, model_baselines=True)
 STACK = dataclasses.replace(SMALL.stack, execution=Execution("blocks"))
 MODEL = dataclasses.replace(SMALL, stack=STACK, vocab_size=260, pad_id=256, eos_id=259)
@@ -32,11 +32,11 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(run):
-    """The checkpoint on one device and on eight."""
+    """Loads the checkpoint on one device and on eight."""
     return load_trained(run), load_trained(run, "best", make_mesh(SPREAD))
 
 
-def test_parameters_are_born_split_and_batches_filled_up(both):
+def test_parameters_are_loaded_sharded_and_batches_padded(both):
     alone, spread = both
     held = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(spread.params)]
     assert sum(held) < 0.6 * sum(leaf.nbytes for leaf in jax.tree.leaves(alone.params))
@@ -77,13 +77,13 @@ def test_maps_and_diagnostics_are_the_same_on_any_mesh(both):
         (["data=1", "expert=8", "tensor=2"], "--mesh data=1 expert=8 tensor=2: mesh"),
     ],
 )
-def test_a_mesh_that_is_none_is_refused_in_one_line(run, mesh, message, capsys):
+def test_an_invalid_mesh_is_refused_in_one_line(run, mesh, message, capsys):
     assert cli.main(["generate", str(run), "--mesh", *mesh]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
 
 
-def test_a_model_that_does_not_split_is_refused(run):
+def test_a_model_that_does_not_divide_over_the_mesh_is_refused(run):
     with pytest.raises(UserError, match="heads=1 does not split over tensor of 2 devices"):
         load_trained(run, "best", make_mesh(MeshConfig(tensor=2)))

@@ -1,4 +1,4 @@
-"""What router, gradient and embeddings say of a token, on a random model."""
+"""Token scores from the router, the gradient and the embeddings, on a random model."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def measured():
 
 
 @pytest.mark.slow
-def test_gradients_end_where_the_answer_is_predicted(measured):
+def test_gradients_are_zero_after_the_answer_is_predicted(measured):
     batch, _, scores = measured
     gradient_BT = scores["gradient norm"]
     mask_BT = np.asarray(batch.loss_mask_BT)
@@ -31,7 +31,7 @@ def test_gradients_end_where_the_answer_is_predicted(measured):
 
 
 @pytest.mark.slow
-def test_entropy_is_the_routers(measured):
+def test_entropy_equals_the_routers(measured):
     batch, sample, scores = measured
     valid_BT = np.asarray(batch.valid_BT)
     entropy_BT = scores["router entropy"]

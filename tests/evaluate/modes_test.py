@@ -1,4 +1,4 @@
-"""MoDES: the importance of layers, thresholds by modality that give a budget, and what the model then does."""
+"""MoDES: layer importance, calibration of thresholds per modality to a budget, and the model's routing with them."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ TOKENS_BT = np.random.default_rng(0).integers(0, 53, (2, 24))
 
 @pytest.fixture(scope="module")
 def model():
-    """The last of its three layers adds nothing."""
+    """Returns a model of three layers, the last of which adds nothing."""
     made = random_model(hub_values("qwen3_moe"))
     leaves = named_leaves(made.params)
     down = leaves[EXPERTS_DOWN] * jnp.array([8.0, 3.0, 0.0])[:, None, None, None]
@@ -38,7 +38,7 @@ def seeing():
 
 @pytest.fixture(scope="module")
 def shown():
-    """A row of 7 ids of text and 15 places of a picture, no padding."""
+    """Returns a row of 7 text tokens and 15 patches of a picture, without padding."""
     return scene([9, 8, patches((1, 6, 10)), 30, 41, 12])
 
 
@@ -46,7 +46,7 @@ def log_probs(m, tokens_BT):
     return jax.nn.log_softmax(m.logits(tokens_BT))
 
 
-def test_a_layer_is_important_by_what_is_lost_without_it(model):
+def test_a_layers_importance_is_the_loss_of_skipping_it(model):
     logs_BTY = log_probs(model, TOKENS_BT)
     found_L = layer_importance(model, Inputs(jnp.asarray(TOKENS_BT, jnp.int32)), logs_BTY)
     leaves, lost = named_leaves(model.params), []
@@ -60,17 +60,17 @@ def test_a_layer_is_important_by_what_is_lost_without_it(model):
 
 
 @pytest.mark.parametrize("budget", [1.5, 2.25])
-def test_text_gets_the_budget_and_a_layer_that_adds_nothing_one_expert(model, budget):
+def test_text_realises_the_budget_and_a_useless_layer_gets_one_expert(model, budget):
     modes = calibrate(model, TOKENS_BT, budget)
     assert modes.text == modes.other
     slots_LBT = np.asarray(modes.forward(model, TOKENS_BT).trace.real_slots_BT)
     assert abs(slots_LBT.mean() - budget) < 0.1
     assert (slots_LBT[2] == 1).all()
-    assert slots_LBT.max() <= 3  # experts are skipped, so there are no more than the model's own number
+    assert slots_LBT.max() <= 3  # MoDES only skips experts, so no token gets more than the model's own number
     assert len(np.unique(slots_LBT[:2])) > 1
 
 
-def test_above_the_models_own_number_there_is_room(model):
+def test_budgets_above_the_models_own_number_add_room(model):
     modes = calibrate(model, TOKENS_BT, 2.9)
     assert modes.most == 3
     assert calibrate(model, TOKENS_BT, 3.5).most == 4
@@ -90,11 +90,11 @@ def test_every_pair_of_thresholds_gives_the_budget(seeing, shown):
         assert abs(slots_LN.mean() - 2) < 0.1
         means.append(slots_LN[:, modality_N == 0].mean())
     assert means == sorted(means)
-    assert means[-1] - means[0] > 1  # from few experts for text to all of them
+    assert means[-1] - means[0] > 1  # text ranges from few experts to all of them
 
 
 @pytest.mark.slow
-def test_with_pictures_the_pair_counts_that_changes_the_predictions_least(seeing, shown):
+def test_with_pictures_the_pair_that_changes_the_predictions_least_is_chosen(seeing, shown):
     given = {"images": shown.images}
     modes = calibrate(seeing, shown.tokens_BT, 2.0, **given, points=4)
     inputs = inputs_of(seeing, shown.tokens_BT, **given)
@@ -112,16 +112,16 @@ def test_with_pictures_the_pair_counts_that_changes_the_predictions_least(seeing
     assert abs(slots.mean() - 2) < 0.15
 
 
-def test_a_threshold_is_that_of_the_tokens_modality_over_the_layers_importance():
+def test_a_threshold_is_the_modalitys_divided_by_the_layers_importance():
     modes = Modes(np.array([1.0, 0.5, 0.0], np.float32), 0.2, 0.4, 3)
     window_LBT2 = np.asarray(modes.window(jnp.array([[0, 1, 2, 3]], jnp.int32)))
     np.testing.assert_allclose(window_LBT2[0, 0, :, 0], [0.2, 0.4, 0.4, 0.4])
     np.testing.assert_allclose(window_LBT2[1, 0, :, 0], [0.4, 0.8, 0.8, 0.8])
-    assert (window_LBT2[2, ..., 0] > 1).all()  # which no score reaches
+    assert (window_LBT2[2, ..., 0] > 1).all()  # no score reaches it
     assert (window_LBT2[..., 1] == 3).all()
 
 
-def test_a_window_for_each_layer_and_token_is_that_of_layers_where_tokens_agree(model):
+def test_a_window_per_layer_and_token_equals_a_window_per_layer(model):
     config = Modes(np.ones(3, np.float32), 0.1, 0.1, 3).config(model.config)
     batch = make_batch(jnp.asarray(TOKENS_BT, jnp.int32))
     run = jax.jit(lambda window: MultimodalModel(config).apply({"params": model.params}, batch, window=window))
@@ -141,11 +141,11 @@ def test_a_window_for_each_layer_and_token_is_that_of_layers_where_tokens_agree(
         ("qwen3_moe", 2, {"images": [patches((1, 4, 4))]}, "reads text alone, but images are given"),
     ],
 )
-def test_what_cannot_be_calibrated(case, budget, how, message):
+def test_impossible_calibrations_are_refused(case, budget, how, message):
     with pytest.raises(UserError, match=message):
         calibrate(random_model(hub_values(case)), TOKENS_BT, budget, **how)
 
 
-def test_slots_of_ones_own_are_not_calibrated(model):
+def test_explicit_slots_are_not_calibrated(model):
     with pytest.raises(UserError, match="MoDES: the model has slots of its own"):
         calibrate(ax.attach(model, k_min=2, k_max=4), TOKENS_BT, 2)

@@ -1,4 +1,4 @@
-"""Policies on a model that was read: what they give, what they realise, and the table of the command."""
+"""Policies on a pretrained model: the experts they give each token, the realised budgets, and the command's table."""
 
 import dataclasses
 
@@ -58,7 +58,7 @@ def seen(seed=0, tokens=512, experts=8):
         ("logit_threshold", -1.0, [2, 1]),
     ],
 )
-def test_what_a_policy_gives(name, dial, expected):
+def test_a_policy_gives_the_expected_experts(name, dial, expected):
     scores = jnp.asarray([[0.4, 0.1, 0.3, 0.2], [0.0, 0.0, 0.9, 0.1]])
     logits = jnp.asarray([[0.0, -5.0, -0.5, -2.0], [-9.0, -9.0, 3.0, -3.0]])
     given = POLICIES[name].slots(Seen(logits, scores), jnp.float32(dial))
@@ -73,7 +73,7 @@ def test_a_dial_is_found_for_a_mean(name):
     assert abs(given.mean() - 3) < 0.02
 
 
-def test_shuffling_keeps_the_numbers_and_moves_them():
+def test_shuffling_permutes_the_numbers_of_experts():
     given, shuffled = (POLICIES[name].slots(seen(), jnp.float32(0.7)) for name in ("top_p", "shuffled"))
     np.testing.assert_array_equal(np.sort(given), np.sort(shuffled))
     assert (given != shuffled).any()
@@ -103,7 +103,7 @@ def test_every_policy_realises_its_budget_on_the_data(model, sample):
 
 
 def test_the_oracle_takes_fewer_where_fewer_do_better():
-    """It is a bound at its budget: what it may spend, it need not."""
+    """The oracle is an upper bound at its budget: it need not spend all of it."""
     one = lambda *nats: _Pass(np.array([nats]), 0.0, 0.0, seconds=1.0)  # noqa: E731
     two, four, eight = one(1.0, 1.0, 1.0, 1.0), one(1.5, 1.5, 1.5, 1.5), one(0.1, 0.2, 0.6, 0.9)
     chosen = _oracle({2: two, 4: four, 8: eight}, 5)
@@ -112,7 +112,7 @@ def test_the_oracle_takes_fewer_where_fewer_do_better():
     assert _oracle({2: two, 4: four}, 4).realised == 2
 
 
-def test_a_policy_of_the_configuration_is_in_force_in_training_too(model, sample):
+def test_a_configured_policy_is_used_in_training_too(model, sample):
     moe = dataclasses.replace(model.config.moe, k_min=5, k_max=5, policy="top_p", policy_dial=0.4)
     changed = dataclasses.replace(model, config=dataclasses.replace(model.config, moe=moe))
     slots = np.asarray(changed.forward(sample.tokens_BT).trace.real_slots_BT)
@@ -124,7 +124,7 @@ def test_a_policy_of_the_configuration_is_in_force_in_training_too(model, sample
         dataclasses.replace(moe, policy="best")
 
 
-def test_attached_slots_are_measured_by_importance(model, sample):
+def test_a_model_with_attached_slots_is_measured_by_importance(model, sample):
     attached = ax.attach(model, k_min=2, k_max=4, num_virtual=2)
     assert policy_names(attached) == ("importance",)
     with pytest.raises(UserError, match="policy='top_p'"):
@@ -134,7 +134,7 @@ def test_attached_slots_are_measured_by_importance(model, sample):
     assert found.policy == "importance"
 
 
-def test_a_split_model_is_measured_beside_the_dense_one(sample):
+def test_a_split_model_is_compared_with_its_dense_source(sample):
     dense = random_model(hub_values("llama", num_hidden_layers=2, vocab_size=300, eos_token_id=299))
     split = ax.split(dense, num_experts=5, num_shared=1)
     assert policy_names(split)[0] == DENSE

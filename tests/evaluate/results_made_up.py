@@ -1,4 +1,4 @@
-"""An evaluation's result made up by rule."""
+"""Invented evaluation results, computed by a rule."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def separation(name, auc) -> Separation:
 
 
 def evaluation(general="general", nlp="nlp", budgets=(2.4, 3.6)) -> EvaluationResult:
-    """Of the two domains by these names."""
+    """Returns an evaluation of two domains with these names."""
 
     def score(domain, value):
         group = {"a": GroupScore(8, value, 0.1)}

@@ -22,7 +22,7 @@ def trained(change=lambda experts: experts):
     params = random_params(CONFIG)
     moe = params["decoder"]["moe_layers"]["moe"]
     moe["experts"] = change(moe["experts"])
-    config = object.__new__(RunConfig)  # a run whose data no test reads
+    config = object.__new__(RunConfig)  # no test reads the run's data
     object.__setattr__(config, "model", CONFIG)
     return Trained(config, params, jnp.zeros(CONFIG.router_bias_shape), 1)
 
@@ -37,7 +37,7 @@ def copies(experts):
 
 
 @pytest.mark.slow
-def test_shuffling_costs_nothing_where_experts_are_alike_and_something_where_they_differ(found):
+def test_shuffling_costs_nothing_if_experts_are_equal_and_something_if_they_differ(found):
     alike = diagnose(trained(copies), BATCHES)
     np.testing.assert_allclose(alike.shuffled_losses, alike.loss, rtol=1e-5)
     assert max(abs(loss - found.loss) for loss in found.shuffled_losses) > 0.01
@@ -48,7 +48,7 @@ def test_shuffling_costs_nothing_where_experts_are_alike_and_something_where_the
 
 
 @pytest.mark.slow
-def test_shares_and_densities_are_of_each_modality(found):
+def test_shares_and_densities_are_given_per_modality(found):
     np.testing.assert_allclose(found.share_LME.sum(2), 1.0)
     assert found.share_LME.shape == (2, 4, 4)
     np.testing.assert_allclose(found.density_LMEX.sum(3), 1.0)
@@ -64,7 +64,9 @@ def test_overlap_by_hand():
     batch = dataclasses.replace(batch, modality_BT=modality_BT)
     logits_BT = np.full(modality_BT.shape, 50.0)  # padding does not count
     logits_BT[:, :8] = [-1, -1, -1, -1, -1, -1, -3, -3]
-    logits_LBTE = np.stack([logits_BT, -logits_BT], axis=-1)[None] + 7.0  # nor what a token's logits have in common
+    logits_LBTE = (
+        np.stack([logits_BT, -logits_BT], axis=-1)[None] + 7.0
+    )  # nor does a constant added to a token's logits
     edges_X, density_LMEX = logit_densities([logits_LBTE], [batch])
     assert edges_X[-1] == pytest.approx(3.0)
     overlap_MM = density_overlap(density_LMEX)
@@ -84,7 +86,7 @@ def test_similarity_by_hand():
 
 
 @pytest.mark.slow
-def test_pictures_and_table(found, tmp_path):
+def test_pictures_and_table_are_written(found, tmp_path):
     for draw in (draw_densities, draw_similarity, draw_shares):
         assert draw(found, tmp_path / f"{draw.__name__}.png").stat().st_size > 3000
     rows = dict(diagnostics_table(found).rows)

@@ -1,4 +1,4 @@
-"""The front door: what it refuses, and that it opens on any mesh. What it does stands in tests/public_examples.py."""
+"""The public `Run`: it works on any mesh and refuses bad calls. tests/public_examples.py shows each call."""
 
 import subprocess
 import sys
@@ -61,7 +61,7 @@ def test_a_run_routes_alike_on_any_mesh(path, run):
         (lambda run: ax.train(run.config, overrides=["seed=1"]), "overrides and plugins go with a preset or a file"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(run, call, message):
+def test_bad_calls_are_refused_in_one_line(run, call, message):
     with pytest.raises(ax.UserError) as error:
         call(run)
     assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""The smallest run that has it all: one MoE layer, text and pictures, importance that differs between tokens."""
+"""The smallest complete run: one MoE layer, text and pictures, and importance that differs between tokens."""
 
 import dataclasses
 import pathlib
@@ -46,11 +46,11 @@ def config_of(model: ModelConfig) -> RunConfig:
 
 
 def trained(model: ModelConfig = MODEL, seed: int = 0, config: RunConfig | None = None) -> Trained:
-    """Random parameters, the importance network's last layer included, which is zero at the start of training."""
+    """Returns a model with random parameters, even in the importance network's last layer, which starts at 0."""
     rng = np.random.default_rng(seed)
 
     def fill(shape: jax.ShapeDtypeStruct) -> jax.Array:
-        width = shape.shape[-2] if len(shape.shape) > 1 else 1  # a norm's scale, [L, D] in the scan, just is random
+        width = shape.shape[-2] if len(shape.shape) > 1 else 1  # a norm's scale, [L, D] in the scan, is random as well
         return jnp.asarray(rng.normal(size=shape.shape) * 1.5 / np.sqrt(width), shape.dtype)
 
     params = jax.tree.map(fill, abstract_params(model))
@@ -59,7 +59,7 @@ def trained(model: ModelConfig = MODEL, seed: int = 0, config: RunConfig | None 
 
 
 def write_run(root: pathlib.Path, one: Trained) -> pathlib.Path:
-    """A run directory with configuration, records and a checkpoint."""
+    """Writes a run directory with configuration, records and a checkpoint."""
     paths, _ = open_run_dir(root, one.config)
     write_records(paths)
     optimizer = make_optimizer(one.config.optim, logical_axes(one.config.model))
@@ -72,7 +72,7 @@ def write_run(root: pathlib.Path, one: Trained) -> pathlib.Path:
 
 
 def write_records(paths: RunDir, steps: int = 4) -> None:
-    """Records as the training loop writes them, with video in the first step alone."""
+    """Writes records like the training loop's, with video in the first step only."""
     log = RunLog(paths, 0)
     rng = np.random.default_rng(0)
     for step in range(1, steps + 1):
@@ -90,7 +90,7 @@ def write_records(paths: RunDir, steps: int = 4) -> None:
         }
         routing = routing_means(MODEL.moe, RoutingSums(**{k: jnp.asarray(v, "float32") for k, v in sums.items()}))
         losses = {"loss": 3.0 / step, "answer_loss": 2.0 / step, "balance_loss": 1 + 0.2 / step}
-        losses |= {"importance_loss": 0.0, "z_loss": 9.0 + step % 3}  # the penalty on the logits is 0 as it starts
+        losses |= {"importance_loss": 0.0, "z_loss": 9.0 + step % 3}  # the importance loss starts at 0
         log.write("train", step, {**losses, **routing})
     domains = {name: {"loss": 0.5, "token_accuracy": 0.5, "exact_match": 0.25, "examples": 8} for name in DATA.domains}
     log.write("validation", steps, {"loss": 0.5, "domains": domains, **routing})

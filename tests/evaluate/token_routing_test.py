@@ -1,4 +1,4 @@
-"""Who went where: against the model's own trace, and what was dropped against a count of the buffers by hand."""
+"""The routing of tokens agrees with the model's own trace, and drops agree with buffers counted by hand."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def trace(one, batch):
     return run_at(one, one.config.model, batch, own_window(one.config.model.moe)).trace
 
 
-def test_it_is_what_the_models_own_trace_says(one, batch, routing, trace):
+def test_token_routing_equals_the_models_trace(one, batch, routing, trace):
     np.testing.assert_array_equal(routing.expert_ids_LBTK, trace.expert_ids_BTK)
     np.testing.assert_array_equal(routing.real_slots_LBT + routing.virtual_slots_LBT, routing.slots_LBT)
     np.testing.assert_allclose(routing.importance_LBT, trace.importance_BT, atol=1e-6)
@@ -53,13 +53,13 @@ def test_it_is_what_the_models_own_trace_says(one, batch, routing, trace):
     assert routing.window == own_window(one.config.model.moe)
 
 
-def test_weights_of_real_and_virtual_slots_add_up_alike(routing):
-    """Importance-aware weights of a token add up to the same whatever it is, for that is how they are normalised."""
+def test_slot_weights_of_every_token_have_the_same_sum(routing):
+    """Importance-aware weights are normalised, so their sum is the same for every token, virtual slots included."""
     total_LBT = routing.weights_LBTK.sum(-1) + routing.virtual_weight_LBT
     np.testing.assert_allclose(total_LBT[:, routing.valid_BT], 1, rtol=1e-5)
 
 
-def test_what_is_dropped_are_the_latest_positions_of_full_buffers(one, routing, trace):
+def test_full_buffers_drop_the_latest_positions(one, routing, trace):
     model = one.config.model
     layers, rows, length, _ = routing.expert_ids_LBTK.shape
     assert routing.dropped == round(float(trace.metrics["dropped"].sum())) > 0
@@ -79,7 +79,7 @@ def test_what_is_dropped_are_the_latest_positions_of_full_buffers(one, routing, 
                     taken[ids_K[k]] += 1
 
 
-def test_the_experts_of_a_token(routing):
+def test_the_experts_of_a_token_are_listed(routing):
     layer, row, position = (int(i[0]) for i in np.nonzero(routing.dropped_LBTK.any(-1)))
     found = routing.experts(layer, row, position)
     dropped_K = routing.dropped_LBTK[layer, row, position]
@@ -89,7 +89,7 @@ def test_the_experts_of_a_token(routing):
 
 
 @pytest.mark.slow
-def test_on_a_mesh_rows_are_filled_up_and_drops_are_those_of_an_exchange(batch):
+def test_on_a_mesh_rows_are_padded_and_drops_are_the_exchanges(batch):
     there = on_four_devices(trained(buffered("exchange")))
     found = trace_batch(there, batch)
     assert found.expert_ids_LBTK.shape[1] == ROWS
@@ -98,7 +98,7 @@ def test_on_a_mesh_rows_are_filled_up_and_drops_are_those_of_an_exchange(batch):
     assert found.dropped == round(float(dropped.sum())) > 0
 
 
-def test_what_cannot_be_traced_is_refused(one, batch):
+def test_untraceable_requests_are_refused(one, batch):
     with pytest.raises(UserError, match="target_real=999 is out of reach"):
         trace_batch(one, batch, 999)
     dense = dataclasses.replace(one.config, model=dense_twin(one.config.model))

@@ -60,7 +60,7 @@ def test_contrast_is_low_where_experts_differ_and_defined_without_tokens():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["contrastive", "local_entropy"])
-def test_the_loss_stands_beside_the_traces_and_moves_nothing_else(kind):
+def test_the_diversity_loss_is_added_and_changes_nothing_else(kind):
     dense = dataclasses.replace(DENSE, stack=dataclasses.replace(DENSE.stack, execution=Execution(dispatch="dense")))
     model = upcycled_model(dense, UpcycleConfig(init="noise"), TOP_1)
     params = init_params(model, jax.random.key(0))

@@ -35,7 +35,7 @@ def take(optimizer, params, steps=1, grads=None):
 
 
 @pytest.mark.parametrize("mode", ["ema", "lag", "literal"])
-def test_each_mode_is_its_equation(mode):
+def test_each_mode_computes_its_equation(mode):
     """Computes it by hand, expert by expert, with the betas that the state's key gives."""
     config = EvolutionConfig(mode=mode)
     seen, state = take(evolution(config), params(), steps=3)
@@ -54,13 +54,14 @@ def test_each_mode_is_its_equation(mode):
                 np.testing.assert_allclose(after[:, n], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_literal_takes_the_raw_gradient():
+def test_literal_mode_uses_the_raw_gradient():
     g = jnp.full((1, 2), 5.0)
-    moved = follow("literal", jnp.float32(0.75), jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.full((1, 2), 9.0), g)
+    expert_1 = {"before": jnp.ones((1, 2)), "after": jnp.full((1, 2), 9.0), "gradient": g}
+    moved = follow("literal", jnp.float32(0.75), jnp.zeros((1, 2)), **expert_1)
     np.testing.assert_allclose(moved, 0.75 + 0.25 * 5.0)
 
 
-def test_betas_are_drawn_anew_each_in_its_own_range():
+def test_each_expert_draws_a_new_beta_in_its_own_range():
     config = EvolutionConfig()
     draw = jax.jit(jax.vmap(lambda step: draw_betas(config, E, KEY, step)))
     betas = np.asarray(draw(jnp.arange(400)))
@@ -71,7 +72,7 @@ def test_betas_are_drawn_anew_each_in_its_own_range():
     np.testing.assert_array_equal(draw_betas(EvolutionConfig(fixed_beta=0.5), 7, KEY, jnp.int32(3)), 0.5)
 
 
-def test_the_optimiser_sees_and_remembers_expert_1_alone():
+def test_the_optimiser_sees_and_remembers_only_expert_1():
     optimizer = evolution(inner=optax.adam(1e-2))
     start = params()
     wild = jax.tree.map(lambda g: g.at[:, 1:].set(jnp.nan), start)  # gradients of the others do not count
@@ -87,7 +88,7 @@ def test_the_optimiser_sees_and_remembers_expert_1_alone():
     np.testing.assert_allclose(seen[1]["up"][:, :1], optax.apply_updates(alone, updates)["up"], rtol=1e-6)
 
 
-def test_a_snapshot_stays_as_it_was():
+def test_a_snapshot_does_not_change():
     seen, _ = take(evolution(EvolutionConfig(snapshots=(0.2, 0.5, 1.0)), steps=10), params(), steps=10)
     for n, stop in ((1, 2), (2, 5), (3, 10)):
         changed = [bool((seen[t]["up"][:, n] != seen[t + 1]["up"][:, n]).any()) for t in range(10)]
@@ -126,6 +127,6 @@ def test_chains_with_other_transformations_and_takes_extra_arguments():
         ({"beta_low": (0.1, 0.2), "beta_high": (0.1, 0.2)}, "2 ranges of beta for 3 evolved experts"),
     ],
 )
-def test_what_does_not_fit_is_refused(fields, message):
+def test_inconsistent_settings_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         evolution(EvolutionConfig(**fields))

@@ -15,14 +15,14 @@ from anyexperts_jax.pretrained.random_model import random_model
 pytest.importorskip("safetensors")
 TOKENS_BT = np.random.default_rng(0).integers(0, 53, (2, 13))
 CASES = {
-    "llama": ({"num_experts": 9, "num_experts_per_tok": 3}, {}),  # which mean nothing in a dense model
+    "llama": ({"num_experts": 9, "num_experts_per_tok": 3}, {}),  # a dense model ignores them
     "llama tied": ({"attention_bias": False, "mlp_bias": False}, {"experts_per_token": 1}),
     "qwen3": ({"num_hidden_layers": 4}, {"moe_every": 2}),
 }
 
 
 @pytest.mark.parametrize("case", ["llama", *(pytest.param(case, marks=pytest.mark.slow) for case in list(CASES)[1:])])
-def test_the_first_forward_pass_is_the_dense_models(tmp_path, case):
+def test_the_first_forward_pass_equals_the_dense_models(tmp_path, case):
     changes, how = CASES[case]
     dense = random_model(hub_values(case, **changes))
     mixture = ax.upcycle(dense, num_experts=5, **how)
@@ -37,7 +37,7 @@ def test_the_first_forward_pass_is_the_dense_models(tmp_path, case):
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-def test_experts_that_differ_at_the_start():
+def test_experts_can_differ_at_the_start():
     dense = random_model(hub_values("qwen3"))
     mixture = ax.upcycle(dense, num_experts=3, num_dense_layers=1, init="noise", seed=4)
     assert mixture.config.stack.num_dense_layers == 1
@@ -57,7 +57,7 @@ def test_experts_that_differ_at_the_start():
         ("qwen3", {}, {"num_experts": 2, "experts_per_token": 3}, "3 of 2 experts a token"),
     ],
 )
-def test_what_cannot_be_upcycled_is_one_line(case, changes, how, message):
+def test_impossible_upcycling_is_refused_in_one_line(case, changes, how, message):
     with pytest.raises(UserError, match=message):
         ax.upcycle(random_model(hub_values(case, **changes)), **how)
 
@@ -83,7 +83,7 @@ SHORT = ["--set", "train.eval_examples=2", "--set", "data.encoding.max_length=32
 
 
 @pytest.mark.slow
-def test_a_mixture_trains_as_any_checkpoint(tmp_path, dense_folder, capsys):
+def test_a_mixture_trains_like_any_checkpoint(tmp_path, dense_folder, capsys):
     command = ["upcycle", str(dense_folder / "hub"), str(tmp_path / "mixture"), "--experts", "3"]
     assert main(command) == 0
     assert "Qwen3MoeForCausalLM, 2 layers with 3 experts" in capsys.readouterr().out

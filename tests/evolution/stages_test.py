@@ -72,7 +72,7 @@ def chosen(flags):
 
 
 @pytest.mark.slow
-def test_what_a_stage_does_not_train_stays_bit_for_bit(done):
+def test_parameters_that_a_stage_does_not_train_are_unchanged(done):
     root, results = done
     assert set(results) == {"warm_up", "evolving", "routing"}
     model = a_run().model
@@ -95,7 +95,7 @@ def test_what_a_stage_does_not_train_stays_bit_for_bit(done):
 
 
 @pytest.mark.slow
-def test_the_optimiser_has_state_for_what_trains_alone(done):
+def test_the_optimiser_has_state_only_for_trained_parameters(done):
     root, _ = done
     run = a_run()
     for stage, wanted in (("evolving", leaves_of(run.model, "expert")), ("routing", leaves_of(run.model, "router"))):
@@ -137,7 +137,7 @@ def test_distances_and_each_experts_loss_are_logged(done):
 
 
 @pytest.mark.slow
-def test_a_finished_run_does_nothing_again_and_a_stopped_one_resumes(done, tmp_path):
+def test_a_finished_run_is_not_repeated_and_a_stopped_one_resumes(done, tmp_path):
     root, results = done
     again = evolve(a_run(), root, progress=False)
     assert again["routing"].validation == results["routing"].validation

@@ -59,7 +59,7 @@ def test_copies_compute_what_the_dense_model_does(moe, fields):
     assert jax.tree.map(lambda a: a.shape, params) == jax.tree.map(lambda a: a.shape, abstract_params(model))
 
 
-def test_every_layers_weights_come_to_their_place():
+def test_weights_of_every_layer_are_copied_to_their_place():
     dense = random_params(DENSE)["decoder"]
     _, params = upcycled(AnyExpertsConfig.static_top_k(4, 1))
     blocks = params["decoder"]["moe_layers"]
@@ -78,7 +78,7 @@ def test_every_layers_weights_come_to_their_place():
 
 
 @pytest.mark.slow
-def test_on_a_mesh_leaf_by_leaf_without_two_models():
+def test_on_a_mesh_leaves_are_converted_without_holding_two_models():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2))
     moe = AnyExpertsConfig.static_top_k(4, 1)
     config = UpcycleConfig()
@@ -164,6 +164,6 @@ def test_a_random_subset_of_units_is_the_same_in_all_three_matrices():
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(run, message):
+def test_runs_that_cannot_be_upcycled_are_refused(run, message):
     with pytest.raises(UserError, match=message):
         run()

@@ -1,4 +1,4 @@
-"""Requests at random to a real server: an answer or one line that says what is wrong, never a 500, never a hang."""
+"""Random requests to a real server: each gets an answer or a one-line error, never status 500, never a hang."""
 
 import json
 
@@ -8,7 +8,6 @@ from serve.app_test import send, until
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
-SLOW = list(hypothesis.HealthCheck)  # a request takes as long as it takes
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(st.characters(), max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -51,7 +50,7 @@ PATHS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages"}
 
 @st.composite
 def bodies(draw, needed):
-    """A request with some of its fields, one of them perhaps replaced by anything."""
+    """Draws a request with some of the fields; one field may be replaced by an arbitrary value."""
     names = draw(st.sets(st.sampled_from(sorted(FIELDS)), max_size=4)) - {"prompt", "messages"}
     body = {"model": "tiny", "max_tokens": 3, **{name: draw(FIELDS[name]) for name in sorted({needed, *names})}}
     if draw(st.integers(0, 3)) == 0:
@@ -72,7 +71,7 @@ def check_answer(status, headers, answer):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_requests(path, url, service, fuzz_case):
+def test_random_requests_get_an_answer_or_a_one_line_error(path, url, service, fuzz_case):
     @hypothesis.seed(fuzz_case)
     @hypothesis.settings(
         max_examples=8, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
@@ -87,7 +86,7 @@ def test_requests(path, url, service, fuzz_case):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_bytes(path, url, service, fuzz_case):
+def test_damaged_bodies_get_an_answer_or_a_one_line_error(path, url, service, fuzz_case):
     whole = json.dumps({"model": "tiny", "prompt": "a", "messages": [{"role": "user", "content": "ä"}]}).encode()
 
     @hypothesis.seed(fuzz_case)

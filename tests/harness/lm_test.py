@@ -1,4 +1,4 @@
-"""lm-eval's own classes on a tiny checkpoint: a local task, likelihoods, answers, and what they cost."""
+"""lm-eval's own classes on a tiny checkpoint: a local task, likelihoods, answers, and the experts they used."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def tasks(tmp_path_factory):
 
 
 def expected(model, context, continuation, budget=None):
-    """Log likelihood and greediness by one plain forward pass of the library's, always of the same shape."""
+    """Log likelihood, and whether the continuation is greedy, from one plain forward pass of constant shape."""
     pretrained = load_pretrained(model.path)
     ids = [*context, *continuation]
     tokens_BT, last = np.zeros((1, 96), np.int32), len(ids) - 1
@@ -82,7 +82,7 @@ def expected(model, context, continuation, budget=None):
 
 
 @pytest.mark.parametrize("budget", [None, 1.5])
-def test_likelihoods_are_those_of_a_forward_pass(model, budget):
+def test_likelihoods_equal_those_of_a_forward_pass(model, budget):
     own = row_budget(model.base, model.weights.config, budget)
     used = Used(3)
     pairs = [Pair((5, 3), (8, 9, 7)), Pair((1,), (2,)), Pair(tuple(range(25)), (3, 4))]
@@ -94,7 +94,7 @@ def test_likelihoods_are_those_of_a_forward_pass(model, budget):
     assert used.by_layer == pytest.approx([budget or 3] * 3, abs=0.05 if budget else 1e-6)
 
 
-def test_a_pair_beyond_the_positions_loses_its_beginning(model):
+def test_a_pair_longer_than_the_model_is_cut_at_its_beginning(model):
     own = row_budget(model.base, model.weights.config, None)
     long = Pair(tuple(i % 50 for i in range(120)), (3, 4))
     (cut,) = log_likelihoods(model.weights, [long], own, rows=4, longest=96, used=Used(3))
@@ -102,7 +102,7 @@ def test_a_pair_beyond_the_positions_loses_its_beginning(model):
     assert cut[0] == pytest.approx(expected(model, kept[:-2], kept[-2:])[0], abs=1e-4)
 
 
-def test_tasks_of_ones_own_at_two_budgets(model, tasks):
+def test_the_users_own_tasks_at_two_budgets(model, tasks):
     told = []
     options = TaskOptions(include=(tasks,), rows=4)
     found = evaluate_tasks(model, ["tiny_choice", "tiny_answer"], [None, 2.0], options, told.append)
@@ -130,7 +130,7 @@ def test_tasks_of_ones_own_at_two_budgets(model, tasks):
     assert layer_table(found).rows[1] == ("tiny_choice", "2", "2.00", "2.00", "2.00")
 
 
-def test_a_whole_text_in_windows(model):
+def test_a_long_text_is_scored_in_windows(model):
     from lm_eval.api.instance import Instance
 
     from anyexperts_jax.harness.lm import HarnessLM
@@ -161,7 +161,7 @@ def test_answers_end_before_a_stop_text(model):
         ask(max_gen_toks=3, num_beams=4)
 
 
-def test_the_chat_template(model):
+def test_conversations_are_rendered_with_the_chat_template(model):
     from anyexperts_jax.harness.lm import HarnessLM
 
     lm = HarnessLM(model, None)
@@ -173,12 +173,12 @@ def test_the_chat_template(model):
 
 
 @pytest.mark.slow
-def test_a_task_that_does_not_exist(model, tasks):
+def test_an_unknown_task_is_refused_with_a_similar_name(model, tasks):
     with pytest.raises(UserError, match=r"'tiny_chioce' is not known to lm-eval.*near it: tiny_choice"):
         evaluate_tasks(model, ["tiny_chioce"], options=TaskOptions(include=(tasks,)))
 
 
-def test_what_is_refused(model, tasks, folder, capsys):
+def test_invalid_budgets_folders_and_options_are_refused(model, tasks, folder, capsys):
     with pytest.raises(UserError, match=r"budget=9 must be from 1 to 7"):
         evaluate_tasks(model, ["tiny_choice"], [9.0])
     with pytest.raises(UserError, match=r"--include .*nowhere is no folder"):
@@ -189,7 +189,7 @@ def test_what_is_refused(model, tasks, folder, capsys):
     assert "--metric: not with --tasks" in capsys.readouterr().err
 
 
-def test_the_command_prints_and_writes(folder, tasks, tmp_path, capsys):
+def test_the_command_prints_and_writes_scores(folder, tasks, tmp_path, capsys):
     out = tmp_path / "scores.json"
     options = ["--tasks", "tiny_choice", "--include", str(tasks), "--budget", "2", "--limit", "1", "--out", str(out)]
     assert main(["evaluate", str(folder), *options]) == 0
@@ -204,6 +204,6 @@ def test_the_command_prints_and_writes(folder, tasks, tmp_path, capsys):
     assert row["standard_error"] is None or math.isfinite(row["standard_error"])
 
 
-def test_policies_by_name(model):
+def test_policy_name(model):
     assert policy_name(model.base, None) == policy_name(model.base, 2.0) == "static"
     assert policy_name(model.base, 2.5) == "static, mixed by position"

@@ -1,4 +1,4 @@
-"""Our likelihoods beside those of lm-eval's HFLM, which runs transformers, on one tiny checkpoint."""
+"""Compares our likelihoods with those of lm-eval's HFLM, which runs transformers, on one tiny checkpoint."""
 
 import pytest
 from serve.tiny import tiny_folder
@@ -38,31 +38,31 @@ def instances(kind, arguments):
     return [Instance(kind, {}, one, number) for number, one in enumerate(arguments)]
 
 
-def test_likelihoods(sides):
+def test_likelihoods_agree(sides):
     ours, theirs = (side.loglikelihood(instances("loglikelihood", PAIRS)) for side in sides)
     for one, other in zip(ours, theirs, strict=True):
         assert one[0] == pytest.approx(other[0], abs=1e-4)
         assert one[1] == other[1]
 
 
-def test_whole_texts(sides):
+def test_rolling_likelihoods_agree(sides):
     asked = [(text,) for text in TEXTS]
     ours, theirs = (side.loglikelihood_rolling(instances("loglikelihood_rolling", asked)) for side in sides)
     assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_answers(sides):
+def test_generated_answers_agree(sides):
     asked = [(text, {"until": ["the"], "max_gen_toks": 8, "do_sample": False}) for text in TEXTS]
     ours, theirs = (side.generate_until(instances("generate_until", asked)) for side in sides)
     assert ours == theirs
 
 
-def test_prompts_and_templates(sides):
+def test_encoded_prompts_and_chat_templates_agree(sides):
     ours, theirs = sides
     for text in TEXTS:
         assert ours.tok_encode(text) == theirs.tok_encode(text)
     history = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "A cat"}]
-    for messages, goes_on in ((history[:1], True), (history, False)):
-        one, other = (side.apply_chat_template(messages, add_generation_prompt=goes_on) for side in sides)
+    for messages, generation_prompt in ((history[:1], True), (history, False)):
+        one, other = (side.apply_chat_template(messages, add_generation_prompt=generation_prompt) for side in sides)
         assert one == other
     assert ours.prefix_token_id == theirs.prefix_token_id

@@ -1,4 +1,4 @@
-"""Variable slots on a model that was read: the base's bits at first, and its weights back."""
+"""Variable slots attached to a published model: the base's logits bit for bit at first, and its weights back later."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def case(request, tmp_path_factory):
     return base, attach(base, k_min=k_min, k_max=k_max, num_virtual=num_virtual)
 
 
-def test_the_first_forward_pass_is_the_bases_bit_for_bit(case):
+def test_the_first_forward_pass_equals_the_bases_bit_for_bit(case):
     base, attached = case
     valid_BT = np.arange(31) < np.array([31, 12, 1])[:, None]
     ours, theirs = attached.forward(TOKENS_BT, valid_BT), base.forward(TOKENS_BT, valid_BT)
@@ -43,7 +43,7 @@ def test_the_first_forward_pass_is_the_bases_bit_for_bit(case):
     assert int(ours.trace.virtual_slots_BT.sum()) == 0
 
 
-def test_detach_gives_the_bases_weights_back(case):
+def test_detach_returns_the_bases_weights(case):
     base, attached = case
     back = detach(attached)
     assert back.config == base.config
@@ -68,7 +68,7 @@ def loss_of(model, params):
     return task + moe.balance_weight * losses["balance"] + moe.importance_weight * losses["importance"]
 
 
-def test_two_steps_of_training_leave_the_point(tmp_path):
+def test_two_training_steps_move_every_new_parameter(tmp_path):
     base = ax.load_pretrained(tiny_checkpoint(tmp_path / "hub", "qwen3_moe", seed=7))
     model = attach(base, k_min=2, k_max=5, num_virtual=3)
     gradient = jax.jit(jax.grad(lambda params: loss_of(model, params)))
@@ -96,7 +96,7 @@ def test_two_steps_of_training_leave_the_point(tmp_path):
     assert not np.array_equal(trained.logits(TOKENS_BT), base.logits(TOKENS_BT))
 
 
-def test_the_papers_start_competes_at_once(tmp_path):
+def test_with_the_papers_start_virtual_experts_compete_at_once(tmp_path):
     base = ax.load_pretrained(tiny_checkpoint(tmp_path / "hub", "qwen3_moe", seed=7))
     paper = ax.attach(base, k_min=2, k_max=5, num_virtual=3, preserve=False)
     trace = paper.forward(TOKENS_BT).trace
@@ -105,7 +105,7 @@ def test_the_papers_start_competes_at_once(tmp_path):
     assert "decoder/moe_layers/moe/strength" not in named_leaves(paper.params)
 
 
-def test_what_cannot_be_attached(tmp_path):
+def test_models_and_windows_that_do_not_fit_are_refused(tmp_path):
     base = ax.load_pretrained(tiny_checkpoint(tmp_path / "moe", "qwen3_moe"))
     with pytest.raises(UserError, match="k_min=4, k_max=6 never gives the 3 experts"):
         attach(base, k_min=4, k_max=6, num_virtual=2)

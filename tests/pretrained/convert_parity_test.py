@@ -1,4 +1,4 @@
-"""What conversions and upcycling write, loaded by transformers' own classes: equal logits, the same experts chosen."""
+"""Exports of conversions and upcycling, loaded by transformers' own classes: equal logits, the same experts chosen."""
 
 import dataclasses
 
@@ -28,18 +28,18 @@ def close(ours_BTY, theirs_BTY):
     np.testing.assert_allclose(np.asarray(ours_BTY), theirs_BTY, rtol=1e-4, atol=1e-4)
 
 
-def test_plain_is_read_by_transformers(tmp_path):
+def test_transformers_reads_a_plain_export(tmp_path):
     slots = ax.attach(random_model(hub_values("qwen3_moe")), k_min=2, k_max=4, num_virtual=3, preserve=False)
     slots.export(tmp_path / "plain", "plain", experts=2)
     model, expected_BTY = theirs(tmp_path / "plain")
     assert type(model).__name__ == "Qwen3MoeForCausalLM"
     assert model.config.num_experts_per_tok == 2
     close(ax.load_pretrained(tmp_path / "plain").logits(TOKENS_BT), expected_BTY)
-    assert np.abs(np.asarray(slots.logits(TOKENS_BT)) - expected_BTY).max() > 1e-3  # not the same function
+    assert np.abs(np.asarray(slots.logits(TOKENS_BT)) - expected_BTY).max() > 1e-3  # another function
 
 
-def test_zeda_computes_what_transformers_does_with_experts_of_zero_weights(tmp_path):
-    """transformers has no class of ZEDA's. An expert whose weights are all zero returns what a zero expert does."""
+def test_zeda_equals_transformers_with_experts_of_zero_weights(tmp_path):
+    """transformers lacks ZEDA's class, but an expert whose weights are all zero returns what a zero expert does."""
     slots = ax.attach(random_model(hub_values("qwen3_moe")), k_min=3, k_max=3, num_virtual=5, preserve=False)
     how = {"iar": "off", "hsm_site": "off", "virtual_output": "zero", **uncapped(7, 5)}
     moe = dataclasses.replace(slots.config.moe, **how)
@@ -52,7 +52,7 @@ def test_zeda_computes_what_transformers_does_with_experts_of_zero_weights(tmp_p
 
 
 @pytest.mark.parametrize(("case", "cls"), [("llama", "MixtralForCausalLM"), ("qwen3", "Qwen3MoeForCausalLM")])
-def test_an_upcycled_model_is_read_by_transformers(tmp_path, case, cls):
+def test_transformers_reads_an_upcycled_model(tmp_path, case, cls):
     dense = random_model(hub_values(case))
     ax.upcycle(dense, num_experts=5, init="noise").export(tmp_path / "mixture")
     model, expected_BTY = theirs(tmp_path / "mixture")

@@ -1,4 +1,4 @@
-"""Models with variable slots for other tools: plain is another function and says so, zeda is exact or refused."""
+"""Conversions of models with variable slots: plain changes the function and says so, zeda is exact or refused."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ pytest.importorskip("safetensors")
 TINY = {"num_hidden_layers": 2, "max_position_embeddings": 16}
 TOKENS_BT = np.random.default_rng(0).integers(
     0, 53, (1, 16)
-)  # the rows of a card, so that no other program is compiled
+)  # the shape that a card uses, so that no other program is compiled
 BIAS = "decoder/moe_layers/moe/router/virtual_bias"
 
 
@@ -37,7 +37,7 @@ def slots(base):
 
 
 def zero_experts(slots, output="zero", **changes):
-    """The model with its virtual experts as ZEDA has them."""
+    """Returns the model with virtual experts that behave like ZEDA's."""
     moe = dataclasses.replace(
         slots.config.moe,
         k_min=3,
@@ -51,7 +51,7 @@ def zero_experts(slots, output="zero", **changes):
     )
 
 
-def test_plain_is_the_static_model_and_the_card_has_the_difference(tmp_path, base, slots, capsys):
+def test_plain_is_the_static_model_and_its_card_has_the_difference(tmp_path, base, slots, capsys):
     slots.export(tmp_path / "slots", "anyexperts")
     command = ["export", str(tmp_path / "slots"), str(tmp_path / "plain"), "--as", "plain"]
     assert main(command) == 0, capsys.readouterr().err
@@ -60,7 +60,7 @@ def test_plain_is_the_static_model_and_the_card_has_the_difference(tmp_path, bas
     np.testing.assert_array_equal(plain.logits(TOKENS_BT), base.logits(TOKENS_BT))
     found = difference(slots, plain, calibration_tokens(slots, None, 0))
     card = (tmp_path / "plain" / "README.md").read_text()
-    assert "**This is not that model.**" in card
+    assert "**This does not compute the same function.**" in card
     assert "2 to 4 slots, of which up to 1 are virtual" in card
     assert found.largest_logit > 0.01
     for figure in (f"{found.largest_logit:.3g}", f"{found.mean_kl:.3g} nats", *(f"{p:.4f}" for p in found.perplexity)):
@@ -68,7 +68,7 @@ def test_plain_is_the_static_model_and_the_card_has_the_difference(tmp_path, bas
     assert f"| {found.experts[0]:.3f} | 3.000 |" in card
 
 
-def test_the_difference_is_that_of_the_definition(base, slots):
+def test_difference_follows_its_definition(base, slots):
     found = difference(base, slots, TOKENS_BT)
     first, second = (np.asarray(model.logits(TOKENS_BT), np.float64) for model in (base, slots))
     logs = [one - np.log(np.exp(one).sum(axis=-1, keepdims=True)) for one in (first, second)]
@@ -88,7 +88,7 @@ def test_plain_with_another_number_of_experts(tmp_path, slots):
 
 
 @pytest.mark.parametrize("output", ["zero", pytest.param("identity", marks=pytest.mark.slow)])
-def test_zeda_is_the_same_function(tmp_path, slots, output):
+def test_zeda_computes_the_same_function(tmp_path, slots, output):
     model = zero_experts(slots, output)
     model.export(tmp_path / "zeda", "zeda")
     read = ax.load_pretrained(tmp_path / "zeda")
@@ -119,7 +119,7 @@ OBSTACLES = [
 
 
 @pytest.mark.parametrize(("changes", "message"), OBSTACLES)
-def test_what_zeda_cannot_express_is_refused_with_the_reason(slots, changes, message):
+def test_what_zeda_cannot_express_is_refused_with_reasons(slots, changes, message):
     model = zero_experts(slots)
     moe = dataclasses.replace(model.config.moe, **changes)
     with pytest.raises(UserError, match=message) as error:
@@ -128,7 +128,7 @@ def test_what_zeda_cannot_express_is_refused_with_the_reason(slots, changes, mes
     assert ";" not in str(error.value)
 
 
-def test_reasons_that_lie_in_the_weights(base, slots):
+def test_weights_that_zeda_cannot_express_are_refused(base, slots):
     model = zero_experts(slots)
     free = zero_experts(slots, virtual_logits="free")
     assert as_zeda(free).family == "zeda"
@@ -140,7 +140,7 @@ def test_reasons_that_lie_in_the_weights(base, slots):
         as_zeda(preserved)
 
 
-def test_models_that_have_no_such_form(base, slots):
+def test_dense_split_and_static_models_are_refused(base, slots):
     with pytest.raises(UserError, match="gives every token this number of experts already"):
         as_plain(base)
     with pytest.raises(UserError, match="it has no virtual experts"):
@@ -156,7 +156,7 @@ def test_models_that_have_no_such_form(base, slots):
     assert longcat_obstacles(unnormalised) == []
 
 
-def test_the_hubs_form_refuses_a_routing_that_config_json_does_not_say(tmp_path, base):
+def test_form_hub_refuses_routing_that_config_json_cannot_describe(tmp_path, base):
     moe = dataclasses.replace(base.config.moe, k_min=2, k_max=2, balance_weight=0.5)
     changed = dataclasses.replace(base, config=dataclasses.replace(base.config, moe=moe))
     with pytest.raises(UserError, match=re.escape("how the model routes: k_min=2, not 3; k_max=2, not 3; use form=")):
@@ -165,7 +165,7 @@ def test_the_hubs_form_refuses_a_routing_that_config_json_does_not_say(tmp_path,
     dataclasses.replace(base, config=dataclasses.replace(base.config, moe=trained)).export(tmp_path / "same")
 
 
-def test_options_of_the_forms(tmp_path, base, capsys):
+def test_options_of_other_forms_are_refused(tmp_path, base, capsys):
     with pytest.raises(UserError, match="experts is for form='plain', not 'hub'"):
         base.export(tmp_path / "out", experts=2)
     with pytest.raises(UserError, match="text is for form=plain, zeda, longcat, not 'hub'"):

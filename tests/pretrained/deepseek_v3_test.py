@@ -1,4 +1,4 @@
-"""DeepSeek-V3's family: latent attention through reading, the cache, meshes, budgets and slots."""
+"""DeepSeek-V3's family: reading latent attention, its cache, meshes, budgets and attached slots."""
 
 import json
 
@@ -17,7 +17,7 @@ from anyexperts_jax.pretrained.family import family_of
 from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.load import open_checkpoint
 from anyexperts_jax.pretrained.lora import merge_adapter, peft_tensors, with_adapter
-from pretrained.generate_test import require_whole_passes_agree
+from pretrained.generate_test import require_full_passes_agree
 from pretrained.lora_test import random_adapter
 from pretrained.tiny_hub import hub_values, random_tensors, tensors_in, tiny_checkpoint, write_checkpoint
 
@@ -42,11 +42,11 @@ def config_of(values):
 
 
 @pytest.mark.parametrize("budget", [None, 1.5])
-def test_greedy_tokens_are_those_of_whole_forward_passes(model, budget):
-    require_whole_passes_agree(model, PROMPTS, 4, budget)
+def test_greedy_tokens_equal_those_of_full_forward_passes(model, budget):
+    require_full_passes_agree(model, PROMPTS, 4, budget)
 
 
-def test_the_cache_changes_no_expert_and_holds_latents(model):
+def test_the_cache_holds_latents_and_changes_no_expert(model):
     tokens_BT = np.array([[7, 3, 9, 1, 2, 8]])
     whole_LTK = np.asarray(model.forward(tokens_BT).trace.expert_ids_BTK)[:, 0]
     cache = empty_stack_cache(model.config.stack, 1, 8)
@@ -63,7 +63,7 @@ def test_the_cache_changes_no_expert_and_holds_latents(model):
 
 
 @pytest.mark.slow
-def test_a_mesh_gets_the_same_model_split(folder, model):
+def test_a_sharded_model_equals_the_unsharded_one(folder, model):
     split = ax.load_pretrained(folder, ax.make_mesh(ax.MeshConfig(data=2, fsdp=2, tensor=2)))
     leaves = named_leaves(split.params)
     up = leaves[f"{ATTENTION}up/kernel"]  # latents over fsdp, heads over tensor
@@ -75,7 +75,7 @@ def test_a_mesh_gets_the_same_model_split(folder, model):
 
 
 @pytest.mark.slow
-def test_attached_slots_begin_at_the_base_and_are_taken_away_again(model):
+def test_attached_slots_start_as_the_base_and_can_be_detached(model):
     attached = ax.attach(model, k_min=2, k_max=4, num_virtual=3)
     tokens_BT = np.random.default_rng(0).integers(0, 53, (2, 12))
     np.testing.assert_array_equal(attached.logits(tokens_BT), model.logits(tokens_BT))
@@ -83,8 +83,8 @@ def test_attached_slots_begin_at_the_base_and_are_taken_away_again(model):
     assert all(back[name] is leaf for name, leaf in expected.items())
 
 
-def test_heads_that_predict_further_tokens_are_left_out_unasked(tmp_path):
-    """`num_nextn_predict_layers` is 1 where config.json does not say."""
+def test_further_prediction_heads_are_ignored_by_default(tmp_path):
+    """`num_nextn_predict_layers` is 1 if config.json does not have it."""
     values = hub_values("deepseek_v3")
     assert "num_nextn_predict_layers" not in values
     further = {"model.layers.3.eh_proj.weight": np.zeros((2, 2), np.float32)}
@@ -96,7 +96,7 @@ def test_heads_that_predict_further_tokens_are_left_out_unasked(tmp_path):
         open_checkpoint(folder).plan()
 
 
-def test_what_the_class_has_where_config_json_does_not_say(tmp_path):
+def test_missing_keys_have_the_defaults_of_the_class(tmp_path):
     unsaid = ("n_group", "topk_group", "routed_scaling_factor", "first_k_dense_replace", "kv_lora_rank", "q_lora_rank")
     values = hub_values("deepseek_v3", n_routed_experts=16, num_hidden_layers=4)
     config = config_of({key: value for key, value in values.items() if key not in unsaid})
@@ -104,11 +104,11 @@ def test_what_the_class_has_where_config_json_does_not_say(tmp_path):
     assert config.stack.num_dense_layers == 3
     latent = config.stack.attention.latent
     assert (latent.kv_rank, latent.query_rank) == (512, 1536)
-    none = config_of({**values, "q_lora_rank": None})  # null is not missing: no latent of the queries
+    none = config_of({**values, "q_lora_rank": None})  # null differs from missing: queries have no latent
     assert none.stack.attention.latent.query_rank is None
 
 
-def test_yarn_raises_the_scores_by_the_square_of_its_growth():
+def test_yarn_multiplies_the_scores_by_its_squared_growth():
     config = config_of(hub_values("deepseek_v3"))
     growth = 0.1 * 0.8 * np.log(4.0) + 1
     assert config.stack.attention.latent.score_factor == pytest.approx(growth**2)
@@ -117,7 +117,7 @@ def test_yarn_raises_the_scores_by_the_square_of_its_growth():
     assert plain.stack.attention.latent.score_factor == 1
 
 
-def test_both_rope_forms_keep_what_yarn_needs(tmp_path, model):
+def test_both_rope_forms_keep_yarns_settings(tmp_path, model):
     model.export(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     for form in (written["rope_scaling"], written["rope_parameters"]):
@@ -126,8 +126,8 @@ def test_both_rope_forms_keep_what_yarn_needs(tmp_path, model):
 
 
 @pytest.mark.slow
-def test_adapters_fit_the_maps_of_latents(model):
-    """In peft's layers, which are transformers': no map has its rows in two of our parameters."""
+def test_adapters_fit_the_projections_of_latent_attention(model):
+    """Every adapted weight is one linear layer of transformers, as peft needs."""
     adapted = with_adapter(model, random_adapter(model, LoraConfig(rank=2)))
     tensors, without = peft_tensors(adapted)
     assert not without
@@ -151,12 +151,12 @@ def test_adapters_fit_the_maps_of_latents(model):
         ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\), which is not read; dequantise"),
     ],
 )
-def test_what_is_not_computed_is_refused(changes, message):
+def test_unsupported_configurations_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         config_of(hub_values("deepseek_v3", **changes))
 
 
-def test_a_map_of_another_shape_is_named(tmp_path):
+def test_a_weight_of_another_shape_is_named(tmp_path):
     values = hub_values("deepseek_v3")
     tensors = random_tensors(values)
     name = "model.layers.0.self_attn.kv_b_proj.weight"

@@ -1,4 +1,4 @@
-"""Attached and split models on disk: written by the commands, read again as they were, and refused where broken."""
+"""Attached and split models on disk: written by the commands, read back unchanged, refused if damaged."""
 
 import json
 
@@ -15,7 +15,7 @@ from pretrained.tiny_hub import hub_values, tiny_checkpoint
 pytest.importorskip("safetensors")
 
 
-def same(found, expected):
+def assert_same(found, expected):
     assert found.config == expected.config
     found, expected = named_leaves(found.params), named_leaves(expected.params)
     assert found.keys() == expected.keys()
@@ -23,30 +23,30 @@ def same(found, expected):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-def test_attach_writes_what_is_read_again(tmp_path, capsys):
+def test_a_model_from_attach_is_read_back_unchanged(tmp_path, capsys):
     folder, out = tiny_checkpoint(tmp_path / "hub", "sarvam_moe"), tmp_path / "out"
     options = ["--k-min", "2", "--k-max", "4", "--virtual", "3"]
     assert main(["attach", str(folder), str(out), *options]) == 0
     assert "2 to 4 slots, computing what the base computes" in capsys.readouterr().out
     base, found = ax.load_pretrained(folder), ax.load_pretrained(out)
-    same(found, ax.attach(base, k_min=2, k_max=4, num_virtual=3))
+    assert_same(found, ax.attach(base, k_min=2, k_max=4, num_virtual=3))
     assert found.router_bias_LC.shape == (2, 11)
-    same(ax.detach(found), base)
+    assert_same(ax.detach(found), base)
     with pytest.raises(UserError, match=r"no place for a model that is attached; use form='anyexperts', or detach it"):
         found.export(tmp_path / "hub_form")
     assert main(["attach", str(folder), str(out), *options]) == 2
     assert "exists; name a new folder" in capsys.readouterr().err
 
 
-def test_split_writes_what_is_read_again(tmp_path, capsys):
+def test_a_model_from_split_is_read_back_unchanged(tmp_path, capsys):
     folder, out = tiny_checkpoint(tmp_path / "hub", "llama"), tmp_path / "out"
     assert main(["split", str(folder), str(out), "--experts", "4", "--shared", "1", "--markers", "2"]) == 0
     told = capsys.readouterr()
     assert "4 experts of 5 neurons, 1 of them shared" in told.out
     assert "random tokens" in told.err
     base, found = ax.load_pretrained(folder), ax.load_pretrained(out)
-    same(found, ax.split(base, num_experts=4, num_shared=1, markers=2))
-    same(ax.merge(found), base)
+    assert_same(found, ax.split(base, num_experts=4, num_shared=1, markers=2))
+    assert_same(ax.merge(found), base)
     with pytest.raises(UserError, match="a model that is split; use form='anyexperts', or merge it first"):
         found.export(tmp_path / "hub_form")
 

@@ -1,4 +1,4 @@
-"""Generation with a cache: the tokens of repeated forward passes, at any budget, sampled, stopped, streamed."""
+"""Cached generation: equals repeated forward passes at any budget; sampling, stop texts and streaming."""
 
 import json
 
@@ -43,12 +43,12 @@ def ids_of(model, prompts, max_new_tokens, budget=None, **how):
     return decode(weights, prompts, Request(max_new_tokens, **how), in_force, lambda row, token: True)
 
 
-def require_whole_passes_agree(model, prompts, count, budget):
-    """Checks that decoding gives the tokens, and the experts, of a forward pass over the whole text for each token."""
+def require_full_passes_agree(model, prompts, count, budget):
+    """Checks that decoding gives the same tokens and experts as a forward pass over the whole text for each token."""
     found = ids_of(model, prompts, count, budget)
     longest = max(map(len, prompts)) + count
     texts = [list(prompt) for prompt in prompts]
-    for _ in range(count):  # rows of one length, so that one program is compiled
+    for _ in range(count):  # rows of constant length, so that one program is compiled
         tokens_BT = np.array([text + [0] * (longest - len(text)) for text in texts])
         valid_BT = np.array([[t < len(text) for t in range(longest)] for text in texts])
         logits_BTY = np.asarray(model.logits(tokens_BT, valid_BT, budget))
@@ -59,8 +59,8 @@ def require_whole_passes_agree(model, prompts, count, budget):
 
 
 @pytest.mark.parametrize("budget", [None, 1.5])
-def test_greedy_tokens_are_those_of_whole_forward_passes(model, budget):
-    require_whole_passes_agree(model, PROMPTS, 6, budget)
+def test_greedy_tokens_equal_those_of_full_forward_passes(model, budget):
+    require_full_passes_agree(model, PROMPTS, 6, budget)
 
 
 def test_the_cache_changes_no_expert(model):
@@ -76,15 +76,15 @@ def test_the_cache_changes_no_expert(model):
         np.testing.assert_array_equal(trace.expert_ids_BTK[:, 0, 0], whole_LTK[:, t])
 
 
-def test_the_budget_is_what_tokens_get(model):
-    assert ids_of(model, PROMPTS, 2, 5).real_experts == 5  # more than it was trained with
+def test_tokens_get_the_budget_on_average(model):
+    assert ids_of(model, PROMPTS, 2, 5).real_experts == 5  # more experts than it was trained with
     trace = model.forward(np.ones((1, 50), np.int32), budget=2.6).trace
     assert set(np.unique(trace.real_slots_BT)) == {2, 3}
     assert abs(np.asarray(trace.real_slots_BT).mean() - 2.6) < 0.03
 
 
 @pytest.mark.parametrize("budget", [0.5, 8])
-def test_a_budget_out_of_reach(model, budget):
+def test_a_budget_out_of_reach_is_refused(model, budget):
     with pytest.raises(UserError, match=f"budget={budget:g} must be from 1 to 7 experts a token"):
         model.logits([[1]], budget=budget)
 
@@ -95,7 +95,7 @@ def test_a_dense_model_has_no_budget(tmp_path):
         dense.logits([[1]], budget=1.0)
 
 
-def test_draws_repeat_by_seed_and_do_not_depend_on_other_rows(model):
+def test_sampling_repeats_by_seed_and_ignores_other_rows(model):
     sampling = Sampling(temperature=2.0)
     draws = [ids_of(model, PROMPTS, 8, sampling=sampling, seed=seed).tokens for seed in (0, 0, 1)]
     assert draws[0] == draws[1]
@@ -103,7 +103,7 @@ def test_draws_repeat_by_seed_and_do_not_depend_on_other_rows(model):
     assert ids_of(model, PROMPTS[:1], 8, sampling=sampling).tokens == draws[0][:1]
 
 
-def test_a_row_ends_at_a_stop_id_and_the_others_go_on(model):
+def test_a_row_ends_at_a_stop_id_and_the_others_continue(model):
     free = ids_of(model, PROMPTS, 8).tokens
     stop = free[1][2]
     stopped = ids_of(model, PROMPTS, 8, stop_ids=(stop,)).tokens
@@ -111,7 +111,7 @@ def test_a_row_ends_at_a_stop_id_and_the_others_go_on(model):
         assert own == (whole[: whole.index(stop) + 1] if stop in whole else whole)
 
 
-def test_a_stream_is_the_answer_piece_by_piece(model):
+def test_streamed_pieces_join_to_the_answer(model):
     pieces = {0: "", 1: ""}
     told = lambda row, text: pieces.__setitem__(row, pieces[row] + text)  # noqa: E731
     found = model.generate_many(["Hello world", "A cat"], max_new_tokens=12, on_text=told)
@@ -120,13 +120,13 @@ def test_a_stream_is_the_answer_piece_by_piece(model):
     assert model.generate("A cat", max_new_tokens=12) == found.texts[1]
 
 
-def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(model):
+def test_a_stop_string_ends_the_answer_and_is_cut_off(model):
     whole = model.generate("Hello world", max_new_tokens=12)
     stop = whole[3:6]
     assert model.generate("Hello world", max_new_tokens=12, stop=[stop]) == whole[: whole.index(stop)]
 
 
-def test_text_that_may_still_become_a_stop_string_waits(model):
+def test_text_that_may_become_a_stop_string_is_held_back(model):
     stream = TextStream(model.tokenizer, ("mat; the",))
     ids = model.tokenizer.encode("cat on the mat; then mat; the").ids_T
     told = [stream.add(int(token)) for token in ids]
@@ -134,7 +134,7 @@ def test_text_that_may_still_become_a_stop_string_waits(model):
     assert "".join(told) == stream.text == "cat on the "
 
 
-def test_what_cannot_be_continued(model):
+def test_prompts_that_cannot_be_continued_are_refused(model):
     with pytest.raises(UserError, match="the prompt is empty"):
         model.generate("")
     with pytest.raises(UserError, match="cache ends at 96 positions"):
@@ -145,11 +145,11 @@ def test_what_cannot_be_continued(model):
         model.generate([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}])
 
 
-def test_generation_ends_where_the_positions_do(model):
+def test_generation_ends_at_the_last_position(model):
     assert len(ids_of(model, [(1,) * 90], 20).tokens[0]) == 6
 
 
-def test_the_tokenizers_own_first_id_goes_before_a_prompt(folder, model):
+def test_the_tokenizers_bos_id_is_put_before_a_prompt(folder, model):
     from anyexperts_jax.tokenizers.huggingface import CONFIG, HuggingFaceTokenizer
 
     assert leading_ids(model.tokenizer) == []
@@ -158,7 +158,7 @@ def test_the_tokenizers_own_first_id_goes_before_a_prompt(folder, model):
     assert leading_ids(HuggingFaceTokenizer(files, "bos")) == [model.tokenizer.special.bos]
 
 
-def test_the_command_streams_and_says_what_it_cost(folder, capsys):
+def test_the_command_streams_and_prints_speed_and_experts(folder, capsys):
     options = ["--prompt", "Hello world", "--max-new-tokens", "5", "--budget", "2"]
     assert main(["generate", str(folder), *options, "--stream"]) == 0
     streamed = capsys.readouterr()

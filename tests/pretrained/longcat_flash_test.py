@@ -1,4 +1,4 @@
-"""A layer's router and experts of LongCat-Flash: read as transformers reads them, and refused where they do not fit."""
+"""The router and experts of a LongCat-Flash layer: equal to transformers', and refused if they do not fit."""
 
 import json
 
@@ -31,7 +31,7 @@ def tensors(layer=1):
     for e in range(E + ZERO):
         for name in ("gate_proj", "up_proj", *(("down_proj",) if e < E else ())):
             shapes[f"experts.{e}.{name}.weight"] = (D, F) if name == "down_proj" else (F, D)
-    other = {"model.layers.1.mlps.0.gate_proj.weight": (24, D)}  # of a dense network beside the mixture
+    other = {"model.layers.1.mlps.0.gate_proj.weight": (24, D)}  # a dense FFN beside the MoE block
     named = {**{prefix + name: shape for name, shape in shapes.items()}, **other}
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in named.items()}
 
@@ -63,7 +63,7 @@ def test_a_layer_is_read(tmp_path):
         ({}, None, 0, "do not fit config.json: model.layers.0.mlp"),
     ],
 )
-def test_what_does_not_fit_is_one_line(tmp_path, changes, missing, layer, message):
+def test_tensors_that_do_not_fit_are_refused_in_one_line(tmp_path, changes, missing, layer, message):
     own = {name: value for name, value in tensors().items() if missing is None or not name.endswith(missing)}
     folder = write_checkpoint(tmp_path / "hub", {**VALUES, **changes}, own)
     with pytest.raises(UserError, match=message) as error:
@@ -77,7 +77,7 @@ def test_the_whole_model_is_refused(tmp_path):
 
 
 @pytest.mark.parity
-def test_a_layer_is_transformers(tmp_path):
+def test_a_layer_equals_transformers(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     heads = {"num_attention_heads": 2, "q_lora_rank": 6, "kv_lora_rank": 6, "qk_nope_head_dim": 4}

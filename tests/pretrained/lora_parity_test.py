@@ -1,4 +1,4 @@
-"""A saved adapter on transformers' model, through peft itself: the logits are ours."""
+"""A saved adapter, loaded by peft on transformers' model, gives our logits."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from pretrained.tiny_hub import tiny_checkpoint
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
-# peft 0.21 still asks transformers 5.24 by the older name.
+# peft 0.21 uses a name that transformers 5.24 has changed.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")]
 
 PATTERNS = ("**/attention/*/kernel", "**/mlp/**")

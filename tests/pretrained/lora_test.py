@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they add, merged and taken out, saved for us and for peft, and refused on another base."""
+"""Low-rank adapters: their sum with the weights, merging, unmerging, saving for us and peft, the check of the base."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from pretrained.tiny_hub import hub_values
 pytest.importorskip("safetensors")
 
 EVERY = ("**/attention/*/kernel", "**/mlp/**", "**/experts/**", "**/shared/**")
-CASES = {  # the second has dense, MoE and shared networks; the rules of patterns hold for each
+CASES = {  # the second has dense, MoE and shared networks, so every kind of pattern is covered
     "llama": LoraConfig(rank=3, alpha=5.0, patterns=EVERY[:2]),
     "glm4_moe": LoraConfig(rank=2, alpha=3.0, patterns=EVERY),
     "qwen3_moe": LoraConfig(rank=2, alpha=3.0, patterns=(EVERY[0], EVERY[2]), experts="shared"),
@@ -35,7 +35,7 @@ CASES = {  # the second has dense, MoE and shared networks; the rules of pattern
 
 
 def random_adapter(m, lora):
-    """Factors without a zero among them, for the whole of a model."""
+    """Random factors, none of them zero, for all adapted weights of a model."""
     config = dataclasses.replace(m.config, stack=dataclasses.replace(m.config.stack, lora=lora))
     rng = np.random.default_rng(0)
     leaves = {
@@ -52,7 +52,7 @@ def pair(request):
     return base, with_adapter(base, random_adapter(base, CASES[request.param]))
 
 
-def test_merging_and_unmerging_give_the_weights_back(pair):
+def test_unmerging_returns_the_weights(pair):
     base, m = pair
     merged = merge_adapter(m)
     assert merged.config == base.config
@@ -67,7 +67,7 @@ def test_merging_and_unmerging_give_the_weights_back(pair):
         np.testing.assert_allclose(back[name], value, atol=1e-6, rtol=0, err_msg=name)
 
 
-def test_a_merged_weight_is_the_sum_of_the_definition():
+def test_a_merged_weight_follows_the_definition():
     base = random_model(hub_values("glm4_moe"))
     m = with_adapter(base, random_adapter(base, CASES["glm4_moe"]))
     leaves, merged = named_leaves(m.params), named_leaves(merge_adapter(m).params)
@@ -81,7 +81,7 @@ def test_a_merged_weight_is_the_sum_of_the_definition():
 
 
 @pytest.mark.slow
-def test_the_model_with_an_adapter_is_the_merged_one(pair):
+def test_a_model_with_an_adapter_equals_the_merged_one(pair):
     base, m = pair
     tokens = [[1, 2, 3, 4, 5]]
     beside, merged = np.asarray(m.logits(tokens)), np.asarray(merge_adapter(m).logits(tokens))
@@ -89,7 +89,7 @@ def test_the_model_with_an_adapter_is_the_merged_one(pair):
     assert np.abs(beside - np.asarray(base.logits(tokens))).max() > 0.01
 
 
-def test_a_saved_adapter_is_read_again_for_its_base_alone(pair, tmp_path):
+def test_a_saved_adapter_is_read_back_and_refused_on_another_base(pair, tmp_path):
     base, m = pair
     m.export(tmp_path / "adapter", form="adapter")
     found = read_adapter(tmp_path / "adapter")
@@ -108,7 +108,7 @@ def test_a_saved_adapter_is_read_again_for_its_base_alone(pair, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_base_in_bfloat16_is_the_same_base_in_float32():
+def test_the_fingerprint_is_the_same_in_bfloat16_and_float32():
     half = random_model(hub_values("llama"))
     half = dataclasses.replace(half, params=jax.tree.map(lambda leaf: leaf.astype("bfloat16"), half.params))
     whole = dataclasses.replace(half, params=jax.tree.map(lambda leaf: leaf.astype("float32"), half.params))
@@ -150,7 +150,7 @@ def test_peft_finds_names_and_shapes_of_its_linear_layers(pair, tmp_path):
         (("**/attention/*/kernel", "**/norm/**"), "'**/norm/**' matches only parameters that take no adapter"),
     ],
 )
-def test_a_pattern_without_an_adapter_is_one_line(patterns, message):
+def test_a_pattern_that_matches_nothing_is_refused_in_one_line(patterns, message):
     config = random_model(hub_values("qwen3_moe")).config
     config = dataclasses.replace(config, stack=dataclasses.replace(config.stack, lora=LoraConfig(patterns=patterns)))
     with pytest.raises(UserError) as error:
@@ -171,7 +171,7 @@ def test_settings_that_make_no_adapter_are_refused(fields, message):
         LoraConfig(**fields)
 
 
-def test_a_broken_adapter_is_one_line(tmp_path):
+def test_a_damaged_adapter_is_refused_in_one_line(tmp_path):
     base = random_model(hub_values("llama"))
     with_adapter(base, random_adapter(base, CASES["llama"])).export(tmp_path / "adapter", form="adapter")
     settings = tmp_path / "adapter" / "anyexperts_adapter.json"

@@ -1,4 +1,4 @@
-"""Ming-flash-omni's routers by modality: with tokens of one kind alone, the model is a Ling with that kind's router."""
+"""Ming-flash-omni's router per modality: on tokens of one modality the model equals a Ling with that router."""
 
 import functools
 import json
@@ -34,7 +34,7 @@ def ming(folder):
 
 
 def as_ling(tensors, gate):
-    """The tensors of a Ling whose router is one of Ming's."""
+    """Returns the tensors of a Ling whose router is one of Ming's."""
     found = {}
     for name, value in tensors.items():
         own, _, last = name.rpartition("mlp.")
@@ -58,19 +58,19 @@ def _run(config, params, batch, bias):
 
 
 @pytest.mark.parametrize("kind", ["video", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("text", "audio"))])
-def test_tokens_of_one_kind_have_that_kinds_router(tmp_path, folder, ming, kind):
+def test_tokens_of_one_modality_use_its_router(tmp_path, folder, ming, kind):
     assert ming.router_bias_LC.shape == (2, 3, 8)
     ling = ax.load_pretrained(write_checkpoint(tmp_path / kind, LING, as_ling(tensors_in(folder), GATES[kind])))
     ours = run(ming, np.full(TOKENS_BT.shape, Modality[kind.upper()]))
     theirs = ling.forward(TOKENS_BT)
     np.testing.assert_allclose(ours.logits_BTY, theirs.logits_BTY, atol=2e-5)
     np.testing.assert_array_equal(ours.trace.expert_ids_BTK, theirs.trace.expert_ids_BTK)
-    if kind == "text":  # what a prompt is
+    if kind == "text":  # prompts are text
         np.testing.assert_allclose(ming.logits(TOKENS_BT), theirs.logits_BTY, atol=2e-5)
 
 
-def test_each_token_of_a_sequence_has_its_own(ming):
-    """In the first layer of experts, whose input does not depend on the routers."""
+def test_each_token_of_a_mixed_sequence_uses_its_own_router(ming):
+    """Checked in the first MoE layer, whose input does not depend on the routers."""
     mixed_BT = np.random.default_rng(1).integers(0, 4, TOKENS_BT.shape)
     found = np.asarray(run(ming, mixed_BT).trace.expert_ids_BTK[0])
     for kind in Modality:
@@ -78,7 +78,7 @@ def test_each_token_of_a_sequence_has_its_own(ming):
         np.testing.assert_array_equal(found[mixed_BT == kind], alone[mixed_BT == kind])
 
 
-def test_what_is_written_is_what_was_read(tmp_path, folder, ming):
+def test_an_export_equals_the_checkpoint(tmp_path, folder, ming):
     ming.export(tmp_path / "out")
     before, after = tensors_in(folder), tensors_in(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -95,17 +95,17 @@ def test_what_is_written_is_what_was_read(tmp_path, folder, ming):
         ({"rope_scaling": {"type": "longrope"}}, "rope type 'longrope' is not supported"),
     ],
 )
-def test_what_is_not_read_is_one_line(changes, message):
+def test_unsupported_configurations_are_refused_in_one_line(changes, message):
     with pytest.raises(UserError, match=message):
         random_model({**MING, **changes})
 
 
-def test_the_factor_under_its_other_name():
+def test_the_scaling_factor_has_two_names():
     values = {key: value for key, value in MING.items() if key != "routed_scaling_factor"}
     assert random_model({**values, "moe_router_topk_scaling_factor": 3.0}).config.moe.scaling_factor == 3.0
 
 
-def test_it_is_not_trained(folder, tmp_path):
+def test_training_a_ming_checkpoint_is_refused(folder, tmp_path):
     from anyexperts_jax.tokenizers.train import train_tokenizer
     from anyexperts_jax.train.config import load_config
 

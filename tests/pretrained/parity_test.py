@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
 LENGTHS = (23, 11, 1)
-GREEDY = (  # of every family of text
+GREEDY = (  # one case of every text family
     *("llama tied", "qwen3", "qwen3_moe", "olmoe", "mixtral", "glm4_moe", "sarvam_moe"),
     *("deepseek_v3", "deepseek_v3 full queries"),
 )
@@ -44,7 +44,7 @@ def right_padded(vocab_size, seed=0):
 
 
 def run(model, tokens_BT, valid_BT):
-    """(logits, what each router chose, layer by layer)."""
+    """Returns (logits, the experts chosen in each layer)."""
     chosen = []
 
     def keep(module, inputs, outputs):
@@ -78,8 +78,8 @@ MIXTURES = [case for case, (architecture, own) in CASES.items() if "num_experts_
 
 
 @pytest.mark.parametrize("case", MIXTURES)
-def test_the_weights_of_the_chosen_experts(tmp_path, case):
-    """Logits hide a wrong rule of the router's: renormalised or not, scaled, with the bias or without."""
+def test_weights_of_the_chosen_experts(tmp_path, case):
+    """Logits can hide a wrong rule of the weights: whether they are renormalised, scaled, or include the bias."""
     folder = tiny_checkpoint(tmp_path / "hub", case, seed=11)
     model, own, tokens_BT = load_pretrained(folder), theirs(folder), right_padded(53)[0]
     routed = []
@@ -128,7 +128,7 @@ def test_32_greedy_tokens(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["llama llama3", "sarvam_moe", "deepseek_v3", "deepseek_v3 full queries"])
-def test_transformers_reads_what_is_written(tmp_path, case):
+def test_transformers_reads_our_export(tmp_path, case):
     model = load_pretrained(tiny_checkpoint(tmp_path / "hub", case, stacked=True))
     model.export(tmp_path / "out")
     tokens_BT, valid_BT = right_padded(53)
@@ -137,8 +137,8 @@ def test_transformers_reads_what_is_written(tmp_path, case):
     np.testing.assert_allclose(ours_BTY[valid_BT], expected_BTY[valid_BT], rtol=1e-4, atol=1e-4)
 
 
-def test_transformers_own_save_is_read(tmp_path):
-    """Its config.json has the rope settings in one place alone, and calls the experts by another key."""
+def test_we_read_what_transformers_saves(tmp_path):
+    """transformers' config.json has the rope settings under one key only, and another key for the number of experts."""
     values = hub_values("qwen3_moe")
     own = transformers.AutoModelForCausalLM.from_config(
         transformers.Qwen3MoeConfig(**{k: v for k, v in values.items() if k not in ("architectures", "model_type")})
@@ -166,7 +166,7 @@ def test_padding_on_the_left(tmp_path):
 def test_gradients(tmp_path, case):
     folder = tiny_checkpoint(tmp_path / "hub", case)
     model, own = load_pretrained(folder), theirs(folder)
-    tokens_BT = right_padded(51)[0]  # torch keeps the gradient of the padding's row at zero
+    tokens_BT = right_padded(51)[0]  # torch sets the gradient of the padding embedding to zero
     own(torch.tensor(tokens_BT), labels=torch.tensor(tokens_BT)).loss.backward()
 
     @jax.jit
@@ -177,11 +177,11 @@ def test_gradients(tmp_path, case):
         log_probs = jax.nn.log_softmax(output.logits_BTY)[:, :-1]
         return -jnp.take_along_axis(log_probs, tokens_BT[:, 1:, None], axis=-1).mean()
 
-    # As a model whose weights are the gradients, in their names.
+    # A model whose weights are the gradients maps them to transformers' names.
     dataclasses.replace(model, params=gradient(model.params)).export(tmp_path / "gradients")
     found = tensors_in(tmp_path / "gradients")
     for name, weight in own.named_parameters():
-        if name in found:  # experts are stacked in theirs
+        if name in found:  # transformers stacks the experts
             np.testing.assert_allclose(found[name], weight.grad, rtol=2e-3, atol=2e-6, err_msg=name)
     if case != "llama":
         stacked = dict(own.named_parameters())["model.layers.1.mlp.experts.down_proj"].grad
@@ -190,8 +190,8 @@ def test_gradients(tmp_path, case):
             np.testing.assert_allclose(found[name], grad, rtol=2e-3, atol=2e-6)
 
 
-def test_a_wrong_theta_is_seen(tmp_path):
-    """The trap: a theta of 10000 in place of the model's own gives plausible shapes and other text."""
+def test_a_wrong_theta_changes_the_logits(tmp_path):
+    """A theta of 10000 instead of the model's own loads without error and generates other text."""
     folder = tiny_checkpoint(tmp_path / "hub", "llama", rope_theta=100.0)
     tokens_BT, valid_BT = right_padded(53)
     expected_BTY, _ = run(theirs(folder), tokens_BT, valid_BT)

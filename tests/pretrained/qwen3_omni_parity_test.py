@@ -28,7 +28,7 @@ def theirs(folder):
 
 
 def inputs(seen):
-    """What transformers takes of a scene."""
+    """Returns transformers' inputs for a scene."""
     found = {"attention_mask": torch.tensor(seen.valid_BT).long()}
     for kind, suffix, own in (("image", "", seen.images), ("video", "_videos", seen.videos)):
         if own:
@@ -95,7 +95,7 @@ def test_16_greedy_tokens(tmp_path, name):
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_transformers_reads_what_is_written_and_we_read_what_it_saves(tmp_path, alone):
+def test_transformers_reads_our_export_and_we_read_its_save(tmp_path, alone):
     folder = omni_checkpoint(tmp_path / "hub", seed=2, alone=alone)
     model = load_pretrained(folder)
     model.export(tmp_path / "out")
@@ -113,8 +113,8 @@ def test_transformers_reads_what_is_written_and_we_read_what_it_saves(tmp_path, 
 
 
 @pytest.mark.parametrize("samples", [201, 1600, 1601, 16159, 40000])
-def test_sounds_become_the_same_frames(samples):
-    """Of a sound on its own, with what the processor asks of the extractor."""
+def test_log_mel_frames_agree(samples):
+    """Compared one sound at a time, with the arguments that the processor passes to the extractor."""
     extractor = transformers.WhisperFeatureExtractor(feature_size=128)
     random = np.random.default_rng(samples)
     wave = (0.3 * random.standard_normal(samples) * np.linspace(0, 1, samples)).astype(np.float32)
@@ -125,12 +125,12 @@ def test_sounds_become_the_same_frames(samples):
     np.testing.assert_allclose(ours_SX, expected["input_features"][0].T[: len(ours_SX)], atol=1e-4)
 
 
-def test_bands_are_the_same():
+def test_mel_filters_agree():
     expected = transformers.WhisperFeatureExtractor(feature_size=128).mel_filters
     np.testing.assert_allclose(mel_filters(400, 128), expected, rtol=1e-5, atol=1e-8)
 
 
-def test_the_processor_counts_the_same_rows():
+def test_the_number_of_rows_of_a_sound_agrees():
     from transformers.models.qwen3_omni_moe.processing_qwen3_omni_moe import _get_feat_extract_output_lengths
 
     for frames in range(1, 460):

@@ -50,7 +50,7 @@ def model(folder):
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_what_is_read_is_written_bit_for_bit(tmp_path, alone):
+def test_an_export_equals_the_checkpoint_bit_for_bit(tmp_path, alone):
     first = omni_checkpoint(tmp_path / "hub", alone=alone, more=None if alone else SPEECH)
     model = load_pretrained(first)
     model.export(tmp_path / "out")
@@ -62,7 +62,7 @@ def test_what_is_read_is_written_bit_for_bit(tmp_path, alone):
     assert again.config == model.config
 
 
-def test_an_export_says_that_it_holds_no_talker(tmp_path, model):
+def test_an_export_turns_audio_output_off(tmp_path, model):
     model.export(tmp_path / "out")
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert values["enable_audio_output"] is False
@@ -71,7 +71,7 @@ def test_an_export_says_that_it_holds_no_talker(tmp_path, model):
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
 
 
-def test_what_is_left_out_is_counted(folder, capsys):
+def test_ignored_tensors_are_counted(folder, capsys):
     assert main(["import", str(folder), "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "2 tensors are left out, which this model does not use here: 1 of code2wav, 1 of talker" in told
@@ -104,7 +104,7 @@ def tensors():
 
 
 @pytest.mark.parametrize(("changes", "message"), CONFIGS, ids=[message[:40] for _, message in CONFIGS])
-def test_a_config_that_is_not_supported_is_named(tmp_path, tensors, changes, message):
+def test_an_unsupported_config_is_refused_by_name(tmp_path, tensors, changes, message):
     changes = {**changes, "audio": {"num_mel_bins": 16, **changes.get("audio", {})}}
     write_checkpoint(tmp_path / "hub", omni_values(**changes), tensors)
     with pytest.raises(UserError) as error:
@@ -114,7 +114,7 @@ def test_a_config_that_is_not_supported_is_named(tmp_path, tensors, changes, mes
 
 
 def test_the_keys_of_the_release_are_known():
-    """It says more than transformers' class reads, and not how many places the vision tower has."""
+    """The release has keys that transformers' class does not read, and lacks num_position_embeddings."""
     rope = {"interleaved": True, "mrope_interleaved": True, "mrope_section": [2, 2, 2], "rope_type": "default"}
     text = {"use_qk_norm": True, "shared_expert_intermediate_size": 0, "use_sliding_window": False}
     vision = {"in_chans": 3, "spatial_patch_size": 4, "image_size": 768, "tokens_per_second": 2}
@@ -145,7 +145,7 @@ def test_on_a_mesh_and_in_16_bits(folder, model):
     assert np.isfinite(np.asarray(low.logits(seen.tokens_BT, **seen.media))).all()
 
 
-def test_positions_go_on_through_a_sound_and_jump_through_a_video(model):
+def test_positions_of_sounds_and_videos(model):
     film = patches((3, 4, 6), Modality.VIDEO)._replace(pair_seconds=0.5)
     seen = scene([19, sound(30), film, 31], [20])
     placed = place(model.show(**seen.media), seen.tokens_BT, seen.valid_BT)
@@ -159,8 +159,8 @@ def test_positions_go_on_through_a_sound_and_jump_through_a_video(model):
     assert modality_T.tolist() == [0, 0, *[Modality.AUDIO] * 4, 0, 0, *[Modality.VIDEO] * 18, 0, 0]
 
 
-def test_a_sound_is_heard_alone_and_later(model):
-    """In a batch with a longer one too, though convolutions see past the end of a short sound there in transformers."""
+def test_a_sound_affects_only_later_tokens_of_its_row(model):
+    """Also in a batch with a longer sound, where transformers' convolutions read past the end of the shorter one."""
     short, long = sound(61), sound(130, 1)
     seen = scene([19, 18, short, 30], [long, 19])
     logits_BTY = np.asarray(model.logits(seen.tokens_BT, seen.valid_BT, audios=[short, long]))
@@ -174,8 +174,8 @@ def test_a_sound_is_heard_alone_and_later(model):
 
 
 @pytest.mark.slow
-def test_greedy_tokens_are_those_of_whole_forward_passes(model):
-    """Of a sound and a video, after which positions are no whole numbers."""
+def test_greedy_tokens_equal_those_of_full_forward_passes(model):
+    """After a sound and a video, where positions are not whole numbers."""
     film = patches((2, 4, 2), Modality.VIDEO)._replace(pair_seconds=2.1 / 13)
     seen = scene([19, sound(30), film, 30], [11, sound(17, 1)])
     prompts = [own[valid].tolist() for own, valid in zip(seen.tokens_BT, seen.valid_BT, strict=True)]
@@ -184,7 +184,7 @@ def test_greedy_tokens_are_those_of_whole_forward_passes(model):
     ).tokens
     longest = max(map(len, prompts)) + 3
     texts = [list(prompt) for prompt in prompts]
-    for _ in range(3):  # rows of one length, so that one program is compiled
+    for _ in range(3):  # rows of constant length, so that one program is compiled
         tokens_BT = np.array([text + [0] * (longest - len(text)) for text in texts])
         valid_BT = np.array([[t < len(text) for t in range(longest)] for text in texts])
         logits_BTY = np.asarray(model.logits(tokens_BT, valid_BT, **seen.media))
@@ -193,42 +193,42 @@ def test_greedy_tokens_are_those_of_whole_forward_passes(model):
     assert found == [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def said(model, prompt, **media):
-    """The ids of a prompt in words: places as one letter each."""
+def decoded_prompt(model, prompt, **media):
+    """Decodes the ids of a prompt, with one letter for each placeholder."""
     letters = {IDS["image_token_id"]: "i", IDS["video_token_id"]: "v", IDS["audio_token_id"]: "a"}
     letters |= {IDS["vision_start_token_id"]: "<", IDS["vision_end_token_id"]: ">"}
     letters |= {IDS["audio_start_token_id"]: "(", IDS["audio_end_token_id"]: ")"}
     return "".join(letters.get(i) or model.tokenizer.pieces([i])[0] for i in model.tokens(prompt, **media))
 
 
-def test_where_sounds_stand_in_a_prompt(model, folder):
+def test_placeholders_of_sounds_in_a_prompt(model, folder):
     path = folder / "talk.wav"
-    assert said(model, "A cat", audios=[str(path)]) == "(aaaa)A cat"
-    both = said(model, "A cat", audios=[SAMPLES], images=[PIXELS])
+    assert decoded_prompt(model, "A cat", audios=[str(path)]) == "(aaaa)A cat"
+    both = decoded_prompt(model, "A cat", audios=[SAMPLES], images=[PIXELS])
     assert both == f"<{'i' * 15}>(aaaa)A cat"
     whole = "<|bos|>user\n(aaaa)cat<|sep|>\n<|bos|>assistant\n"
-    assert said(model, [{"role": "user", "content": "cat"}], audios=[SAMPLES]) == whole
+    assert decoded_prompt(model, [{"role": "user", "content": "cat"}], audios=[SAMPLES]) == whole
     text, data = {"type": "text", "text": "cat"}, base64.b64encode(path.read_bytes()).decode()
     for part, given in (
         ({"type": "audio", "audio": str(path)}, []),
         ({"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}, []),
         ({"type": "audio"}, [SAMPLES]),
     ):
-        assert said(model, [{"role": "user", "content": [part, text]}], audios=given) == whole
+        assert decoded_prompt(model, [{"role": "user", "content": [part, text]}], audios=given) == whole
     parts = [text, {"type": "audio"}, {"type": "image"}]
-    mixed = said(model, [{"role": "user", "content": parts}], audios=[SAMPLES], images=[PIXELS])
+    mixed = decoded_prompt(model, [{"role": "user", "content": parts}], audios=[SAMPLES], images=[PIXELS])
     assert f"cat(aaaa)<{'i' * 15}><|sep|>" in mixed
 
 
-def test_a_video_is_one_stretch_without_its_seconds(model, folder):
+def test_the_placeholders_of_a_video_have_no_seconds_between_them(model, folder):
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     settings |= {"size": {"shortest_edge": 64, "longest_edge": 512}}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(settings))
-    film = Video(np.stack([PIXELS] * 9), fps=4)  # frames 0, 2, 4 and 6 are taken
+    film = Video(np.stack([PIXELS] * 9), fps=4)  # frames 0, 2, 4 and 6 are sampled
     (item,) = model.show(videos=[film]).items
     assert item.grid == (2, 4, 6)  # each frame has at most 512 pixels
     assert item.pair_seconds == pytest.approx(2 * 9 / 4 / 4)
-    assert said(model, "A", videos=[film]) == f"<{'v' * 12}>A"
+    assert decoded_prompt(model, "A", videos=[film]) == f"<{'v' * 12}>A"
 
 
 @pytest.mark.slow
@@ -259,7 +259,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("media", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
-def test_sounds_that_do_not_fit(model, media, message):
+def test_sounds_that_do_not_fit_are_refused(model, media, message):
     seen = scene([sound(20), 30])
     with pytest.raises(UserError) as error:
         model.logits(seen.tokens_BT, **media)
@@ -267,7 +267,7 @@ def test_sounds_that_do_not_fit(model, media, message):
     assert "\n" not in str(error.value)
 
 
-def test_samples_alone_are_no_list_of_sounds():
+def test_samples_without_a_list_are_refused():
     with pytest.raises(UserError, match="audios is a ndarray; give a list"):
         listed("audios", SAMPLES)
 
@@ -281,7 +281,7 @@ def test_sound_inside_a_video_is_refused(model):
         model.logits(ids, **seen.media)
 
 
-def test_what_a_conversation_may_hold(model):
+def test_parts_of_a_conversation(model):
     for part, message in (
         ({"type": "input_audio", "input_audio": "x"}, "message 0: input_audio must be an object with data in base64"),
         ({"type": "input_audio", "input_audio": {"data": "???"}}, "message 0: the data of input_audio is not base64"),
@@ -292,7 +292,7 @@ def test_what_a_conversation_may_hold(model):
             model.tokens([{"role": "user", "content": [part]}])
 
 
-def test_a_sound_for_a_model_that_does_not_hear(tmp_path, capsys):
+def test_a_model_without_an_audio_tower_refuses_sounds(tmp_path, capsys):
     from pretrained.tiny_vl import vl_checkpoint
 
     sees = vl_checkpoint(tmp_path / "vl")
@@ -305,14 +305,14 @@ def test_a_sound_for_a_model_that_does_not_hear(tmp_path, capsys):
     assert f"--video: the model in {reads} reads text alone" in capsys.readouterr().err
 
 
-def test_rows_of_a_sound(model):
+def test_number_of_rows_of_a_sound(model):
     shown = model.show(audios=[sound(1)])
     for frames in (1, 8, 9, 99, 100, 101, 237, 400):
         assert shown.sound_rows(sound(frames)) == rows_of(frames)
     assert dataclasses.replace(shown.audio, chunk_frames=16).chunk_rows == 2
 
 
-def test_bytes_of_a_file_are_a_sound(model, folder):
+def test_a_sound_may_be_given_as_bytes(model, folder):
     data = io.BytesIO((folder / "talk.wav").read_bytes()).getvalue()
     (of_bytes,), (of_path,) = (model.show(audios=[own]).items for own in (data, folder / "talk.wav"))
     np.testing.assert_array_equal(of_bytes.mel_SX, of_path.mel_SX)

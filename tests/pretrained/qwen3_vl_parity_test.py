@@ -40,7 +40,7 @@ def theirs(folder):
 
 
 def inputs(seen):
-    """What transformers takes of a scene."""
+    """Returns transformers' inputs for a scene."""
     found = {"attention_mask": torch.tensor(seen.valid_BT).long()}
     for kind, suffix, own in (("image", "", seen.images), ("video", "_videos", seen.videos)):
         if own:
@@ -86,8 +86,8 @@ def test_16_greedy_tokens(tmp_path, moe, scene_name):
 
 
 @pytest.mark.parametrize("moe", [True, False])
-def test_transformers_reads_what_is_written_and_we_read_what_it_saves(tmp_path, moe):
-    """Its own save has the rope settings in one place and the experts the other way round."""
+def test_transformers_reads_our_export_and_we_read_its_save(tmp_path, moe):
+    """transformers saves the rope settings under one key, and the experts transposed."""
     folder = vl_checkpoint(tmp_path / "hub", moe, stacked=True, seed=2)
     model = load_pretrained(folder)
     model.export(tmp_path / "out")
@@ -102,7 +102,7 @@ def test_transformers_reads_what_is_written_and_we_read_what_it_saves(tmp_path, 
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def test_older_tools_find_the_rope_settings_that_transformers_saved(tmp_path):
+def test_older_keys_of_the_rope_settings_are_written_too(tmp_path):
     folder = vl_checkpoint(tmp_path / "hub")
     theirs(folder).save_pretrained(tmp_path / "saved")
     load_pretrained(tmp_path / "saved").export(tmp_path / "out")
@@ -112,7 +112,7 @@ def test_older_tools_find_the_rope_settings_that_transformers_saved(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(37, 21), (9, 50), (64, 48), (5, 7)])
-def test_pictures_become_the_same_patches(tmp_path, size):
+def test_patches_of_pictures_agree(tmp_path, size):
     module = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     folder = vl_checkpoint(tmp_path / "hub")
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
@@ -124,7 +124,7 @@ def test_pictures_become_the_same_patches(tmp_path, size):
 
 
 @pytest.mark.parametrize(("total", "fps"), [(9, 4), (5, 2.0), (31, 10), (64, 25.0), (7, 30), (40, 1.5)])
-def test_frames_of_videos_are_chosen_resized_and_told_their_seconds_alike(tmp_path, total, fps):
+def test_frames_and_seconds_of_videos_agree(tmp_path, total, fps):
     sampling = pytest.importorskip("transformers.models.qwen3_vl.video_processing_qwen3_vl")
     telling = pytest.importorskip("transformers.models.qwen3_vl.processing_qwen3_vl")
     asked = types.SimpleNamespace(fps=2, min_frames=4, max_frames=12)
@@ -140,6 +140,8 @@ def test_frames_of_videos_are_chosen_resized_and_told_their_seconds_alike(tmp_pa
     found = read_preprocessing(tmp_path, tower, videos=True).video(Video(frames, fps), "it")
     assert found.grid == (len(seconds), height // 4, width // 4)
     assert found.seconds == pytest.approx(seconds)
-    in_pairs = found.patches_NX.reshape(found.grid[0], -1, 3, 2, 16)[:, 0, 0, :, 0]  # every pixel tells its frame
+    in_pairs = found.patches_NX.reshape(found.grid[0], -1, 3, 2, 16)[
+        :, 0, 0, :, 0
+    ]  # the value of a pixel identifies its frame
     padded = [*expected, *expected[len(expected) - len(expected) % 2 :]]
     assert in_pairs.ravel().tolist() == padded

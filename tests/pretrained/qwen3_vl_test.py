@@ -45,7 +45,7 @@ def model(folder):
 
 
 @pytest.mark.parametrize(("moe", "stacked"), [(False, False), (True, False), (True, True)])
-def test_what_is_read_is_written_bit_for_bit(tmp_path, moe, stacked):
+def test_an_export_equals_the_checkpoint_bit_for_bit(tmp_path, moe, stacked):
     first = vl_checkpoint(tmp_path / "hub", moe, stacked=stacked)
     model = load_pretrained(first)
     model.export(tmp_path / "out")
@@ -93,7 +93,7 @@ def tensors():
 
 
 @pytest.mark.parametrize(("changes", "message"), CONFIGS, ids=[message[:40] for _, message in CONFIGS])
-def test_a_config_that_is_not_supported_is_named(tmp_path, tensors, changes, message):
+def test_an_unsupported_config_is_refused_by_name(tmp_path, tensors, changes, message):
     write_checkpoint(tmp_path / "hub", vl_values(**changes), tensors)
     with pytest.raises(UserError) as error:
         load_pretrained(tmp_path / "hub")
@@ -101,7 +101,7 @@ def test_a_config_that_is_not_supported_is_named(tmp_path, tensors, changes, mes
     assert "\n" not in str(error.value)
 
 
-def test_positions_go_on_behind_a_picture_by_its_longer_side(model):
+def test_positions_after_a_picture_continue_past_its_longer_side(model):
     seen = scene([9, WIDE, 30, 31], [SMALL])
     placed = place(model.show(seen.images), seen.tokens_BT, seen.valid_BT)
     rotary_T3 = np.asarray(placed.media.rotary_BT3)[0]
@@ -112,7 +112,7 @@ def test_positions_go_on_behind_a_picture_by_its_longer_side(model):
     assert np.asarray(placed.media.modality_BT)[0].tolist() == [0, 0, *[Modality.IMAGE] * 8, 0, 0, 0]
 
 
-def test_a_picture_changes_nothing_before_it_and_a_row_nothing_of_another(model):
+def test_a_picture_affects_only_later_tokens_of_its_row(model):
     seen = scene([9, 8, WIDE, 30], [SMALL, 9])
     logits_BTY = np.asarray(model.logits(seen.tokens_BT, seen.valid_BT, images=[WIDE, SMALL]))
     other = WIDE._replace(patches_NX=WIDE.patches_NX + 1)
@@ -123,7 +123,7 @@ def test_a_picture_changes_nothing_before_it_and_a_row_nothing_of_another(model)
 
 
 @pytest.mark.parametrize("budget", [None, pytest.param(1.5, marks=pytest.mark.slow)])
-def test_greedy_tokens_are_those_of_whole_forward_passes(model, budget):
+def test_greedy_tokens_equal_those_of_full_forward_passes(model, budget):
     seen = scene([9, WIDE, 30], [8, SMALL])
     prompts = [own[valid].tolist() for own, valid in zip(seen.tokens_BT, seen.valid_BT, strict=True)]
     config, in_force = with_budget(model.config, budget)
@@ -132,7 +132,7 @@ def test_greedy_tokens_are_those_of_whole_forward_passes(model, budget):
     found = decode(weights, prompts, Request(4), in_force, lambda row, token: True, shown=shown).tokens
     longest = max(map(len, prompts)) + 4
     texts = [list(prompt) for prompt in prompts]
-    for _ in range(4):  # rows of one length, so that one program is compiled
+    for _ in range(4):  # rows of constant length, so that one program is compiled
         tokens_BT = np.array([text + [0] * (longest - len(text)) for text in texts])
         valid_BT = np.array([[t < len(text) for t in range(longest)] for text in texts])
         logits_BTY = np.asarray(model.logits(tokens_BT, valid_BT, budget, images=seen.images))
@@ -141,7 +141,7 @@ def test_greedy_tokens_are_those_of_whole_forward_passes(model, budget):
     assert found == [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-def test_attached_slots_start_as_the_base_with_pictures_too(model):
+def test_attached_slots_start_as_the_base_on_pictures(model):
     seen = scene([9, WIDE, 30])
     attached = attach(model, k_min=2, k_max=4, num_virtual=2)
     base_BTY = np.asarray(model.logits(seen.tokens_BT, images=[WIDE]))
@@ -181,33 +181,33 @@ def test_on_a_mesh_and_in_16_bits(folder, model):
     assert np.isfinite(np.asarray(low.logits(seen.tokens_BT, images=[WIDE]))).all()
 
 
-def said(model, prompt, **media):
-    """The ids of a prompt in words: places as one letter each."""
+def decoded_prompt(model, prompt, **media):
+    """Decodes the ids of a prompt, with one letter for each placeholder."""
     letters = {IDS["image_token_id"]: "i", IDS["video_token_id"]: "v"}
     letters |= {IDS["vision_start_token_id"]: "<", IDS["vision_end_token_id"]: ">"}
     return "".join(letters.get(i) or model.tokenizer.pieces([i])[0] for i in model.tokens(prompt, **media))
 
 
-def test_where_pictures_stand_in_a_prompt(model, folder):
+def test_placeholders_of_pictures_in_a_prompt(model, folder):
     image, rows = str(folder / "cat.png"), "i" * 15  # 21 x 37 pixels are resized to 24 x 40, 3 x 5 squares
-    assert said(model, "A cat", images=[image]) == f"<{rows}>A cat"
+    assert decoded_prompt(model, "A cat", images=[image]) == f"<{rows}>A cat"
     asked = [{"role": "user", "content": "cat"}]
     whole = f"<|bos|>user\n<{rows}>cat<|sep|>\n<|bos|>assistant\n"
-    assert said(model, asked, images=[PIXELS]) == whole
+    assert decoded_prompt(model, asked, images=[PIXELS]) == whole
     parts = [{"type": "image", "image": Image.fromarray(PIXELS)}, {"type": "text", "text": "cat"}]
-    assert said(model, [{"role": "user", "content": parts}]) == whole
+    assert decoded_prompt(model, [{"role": "user", "content": parts}]) == whole
     parts = [{"type": "text", "text": "cat"}, {"type": "image"}]
-    assert f"cat<{rows}><|sep|>" in said(model, [{"role": "user", "content": parts}], images=[PIXELS])
+    assert f"cat<{rows}><|sep|>" in decoded_prompt(model, [{"role": "user", "content": parts}], images=[PIXELS])
 
 
-def test_the_frames_of_a_video_are_told_with_their_seconds(model):
-    film = Video(np.stack([PIXELS] * 9), fps=4)  # frames 0, 3, 5 and 8 are taken
+def test_each_frame_of_a_video_follows_its_seconds(model):
+    film = Video(np.stack([PIXELS] * 9), fps=4)  # frames 0, 3, 5 and 8 are sampled
     frame = f"<{'v' * 6}>"  # 16 x 24 pixels, 2 x 3 squares
-    assert said(model, "A", videos=[film]) == f"<0.4 seconds>{frame}<1.6 seconds>{frame}A"
-    assert said(model, [{"role": "user", "content": "cat"}], videos=[film]).count(" seconds><v") == 2
+    assert decoded_prompt(model, "A", videos=[film]) == f"<0.4 seconds>{frame}<1.6 seconds>{frame}A"
+    assert decoded_prompt(model, [{"role": "user", "content": "cat"}], videos=[film]).count(" seconds><v") == 2
 
 
-def test_a_file_says_its_own_rate_and_frames_do_not():
+def test_fps_is_for_frames_and_not_for_files():
     with pytest.raises(UserError, match=r"fps=25 of a video in a file: leave it out, the file says it"):
         Video("film.mp4", fps=25)
     for fps in (None, 0, float("nan")):
@@ -240,7 +240,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("media", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
-def test_pictures_that_do_not_fit(model, media, message):
+def test_pictures_that_do_not_fit_are_refused(model, media, message):
     seen = scene([WIDE, 30])
     with pytest.raises(UserError) as error:
         model.logits(seen.tokens_BT, **media)
@@ -248,7 +248,7 @@ def test_pictures_that_do_not_fit(model, media, message):
     assert "\n" not in str(error.value)
 
 
-def test_places_in_a_conversation_and_pictures_must_agree(model):
+def test_parts_of_a_conversation_must_match_the_pictures(model):
     parts = [{"type": "image"}, {"type": "text", "text": "cat"}]
     with pytest.raises(UserError, match="has 1 parts of type 'image', but 0 are given"):
         model.tokens([{"role": "user", "content": parts}])
@@ -260,7 +260,7 @@ def test_places_in_a_conversation_and_pictures_must_agree(model):
         model.generate(["a", "b"], images=[[PIXELS]])
 
 
-def test_a_picture_for_a_model_of_text(tmp_path):
+def test_a_text_model_refuses_pictures(tmp_path):
     text = load_pretrained(tiny_checkpoint(tmp_path / "hub", "llama"))
     with pytest.raises(UserError, match="reads text alone, but images are given"):
         text.logits([[1, 2]], images=[PIXELS])
@@ -280,7 +280,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("changes", "message"), SETTINGS, ids=[message[:40] for _, message in SETTINGS])
-def test_settings_that_are_not_supported_are_named(tmp_path, model, changes, message):
+def test_unsupported_settings_are_refused_by_name(tmp_path, model, changes, message):
     if changes is not None:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps({**PREPROCESSOR, **changes}))
     with pytest.raises(UserError) as error:
@@ -288,7 +288,7 @@ def test_settings_that_are_not_supported_are_named(tmp_path, model, changes, mes
     assert message in str(error.value)
 
 
-def test_settings_in_one_file_for_both(tmp_path, model):
+def test_pictures_and_videos_may_share_a_settings_file(tmp_path, model):
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": PREPROCESSOR}))
     (item,) = dataclasses.replace(model, path=tmp_path).show([PIXELS]).items
     assert item.grid == (1, 6, 10)

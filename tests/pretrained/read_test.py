@@ -1,4 +1,4 @@
-"""Reading and writing tiny checkpoints that the tests write themselves: both directions, types, layouts, files."""
+"""Reading and writing tiny checkpoints: both directions, types, layouts and files."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from anyexperts_jax.pretrained.write import export
 from pretrained.tiny_hub import BFLOAT16, hub_values, random_tensors, tensors_in, tiny_checkpoint, write_checkpoint
 
 pytest.importorskip("safetensors")
-LAYOUTS = (  # of names
+LAYOUTS = (  # cases with different tensor names
     *("llama tied", "qwen3", "qwen3_moe pattern", "olmoe", "mixtral", "glm4_moe", "sarvam_moe"),
     *("deepseek_v3", "deepseek_v3 full queries"),
 )
@@ -37,7 +37,7 @@ def same_leaves(found, expected):
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_what_is_read_is_written_bit_for_bit(tmp_path, case):
+def test_an_export_equals_the_checkpoint_bit_for_bit(tmp_path, case):
     folder = tiny_checkpoint(tmp_path / "hub", case, dtype=BFLOAT16, files=2)
     model = load_pretrained(folder)
     model.export(tmp_path / "out")
@@ -47,7 +47,7 @@ def test_what_is_read_is_written_bit_for_bit(tmp_path, case):
     assert again.config == model.config
 
 
-def test_a_parameter_is_the_tensor_turned(tmp_path):
+def test_a_kernel_is_the_tensor_transposed(tmp_path):
     folder = tiny_checkpoint(tmp_path / "hub", "qwen3_moe")
     tensors, leaves = tensors_in(folder), named_leaves(load_pretrained(folder).params)
     query = leaves["decoder/moe_layers/self_attention/attention/query/kernel"]
@@ -58,8 +58,8 @@ def test_a_parameter_is_the_tensor_turned(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "olmoe", "mixtral", "sarvam_moe"])
-def test_stacked_experts_are_the_same_model(tmp_path, case):
-    """transformers holds them stacked, gate before up, and saves adapted models that way."""
+def test_stacked_experts_give_the_same_model(tmp_path, case):
+    """transformers stacks the experts, gate before up, and saves adapted models that way."""
     values = hub_values(case)
     stacked = random_tensors(values, stacked=True)
     model = load_pretrained(write_checkpoint(tmp_path / "stacked", values, stacked))
@@ -75,7 +75,7 @@ def test_stacked_experts_are_the_same_model(tmp_path, case):
 
 
 def test_the_routers_bias_stays_float32(tmp_path):
-    """In bfloat16 the biases of a trained model have eight values, and most tokens choose other experts."""
+    """Rounded to bfloat16, the biases of a trained model have eight values, and most tokens choose other experts."""
     folder = tiny_checkpoint(tmp_path / "hub", "sarvam_moe", dtype=BFLOAT16)
     model = load_pretrained(folder)
     assert model.router_bias_LC.dtype == np.float32
@@ -85,7 +85,7 @@ def test_the_routers_bias_stays_float32(tmp_path):
     assert named_leaves(model.params)["tokens/table"].dtype == BFLOAT16
 
 
-def test_tensors_of_several_types_keep_theirs(tmp_path):
+def test_every_tensor_keeps_its_type(tmp_path):
     values = hub_values("qwen3_moe")
     tensors = random_tensors(values, dtype=BFLOAT16)
     wide = [name for name in tensors if name.endswith("mlp.gate.weight")]
@@ -101,7 +101,7 @@ def test_tensors_of_several_types_keep_theirs(tmp_path):
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors.values())
 
 
-def test_a_mesh_gets_the_same_parameters_split(tmp_path):
+def test_parameters_on_a_mesh_equal_those_on_one_device(tmp_path):
     folder = tiny_checkpoint(tmp_path / "hub", "mixtral")
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
     split, whole = load_pretrained(folder, mesh), load_pretrained(folder)
@@ -111,7 +111,7 @@ def test_a_mesh_gets_the_same_parameters_split(tmp_path):
     assert len(experts.sharding.device_set) == 8
 
 
-def test_heads_that_predict_further_tokens_are_left_out(tmp_path):
+def test_further_prediction_heads_are_ignored(tmp_path):
     values = hub_values("sarvam_moe", num_nextn_predict_layers=1)
     tensors = random_tensors(values)
     further = {"model.layers.3.eh_proj.weight": np.zeros((2, 2), np.float32)}
@@ -119,7 +119,7 @@ def test_heads_that_predict_further_tokens_are_left_out(tmp_path):
     assert model.config.stack.num_layers == 3
 
 
-def test_a_dry_run_says_what_becomes_what(tmp_path):
+def test_a_dry_run_prints_tensors_and_parameters(tmp_path):
     folder = tiny_checkpoint(tmp_path / "hub", "sarvam_moe", dtype=BFLOAT16)
     found = open_checkpoint(folder)
     plan = found.plan(make_mesh(MeshConfig(data=2, fsdp=2, expert=2)))
@@ -135,7 +135,7 @@ def test_a_dry_run_says_what_becomes_what(tmp_path):
     assert rows.keys() - {"router_bias"} == set(named_leaves(load_pretrained(folder).params))
 
 
-def test_the_rope_settings_are_written_in_both_homes(tmp_path):
+def test_rope_settings_are_written_under_both_keys(tmp_path):
     tiny_checkpoint(tmp_path / "hub", "llama llama3")
     load_pretrained(tmp_path / "hub").export(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -152,13 +152,13 @@ def test_the_rope_settings_are_written_in_both_homes(tmp_path):
         {"rope_scaling": {"type": "default"}},
     ],
 )
-def test_theta_is_found_in_every_home(tmp_path, moved):
+def test_theta_is_found_under_every_key(tmp_path, moved):
     folder = tiny_checkpoint(tmp_path / "hub", "llama", **moved)
     assert open_checkpoint(folder).plan().config.stack.attention.rope_theta == 5000.0
 
 
 @pytest.mark.parametrize("name", ["num_experts", "num_local_experts", "n_routed_experts"])
-def test_the_number_of_experts_goes_by_three_names(tmp_path, name):
+def test_the_number_of_experts_has_three_names(tmp_path, name):
     values = {**hub_values("qwen3_moe"), "num_experts": None, name: 7}
     write_checkpoint(tmp_path / "hub", values, random_tensors(hub_values("qwen3_moe")))
     assert open_checkpoint(tmp_path / "hub").plan().config.moe.num_experts == 7
@@ -166,7 +166,7 @@ def test_the_number_of_experts_goes_by_three_names(tmp_path, name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(), (0,), (70,), (3, 0), (63, 130), (130, 64), (2, 129, 70)])
-def test_transposed_tensors_are_copied_whole(shape, dtype):
+def test_copy_copies_transposed_tensors(shape, dtype):
     own = np.asarray(jax.random.normal(jax.random.key(0), shape[::-1], dtype)).T
     for room_dtype in (own.dtype, np.dtype(np.float32)):
         room = _aligned(shape, room_dtype)
@@ -175,7 +175,7 @@ def test_transposed_tensors_are_copied_whole(shape, dtype):
         np.testing.assert_array_equal(room, own.astype(room_dtype))
 
 
-def test_a_cpu_takes_over_what_is_read():
+def test_a_cpu_takes_over_the_memory_that_was_read_into():
     """Otherwise a model is in memory twice while it is read."""
     room = _aligned((7, 100_000), np.dtype(np.float32))
     placed = jax.device_put(room, jax.devices("cpu")[0])

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is said in one line, before a weight is read."""
+"""Checkpoints with faults are refused in one line, before any weight is read."""
 
 import json
 
@@ -43,7 +43,7 @@ def tensors():
 
 
 @pytest.mark.parametrize(("changes", "message"), CONFIGS, ids=[message[:30] for _, message in CONFIGS])
-def test_a_config_that_does_not_fit(tmp_path, tensors, changes, message):
+def test_a_config_that_does_not_fit_is_refused(tmp_path, tensors, changes, message):
     values = {**hub_values("qwen3_moe"), **changes}
     write_checkpoint(tmp_path / "hub", values, tensors)
     with pytest.raises(UserError) as error:
@@ -100,7 +100,7 @@ FILES = [
 
 
 @pytest.mark.parametrize(("damage", "message"), FILES, ids=[damage.__name__ for damage, _ in FILES])
-def test_files_that_are_missing_or_broken(tmp_path, damage, message):
+def test_missing_and_damaged_files_are_refused(tmp_path, damage, message):
     folder = tiny_checkpoint(tmp_path / "hub", "llama", files=2)
     damage(folder)
     with pytest.raises(UserError, match=message):
@@ -116,7 +116,7 @@ def test_a_type_that_is_not_read_is_named(tmp_path):
         load_pretrained(tmp_path / "hub")
 
 
-def test_without_a_tokenizer_logits_work_and_generation_says_why_not(tmp_path):
+def test_without_a_tokenizer_only_logits_work(tmp_path):
     model = load_pretrained(tiny_checkpoint(tmp_path / "hub", "llama"))
     assert model.logits([[1, 2, 3]]).shape == (1, 3, 53)
     with pytest.raises(UserError, match="there is no tokenizer"):
@@ -133,7 +133,7 @@ def test_without_a_tokenizer_logits_work_and_generation_says_why_not(tmp_path):
         ([[1], [2, 3]], "tokens_BT is no array"),
     ],
 )
-def test_tokens_the_model_does_not_have(tmp_path, tokens, message):
+def test_unknown_token_ids_are_refused(tmp_path, tokens, message):
     model = load_pretrained(tiny_checkpoint(tmp_path / "hub", "llama"))
     with pytest.raises(UserError, match=message):
         model.logits(tokens)
@@ -153,7 +153,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
 
 
-def test_an_export_overwrites_nothing(tmp_path):
+def test_an_export_does_not_overwrite_a_folder(tmp_path):
     model = load_pretrained(tiny_checkpoint(tmp_path / "hub", "llama"))
     with pytest.raises(UserError, match="exists; name a new folder"):
         model.export(tmp_path / "hub")
@@ -169,7 +169,7 @@ def test_an_export_overwrites_nothing(tmp_path):
         ([], "{hub} is a published checkpoint; give --prompt"),
     ],
 )
-def test_the_command_says_what_a_checkpoint_takes(tmp_path, capsys, options, message):
+def test_options_that_do_not_apply_to_a_checkpoint_are_refused(tmp_path, capsys, options, message):
     folder = tiny_checkpoint(tmp_path / "hub", "llama")
     assert main(["generate", str(folder), *options]) == 2
     assert message.format(hub=folder) in capsys.readouterr().err

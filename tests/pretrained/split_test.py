@@ -1,4 +1,4 @@
-"""A dense model cut into experts: the same function with all of them on, and the same weights once merged."""
+"""A dense model cut into experts: the same function with all experts on, and the same weights after merging."""
 
 import importlib.util
 import pathlib
@@ -27,14 +27,14 @@ def parts(dense):
     return split(dense, num_experts=5, num_shared=1, markers=2)
 
 
-def test_all_experts_on_are_the_dense_model(dense, parts):
+def test_with_all_experts_on_the_dense_model_is_computed(dense, parts):
     np.testing.assert_allclose(parts.logits(TOKENS_BT), dense.logits(TOKENS_BT), rtol=1e-4, atol=1e-4)
     assert parts.config.moe.num_experts == 4
     assert parts.config.stack.num_shared_experts == 1
 
 
 @pytest.mark.parametrize("method", ["activations", "random", "contiguous"])
-def test_merging_gives_the_weights_back(dense, parts, method):
+def test_merging_returns_the_weights(dense, parts, method):
     cut = parts if method == "activations" else split(dense, num_experts=4, method=method, text=TOKENS_BT.tolist())
     assert all(sorted(order_F) == list(range(20)) for order_F in cut.order_LF.tolist())
     back = merge(cut)
@@ -45,13 +45,13 @@ def test_merging_gives_the_weights_back(dense, parts, method):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-def test_a_budget_takes_the_experts_of_the_largest_outputs(dense, parts):
+def test_a_budget_keeps_the_experts_with_the_largest_outputs(dense, parts):
     trace = parts.forward(TOKENS_BT, budget=2).trace
     assert (np.asarray(trace.real_slots_BT) == 2).all()
     assert not np.allclose(parts.logits(TOKENS_BT, budget=2), dense.logits(TOKENS_BT), atol=1e-2)
 
 
-def test_clusters_are_of_one_size_and_find_what_belongs_together():
+def test_clusters_have_equal_sizes_and_find_similar_rows():
     random = np.random.default_rng(0)
     centres, kinds = random.integers(0, 2, (3, 40)), random.permutation(np.repeat(np.arange(3), 6))
     rows = (centres[kinds] + 0.05 * random.standard_normal((18, 40))).astype(np.float32)
@@ -60,7 +60,7 @@ def test_clusters_are_of_one_size_and_find_what_belongs_together():
     assert all(len(set(found[kinds == kind])) == 1 for kind in range(3))
 
 
-def test_what_cannot_be_split(dense, parts, tmp_path):
+def test_models_that_cannot_be_split_are_refused(dense, parts, tmp_path):
     with pytest.raises(UserError, match="num_experts=3 must divide the network's width 20: 2, 4, 5, 10, 20"):
         split(dense, num_experts=3)
     with pytest.raises(UserError, match="num_shared=4 must be from 0 to below num_experts=4"):

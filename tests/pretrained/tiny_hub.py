@@ -1,4 +1,4 @@
-"""Tiny configurations of the published families, as config.json has them, and checkpoints of random weights."""
+"""Tiny config.json values of the published families, and checkpoints with random weights."""
 
 import json
 
@@ -9,8 +9,8 @@ from anyexperts_jax.pretrained.family import family_of
 from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.rules import expand, expected_tensors
 
-# Odd sizes, so that a transposed weight cannot pass for one that is not: no width is another, 2 F is not D. Torch's
-# grouped matmul wants widths that are multiples of four.
+# All widths differ and 2 F is not D, so that a transposed weight has another shape. They are multiples of four, as
+# torch's grouped matmul needs.
 COMMON = {
     "vocab_size": 53,
     "hidden_size": 28,
@@ -59,10 +59,14 @@ LATENT = {
     "head_dim": 6,
     "v_head_dim": 10,
     "model_type": "deepseek_v3",
-    "rms_norm_eps": 0.05,  # far from the fixed one of the latents' norms
+    "rms_norm_eps": 0.05,  # far from the constant of the latents' norms
 }
 LATENT_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.5}
-OLMOE_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 14}  # width of all heads is D
+OLMOE_HEADS = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 14,
+}  # so that all heads together have width D
 CASES = {
     "llama": ("LlamaForCausalLM", {}),
     "llama tied": ("LlamaForCausalLM", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -80,7 +84,7 @@ CASES = {
     "mixtral": ("MixtralForCausalLM", {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None}),
     "glm4_moe": ("Glm4MoeForCausalLM", {**GROUPED, "model_type": "glm4_moe"}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", {**LATENT, "rope_scaling": {**LATENT_YARN, "mscale_all_dim": 0.8}}),
-    "deepseek_v3 full queries": (  # as Moonlight: no latent of the queries, one group
+    "deepseek_v3 full queries": (  # as in Moonlight: queries without a latent, one group
         "DeepseekV3ForCausalLM",
         {**LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "attention_bias": True},
     ),
@@ -90,14 +94,14 @@ MODEL_TYPES = {"Llama": "llama", "Qwen3": "qwen3", "Qwen3Moe": "qwen3_moe", "Olm
 
 
 def hub_values(case, **changes):
-    """The config.json of a case."""
+    """Returns the config.json values of a case."""
     architecture, own = CASES[case]
     kind = own.get("model_type", MODEL_TYPES.get(architecture.removesuffix("ForCausalLM")))
     return {"architectures": [architecture], "model_type": kind, **COMMON, **own, **changes}
 
 
 def random_tensors(values, stacked=False, seed=0, dtype=np.float32):
-    """Random values for every tensor of a checkpoint; the router's bias stays float32."""
+    """Returns random values for every tensor of a checkpoint; the router's bias is always float32."""
     hub = HubConfig(values, "config.json")
     _, family = family_of(hub)
     config = family.config(hub)
@@ -111,7 +115,7 @@ def random_tensors(values, stacked=False, seed=0, dtype=np.float32):
 
 
 def write_checkpoint(folder, values, tensors, files=1):
-    """A folder as the hub has it, the weights in as many files."""
+    """Writes a checkpoint folder as on the hub, with the weights in this many files."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,13 +132,13 @@ def write_checkpoint(folder, values, tensors, files=1):
 
 
 def tiny_checkpoint(folder, case, *, stacked=False, seed=0, dtype=np.float32, files=1, **changes):
-    """A case's folder with random weights."""
+    """Writes a case's checkpoint with random weights."""
     values = hub_values(case, **changes)
     return write_checkpoint(folder, values, random_tensors(values, stacked, seed, dtype), files)
 
 
 def tensors_in(folder):
-    """The tensors of all files of a folder."""
+    """Reads the tensors of all files of a folder."""
     from safetensors.numpy import load_file
 
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}

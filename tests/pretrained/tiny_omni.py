@@ -27,7 +27,7 @@ AUDIO = {
     "output_dim": 28,
     "downsample_hidden_size": 6,
     "max_source_positions": 40,
-    "n_window": 50,  # transformers counts 13 rows a chunk, which are those of 100 frames
+    "n_window": 50,  # transformers assumes 13 rows per chunk, which 100 frames give
     "n_window_infer": 200,
     "activation_function": "gelu",
     "scale_embedding": False,
@@ -53,7 +53,7 @@ TEMPLATE = (
 
 
 def omni_values(*, alone=False, text=None, vision=None, audio=None, thinker=None, **top):
-    """The config.json of a tiny model, or of its thinker alone; a change of None deletes a key."""
+    """Returns the config.json of a tiny model, or of its thinker alone; a change to None deletes a key."""
     own = {
         "model_type": "qwen3_omni_moe_thinker",
         "text_config": changed({"model_type": "qwen3_omni_moe_text", **TEXT, **MOE}, text),
@@ -70,7 +70,7 @@ def omni_values(*, alone=False, text=None, vision=None, audio=None, thinker=None
 
 
 def omni_checkpoint(folder, *, seed=0, more=None, **changes):
-    """A folder with random weights and the settings of its preprocessor, all in one file as in the release.
+    """Writes a checkpoint with random weights, and all preprocessor settings in one file as in the release.
 
     Args:
       more: further tensors.
@@ -89,7 +89,7 @@ def sound(frames, seed=0):
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Rows of tokens, padded on the right, and what they show in the order of reading."""
+    """Rows of tokens, padded on the right, and their media in reading order."""
 
     tokens_BT: np.ndarray
     valid_BT: np.ndarray
@@ -100,7 +100,7 @@ class Scene:
 
 
 def scene(*rows):
-    """A row is a list of ids, pictures, videos and sounds, each of which becomes its places between two ids."""
+    """Builds a scene. A row is a list of ids and media; each item becomes its placeholders between two ids."""
     made, media = [], {"images": [], "videos": [], "audios": []}
     for parts in rows:
         ids = []
@@ -122,12 +122,12 @@ def scene(*rows):
 
 
 def rows_of(frames):
-    """The rows that a sound gives: 13 a hundred frames, and an eighth of the rest, rounded up."""
+    """Returns the number of a sound's rows: 13 per hundred frames, and an eighth of the rest, rounded up."""
     return frames // 100 * 13 + -(-(frames % 100) // 8)
 
 
 def scenes(seed=0):
-    """Text, sounds of several lengths, pictures, a video, and all of them in padded batches."""
+    """Scenes with text, sounds of several lengths, pictures, a video, and all of them in padded batches."""
     long, odd, short = (sound(frames, seed + i) for i, frames in enumerate((430, 137, 61)))
     wide, small = patches((1, 4, 8), seed=seed), patches((1, 4, 2), seed=seed + 1)
     film = patches((3, 4, 6), Modality.VIDEO, seed + 3)._replace(pair_seconds=2 / 3)

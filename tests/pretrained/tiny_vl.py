@@ -1,4 +1,4 @@
-"""Tiny Qwen3-VL checkpoints, and scenes: tokens with places for pictures and videos."""
+"""Tiny Qwen3-VL checkpoints, and scenes: tokens with placeholders for pictures and videos."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ TEMPLATE = (
 
 
 def vl_values(moe=True, text=None, vision=None, **top):
-    """The config.json of a tiny model; a change of None deletes a key."""
+    """Returns the config.json of a tiny model; a change to None deletes a key."""
     kind = "qwen3_vl_moe" if moe else "qwen3_vl"
     own = {
         "architectures": ["Qwen3VLMoeForConditionalGeneration" if moe else "Qwen3VLForConditionalGeneration"],
@@ -77,7 +77,7 @@ def changed(values, changes):
 
 
 def vl_checkpoint(folder, moe=True, *, stacked=False, seed=0, **changes):
-    """A folder with random weights and the settings of its preprocessor."""
+    """Writes a checkpoint with random weights and preprocessor settings."""
     values = vl_values(moe, **changes)
     made = write_checkpoint(folder, values, random_tensors(values, stacked, seed))
     (made / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
@@ -86,14 +86,14 @@ def vl_checkpoint(folder, moe=True, *, stacked=False, seed=0, **changes):
 
 
 def patches(grid, modality=Modality.IMAGE, seed=0):
-    """Random patches of a grid (pairs of frames, rows, columns)."""
+    """Returns random patches of a grid (pairs of frames, rows, columns)."""
     random = np.random.default_rng(seed)
     return Patches(random.standard_normal((math.prod(grid), 96)).astype(np.float32), grid, modality, ())
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Rows of tokens, padded on the right, and what they show in the order of reading."""
+    """Rows of tokens, padded on the right, and their media in reading order."""
 
     tokens_BT: np.ndarray
     valid_BT: np.ndarray
@@ -102,7 +102,7 @@ class Scene:
 
 
 def scene(*rows):
-    """A row is a list of ids, pictures and videos; a picture becomes its places between the two ids around them."""
+    """Builds a scene. A row is a list of ids, pictures and videos; each item becomes placeholders between two ids."""
     made, images, videos = [], [], []
     for parts in rows:
         ids = []
@@ -127,7 +127,7 @@ def scene(*rows):
 
 
 def scenes(seed=0):
-    """Text, one picture, pictures of different sizes in a padded batch, a video."""
+    """Scenes with text, one picture, pictures of different sizes in a padded batch, and a video."""
     wide, small, tall = (patches(g, seed=seed + i) for i, g in enumerate([(1, 6, 10), (1, 4, 2), (1, 10, 4)]))
     film = patches((3, 4, 6), Modality.VIDEO, seed + 3)
     return {

@@ -1,12 +1,12 @@
-"""What a model of transformers computes, with what its routers chose."""
+"""Runs a transformers model and records the experts that its routers choose."""
 
 
 def logits_and_choices(model, tokens_BT, inputs, routers):
-    """(logits, what each router chose, layer by layer), as arrays.
+    """Returns (logits, the experts chosen in each layer), as arrays.
 
     Args:
-      inputs: the call's arguments beside the ids.
-      routers: how the names of the routers' classes end.
+      inputs: arguments of the call beside the ids.
+      routers: ending of the routers' class names.
     """
     import torch  # only where parity is tested
 

@@ -1,4 +1,4 @@
-"""ZEDA's zero experts: read as virtual experts that return nothing or the block's input, without a cap."""
+"""ZEDA's zero experts, read as virtual experts without a cap that return nothing or the block's input."""
 
 import json
 
@@ -24,7 +24,7 @@ def zeda_values(**changes):
 
 
 def widened(values, tensors):
-    """The same function as a plain Qwen3-MoE: a zero expert is an expert whose weights are all zero."""
+    """Returns a plain Qwen3-MoE with the same function: a zero expert becomes an expert whose weights are all zero."""
     layers = range(values["num_hidden_layers"])
     empty = {
         f"model.layers.{i}.mlp.experts.{EXPERTS + z}.{name}_proj.weight": np.zeros_like(
@@ -40,7 +40,7 @@ def widened(values, tensors):
 
 
 @pytest.mark.parametrize("normalised", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_zero_expert_is_an_expert_of_zero_weights(tmp_path, normalised):
+def test_a_zero_expert_equals_an_expert_of_zero_weights(tmp_path, normalised):
     values = zeda_values(norm_topk_prob=normalised)
     tensors = random_tensors(values, seed=3)
     zeda = ax.load_pretrained(write_checkpoint(tmp_path / "zeda", values, tensors))
@@ -54,7 +54,7 @@ def test_a_zero_expert_is_an_expert_of_zero_weights(tmp_path, normalised):
 
 @pytest.mark.parametrize("kind", ["zero", "copy"])
 def test_what_a_zero_expert_returns(kind):
-    """A layer beside the formula: softmax over all columns, the k best, weights that sum to one."""
+    """Compares a layer with the formula: softmax over all columns, top-k, weights that sum to one."""
     moe = random_model(zeda_values(zce_types=[kind])).config.moe
     assert moe.switches.virtual_output == {"zero": "zero", "copy": "identity"}[kind]
     rng = np.random.default_rng(1)
@@ -81,7 +81,7 @@ def test_what_a_zero_expert_returns(kind):
         np.testing.assert_allclose(y_D, expected, atol=3e-5)
 
 
-def test_what_is_written_is_what_was_read(tmp_path):
+def test_an_export_equals_the_checkpoint(tmp_path):
     values = zeda_values()
     folder = write_checkpoint(tmp_path / "zeda", values, random_tensors(values))
     model = ax.load_pretrained(folder)
@@ -105,13 +105,13 @@ def test_what_is_written_is_what_was_read(tmp_path):
         ({"use_zce_mask": None}, "has no use_zce_mask"),
     ],
 )
-def test_what_is_not_read_is_one_line(changes, message):
+def test_unsupported_configurations_are_refused_in_one_line(changes, message):
     with pytest.raises(UserError, match=message):
         random_model(zeda_values(**changes))
 
 
 @pytest.mark.slow
-def test_a_mixture_is_trained_with_zero_experts_and_is_zedas_then(tmp_path, capsys):
+def test_a_model_trained_with_zero_experts_exports_as_zeda(tmp_path, capsys):
     from anyexperts_jax.tokenizers.train import train_tokenizer
 
     random_model(hub_values("qwen3_moe", vocab_size=300, num_hidden_layers=2)).export(tmp_path / "base")

@@ -147,7 +147,7 @@ def test_a_flipped_bit_is_read_or_refused_in_one_line(run, file):
 
 
 @pytest.mark.slow
-def test_what_is_read_can_be_drawn(run):
+def test_accepted_files_can_be_rendered(run):
     """Files with one value of another kind that are accepted can all be rendered."""
     draw, drawn = random.Random(2), 0
     texts = {name: (run / name).read_text() for name in (JSON_NAME, "metrics.jsonl")}

@@ -29,7 +29,7 @@ def unpacked(text):
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_figures_are_the_routing(domain):
+def test_figures_equal_the_routing(domain):
     one, data = data_of(domain)
     found, routing = unpacked(data["figures"]), one.routing
     T = len(one.sequence.tokens_T)
@@ -91,7 +91,7 @@ def test_a_picture_is_the_one_that_the_model_sees():
     assert (block["frames"], block["rows"], block["columns"]) == (1, 6, 6)
 
 
-def test_a_film_is_a_strip_of_its_frames():
+def test_a_video_is_a_strip_of_its_frames():
     one, data = data_of("video")
     (block,) = (block for block in data["blocks"] if block["kind"] == "video")
     assert (block["frames"], block["rows"], block["columns"]) == (4, 2, 2)
@@ -112,12 +112,12 @@ def test_a_sound_has_a_column_per_frame():
     assert loudest[5] > loudest[40], "a sweep rises, and high frequencies are at the top"
 
 
-def test_a_document_asks_nothing():
+def test_a_document_has_no_question():
     _, data = data_of("text")
     assert (data["question"], data["said"]) == ("", None)
 
 
-def test_what_does_not_fit_is_left_out_domain_by_domain(monkeypatch):
+def test_questions_that_do_not_fit_are_left_out_domain_by_domain(monkeypatch):
     every = {name: [followed(name, one, i) for i in range(3)] for name, (one,) in items().items()}
     whole = explore(every, EXPERTS, SPEC, BYTES)
     assert (whole.shown, whole.left_out) == (15, 0)

@@ -45,7 +45,7 @@ def map_of(kind, seed=0):
 
 
 @pytest.mark.parametrize("kind", ["image", "audio", "video", "text"])
-def test_every_value_returns_to_its_place(kind):
+def test_every_value_is_mapped_to_its_position(kind):
     one = map_of(kind)
     fields = encode(one.example, SPEC)
     media = int((fields["modality_BT"] != Modality.TEXT).sum())

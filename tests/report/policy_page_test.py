@@ -1,4 +1,4 @@
-"""The page on a published model at several budgets by policy."""
+"""The page that compares policies on a published model at several budgets."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_times_are_ratios_to_the_first_row_and_what_is_unknown_is_a_dash(folder):
+def test_times_are_ratios_to_the_first_row_and_unknown_ones_are_dashes(folder):
     page = (folder / "README.md").read_text()
     assert "`anyexperts evaluate models/x`" in page
     assert "| dense | - | - | 20.0855 | 0.8000 | 1.00 | - |" in page
@@ -54,7 +54,7 @@ def test_the_figures_are_json_without_nan(folder):
     assert len(figures["rows"]) == len(FOUND)
 
 
-def test_the_curves_are_a_picture(folder):
+def test_the_curves_are_drawn(folder):
     with Image.open(folder / "policies.png") as picture:
         assert picture.width > 900
         assert len(picture.getcolors(256)) > 20

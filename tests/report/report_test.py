@@ -153,7 +153,7 @@ def test_text_from_a_run_is_escaped(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["[/red]", "[b]x", ":cat:", "<b>&", "$x$ \\frac", "_own", "a|b", "日本"])
-def test_names_of_domains_are_shown_as_they_are(name, tmp_path, capsys):
+def test_names_of_domains_are_shown_verbatim(name, tmp_path, capsys):
     """On the terminal, on the page and in pictures, each of which has its own markup."""
     found = evaluation(name, "nlp")
     print_evaluation(found)

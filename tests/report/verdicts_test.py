@@ -28,7 +28,7 @@ def with_scores(result, *example_scores):
 @pytest.mark.parametrize(
     ("lead", "met"), [((0.05, 0.01, 0.09), True), ((0.05, -0.01, 0.1), False), ((-0.2, -0.3, -0.1), False)]
 )
-def test_importance_beats_contrast_where_the_whole_interval_does(lead, met):
+def test_importance_beats_contrast_if_the_whole_interval_is_above(lead, met):
     result = evaluation()
     names = ("contrast_lead", "contrast_lead_low", "contrast_lead_high")
     one = dataclasses.replace(result.separations[0], **dict(zip(names, lead, strict=True)))
@@ -47,7 +47,7 @@ def test_importance_beats_contrast_where_the_whole_interval_does(lead, met):
         (np.ones(64), np.ones(64), "+0.0% (+0.0% to +0.0%)", False),
     ],
 )
-def test_a_budget_changes_the_score_where_questions_say_so(few, many, measured, met):
+def test_a_budget_changes_the_score_if_the_paired_interval_excludes_zero(few, many, measured, met):
     found = verdict(with_scores(evaluation(), few, many), "general: budget changes the score, 3.6 over 2.4")
     assert (found.measured, found.met) == (measured, met)
 
@@ -63,6 +63,6 @@ def test_questions_are_compared_with_themselves():
     assert not other.met
 
 
-def test_what_a_file_does_not_have_is_not_judged():
+def test_missing_figures_are_not_judged():
     found = [one.question for one in verdicts(evaluation(), MOE)]
     assert not [question for question in found if "contrast" in question or "changes" in question]

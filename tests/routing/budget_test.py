@@ -97,7 +97,7 @@ def response_of(response):
     return lambda config: response(config.k_min, config.k_max)
 
 
-def test_a_model_whose_budget_moves_in_steps():
+def test_calibration_of_a_budget_that_moves_in_steps():
     """Importance 0.5 for every token, as at initialisation: all have the same whole number of slots."""
     model = Model(lambda low, high: float(int((low + high) / 2 + 0.5)))
     assert int(sum(window(calibrate_budget(PAPER, model, 7.0))) / 2 + 0.5) == 7
@@ -144,7 +144,7 @@ def test_a_non_finite_measurement_and_a_zero_tolerance_are_refused():
 @pytest.mark.parametrize("rho_max", [0.0, 0.2, 1 / 3])
 @pytest.mark.parametrize("window", [(1, 3), (1.5, 5.5), (4, 4), (2.25, 2.25)])
 @pytest.mark.parametrize("slot_rounding", ["round", "stochastic"])
-def test_the_nearest_budget_has_a_window_and_a_budget_that_has_one_is_its_own(rho_max, window, slot_rounding):
+def test_nearest_budget_has_a_window_and_keeps_a_valid_budget(rho_max, window, slot_rounding):
     virtual = 4 if rho_max else 0
     config = AnyExpertsConfig(16, virtual, *window, rho_max=rho_max, slot_rounding=slot_rounding)
     for target in (0.01, 1.0, 2.7, 4.1, 15.9, 100.0):

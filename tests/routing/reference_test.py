@@ -193,7 +193,7 @@ def test_fast_path_equals_the_oracle_at_eight_hundred_configurations(shape):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_compiled_and_batched_path_equals_the_oracle_over_windows(seed):
-    """200 windows, biases, masks and logits for each of eight compiled programs: vmap over everything that is not
+    """200 windows, biases, masks and logits for each of eight compiled programs, with vmap over everything that is not
     static."""
     rng = np.random.default_rng(seed)
     E, V, K = ((6, 3, 5), (12, 4, 8))[seed % 2]

@@ -27,7 +27,7 @@ def _no_slots(plan):
     return plan.expert_ids_NK == plan.spec.num_experts
 
 
-def test_a_bias_for_each_token_takes_part_in_that_tokens_choice():
+def test_a_bias_per_token_affects_that_tokens_choice():
     config = dataclasses.replace(CONFIG, expert_bias=True)
     bias_NC = jnp.asarray(np.random.default_rng(1).normal(size=(N, C)), jnp.float32)
     plan = routed(config, LOGITS, Z, bias_C=bias_NC)
@@ -50,7 +50,7 @@ def test_a_token_by_hand():
     assert (plan.spec.num_experts, plan.spec.expected_real_slots) == (3, pytest.approx(0.66 * 3))
 
 
-def test_static_top_k_is_the_same_interface():
+def test_static_top_k_has_the_same_interface():
     config = AnyExpertsConfig.static_top_k(8, 3)
     plan = routed(config, LOGITS[:, :8], jnp.zeros(N))
     probabilities = jax.nn.softmax(LOGITS[:, :8])
@@ -116,7 +116,7 @@ class TestTraps:
             (jax.checkpoint_policies.nothing_saveable, 4),
         ],
     )
-    def test_rematerialisation_that_saves_routing_does_not_choose_again(self, policy, count):
+    def test_rematerialisation_that_saves_routing_does_not_select_again(self, policy, count):
         config = dataclasses.replace(CONFIG, slot_gradient="straight_through", expert_bias=True)
 
         @functools.partial(jax.checkpoint, policy=policy)

@@ -13,7 +13,7 @@ from anyexperts_jax.routing.salience import midranks, rank_by_salience, token_gr
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 
 WEIGHTS = jnp.array([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75]], jnp.float32)
-SLOPES = jnp.array([[2.0, 2.0], [3.0, 9.0], [4.0, 0.0]], jnp.float32)  # of the loss in each weight
+SLOPES = jnp.array([[2.0, 2.0], [3.0, 9.0], [4.0, 0.0]], jnp.float32)  # derivative of the loss by each weight
 IMPORTANCE = jnp.array([0.5, 0.25, 0.75], jnp.float32)
 ALL = jnp.ones(3, bool)
 
@@ -60,7 +60,7 @@ def test_tokens_that_do_not_affect_the_loss_tie():
     np.testing.assert_allclose(grad, 2 * (np.asarray(IMPORTANCE) - 0.5) / 3, atol=1e-7)
 
 
-def test_the_value_is_that_of_no_knowledge():
+def test_the_forward_value_uses_one_half_for_every_rank():
     _, loss = rank_by_salience(WEIGHTS, IMPORTANCE, jnp.array([True, True, False]))
     assert float(loss) == pytest.approx(0.0625 / 2, abs=1e-7)  # (0 + 1/16) / 2
 
@@ -81,7 +81,7 @@ def test_groups_are_ranked_separately():
     np.testing.assert_array_equal(midranks(values, valid), apart)
 
 
-def test_a_tokens_gradient_is_that_of_its_group():
+def test_a_tokens_gradient_depends_on_its_group():
     """The saliences are 2, 9, 1, 1: the first two tokens have ranks 1/4 and 3/4, the last two tie."""
     weights, slopes = (jnp.concatenate([own, own[2:]]) for own in (WEIGHTS, SLOPES))
 
@@ -96,12 +96,12 @@ def test_a_tokens_gradient_is_that_of_its_group():
 @pytest.mark.parametrize(
     ("scope", "groups"), [("batch", 1), ("sequence", 12), ("device", 4)], ids=["batch", "sequence", "device"]
 )
-def test_a_scope_is_a_number_of_groups(scope, groups):
+def test_each_scope_has_its_number_of_groups(scope, groups):
     assert token_groups(scope, 12, 4) == groups
     assert token_groups(scope, 1, 4) == 1, "a lone sequence is not split"
 
 
-def test_ranks_of_a_devices_tokens_need_the_number_of_devices():
+def test_scope_device_needs_the_number_of_shards():
     config = AnyExpertsConfig(
         num_experts=4, num_virtual=1, k_min=2, k_max=4, importance_regulariser="salience", salience_scope="device"
     )
@@ -111,7 +111,7 @@ def test_ranks_of_a_devices_tokens_need_the_number_of_devices():
 
 
 def importance_gradient(scope, slopes, batch_shards=2):
-    """The gradient by z [4 sequences, 8 positions] of a loss with a different slope for each token."""
+    """Returns the gradient by z, [4 sequences, 8 positions], of a loss with a different slope for each token."""
     config = AnyExpertsConfig(
         num_experts=4, num_virtual=1, k_min=2, k_max=4, importance_regulariser="salience", salience_scope=scope
     )
@@ -124,7 +124,7 @@ def importance_gradient(scope, slopes, batch_shards=2):
 
 
 @pytest.mark.parametrize(("scope", "felt"), [("batch", 32), ("device", 16), ("sequence", 8)])
-def test_a_target_depends_on_the_tokens_of_its_scope_alone(scope, felt):
+def test_a_rank_depends_only_on_the_tokens_of_its_scope(scope, felt):
     slopes = np.random.default_rng(0).uniform(1, 2, 32).astype(np.float32)
     others = slopes.copy()
     others[-8:] *= 10  # of the last sequence
@@ -134,7 +134,7 @@ def test_a_target_depends_on_the_tokens_of_its_scope_alone(scope, felt):
 
 
 @pytest.mark.parametrize(("scope", "gathered"), [("batch", 4 * 16 * 8), ("device", 0), ("sequence", 0)])
-def test_on_a_mesh_the_batchs_saliences_are_gathered_and_no_others(scope, gathered):
+def test_on_a_mesh_only_scope_batch_gathers_saliences(scope, gathered):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, expert=2))
     sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
     operands = [jax.ShapeDtypeStruct(size, jnp.float32, sharding=sharding) for size in ((16, 8), (16, 8, 2))]
@@ -153,8 +153,7 @@ def test_on_a_mesh_the_batchs_saliences_are_gathered_and_no_others(scope, gather
 
 
 def test_importance_learns_which_tokens_affect_the_loss():
-    """Of eight kinds of token, half affect the loss: their importance rises, that of the others falls, and the mean
-    stays."""
+    """Half of the kinds of token affect the loss: their importance rises, that of the others falls, the mean stays."""
     config = AnyExpertsConfig(
         num_experts=8, num_virtual=2, k_min=2, k_max=6, iar="off", importance_regulariser="salience"
     )
@@ -176,7 +175,7 @@ def test_importance_learns_which_tokens_affect_the_loss():
     assert w.mean() == pytest.approx(0.5, abs=0.01)
 
 
-def test_the_plan_hands_on_the_weights_whose_gradient_is_read():
+def test_the_plan_has_the_weights_whose_gradient_is_ranked():
     """Through `route`, with and without remat: the token with the steeper loss gets the higher rank."""
     config = AnyExpertsConfig(
         num_experts=4, num_virtual=1, k_min=2, k_max=4, iar="off", importance_regulariser="salience"

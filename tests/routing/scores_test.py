@@ -73,7 +73,7 @@ def test_sigmoids_that_underflow_have_a_finite_share_and_gradient():
     def share(logits):
         return probabilities(_config(scores="sigmoid"), logits)
 
-    # Down to sigmoids of 1e-13 the 1e-20 in the denominator is not felt; e^-200 is 0 in float32.
+    # The 1e-20 in the denominator is negligible down to sigmoids of 1e-13; e^-200 is 0 in float32.
     np.testing.assert_allclose(share(jnp.full((1, 3), -30.0)), jnp.full((1, 3), 1 / 3), rtol=1e-6)
     for logit in (-50.0, -200.0):
         grad = jax.grad(lambda logits: share(logits)[0, 0])(jnp.full((1, 3), logit))

@@ -1,4 +1,4 @@
-"""A window for each token: requests of different budgets in one batch are routed as if each were alone."""
+"""One window per token: requests with different budgets in one batch are routed as if each were alone."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ CONFIG = AnyExpertsConfig(num_experts=8, num_virtual=2, k_min=2, k_max=6)
 WINDOWS = ((1.0, 3.0), (2.5, 5.0), (2.0, 6.0))
 
 
-def test_a_batch_of_windows_is_routed_as_each_window_alone():
+def test_each_token_is_routed_as_with_its_own_window_alone():
     random = np.random.default_rng(0)
     logits_NC, importance_N = random.normal(size=(12, CONFIG.num_columns)), random.normal(size=12)
     window_N2 = jnp.repeat(jnp.asarray(WINDOWS, jnp.float32), 4, axis=0)
@@ -26,7 +26,7 @@ def test_a_batch_of_windows_is_routed_as_each_window_alone():
         np.testing.assert_allclose(together.weights_NK[own], alone.weights_NK[own], rtol=1e-6)
 
 
-def test_the_layer_takes_a_window_for_each_token():
+def test_the_layer_accepts_one_window_per_token():
     layer = MoE(CONFIG, d_ff=8)
     x_BTD = jax.random.normal(jax.random.key(0), (3, 4, 8))
     params = jax.jit(layer.init)(jax.random.key(1), x_BTD)
@@ -41,7 +41,7 @@ def test_the_layer_takes_a_window_for_each_token():
         run(jnp.ones((3, 5, 2)))
 
 
-def test_other_policies_take_one_window():
+def test_other_policies_refuse_windows_per_token():
     config = AnyExpertsConfig.static_top_k(8, 2)
     config = config.__class__(**{**vars(config), "policy": "top_p", "policy_dial": 0.5})
     with pytest.raises(UserError, match="policy='top_p' takes one window for all tokens"):

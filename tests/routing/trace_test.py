@@ -12,7 +12,7 @@ LOGITS = jax.random.normal(jax.random.key(0), (6, 6))
 Z = jnp.arange(6.0)
 
 
-def test_a_trace_is_the_plan_in_the_shape_of_the_batch():
+def test_a_trace_has_the_plans_arrays_in_the_shape_of_the_batch():
     plan = routed(CONFIG, LOGITS, Z)
     trace = RoutingTrace.from_plan(plan, 2, dropped=3)
     np.testing.assert_array_equal(trace.importance_BT, plan.importance_N.reshape(2, 3))

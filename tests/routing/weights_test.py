@@ -41,21 +41,21 @@ def test_normalised_over_real_slots_only():
     assert virtual == pytest.approx(0.930371, abs=1e-6)
 
 
-def test_scores_as_they_are():
+def test_normalisation_none_keeps_the_scores():
     weights, virtual = _weights(_config(normalisation="none"))
     scores = np.exp(LOGITS[0]) / np.exp(LOGITS[0]).sum()
     np.testing.assert_allclose(weights, [*scores[:3], 0], atol=1e-6)
     assert virtual == pytest.approx(float(scores[4]), abs=1e-6)
 
 
-def test_parts_of_a_split_network_weigh_exactly_one():
+def test_normalisation_one_gives_every_slot_weight_one():
     weights, virtual = _weights(_config(normalisation="one"))
     np.testing.assert_array_equal(weights, [1, 1, 1, 0])
     assert virtual == 1
 
 
 @pytest.mark.slow
-def test_a_single_slot_has_weight_one_and_teaches_the_router_only_by_the_raw_scores_gradient():
+def test_a_single_slots_weight_of_one_teaches_the_router_only_by_the_raw_gradient():
     def gradient(normalisation):
         config = AnyExpertsConfig.static_top_k(E, 1, normalisation=normalisation)
         logits = jnp.array([[2.0, 1.0, 0.0, -1.0]])
@@ -148,7 +148,7 @@ def test_extreme_logits_give_finite_weights_and_gradients(scores, normalisation,
     assert all(np.isfinite(g).all() for g in grads)
 
 
-def test_a_towering_unselected_column_does_not_starve_the_selected():
+def test_a_huge_unselected_logit_does_not_underflow_the_selected_scores():
     """The cap excludes a virtual column with logit 200, next to which every real softmax score underflows to 0."""
     config = _config(k_min=2, k_max=2, rho_max=0.2)  # round(0.4) = 0 virtual slots
     weights, virtual = _weights(config, jnp.array([[1.0, 0.0, -1.0, -1.0, 200.0, 200.0, 200.0]]))
@@ -156,7 +156,7 @@ def test_a_towering_unselected_column_does_not_starve_the_selected():
     assert virtual == 0
 
 
-def test_an_expert_that_the_bias_keeps_out_neither_starves_nor_poisons_the_selected():
+def test_a_huge_logit_that_the_bias_keeps_out_does_not_affect_the_selected():
     # Expert 0 has by far the largest logit, 300, and ranks last because of its bias: exp(300) overflows, 1 / exp(300)
     # underflows. It is a candidate all the same: the bound is four slots, although the token gets two (w = 0).
     config = _config(k_min=2, k_max=4, num_virtual=0, rho_max=0.0, expert_bias=True)
@@ -195,7 +195,7 @@ class TestStraightThrough:
         K = int(np.floor(1 + 3 * w + 0.5))
         # Cap round(0.25 * 2) = round(0.25 * 3) = 1: v0 (5), then r0 (2), then r1 (1).
         scores = np.exp([5.0, 2.0, 1.0][:K])
-        values = np.array([3.0, 1.0, 2.0][:K])  # what _weighted_sum makes of each slot
+        values = np.array([3.0, 1.0, 2.0][:K])  # each slot's factor in _weighted_sum
 
         def loss(membership):
             faded = scores * np.append(np.ones(K - 1), membership)

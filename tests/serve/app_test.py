@@ -1,4 +1,4 @@
-"""The address as clients see it: by OpenAI's own client, and by requests of every wrong kind."""
+"""The server as clients see it: OpenAI's own client, and malformed requests of every kind."""
 
 import concurrent.futures
 import http.client
@@ -21,7 +21,7 @@ def client(url):
 
 
 def send(url, method, path, body=None, headers=None):
-    """(status, headers, JSON or text) of a plain request; body: bytes, or what JSON is made of."""
+    """Sends a plain request; returns (status, headers, JSON or text). body: bytes, or a value to send as JSON."""
     host, _, port = url.removeprefix("http://").partition(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=30)
     data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
@@ -38,14 +38,14 @@ def ask(client, prompt, length, budget, **how):
     return client.completions.create(model="tiny", prompt=list(prompt), max_tokens=length, **how, **extra)
 
 
-def test_models(client):
+def test_the_list_of_models(client):
     (model,) = client.models.list().data
     assert model.id == "tiny"
     assert model.max_model_len == 96
     assert client.models.retrieve("tiny").id == "tiny"
 
 
-def test_a_chat(client, served):
+def test_a_chat_answer_has_its_text_and_usage(client, served):
     answer = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=6, temperature=0)
     parts = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": [{"type": "text", "text": "Hello world"}]}],
@@ -62,7 +62,7 @@ def test_a_chat(client, served):
 
 
 def test_a_conversation_of_several_turns(client, served):
-    """The template writes `<assistant>` before old turns and `<a>` before the one to come."""
+    """The template writes `<assistant>` before earlier answers and `<a>` before the answer to be generated."""
     turns = [*CHAT, {"role": "assistant", "content": "A cat"}, {"role": "user", "content": "sat"}]
     answer = client.chat.completions.create(model="tiny", messages=turns, max_tokens=2, temperature=0)
     prompt = served.reader.chat(turns)
@@ -70,7 +70,7 @@ def test_a_conversation_of_several_turns(client, served):
     assert answer.usage.prompt_tokens == len(prompt.tokens)
 
 
-def test_a_stream_is_the_answer_piece_by_piece(client):
+def test_the_chunks_of_a_stream_join_to_the_whole_answer(client):
     how = {"model": "tiny", "messages": CHAT, "max_tokens": 12, "temperature": 0}
     whole = client.chat.completions.create(**how, logprobs=True, top_logprobs=2)
     chunks = list(
@@ -88,7 +88,7 @@ def test_a_stream_is_the_answer_piece_by_piece(client):
     assert all(len(token.top_logprobs) == 2 and token.top_logprobs[0].logprob == token.logprob for token in told)
 
 
-def test_eight_clients_at_once_get_the_answers_they_get_alone(client):
+def test_eight_concurrent_clients_get_the_same_answers_as_alone(client):
     cases = list(zip(PROMPTS, LENGTHS, BUDGETS, strict=True))
     alone = [ask(client, *case, logprobs=1) for case in cases]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -105,7 +105,7 @@ def test_eight_clients_at_once_get_the_answers_they_get_alone(client):
         assert one.usage.budget == budget
 
 
-def test_draws_repeat_by_seed(client):
+def test_the_same_seed_repeats_a_sampled_answer(client):
     drawn = [ask(client, (5, 3), 12, None, temperature=1.5, top_p=0.9, seed=seed).choices[0].text for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -120,7 +120,7 @@ def test_several_prompts_and_answers(client):
     assert answer.usage.completion_tokens == 20
 
 
-def test_a_stop_text_ends_an_answer_and_is_no_part_of_it(client):
+def test_a_stop_text_ends_the_answer_and_is_cut_off(client):
     free = client.completions.create(model="tiny", prompt="Hello world", max_tokens=12, temperature=0).choices[0]
     stop = free.text[3:6]
     answer = client.completions.create(model="tiny", prompt="Hello world", max_tokens=12, temperature=0, stop=[stop])
@@ -170,7 +170,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("body", "said", "field"), WRONG, ids=range(len(WRONG)))
-def test_a_bad_request_is_400_and_one_line(url, body, said, field):
+def test_a_bad_request_is_answered_with_400_and_one_line(url, body, said, field):
     status, _, answer = send(url, "POST", "/v1/completions", body)
     assert status == 400, answer
     error = answer["error"]
@@ -195,7 +195,7 @@ def test_a_bad_request_is_400_and_one_line(url, body, said, field):
         ([{"role": "user", "content": "\ud800"}], "surrogate"),
     ],
 )
-def test_a_bad_conversation(url, messages, said):
+def test_a_bad_conversation_is_answered_with_400(url, messages, said):
     status, _, answer = send(url, "POST", "/v1/chat/completions", {"model": "tiny", "messages": messages})
     assert status == 400, answer
     assert said in answer["error"]["message"]
@@ -211,7 +211,7 @@ def test_a_bad_conversation(url, messages, said):
         ("POST", "/v1/completions", TEXT, {"content-type": "text/plain"}, 415),
     ],
 )
-def test_other_statuses(url, method, path, body, headers, status):
+def test_other_errors_have_their_own_status(url, method, path, body, headers, status):
     found, _, answer = send(url, method, path, body, headers)
     assert found == status
     assert set(answer["error"]) == {"message", "type", "param", "code"}
@@ -225,7 +225,7 @@ def until(true):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_slot(url, service, stream):
+def test_a_client_that_disconnects_frees_its_slots(url, service, stream):
     body = json.dumps(
         {"model": "tiny", "prompt": "A cat", "max_tokens": 80, "temperature": 1.0, "n": 8, "stream": stream}
     )
@@ -257,12 +257,12 @@ def small(served):
     from anyexperts_jax.serve.app import Limits
     from anyexperts_jax.serve.run import in_thread, make_service
 
-    made = make_service(served, slots=4, length=96, limits=Limits(queue=0, seconds=5), api_key="secret")
-    with in_thread(made) as url:
-        yield made, url
+    small_service = make_service(served, slots=4, length=96, limits=Limits(queue=0, seconds=5), api_key="secret")
+    with in_thread(small_service) as url:
+        yield small_service, url
 
 
-def test_the_key(small):
+def test_requests_need_the_api_key(small):
     _, url = small
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": "Bearer ß"}):
         status, _, answer = send(url, "GET", "/v1/models", headers={k: v.encode() for k, v in headers.items()})
@@ -272,42 +272,42 @@ def test_the_key(small):
     assert send(url, "GET", "/health")[0] == 200
 
 
-def test_the_warm_up_is_not_counted(small):
+def test_metrics_do_not_count_the_warm_up(small):
     page = send(small[1], "GET", "/metrics", headers={"authorization": "Bearer secret"})[2]
     assert "anyexperts_prompt_tokens_total 0.0" in page
 
 
-def test_a_full_queue_and_a_limit_of_time(small):
-    made, url = small
+def test_a_full_queue_is_429_and_a_timeout_504(small):
+    small_service, url = small
     key = {"authorization": "Bearer secret"}
     assert send(url, "POST", "/v1/completions", TEXT | {"prompt": ["a"] * 5}, key)[0] == 429
-    submit = made.engine.submit
+    submit = small_service.engine.submit
 
     def submit_as_if_long_ago(ticket):
         ticket.arrived -= 10
         submit(ticket)
 
-    made.engine.submit = submit_as_if_long_ago
+    small_service.engine.submit = submit_as_if_long_ago
     try:
         status, _, answer = send(url, "POST", "/v1/completions", TEXT, key)
     finally:
-        made.engine.submit = submit
+        small_service.engine.submit = submit
     assert (status, answer["error"]["code"]) == (504, "timeout")
 
 
-def test_a_fault_of_the_engine_is_told_and_the_next_request_is_answered(small):
-    made, url = small
-    key, step = {"authorization": "Bearer secret"}, made.engine.step
+def test_after_an_engine_error_the_next_request_is_answered(small):
+    small_service, url = small
+    key, step = {"authorization": "Bearer secret"}, small_service.engine.step
 
     def broken():
         step()
         raise RuntimeError("out of\nmemory")
 
-    made.engine.step = broken
+    small_service.engine.step = broken
     try:
         status, _, answer = send(url, "POST", "/v1/completions", TEXT | {"max_tokens": 20}, key)
     finally:
-        made.engine.step = step
+        small_service.engine.step = step
     assert status == 503
     assert answer["error"]["message"] == "a step failed and its requests with it: out of memory"
     assert send(url, "POST", "/v1/completions", TEXT, key)[0] == 200

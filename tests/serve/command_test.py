@@ -1,4 +1,4 @@
-"""`anyexperts serve`: what it refuses in one line, what it says, and how it stops."""
+"""`anyexperts serve`: errors in one line, what it prints, and how it stops."""
 
 import http.client
 import json
@@ -19,7 +19,7 @@ for package in ("safetensors", "tokenizers", "starlette", "uvicorn", "prometheus
     pytest.importorskip(package)
 
 
-def test_there_is_no_model(tmp_path, capsys):
+def test_a_missing_model_is_one_line(tmp_path, capsys):
     assert main(["serve", str(tmp_path / "nothing")]) == 2
     said = capsys.readouterr().err
     assert said.startswith("anyexperts: ")
@@ -34,12 +34,12 @@ def test_there_is_no_model(tmp_path, capsys):
         (["--length", "1"], "length=1 must be >= 2"),
     ],
 )
-def test_sizes_that_the_model_does_not_have(options, said, tmp_path, capsys):
+def test_sizes_out_of_the_models_range_are_refused(options, said, tmp_path, capsys):
     assert main(["serve", str(tiny_folder(tmp_path / "tiny")), *options]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_an_address_that_is_taken():
+def test_bind_refuses_an_address_it_cannot_have():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .*; try another port"):
@@ -48,7 +48,7 @@ def test_an_address_that_is_taken():
         bind(Address(port=70000))
 
 
-def test_the_key_of_the_environment():
+def test_the_api_key_is_read_from_the_environment():
     assert api_key_of({}) is None
     assert api_key_of({API_KEY: " secret\n"}) == "secret"
     with pytest.raises(UserError, match=f"{API_KEY} is set but empty"):
@@ -58,12 +58,12 @@ def test_the_key_of_the_environment():
 @pytest.mark.parametrize(
     ("host", "own"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("box", False)]
 )
-def test_which_addresses_other_machines_reach(host, own):
+def test_is_loopback(host, own):
     assert is_loopback(host) == own
 
 
 @pytest.mark.slow
-def test_sigterm_finishes_what_runs_and_exits_with_0(tmp_path):
+def test_sigterm_finishes_running_answers_and_exits_with_0(tmp_path):
     folder = tiny_folder(tmp_path / "tiny")
     command = [sys.executable, "-m", "anyexperts_jax", "serve", str(folder), "--port", "0", "--slots", "2"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}

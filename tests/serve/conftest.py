@@ -1,4 +1,4 @@
-"""A tiny model behind a real address of this machine's."""
+"""A tiny model, its service, and the service's URL on a real local port."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The engine without HTTP: answers in company are those alone, whatever the lengths, budgets and draws."""
+"""The engine without HTTP: an answer does not depend on the requests that run beside it."""
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ def run(engine):
         pass
 
 
-def asked(served, engine, cases, **how):
+def answer_all(served, engine, cases, **how):
     events = [[] for _ in cases]
     for own, (prompt, length, budget) in zip(events, cases, strict=True):
         engine.submit(job(served, Prompt(prompt), length, budget, own, **how))
@@ -48,18 +48,18 @@ def ids(served, tokens):
 
 
 @pytest.mark.parametrize("how", [{}, {"sampling": DRAWS, "seed": 7}], ids=["greedy", "drawn"])
-def test_answers_in_company_are_those_alone(served, engine, how):
-    together = asked(served, engine, CASES, **how)
+def test_batched_answers_equal_those_of_single_requests(served, engine, how):
+    together = answer_all(served, engine, CASES, **how)
     for case, events in zip(CASES, together, strict=True):
-        (alone,) = asked(served, engine, [case], **how)
+        (alone,) = answer_all(served, engine, [case], **how)
         assert tokens_of(events) == tokens_of(alone)
         assert events[-1] == alone[-1]
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_generate(served, engine):
+def test_answers_equal_those_of_decode(served, engine):
     for how in ({}, {"sampling": DRAWS, "seed": 7}):
-        (events,) = asked(served, engine, [CASES[1]], **how)
+        (events,) = answer_all(served, engine, [CASES[1]], **how)
         (end,) = [event for event in events if isinstance(event, Finished)]
         other = decoded_alone(served, *CASES[1], **how)
         assert tokens_of(events) == ids(served, other.tokens[0])
@@ -67,13 +67,13 @@ def test_answers_are_those_of_generate(served, engine):
         assert end.usage.real_experts == pytest.approx(other.real_experts)
 
 
-def test_draws_follow_the_seed(served, engine):
-    drawn = [asked(served, engine, [CASES[2]], sampling=DRAWS, seed=seed)[0] for seed in (7, 8)]
+def test_sampling_follows_the_seed(served, engine):
+    drawn = [answer_all(served, engine, [CASES[2]], sampling=DRAWS, seed=seed)[0] for seed in (7, 8)]
     assert tokens_of(drawn[0]) != tokens_of(drawn[1])
 
 
-def test_probabilities_are_those_of_a_forward_pass(served, engine):
-    (events,) = asked(served, engine, [(PROMPTS[0], 3, None)], tells_logprobs=True)
+def test_a_greedy_token_has_the_highest_of_the_reported_probabilities(served, engine):
+    (events,) = answer_all(served, engine, [(PROMPTS[0], 3, None)], tells_logprobs=True)
     told = [event.token for event in events if isinstance(event, Progress)]
     for token in told:
         assert token.logprob == pytest.approx(token.top[0][1])
@@ -81,7 +81,7 @@ def test_probabilities_are_those_of_a_forward_pass(served, engine):
         assert sum(np.exp([logprob for _, logprob in token.top])) < 1 + 1e-6
 
 
-def test_who_goes_away_frees_the_slot_and_disturbs_nobody(served, engine):
+def test_a_cancelled_request_frees_its_slot_and_changes_no_other_answer(served, engine):
     events = [[] for _ in range(3)]
     tickets = [job(served, Prompt((5, 3)), 40, None, own) for own in events]
     for ticket in tickets:
@@ -97,22 +97,22 @@ def test_who_goes_away_frees_the_slot_and_disturbs_nobody(served, engine):
     assert engine.running == engine.waiting == 0
 
 
-def test_time_is_up(served, engine):
+def test_a_late_request_fails_with_a_timeout(served, engine):
     events = []
     engine.submit(job(served, Prompt((5, 3)), 4, None, events, waited=10, seconds=5.0))
     run(engine)
     assert events == [Failed("timeout", "the answer took more than 5 seconds")]
 
 
-def test_after_a_failed_step_the_engine_begins_anew(served, engine):
-    (before,) = asked(served, engine, [CASES[0]])
+def test_after_a_failed_step_the_engine_answers_as_before(served, engine):
+    (before,) = answer_all(served, engine, [CASES[0]])
     events = []
     engine.submit(job(served, Prompt((5, 3)), 20, None, events))
     for _ in range(3):
         engine.step()
     engine.fail_all("the device went away")
     assert events[-1] == Failed("engine", "the device went away")
-    (later,) = asked(served, engine, [CASES[0]])
+    (later,) = answer_all(served, engine, [CASES[0]])
     assert later == before
 
 
@@ -126,19 +126,19 @@ def test_after_a_failed_step_the_engine_begins_anew(served, engine):
         ((1,), 0, "max_tokens=0 must be >= 1"),
     ],
 )
-def test_what_no_slot_can_continue(served, engine, prompt, length, said):
+def test_prompts_that_do_not_fit_a_slot_are_refused(served, engine, prompt, length, said):
     with pytest.raises(UserError, match=said):
         engine.submit(job(served, Prompt(prompt), length, None, []))
 
 
-def test_a_budget_beyond_the_room(served):
+def test_a_budget_beyond_the_servers_room_is_refused(served):
     with pytest.raises(UserError, match="start it with --max-budget 5"):
         row_budget(served.base, served.weights.config, 5.0)
     with pytest.raises(UserError, match="budget=9 must be from 1 to 7"):
         row_budget(served.base, served.weights.config, 9.0)
 
 
-def test_after_the_warm_up_nothing_is_compiled(served):
+def test_nothing_is_compiled_after_the_warm_up(served):
     from anyexperts_jax.serve.run import warm_up
 
     engine = tiny_engine(served)
@@ -147,8 +147,8 @@ def test_after_the_warm_up_nothing_is_compiled(served):
     listener = lambda event, seconds, **more: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        asked(served, engine, CASES[:5], sampling=DRAWS, seed=3, tells_logprobs=True)
-        asked(served, engine, [(tuple(range(90)), 4, 2.25)])
+        answer_all(served, engine, CASES[:5], sampling=DRAWS, seed=3, tells_logprobs=True)
+        answer_all(served, engine, [(tuple(range(90)), 4, 2.25)])
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
     assert compiled == []

@@ -1,4 +1,4 @@
-"""A trained run behind the address: pictures beside text, its own window, budgets in one batch."""
+"""A trained run, served: pictures beside text, the run's own window, several budgets in one batch."""
 
 import base64
 import io
@@ -62,7 +62,7 @@ def answers(served, engine, cases):
     return events
 
 
-def test_answers_in_company_are_those_alone_and_those_of_ask(one, served, engine):
+def test_batched_answers_equal_single_ones_and_those_of_ask(one, served, engine):
     together = answers(served, engine, CASES)
     for case, events in zip(CASES, together, strict=True):
         (alone,) = answers(served, engine, [case])
@@ -74,14 +74,14 @@ def test_answers_in_company_are_those_alone_and_those_of_ask(one, served, engine
         assert text_of(together[number]) == reply.answer
 
 
-def test_a_budget_reaches_every_layer(served, engine):
+def test_a_lower_budget_uses_fewer_experts_in_every_layer(served, engine):
     low, high = (answers(served, engine, [(conversation(), budget)])[0][-1] for budget in (2.8, 5.2))
     assert isinstance(low, Finished)
     assert len(low.usage.real_by_layer) == 2
     assert low.usage.real_experts + 1 < high.usage.real_experts
 
 
-def test_a_text_is_a_documents_beginning(served):
+def test_a_plain_text_is_read_as_the_beginning_of_a_document(served):
     prompt = served.reader.text("abc")
     assert prompt.tokens == (served.tokenizer.special.bos, *b"abc")
     assert served.reader.ids([1, 2]).tokens == (1, 2)
@@ -101,6 +101,6 @@ def test_a_text_is_a_documents_beginning(served):
         ([{"role": "user", "content": "word " * 200}], "encoding.max_length"),
     ],
 )
-def test_what_a_run_cannot_read(served, messages, said):
+def test_messages_that_a_run_cannot_read_are_refused(served, messages, said):
     with pytest.raises(UserError, match=said):
         served.reader.chat(messages)

@@ -1,4 +1,4 @@
-"""A tiny published mixture of random weights with a tokenizer and a chat template, served."""
+"""A tiny published MoE checkpoint with random weights, a tokenizer and a chat template, and helpers to serve it."""
 
 import json
 import time
@@ -13,14 +13,14 @@ from anyexperts_jax.tokenizers.train import train_tokenizer
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
-SLOTS, LENGTH = 4, 96  # of every test, so that all share the compiled programs
+SLOTS, LENGTH = 4, 96  # the same in every test, so that all share the compiled programs
 PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6), (5, 3), (8,), tuple(range(40, 60)), (7, 7, 7), (9, 2, 11), (13,), (4, 44, 24, 14))
 BUDGETS = (None, 1.5, 2.0, 3.0, 2.25, 1.0, 2.5, None)
 LENGTHS = (9, 4, 12, 6, 1, 8, 10, 7)
 
 
 def tiny_folder(path):
-    """A folder as the hub has it: 7 experts, 3 a token, 96 positions."""
+    """Writes a checkpoint folder as on the hub: 7 experts, 3 per token, 96 positions."""
     made = tiny_checkpoint(path, "qwen3_moe", vocab_size=300, eos_token_id=299)
     train_tokenizer(["Hello world", "cat on the mat; the cat", "A cat sat"], 300).save(made)
     settings = made / "tokenizer_config.json"

@@ -12,7 +12,7 @@ TEXTS = ("", "how many are red?", "naïve café, 3 €", "a€b", "Größe 🎉"
 BYTES = BytesTokenizer()
 
 
-def test_it_is_a_tokenizer_with_four_special_ids_above_the_bytes():
+def test_special_ids_follow_the_256_bytes():
     assert isinstance(BYTES, Tokenizer)
     special = BYTES.special
     assert (special.pad, special.bos, special.sep, special.eos) == (256, 257, 258, (259,))
@@ -44,20 +44,20 @@ def test_a_spelled_special_token_is_text():
     assert BYTES.decode(BYTES.encode_rendered("<eos>").ids_T) == "<eos>"
 
 
-def test_decode_leaves_out_special_ids_and_those_past_the_vocabulary():
+def test_decode_skips_special_ids_and_ids_past_the_vocabulary():
     assert BYTES.decode([257, 104, 105, 259, 256, 300, -1]) == "hi"
     assert BYTES.decode([0xC3, 33]) == "�!"
 
 
-def test_pieces_show_bytes_that_are_no_character_in_hexadecimal():
+def test_pieces_show_invalid_bytes_in_hexadecimal():
     assert BYTES.pieces([257, 104, 0xC3, 0xA9, 259]) == ["<bos>", "h", "<C3>", "<A9>", "<eos>"]
 
 
-def test_half_a_surrogate_pair_is_one_line():
+def test_half_a_surrogate_pair_is_refused_in_one_line():
     with pytest.raises(UserError, match=r"character 2 of the text is U\+D83D, half of a surrogate pair"):
         BYTES.encode("ok\ud83d")
 
 
-def test_the_fingerprint_does_not_move():
+def test_the_fingerprint_is_stable():
     assert BYTES.fingerprint == "05c6ec009f35ae93350bf8be8df59f5ad0130debbf8051c464724ddadf49caf9"
     assert byte_tokenizer.NAME == BYTES.kind == BYTES.name == "bytes"

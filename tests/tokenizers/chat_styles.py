@@ -1,4 +1,4 @@
-"""Chat templates in the styles of published models, written for these tests, each with a small tokenizer that fits."""
+"""Chat templates in the style of published models, each with a small matching tokenizer."""
 
 import dataclasses
 import functools
@@ -86,7 +86,7 @@ DEEPSEEK = """\
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """A template, the special tokens it names, further ones, and whose kind of tokenizer it comes with."""
+    """A template, the special tokens it names, other special tokens, and the kind of tokenizer it is used with."""
 
     template: str
     named: dict

@@ -46,7 +46,7 @@ PROMPTS = {
 
 
 def bracketed(rendered, name):
-    """The text with brackets around what the assistant says."""
+    """Returns the text with brackets around the assistant's turns."""
     opening, closing = ("<[", "]>") if name == "mistral" else ("[", "]")
     text, done = "", 0
     for start, stop in rendered.assistant:
@@ -60,7 +60,7 @@ def plain(source, **changes):
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_a_style_renders_as_it_should_and_the_assistants_turns_are_found(name):
+def test_a_style_renders_correctly_and_the_assistants_turns_are_found(name):
     style = STYLES[name]
     template = ChatTemplate.of(style.tokenizer)
     assert template.marks_the_assistant == (name == "chatml")
@@ -70,18 +70,18 @@ def test_a_style_renders_as_it_should_and_the_assistants_turns_are_found(name):
     whole = template.render(style.conversation)
     assert whole.text.startswith(prompt.text)
     assert prompt.assistant == whole.assistant[:-1]
-    assert whole.assistant[-1][0] == len(prompt.text), "a turn is what comes after the generation prompt"
+    assert whole.assistant[-1][0] == len(prompt.text), "a turn begins after the generation prompt"
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_tokens_of_the_assistant_are_its_answers_and_their_ends(name):
+def test_the_assistants_tokens_are_answers_and_end_of_turn_tokens(name):
     style = STYLES[name]
     template = ChatTemplate.of(style.tokenizer)
     chat = encode_chat(style.tokenizer, template, style.conversation)
     assert len(chat.assistant_T) == len(chat.tokens)
     ids = chat.tokens.ids_T[chat.assistant_T]
     said = [message["content"] for message in style.conversation if message["role"] == "assistant"]
-    assert [text.strip() for text in style.tokenizer.decode(ids).split("\n", 1)]  # decodes at all
+    assert [text.strip() for text in style.tokenizer.decode(ids).split("\n", 1)]  # both lines decode to text
     assert style.tokenizer.decode(ids).replace(" ", "") == "".join(said).replace(" ", "")
     (edges,) = np.nonzero(np.diff(chat.assistant_T.astype(int)) == -1)
     ends = {int(chat.tokens.ids_T[i]) for i in (*edges, np.nonzero(chat.assistant_T)[0][-1])}
@@ -106,7 +106,7 @@ def test_a_byte_tokenizer_can_take_any_template():
     )
 
 
-def test_spaces_of_an_answer_stay_and_those_after_its_end_go():
+def test_spaces_within_an_answer_are_kept_and_those_after_its_end_dropped():
     source = "{% for m in messages %}{{ m.role + ':' + m.content + '</s> \n' }}{% endfor %}"
     source += "{% if add_generation_prompt %}assistant:{% endif %}"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "  so \n"}]
@@ -128,7 +128,7 @@ def test_marks_inside_macros_blocks_and_captured_text_are_followed():
     ]
 
 
-def test_what_models_expect_of_the_environment():
+def test_templates_find_the_functions_and_variables_they_expect():
     source = (
         "{{ messages | tojson }}|{{ strftime_now('%d %b %Y') }}|{{ tools | tojson(indent=1) }}|{{ documents is none }}"
         "|{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.content }}{% endfor %}"
@@ -143,12 +143,12 @@ def test_what_models_expect_of_the_environment():
     )
 
 
-def test_without_a_given_time_it_is_the_time_of_day():
+def test_the_default_time_is_now():
     text = plain("{{ strftime_now('%Y') }}{% generation %}x{% endgeneration %}").render(CONVERSATION).text
     assert abs(int(text[:-1]) - datetime.datetime.now().year) <= 1
 
 
-def test_parts_of_a_content_reach_the_template_without_their_media():
+def test_content_parts_reach_the_template_without_their_media():
     source = (
         "{% for m in messages %}{% for p in m.content %}{{ '<image>' if 'image' in p else p.text }}"
         "{{ p.image if p.image is string }};{% endfor %}{% endfor %}"
@@ -162,7 +162,7 @@ def test_parts_of_a_content_reach_the_template_without_their_media():
     assert rendered.text == "What is;<image><medium>;<image>a.png;"
 
 
-def test_keys_that_hold_nothing_are_left_out():
+def test_keys_without_a_value_are_left_out():
     source = "{% for m in messages %}{{ m.content is defined }} {{ m.tool_calls is defined }};{% endfor %}"
     messages = [
         {"role": "user", "content": "a", "tool_calls": None},
@@ -171,7 +171,7 @@ def test_keys_that_hold_nothing_are_left_out():
     assert plain(source).render(messages).text == "True False;False True;"
 
 
-def test_templates_by_name_and_from_a_file_of_their_own(tmp_path):
+def test_templates_are_found_by_name_and_in_their_own_file(tmp_path):
     named = {
         "eos_token": "<|eos|>",
         "chat_template": [{"name": "default", "template": "d"}, {"name": "rag", "template": "r"}],
@@ -197,7 +197,7 @@ def test_templates_can_be_pickled():
     assert copy.render(CONVERSATION) == template.render(CONVERSATION)
 
 
-# What goes wrong
+# Errors
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
@@ -288,7 +288,7 @@ def test_a_template_that_fails_on_a_conversation_is_one_line(source, message):
 
 
 def test_a_template_that_rewrites_earlier_turns_needs_marks():
-    """As models that think do: their thoughts of earlier turns are left out."""
+    """Templates of reasoning models do so: they drop the reasoning of earlier turns."""
     source = (
         "{% for m in messages %}{{ m.role }}:{{ m.content.split('</think>')[-1] if not loop.last else m.content }};"
         "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
@@ -301,7 +301,7 @@ def test_a_template_that_rewrites_earlier_turns_needs_marks():
         plain(source).render([*thinking, USER, ANSWER])
 
 
-def test_a_style_without_system_role_says_so():
+def test_a_system_turn_is_refused_by_a_style_without_that_role():
     with pytest.raises(UserError, match="refuses the conversation: no system role"):
         ChatTemplate.of(STYLES["gemma"].tokenizer).render(CONVERSATION)
 
@@ -317,7 +317,7 @@ def test_a_tokenizer_that_drops_the_answer_is_refused():
         encode_chat(type(tokenizer)(texts, "dropping"), plain(source), [USER, ANSWER])
 
 
-# As transformers does it
+# Agreement with transformers
 
 
 @pytest.fixture(scope="module")

@@ -29,12 +29,12 @@ def test_train_writes_a_folder_that_show_reads(corpus, tmp_path, capsys):
     assert cli.main(["tokenizer", "show", str(out), "--text", "the [/red] ñ"]) == 0
     said = capsys.readouterr().out
     assert "cats: huggingface, 264 ids" in said
-    assert re.search(r"│ \[ +│ \d+ to \d+ ", said), "what looks like markup is text"
+    assert re.search(r"│ \[ +│ \d+ to \d+ ", said), "text that looks like markup is printed as it is"
     assert re.search(r"│ <C3> +│ 11 to 12 .*\n.*│ <B1> +│ 11 to 12 ", said), "both bytes of ñ"
     assert "for 12 characters, 13 bytes" in said
 
 
-def test_show_bytes(capsys):
+def test_show_prints_the_byte_tokenizer(capsys):
     assert cli.main(["tokenizer", "show", "bytes", "--text", "é"]) == 0
     said = capsys.readouterr().out
     assert "bytes: bytes, 260 ids" in said
@@ -42,7 +42,7 @@ def test_show_bytes(capsys):
     assert said.count("0 to 1") == 2
 
 
-def test_a_vocabulary_smaller_than_asked_for_is_told(corpus, tmp_path, capsys):
+def test_a_vocabulary_smaller_than_asked_for_is_reported(corpus, tmp_path, capsys):
     assert cli.main(["tokenizer", "train", str(corpus), "--vocab-size", "9000", "--out", str(tmp_path / "out")]) == 0
     assert re.search(r"too few pairs to merge for 9000 ids: 2\d\d were made", capsys.readouterr().err)
 
@@ -54,7 +54,7 @@ def test_a_vocabulary_smaller_than_asked_for_is_told(corpus, tmp_path, capsys):
         (["train", "missing.txt", "--vocab-size", "300", "--out", "new"], r"cannot read missing.txt: No such file"),
         (
             ["train", "CORPUS", "--vocab-size", "300", "--out", "."],
-            r"--out \. is there and not empty; name a new folder",
+            r"--out \. exists and is not empty; name a new folder",
         ),
         (["show", "missing"], r"tokenizer 'missing' does not exist; give 'bytes' or a path"),
         (["show", "."], r"there is no tokenizer in \.: give 'bytes', a folder with tokenizer.json"),

@@ -21,7 +21,7 @@ TEMPLATE = "{{ messages[0]['content'] }}"
 
 
 def contents():
-    """Metadata of a small model's tokenizer, as GGUF's own library names it."""
+    """Returns the metadata of a small tokenizer under the keys of GGUF's own library."""
     model = json.loads(byte_level(SPECIAL).to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     return {
@@ -63,7 +63,7 @@ def path(tmp_path_factory):
     return written(tmp_path_factory.mktemp("gguf") / "small.gguf", contents())
 
 
-def test_ids_are_those_of_the_tokenizer_it_was_made_of(path):
+def test_ids_equal_the_original_tokenizers(path):
     tokenizer, library = open_tokenizer(str(path)), byte_level(SPECIAL)
     assert tokenizer.name == "small model"
     assert tokenizer.vocab_size == len(contents()["tokens"])
@@ -72,7 +72,7 @@ def test_ids_are_those_of_the_tokenizer_it_was_made_of(path):
         assert tokenizer.decode(tokenizer.encode(text).ids_T) == text
 
 
-def test_special_tokens_template_and_whole_tokens_come_along(path, tmp_path):
+def test_special_tokens_template_and_added_tokens_are_read(path, tmp_path):
     tokenizer = HuggingFaceTokenizer.load(path)
     special = tokenizer.special
     assert (special.pad, special.bos, special.sep, special.eos) == (2, 1, None, (2,))
@@ -83,7 +83,7 @@ def test_special_tokens_template_and_whole_tokens_come_along(path, tmp_path):
     assert HuggingFaceTokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
 
 
-def test_ends_of_turns_stop_generation_too(tmp_path):
+def test_end_of_turn_tokens_stop_generation_too(tmp_path):
     values = contents() | {"eos_token_id": 0, "eot_token_id": 2}
     assert HuggingFaceTokenizer.load(written(tmp_path / "a.gguf", values)).special.eos == (0, 2)
 
@@ -97,7 +97,7 @@ def test_ends_of_turns_stop_generation_too(tmp_path):
         ("qwen2", "x  12(ok)\n", ["x", "Ġ", "Ġ", "1", "2", "(ok", ")Ċ"]),
     ],
 )
-def test_text_is_split_as_the_file_names_it(tmp_path, split, text, pieces):
+def test_text_is_split_by_the_pre_tokenizer_that_the_file_names(tmp_path, split, text, pieces):
     tokenizer = HuggingFaceTokenizer.load(written(tmp_path / "a.gguf", contents() | {"pre": split}))
     assert [piece for piece, _ in tokenizer._text.pre_tokenizer.pre_tokenize_str(text)] == pieces
 
@@ -116,14 +116,14 @@ def test_text_is_split_as_the_file_names_it(tmp_path, split, text, pieces):
         ({"eos_token_id": None}, "no token ends an answer"),
     ],
 )
-def test_files_of_another_kind_are_one_line(tmp_path, changes, message):
+def test_files_of_another_kind_are_refused_in_one_line(tmp_path, changes, message):
     values = {key: value for key, value in (contents() | changes).items() if value is not None}
     with pytest.raises(UserError, match=message) as caught:
         HuggingFaceTokenizer.load(written(tmp_path / "a.gguf", values))
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_end_too_early_are_one_line(path, tmp_path):
+def test_truncated_files_are_refused_in_one_line(path, tmp_path):
     whole = path.read_bytes()
     cut = tmp_path / "cut.gguf"
     for size in (0, 3, 20, 100, len(whole) // 2, len(whole) - 400, len(whole) - 40):
@@ -141,7 +141,7 @@ def test_without_the_package_one_line_says_what_to_install(path, monkeypatch):
         HuggingFaceTokenizer.load(path)
 
 
-# A real model that a package ships
+# A real model that comes with a package
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def smollm2():
 
 
 @pytest.mark.slow
-def test_smollm2_reads_and_writes_as_published(smollm2):
+def test_smollm2_encodes_and_decodes_as_published(smollm2):
     tokenizer = HuggingFaceTokenizer.load(smollm2)
     assert (tokenizer.vocab_size, tokenizer.special.bos, tokenizer.special.eos) == (49152, 1, (2,))
     assert tokenizer.pieces(tokenizer.encode("The year 1984,  42 cafés").ids_T) == [
@@ -179,6 +179,6 @@ def test_smollm2_gives_the_ids_of_transformers_conversion(smollm2):
     )
     for text in (*(text for text in TEXTS if "½" not in text), "<|im_start|>user\nHi<|im_end|>\n", "a 12 b3"):
         np.testing.assert_array_equal(ours.encode_rendered(text).ids_T, theirs(text)["input_ids"])
-    # Their conversion splits numbers (½ is one) as GPT-2 does; llama.cpp, as SmolLM2's own, takes digits out first.
+    # Their conversion splits numbers (½ is one) as GPT-2 does; llama.cpp and SmolLM2's own split digits off first.
     assert ours.pieces(ours.encode("a  12").ids_T) == ["a", "  ", "1", "2"]
     assert theirs.convert_ids_to_tokens(theirs("a  12")["input_ids"]) == ["a", "Ġ", "Ġ", "1", "2"]

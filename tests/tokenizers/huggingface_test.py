@@ -35,7 +35,7 @@ def test_spans_tile_the_text_and_decode_gives_it_back(kind, text):
     reached = 0
     for start, stop in tokens.offsets_T2.tolist():
         assert 0 <= start <= stop <= len(text)
-        assert start <= reached, "a character between two tokens is in neither"
+        assert start <= reached, "a character lies between two tokens"
         assert start >= reached or text[start:reached].strip(" ") == "" or reached - start == 1, "spans overlap"
         reached = max(reached, stop)
     assert reached == len(text)
@@ -43,7 +43,7 @@ def test_spans_tile_the_text_and_decode_gives_it_back(kind, text):
     assert tokens.dropped(text) == ""
     lost = (
         " " if kind == "metaspace" and text.startswith(" ") else ""
-    )  # as with Llama's own: it is taken for the prefix
+    )  # as in Llama's own tokenizer, it is taken for the prefix
     assert lost + tokenizer.decode(tokens.ids_T) == text
 
 
@@ -55,7 +55,7 @@ def test_evidence_is_marked_to_the_character(kind):
         start = text.index(evidence)
         marked_T = tokens.overlapping([(start, start + len(evidence))])
         (places,) = np.nonzero(marked_T)
-        assert (np.diff(places) == 1).all(), "one run of tokens"
+        assert (np.diff(places) == 1).all(), "the evidence is one run of tokens"
         first, last = tokens.offsets_T2[places[0]], tokens.offsets_T2[places[-1]]
         assert first[0] in (start, start - 1)  # a token may begin with the space before its word
         assert text[first[0] : start].strip() == ""
@@ -63,13 +63,13 @@ def test_evidence_is_marked_to_the_character(kind):
     assert not tokens.overlapping([]).any()
 
 
-def test_the_space_put_before_a_text_stands_for_no_character():
+def test_the_space_added_before_a_text_has_an_empty_span():
     tokens = kinds()["metaspace"].encode("½a")
     assert tokens.offsets_T2.tolist()[:3] == [[0, 0], [0, 1], [0, 1]]  # ▁, and the two bytes of ½
     assert tokens.overlapping([(0, 1)]).tolist()[:3] == [False, True, True]
 
 
-def test_a_character_that_looks_like_the_vocabularys_space_has_its_span():
+def test_a_character_equal_to_the_vocabularys_space_has_its_span():
     for text in ("a▁b", "▁", "aĠb"):
         for kind in KINDS:
             tokens = kinds()[kind].encode(text)
@@ -77,7 +77,7 @@ def test_a_character_that_looks_like_the_vocabularys_space_has_its_span():
             assert tokens.overlapping([(0, len(text))]).any()
 
 
-def test_what_the_files_trim_cut_pad_or_frame_does_not_reach_the_ids():
+def test_trimming_truncation_padding_and_framing_in_the_files_are_ignored():
     made = byte_level(trim=True)
     made.enable_truncation(3)
     made.enable_padding(length=50)
@@ -87,7 +87,7 @@ def test_what_the_files_trim_cut_pad_or_frame_does_not_reach_the_ids():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_people_cannot_write_special_tokens_but_templates_can(kind):
+def test_special_tokens_in_users_text_are_plain_text_but_not_in_templates(kind):
     tokenizer = kinds()[kind]
     (eos,) = tokenizer.special.eos
     spelled = tokenizer.special_tokens["eos_token"]
@@ -102,7 +102,7 @@ def test_people_cannot_write_special_tokens_but_templates_can(kind):
     assert spelled not in tokenizer.decode(rendered.ids_T)
 
 
-def test_characters_that_a_normalizer_drops_are_told():
+def test_characters_that_a_normalizer_drops_are_reported():
     content = description() | {"normalizer": {"type": "Replace", "pattern": {"String": "x"}, "content": ""}}
     tokens = of_description(content).encode("axb x yz")
     assert tokens.dropped("axb x yz") == "xx"
@@ -123,12 +123,12 @@ def test_characters_that_a_normalizer_drops_are_told():
         ({"eos_token": "<|eos|>", "sep_token": "<|sep|>", "add_eos_token": True}, {}, {"sep": 2}),
     ],
 )
-def test_special_ids_come_from_the_files_beside_it(config, files, expected):
+def test_special_ids_come_from_the_accompanying_files(config, files, expected):
     special = of_library(byte_level(), config=config, **files).special
     assert {name: getattr(special, name) for name in expected} == expected
 
 
-def test_without_bos_or_sep_the_end_stands_in():
+def test_the_end_token_replaces_a_missing_bos_or_sep():
     special = of_library(byte_level()).special
     assert (special.begin, special.separator) == (3, 3)
 
@@ -145,10 +145,10 @@ def test_declared_tokens_are_added_and_named_ones_are_special():
     ids = tokenizer.encode_rendered("<|image|><think><|end|>").ids_T.tolist()
     assert ids == [size, size + 1, size + 2]
     assert tokenizer.decode(ids) == "<think>"
-    assert size + 1 in tokenizer.encode("<think>").ids_T  # no special one: people write it too
+    assert size + 1 in tokenizer.encode("<think>").ids_T  # not special: users may write it too
 
 
-def test_pieces_are_what_people_read():
+def test_pieces_are_readable_text():
     byte = kinds()["byte-level"]
     ids = byte.encode("Hello world 漢").ids_T
     assert "".join(byte.pieces(ids)).startswith("Hello world ")
@@ -164,10 +164,10 @@ def test_ids_past_the_vocabulary_decode_to_nothing():
     assert tokenizer.decode([*ids, tokenizer.vocab_size, -1, tokenizer.vocab_size + 1000]) == "cat"
 
 
-# Its identity
+# Fingerprint
 
 
-def test_the_fingerprint_is_of_ids_and_frames_not_of_how_files_are_written():
+def test_the_fingerprint_covers_ids_and_framing_not_the_layout_of_files():
     same = kinds()["byte-level"]
     content = description()
     spaced = {
@@ -202,19 +202,19 @@ def changed_normalizer(content):
 
 
 @pytest.mark.parametrize("change", [changed_vocabulary, changed_merges, changed_split, changed_normalizer])
-def test_what_changes_ids_changes_the_fingerprint(change):
+def test_a_change_of_ids_changes_the_fingerprint(change):
     content = description()
     change(content)
     assert of_description(content).fingerprint != of_description(description()).fingerprint
 
 
-def test_another_frame_is_another_fingerprint():
+def test_a_change_of_framing_changes_the_fingerprint():
     ours = of_library(byte_level()).fingerprint
     assert of_library(byte_level(), config={**EOS, "bos_token": "<|bos|>"}).fingerprint != ours
     assert of_library(byte_level(), config={"eos_token": "<|sep|>"}).fingerprint != ours
 
 
-def test_copies_are_equal_and_pickled_ones_too(tmp_path):
+def test_copies_and_pickled_tokenizers_are_equal(tmp_path):
     tokenizer = of_library(byte_level(), generation_config={"eos_token_id": [3, 2]})
     tokenizer.save(tmp_path)
     copies = (HuggingFaceTokenizer.load(tmp_path, "copy"), pickle.loads(pickle.dumps(tokenizer)))
@@ -225,7 +225,7 @@ def test_copies_are_equal_and_pickled_ones_too(tmp_path):
             np.testing.assert_array_equal(copy.encode(text).ids_T, tokenizer.encode(text).ids_T)
 
 
-def test_a_folder_a_file_and_its_name(tmp_path):
+def test_a_folder_and_its_file_open_the_same_tokenizer(tmp_path):
     folder = tmp_path / "smol"
     folder.mkdir()
     of_library(byte_level()).save(folder)
@@ -234,7 +234,7 @@ def test_a_folder_a_file_and_its_name(tmp_path):
         assert HuggingFaceTokenizer.load(path).name == "smol"
 
 
-# What goes wrong
+# Errors
 
 
 def written(folder, **texts):
@@ -287,7 +287,7 @@ def written(folder, **texts):
         ),
     ],
 )
-def test_broken_files_are_one_line(tmp_path, texts, message):
+def test_broken_files_are_refused_in_one_line(tmp_path, texts, message):
     with pytest.raises(UserError, match=message) as caught:
         HuggingFaceTokenizer.load(written(tmp_path, **texts))
     assert str(caught.value).startswith(f"tokenizer {tmp_path}: ")
@@ -307,13 +307,13 @@ def test_broken_files_are_one_line(tmp_path, texts, message):
         ({**EOS, "added_tokens_decoder": {"0": "<x>"}}, "added_tokens_decoder holds '<x>', which is not a token"),
     ],
 )
-def test_declarations_that_are_no_tokens_are_one_line(config, message):
+def test_malformed_token_declarations_are_refused_in_one_line(config, message):
     with pytest.raises(UserError, match=message):
         of_library(byte_level(), config=config)
 
 
 def test_added_tokens_past_holes_of_the_vocabulary_are_refused():
-    """The library would number them anew: 2 for 7 here."""
+    """The library would renumber them: here it would give 2 in place of 7."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content = {
         "version": "1.0",
@@ -324,15 +324,15 @@ def test_added_tokens_past_holes_of_the_vocabulary_are_refused():
         of_description(content, {"eos_token": "<s>"})
 
 
-def test_half_a_surrogate_pair_is_one_line():
+def test_half_a_surrogate_pair_is_refused_in_one_line():
     with pytest.raises(UserError, match=r"character 0 of the text is U\+D800"):
         kinds()["byte-level"].encode("\ud800")
 
 
-def test_a_byte_that_the_vocabulary_lacks_is_an_error_not_a_shift_of_what_follows():
-    """Published byte-level vocabularies lack some: the library leaves them out and counts on as if they were not."""
+def test_a_byte_missing_from_the_vocabulary_is_an_error_and_shifts_no_spans():
+    """Some published byte-level vocabularies lack bytes; the library skips these without counting them in spans."""
     content = description()
-    for spelling in ("\u0113", "ñ"):  # of the bytes 0x13 and 0xF1
+    for spelling in ("\u0113", "ñ"):  # they stand for the bytes 0x13 and 0xF1
         del content["model"]["vocab"][spelling]
     tokenizer = of_description(content)
     assert tokenizer.decode(tokenizer.encode("é 🎉").ids_T) == "é 🎉"
@@ -349,5 +349,5 @@ def test_without_the_package_one_line_says_what_to_install(monkeypatch, tmp_path
         HuggingFaceTokenizer.load(pathlib.Path(tmp_path))
 
 
-def test_a_vocabulary_that_a_sentence_piece_model_has_needs_no_alphabet():
+def test_a_sentence_piece_vocabulary_needs_no_byte_alphabet():
     assert of_library(sentence_piece("metaspace"), config={"eos_token": "</s>"}).vocab_size > 256

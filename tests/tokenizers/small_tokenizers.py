@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that published models have, trained here on a few lines."""
+"""Small tokenizers of the kinds that published models use, trained here on a few lines."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ TEXTS = (
 
 
 def byte_level(special=("<|pad|>", "<|bos|>", "<|sep|>", "<|eos|>"), vocab_size=400, trim=False):
-    """A library tokenizer: byte-level BPE, as GPT-2, Llama 3, Qwen have; `trim`: the offsets lose their spaces."""
+    """Trains byte-level BPE as in GPT-2, Llama 3 and Qwen; with `trim`, offsets exclude spaces."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     made = Tokenizer(models.BPE())
@@ -42,7 +42,7 @@ def byte_level(special=("<|pad|>", "<|bos|>", "<|sep|>", "<|eos|>"), vocab_size=
 
 
 def sentence_piece(prefix, special=("<unk>", "<s>", "</s>"), vocab_size=420):
-    """As Llama 2, Mistral and Gemma have: spaces are ▁, bytes a way out. `prefix`: who puts the first space there."""
+    """Trains BPE as in Llama 2, Mistral and Gemma: spaces are ▁, and unknown characters fall back to bytes."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token=special[0], fuse_unk=True))
@@ -65,7 +65,7 @@ def sentence_piece(prefix, special=("<unk>", "<s>", "</s>"), vocab_size=420):
 
 
 def of_library(made, name="small", config=None, **files):
-    """Ours from a library tokenizer and the contents of the files beside its tokenizer.json."""
+    """Builds our tokenizer from a library tokenizer and the contents of its accompanying files."""
     config = {"eos_token": "<|eos|>"} if config is None else config
     texts = {"tokenizer.json": made.to_str(), "tokenizer_config.json": json.dumps(config)}
     return HuggingFaceTokenizer(texts | {f"{key}.json": json.dumps(value) for key, value in files.items()}, name)
@@ -73,7 +73,7 @@ def of_library(made, name="small", config=None, **files):
 
 @functools.cache
 def kinds():
-    """One of ours by what it is like."""
+    """Returns our tokenizers by the name of their kind."""
     framed = {f"{name}_token": f"<|{name}|>" for name in ("pad", "bos", "sep", "eos")}
     piece = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return {

@@ -32,7 +32,7 @@ def trained(**changes):
     return train_tokenizer(["a cat sat"], **{"vocab_size": 262, "name": "cats", **changes})
 
 
-def test_bytes_opens_by_name_and_its_copy_is_a_record(tmp_path):
+def test_bytes_opens_by_name_and_is_stored_as_a_record(tmp_path):
     assert open_tokenizer("bytes") == BYTES
     save_tokenizer(BYTES, tmp_path / "run" / "tokenizer")
     assert [path.name for path in (tmp_path / "run" / "tokenizer").iterdir()] == [RECORD]
@@ -67,14 +67,14 @@ def test_a_copy_that_was_changed_is_refused(tmp_path):
         (dataclasses.asdict(RECORDED) | {"fingerprint": "0" * 64}, "is not 'bytes' .* but 'bytes'"),
     ],
 )
-def test_a_broken_record_is_one_line(tmp_path, record, message):
+def test_a_broken_record_is_refused_in_one_line(tmp_path, record, message):
     (tmp_path / RECORD).write_text(record if isinstance(record, str) else json.dumps(record))
     with pytest.raises(UserError, match=message) as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path / RECORD) in str(caught.value) or str(tmp_path) in str(caught.value)
 
 
-def test_paths_without_a_tokenizer_are_one_line(tmp_path):
+def test_paths_without_a_tokenizer_are_refused_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer '.*nowhere' does not exist; give 'bytes' or a path"):
         open_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"there is no tokenizer in .*: give 'bytes', a folder with tokenizer.json, or"):
@@ -98,13 +98,13 @@ def test_ids_that_exceed_the_models_vocabulary_are_refused():
         require_fits_vocabulary(BYTES, 259)
 
 
-def test_a_tokenizer_needs_an_end():
+def test_a_tokenizer_without_an_end_token_is_refused():
     with pytest.raises(UserError, match="needs at least one id that ends an answer"):
         SpecialIds(pad=0, eos=())
 
 
-def test_a_kind_can_be_added(tmp_path, monkeypatch):
-    """By a package of the user's: `TOKENIZERS.register`."""
+def test_another_kind_of_tokenizer_can_be_registered(tmp_path, monkeypatch):
+    """A user's package calls `TOKENIZERS.register`."""
 
     @dataclasses.dataclass(frozen=True)
     class Shouting(BytesTokenizer):

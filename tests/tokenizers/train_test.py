@@ -22,7 +22,7 @@ def test_the_vocabulary_is_as_large_as_asked_for_and_frames_sequences():
     assert tokenizer.name == "trained"
 
 
-def test_any_text_comes_back_and_digits_stay_single():
+def test_any_text_is_decoded_unchanged_and_digits_are_single_tokens():
     tokenizer = train_tokenizer(CORPUS, 330)
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text).ids_T) == text
@@ -57,12 +57,12 @@ def test_a_corpus_with_few_pairs_gives_a_smaller_vocabulary():
         (["", ""], 300, (), "there is no text"),
     ],
 )
-def test_what_cannot_be_trained_is_one_line(texts, size, special, message):
+def test_impossible_training_is_refused_in_one_line(texts, size, special, message):
     with pytest.raises(UserError, match=message):
         train_tokenizer(texts, size, special=special)
 
 
-def test_lines_of_files_one_after_the_other(tmp_path):
+def test_files_are_read_line_by_line_in_order(tmp_path):
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_bytes(b"one\r\ntwo\n")
     second.write_text("three")
@@ -87,7 +87,7 @@ def test_lines_of_files_one_after_the_other(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not WIKITEXT.exists(), reason="needs shared/data/wikitext2")
-def test_a_real_corpus_comes_back_character_by_character():
+def test_a_real_corpus_is_decoded_unchanged():
     lines = gzip.decompress(WIKITEXT.read_bytes()).decode().split("\n")
     tokenizer = train_tokenizer(lines, 2048)
     assert tokenizer.vocab_size == 2048

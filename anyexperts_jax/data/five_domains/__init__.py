@@ -1,1 +1,1 @@
-"""The five domains of the paper's tables, built on real signals that ship in packages: everything runs offline."""
+"""The five domains of the paper's tables, built from real signals in installed packages, so they work offline."""

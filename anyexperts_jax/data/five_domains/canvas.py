@@ -1,4 +1,4 @@
-"""Canvases with clutter, and digits painted on them."""
+"""Makes cluttered backgrounds and paints digits on them."""
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -15,7 +15,7 @@ COLOUR_NAMES = tuple(COLOURS)
 _INK = 96  # a pixel with at least this much ink (of 255) belongs to the digit
 _NOISE = {1: 24, 2: 40, 3: 56}  # brightest background pixel, by level
 _STROKES_PER_1000_PIXELS = {1: 0, 2: 3, 3: 6}  # grey strokes of clutter, by level
-_LENGTHS = (3, 8)  # of a stroke in pixels, the last exclusive; so with its shade
+_LENGTHS = (3, 8)  # range of a stroke's length in pixels, end exclusive
 _SHADES = (70, 150)
 _DOWN, _RIGHT = np.array([0, 1, 1, 1]), np.array([1, 0, 1, -1])  # a stroke's four directions
 
@@ -23,7 +23,7 @@ _DOWN, _RIGHT = np.array([0, 1, 1, 1]), np.array([1, 0, 1, -1])  # a stroke's fo
 def cluttered_frames(
     rng: np.random.Generator, frames: int, height: int, width: int, level: int
 ) -> UInt8[ndarray, "F H W 3"]:
-    """Dark, noisy backgrounds, from level 2 with grey strokes on them. No two frames have the same."""
+    """Makes dark, noisy backgrounds, different for every frame; from level 2 on with grey strokes."""
     grey = rng.integers(0, _NOISE[level], size=(frames, height, width), dtype=np.uint8)
     strokes = _STROKES_PER_1000_PIXELS[level] * grey.size // 1000
     if strokes:
@@ -41,7 +41,7 @@ def cluttered_frames(
 def paint(
     canvas: UInt8[ndarray, "H W 3"], ink: UInt8[ndarray, "h w"], top: int, left: int, colour: str
 ) -> Bool[ndarray, "H W"]:
-    """Paints `ink` in `colour` on `canvas`, in place, cut at its edges, and returns the pixels it covers."""
+    """Paints `ink` in `colour` on `canvas` in place, clipped at the edges; returns the pixels it covers."""
     height, width = canvas.shape[:2]
     rows = slice(max(top, 0), min(top + ink.shape[0], height))
     columns = slice(max(left, 0), min(left + ink.shape[1], width))

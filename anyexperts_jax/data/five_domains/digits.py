@@ -1,4 +1,4 @@
-"""The handwritten digits of scikit-learn (1797 scans of 8 x 8 pixels, UCI optdigits), split by who wrote them."""
+"""The handwritten digits of scikit-learn (1797 scans of 8 x 8 pixels, UCI optdigits), split by writer."""
 
 import bisect
 import functools
@@ -10,40 +10,40 @@ from numpy import ndarray
 from anyexperts_jax.core.errors import require_one_of
 
 GLYPH = 16  # height and width of a glyph in pixels: the scans at twice their size
-# The file names no writer, but everyone copied the same text: its digits start over at each of these scans, where
-# another form begins. 13 people filled in 14 forms, so one of them filled in two. Forms 7 and 11 look most alike (by
-# nearest neighbours); both are in train.
+# The file does not name writers, but all copied the same text: its digits start again at each of these scans, where a
+# new form begins. 13 people filled in 14 forms, so one of them filled in two. Forms 7 and 11 are most similar (by
+# nearest neighbours), and both are in train.
 FORM_STARTS = (0, 130, 256, 386, 516, 646, 776, 906, 1029, 1157, 1287, 1415, 1545, 1667)
 _NUM_SCANS = 1797
 _SPLIT_FORMS = {"train": (0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11), "validation": (4,), "test": (12, 13)}
 
 
 def form_of(index: int) -> int:
-    """The form that scan `index` was cut from."""
+    """Returns the form that scan `index` was cut from."""
     return bisect.bisect_right(FORM_STARTS, index) - 1
 
 
 @functools.cache
 def split_scans(split: str) -> tuple[int, ...]:
-    """The indices of the scans that belong to `split`: those of whole forms, so that splits share no handwriting."""
+    """Returns the indices of the scans in `split`, which has whole forms, so that splits share no handwriting."""
     require_one_of("split", split, _SPLIT_FORMS)
     return tuple(index for index in range(_NUM_SCANS) if form_of(index) in _SPLIT_FORMS[split])
 
 
 def label(index: int) -> int:
-    """The digit that scan `index` shows."""
+    """Returns the digit on scan `index`."""
     return int(_scans()[1][index])
 
 
 def draw_scan(rng: np.random.Generator, split: str, digit: int) -> int:
-    """The index of a scan of `digit`, one of `split`'s at random."""
+    """Draws the index of a scan of `digit` in `split`."""
     choices = _scans_of(split, digit)
     return int(choices[int(rng.integers(len(choices)))])
 
 
 @functools.cache
 def glyph(index: int) -> UInt8[ndarray, "16 16"]:
-    """Scan `index` at twice its size (linear interpolation in whole numbers), ink 0 to 255."""
+    """Returns scan `index` at twice its size (linear interpolation in integers), with ink from 0 to 255."""
     ink = _scans()[0][index].astype(np.int32) * 255 // 16
     for axis in (0, 1):
         ink = np.moveaxis(ink, axis, 0)

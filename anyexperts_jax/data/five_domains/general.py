@@ -1,4 +1,4 @@
-"""general: handwritten digits on a canvas. Which digit, where, how many, what colour?"""
+"""The domain general: handwritten digits on a canvas. Which digit, where, how many, what colour?"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from anyexperts_jax.data.five_domains.marked_text import marked
 
 SIZE = 48  # height and width of the picture: three by three cells of one glyph
 PLACES = ("nw", "n", "ne", "w", "mid", "e", "sw", "s", "se")  # of the cells, row by row
-_JITTER = {1: 0, 2: 1, 3: 3}  # pixels a digit may be off its cell, by level
+_JITTER = {1: 0, 2: 1, 3: 3}  # largest offset of a digit from its cell in pixels, by level
 _DIGITS = {1: (1, 1), 2: (2, 3), 3: (4, 5)}  # least and most digits in the picture, by level
 _COUNTS = {1: (1, 4), 2: (1, 4), 3: (1, 5)}  # least and most digits to count, by level
 _OTHERS = {1: (0, 0), 2: (1, 3), 3: (3, 4)}  # least and most digits that do not count, by level
@@ -72,7 +72,7 @@ class General:
 
 
 def _scene(rng: np.random.Generator, split: str, level: int) -> list[_Placed]:
-    """Digits that differ in value, colour and cell; the first is the one to ask about."""
+    """Draws digits that differ in value, colour and cell; the question is about the first one."""
     number = _between(rng, _DIGITS[level])
     values, cells, colours = rng.permutation(10), rng.permutation(len(PLACES)), rng.permutation(len(COLOUR_NAMES))
     return [
@@ -82,7 +82,7 @@ def _scene(rng: np.random.Generator, split: str, level: int) -> list[_Placed]:
 
 
 def _ask(kind: str, item: _Placed, *, named: bool) -> tuple[str, str]:
-    """The question (evidence marked) and the answer about one digit."""
+    """Returns the question about one digit, with its evidence marked, and the answer."""
     if kind == "which":
         return f"which digit is [{item.colour}]?" if named else "which digit is it?", str(item.digit)
     if kind == "where":
@@ -91,7 +91,7 @@ def _ask(kind: str, item: _Placed, *, named: bool) -> tuple[str, str]:
 
 
 def _counting_scene(rng: np.random.Generator, split: str, level: int) -> tuple[list[_Placed], list[_Placed], str]:
-    """All digits, the ones to count, and the question."""
+    """Returns all digits, the ones to count, and the question."""
     number, others = _between(rng, _COUNTS[level]), _between(rng, _OTHERS[level])
     cells = rng.permutation(len(PLACES))
     colour, *other_colours = (COLOUR_NAMES[i] for i in rng.permutation(len(COLOUR_NAMES)))
@@ -105,7 +105,7 @@ def _counting_scene(rng: np.random.Generator, split: str, level: int) -> tuple[l
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, item: _Placed, jitter: int) -> np.ndarray:
-    """Paints a digit on its cell, off by up to `jitter` pixels but inside the picture; returns the pixels covered."""
+    """Paints a digit on its cell, moved by up to `jitter` pixels within the picture; returns the pixels it covers."""
     row, column = divmod(item.cell, SIZE // digits.GLYPH)
     down, right = rng.integers(-jitter, jitter + 1, size=2)
     top = int(np.clip(row * digits.GLYPH + down, 0, SIZE - digits.GLYPH))

@@ -6,7 +6,7 @@ _MARKED = re.compile(r"\[([^\]]+)\]")
 
 
 def marked(text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """The question in `text` without its brackets, and the spans of characters that stood in brackets.
+    """Removes the brackets from `text`; returns the question and the spans of characters that were in brackets.
 
     marked("how many are [red]?") is ("how many are red?", ((13, 16),)).
     """

@@ -1,4 +1,4 @@
-"""nlp: arithmetic and logic in words. Add, subtract, compare, judge, and two steps in a row."""
+"""The domain nlp: arithmetic and logic in words. Add, subtract, compare, judge, and two steps in a row."""
 
 import dataclasses
 import functools
@@ -26,16 +26,16 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
-    text: str  # the question, its evidence marked
+    text: str  # the question, with its evidence marked
     answer: str
     steps: tuple[Pair, ...]  # the pairs of numbers that are added, subtracted or compared to find the answer
     thing: str = "number"  # what is counted: one of THINGS, or bare numbers
 
 
 def split_of(thing: str, first: int, second: int) -> str:
-    """The split that owns a pair of numbers of a thing, in either order: six eighths train, an eighth each the others.
+    """Returns the split that owns a pair of numbers of a thing: train has six eighths, the others one eighth each.
 
-    3 pens and 4 pens make the same problem as 4 pens and 3 pens, added or compared, so the order does not count.
+    3 pens and 4 pens are the same problem as 4 pens and 3 pens, added or compared, so the order does not matter.
     """
     low, high = sorted((first, second))
     remainder = (low + 3 * high + _COUNTED.index(thing)) % 8
@@ -45,12 +45,12 @@ def split_of(thing: str, first: int, second: int) -> str:
 class Nlp:
     """Word problems of at most 80 bytes.
 
-    The sources are a thing and, for each step of the answer, the pair of numbers of it that the step adds, subtracts
-    or compares, in no order: a split never works out what another works out, whatever the kind of question. "Ann has
-    3, finds 4 and loses 2" has two steps, 3 with 4 and 7 with 2. Every pair of numbers occurs in training with some of
-    the things: what 3 and 4 make is known there, as the shape of a 3 is in other domains, and not what 3 and 4 pens
-    make. From level 1 to 3 the numbers grow; level 2 adds a sentence that does not matter or a negation, level 3 one
-    with a number that does not matter, or a second clause.
+    The sources are a thing and, for each step of the answer, the unordered pair of its numbers that the step adds,
+    subtracts or compares. So no split has a step that another split has, whatever the kind of question. "Ann has 3,
+    finds 4 and loses 2" has two steps, 3 with 4 and 7 with 2. Every pair of numbers occurs in training with some of the
+    things, as the shape of a 3 does in other domains: training shows what 3 and 4 make, but not what 3 pens and 4 pens
+    make. The numbers grow from level 1 to 3. Level 2 adds an irrelevant sentence or a negation, level 3 an irrelevant
+    sentence with a number, or a second clause.
     """
 
     name = "nlp"
@@ -128,14 +128,14 @@ _QUESTIONS: dict[str, Callable[[np.random.Generator, str, int], _Problem]] = {
 
 @functools.cache
 def _choices(kind: str, split: str, level: int) -> tuple[tuple[str, Numbers], ...]:
-    """Every thing and numbers that a question of this kind may hold in this split, so that one draw suffices."""
+    """Lists all things and numbers that a question of this kind may have in this split, so that one draw suffices."""
     require_one_of("split", split, SPLITS)
     things = ("number",) if kind == "logic" else THINGS
     return tuple((thing, numbers) for thing in things for numbers in _numbers(kind, split, level, thing))
 
 
 def _steps(kind: str, numbers: Numbers) -> tuple[Pair, ...]:
-    """The pairs of numbers that a question of this kind adds, subtracts or compares."""
+    """Returns the pairs of numbers that a question of this kind adds, subtracts or compares."""
     if kind == "two_step":
         a, b, c = numbers
         return (a, b), (a + b, c)
@@ -143,7 +143,7 @@ def _steps(kind: str, numbers: Numbers) -> tuple[Pair, ...]:
 
 
 def _numbers(kind: str, split: str, level: int, thing: str) -> list[Numbers]:
-    """What a question may hold: each of its steps belongs to the split."""
+    """Lists the numbers that a question may have: each of its steps belongs to the split."""
     one_to_top = range(1, (_LARGEST_OF_THREE if kind == "two_step" else _LARGEST)[level] + 1)
     pairs = [(a, b) for a in one_to_top for b in one_to_top if split_of(thing, a, b) == split]
     if kind == "add":

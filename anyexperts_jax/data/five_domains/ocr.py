@@ -1,11 +1,12 @@
-"""OCR: text in the fonts matplotlib ships, on signs, tables, receipts and bar charts.
+"""The domain ocr: text in matplotlib's fonts, on signs, tables, receipts and bar charts.
 
 Three question types: `read` (the text of a sign), `find` (the value of a row or bar, the price of an item) and
 `compare` (the largest, the smallest, how many above a number). Level 1 has single large characters in black on white,
 each in a quarter of the picture, on signs and in tables of two rows; level 2 has charts as well; level 3 has receipts
 and charts in the smallest readable print, coloured, off the grid and noisy. The splits share no family of fonts.
 
-Exact for a given version of Pillow: glyphs are drawn by the FreeType it bundles, all else in integers.
+Examples are exactly reproducible for a given version of Pillow: its bundled FreeType draws the glyphs, and all else is
+integer arithmetic.
 """
 
 import dataclasses
@@ -34,18 +35,18 @@ _COLOURED = (
 
 @dataclasses.dataclass(frozen=True)
 class _Difficulty:
-    """What one level draws from."""
+    """The choices of one level."""
 
     palette: tuple[tuple[documents.Colour, documents.Colour, documents.Colour], ...]
-    shift: int  # pixels the text may be off its cells, either way
-    noise: int  # of the pixels, either way
+    shift: int  # largest offset of the text from its cells in pixels, either way
+    noise: int  # largest change of a pixel, either way
     sign_cell: tuple[int, int]
-    sign_grid: int  # pixels between the places a sign can stand at
+    sign_grid: int  # pixels between the possible places of a sign
     sign_characters: int
     rows: int
     value_digits: int
-    kinds: tuple[str, ...]  # of documents to find something in; all but receipts to compare in
-    everything: bool  # words on signs and the question of how many lie above a number as well
+    kinds: tuple[str, ...]  # kinds of documents for `find`; `compare` uses them without receipts
+    everything: bool  # whether to include words on signs, and questions of how many are above a number
 
 
 _DIFFICULTIES = {
@@ -95,10 +96,10 @@ class Ocr:
     metric: Metric = "anls"
 
     def example(self, split: str, index: int, seed: int = 0, levels: Sequence[int] = LEVELS) -> Example:
-        """See `Domain.example`. The image is 64 x 64, so that a patch of 8 pixels is about a small character.
+        """See `Domain.example`. The image is 64 x 64, so that a patch of 8 pixels is about one small character.
 
         Raises:
-          UserError: when matplotlib's fonts are missing, or an argument is out of range.
+          UserError: if matplotlib's fonts are missing, or an argument is out of range.
         """
         rng, level = example_generator(self.name, split, index, seed, levels)
         difficulty = _DIFFICULTIES[level]
@@ -120,7 +121,9 @@ class Ocr:
         )
 
 
-_Made = tuple[Document, str, str, list[documents.Box]]  # with question (evidence marked), answer, where the answer is
+_Made = tuple[
+    Document, str, str, list[documents.Box]
+]  # document, question with evidence marked, answer, boxes of the answer
 
 
 def _read(rng: np.random.Generator, style: Style, difficulty: _Difficulty) -> _Made:
@@ -157,7 +160,7 @@ def _compare(rng: np.random.Generator, style: Style, difficulty: _Difficulty) ->
 
 
 def _draw(rng: np.random.Generator, style: Style, difficulty: _Difficulty, kind: str) -> Document:
-    """A document of distinct keys and distinct values, its rows in alphabetical order where the keys are letters."""
+    """Draws a document with distinct keys and distinct values, in alphabetical order if the keys are letters."""
     rows = difficulty.rows
     if kind == "receipt":
         items = rng.permutation(len(documents.ITEMS))[:rows]

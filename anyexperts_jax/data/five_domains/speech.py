@@ -1,11 +1,12 @@
-"""Speech: spoken digits and commands, synthesised by eSpeak NG in many voices, and what was said.
+"""The domain speech: spoken digits and commands, synthesised by eSpeak NG in many voices.
 
 Three question types: `transcribe` (all words), `position` (the first, second or last word) and `count` (how many).
 Level 1 is one accent at one rate in a quiet room, and the recording ends with the last word; levels 2 and 3 add words,
 accents, rates, pitches, noise, and silence after the words. The splits share no family of voice variants; a variant
 sets formants, pitch and timing.
 
-Exact in the samples: eSpeak's integers, noise in integers, and resampling rounded to 16 bits.
+The samples are exactly reproducible: eSpeak's are integers, noise is added in integers, and resampling is rounded to 16
+bits.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from anyexperts_jax.data.domain import Metric, example_generator
 from anyexperts_jax.data.example import LEVELS, SAMPLE_RATE, Example
 from anyexperts_jax.data.five_domains.marked_text import marked
 
-# What is said, and how it is written in answers.
+# Spoken words, and how answers write them.
 WORDS = {
     "zero": "0",
     "one": "1",
@@ -40,9 +41,9 @@ WORDS = {
     "up": "up",
     "down": "down",
 }
-# Voice variants, those of one family in brackets: of one speaker (iven3, iven4), or alike because their first three
-# formants, which make a vowel, are within 5% of each other or were copied from each other. The first family is near the
-# voice that eSpeak has without a variant.
+# Voice variants, grouped by family: they are of one speaker (iven3, iven4), or similar because their first three
+# formants, which make a vowel, are within 5% of each other or were copied from each other. The first family is close to
+# eSpeak's voice without a variant.
 # fmt: off
 FAMILIES = {
     "train": (
@@ -64,13 +65,13 @@ _POSITIONS = ("first", "second", "last")
 
 @dataclasses.dataclass(frozen=True)
 class _Difficulty:
-    """What one level draws from; ranges are inclusive."""
+    """The choices of one level; ranges are inclusive."""
 
     accents: tuple[str, ...]
     words_per_minute: tuple[int, int]
     pitch: tuple[int, int]
-    before_ms: tuple[int, int]  # of noise alone, before the words
-    after_ms: tuple[int, int]  # and after them
+    before_ms: tuple[int, int]  # of only noise, before the words
+    after_ms: tuple[int, int]  # of only noise, after the words
     gain_percent: tuple[int, int]
     noise_db: tuple[int, int]  # below the speech
     transcribe: tuple[int, int]  # how many words, by question type
@@ -128,7 +129,7 @@ class Speech:
         """See `Domain.example`. The audio is at most MAX_SECONDS long.
 
         Raises:
-          UserError: when eSpeak NG cannot be used, or an argument is out of range.
+          UserError: if eSpeak NG cannot be used, or an argument is out of range.
         """
         rng, level = example_generator(self.name, split, index, seed, levels)
         difficulty = _DIFFICULTIES[level]
@@ -156,7 +157,7 @@ class Speech:
 
 
 def _ask(rng: np.random.Generator, question_type: str, words: list[str]) -> tuple[str, str, list[int]]:
-    """The question (evidence marked), its answer, and the numbers of the words that carry it."""
+    """Returns the question with its evidence marked, the answer, and the indices of the words that carry it."""
     everything = list(range(len(words)))
     if question_type == "transcribe":
         return "What is said?", " ".join(WORDS[word] for word in words), everything
@@ -170,7 +171,7 @@ def _ask(rng: np.random.Generator, question_type: str, words: list[str]) -> tupl
 def _say(
     words: tuple[str, ...], voice: str, words_per_minute: int, pitch: int
 ) -> tuple[Int16[ndarray, " samples"], list[tuple[int, int]]]:
-    """The words at SAMPLE_RATE without the silence around them, and the samples each word takes up."""
+    """Speaks the words at SAMPLE_RATE, without silence around them; also returns the samples of each word."""
     said = espeak.speak(" ".join(words), voice, words_per_minute=words_per_minute, pitch=pitch)
     loud = np.flatnonzero(np.abs(said.samples.astype(np.int32)) > np.abs(said.samples.astype(np.int32)).max() // 50)
     first, end = int(loud[0]), int(loud[-1]) + 1
@@ -180,7 +181,7 @@ def _say(
 
 
 def _resample(samples: Int16[ndarray, " before"]) -> Int16[ndarray, " after"]:
-    """eSpeak's rate to SAMPLE_RATE. Rounding to 16 bits hides the last bits in which machines may differ."""
+    """Resamples from eSpeak's rate to SAMPLE_RATE, rounded to 16 bits to hide differences between machines."""
     from scipy.signal import resample_poly
 
     up, down = 320, 441  # SAMPLE_RATE / ESPEAK_RATE
@@ -198,7 +199,7 @@ def _low_pass() -> Float64[ndarray, " taps"]:
 def _in_a_room(
     rng: np.random.Generator, speech: Int16[ndarray, " samples"], difficulty: _Difficulty
 ) -> tuple[Float32[ndarray, " padded"], int]:
-    """The speech at some loudness, with noise on it and around it, and the sample it begins at.
+    """Scales the speech and adds noise to and around it; also returns the sample at which the speech begins.
 
     Everything is an integer until the division at the end.
     """
@@ -216,7 +217,7 @@ def _in_a_room(
 
 
 def _noise(rng: np.random.Generator, samples: int, mean_square: int) -> Int64[ndarray, " samples"]:
-    """White noise, uniform: the mean square of the integers -a..a is a (a + 1) / 3."""
+    """Draws uniform white noise; the mean square of the integers -a..a is a (a + 1) / 3."""
     bound = max(1, math.isqrt(3 * mean_square))
     return rng.integers(-bound, bound, size=samples, endpoint=True)
 

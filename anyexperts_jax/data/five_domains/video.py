@@ -1,4 +1,4 @@
-"""video: handwritten digits that appear and move over six frames. Which digit, when, which way?"""
+"""The domain video: handwritten digits that appear and move over six frames. Which digit, when, which way?"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,21 +16,21 @@ FRAMES = 6
 SIZE = 24  # height and width of a frame
 TIMES = ("start", "middle", "end")
 WAYS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (down, right) per step
-_THIRDS = {"start": (0, 2), "middle": (2, 4), "end": (4, 6)}  # first frame and end of the times one can ask for
-_FREE = SIZE - digits.GLYPH  # pixels a whole glyph can move inside a frame
+_THIRDS = {"start": (0, 2), "middle": (2, 4), "end": (4, 6)}  # (first frame, end) of the times in questions
+_FREE = SIZE - digits.GLYPH  # pixels by which a glyph can move within a frame
 
 
 @dataclasses.dataclass(frozen=True)
 class _Actor:
-    """A digit that is in the picture from frame `first` until before frame `end`."""
+    """A digit that is in the picture from frame `first` to before frame `end`."""
 
     scan: int
     colour: str
     first: int
     end: int
-    top: int  # where it is at `first`, in pixels
+    top: int  # its position at `first`, in pixels
     left: int
-    step: tuple[int, int] = (0, 0)  # pixels down and right from frame to frame
+    step: tuple[int, int] = (0, 0)  # pixels (down, right) per frame
 
     @property
     def digit(self) -> int:
@@ -69,7 +69,7 @@ class Video:
 
 
 def _ask(kind: str, level: int, actors: list[_Actor], asked: int) -> str:
-    """The question about one actor, its evidence marked."""
+    """Returns the question about one actor, with its evidence marked."""
     colour, digit = actors[asked].colour, actors[asked].digit
     if kind == "which":
         by_order = ("first", "last")[asked] if level == 3 else ""
@@ -80,7 +80,7 @@ def _ask(kind: str, level: int, actors: list[_Actor], asked: int) -> str:
 
 
 def _scene(rng: np.random.Generator, split: str, level: int, kind: str) -> tuple[list[_Actor], list[str]]:
-    """One actor, or two for half of the film each; and the answer about each."""
+    """Draws one actor, or two for half of the film each, and the answer about each."""
     half = FRAMES // 2
     spans = [(0, half), (half, FRAMES)]
     if level == 1:
@@ -102,7 +102,7 @@ def _scene(rng: np.random.Generator, split: str, level: int, kind: str) -> tuple
 
 
 def _when_scene(rng: np.random.Generator, split: str, level: int) -> tuple[list[_Actor], list[str]]:
-    """One or two actors, each in a third of the film of its own; and the answer about each."""
+    """Draws one or two actors, each in its own third of the film, and the answer about each."""
     values, colours, times = rng.permutation(10), rng.permutation(len(COLOUR_NAMES)), rng.permutation(len(TIMES))
     actors, answers = [], []
     for i in range(1 if level == 1 else 2):
@@ -115,11 +115,11 @@ def _when_scene(rng: np.random.Generator, split: str, level: int) -> tuple[list[
 
 
 def _walk(rng: np.random.Generator, scan: int, colour: str, first: int, end: int, way: str) -> _Actor:
-    """An actor that walks `way` through the middle of its track, half out of the picture at either end at most."""
+    """Makes an actor that moves `way` along its track, at most half out of the picture at either end."""
     frames = end - first
     pixels = 4 if frames == FRAMES else 8
     down, right = WAYS[way]
-    start = (_FREE - pixels * (frames - 1)) // 2  # of a walk right or down; the other two walk it backwards
+    start = (_FREE - pixels * (frames - 1)) // 2  # of a walk right or down; left and up are the reverse
     across = int(rng.integers(0, _FREE + 1))
     along = start if down + right > 0 else _FREE - start
     top, left = (along, across) if down else (across, along)
@@ -127,7 +127,7 @@ def _walk(rng: np.random.Generator, scan: int, colour: str, first: int, end: int
 
 
 def _film(rng: np.random.Generator, actors: list[_Actor], asked: _Actor, level: int) -> tuple[np.ndarray, np.ndarray]:
-    """The frames, and the pixels of the actor that is asked about."""
+    """Paints the frames; also returns the pixels of the actor in question."""
     video = cluttered_frames(rng, FRAMES, SIZE, SIZE, level)
     evidence = np.zeros((FRAMES, SIZE, SIZE), bool)
     for actor in actors:

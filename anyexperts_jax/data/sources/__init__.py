@@ -1,1 +1,1 @@
-"""Rows of files, folders and object stores: read by number, indexed once, never loaded whole."""
+"""Rows of files, folders and object stores, indexed once and read by index, never loaded as a whole."""

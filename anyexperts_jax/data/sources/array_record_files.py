@@ -1,4 +1,4 @@
-"""ArrayRecord files without a manifest: each record one JSON object."""
+"""Rows of ArrayRecord files without a manifest; each record is a JSON object."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ class ArrayRecordRows:
     """The records of ArrayRecord files, one after the other.
 
     Raises:
-      UserError: when a file is in a store, or none of ArrayRecord.
+      UserError: if a file is in an object store, or is not an ArrayRecord file.
     """
 
     labels: Mapping[str, Sequence[str]] = {}
@@ -35,7 +35,7 @@ class ArrayRecordRows:
         self.fingerprint = fingerprint(*(f"{file.name} {file.size} {self._tail(file)}" for file in files))
 
     def _tail(self, file: File) -> int:
-        """A hash of the end of a file, where its index is."""
+        """Returns a hash of the end of a file, which has its index."""
         with open(file.path, "rb") as stream:
             stream.seek(max(file.size - 65536, 0))
             return hash_64(stream.read())

@@ -1,7 +1,7 @@
-"""A cache of what is computed once for each file: where its rows begin, and a copy if it cannot be read at random.
+"""A cache of what is computed once per file: where its rows begin, and a copy if it has no random access.
 
-It lies in $ANYEXPERTS_CACHE, or in anyexperts/ under $XDG_CACHE_HOME or ~/.cache, by the file's path, size and time.
-Deleting it costs only the time to build it again.
+It is in $ANYEXPERTS_CACHE, or in anyexperts/ under $XDG_CACHE_HOME or ~/.cache. Entries are keyed by the file's path,
+size and time. Deleting it costs only the time to build it again.
 """
 
 import hashlib
@@ -16,21 +16,23 @@ import numpy as np
 
 from anyexperts_jax.core.errors import UserError
 
-_VERSION = "1"  # of what is written; another makes everything anew
+_VERSION = "1"  # version of the entries; another one rebuilds everything
 
 
 def cache_folder() -> pathlib.Path:
-    """The folder of the cache."""
+    """Returns the folder of the cache."""
     own = os.environ.get("ANYEXPERTS_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return pathlib.Path(own) if own else pathlib.Path(base) / "anyexperts"
 
 
 def made_once(build: Callable[[pathlib.Path], None], *key: str | int) -> pathlib.Path:
-    """The folder that `build` filled for this key, in this call or an earlier one. It exists only once it is complete.
+    """Returns the folder that `build` filled for this key, in this call or an earlier one.
+
+    The folder appears only when it is complete.
 
     Raises:
-      UserError: when the cache cannot be written to.
+      UserError: if the cache cannot be written.
     """
     folder = cache_folder() / _digest(*key)
     if folder.is_dir():
@@ -59,17 +61,17 @@ def _digest(*key: str | int) -> str:
 
 
 def fingerprint(*parts: str | int) -> str:
-    """A short hash of these."""
+    """Returns a short hash of the parts."""
     return _digest(*parts)[:16]
 
 
 def hash_64(data: bytes) -> int:
-    """64 bits of a hash: the same on every machine."""
+    """Returns 64 bits of a hash that is the same on every machine."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 class Numbers:
-    """The numbers in a file, mapped into memory rather than read: `array_N`, or [N, columns]. Pickled as its path."""
+    """The numbers in a file, mapped into memory as `array_N`, or [N, columns]. It is pickled as the path."""
 
     def __init__(self, path: pathlib.Path, dtype: type, columns: int = 1) -> None:
         self._given = path, dtype, columns
@@ -78,7 +80,7 @@ class Numbers:
             self.array_N: np.ndarray = np.zeros((0, columns) if columns > 1 else (0,), dtype)
         else:
             mapped = np.memmap(path, dtype, mode="r").reshape(shape)
-            self.array_N = mapped.view(np.ndarray)  # of which a row is taken in a third of the time
+            self.array_N = mapped.view(np.ndarray)  # indexing a plain ndarray is three times as fast as a memmap
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Numbers, self._given

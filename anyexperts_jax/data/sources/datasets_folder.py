@@ -1,4 +1,4 @@
-"""Folders that the package `datasets` saved: a dataset, or one for each split. Rows are mapped into memory."""
+"""Rows of folders that the package `datasets` saved, with one dataset or one per split, mapped into memory."""
 
 import os
 import pathlib
@@ -18,10 +18,10 @@ _ONE, _MANY = "state.json", "dataset_dict.json"
 
 
 class DatasetRows:
-    """The rows of all splits, one after the other; a split is a file that is called after it.
+    """The rows of all splits, one after the other; each split counts as a file with its name.
 
     Raises:
-      UserError: when `datasets` is missing or the folder is damaged.
+      UserError: if `datasets` is missing or the folder is damaged.
     """
 
     def __init__(self, files: Sequence[File]) -> None:
@@ -76,13 +76,13 @@ class DatasetRows:
 
 
 def _load(folder: str) -> dict[str, Any]:
-    """The dataset of each split by name."""
+    """Loads the dataset of each split, by name."""
     loaded = load_saved(folder)
     return dict(loaded) if isinstance(loaded, Mapping) else {"data": loaded}
 
 
 def _find(place: Place) -> Sequence[File]:
-    """The file at the top of a folder that marks it as saved by `datasets`."""
+    """Finds the file at the top of a folder that marks it as saved by `datasets`."""
     if not place.is_folder or is_address(place.path):
         return ()
     return [file for file in place.files if file.name in (_ONE, _MANY)][:1]

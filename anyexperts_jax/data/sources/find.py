@@ -7,10 +7,10 @@ from anyexperts_jax.data.sources.rows import RowFormat, Rows
 
 
 def find_rows(place: str) -> tuple[str, Rows]:
-    """(a description, as "JSON Lines, 3 files"; the rows) of the files at a place, recognised by their names.
+    """Opens the files at a place, recognised by their names; returns (description, as "JSON Lines, 3 files"; rows).
 
     Raises:
-      UserError: when there is nothing, files of several kinds, or none that is known.
+      UserError: if there are no files, files of several kinds, or none of a known kind.
     """
     found = find_files(place)
     formats: dict[str, RowFormat] = {name: ROW_FORMATS[name] for name in ROW_FORMATS}
@@ -28,4 +28,4 @@ def find_rows(place: str) -> tuple[str, Rows]:
     raise UserError(f"the data at {place} has neither {markers} nor files of a known kind ({kinds}), but {shown}")
 
 
-_TABLES = ("lines", "parquet", "webdataset")  # of which a place may hold one kind
+_TABLES = ("lines", "parquet", "webdataset")  # a place may hold only one of these kinds

@@ -1,6 +1,6 @@
-"""JSON Lines, plain or compressed, and JSON files that hold one list: a row is read where its line begins.
+"""Rows of JSON Lines, plain or compressed, and of JSON files with one list, read by the offsets of their lines.
 
-Compressed files, lists and files in a store are copied into the cache as plain lines first, once.
+Compressed files, lists and files in an object store are first copied into the cache as plain lines, once.
 """
 
 import codecs
@@ -28,10 +28,10 @@ _MAGIC = {".gz": b"\x1f\x8b", ".tgz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 
 
 class LineRows:
-    """One JSON object a line, of several files one after the other.
+    """The JSON objects in the lines of several files, one file after the other.
 
     Raises:
-      UserError: when a file cannot be read, is cut short, or is not what its name says.
+      UserError: if a file cannot be read, is cut short, or is not what its name says.
     """
 
     labels: Mapping[str, Sequence[str]] = {}
@@ -89,22 +89,22 @@ def _close(handles: dict[int, int]) -> None:
 
 
 class OpenFiles:
-    """Files that are read from any place by any thread, opened when they are first read."""
+    """Files that any thread can read at any offset. They are opened when they are first read."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self._paths = tuple(paths)
         self._handles: dict[int, int] = {}
         self._lock = threading.Lock()
-        weakref.finalize(self, _close, self._handles)  # at exit too, while modules are still there
+        weakref.finalize(self, _close, self._handles)  # also runs at exit, while modules are still loaded
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OpenFiles, (self._paths,)
 
     def read(self, part: int, begin: int, size: int) -> bytes:
-        """Bytes `begin` to `begin + size` of a file.
+        """Reads bytes `begin` to `begin + size` of a file.
 
         Raises:
-          UserError: when it cannot be read, or ends before.
+          UserError: if it cannot be read, or is shorter.
         """
         try:
             with self._lock:
@@ -122,7 +122,7 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def _index(file: File, folder: pathlib.Path) -> None:
-    """Writes where each line is and a hash of it, and the lines themselves where they cannot be read in place."""
+    """Writes the offset and a hash of each line, and the lines themselves if they cannot be read in place."""
     plain = file.suffixes.endswith((".jsonl", ".ndjson")) and not is_address(file.path)
     total = 0
     with contextlib.ExitStack() as stack:
@@ -131,7 +131,7 @@ def _index(file: File, folder: pathlib.Path) -> None:
         copy = None if plain else stack.enter_context(open(folder / "lines", "wb"))
         begin = 0
         listed = file.suffixes.endswith(".json")
-        with _told(file):
+        with _name_file_in_errors(file):
             for number, line in enumerate(_entries(lines, file) if listed else lines, start=1):
                 content = line.strip()
                 if content:
@@ -146,8 +146,8 @@ def _index(file: File, folder: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _told(file: File) -> Iterator[None]:
-    """Turns what a damaged archive raises into one line that names the file."""
+def _name_file_in_errors(file: File) -> Iterator[None]:
+    """Turns the exceptions of a damaged archive into a one-line error that names the file."""
     try:
         yield
     except UserError:
@@ -161,10 +161,10 @@ def _told(file: File) -> Iterator[None]:
 
 @contextlib.contextmanager
 def decompressed(file: File) -> Iterator[Stream]:
-    """The bytes of a file, without its compression.
+    """Opens a file and decompresses it.
 
     Raises:
-      UserError: when it is not what its name says, or its package is missing.
+      UserError: if it is not what its name says, or a package is missing.
     """
     suffix = file.suffixes.rpartition(".")[2]
     kind = f".{suffix}" if f".{suffix}" in _MAGIC else None
@@ -188,7 +188,7 @@ def decompressed(file: File) -> Iterator[Stream]:
 
 
 class _Retried(io.RawIOBase):
-    """A stream from an object store that repeats a read that failed."""
+    """A stream from an object store that retries failed reads."""
 
     def __init__(self, stream: Stream, path: str) -> None:
         self._stream, self._path = stream, path
@@ -209,7 +209,7 @@ class _Retried(io.RawIOBase):
 
 
 class _Zstandard(io.RawIOBase):
-    """The contents of a zstandard file of any number of frames; each frame must be complete."""
+    """Decompresses a zstandard file with any number of frames, each of which must be complete."""
 
     def __init__(self, stream: Stream, path: str, zstandard: Any) -> None:
         self._stream, self._path, self._zstandard = stream, path, zstandard
@@ -239,7 +239,7 @@ class _Zstandard(io.RawIOBase):
 
 
 def _entries(stream: Stream, file: File) -> Iterator[bytes]:
-    """The entries of a file that holds one JSON list, each as a line, without the whole in memory."""
+    """Yields the entries of a file with one JSON list, each as a line, without loading the whole file."""
     decoder = json.JSONDecoder()
     to_text = codecs.getincrementaldecoder("utf-8-sig")()
     text = to_text.decode(stream.read(_CHUNK)).lstrip()
@@ -261,8 +261,5 @@ def _entries(stream: Stream, file: File) -> Iterator[bytes]:
         yield json.dumps(value).encode() + b"\n"
 
 
-FORMAT = RowFormat(
-    "JSON Lines",
-    by_suffix(".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst", ".json"),
-    LineRows,
-)
+_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".jsonl.zst", ".ndjson.zst", ".json")
+FORMAT = RowFormat("JSON Lines", by_suffix(*_SUFFIXES), LineRows)

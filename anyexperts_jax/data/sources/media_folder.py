@@ -1,8 +1,8 @@
-"""Folders of recordings, pictures or films, each with its text: in a table of the folder's, or in a .txt beside it.
+"""Rows of folders with recordings, pictures or films, whose texts are in a table or in .txt files beside them.
 
-A table is called transcripts or metadata, .tsv, .csv or .jsonl; its column `file` (or file_name, path, audio, image,
-video) names the file from the table's folder, and its other columns are the row's. Without a table every recording has
-the text of the .txt of its own name.
+A table is named transcripts or metadata, with the suffix .tsv, .csv or .jsonl. Its column `file` (or file_name, path,
+audio, image, video) names a file relative to the table's folder, and its other columns belong to the row. Without a
+table, the text of a file is in the .txt file of the same name.
 """
 
 import csv
@@ -22,7 +22,7 @@ from anyexperts_jax.data.sources.webdataset import KIND_OF
 
 _TABLES = tuple(f"{name}.{kind}" for name in ("transcripts", "metadata") for kind in ("tsv", "csv", "jsonl"))
 _FILE_COLUMNS = ("file", "file_name", "path", "audio", "image", "video")
-# files beside which media belong to rows elsewhere
+# beside such files, media belong to the rows of these files
 _OTHERS = (
     *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json", ".parquet"),
     *(".array_record", ".tar", ".tar.gz", ".tgz", ".tar.zst"),
@@ -31,10 +31,10 @@ _TEXT_COLUMNS = ("transcript", "transcription", "sentence", "caption")
 
 
 class MediaRows:
-    """A row for each file that a table names, or that has a .txt beside it. Tables are held in memory.
+    """A row for each file that a table names, or that has a .txt beside it. Tables are kept in memory.
 
     Raises:
-      UserError: when a table is malformed, or no recording has a text.
+      UserError: if a table is malformed, or no recording has a text.
     """
 
     labels: Mapping[str, Sequence[str]] = {}
@@ -117,7 +117,7 @@ def _table_rows(table: File) -> list[tuple[str, str, str, dict[str, Any]]]:
 
 
 def _paired(files: Sequence[File]) -> tuple[list[tuple[str, str, str, dict[str, Any]]], list[tuple[str, int]]]:
-    """Every file of a medium that has a text beside it: as a row, and as a file of one row."""
+    """Returns each medium that has a text beside it, as a row and as a file with one row."""
     texts = {os.path.splitext(file.path)[0] for file in files if file.suffixes.endswith(".txt")}
     media = [file for file in files if _kind(file)]
     with_text = [file for file in media if os.path.splitext(file.path)[0] in texts]
@@ -146,7 +146,7 @@ def _kind(file: File) -> str | None:
 
 
 def _find(place: Place) -> Sequence[File]:
-    """All files of a folder that has a table, or media and no other kind of table."""
+    """Returns all files of a folder that has a table, or media and no other kind of rows."""
     if not place.is_folder:
         return ()
     if any(_base(file) in _TABLES for file in place.files):

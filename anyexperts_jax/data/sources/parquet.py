@@ -1,5 +1,8 @@
-"""Parquet files. A row group is read whole or not at all, so they are copied into the cache once, in small batches
-that are read from there one at a time: what is in memory does not grow with the corpus."""
+"""Rows of Parquet files.
+
+A row group can only be read as a whole. So the files are copied into the cache once, in small batches that are read one
+at a time, and memory does not grow with the corpus.
+"""
 
 import json
 import pathlib
@@ -15,16 +18,16 @@ from anyexperts_jax.data.sources.lines import OpenFiles
 from anyexperts_jax.data.sources.places import File, beside, open_file, read_file
 from anyexperts_jax.data.sources.rows import RowFormat, by_suffix, split_index
 
-BATCH = 16  # rows that are written together, and so read together,
-BATCH_BYTES = 1 << 16  # where they take no more than this; else each is written by itself
-_BUFFER = 1 << 20  # bytes of a column that are read ahead; without it a whole row group is
+BATCH = 16  # rows that are written, and so read, together
+BATCH_BYTES = 1 << 16  # largest size of such a batch; larger rows are written one by one
+_BUFFER = 1 << 20  # bytes of a column that are read ahead, instead of a whole row group
 
 
 class ParquetRows:
     """The rows of Parquet files, one after the other.
 
     Raises:
-      UserError: when pyarrow is missing, or a file is none of Parquet or damaged.
+      UserError: if pyarrow is missing, or a file is damaged or not a Parquet file.
     """
 
     def __init__(self, files: Sequence[File]) -> None:
@@ -78,7 +81,7 @@ class ParquetRows:
 
 
 def _copy(file: File, folder: pathlib.Path) -> None:
-    """Writes the rows in small batches; of each row where its batch is, its number there, and a hash of it."""
+    """Writes the rows in small batches, and for each row the offset of its batch, its index there, and a hash."""
     import pyarrow
     import pyarrow.parquet
 
@@ -105,7 +108,7 @@ def _copy(file: File, folder: pathlib.Path) -> None:
 
 
 def _small(batch: Any) -> list[Any]:
-    """The batch, or where its rows are large each of them by itself."""
+    """Returns the batch, or its rows one by one if they are large."""
     if batch.nbytes <= BATCH_BYTES:
         return [batch]
     return [batch.slice(row, 1) for row in range(batch.num_rows)]
@@ -118,7 +121,7 @@ def _read_schema(folder: pathlib.Path) -> Any:
 
 
 def _plain(schema: Any) -> Any:
-    """The schema without dictionaries, which a file of batches can have only one of."""
+    """Returns the schema without dictionaries, of which a file of batches can have only one."""
     import pyarrow
 
     fields = [
@@ -128,12 +131,12 @@ def _plain(schema: Any) -> Any:
 
 
 def row_digest(row: Any) -> int:
-    """A hash of a batch of one row."""
+    """Returns a hash of a batch of one row."""
     return hash_64(row.serialize().to_pybytes())
 
 
 def _labels(schema: Any) -> dict[str, list[str]]:
-    """Names of class labels, which `datasets` writes into a file's metadata."""
+    """Returns the names of class labels, which `datasets` writes into a file's metadata."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: list(one["names"]) for name, one in features.items() if "names" in one}

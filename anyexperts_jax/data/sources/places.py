@@ -1,7 +1,7 @@
-"""Files by path, pattern, folder or address: on this machine, or in an object store through fsspec.
+"""Finds files by path, pattern, folder or address, on this machine or, through fsspec, in an object store.
 
-A call to a store that fails is tried again after growing waits. If it keeps failing, the error is one line without keys
-or tokens.
+A failed call to a store is retried after growing waits. If it keeps failing, the error is one line without keys or
+tokens.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from anyexperts_jax.core.errors import UserError, one_line, require
 
 T = TypeVar("T")
-Stream = Any  # bytes to read and seek in: files, archives and stores have no type in common
+Stream = Any  # seekable bytes; files, archives and stores have no common type
 
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -33,12 +33,12 @@ _NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
 
 
 class StoreError(UserError):
-    """A store that cannot be reached or refuses access. No row is at fault, so none is skipped for it."""
+    """The store cannot be reached or refuses access. No row is at fault, so none is skipped because of it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """One file. `name` is its path from the place that was asked for; `version` changes when the file does."""
+    """A file. `name` is its path relative to the place; `version` changes when the file does."""
 
     path: str
     name: str
@@ -59,7 +59,7 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The files at a path, in order of their names. Of a folder they are all files below it except hidden ones."""
+    """The files at a path, sorted by name. For a folder these are all files below it except hidden ones."""
 
     path: str
     is_folder: bool
@@ -67,15 +67,15 @@ class Place:
 
 
 def is_address(path: str) -> bool:
-    """Whether it names a store rather than a path on this machine: gs://bucket/data."""
+    """Whether it is the address of an object store, such as gs://bucket/data, and not a path on this machine."""
     return bool(_SCHEME.match(path))
 
 
 def find_files(place: str) -> Place:
-    """The files at a path, a pattern such as data/*.jsonl, a folder or an address.
+    """Finds the files at a path, a pattern such as data/*.jsonl, a folder or an address.
 
     Raises:
-      UserError: when there is nothing, the store cannot be reached, or the address holds a password.
+      UserError: if there are none, the store cannot be reached, or the address contains a password.
     """
     require("\0" not in place, f"data path {place!r} has a NUL character in it; no file system takes that")
     return _find_remote(place) if is_address(place) else _find_local(os.path.expanduser(place))
@@ -130,10 +130,10 @@ def _find_remote(place: str) -> Place:
 
 
 def open_file(path: str) -> Stream:
-    """The file's bytes, to be read and sought in.
+    """Opens a file as a seekable stream of bytes.
 
     Raises:
-      UserError: when it cannot be opened.
+      UserError: if it cannot be opened.
     """
     if is_address(path):
         system, root = _system(path)
@@ -150,10 +150,10 @@ def _opened(system: Any, root: str) -> Stream:
 
 
 def read_file(path: str) -> bytes:
-    """All bytes of a file.
+    """Reads all bytes of a file.
 
     Raises:
-      UserError: when it cannot be read.
+      UserError: if it cannot be read.
     """
     if is_address(path):
         system, root = _system(path)
@@ -166,7 +166,7 @@ def read_file(path: str) -> bytes:
 
 
 def beside(path: str, relative: str) -> str:
-    """The file that a record in the file `path` names: from its folder, or where the name itself is a full path."""
+    """Returns the path of a file that a record in `path` names, relative to its folder or absolute."""
     if is_address(relative) or os.path.isabs(relative):
         return relative
     folder = path.rpartition("/")[0]
@@ -174,15 +174,15 @@ def beside(path: str, relative: str) -> str:
 
 
 def with_retries(action: Callable[[], T], what: str, sleep: Callable[[float], None] | None = None) -> T:
-    """Returns what `action` returns. Where a store fails in a way that may pass, tries again after each of WAITS.
+    """Returns what `action` returns; after a failure of a store that may be temporary, retries after each of WAITS.
 
     Args:
       what: completes "cannot ...", for the message.
       sleep: None: `time.sleep`.
 
     Raises:
-      UserError: when the file is not there.
-      StoreError: when access is denied, or every try failed.
+      UserError: if the file does not exist.
+      StoreError: if access is denied, or every try failed.
     """
     for wait in (*WAITS, None):
         try:
@@ -207,14 +207,14 @@ _ADVICE = "sign in, or give keys in the environment as the store's own tools rea
 
 
 def without_secrets(text: str) -> str:
-    """The text without passwords, signatures, keys and tokens that an address or a store's message may hold."""
+    """Removes passwords, signatures, keys and tokens that an address or a store's message may contain."""
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     return text
 
 
 def _store_errors() -> tuple[type[BaseException], ...]:
-    """The exceptions that a store's client may raise. Only packages that are loaded can have raised one."""
+    """Returns the exceptions that a store's client may raise. Only loaded packages can have raised one."""
     found: list[type[BaseException]] = [OSError, RuntimeError, ValueError, EOFError]
     for module, names in (
         ("botocore.exceptions", ("BotoCoreError", "ClientError")),
@@ -227,7 +227,7 @@ def _store_errors() -> tuple[type[BaseException], ...]:
 
 
 def _system(place: str) -> tuple[Any, str]:
-    """fsspec's file system for an address, and the path in it."""
+    """Returns fsspec's file system for an address, and the path in it."""
     scheme = place.partition("://")[0]
     require(
         without_secrets(place) == place,

@@ -1,4 +1,4 @@
-"""`Rows`: the records of one place by number; `RowError`; and the kinds of files they come from."""
+"""`Rows`, the records of one place by index; `RowError`; and `RowFormat`, a kind of files with rows."""
 
 import bisect
 import dataclasses
@@ -13,7 +13,7 @@ from anyexperts_jax.data.sources.places import File, Place
 
 
 class RowError(UserError):
-    """A row that cannot be used: the file, the row in it, and the reason, which names neither."""
+    """A row that cannot be used, with its file, its place there, and a reason that names neither."""
 
     def __init__(self, file: str, row: str, reason: str) -> None:
         super().__init__(f"{file} {row}: {reason}" if row else f"{file}: {reason}")
@@ -25,11 +25,11 @@ class RowError(UserError):
 
 @runtime_checkable
 class Rows(Protocol):
-    """The records at a place, in a fixed order. Reading one reads no other. Picklable, and safe in several threads."""
+    """The records at a place, in a fixed order. Reading one does not read others. Picklable and thread-safe."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that the rows hold."""
+        """A hash of the content of all rows."""
         ...
 
     @property
@@ -45,15 +45,15 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """The record's values by column.
+        """Returns the record's values by column.
 
         Raises:
-          UserError: with the reason alone; `where` says which it was.
+          UserError: with only the reason; `where` gives the place.
         """
         ...
 
     def where(self, index: int) -> tuple[str, str]:
-        """The file, and what people call the row in it: "line 12"."""
+        """Returns the file of a row, and the usual name of its place there: "line 12"."""
         ...
 
     @property
@@ -62,21 +62,21 @@ class Rows(Protocol):
         ...
 
     def read(self, index: int, path: str) -> bytes:
-        """The bytes of a file that the record names.
+        """Reads a file that the record names.
 
         Raises:
-          UserError: when there is no such file.
+          UserError: if there is no such file.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class RowFormat:
-    """A kind of file that rows are read from, an entry of `core.registries.ROW_FORMATS`.
+    """A kind of files with rows, an entry of `core.registries.ROW_FORMATS`.
 
-    said: what people call it: "JSON Lines".
-    find: which of a place's files are of this kind; none: the place is not.
-    open: the rows of these files. Raises UserError where they cannot be read.
+    said: its usual name: "JSON Lines".
+    find: returns the files of a place that are of this kind; none: the place is not of this kind.
+    open: opens the rows of these files; raises UserError if they cannot be read.
     """
 
     said: str
@@ -85,7 +85,7 @@ class RowFormat:
 
 
 def by_suffix(*suffixes: str) -> Callable[[Place], Sequence[File]]:
-    """Finds the files whose names end in one of these suffixes, in upper or lower case."""
+    """Returns a `find` for files whose names end in one of these suffixes, in upper or lower case."""
 
     def find(place: Place) -> Sequence[File]:
         return [file for file in place.files if file.suffixes.endswith(suffixes)]
@@ -94,7 +94,7 @@ def by_suffix(*suffixes: str) -> Callable[[Place], Sequence[File]]:
 
 
 def split_index(bounds: Sequence[int], index: int) -> tuple[int, int]:
-    """Which part a number falls into, and its number there; `bounds` are where the parts end, in order.
+    """Returns the part that an index is in, and its index there; `bounds` are the ends of the parts, in order.
 
     Raises:
       IndexError: past the last.

@@ -1,4 +1,4 @@
-"""Text files: documents of their own, long ones in pieces that are cut at blank lines and read alone."""
+"""Rows of text files: each is a document, or several if it is long, cut at blank lines."""
 
 import os
 import pathlib
@@ -14,14 +14,14 @@ from anyexperts_jax.data.sources.places import File, Stream, beside, is_address,
 from anyexperts_jax.data.sources.rows import RowFormat, by_suffix, split_index
 
 PIECE = 8192  # bytes after which the next blank line ends a piece
-_LONGEST = 8 * PIECE  # bytes after which any line end does, or any place between two characters
+_LONGEST = 8 * PIECE  # bytes after which any line end does, or else any boundary between characters
 
 
 class TextRows:
     """The pieces of text files, one after the other: {"text": ...}.
 
     Raises:
-      UserError: when a file cannot be read or decompressed.
+      UserError: if a file cannot be read or decompressed.
     """
 
     labels: Mapping[str, Sequence[str]] = {}
@@ -41,7 +41,7 @@ class TextRows:
 
     @property
     def digests_N(self) -> np.ndarray:
-        """Of a piece; of its file, where there are several: a file's pieces stay in one split."""
+        """Hashes of pieces, or with several files of their file, so that a file's pieces are in one split."""
         if len(self._files) == 1:
             return self._digests[0].array_N
         wholes = [hash_64(digests.array_N.tobytes()) for digests in self._digests]
@@ -88,7 +88,7 @@ def _index(file: File, folder: pathlib.Path) -> None:
 
 
 def _pieces(stream: Stream, file: File) -> Iterator[bytes]:
-    """Runs of lines that end with a blank one once they are long enough."""
+    """Yields runs of lines that end at the first blank line after PIECE bytes."""
     piece = bytearray()
     try:
         for line in iter(lambda: stream.readline(_LONGEST), b""):
@@ -106,7 +106,7 @@ def _pieces(stream: Stream, file: File) -> Iterator[bytes]:
 
 
 def _cut_character(piece: bytearray) -> int:
-    """How many bytes at the end begin a character that is not whole."""
+    """Returns how many bytes at the end belong to an incomplete character."""
     for back in range(1, 4):
         lead = piece[-back]
         if lead & 0xC0 == 0xC0:

@@ -1,6 +1,6 @@
-"""WebDataset tars: the files of one sample have one name before the first dot, and what follows says what they are.
+"""Rows of WebDataset tars: a sample's files have the same name up to the first dot; the rest tells their kind.
 
-Only where files begin is kept; a tar that is compressed or in a store is copied into the cache first.
+Only the offsets of files are kept. A tar that is compressed or in an object store is first copied into the cache.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ _OUTPUTS = ("members", "samples", "digests", "name_places", "names")
 class TarRows:
     """The samples of tar files, one after the other.
 
-    A sample's `.json` gives its columns; `.txt` is `text`, `.cls` is `answer`, and a picture, sound or film the column
-    of that kind, several in the order of their names. Files that the sample names are looked for in the tar.
+    A sample's `.json` gives its columns, `.txt` is `text`, `.cls` is `answer`, and a picture, sound or film is in the
+    column of its kind, several in the order of their names. Files that the sample names are looked up in the tar.
 
     Raises:
-      UserError: when a tar is damaged, cut short or none.
+      UserError: if a tar is damaged, cut short or not a tar.
     """
 
     labels: Mapping[str, Sequence[str]] = {}
@@ -92,7 +92,7 @@ class TarRows:
         return self._files[part].path, f"sample {_split_name(self._name(part, first))[1]}"
 
     def read(self, index: int, path: str) -> bytes:
-        """A member of the tar by its whole name, or beside the sample's own; else a file beside the tar."""
+        """Reads a member of the tar by its full name or beside the sample's files, or a file beside the tar."""
         part, number = split_index(self._bounds, index)
         folder = _split_name(self._name(part, int(self._samples[part].array_N[number])))[0]
         by_name = self._by_name[part].array_N
@@ -105,7 +105,7 @@ class TarRows:
         return read_file(beside(self._files[part].path, path))
 
     def _files_of(self, part: int, number: int) -> list[tuple[str, bytes]]:
-        """(name, bytes) of a sample's files, in order of their names."""
+        """Returns (name, bytes) of a sample's files, sorted by name."""
         members, samples = self._members[part].array_N, self._samples[part].array_N
         stop = int(samples[number + 1]) if number + 1 < len(samples) else len(members)
         found = []
@@ -115,13 +115,13 @@ class TarRows:
         return sorted(found)
 
     def _name(self, part: int, member: int) -> str:
-        """A member's name, as its header in the tar has it."""
+        """Returns a member's name from its header in the tar."""
         begin, stop = self._name_places[part].array_N[member : member + 2].tolist()
         return self._names.read(part, begin, stop - begin).decode("utf-8", "surrogateescape")
 
 
 def _split_name(name: str) -> tuple[str, str, str]:
-    """(folder, key with its folder, kind): "a/b.left.png" is ("a", "a/b", "left.png")."""
+    """Returns (folder, key with its folder, kind): "a/b.left.png" gives ("a", "a/b", "left.png")."""
     folder, _, base = name.rpartition("/")
     key, _, kind = base.partition(".")
     return folder, f"{folder}/{key}" if folder else key, kind.lower()
@@ -132,7 +132,7 @@ def _name_hash(name: str) -> int:
 
 
 def _index(file: File, folder: pathlib.Path) -> None:
-    """Writes where each member is, which sample it belongs to, and a hash of each sample."""
+    """Writes the offset and the sample of each member, and a hash of each sample."""
     path = file.path
     if is_address(file.path) or not file.suffixes.endswith(".tar"):
         path = str(folder / "data.tar")
@@ -152,14 +152,14 @@ def _index(file: File, folder: pathlib.Path) -> None:
 
 
 def _sort_names(folder: pathlib.Path) -> None:
-    """Writes the members in the order of the hashes of their names, by which a file that a record names is found."""
+    """Writes the members sorted by the hashes of their names, to look up files that records name."""
     hashes_N = Numbers(folder / "members", np.int64, _ENTRY).array_N[:, 3]
     order_N = np.argsort(hashes_N, kind="stable")
     np.stack([hashes_N[order_N], order_N], axis=1).tofile(folder / "by_name")
 
 
 def _write_index(tar: tarfile.TarFile, file: File, *outputs: BinaryIO) -> None:
-    """Writes the files of _OUTPUTS, one member after the other; none is kept in memory."""
+    """Writes the files of _OUTPUTS member by member, without keeping members in memory."""
     members, samples, digests, name_places, names = outputs
     count, samples_seen, key, digest = 0, 0, None, b""
     name_places.write(_numbers(0))

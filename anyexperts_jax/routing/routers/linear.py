@@ -20,7 +20,7 @@ def _apart_params(config: AnyExpertsConfig, d_model: int, columns: int) -> dict[
 def _apart_logits(
     config: AnyExpertsConfig, params: Params, x_ND: Float[Array, "N D"], modality_N: Int[Array, "N"] | None
 ) -> Float[Array, "N C"]:
-    """Two products, so that the real columns have the bits that they have without virtual ones."""
+    """Computes two products, so that the real columns equal, bit for bit, those of a router without virtual ones."""
     real_NE = linear_logits(config, params, x_ND, modality_N)
     if "virtual_kernel" not in params:
         return real_NE
@@ -50,6 +50,6 @@ def _logits(
 
 
 LINEAR = Router(linear_params, linear_logits)
-LINEAR_APART = Router(_apart_params, _apart_logits)  # the virtual columns are a parameter of their own
+LINEAR_APART = Router(_apart_params, _apart_logits)  # keeps the virtual columns in a separate parameter
 PER_MODALITY = Router(_params, _logits, needs_modality=True)
 PER_MODALITY_SHARED = with_shared(PER_MODALITY)

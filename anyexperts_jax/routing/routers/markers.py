@@ -1,8 +1,8 @@
-"""A router that estimates the norm of every expert's output from a few of its own neurons, its markers.
+"""A router that estimates the norm of every expert's output from a few of the expert's own neurons, its markers.
 
-For a dense network that was cut into experts: no training is needed, since the markers' weights are the network's own
-(after CMoE, arXiv 2502.04416, which takes one neuron an expert). The softmax of these logits is an expert's share of
-the sum of all norms.
+It is made for a dense network that was cut into experts. It needs no training, since the markers' weights are the
+network's own (after CMoE, arXiv 2502.04416, which takes one neuron per expert). The softmax of these logits is each
+expert's share of the sum of all norms.
 """
 
 import jax
@@ -26,7 +26,7 @@ def _params(config: AnyExpertsConfig, d_model: int, columns: int) -> dict[str, P
 def _logits(
     config: AnyExpertsConfig, params: Params, x_ND: Float[Array, "N D"], modality_N: Int[Array, "N"] | None
 ) -> Float[Array, "N C"]:
-    """Virtual experts, which have no neurons, get a linear map."""
+    """Returns the logarithms of the estimated norms; virtual experts, which have no neurons, get a linear map."""
     mapped = {name: linear_logits(config, {"kernel": kernel}, x_ND, modality_N) for name, kernel in params.items()}
     size_NQ = jnp.abs(jax.nn.silu(mapped["gate_kernel"]) * mapped["up_kernel"])
     real_NE = jnp.log(size_NQ.reshape(x_ND.shape[0], config.num_experts, -1).mean(axis=-1) + _TINY)

@@ -1,4 +1,4 @@
-"""The papers' own figures, copied with their source, to set ours beside. Their data and scale are not ours."""
+"""The papers' own figures, copied with their source, for comparison. Their data and scale differ from ours."""
 
 import csv
 import importlib.resources
@@ -10,12 +10,12 @@ def _rows(name: str) -> list[dict[str, str]]:
 
 
 def audio_wer() -> dict[tuple[str, float], float]:
-    """AnyExperts' Table 1: word error rate in percent by kind ("dynamic", "static") and experts per token."""
+    """Returns AnyExperts' Table 1: word error rate in percent by kind ("dynamic", "static") and experts per token."""
     return {(row["kind"], float(row["experts_per_token"])): float(row["wer"]) for row in _rows("anyexperts_table1")}
 
 
 def budget_scores() -> dict[tuple[str, str], dict[float, float]]:
-    """AnyExperts' Table 2: by domain and benchmark, the score at each budget; for speech the word error rate."""
+    """Returns AnyExperts' Table 2: by domain and benchmark, the score at each budget (speech: word error rate)."""
     return {
         (row["domain"], row["benchmark"]): {8.0: float(row["avg_k_8.0"]), 7.2: float(row["avg_k_7.2"])}
         for row in _rows("anyexperts_table2")
@@ -23,7 +23,7 @@ def budget_scores() -> dict[tuple[str, str], dict[float, float]]:
 
 
 def ablation_scores() -> dict[tuple[str, str], dict[str, float]]:
-    """AnyExperts' Table 3: by domain and benchmark, the score of each ablation; for speech the word error rate."""
+    """Returns AnyExperts' Table 3: by domain and benchmark, the score of each ablation (speech: word error rate)."""
     return {
         (row["domain"], row["benchmark"]): {
             name: float(value) for name, value in row.items() if name not in ("domain", "benchmark")
@@ -33,7 +33,7 @@ def ablation_scores() -> dict[tuple[str, str], dict[str, float]]:
 
 
 def evomoe_scores() -> dict[str, float]:
-    """EvoMoE's tables of components, routers and diversity on Qwen-1.8B: by row, the mean of its benchmarks.
+    """Returns EvoMoE's components, routers and diversity on Qwen-1.8B: by row, the mean of its benchmarks.
 
     Components are the average the paper prints over its own, larger set of benchmarks.
     """

@@ -17,8 +17,8 @@ def test_splits_partition_the_scans():
         digits.split_scans("dev")
 
 
-def test_splits_share_no_form():
-    """Everyone copied one text, which begins with the digits in order, thrice; `0955650989841` comes once in it."""
+def test_splits_share_no_handwriting_form():
+    """Every writer copied one text: it begins with the digits in order three times and has `0955650989841` once."""
     labels = "".join(str(digits.label(i)) for i in range(1797))
     after_thirty = [found.start() for found in re.finditer("0955650989841", labels)]
     assert [digits.form_of(i) for i in after_thirty] == list(range(14))
@@ -30,7 +30,7 @@ def test_splits_share_no_form():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_draws_are_of_the_digit_and_the_split(split):
+def test_drawn_scans_have_the_digit_and_the_split(split):
     rng = np.random.default_rng(0)
     for digit in range(10):
         drawn = {digits.draw_scan(rng, split, digit) for _ in range(30)}

@@ -22,7 +22,7 @@ def scans(example):
 
 
 def colour_of(pixels):
-    """The colour whose direction the mean of the pixels is nearest to."""
+    """Returns the colour whose direction is nearest to that of the pixels' mean."""
     mean = pixels.astype(float).mean(axis=0)
     cosine = {name: mean @ np.array(rgb) / np.linalg.norm(rgb) for name, rgb in COLOURS.items()}
     return max(cosine, key=cosine.__getitem__)
@@ -38,7 +38,7 @@ def test_an_example_is_a_function_of_its_arguments(examples):
 
 
 def test_known_pictures():
-    """What seed 0 gives on every machine."""
+    """Seed 0 gives these on every machine."""
     text = " ".join(f"{e.question} {e.answer}" for e in (GENERAL.example("train", i) for i in range(4)))
     pixels = b"".join(GENERAL.example("train", i).image.tobytes() for i in range(20))
     assert text == "which digit is blue? 2 what colour is the 4? green where is the 4? s which digit is yellow? 6"
@@ -67,7 +67,7 @@ def test_difficulty_is_graded(examples):
         assert shown[0] < shown[1] < shown[2]
 
 
-def test_answers_can_be_read_off_the_evidence(examples):
+def test_answers_follow_from_the_evidence(examples):
     for e in itertools.chain.from_iterable(examples.values()):
         lit = e.image[e.image_evidence]
         assert len(lit) > 20
@@ -85,10 +85,12 @@ def test_answers_can_be_read_off_the_evidence(examples):
             assert {colour_of(lit)} == named
         if e.question_type in ("where", "colour") and named:
             assert named == {str(digits.label(scans(e)[0]))}
-            assert len({digits.label(scan) for scan in scans(e)}) == len(scans(e))  # one digit fits the name
+            assert len({digits.label(scan) for scan in scans(e)}) == len(
+                scans(e)
+            )  # the description fits one digit only
 
 
-def test_what_is_not_asked_for_is_no_evidence(examples):
+def test_digits_that_are_not_asked_for_are_not_evidence(examples):
     for e in itertools.chain.from_iterable(examples.values()):
         strong = np.ptp(e.image.astype(int), axis=2) > 110
         outside = strong & ~e.image_evidence

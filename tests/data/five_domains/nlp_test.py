@@ -15,7 +15,7 @@ def examples():
 
 
 def solve(kind, question):
-    """The answer from the text alone, by another way than the domain's."""
+    """Works the answer out from the text alone, independently of the domain's code."""
     story = re.sub(r"^(Tim|Joe|Kim|Lee) is \d+\. ", "", question)
     numbers = [int(n) for n in re.findall(r"\d+", story)]
     if kind == "add":
@@ -34,7 +34,7 @@ def solve(kind, question):
 
 
 def test_known_questions():
-    """What seed 0 gives on every machine."""
+    """Seed 0 gives these on every machine."""
     found = [NLP.example("test", i) for i in (0, 2)]
     assert [(e.question, e.answer) for e in found] == [
         ("Birds sing. Eve has 6 cats and gives 4 to Max. How many are left?", "2"),
@@ -60,24 +60,24 @@ def test_every_type_and_level_occurs(examples):
         assert seen == set(itertools.product(NLP.question_types, (1, 2, 3)))
 
 
-def test_splits_share_no_pair_of_numbers_of_a_thing(examples):
+def test_splits_share_no_pair_of_numbers_for_the_same_thing(examples):
     used = {split: {pair for e in listed for pair in e.source.split()} for split, listed in examples.items()}
     assert all(not used[a] & used[b] for a, b in itertools.combinations(SPLITS, 2))
     assert all(len(pairs) > 20 for pairs in used.values())
 
 
-def worked_out(kind, numbers):
-    """The pairs that one adds, subtracts or compares, from the numbers of the text alone."""
+def operand_pairs(kind, numbers):
+    """Returns the pairs of numbers that are added, subtracted or compared, from the text alone."""
     if kind == "two_step":
         return [(numbers[0], numbers[1]), (numbers[0] + numbers[1], numbers[2])]
     return [(numbers[i], numbers[i + 1]) for i in range(0, len(numbers), 2)]
 
 
-def test_the_pairs_are_those_of_the_text(examples):
+def test_recorded_pairs_match_the_text(examples):
     for split, listed in examples.items():
         for e in listed:
             numbers = [int(e.question[a:b]) for a, b in e.question_evidence if e.question[a:b].isdigit()]
-            pairs = worked_out(e.question_type, numbers)
+            pairs = operand_pairs(e.question_type, numbers)
             counted = [thing for thing in THINGS if re.search(rf"\b{thing}s?\b", e.question)]
             (thing,) = counted or ["number"]
             assert e.source == " ".join(f"{thing}:{min(pair)},{max(pair)}" for pair in pairs)
@@ -89,24 +89,24 @@ def test_the_order_of_a_pair_does_not_matter():
         assert split_of(thing, a, b) == split_of(thing, b, a)
 
 
-def test_every_pair_is_known_from_training_with_some_thing():
+def test_every_pair_occurs_in_training_with_some_thing():
     for a, b in itertools.product(range(1, 21), repeat=2):
         assert sum(split_of(thing, a, b) == "train" for thing in THINGS) >= 4
 
 
-def test_no_kind_of_question_has_a_few_answers_alone(examples):
-    """A constant answer stays far from right: no more than chance between two in any type."""
+def test_no_question_type_has_only_a_few_answers(examples):
+    """No constant answer is right for much more than half of the questions of any type."""
     for level, kind in itertools.product((1, 2, 3), NLP.question_types):
         answers = [e.answer for i in range(400) if (e := NLP.example("test", i, levels=[level])).question_type == kind]
         assert max(answers.count(answer) for answer in answers) <= 0.65 * len(answers)
 
 
-def test_both_truths_are_as_likely(examples):
+def test_yes_and_no_are_equally_likely(examples):
     logic = [e.answer for e in examples["train"] if e.question_type == "logic"]
     assert 0.35 < logic.count("true") / len(logic) < 0.65
 
 
-def test_distractors_grow_with_the_level_and_are_no_evidence(examples):
+def test_distractors_grow_with_the_level_and_are_not_evidence(examples):
     for e in itertools.chain.from_iterable(examples.values()):
         if e.question_type == "logic":
             assert e.question.count("and") == (e.level == 3)

@@ -37,7 +37,7 @@ def test_an_example_is_a_function_of_its_arguments(examples):
 
 
 def test_known_pictures():
-    """What seed 0 gives on every machine with Pillow 13.0.0."""
+    """Seed 0 gives these on every machine with Pillow 13.0.0."""
     if PIL.__version__ != "13.0.0":
         pytest.skip(f"Pillow {PIL.__version__} is not 13.0.0")
     text = " ".join(f"{e.question} {e.answer}" for e in (OCR.example("train", i) for i in range(4)))
@@ -69,7 +69,7 @@ def test_sizes_fit_the_sequence(examples):
 
 
 def drawn(monkeypatch, index, level):
-    """An example and the document it was made from."""
+    """Returns an example and the document it was made from."""
     made = []
     for kind in ("sign", "table", "receipt", "chart"):
         draw = getattr(documents, kind)
@@ -127,7 +127,7 @@ def test_the_first_level_has_a_character_to_each_quarter(monkeypatch):
 
 
 def test_levels_differ_in_noise_and_size_of_print(examples):
-    def grain(image):  # how far apart the neighbours on the paper are
+    def grain(image):  # the noise of the paper
         return np.median(np.abs(np.diff(image[..., 0].astype(int), axis=1)))
 
     grains = [[grain(e.image) for e in examples["train"] if e.level == level] for level in (1, 2, 3)]

@@ -38,7 +38,7 @@ def test_an_example_is_a_function_of_its_arguments(examples):
 
 
 def test_known_audio():
-    """What seed 0 gives on every machine with eSpeak NG 1.52.0."""
+    """Seed 0 gives these on every machine with eSpeak NG 1.52.0."""
     if espeak.version() != "1.52.0":
         pytest.skip(f"eSpeak NG {espeak.version()} is not 1.52.0")
     audio = np.concatenate([SPEECH.example("train", i).audio for i in range(6)])
@@ -55,7 +55,7 @@ def test_splits_share_no_voice(examples):
 
 
 def test_splits_share_no_speaker():
-    """By eSpeak's own files: two voices of two splits bear other names, and differ in what makes their vowels."""
+    """Checked in eSpeak's own files: voices of two splits have different names and different formants."""
     split_of = {variant: split for split, families in speech.FAMILIES.items() for variant in sum(families, ())}
     assert len(split_of) == sum(len(variants) for variants in speech.VARIANTS.values())
     vowels = {variant: formants(variant)[:3] for variant in split_of}
@@ -66,7 +66,7 @@ def test_splits_share_no_speaker():
 
 
 def formants(variant):
-    """The frequencies of the formants that a variant's file sets, in percent of those of eSpeak's own voice."""
+    """Returns the formant frequencies that a variant's file sets, in percent of the default voice's."""
     found = np.full(9, 100.0)
     file = pathlib.Path(espeakng_loader.get_data_path()) / "voices" / "!v" / variant
     for line in file.read_text(errors="replace").splitlines():
@@ -82,7 +82,7 @@ def test_every_type_and_level_occurs(examples):
     assert {SPEECH.example("train", i, levels=(2,)).level for i in range(5)} == {2}
 
 
-def test_answers_follow_from_what_is_said(examples):
+def test_answers_follow_from_the_spoken_text(examples):
     for example in itertools.chain.from_iterable(examples.values()):
         said = example.answer.split()
         assert set(said) <= set(speech.WORDS.values())
@@ -120,8 +120,8 @@ def test_evidence_holds_the_speech_and_the_rest_is_quiet(examples):
             assert power[inside].mean() > 1000 * power[~inside].mean()  # 40 dB is 10,000
 
 
-def test_position_evidence_is_where_the_word_is():
-    """The span cut out of `one seven` resembles `seven` said alone more than `one` said alone."""
+def test_evidence_of_a_position_question_covers_the_word():
+    """The evidence span of `seven` in `one seven` resembles `seven` spoken alone more than `one` spoken alone."""
     from anyexperts_jax.data.features import log_mel
 
     voice = "en-us+m1"

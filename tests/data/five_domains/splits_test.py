@@ -1,4 +1,4 @@
-"""What makes two questions the same question, or two signals of the same source, is in one split: by the examples."""
+"""No two splits share a problem, or a source of pictures and sounds: checked on generated examples."""
 
 import itertools
 import re
@@ -15,27 +15,27 @@ PROBLEMS = {"train": 2000, "validation": 500, "test": 500}
 
 
 def design(face):
-    """The family of a font by the name in its file: all cuts of one design, with its sans and monospaced sisters."""
+    """Returns a font's design by the name in its file; its sans and monospaced variants count as the same design."""
     name, _ = fonts.load_font(face, 12).getname()
     return re.match("DejaVu|STIX|cm", name)[0]
 
 
 def speaker(voice):
-    """The family of a voice such as en-us+m1, whatever its accent."""
+    """Returns the speaker of a voice such as en-us+m1, whatever its accent."""
     variant = voice.partition("+")[2]
     return next(family for family in itertools.chain(*speech.FAMILIES.values()) if variant in family)
 
 
 def handwriting(scan):
-    """Scans of one form are of one hand."""
+    """Returns the form that a scan comes from; one writer filled each form."""
     return digits.form_of(int(scan))
 
 
 FAMILY = {"digit": handwriting, "font": design, "voice": speaker}
 
 
-def families(name, split, count):
-    """The families of everything that a split's first examples are made from, as pairs of kind and family."""
+def sources(name, split, count):
+    """Returns the sources that a split's first examples are made from, as pairs of kind and source."""
     found = set()
     for i in range(count):
         for source in domain(name).example(split, i).source.split():
@@ -45,20 +45,20 @@ def families(name, split, count):
 
 
 @pytest.mark.parametrize("names", [("general", "video"), ("ocr",), ("speech",), ("nlp",)], ids="+".join)
-def test_no_family_is_in_two_splits(names):
-    """Digits are those of one file in both domains, which one model trains on."""
-    found = {split: set().union(*(families(name, split, count) for name in names)) for split, count in EXAMPLES.items()}
+def test_no_source_is_in_two_splits(names):
+    """Both picture domains take digits from the same file, and one model trains on both."""
+    found = {split: set().union(*(sources(name, split, count) for name in names)) for split, count in EXAMPLES.items()}
     assert all(found[split] for split in SPLITS)
     for one, other in itertools.combinations(SPLITS, 2):
         assert not found[one] & found[other]
 
 
-def test_every_domain_is_looked_at():
+def test_every_domain_is_tested():
     assert set(DOMAIN_NAMES) == {"general", "video", "ocr", "speech", "nlp"}
 
 
 def numbers_of(example):
-    """The numbers that count, in the order of the text."""
+    """Returns the numbers that the answer depends on, in the order of the text."""
     story = re.sub(r"^(Tim|Joe|Kim|Lee) is \d+\. ", "", example.question)
     return [int(number) for number in re.findall(r"\d+", story)]
 
@@ -68,17 +68,17 @@ def thing_of(example):
 
 
 def problem(example):
-    """The problem without what does not change it: names, distractors, order of operands and clauses, wording."""
+    """Returns the problem without names, distractors, the order of operands and clauses, and the wording."""
     numbers = numbers_of(example)
     if example.question_type == "two_step":
-        core = (frozenset(numbers[:2]), numbers[2])  # found and had are added, in any order
+        core = (frozenset(numbers[:2]), numbers[2])  # the first two are added, in any order
     else:
         core = frozenset(frozenset(numbers[i : i + 2]) for i in range(0, len(numbers), 2))
     return example.question_type, thing_of(example), core
 
 
 def steps(example):
-    """What is worked out on the way, whatever the kind of question: a thing and two numbers in any order."""
+    """Returns the intermediate steps of any question type: a thing and two numbers in any order."""
     numbers = numbers_of(example)
     pairs = [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
     if example.question_type == "two_step":
@@ -94,7 +94,7 @@ def problems():
 
 @pytest.mark.parametrize("canonical", [lambda example: {problem(example)}, steps], ids=["problems", "steps"])
 def test_no_problem_is_in_two_splits(problems, canonical):
-    """Ordered pairs were split once: 84 to 88% of the test problems then stood in train with the operands reversed."""
+    """Splitting ordered pairs once left 84 to 88% of the test problems in train with the operands reversed."""
     found = {split: set().union(*map(canonical, listed)) for split, listed in problems.items()}
     for one, other in itertools.combinations(SPLITS, 2):
         assert not found[one] & found[other]
@@ -102,8 +102,8 @@ def test_no_problem_is_in_two_splits(problems, canonical):
     assert all(found == {"add", "subtract", "compare", "logic", "two_step"} for found in kinds.values())
 
 
-def test_what_is_the_same_problem():
-    """The two orders of a sum, a comparison, a statement and a two-step problem, as the domain words them."""
+def test_reordered_and_reworded_problems_are_the_same():
+    """A sum, a comparison, a statement and a two-step problem, each in both orders as the domain words them."""
 
     class Worded:
         def __init__(self, question_type, question):

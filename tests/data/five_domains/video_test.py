@@ -32,8 +32,8 @@ def test_an_example_is_a_function_of_its_arguments(examples):
         assert (again.video_evidence == first.video_evidence).all()
 
 
-def test_known_films():
-    """What seed 0 gives on every machine."""
+def test_known_videos():
+    """Seed 0 gives these on every machine."""
     text = " ".join(f"{e.question} {e.answer}" for e in (VIDEO.example("train", i) for i in range(4)))
     pixels = b"".join(VIDEO.example("train", i).video.tobytes() for i in range(10))
     assert text == "when is the digit? end which digit is first? 8 when is the digit? end which digit is last? 9"
@@ -52,13 +52,13 @@ def test_every_type_and_level_occurs(examples):
     assert seen == set(itertools.product(VIDEO.question_types, (1, 2, 3)))
 
 
-def test_when_is_where_the_evidence_is(examples):
+def test_the_answer_to_when_is_the_time_of_the_evidence(examples):
     for e in itertools.chain.from_iterable(examples.values()):
         if e.question_type == "when":
             assert frames_of(e).tolist() == {"start": [0, 1], "middle": [2, 3], "end": [4, 5]}[e.answer]
 
 
-def test_the_evidence_moves_the_way_of_the_answer(examples):
+def test_the_evidence_moves_in_the_direction_of_the_answer(examples):
     checked = 0
     for e in itertools.chain.from_iterable(examples.values()):
         if e.question_type != "way":
@@ -74,7 +74,7 @@ def test_the_evidence_moves_the_way_of_the_answer(examples):
     assert checked > 50
 
 
-def test_which_digit_is_named_by_colour_or_order(examples):
+def test_the_asked_digit_is_named_by_colour_or_order(examples):
     for e in itertools.chain.from_iterable(examples.values()):
         if e.question_type != "which":
             continue
@@ -91,7 +91,7 @@ def test_which_digit_is_named_by_colour_or_order(examples):
             assert e.question[start:end] == ("first", "last")[asked]
 
 
-def test_evidence_is_coloured_and_the_rest_of_level_1_is_not(examples):
+def test_only_the_evidence_is_coloured_at_level_1(examples):
     for e in itertools.chain.from_iterable(examples.values()):
         assert (np.ptp(e.video[e.video_evidence], axis=1) > 40).mean() > 0.9
         if e.level == 1:

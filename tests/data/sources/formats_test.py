@@ -1,4 +1,4 @@
-"""The same rows in every kind of file: found out from the path, and read the same."""
+"""The same rows are read equally from every file format, which is recognised by the path."""
 
 import gzip
 import io
@@ -103,7 +103,7 @@ def webdataset(folder, suffix="tar", mode="w"):
 
 
 def members_of_the_tar(folder):
-    """Samples that name members by themselves."""
+    """A tar whose samples name its media files in their JSON."""
     with tarfile.open(folder / "all.tar", "w") as tar:
         for i in range(COUNT):
             add(tar, f"pictures/{i}.png", png(i))
@@ -132,13 +132,13 @@ def config(place, **options):
 
 
 def read_all(data):
-    """Every example of every split by its question."""
+    """Returns every example of every split, sorted by its question."""
     splits = [open_source(data, "mine", split) for split in ("train", "validation", "test")]
     return {item.question: item for source in splits for item in (source[i] for i in range(len(source)))}
 
 
 @pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
-def test_every_kind_of_file_gives_the_same_examples(write, tmp_path):
+def test_every_file_format_gives_the_same_examples(write, tmp_path):
     data = config(write(tmp_path), held_out=0.2)
     found = read_all(data)
     assert len(found) == COUNT
@@ -150,13 +150,13 @@ def test_every_kind_of_file_gives_the_same_examples(write, tmp_path):
     assert source[3].question == open_source(data, "mine", "train")[3].question, "workers read the same"
 
 
-def test_a_tar_has_the_files_that_its_samples_name(tmp_path):
+def test_samples_of_a_tar_name_their_media_files(tmp_path):
     _, found = find_rows(str(members_of_the_tar(tmp_path)))
     last = len(found) - 1
     assert found.read(last, f"pictures/{COUNT - 1}.png") == png(COUNT - 1)
 
 
-def test_a_store_is_read_as_a_folder_is(tmp_path):
+def test_a_store_is_read_like_a_folder(tmp_path):
     memory = fsspec.filesystem("memory")
     for path in plain(tmp_path).iterdir():
         memory.pipe(f"/bucket/data/{path.name}", path.read_bytes())
@@ -178,7 +178,7 @@ def speech(folder):
     return [f"{speaker}/{i}.wav" for speaker in ("s1", "s2") for i in range(4)]
 
 
-def test_recordings_with_a_table_or_a_text_beside_each(tmp_path):
+def test_recordings_are_read_with_a_table_or_text_files(tmp_path):
     files = speech(tmp_path)
     for name in files:
         (tmp_path / name).with_suffix(".txt").write_text(f"word {name}\n")
@@ -195,7 +195,7 @@ def test_recordings_with_a_table_or_a_text_beside_each(tmp_path):
     assert source[0].messages[1].text.startswith("said s")
 
 
-def test_splits_are_told_by_the_names_of_files(tmp_path):
+def test_file_names_tell_the_splits(tmp_path):
     pictures(tmp_path)
     (tmp_path / "train.jsonl").write_bytes(lines(rows()[:30]))
     (tmp_path / "test.jsonl").write_bytes(lines(rows()[30:]))
@@ -206,7 +206,7 @@ def test_splits_are_told_by_the_names_of_files(tmp_path):
     assert (validation.held_out, test.held_out) == (True, False)
 
 
-def test_text_files_are_documents_cut_into_stretches(tmp_path):
+def test_text_files_are_documents_cut_into_chunks(tmp_path):
     text = "".join(f"The {i}th sentence has some words in it.\n\n" for i in range(2000))
     (tmp_path / "corpus.txt.gz").write_bytes(gzip.compress(text.encode()))
     data = config(tmp_path / "corpus.txt.gz")
@@ -240,7 +240,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("name", "content", "message"), DAMAGED.values(), ids=DAMAGED)
-def test_what_is_wrong_with_a_file_is_one_line_that_names_it(name, content, message, tmp_path):
+def test_a_malformed_file_is_refused_in_one_line_that_names_it(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         open_source(config(tmp_path, held_out=0.01), "mine", "train")
@@ -254,14 +254,14 @@ def test_a_tar_that_was_cut_short_is_refused(tmp_path):
         find_rows(str(path))
 
 
-def test_files_of_several_kinds_are_refused(tmp_path):
+def test_files_of_several_formats_are_refused(tmp_path):
     plain(tmp_path)
     parquet(tmp_path)
     with pytest.raises(UserError, match="holds JSON Lines and Parquet; give a pattern"):
         find_rows(str(tmp_path))
 
 
-def test_every_row_is_there_to_be_looked_at(tmp_path):
+def test_every_row_can_be_inspected(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines([*({"text": f"t{i}"} for i in range(30)), {"txt": 1}]))
     data = config(tmp_path, held_out=0.01)
     found = [row for split in ("train", "validation", "test") for row in open_source(data, "mine", split)]

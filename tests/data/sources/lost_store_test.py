@@ -1,4 +1,4 @@
-"""A store that goes away in the middle of an epoch: it is tried again, then one line; what was read so far goes on."""
+"""A store is lost in the middle of an epoch: reads are retried, then the run ends in one line and can resume."""
 
 import dataclasses
 import itertools
@@ -26,7 +26,7 @@ SPEC = EncodingSpec(max_length=32, max_patches=4, max_frames=0)
 
 
 class LostSystem(MemoryFileSystem):
-    """Files in memory; the next `fails` reads of a picture fail, and say more than they should."""
+    """A file system in memory. The next `fails` reads of a picture fail with a message that contains a key."""
 
     protocol = "lost"
     store: dict = {}  # noqa: RUF012 - fsspec's own form
@@ -46,7 +46,7 @@ class LostSystem(MemoryFileSystem):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The pauses that were made, which take no time here."""
+    """Records the pauses between retries instead of sleeping."""
     made = []
     monkeypatch.setattr(places, "WAITS", WAITS)
     monkeypatch.setattr(places, "time", types.SimpleNamespace(sleep=made.append))
@@ -76,7 +76,7 @@ def same(one, other):
     return all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
 
 
-def test_a_store_that_comes_back_is_waited_for(data, waits):
+def test_a_store_that_comes_back_is_retried(data, waits):
     unbroken = list(itertools.islice(train_iterator(data, 4), 6))
     batches = train_iterator(data, 4)
     first = [next(batches) for _ in range(3)]
@@ -86,7 +86,7 @@ def test_a_store_that_comes_back_is_waited_for(data, waits):
 
 
 @pytest.mark.parametrize("on_bad_row", ["stop", "skip"])
-def test_a_store_that_is_lost_ends_in_one_line_and_the_run_goes_on_from_its_state(data, on_bad_row, waits):
+def test_a_lost_store_ends_in_one_line_and_the_iterator_resumes(data, on_bad_row, waits):
     data = dataclasses.replace(data, on_bad_row=on_bad_row, max_bad_share=0.9)
     unbroken = list(itertools.islice(train_iterator(data, 4), 6))
     skipped = BadRows(0.9)
@@ -110,8 +110,8 @@ def test_a_store_that_is_lost_ends_in_one_line_and_the_run_goes_on_from_its_stat
     assert all(map(same, [*first, *itertools.islice(again, 3)], unbroken))
 
 
-def test_an_index_is_not_kept_of_what_could_not_be_read(data, waits):
-    """Of a column that is read row by row, a lost store leaves nothing behind in the cache."""
+def test_no_index_is_cached_after_a_failed_read(data, waits):
+    """A store that is lost while a column is read row by row leaves nothing in the cache."""
     from anyexperts_jax.data.mixture import Sources
 
     system = fsspec.filesystem("lost")
@@ -128,13 +128,13 @@ def test_an_index_is_not_kept_of_what_could_not_be_read(data, waits):
 
 
 @pytest.mark.slow
-def test_a_run_ends_in_one_line_without_keys_and_goes_on(data, tmp_path, capfd, waits, monkeypatch):
+def test_a_run_ends_in_one_line_without_keys_and_resumes(data, tmp_path, capfd, waits, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     run = ["train", "smoke", "--data", "mine=lost://bucket/all.jsonl", "--run", str(tmp_path / "run")]
     for change in ("train.steps=4", "train.checkpoint_every=1", "train.eval_every=4", "train.eval_examples=2",
                    "train.batch_size=8", "data.threads=0", "optim.warmup_steps=0"):  # fmt: skip
         run += ["--set", change]
-    reads = iter(range(30))  # of train pictures, about two batches and what is looked at before
+    reads = iter(range(30))  # reads of training pictures: about two batches and the checks before them
     healthy = LostSystem.cat_file
 
     def for_a_while(system, path, **how):

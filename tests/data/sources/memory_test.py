@@ -1,4 +1,4 @@
-"""Peak memory over a corpus ten times as long is the same: rows are read by number, indices are written, not kept."""
+"""A corpus ten times as long needs the same peak memory: rows are read by number, indices are kept on disk."""
 
 import json
 import pathlib
@@ -8,10 +8,10 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-ROWS, BYTES = 4_000, 2_000  # of the short corpus: 8 MB; the long one holds 80
-ALLOWED = 12e6  # bytes: a seventh of what the long corpus has more, for the allocator and a few numbers a row
+ROWS, BYTES = 4_000, 2_000  # the short corpus has 8 MB, the long one 80
+ALLOWED = 12e6  # bytes: a sixth of the 72 MB between the two, for the allocator and a few numbers per row
 
-# One process writes nothing but its index: it opens the corpus, reads every row in a random order, and says its peak.
+# Opens the corpus, reads every row in a random order and prints the peak memory. It writes nothing but an index.
 READER = """
 import resource, sys
 import numpy as np
@@ -23,7 +23,7 @@ for index in np.random.default_rng(0).permutation(len(source)):
     source[int(index)]
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
-# And one writes the corpus: what it needs is not counted.
+# Writes the corpus in a process of its own, so that writing does not count.
 WRITER = """
 import io, json, random, sys, tarfile
 kind, path, rows, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])

@@ -1,4 +1,4 @@
-"""Stores: what passes is tried again, what does not is one line, and no key is in it."""
+"""Object stores: temporary failures are retried, lasting ones are one line, and no credential is printed."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def failing(times, error):
     return action
 
 
-def test_what_passes_is_tried_again_after_growing_waits():
+def test_a_temporary_failure_is_retried_after_growing_waits():
     waits = []
     assert with_retries(failing(3, OSError("reset")), "read it", waits.append) == "read"
     assert waits == [0.5, 1.0, 2.0]
@@ -57,7 +57,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("error", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_does_not_pass_is_one_line(error, message):
+def test_a_lasting_failure_is_one_line(error, message):
     with pytest.raises(UserError, match=message) as caught:
         with_retries(failing(9, error), "read it", lambda wait: None)
     assert "abc" not in str(caught.value)
@@ -75,7 +75,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize(("place", "message"), PLACES.values(), ids=PLACES)
-def test_a_place_that_is_not_there_is_one_line(place, message, tmp_path, monkeypatch):
+def test_a_missing_place_is_one_line(place, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as caught:
         find_files(place)
@@ -84,7 +84,7 @@ def test_a_place_that_is_not_there_is_one_line(place, message, tmp_path, monkeyp
 
 @pytest.fixture
 def s3_bucket(monkeypatch):
-    """A bucket of moto's server: its address, the file system, and what loses it."""
+    """A bucket of moto's server: its address, its file system, and a function that makes it unreachable."""
     moto = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")
     server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -108,15 +108,17 @@ def s3_bucket(monkeypatch):
 
 @pytest.fixture
 def gs_bucket(monkeypatch):
-    """A bucket of gcp-storage-emulator: its address, the file system, and what loses it."""
+    """A bucket of gcp-storage-emulator: its address, its file system, and a function that makes it unreachable."""
     emulator = pytest.importorskip("gcp_storage_emulator.server")
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks over gRPC, which the emulator lacks
+    monkeypatch.setenv(
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+    )  # this feature needs gRPC, which the emulator lacks
     gcsfs = pytest.importorskip("gcsfs")
     server = emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
     server.start()
     host, port = server._api._httpd.server_address
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{host}:{port}")
-    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", _no_sleep)  # its own tries, beside ours
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", _no_sleep)  # gcsfs retries too
     gcsfs.GCSFileSystem.clear_instance_cache()
     yield "gs://bucket", gcsfs.GCSFileSystem(), server.stop
     server.stop()
@@ -124,7 +126,7 @@ def gs_bucket(monkeypatch):
 
 
 async def _no_sleep(seconds):
-    """In place of asyncio.sleep."""
+    """Replaces asyncio.sleep."""
 
 
 @pytest.fixture(params=["s3_bucket", "gs_bucket"])

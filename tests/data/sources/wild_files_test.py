@@ -1,4 +1,4 @@
-"""Files as they are in the wild: each is read as it was meant, or refused in one line with file and row."""
+"""Files as found in the wild are read as intended, or refused in one line with the file and row."""
 
 import gzip
 import io
@@ -48,7 +48,7 @@ def png():
 
 
 def tar(files):
-    """A tar of files by name; None: a folder."""
+    """Returns a tar of files by name; None stands for a folder."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as made:
         for name, data in files.items():
@@ -118,7 +118,7 @@ def sources(folder, name, content):
 
 
 @pytest.mark.parametrize(("name", "content", "pairs"), READ.values(), ids=READ)
-def test_it_is_read_as_it_was_meant(name, content, pairs, tmp_path):
+def test_an_unusual_file_is_read_as_intended(name, content, pairs, tmp_path):
     opened = sources(tmp_path, name, content)
     splits = [opened.open("mine", split) for split in ("train", "validation", "test")]
     found = [split[i] for split in splits for i in range(len(split))]
@@ -127,7 +127,7 @@ def test_it_is_read_as_it_was_meant(name, content, pairs, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "message"), REFUSED.values(), ids=REFUSED)
-def test_it_is_refused_in_one_line(name, content, message, tmp_path):
+def test_an_unusable_file_is_refused_in_one_line(name, content, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         sources(tmp_path, name, content).open("mine", "train")
     assert "\n" not in str(caught.value)
