@@ -17,7 +17,7 @@ def run(options: argparse.Namespace) -> None:
     elif is_checkpoint(options.run):
         evaluate_text.run(options)
     else:
-        given = [f"--{name}" for name in ("text", "policy", "page") if getattr(options, name)]
+        given = [f"--{name}" for name in ("text", "policy", "page", "adapter") if getattr(options, name)]
         require(not given, f"{' '.join(given)}: {options.run} is no published checkpoint; a run has data of its own")
         _evaluate_run(options)
 

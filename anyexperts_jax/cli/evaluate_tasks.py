@@ -43,7 +43,9 @@ def run(options: argparse.Namespace) -> None:
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
     budgets = options.budget or [None]
     most = max((budget for budget in budgets if budget is not None), default=None)
-    model = load_served(options.run, options.checkpoint, most)
+    beside = {} if options.adapter is None else {"adapter": options.adapter}
+    model = load_served(options.run, options.checkpoint, most, adapters=beside)
+    model = model.with_adapter("adapter") if beside else model
     how = TaskOptions(tuple(options.include), options.limit, options.fewshot, options.chat, rows=options.batch_rows)
     scores = evaluate_tasks(model, tasks, budgets, how, note=say)
     tables = [score_table(scores, f"{options.run}: tasks of lm-eval"), layer_table(scores)]
@@ -57,6 +59,7 @@ def _command(options: argparse.Namespace) -> str:
     """Returns the command with all options that the scores depend on."""
     words = ["anyexperts", "evaluate", str(options.run), "--tasks", options.tasks, "--checkpoint", options.checkpoint]
     words += ["--budget", *(f"{budget:g}" for budget in options.budget)] if options.budget else []
+    words += [] if options.adapter is None else ["--adapter", str(options.adapter)]
     words += [word for folder in options.include for word in ("--include", str(folder))]
     for name in ("limit", "fewshot"):
         value = getattr(options, name)

@@ -15,15 +15,15 @@ def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.core.files import read_text
     from anyexperts_jax.core.text_table import print_tables
     from anyexperts_jax.evaluate.policies import measure_policies, table, text_sample
-    from anyexperts_jax.pretrained.load import load_pretrained
     from anyexperts_jax.report.policy_page import write_policy_page
+    from anyexperts_jax.train.published import load_published
 
     unused = [f"--{name}" for name in ("domain", "data", "metric") if getattr(options, name)]
     require(not unused, f"{' '.join(unused)}: {options.run} is a published checkpoint; give --text")
     require(options.text is not None, f"{options.run} is a published checkpoint; give --text FILE")
     text = read_text(options.text, "--text")
     say(f"reading {options.run}")
-    model = load_pretrained(options.run, mesh_of(options))
+    model = load_published(options.run, options.checkpoint, mesh_of(options), adapter=options.adapter)
     sample = text_sample(model, text, options.tokens, options.length)
     found = measure_policies(
         model, sample, options.budget or (), options.policy or (), batch_rows=options.batch_rows, note=say
@@ -41,6 +41,7 @@ def _command(options: argparse.Namespace) -> str:
     words = ["anyexperts", "evaluate", str(options.run), "--text", str(options.text)]
     words += ["--budget", *(f"{budget:g}" for budget in options.budget)] if options.budget else []
     words += ["--policy", *options.policy] if options.policy else []
+    words += [] if options.adapter is None else ["--adapter", str(options.adapter)]
     words += ["--mesh", *options.mesh] if options.mesh else []
     for name in ("tokens", "length", "batch_rows"):
         words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
@@ -60,6 +61,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"what decides a token's number of experts: {', '.join(POLICIES.names())}, static_layers, modes, oracle; "
         "dense: the model before the split; importance for attached slots (default: all that fit the model)",
+    )
+    group.add_argument(
+        "--adapter",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="a low-rank adapter added to the weights, with --text or --tasks (default: none)",
     )
     group.add_argument(
         "--tokens", type=positive, default=4096, metavar="N", help="tokens of the text to use, from its beginning"

@@ -8,15 +8,12 @@ from anyexperts_jax.cli.options import add_command, positive, positive_number
 
 def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.core.files import read_text
-    from anyexperts_jax.pretrained.lora import read_adapter, with_adapter
     from anyexperts_jax.pretrained.write import export, require_new_folder
     from anyexperts_jax.train.published import load_published
 
     require_new_folder(options.out)
     text = None if options.text is None else read_text(options.text, "--text")
-    model = load_published(options.path, options.checkpoint)
-    if options.adapter is not None:
-        model = with_adapter(model, read_adapter(options.adapter))
+    model = load_published(options.path, options.checkpoint, adapter=options.adapter)
     form = options.conversion or options.form
     how = {"shard_bytes": int(options.shard_gb * 10**9), "text": text, "experts": options.experts_per_token}
     export(model, options.out, form, **how)

@@ -16,6 +16,7 @@ def run(options: argparse.Namespace) -> None:
         generate_text.run(options)
     else:
         require(options.prompt is None, f"{options.run} did not start from a published checkpoint: give --question")
+        require(options.adapter is None, f"--adapter goes with --prompt and a published checkpoint, not {options.run}")
         _answer_with_run(options)
 
 
@@ -58,6 +59,7 @@ def add(commands: argparse._SubParsersAction) -> None:
             "anyexperts generate runs/mine --domain video --index 3",
             "anyexperts generate runs/mine --question 'which digit?' --image cat.png --budget 4.8",
             "anyexperts generate models/Qwen3-30B-A3B --prompt 'Gravity is' --budget 6.4 --stream",
+            "anyexperts generate models/Qwen3-30B-A3B --prompt 'Gravity is' --adapter adapters/mine",
             "anyexperts generate models/Qwen3-VL-30B-A3B --chat --prompt 'What is this?' --image cat.png",
             "anyexperts generate models/Qwen3-Omni-30B-A3B-Thinking --chat --prompt 'What is said?' --audio talk.wav",
         ),

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import pathlib
 import sys
 
 from anyexperts_jax.cli.options import mesh_of, natural, number, positive, seed
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
         require(
             kind in kinds or not getattr(options, kind), f"--{kind}: the model in {options.run} reads {reads} alone"
         )
-    model = load_published(options.run, options.checkpoint, mesh_of(options))
+    model = load_published(options.run, options.checkpoint, mesh_of(options), adapter=options.adapter)
     prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
 
     def tell(_: int, text: str) -> None:
@@ -66,6 +67,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt", help="a text to continue (default: none; a run takes --question)")
     group.add_argument("--chat", action="store_true", help="render the prompt with the model's chat template")
     group.add_argument("--stream", action="store_true", help="print the answer as it grows")
+    group.add_argument(
+        "--adapter", type=pathlib.Path, metavar="FOLDER", help="a low-rank adapter added to the weights (default: none)"
+    )
     group.add_argument(
         "--max-new-tokens", type=positive, default=128, metavar="N", help="largest number of tokens of the answer"
     )

@@ -1,14 +1,17 @@
 """`anyexperts serve`."""
 
 import argparse
+import pathlib
 
 from anyexperts_jax.cli.options import add_command, add_model, natural, positive, positive_number, say
+from anyexperts_jax.core.errors import comma_list
 
 
 def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.serve.run import require_serve
 
     require_serve()
+    from anyexperts_jax.data.config import named_places
     from anyexperts_jax.serve.app import Limits
     from anyexperts_jax.serve.model import load_served
     from anyexperts_jax.serve.run import API_KEY, Address, api_key_of, bind, is_loopback, make_service, serve
@@ -16,11 +19,12 @@ def run(options: argparse.Namespace) -> None:
     key = api_key_of()
     if key is None and not is_loopback(options.host):
         say(f"{options.host} may be reached from other machines and there is no key; set {API_KEY}")
+    adapters = {name: pathlib.Path(place) for name, place in named_places(options.adapter, "--adapter").items()}
     limits = Limits(int(options.max_body_mb * 2**20), options.queue, options.timeout)
     with bind(Address(options.host, options.port)) as listening:
-        model = load_served(options.path, options.checkpoint, options.max_budget, options.name)
+        model = load_served(options.path, options.checkpoint, options.max_budget, options.name, adapters=adapters)
         service = make_service(model, slots=options.slots, length=options.length, limits=limits, api_key=key, note=say)
-        serve(service, listening, lambda url: say(f"serving {model.name} at {url}"))
+        serve(service, listening, lambda url: say(f"serving {comma_list([model.name, *model.adapters])} at {url}"))
     say("stopped: every request that was taken is answered")
 
 
@@ -32,12 +36,20 @@ def add(commands: argparse._SubParsersAction) -> None:
         (
             "anyexperts serve models/Qwen3-30B-A3B --port 8000 --slots 16 --length 4096",
             "anyexperts serve runs/mine --name mine --max-budget 9.6",
+            "anyexperts serve models/Qwen3-30B-A3B --adapter law=adapters/law --adapter code=adapters/code",
         ),
     )
     add_model(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of the machine's")
     parser.add_argument("--port", type=natural, default=8000, help="port to listen on; 0: a free one, which is printed")
     parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a low-rank adapter, used for requests whose model is NAME; repeatable (default: none)",
+    )
     parser.add_argument(
         "--checkpoint",
         default="best",

@@ -70,13 +70,27 @@ def with_adapter(m: Pretrained, adapter: Adapter) -> Pretrained:
     Raises:
       UserError: if the model has an adapter already, or the adapter was trained on another base.
     """
+    return with_adapters(m, {"": adapter})[""]
+
+
+def with_adapters(m: Pretrained, adapters: Mapping[str, Adapter]) -> dict[str, Pretrained]:
+    """The model with each of the adapters, by name: to change the adapter is to take another entry.
+
+    All of them hold the arrays of `m` itself and their own factors beside them. Adapters of equal settings share the
+    compiled programs.
+
+    Raises:
+      UserError: when the model has an adapter already, or one of these is of another base.
+    """
     require(m.config.stack.lora is None, "the model has an adapter already; merge that first")
-    found = fingerprint(m)
-    require(
-        found == adapter.base,
-        f"the adapter was trained on another base: its fingerprint is {adapter.base}, that of {m.path} is {found}",
-    )
-    return _with_factors(m, adapter)
+    found = fingerprint(m) if adapters else ""
+    for name, adapter in adapters.items():
+        require(
+            found == adapter.base,
+            f"the adapter {f'{name} ' if name else ''}was trained on another base: its fingerprint is {adapter.base}, "
+            f"that of {m.path} is {found}",
+        )
+    return {name: _with_factors(m, adapter) for name, adapter in adapters.items()}
 
 
 def merge_adapter(m: Pretrained) -> Pretrained:

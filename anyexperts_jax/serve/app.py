@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from anyexperts_jax.core.errors import UserError, require, shown
+from anyexperts_jax.core.errors import UserError, comma_list, require, shown
 from anyexperts_jax.serve.engine import Engine, Event, Failed, Finished, Job, Progress, Ticket, Token, Usage
 from anyexperts_jax.serve.metrics import Metrics
 from anyexperts_jax.serve.model import ServedModel
@@ -122,23 +122,28 @@ async def _metrics(service: Service, request: Request) -> Response:
 
 
 async def _models(service: Service, request: Request) -> Response:
-    return _json({"object": "list", "data": [_served(service)]})
+    names = (service.model.name, *service.model.adapters)
+    return _json({"object": "list", "data": [_served(service, name) for name in names]})
 
 
 async def _model(service: Service, request: Request) -> Response:
-    _require_model(service, request.path_params["name"])
-    return _json(_served(service))
+    name = request.path_params["name"]
+    _adapter_of(service, name)
+    return _json(_served(service, name))
 
 
-def _served(service: Service) -> dict[str, Any]:
+def _served(service: Service, name: str) -> dict[str, Any]:
     media = ["text", *service.model.reader.media]
-    return model_body(service.model.name, service.created, max_model_len=service.engine.length, modalities=media)
+    return model_body(name, service.created, max_model_len=service.engine.length, modalities=media)
 
 
-def _require_model(service: Service, name: str) -> None:
-    if name != service.model.name:
-        message = f"the model {shown(name)} is not served here; valid: {service.model.name}"
+def _adapter_of(service: Service, name: str) -> str | None:
+    """The adapter that a request's model stands for; None: the base alone."""
+    own, adapters = service.model.name, service.model.adapters
+    if name != own and name not in adapters:
+        message = f"the model {shown(name)} is not served here; valid: {comma_list([own, *adapters])}"
         raise HttpError(404, message, "model", "model_not_found")
+    return None if name == own else name
 
 
 async def _completions(kind: Kind, service: Service, request: Request) -> Response:
@@ -146,8 +151,8 @@ async def _completions(kind: Kind, service: Service, request: Request) -> Respon
     loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event | None]]()
     try:
         asked = read_request(kind, body)
-        _require_model(service, asked.model)
-        tickets = await asyncio.to_thread(_make_tickets, service, asked, _event_sender(loop, events))
+        adapter = _adapter_of(service, asked.model)
+        tickets = await asyncio.to_thread(_make_tickets, service, asked, adapter, _event_sender(loop, events))
         service.worker.submit(tickets)
     except UserError as error:
         raise HttpError(400, str(error), error.field if isinstance(error, FieldError) else None) from error
@@ -200,7 +205,9 @@ def _event_sender(loop: asyncio.AbstractEventLoop, events: "asyncio.Queue[Any]")
     return tell
 
 
-def _make_tickets(service: Service, asked: Asked, tell: Callable[[int, Event], None]) -> list[Ticket]:
+def _make_tickets(
+    service: Service, asked: Asked, adapter: str | None, tell: Callable[[int, Event], None]
+) -> list[Ticket]:
     """Makes one job for each answer the request asks for, and checks it against the model."""
     model, reader = service.model, service.model.reader
     try:
@@ -225,6 +232,7 @@ def _make_tickets(service: Service, asked: Asked, tell: Callable[[int, Event], N
                 stop=asked.stop,
                 tells_logprobs=asked.logprobs is not None,
                 seconds=service.limits.seconds,
+                adapter=adapter,
             )
             service.engine.check(job)
             tickets.append(Ticket(job, now))

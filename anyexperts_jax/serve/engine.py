@@ -8,12 +8,13 @@ by one piece at a time and not by its whole length.
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
@@ -26,6 +27,7 @@ from anyexperts_jax.serve.slots import (
     Chosen,
     RowBudget,
     Rows,
+    Static,
     extend_slot,
     make_rows,
     prefill_slot,
@@ -103,6 +105,7 @@ class Job:
     seed: int = 0
     stop: tuple[str, ...] = ()
     tells_logprobs: bool = False
+    adapter: str | None = None  # by name; None: only the base
     seconds: float = float("inf")  # allowed from the request's arrival
 
 
@@ -145,6 +148,7 @@ class Engine:
 
     Args:
       weights: the model, with a window that has room for the largest budget.
+      adapters: the same model with one adapter each, by the name that jobs give.
       slots: how many requests run at once.
       length: positions of a slot, shared by prompt and answer.
       watch: called with (metric, amount); the metrics are "first_token_seconds", "between_tokens_seconds",
@@ -152,13 +156,22 @@ class Engine:
     """
 
     def __init__(
-        self, weights: Weights, tokenizer: Tokenizer, stop_ids: Sequence[int], *, slots: int, length: int, watch: Watch
+        self,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        stop_ids: Sequence[int],
+        *,
+        slots: int,
+        length: int,
+        watch: Watch,
+        adapters: Mapping[str, Weights] | None = None,
     ) -> None:
         config = dropless(weights.config)
         require(length <= config.max_length, f"length={length} is more than the model's {config.max_length} positions")
         self.length, self._watch = length, watch
-        self._static = (config, weights.placement)
-        self._arguments = (self._static, weights.params, weights.router_bias_LC)
+        self._config = config
+        models: list[tuple[str | None, Weights]] = [(None, weights), *(adapters or {}).items()]
+        self._arguments = {name: _arguments(own) for name, own in models}
         self._tokenizer, self._stop_ids = tokenizer, frozenset(stop_ids)
         self._waiting = collections.deque[Ticket]()
         self._slots: list[_Slot | None] = [None] * slots
@@ -188,7 +201,7 @@ class Engine:
 
     def check(self, job: Job) -> None:
         """Raises what `submit` would raise; may be called from any thread."""
-        check_fits(job.prompt.tokens, job.max_new_tokens, self.length, self._static[0].vocab_size)
+        check_fits(job.prompt.tokens, job.max_new_tokens, self.length, self._config.vocab_size)
 
     def submit(self, ticket: Ticket) -> None:
         """Appends a job to the queue.
@@ -229,8 +242,8 @@ class Engine:
 
     def _empty_cache(self, slots: int) -> StackCache:
         """Returns a cache placed as the compiled programs return it; JAX would recompile them for another placement."""
-        cache: StackCache = slot_cache(self._static[0], slots, self.length)
-        devices = {device for leaf in jax.tree.leaves(self._arguments[1]) for device in leaf.devices()}
+        cache: StackCache = slot_cache(self._config, slots, self.length)
+        devices = {device for leaf in jax.tree.leaves(self._arguments[None][1]) for device in leaf.devices()}
         return jax.device_put(cache, devices.pop()) if len(devices) == 1 else cache
 
     def _drop(self) -> None:
@@ -256,6 +269,7 @@ class Engine:
         slot = self._slots[number]
         assert slot is not None
         job, place = slot.ticket.job, jnp.int32(number)
+        arguments = self._arguments[job.adapter]
         if job.prompt.batch is None:
             rest = job.prompt.tokens[slot.filled :]
             width = next((width for width in PIECES if width >= len(rest)), PIECES[-1])
@@ -263,11 +277,11 @@ class Engine:
             tokens_1T = np.zeros((1, width), np.int32)
             tokens_1T[0, : len(piece)] = piece
             rows = self._rows(tokens_1T, [(slot, len(piece))])
-            chosen, self._cache = extend_slot(*self._arguments, rows, self._cache, place)
+            chosen, self._cache = extend_slot(*arguments, rows, self._cache, place)
         else:
             piece = job.prompt.tokens
             rows = self._rows(np.zeros((1, 1), np.int32), [(slot, len(piece))])
-            chosen, self._cache = prefill_slot(*self._arguments, (job.prompt.batch, rows), self._cache, place)
+            chosen, self._cache = prefill_slot(*arguments, (job.prompt.batch, rows), self._cache, place)
         chosen = jax.device_get(chosen)  # indexing an array on the device would compile another program
         slot.filled += len(piece)
         slot.real_L = slot.real_L + chosen.real_BL[0]
@@ -280,26 +294,26 @@ class Engine:
         """Decodes one token in every slot whose prompt is read; False if there is none.
 
         All slots go through the program, so that one compiled shape serves whichever slots are live: the others rest
-        with length 0, and their tokens are ignored.
+        with length 0, and their tokens are ignored. The program runs once for each adapter in use, while the slots of
+        other adapters rest.
         """
-        live = [slot is not None and not slot.is_prefilling for slot in self._slots]
-        if not any(live):
-            return False
-        tokens_B1 = np.zeros((len(live), 1), np.int32)
-        rows: list[tuple[_Slot | None, int]] = []
-        for number, slot in enumerate(self._slots):
-            if slot is not None and live[number]:
-                tokens_B1[number, 0] = slot.tokens[-1]
-            rows.append((slot, int(live[number])))
-        chosen, self._cache = step_slots(*self._arguments, self._rows(tokens_B1, rows), self._cache)
+        live = {n: slot for n, slot in enumerate(self._slots) if slot is not None and not slot.is_prefilling}
+        for adapter in dict.fromkeys(slot.ticket.job.adapter for slot in live.values()):
+            self._decode_with(adapter, {n: slot for n, slot in live.items() if slot.ticket.job.adapter == adapter})
+        return bool(live)
+
+    def _decode_with(self, adapter: str | None, live: Mapping[int, _Slot]) -> None:
+        tokens_B1 = np.zeros((len(self._slots), 1), np.int32)
+        for number, slot in live.items():
+            tokens_B1[number, 0] = slot.tokens[-1]
+        rows = self._rows(tokens_B1, [(slot, int(number in live)) for number, slot in enumerate(self._slots)])
+        chosen, self._cache = step_slots(*self._arguments[adapter], rows, self._cache)
         chosen = jax.device_get(chosen)
-        for number, slot in enumerate(self._slots):
-            if slot is not None and live[number]:
-                slot.filled += 1
-                slot.real_L = slot.real_L + chosen.real_BL[number]
-                self._watch("between_tokens_seconds", time.monotonic() - slot.last_told)
-                self._add_token(number, slot, _token(chosen, number, slot.ticket.job.tells_logprobs))
-        return True
+        for number, slot in live.items():
+            slot.filled += 1
+            slot.real_L = slot.real_L + chosen.real_BL[number]
+            self._watch("between_tokens_seconds", time.monotonic() - slot.last_told)
+            self._add_token(number, slot, _token(chosen, number, slot.ticket.job.tells_logprobs))
 
     def _rows(self, tokens_BT: np.ndarray, slots: Sequence[tuple[_Slot | None, int]]) -> Rows:
         own = [slot for slot, _ in slots]
@@ -333,6 +347,11 @@ class Engine:
         for name, amount in (("prompt_tokens", prompt), ("completion_tokens", answer), ("real_experts", real)):
             self._watch(name, amount)
         slot.ticket.job.tell(Finished(slot.stream.rest(), reason, usage))
+
+
+def _arguments(weights: Weights) -> tuple[Static, Any, Array | None]:
+    """What every program takes first."""
+    return (dropless(weights.config), weights.placement), weights.params, weights.router_bias_LC
 
 
 def check_fits(prompt: Sequence[int], max_new_tokens: int, length: int, vocab_size: int) -> None:

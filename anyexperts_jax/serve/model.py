@@ -7,23 +7,26 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import require, shown
 from anyexperts_jax.data.batches import prompts, stack
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.conversation import Conversation, Document, Message, Part, Text, joined
 from anyexperts_jax.data.sequence import padded
-from anyexperts_jax.data.turns import chat_template, encode_item
+from anyexperts_jax.data.turns import chat_template, encode_item, uses_template
 from anyexperts_jax.evaluate.trained import Trained, load_trained
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.pretrained.budget import with_budget
 from anyexperts_jax.pretrained.decode import Weights
-from anyexperts_jax.pretrained.load import is_checkpoint, load_pretrained
+from anyexperts_jax.pretrained.load import is_checkpoint
+from anyexperts_jax.pretrained.lora import Adapter, read_adapter, with_adapters
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.pretrained.prompts import leading_ids, prompt_tokens
 from anyexperts_jax.serve.engine import Prompt
 from anyexperts_jax.serve.media import medium_of
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.chat import ASSISTANT
+from anyexperts_jax.train.config import load_config
+from anyexperts_jax.train.published import is_tuned, load_published
 
 
 @runtime_checkable
@@ -52,10 +55,20 @@ class ServedModel:
     longest: int  # maximal number of positions of prompt and answer
     leading_ids: tuple[int, ...] = ()  # put before every text
     path: pathlib.Path | None = None  # of a published checkpoint
+    adapters: Mapping[str, Weights] = dataclasses.field(default_factory=dict)  # the same with an adapter each, by name
+
+    def with_adapter(self, name: str) -> "ServedModel":
+        """The model with one of its adapters, and no other."""
+        return dataclasses.replace(self, weights=self.adapters[name], adapters={})
 
 
 def load_served(
-    path: pathlib.Path, checkpoint: str = "best", max_budget: float | None = None, name: str | None = None
+    path: pathlib.Path,
+    checkpoint: str = "best",
+    max_budget: float | None = None,
+    name: str | None = None,
+    *,
+    adapters: Mapping[str, pathlib.Path] | None = None,
 ) -> ServedModel:
     """Loads the model in a folder, a run or a published checkpoint.
 
@@ -64,25 +77,47 @@ def load_served(
       max_budget: largest budget, in real experts per token, that a request may ask for; None: what the model's own
         window has room for.
       name: the name that clients use; None: the folder's name.
+      adapters: folders of low-rank adapters, by the name that clients use for the model with each.
 
     Raises:
-      UserError: if there is no model, it has no tokenizer, or it cannot reach the budget.
+      UserError: if there is no model, it has no tokenizer, it cannot reach the budget, or an adapter was trained on
+        another base.
     """
-    if is_checkpoint(path):
-        return serve_pretrained(load_pretrained(path), name or path.resolve().name, max_budget)
-    return serve_trained(load_trained(path, checkpoint), name or path.resolve().name, max_budget)
+    name, folders = name or path.resolve().name, adapters or {}
+    require(name not in folders, f"--adapter: {name} is the name of the model itself; choose another one")
+    tuned = is_tuned(path)
+    if not (tuned or is_checkpoint(path)):
+        require(not folders, f"--adapter: {path} did not start from a published checkpoint; adapters fit those alone")
+        return serve_trained(load_trained(path, checkpoint), name, max_budget)
+    beside = {own: read_adapter(folder) for own, folder in folders.items()}  # before gigabytes are read
+    served = serve_pretrained(load_published(path, checkpoint), name, max_budget, beside)
+    return dataclasses.replace(served, reader=_reader_of_run(path, served)) if tuned else served
 
 
-def serve_pretrained(model: Pretrained, name: str, max_budget: float | None = None) -> ServedModel:
+def _reader_of_run(path: pathlib.Path, served: ServedModel) -> Reader:
+    """Returns a reader that writes conversations as the run's examples were, if the tokenizer's template did not."""
+    data = load_config(path).data
+    if data.chat_template == "auto" and uses_template(data, served.tokenizer):
+        return served.reader
+    return TunedReader(data, served.tokenizer)
+
+
+def serve_pretrained(
+    model: Pretrained, name: str, max_budget: float | None = None, adapters: Mapping[str, Adapter] | None = None
+) -> ServedModel:
     """Prepares a published model to be served under a name.
 
+    Args:
+      adapters: by the name that clients use for the model with each.
+
     Raises:
-      UserError: if it has no tokenizer, or it cannot reach the budget.
+      UserError: if it has no tokenizer, it cannot reach the budget, or an adapter was trained on another base.
     """
     tokenizer = model.tokenizer
+    beside = with_adapters(model, adapters) if adapters else {}
     return ServedModel(
         name,
-        dataclasses.replace(model.weights, config=_with_room(model.config, max_budget)),
+        _weights_with_room(model, max_budget),
         model.config,
         tokenizer,
         stop_ids=tuple(dict.fromkeys([*model.stop_ids, *tokenizer.special.eos])),
@@ -90,6 +125,7 @@ def serve_pretrained(model: Pretrained, name: str, max_budget: float | None = No
         longest=model.config.max_length,
         leading_ids=tuple(leading_ids(tokenizer)),
         path=model.path,
+        adapters={own: _weights_with_room(adapted, max_budget) for own, adapted in beside.items()},
     )
 
 
@@ -111,6 +147,10 @@ def serve_trained(trained: Trained, name: str, max_budget: float | None = None) 
         longest=base.max_length,
         leading_ids=(tokenizer.special.begin,),
     )
+
+
+def _weights_with_room(model: Pretrained, max_budget: float | None) -> Weights:
+    return dataclasses.replace(model.weights, config=_with_room(model.config, max_budget))
 
 
 def _with_room(base: ModelConfig, max_budget: float | None) -> ModelConfig:
@@ -169,17 +209,29 @@ class RunReader:
         where = f"messages[{number}]"
         unknown = sorted(set(message) - {"role", "content"})
         require(not unknown, f"{where} holds {', '.join(unknown)}; the run reads role and content")
-        content = message.get("content")
+        role, content = message.get("role", ""), message.get("content")
+        require(isinstance(role, str), f"{where}: role={shown(role)} must be a text")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         require(isinstance(parts, list) and len(parts) > 0, f"{where}: content must be a text or a list of parts")
         assert isinstance(parts, list)
         found = [self._part(f"{where}.content[{i}]", part) for i, part in enumerate(parts)]
-        return Message(message.get("role", ""), joined(tuple(found)))
+        return Message(role, joined(tuple(found)))
 
     def _part(self, where: str, part: Any) -> Part:
         if _is_text(part):
             return Text(part["text"])
         return medium_of(part, where, self.media)
+
+
+class TunedReader(CheckpointReader):
+    """Text as for the checkpoint that a run started from; conversations as the run's examples were written."""
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self._learned = RunReader(data, tokenizer)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        return self._learned.chat(messages)._replace(batch=None)  # no media, so it is read piece by piece
 
 
 def _is_text(part: Any) -> bool:

@@ -66,7 +66,15 @@ def make_service(
         if warm.is_set():
             metrics.watch(name, amount)
 
-    engine = Engine(model.weights, model.tokenizer, model.stop_ids, slots=slots, length=length, watch=watch)
+    engine = Engine(
+        model.weights,
+        model.tokenizer,
+        model.stop_ids,
+        slots=slots,
+        length=length,
+        watch=watch,
+        adapters=model.adapters,
+    )
     note(f"compiling for {slots} slots of {length} positions")
     warm_up(engine, model)
     warm.set()
@@ -100,9 +108,10 @@ def warm_up(engine: Engine, model: ServedModel) -> None:
       UserError: with the reason, if the model cannot take a step.
     """
     budget, events = row_budget(model.base, model.weights.config, None), list[Any]()
-    for length in engine.piece_lengths():
-        job = Job(Prompt((0,) * length), 2, budget, events.append)
-        engine.submit(Ticket(job, 0.0))
+    for adapter in (None, *model.adapters):
+        for length in engine.piece_lengths():
+            job = Job(Prompt((0,) * length), 2, budget, events.append, adapter=adapter)
+            engine.submit(Ticket(job, 0.0))
     if model.reader.media:
         prompt = model.reader.chat([{"role": "user", "content": "?"}])
         engine.submit(Ticket(Job(prompt, 1, budget, events.append), 0.0))

@@ -23,6 +23,7 @@ from anyexperts_jax.pretrained.extension import neuron_order
 from anyexperts_jax.pretrained.family import family_of
 from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.load import load_pretrained, read_generation
+from anyexperts_jax.pretrained.lora import read_adapter, with_adapter
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.sharding.specs import replicated
 from anyexperts_jax.train.published_config import is_published
@@ -99,10 +100,22 @@ def load_tuned(run_dir: str | os.PathLike[str], which: str = "best", mesh: Mesh 
     )
 
 
-def load_published(path: str | os.PathLike[str], which: str = "best", mesh: Mesh | None = None) -> Pretrained:
+def load_published(
+    path: str | os.PathLike[str],
+    which: str = "best",
+    mesh: Mesh | None = None,
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+) -> Pretrained:
     """Loads a published checkpoint, or a run that started from one.
 
+    Args:
+      which: of a run, "best" or "last".
+      adapter: a folder of `export --form adapter` to put beside the weights; None: none.
+
     Raises:
-      UserError: if the path leads to neither, or cannot be read.
+      UserError: if the path leads to neither, or cannot be read, or the adapter was trained on another base.
     """
-    return load_tuned(path, which, mesh) if is_tuned(path) else load_pretrained(path, mesh)
+    beside = None if adapter is None else read_adapter(adapter)  # before gigabytes are read
+    model = load_tuned(path, which, mesh) if is_tuned(path) else load_pretrained(path, mesh)
+    return model if beside is None else with_adapter(model, beside)

@@ -20,6 +20,7 @@ from anyexperts_jax.pretrained.lora import (
     read_adapter,
     unmerge_adapter,
     with_adapter,
+    with_adapters,
 )
 from anyexperts_jax.pretrained.random_model import random_model
 from pretrained.tiny_hub import hub_values
@@ -34,10 +35,10 @@ CASES = {  # the second has dense, MoE and shared networks, so every kind of pat
 }
 
 
-def random_adapter(m, lora):
+def random_adapter(m, lora, seed=0):
     """Random factors, none of them zero, for all adapted weights of a model."""
     config = dataclasses.replace(m.config, stack=dataclasses.replace(m.config.stack, lora=lora))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     leaves = {
         name: (rng.standard_normal(leaf.shape) * 0.2).astype(np.float32)
         for name, leaf in named_leaves(abstract_params(config)).items()
@@ -106,6 +107,28 @@ def test_a_saved_adapter_is_read_back_and_refused_on_another_base(pair, tmp_path
     with pytest.raises(UserError, match="has no adapter"):
         base.export(tmp_path / "none", form="adapter")
     assert not (tmp_path / "none").exists()
+
+
+def test_several_adapters_are_beside_one_base(pair):
+    """Each may be merged and taken out again before the next one is merged: the base comes back."""
+    base, m = pair
+    adapters = {name: random_adapter(base, m.config.stack.lora, seed) for seed, name in enumerate(("one", "two"))}
+    models, own = with_adapters(base, adapters), named_leaves(base.params)
+    for name, model in models.items():
+        held = named_leaves(model.params)
+        assert all(held[leaf] is value for leaf, value in own.items())
+        assert set(held) - set(own) == set(adapters[name].leaves)
+        merged = merge_adapter(model)
+        back = named_leaves(unmerge_adapter(merged, adapters[name]).params)
+        for leaf, value in own.items():
+            np.testing.assert_allclose(back[leaf], value, atol=1e-6, rtol=0, err_msg=leaf)
+    changed = adapted_weights(m.config)[0]
+    one, two = (named_leaves(merge_adapter(models[name]).params)[changed] for name in models)
+    assert np.abs(np.asarray(one) - np.asarray(two)).max() > 0.01
+    other = random_model(base.hub.values, seed=1)
+    strange = dataclasses.replace(adapters["two"], base=fingerprint(other))
+    with pytest.raises(UserError, match="the adapter two was trained on another base: its fingerprint is"):
+        with_adapters(base, {**adapters, "two": strange})
 
 
 def test_the_fingerprint_is_the_same_in_bfloat16_and_float32():

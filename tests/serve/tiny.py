@@ -19,9 +19,9 @@ BUDGETS = (None, 1.5, 2.0, 3.0, 2.25, 1.0, 2.5, None)
 LENGTHS = (9, 4, 12, 6, 1, 8, 10, 7)
 
 
-def tiny_folder(path):
+def tiny_folder(path, **how):
     """Writes a checkpoint folder as on the hub: 7 experts, 3 per token, 96 positions."""
-    made = tiny_checkpoint(path, "qwen3_moe", vocab_size=300, eos_token_id=299)
+    made = tiny_checkpoint(path, "qwen3_moe", vocab_size=300, eos_token_id=299, **how)
     train_tokenizer(["Hello world", "cat on the mat; the cat", "A cat sat"], 300).save(made)
     settings = made / "tokenizer_config.json"
     held = json.loads(settings.read_text()) if settings.is_file() else {}

@@ -1,6 +1,7 @@
 """From a published checkpoint through training and back, by one command each: every parameter keeps its place."""
 
 import json
+import pathlib
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ import anyexperts_jax as ax
 from anyexperts_jax.cli.main import main
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.models.init import named_leaves
+from anyexperts_jax.serve.model import load_served
 from anyexperts_jax.tokenizers.train import train_tokenizer
 from anyexperts_jax.train.config import load_config
 from anyexperts_jax.train.published import load_published, load_tuned
@@ -123,6 +125,17 @@ def test_attached_routing_is_trained_exported_and_asked(hub, attached, questions
     with pytest.raises(UserError, match="did not start from a published checkpoint"):
         load_tuned(tmp_path)
     assert load_published("runs/tuned").family == "qwen3_moe"
+    served, tuned = load_served(pathlib.Path("runs/tuned"), "last"), load_tuned("runs/tuned", "last")
+    for name, value in named_leaves(tuned.params).items():
+        np.testing.assert_array_equal(named_leaves(served.weights.params)[name], value)
+    assert list(served.reader.text("say 3").tokens) == tuned.tokens("say 3")  # as `generate` reads it
+    assert served.longest == tuned.config.max_length
+    assert set(tuned.stop_ids) <= set(served.stop_ids)
+    chat = served.reader.chat([{"role": "user", "content": "say 3"}])  # as the run learned it: there is no template
+    special = tuned.tokenizer.special
+    said = tuned.tokenizer.encode("say 3").ids_T.tolist()
+    assert list(chat.tokens) == [special.begin, *said, special.separator]
+    assert chat.batch is None
 
 
 @pytest.mark.slow
