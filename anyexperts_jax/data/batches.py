@@ -12,6 +12,7 @@ from anyexperts_jax.core.batch import Batch, make_batch, require_one_segment
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.data.config import EncodingSpec
+from anyexperts_jax.data.sequence import last_runs
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.bytes import BYTES
 
@@ -53,10 +54,7 @@ def learned_texts(batch: Batch, tokenizer: Tokenizer = BYTES) -> list[str]:
 
 def last_answers(batch: Batch) -> Bool[ndarray, "B T"]:
     """Marks the positions that predict a token of the row's answer: for a conversation, the assistant's last turn."""
-    loss_mask_BT = np.asarray(batch.loss_mask_BT)
-    begins_BT = loss_mask_BT & ~np.pad(loss_mask_BT, ((0, 0), (1, 0)))[:, :-1]
-    turn_BT = np.cumsum(begins_BT, axis=1)
-    return loss_mask_BT & (turn_BT == turn_BT[:, -1:])
+    return last_runs(np.asarray(batch.loss_mask_BT))
 
 
 def before_answers(batch: Batch) -> Bool[ndarray, "B T"]:

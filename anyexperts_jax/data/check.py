@@ -26,7 +26,7 @@ from anyexperts_jax.data.sequence import Size
 from anyexperts_jax.data.sources.cache import hash_64
 from anyexperts_jax.data.sources.places import StoreError
 from anyexperts_jax.data.sources.rows import RowError
-from anyexperts_jax.data.turns import chat_template, encode_item
+from anyexperts_jax.data.turns import chat_template, encode_item, encode_pair
 
 CHUNK = 256  # examples that a process reads at a time
 SHOWN = 20  # how many unusable rows, and how many rows in two splits, are named
@@ -199,7 +199,8 @@ def _look(job: tuple[DataConfig, str, str, int, int, bool], sources: Sources | N
         file, row = source.where(index) if isinstance(source, RowSource) else (name, f"{split} example {index}")
         try:
             item = source[index]
-            sequence = encode_item(item, config.encoding, tokenizer=tokenizer, template=template)
+            encode = encode_item if getattr(item, "rejected", None) is None else encode_pair
+            sequence = encode(item, config.encoding, tokenizer=tokenizer, template=template)
             require(sequence.size.fits(Size.of_row(config.encoding)), "it does not fit in a row")
         except StoreError:
             raise
@@ -228,7 +229,8 @@ def _content(item: Item) -> bytes:
     if isinstance(item, Document):
         return item.text.strip().encode()
     if isinstance(item, Conversation):
-        parts: list[Any] = [(m.role, part) for m in item.messages for part in m.parts]
+        messages = (*item.messages, *(() if item.rejected is None else (item.rejected,)))
+        parts: list[Any] = [(m.role, part) for m in messages for part in m.parts]
     else:
         media = [getattr(item, kind) for kind in ("image", "video", "audio")]
         parts = [("user", values) for values in media if values is not None]

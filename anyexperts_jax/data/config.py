@@ -64,6 +64,9 @@ class Columns:
     conversations: str = "conversations"  # chats as LLaVA writes them
     question: str = "question"  # what is asked
     answer: str = "answer"  # what is learned
+    prompt: str = "prompt"  # of a preference: a text, or messages
+    chosen: str = "chosen"  # of a preference: the better answer
+    rejected: str = "rejected"  # of a preference: the worse answer
     question_type: str = "question_type"  # kind of question; each kind gets a score of its own
     level: str = "level"  # difficulty, 1 to 3
     text: str = "text"  # a document; beside a medium, its transcript or caption

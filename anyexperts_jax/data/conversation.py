@@ -98,8 +98,10 @@ class Message:
 class Conversation:
     """Messages in order; a model learns those of the assistant.
 
+    A preference is a conversation whose last message is the preferred answer, and which also holds a rejected one.
+
     Raises:
-      UserError: if the assistant has no text, or the level is unknown.
+      UserError: if the assistant has no text, the level is unknown, or the rejected answer is the last message itself.
     """
 
     domain: str
@@ -107,6 +109,7 @@ class Conversation:
     source: str  # file and row
     question_type: str = "any"
     level: int = 1
+    rejected: Message | None = None  # the worse answer, in the place of the last message
 
     def __post_init__(self) -> None:
         require(self.level in LEVELS, f"level={self.level!r} is unknown; valid: 1, 2, 3")
@@ -117,6 +120,13 @@ class Conversation:
         for number, message in enumerate(self.messages):
             words = message.role != ASSISTANT or bool(message.text) or bool(message.more)
             require(words, f"message {number}: the {ASSISTANT} says nothing")
+        if self.rejected is not None:
+            pair = (self.messages[-1], self.rejected)
+            for name, message in zip(("chosen", "rejected"), pair, strict=True):
+                require(message.role == ASSISTANT, f"{name} must end with an answer of the {ASSISTANT}")
+                require(bool(message.text or message.more), f"{name}: the {ASSISTANT} says nothing")
+            same = pair[0].text == pair[1].text and pair[0].more == pair[1].more
+            require(not same, "chosen and rejected are the same answer: nothing is preferred")
 
     def media(self) -> Iterator[Medium]:
         """Yields all pictures, films and sounds, in order."""
@@ -124,6 +134,8 @@ class Conversation:
 
     def as_example(self) -> Example | None:
         """Returns it as an `Example` if it is one question: at most one medium, then text, then the answer."""
+        if self.rejected is not None:
+            return None
         if [message.role for message in self.messages] != ["user", ASSISTANT] or any(m.more for m in self.messages):
             return None
         question, answer = self.messages
@@ -188,6 +200,18 @@ def with_answer(item: Item, answer: str) -> Item:
     last = max(i for i, message in enumerate(item.messages) if message.role == ASSISTANT)
     said = dataclasses.replace(item.messages[last], parts=(Text(answer),))
     return dataclasses.replace(item, messages=(*item.messages[:last], said, *item.messages[last + 1 :]))
+
+
+def with_rejected(conversation: Conversation) -> Conversation:
+    """A preference's conversation with the rejected answer in the place of the preferred one.
+
+    Raises:
+      UserError: for a conversation that is no preference.
+    """
+    rejected = conversation.rejected
+    if rejected is None:
+        raise UserError(f"{conversation.source}: the conversation holds no rejected answer")
+    return dataclasses.replace(conversation, messages=(*conversation.messages[:-1], rejected), rejected=None)
 
 
 def joined(parts: tuple[Part, ...]) -> tuple[Part, ...]:

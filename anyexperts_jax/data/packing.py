@@ -116,9 +116,13 @@ class _PackedIterator(grain.DatasetIterator):
         return self._left_over
 
 
-def padding_shares(batch: Batch) -> tuple[float, float]:
-    """Returns (share of padding with one example per row, actual share of padding)."""
+def padding_shares(batch: Batch, segments: int = 1) -> tuple[float, float]:
+    """Returns (share of padding with one example per row, actual share of padding).
+
+    Args:
+      segments: segments of an example; a preference has 2.
+    """
     valid_BT, segment_BT = np.asarray(batch.valid_BT), np.asarray(batch.segment_BT)
-    examples = np.where(valid_BT, segment_BT + 1, 0).max(axis=1).sum()
+    examples = np.where(valid_BT, segment_BT + 1, 0).max(axis=1).sum() // segments
     length = valid_BT.shape[1]
     return 1 - float(valid_BT.sum() / max(examples * length, 1)), 1 - float(valid_BT.mean())

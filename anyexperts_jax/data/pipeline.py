@@ -32,7 +32,7 @@ from anyexperts_jax.data.sequence import EncodedSequence, Size, padded
 from anyexperts_jax.data.source import Source
 from anyexperts_jax.data.sources.places import StoreError
 from anyexperts_jax.data.sources.rows import RowError
-from anyexperts_jax.data.turns import chat_template, encode_item
+from anyexperts_jax.data.turns import chat_template, encode_item, encode_pair
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.chat import ChatTemplate
 
@@ -51,6 +51,7 @@ class _Sequences:
     as_rows: bool = True
     bad_rows: BadRows | None = None  # counts the rows that cannot be used; None: the first one raises
     fills: bool = True  # whether the next usable row takes their place; else a padding row does
+    pairs: bool | None = False  # True: preferences, two segments each; False: none; None: their better answer only
 
     def __len__(self) -> int:
         return len(self.source)
@@ -72,7 +73,11 @@ class _Sequences:
     def _encoded(self, index: int) -> EncodedSequence:
         example = self.source[index]
         try:
-            return encode_item(
+            require(
+                self.pairs is not False or getattr(example, "rejected", None) is None,
+                "the row holds a rejected answer, which train.loss=dpo alone reads; set that, or leave the column out",
+            )
+            return (encode_pair if self.pairs else encode_item)(
                 example,
                 self.config.encoding,
                 tokenizer=self.tokenizer,
@@ -133,6 +138,7 @@ def train_dataset(
     plugins: Sequence[str] = (),
     bad_rows: BadRows | None = None,
     sources: Sources | None = None,
+    pairs: bool = False,
 ) -> grain.IterDataset:
     """Returns the endless training batches, with all `batch_size` rows, or only the `rows` that one process makes.
 
@@ -143,6 +149,7 @@ def train_dataset(
       plugins: modules that register domains or sources; worker processes import them first.
       bad_rows: counts the skipped rows; None: they are not counted.
       sources: opened sources of `config`; None: open them.
+      pairs: whether every row is a preference, which becomes two segments; if False, none may be one.
 
     Raises:
       UserError: if a number is out of range, or a folder or tokenizer is missing or empty.
@@ -156,7 +163,9 @@ def train_dataset(
     for name in config.domains:
         source = sources.open(name, "train")
         counted = bad_rows if config.on_bad_row == "skip" else None
-        sequences = _Sequences(name, source, config, tokenizer, template, as_rows=not packs, bad_rows=counted)
+        sequences = _Sequences(
+            name, source, config, tokenizer, template, as_rows=not packs, bad_rows=counted, pairs=pairs
+        )
         parts.append(grain.MapDataset.source(sequences).shuffle(seed=order_seed(config, source)).repeat())
         lengths.append(len(source))
     mixed = grain.MapDataset.mix(parts, config.shares(lengths))
@@ -200,9 +209,11 @@ def train_iterator(
     plugins: Sequence[str] = (),
     bad_rows: BadRows | None = None,
     sources: Sources | None = None,
+    pairs: bool = False,
 ) -> grain.DatasetIterator:
     """Returns an iterator over `train_dataset`: `next`, `get_state` (JSON, the same for all rows) and `set_state`."""
-    return iter(train_dataset(config, batch_size, rows, plugins=plugins, bad_rows=bad_rows, sources=sources))
+    how: dict[str, Any] = {"plugins": plugins, "bad_rows": bad_rows, "sources": sources, "pairs": pairs}
+    return iter(train_dataset(config, batch_size, rows, **how))
 
 
 def source_lengths(sources: Sources) -> dict[str, int]:
@@ -245,6 +256,7 @@ def eval_batches(
     rows: Sequence[int] | None = None,
     *,
     sources: Sources | None = None,
+    pairs: bool | None = None,
 ) -> Iterator[Batch]:
     """Yields examples 0 to `num_examples` - 1 of a domain's split in order; padding rows fill the last batch.
 
@@ -253,6 +265,7 @@ def eval_batches(
 
     Args:
       sources: opened sources of `config`; None: open them.
+      pairs: see `train_dataset`; None: of a preference, the conversation with the better answer.
 
     Raises:
       UserError: if a number is out of range, or a folder holds fewer examples.
@@ -262,7 +275,7 @@ def eval_batches(
     source, tokenizer = sources.open(domain, split, num_examples), sources.tokenizer
     bad_rows = BadRows(config.max_bad_share) if config.on_bad_row == "skip" else None
     template = chat_template(config, tokenizer)
-    made = _Sequences(domain, source, config, tokenizer, template, bad_rows=bad_rows, fills=False)
+    made = _Sequences(domain, source, config, tokenizer, template, bad_rows=bad_rows, fills=False, pairs=pairs)
     sequences = grain.MapDataset.source(made)
     ahead = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch if config.threads else 0)
     held = _held(batch_size, rows)

@@ -5,6 +5,7 @@
 | `messages` | a chat in transformers' and OpenAI's form: `{"role": ..., "content": text or a list of parts}` |
 | `conversations` | LLaVA's form: `{"from": "human" or "gpt", "value": "<image>\\nWhat ..."}`, files in `image` |
 | `question`, `answer` | one turn each; `image`, `audio` or `video` is put before the question |
+| `chosen`, `rejected`, perhaps `prompt` | two answers to one prompt, each a text or messages: a preference |
 | `text`, and one of `image`, `audio`, `video` | a transcript or caption of the medium |
 | only `text` | a document: text without roles |
 
@@ -43,7 +44,9 @@ from anyexperts_jax.tokenizers.chat import ASSISTANT, ROLES
 _LLAVA_ROLES = {"human": "user", "gpt": ASSISTANT, **{role: role for role in ROLES}}
 _PART_KEYS = {"type", "evidence", "text", "path", "url", "base64", "detail", *KINDS, "image_url", "input_audio"}
 _PART_TYPES = ("text", *KINDS, "image_url", "input_audio")
-_WANTED = "messages, conversations, question and answer, an image, audio or video with a text, or text"
+_WANTED = (
+    "messages, conversations, question and answer, chosen and rejected, an image, audio or video with a text, or text"
+)
 _DECODERS = {"image": decode_picture, "video": decode_video, "audio": decode_audio}
 
 
@@ -96,6 +99,13 @@ def read_record(row: Mapping[str, Any], reading: Reading) -> Item:
     """
     kind = reading.text(row, "question_type") or "any"
     level = level_of(reading.value(row, "level"), "the row")
+    if reading.column(row, "chosen") is not None and reading.column(row, "rejected") is not None:
+        chosen, rejected = (_answered(row, reading, name) for name in ("chosen", "rejected"))
+        require(
+            [_said(message) for message in chosen[:-1]] == [_said(message) for message in rejected[:-1]],
+            "chosen and rejected differ before their last answers; a preference is between two answers to one prompt",
+        )
+        return Conversation(reading.domain, chosen, reading.source, kind, level, rejected=rejected[-1])
     media = _Given(row, reading)
     chat, turns = reading.value(row, "messages"), reading.value(row, "conversations")
     if chat is not None or turns is not None:
@@ -115,6 +125,32 @@ def read_record(row: Mapping[str, Any], reading: Reading) -> Item:
         messages = _one_answer(row, question, answer if answer is not None else text, media, reading)
     conversation = Conversation(reading.domain, messages, reading.source, kind, level)
     return (conversation.as_example() if reading.as_examples else None) or conversation
+
+
+def _answered(row: Mapping[str, Any], reading: Reading, name: str) -> tuple[Message, ...]:
+    """The messages of a preference's prompt and of one of its answers.
+
+    Messages of an answer that begin with another role than the assistant's are the whole conversation, prompt included.
+    """
+    media, prompt, answer = _Given(row, reading), reading.value(row, "prompt"), reading.value(row, name)
+    listed = [{"role": ASSISTANT, "content": answer}] if isinstance(answer, str) else _objects(answer, name)
+    if listed and listed[0].get("role") != ASSISTANT:
+        whole = tuple(_chat_message(i, one, media) for i, one in enumerate(listed))
+        media.require_all_used()
+        return whole
+    require(prompt is not None, f"no column {reading.columns.prompt!r}: {name} holds an answer without what is asked")
+    if isinstance(prompt, str):
+        messages: tuple[Message, ...] = (Message("user", (*media.rest(row), Text(prompt))),)
+    else:
+        messages = tuple(_chat_message(i, one, media) for i, one in enumerate(_objects(prompt, "prompt")))
+        media.require_all_used()
+    return messages + tuple(_chat_message(len(messages) + i, one, media) for i, one in enumerate(listed))
+
+
+def _said(message: Message) -> tuple[Any, ...]:
+    """What a message says, media by their values, to compare two."""
+    parts = [part.text if isinstance(part, Text) else (part.kind, part.values.tobytes()) for part in message.parts]
+    return message.role, parts, dict(message.more)
 
 
 def _one_answer(

@@ -137,6 +137,14 @@ def assemble(parts: Sequence[Part], spec: EncodingSpec, *, pad: int = PAD, **ind
     )
 
 
+def last_runs(mask_XT: Bool[ndarray, "*rows T"]) -> Bool[ndarray, "*rows T"]:
+    """The last run of True of each row: of what a conversation learns, the last answer."""
+    before = np.zeros_like(mask_XT)
+    before[..., 1:] = mask_XT[..., :-1]
+    number_XT = np.cumsum(mask_XT & ~before, axis=-1)
+    return mask_XT & (number_XT == number_XT[..., -1:])
+
+
 def concatenate(sequences: Sequence[EncodedSequence]) -> EncodedSequence:
     """Concatenates sequences into one row. Segments and items are renumbered; positions and times restart in each."""
     names = [name for name in _ARRAYS if name not in ("segment_T", "patch_item_P", "frame_item_S")]

@@ -71,6 +71,8 @@ def _show_conversation(conversation: Conversation, stem: pathlib.Path, console: 
         for key, value in message.more.items():
             line.append(f" {key}={value}", style="dim")
         console.print(line, soft_wrap=True)
+    if conversation.rejected is not None:
+        console.print(Text(f"  {'rejected':<10}{conversation.rejected.text}", style="red"), soft_wrap=True)
     return written
 
 

@@ -17,10 +17,18 @@ import numpy as np
 
 from anyexperts_jax.core.errors import UserError, comma_list, require
 from anyexperts_jax.data.config import DataConfig, EncodingSpec
-from anyexperts_jax.data.conversation import Conversation, Document, Item, Medium, Message, Text
+from anyexperts_jax.data.conversation import Conversation, Document, Item, Medium, Message, Text, with_rejected
 from anyexperts_jax.data.encode import encode_example, media_parts
 from anyexperts_jax.data.example import Example
-from anyexperts_jax.data.sequence import EncodedSequence, MediaPart, Size, TokenPart, assemble
+from anyexperts_jax.data.sequence import (
+    EncodedSequence,
+    MediaPart,
+    Size,
+    TokenPart,
+    assemble,
+    concatenate,
+    last_runs,
+)
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.bytes import BYTES
 from anyexperts_jax.tokenizers.chat import ASSISTANT, ChatTemplate
@@ -60,6 +68,30 @@ def encode_item(
     sequence = assemble(parts, spec, pad=tokenizer.special.pad, level=item.level, **numbers)
     _require_room(item, parts, sequence.size, spec)
     return sequence
+
+
+def encode_pair(item: Item, spec: EncodingSpec, **how: Any) -> EncodedSequence:
+    """A preference as two segments of one row: the conversation with the preferred answer, then with the rejected one.
+
+    Of either the last answer alone is learned; what stands before it is the same in both.
+
+    Args:
+      how: as for `encode_item`.
+
+    Raises:
+      UserError: when the item is no preference, or the two do not fit `spec` together.
+    """
+    if not isinstance(item, Conversation) or item.rejected is None:
+        raise UserError("the row is no preference; train.loss=dpo reads rows with prompt, chosen and rejected")
+    both = [encode_item(one, spec, **how) for one in (item, with_rejected(item))]
+    size, room = both[0].size + both[1].size, Size.of_row(spec)
+    require(
+        size.fits(room),
+        f"the two conversations of the preference need {size.positions} positions, {size.patches} patches and "
+        f"{size.frames} audio frames together, more than encoding.max_length={room.positions}, "
+        f"max_patches={room.patches} or max_frames={room.frames}",
+    )
+    return concatenate([dataclasses.replace(one, loss_mask_T=last_runs(one.loss_mask_T)) for one in both])
 
 
 def chat_template(config: DataConfig, tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -226,8 +226,9 @@ class EvolveRun:
             "train.trainable and train.learning_rates: each stage of evolve says itself what it trains; leave them out",
         )
         require(
-            not train.budgets and not train.distillation,
-            "train.budgets and train.distillation are not for evolve; train a run that starts from its last stage",
+            not train.budgets and not train.keeps_start,
+            "train.budgets, train.distillation and train.loss=dpo are not for evolve; train a run that starts from its "
+            "last stage",
         )
         for name in STAGES:
             self.stage(name)

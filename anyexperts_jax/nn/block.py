@@ -25,6 +25,8 @@ from anyexperts_jax.routing.importance import importance, modulate
 from anyexperts_jax.routing.trace import RoutingTrace
 from anyexperts_jax.sharding.placement import Placement
 
+STREAM = "stream"  # a mutable collection of this name records the stream after every block
+
 
 @register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,11 @@ def add_deep(
         return x_BTD + deep_JBTD[layer].astype(x_BTD.dtype) if layer < count else x_BTD
     own_BTD = deep_JBTD[jnp.minimum(layer, count - 1)].astype(x_BTD.dtype)
     return x_BTD + jnp.where(layer < count, own_BTD, 0)
+
+
+def _record(block: nn.Module, x_BTD: Float[Array, "B T D"]) -> None:
+    if block.is_mutable_collection(STREAM) and not block.is_initializing():
+        block.sow(STREAM, "after_BTD", x_BTD, reduce_fn=lambda _, new: new)
 
 
 def _norm(config: StackConfig, name: str) -> RMSNorm:
@@ -103,7 +110,9 @@ class DenseBlock(nn.Module):
         x_BTD, cache = SelfAttention(config, self.placement, name="self_attention")(x_BTD, context, cache)
         types = (config.dtype, config.param_dtype)
         mlp = SwiGLU(config.d_ff, config.residual_scale, *types, use_bias=config.mlp_bias, lora=config.lora, name="mlp")
-        return x_BTD + mlp(_norm(config, "norm")(x_BTD)).astype(x_BTD.dtype), cache
+        x_BTD = x_BTD + mlp(_norm(config, "norm")(x_BTD)).astype(x_BTD.dtype)
+        _record(self, x_BTD)
+        return x_BTD, cache
 
 
 def dense_blocks(
@@ -199,4 +208,5 @@ class MoEBlock(nn.Module):
         y_BTD, trace = layer(normed_BTD, seen, experts=in_place)
         written = None if before is None or own is None else MoEBlockCache(before, own)
         x_BTD = add_deep(x_BTD + y_BTD.astype(x_BTD.dtype), context.deep_JBTD, first + config.moe_every - 1)
+        _record(self, x_BTD)
         return x_BTD, (trace, written)

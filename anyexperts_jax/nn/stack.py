@@ -10,7 +10,7 @@ from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.remat import remat_policy
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.dispatch.in_place import reads_in_place
-from anyexperts_jax.nn.block import BlockContext, DenseBlock, MoEBlock, MoEBlockCache, OfBlock, dense_blocks
+from anyexperts_jax.nn.block import STREAM, BlockContext, DenseBlock, MoEBlock, MoEBlockCache, OfBlock, dense_blocks
 from anyexperts_jax.nn.cache import AttentionCache, LayerCaches, empty_cache
 from anyexperts_jax.nn.config import StackConfig
 from anyexperts_jax.ops.experts import ExpertWeights
@@ -75,7 +75,7 @@ class Stack(nn.Module):
         )
         scanned = nn.scan(
             moe_block,
-            variable_axes={"params": 0, "probe": 0},
+            variable_axes={"params": 0, "probe": 0, STREAM: 0},
             split_rngs={"params": True, "routing": True, "shuffle": True},
             in_axes=(nn.broadcast, 0, 0),
             length=self.config.num_moe_layers,

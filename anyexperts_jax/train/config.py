@@ -28,6 +28,7 @@ from anyexperts_jax.train.runtime import RuntimeConfig
 from anyexperts_jax.train.strict import build, merge
 
 OnNonfinite = Literal["stop", "skip"]
+Loss = Literal["answers", "dpo"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,16 @@ class TrainConfig:
     trainable: tuple[str, ...] = ("**",)  # patterns over parameter names: **/router/**; the rest is frozen
     learning_rates: tuple[str, ...] = ()  # "PATTERN=RATE": a peak rate in place of optim.lr; the last match counts
 
+    loss: Loss = "answers"  # answers: their cross entropy; dpo: of pairs, the chosen answer over the rejected one
+    dpo_beta: float = 0.1  # with dpo, how near the model stays to the one the run began with; larger: nearer
     budgets: tuple[float, ...] = ()  # in real experts per token; each step draws one; empty: the model's window
     distillation: float = 0.0  # share of the loss that compares with the run's initial model at its own window
+    hidden_distillation: float = 0.0  # weight of the squared distance from its hidden states, beside distillation
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether a step compares with the model as the run began, of which the optimiser's state then has a copy."""
+        return bool(self.distillation) or self.loss == "dpo"
 
     def __post_init__(self) -> None:
         check_field_types(self, "train.")
@@ -69,6 +78,23 @@ class TrainConfig:
             f"train.distillation={self.distillation} without train.start_from: the model as the run begins is the "
             "teacher, and it would have learned nothing",
         )
+        hidden = self.hidden_distillation
+        require(0 <= hidden < float("inf"), f"train.hidden_distillation={hidden} must be finite and >= 0")
+        require(
+            hidden == 0 or self.distillation > 0,
+            f"train.hidden_distillation={hidden} without train.distillation, beside which it is a term; set that too",
+        )
+        require(0 < self.dpo_beta < float("inf"), f"train.dpo_beta={self.dpo_beta} must be finite and > 0")
+        if self.loss == "dpo":
+            require(
+                self.start_from is not None,
+                "train.loss='dpo' without train.start_from: the model as the run begins is the reference, and it would "
+                "have learned nothing",
+            )
+            require(
+                self.distillation == 0,
+                f"train.distillation={self.distillation} beside train.loss='dpo': each has its own loss; choose one",
+            )
         require(all(self.trainable), "train.trainable holds an empty pattern; write ** for all parameters")
         require(
             self.batch_size % self.accumulation == 0,
@@ -106,6 +132,11 @@ class RunConfig:
             f"data.packing={self.data.packing!r} with model.moe.switches.balance_scope={scope!r}: that balance loss is "
             "computed per row, but packing puts several examples into a row; set the former to none or the latter to "
             "batch",
+        )
+        require(
+            self.train.loss == "answers" or scope == "batch",
+            f"train.loss={self.train.loss!r} with model.moe.switches.balance_scope={scope!r}: that balance loss is "
+            "computed per row, but a row holds both answers; set it to batch",
         )
         budget_windows(self.model, self.train.budgets)
         require(

@@ -5,6 +5,7 @@ with the model. The optimiser's state keeps a copy of the others, so that checkp
 like any other state.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,27 @@ def keep_teacher(
 def teacher_params(state: TaughtState, params: Any) -> Any:
     """All parameters of the teacher. No gradient flows through them."""
     return jax.lax.stop_gradient(overlay(state.teacher, params))
+
+
+def hidden_distance(
+    teacher: Sequence[Float[Array, "... B T D"]],
+    student: Sequence[Float[Array, "... B T D"]],
+    mask_BT: Bool[Array, "B T"],
+) -> Float[Array, ""]:
+    """|student - teacher|^2 / |teacher|^2 of a position's hidden state, in float32: the mean over layers, summed over
+    the positions of the mask.
+
+    Args:
+      teacher, student: hidden states, those of one layer or of several stacked in each entry.
+    """
+    found, layers = jnp.zeros(mask_BT.shape, jnp.float32), 0
+    for theirs, ours in zip(teacher, student, strict=True):
+        theirs_LBTD, ours_LBTD = (jnp.reshape(one, (-1, *one.shape[-3:])).astype(jnp.float32) for one in (theirs, ours))
+        size_LBT = jnp.square(theirs_LBTD).sum(axis=-1)
+        distance_LBT = jnp.square(ours_LBTD - theirs_LBTD).sum(axis=-1)
+        found += (distance_LBT / jnp.maximum(size_LBT, 1e-12)).sum(axis=0)
+        layers += theirs_LBTD.shape[0]
+    return jnp.where(mask_BT, found / layers, 0.0).sum()
 
 
 def divergence(

@@ -146,8 +146,8 @@ class _Run:
         self.trainable = recipe.trainable if recipe.says_what_trains else self.trained.trainable
         size = config.train.batch_size
         self.bad_rows, rows = BadRows(config.data.max_bad_share), batch_rows(self.mesh, size)
-        bad_rows, plugins = self.bad_rows, config.plugins
-        self.iterator = train_iterator(config.data, size, rows, plugins=plugins, bad_rows=bad_rows, sources=sources)
+        reading: dict[str, Any] = {"plugins": config.plugins, "bad_rows": self.bad_rows, "sources": sources}
+        self.iterator = train_iterator(config.data, size, rows, **reading, pairs=config.train.loss == "dpo")
         self.lengths = source_lengths(sources)
         self.validation = Validation(config, self.apply, self.mesh, sources, self._waiting)
         self.checkpoints = self._open_checkpoints(read_only=True)
@@ -307,7 +307,7 @@ class _Run:
 
     def _report_padding(self, first: Batch) -> None:
         """Reports, once per process, the share of padding in its first batch with and without packing."""
-        alone, packed = padding_shares(first)
+        alone, packed = padding_shares(first, segments=2 if self.config.train.loss == "dpo" else 1)
         self.log.write("data", self.first, {"padding_share": packed, "padding_share_unpacked": alone})
         length = first.tokens_BT.shape[1]
         self.reporter.note(

@@ -41,8 +41,7 @@ def answer_scores(
     next_BT = jnp.roll(jnp.asarray(tokens_BT), -1, axis=1)
     segment_BT = jnp.zeros(next_BT.shape, jnp.int32) if segment_BT is None else jnp.asarray(segment_BT)
     ends_BT, mask_BT = _segment_ends(segment_BT), predicting_positions(loss_mask_BT, segment_BT)
-    target_BT = jnp.take_along_axis(logits_BTY, next_BT[..., None], axis=-1)[..., 0]
-    nats_BT = jax.nn.logsumexp(logits_BTY, axis=-1) - target_BT
+    nats_BT = next_token_nats(logits_BTY, tokens_BT)
     correct_BT = mask_BT & (jnp.argmax(logits_BTY, axis=-1) == next_BT)
     has_answer_BT = ends_BT & (_count_in_segment(mask_BT, ends_BT) > 0)
     has_mistake_BT = _count_in_segment(mask_BT & ~correct_BT, ends_BT) > 0
@@ -53,6 +52,14 @@ def answer_scores(
         answers_B=has_answer_BT.sum(axis=1),
         exact_B=(has_answer_BT & ~has_mistake_BT).sum(axis=1),
     )
+
+
+def next_token_nats(logits_BTY: Float[Array, "B T Y"], tokens_BT: Int[ArrayLike, "B T"]) -> Float[Array, "B T"]:
+    """The float32 cross entropy of the token after each position; of a row's last one it means nothing."""
+    logits_BTY = logits_BTY.astype(jnp.float32)
+    next_BT = jnp.roll(jnp.asarray(tokens_BT), -1, axis=1)
+    target_BT = jnp.take_along_axis(logits_BTY, next_BT[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BTY, axis=-1) - target_BT
 
 
 def predicting_positions(loss_mask_BT: Bool[ArrayLike, "B T"], segment_BT: Int[ArrayLike, "B T"]) -> Bool[Array, "B T"]:

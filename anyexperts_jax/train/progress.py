@@ -88,10 +88,11 @@ def status_line(scalars: dict[str, float], routing: dict[str, Any], tokens_per_s
     """One line about a step, with the share of dropped slots if any. `routing` comes from `metrics.routing_means`."""
     share = routing["dropped_share"]
     dropped = f"  dropped {100 * share:.3g}% of slots" if share else ""
-    return (
-        f"loss {scalars['answer_loss']:.3f}  answer tokens right {scalars['token_accuracy']:.0%}  "
-        f"real experts {routing['mean_real_slots']:.2f}{dropped}  {tokens_per_second:,.0f} tokens/s"
-    )
+    told = f"loss {scalars['answer_loss']:.3f}  answer tokens right {scalars['token_accuracy']:.0%}"
+    if "preference_loss" in scalars:
+        told = f"loss {scalars['preference_loss']:.3f}  chosen preferred {scalars['preference_accuracy']:.0%}"
+        told += f" by {scalars['reward_margin']:.3g}"
+    return f"{told}  real experts {routing['mean_real_slots']:.2f}{dropped}  {tokens_per_second:,.0f} tokens/s"
 
 
 def time_table(report: TimeReport) -> TextTable:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
@@ -16,16 +16,26 @@ from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput, MultimodalModel
 from anyexperts_jax.models.paths import any_of
+from anyexperts_jax.nn.block import STREAM
 from anyexperts_jax.routing.bias import update_expert_bias
 from anyexperts_jax.routing.trace import RoutingTrace, layer_mean
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import replicated
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.curriculum import budget_windows, draw_budget
-from anyexperts_jax.train.distillation import divergence, teacher_params
+from anyexperts_jax.train.distillation import teacher_params
 from anyexperts_jax.train.frozen import overlay, select
-from anyexperts_jax.train.losses import answer_scores, auxiliary_loss, predicting_positions
-from anyexperts_jax.train.metrics import RoutingSums, routing_sums
+from anyexperts_jax.train.losses import auxiliary_loss
+from anyexperts_jax.train.metrics import RoutingSums
+from anyexperts_jax.train.objective import (
+    ANSWERS,
+    BatchSums,
+    Objective,
+    Outputs,
+    objective_loss,
+    objective_sums,
+    totals,
+)
 from anyexperts_jax.train.optim import apply_updates, learning_rate
 from anyexperts_jax.train.state import TrainState, state_shardings
 
@@ -36,19 +46,6 @@ CHECKED_SCALARS = ("answer_loss", "balance_loss", "importance_loss", "z_loss", "
 # The model as a function of parameters, batch, expert biases, random key (None: nothing is random) and window (None:
 # the configuration's). It returns logits [B, T, Y] and the trace stacked over layers.
 Apply = Callable[[Any, Batch, Array, Array | None, Array | None], tuple[Array, RoutingTrace]]
-
-
-@register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BatchSums:
-    """Scores summed over one or more batches."""
-
-    answer_loss: Float[Array, ""]  # nats
-    answer_tokens: Int[Array, ""]
-    correct_tokens: Int[Array, ""]
-    exact_answers: Int[Array, ""]
-    answers: Int[Array, ""]  # segments that have an answer; rows that pad a batch have none
-    routing: RoutingSums
 
 
 @register_dataclass
@@ -78,47 +75,66 @@ def model_apply(config: ModelConfig, placement: Placement | None = None) -> Appl
     return apply
 
 
-def batch_sums(logits_BTY: Float[Array, "B T Y"], trace: RoutingTrace, batch: Batch) -> BatchSums:
-    scores = answer_scores(logits_BTY, batch.tokens_BT, batch.loss_mask_BT, batch.segment_BT)
-    return BatchSums(
-        answer_loss=scores.loss_B.sum(),
-        answer_tokens=scores.tokens_B.sum(),
-        correct_tokens=scores.correct_B.sum(),
-        exact_answers=scores.exact_B.sum(),
-        answers=scores.answers_B.sum(),
-        routing=routing_sums(trace, batch),
-    )
+def hidden_apply(config: ModelConfig, placement: Placement | None = None) -> Callable[..., Outputs]:
+    """`model_apply` that also returns the stream after every block."""
+    model = MultimodalModel(config, placement)
+
+    def apply(params: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None) -> Outputs:
+        rngs = None if key is None else {"routing": key}
+        output, found = model.apply(
+            {"params": params}, batch, router_bias_LC=router_bias_LC, window=window, rngs=rngs, mutable=[STREAM]
+        )
+        return Outputs(output.logits_BTY, output.trace, tuple(jax.tree.leaves(found[STREAM])))
+
+    return apply
 
 
-def make_eval_step(apply: Apply) -> Callable[..., BatchSums]:
-    """The teacher-forced evaluation of one batch: f(params, router_bias_LC, batch, window=None)."""
+def make_eval_step(apply: Apply, objective: Objective = ANSWERS) -> Callable[..., BatchSums]:
+    """The teacher-forced evaluation of one batch: f(params, router_bias_LC, batch, window=None, reference=None).
 
-    def eval_step(params: Any, router_bias_LC: Array, batch: Batch, window: Array | None = None) -> BatchSums:
-        logits_BTY, trace = apply(params, batch, router_bias_LC, None, window)
-        return batch_sums(logits_BTY, trace, batch)
+    Args:
+      objective: with the DPO loss, batches are preferences, and the function needs the reference's parameters.
+    """
+
+    def eval_step(
+        params: Any, router_bias_LC: Array, batch: Batch, window: Array | None = None, reference: Any = None
+    ) -> BatchSums:
+        ours = Outputs(*apply(params, batch, router_bias_LC, None, window))
+        theirs = None
+        if objective.beta is not None:
+            theirs = Outputs(*apply(reference, batch, router_bias_LC, None, window))
+        return objective_sums(objective, ours, theirs, batch)
 
     return eval_step
 
 
 def make_train_step(
-    config: RunConfig, optimizer: optax.GradientTransformationExtraArgs, apply: Apply, trainable: Any = None
+    config: RunConfig,
+    optimizer: optax.GradientTransformationExtraArgs,
+    apply: Apply,
+    trainable: Any = None,
+    placement: Placement | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
     """The train step as a pure function of state and batch.
 
     The loss is the cross entropy per answer token of the whole batch, however many micro-batches it is divided into,
     plus `auxiliary_loss`. The latter weights micro-batches by their valid tokens, which is exact for the importance and
     z losses; the balance loss is computed per micro-batch. With `train.distillation`, that share of the cross entropy
-    is replaced by the divergence from the teacher at the same positions. Randomness depends only on the seed, the step
-    and the micro-batch; the budget drawn from `train.budgets` depends only on the seed and the step. If a loss or the
-    gradient's norm is not finite, only the step count changes.
+    is replaced by the divergence from the teacher at the same positions; with `train.loss="dpo"` all of it by the DPO
+    loss, per pair of the whole batch. Randomness depends only on the seed, the step and the micro-batch; the budget
+    drawn from `train.budgets` depends only on the seed and the step. If a loss or the gradient's norm is not finite,
+    only the step count changes.
 
     Args:
       optimizer: its `update` takes `learning_rate` and `finite`; if that is False it must not change its state, like
         the optimizer of `make_optimizer`.
       trainable: a tree of bools. Parameters at False do not change by a bit and have no gradient; the optimizer must
         be `frozen.train_only(optimizer, trainable)`. None: all are trained.
+      placement: of the arrays, for `train.hidden_distillation`, which runs `hidden_apply` in the place of `apply`.
     """
     moe, train = config.model.moe, config.train
+    objective = Objective.of(train)
+    run: Callable[..., tuple[Any, ...]] = hidden_apply(config.model, placement) if objective.hidden else apply
     budgets, windows = train.budgets, budget_windows(config.model, train.budgets)
     # Expert biases are part of the routing: if all routers are frozen, they do not move.
     moves_bias = moe.expert_bias and config.model.stack.num_moe_layers > 0 and any_of("router", trainable)
@@ -128,7 +144,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         drawn, window = draw_budget(budgets, windows, config.seed, state.step) if budgets else (None, None)
         grads, sums, losses = accumulate(
-            apply,
+            run,
             moe,
             train.accumulation,
             state=state,
@@ -136,7 +152,7 @@ def make_train_step(
             key=key,
             trainable=trainable,
             window=window,
-            distillation=train.distillation,
+            objective=objective,
         )
         scalars = {
             **losses,
@@ -174,14 +190,14 @@ def jit_train_step(
     shardings.
     """
     return jax.jit(
-        make_train_step(config, optimizer, apply, trainable),
+        make_train_step(config, optimizer, apply, trainable, Placement(mesh)),
         donate_argnums=0,
         out_shardings=(state_shardings(config.model, optimizer, mesh), replicated(mesh)),
     )
 
 
 def accumulate(
-    apply: Apply,
+    apply: Callable[..., tuple[Any, ...]],
     moe: AnyExpertsConfig,
     parts: int,
     state: TrainState,
@@ -189,35 +205,28 @@ def accumulate(
     key: Array,
     trainable: Any = None,
     window: Float[Array, "2"] | None = None,
-    distillation: float = 0.0,
+    objective: Objective = ANSWERS,
 ) -> tuple[Any, BatchSums, dict[str, Array]]:
     """The float32 gradient of the trainable parameters, the sums and the losses of a batch in `parts` micro-batches.
 
     Args:
-      window: (k_min, k_max) in place of the configuration's; not for the teacher.
-      distillation: the share of the loss that is the teacher's; if not 0, the optimiser keeps one.
+      apply: the model, as `Apply`, or as `hidden_apply` gives it.
+      window: (k_min, k_max) in place of the configuration's; not for a teacher, but for the reference of a preference.
+      objective: where it compares, the optimiser's state is a `TaughtState`.
     """
-    live = select(state.params, trainable)
-    # Denominators are those of the whole batch. Averaging the means of micro-batches would weight them alike, although
-    # they have different numbers of answer tokens.
-    answer_tokens = jnp.maximum(jnp.sum(predicting_positions(batch.loss_mask_BT, batch.segment_BT)), 1)
-    valid_tokens = jnp.maximum(jnp.sum(jnp.asarray(batch.valid_BT)), 1)
+    live, whole = select(state.params, trainable), totals(objective, batch)
 
     def micro_loss(live: Any, micro: Batch, key: Array) -> tuple[Array, tuple[BatchSums, dict[str, Array]]]:
-        logits_BTY, trace = apply(overlay(live, state.params), micro, state.router_bias_LC, key, window)
-        sums = batch_sums(logits_BTY, trace, micro)
-        share = jnp.sum(jnp.asarray(micro.valid_BT)) / valid_tokens
-        answer_loss = sums.answer_loss / answer_tokens.astype(jnp.float32)
-        terms = {f"{name}_loss": share * layer_mean(value) for name, value in trace.losses.items()}
-        learned = answer_loss
-        if distillation:
-            teacher = teacher_params(state.opt_state, state.params)
-            theirs_BTY, _ = apply(teacher, micro, state.router_bias_LC, None, None)
-            mask_BT = predicting_positions(micro.loss_mask_BT, micro.segment_BT)
-            terms["distillation_loss"] = divergence(theirs_BTY, logits_BTY, mask_BT) / answer_tokens.astype(jnp.float32)
-            learned = (1 - distillation) * answer_loss + distillation * terms["distillation_loss"]
-        loss = learned + share * auxiliary_loss(moe, trace.losses)
-        return loss, (sums, {"loss": loss, "answer_loss": answer_loss, **terms})
+        ours, theirs = Outputs(*apply(overlay(live, state.params), micro, state.router_bias_LC, key, window)), None
+        if objective.compares:
+            start = teacher_params(state.opt_state, state.params)
+            its_window = None if objective.beta is None else window
+            theirs = Outputs(*apply(start, micro, state.router_bias_LC, None, its_window))
+        learned, sums, terms = objective_loss(objective, ours, theirs, micro, whole)
+        share = jnp.sum(jnp.asarray(micro.valid_BT)) / whole.valid_tokens
+        terms |= {f"{name}_loss": share * layer_mean(value) for name, value in ours.trace.losses.items()}
+        loss = learned + share * auxiliary_loss(moe, ours.trace.losses)
+        return loss, (sums, {"loss": loss, **terms})
 
     def part(micro: Batch, index: Array | int) -> tuple[Any, BatchSums, dict[str, Array]]:
         grads, (sums, losses) = jax.grad(micro_loss, has_aux=True)(live, micro, jax.random.fold_in(key, index))

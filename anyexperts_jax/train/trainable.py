@@ -57,7 +57,7 @@ class Trained:
         optimizer = make_optimizer(config.optim, axes, self.scales)
         if self.trainable is not None:
             optimizer = train_only(optimizer, self.trainable)
-        return keep_teacher(optimizer, self.trainable) if config.train.distillation else optimizer
+        return keep_teacher(optimizer, self.trainable) if config.train.keeps_start else optimizer
 
     def table(self) -> TextTable:
         """A row for each pattern: tensors, parameters, share of all parameters, peak learning rate."""

@@ -261,3 +261,11 @@ def test_presets_and_their_files_are_strict(tmp_path):
     (tmp_path / "plain.toml").write_text('preset = "tiny"\n')
     with pytest.raises(UserError, match=r"no table \[evolve\]"):
         load_evolve_config(tmp_path / "plain.toml")
+
+
+@pytest.mark.parametrize("fields", [{"distillation": 0.5}, {"loss": "dpo"}])
+def test_losses_that_compare_with_the_start_are_not_for_evolve(fields):
+    base = run_config(model=DENSE, mesh=MESH, start_from="run")
+    train = dataclasses.replace(base.train, **fields)
+    with pytest.raises(UserError, match="are not for evolve; train a run that starts from its last stage"):
+        EvolveRun(dataclasses.replace(base, train=train), EvolveConfig(moe=TOP_1, warm_up=STAGE, evolving=STAGE))

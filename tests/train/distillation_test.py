@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models.small import FAST_COMPILE
 
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.models.init import init_params, named_leaves
 from anyexperts_jax.train.config import TrainConfig
 from anyexperts_jax.train.curriculum import budget_windows, draw_budget
-from anyexperts_jax.train.distillation import divergence
+from anyexperts_jax.train.distillation import divergence, hidden_distance
 from anyexperts_jax.train.loop import train
 from anyexperts_jax.train.run_dir import load_run
 from anyexperts_jax.train.state import init_state
-from anyexperts_jax.train.step import make_train_step, model_apply
+from anyexperts_jax.train.step import hidden_apply, make_train_step, model_apply
 from anyexperts_jax.train.trainable import what_trains
 from train.stand_in import MODEL, run_config, text_batch
 
@@ -59,7 +60,12 @@ def test_a_budget_that_no_window_gives_is_refused_with_the_configuration(model, 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"distillation": 1.5}, "must be in [0, 1]"), ({"distillation": 0.5}, "without train.start_from")],
+    [
+        ({"distillation": 1.5}, "must be in [0, 1]"),
+        ({"distillation": 0.5}, "without train.start_from"),
+        ({"hidden_distillation": -1.0}, "train.hidden_distillation=-1.0 must be finite and >= 0"),
+        ({"hidden_distillation": 0.5}, "train.hidden_distillation=0.5 without train.distillation"),
+    ],
 )
 def test_a_teacher_that_learned_nothing_is_refused(fields, message):
     with pytest.raises(UserError) as error:
@@ -133,3 +139,42 @@ def test_a_run_that_is_resumed_draws_and_distils_as_one_that_never_stopped(tmp_p
     drawn = [[r["budget"] for r in record if r["kind"] == "train"] for record in records]
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) == 4
+
+
+def test_the_distance_of_hidden_states_is_that_of_the_definition():
+    rng = np.random.default_rng(0)
+    theirs, ours = ([rng.normal(size=(2, 3, 4)), rng.normal(size=(5, 2, 3, 4))] for _ in range(2))
+    mask = np.array([[True, False, True], [False, True, False]])
+
+    def layers(given):
+        return np.concatenate([one.reshape(-1, 2, 3, 4) for one in given])
+
+    wanted = np.square(layers(ours) - layers(theirs)).sum(-1) / np.square(layers(theirs)).sum(-1)
+    arrays = [[jnp.asarray(one, jnp.float32) for one in given] for given in (theirs, ours)]
+    found = hidden_distance(*arrays, jnp.asarray(mask))
+    np.testing.assert_allclose(found, wanted.mean(0)[mask].sum(), rtol=1e-5)
+    half = [[one.astype(jnp.bfloat16) for one in given] for given in arrays]
+    assert hidden_distance(*half, jnp.asarray(mask)).dtype == jnp.float32
+    assert float(hidden_distance(arrays[0], arrays[0], jnp.asarray(mask))) == 0
+
+
+@pytest.mark.slow
+def test_the_stream_after_every_block_is_what_is_compared():
+    model = dataclasses.replace(MODEL, stack=dataclasses.replace(MODEL.stack, num_layers=3, num_dense_layers=1))
+    params, batch = init_params(model, jax.random.key(0)), text_batch()
+    bias_LC = jnp.zeros(model.router_bias_shape)
+    run = jax.jit(lambda params: hidden_apply(model)(params, batch, bias_LC, None, None))
+    ours = run.lower(params).compile(compiler_options=FAST_COMPILE)(params)
+    assert sorted(one.shape for one in ours.hidden) == [(2, *batch.tokens_BT.shape, 16), (*batch.tokens_BT.shape, 16)]
+
+
+@pytest.mark.slow
+def test_hidden_states_are_a_term_beside_the_divergence():
+    _, _, same = one_step((2.4,), hidden_distillation=2.0)
+    assert float(same.scalars["hidden_loss"]) == pytest.approx(0, abs=1e-6)
+    _, _, less = one_step((1.6,), hidden_distillation=2.0)
+    scalars = {name: float(value) for name, value in less.scalars.items()}
+    assert scalars["hidden_loss"] > 1e-6
+    auxiliary = 0.01 * scalars["balance_loss"] + 0.001 * scalars["importance_loss"]
+    learned = 0.5 * scalars["answer_loss"] + 0.5 * scalars["distillation_loss"] + 2 * scalars["hidden_loss"]
+    assert scalars["loss"] == pytest.approx(learned + auxiliary, rel=1e-5)

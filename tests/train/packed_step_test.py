@@ -15,8 +15,9 @@ from anyexperts_jax.data.encode import encode_example
 from anyexperts_jax.data.packing import pack
 from anyexperts_jax.data.sequence import Size, padded
 from anyexperts_jax.models.presets import model_preset
+from anyexperts_jax.train.objective import batch_sums
 from anyexperts_jax.train.state import TrainState
-from anyexperts_jax.train.step import accumulate, batch_sums, model_apply
+from anyexperts_jax.train.step import accumulate, model_apply
 from train.stand_in import linear_apply
 
 ALONE = EncodingSpec(max_length=88, max_patches=64, max_frames=64)  # as configs/tiny.toml has it
