@@ -98,7 +98,7 @@ class Message:
 class Conversation:
     """Messages in order; a model learns those of the assistant.
 
-    A preference is a conversation whose last message is the preferred answer, and which also holds a rejected one.
+    A preference is a conversation that ends with the preferred answer and also has a rejected one.
 
     Raises:
       UserError: if the assistant has no text, the level is unknown, or the rejected answer is the last message itself.
@@ -203,10 +203,10 @@ def with_answer(item: Item, answer: str) -> Item:
 
 
 def with_rejected(conversation: Conversation) -> Conversation:
-    """A preference's conversation with the rejected answer in the place of the preferred one.
+    """Returns a preference's conversation with the rejected answer in place of the preferred one.
 
     Raises:
-      UserError: for a conversation that is no preference.
+      UserError: if the conversation is no preference.
     """
     rejected = conversation.rejected
     if rejected is None:

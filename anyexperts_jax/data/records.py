@@ -128,9 +128,9 @@ def read_record(row: Mapping[str, Any], reading: Reading) -> Item:
 
 
 def _answered(row: Mapping[str, Any], reading: Reading, name: str) -> tuple[Message, ...]:
-    """The messages of a preference's prompt and of one of its answers.
+    """Returns the messages of a preference's prompt and of one of its answers.
 
-    Messages of an answer that begin with another role than the assistant's are the whole conversation, prompt included.
+    If the first message of an answer is not the assistant's, the answer is the whole conversation with its prompt.
     """
     media, prompt, answer = _Given(row, reading), reading.value(row, "prompt"), reading.value(row, name)
     listed = [{"role": ASSISTANT, "content": answer}] if isinstance(answer, str) else _objects(answer, name)
@@ -148,7 +148,7 @@ def _answered(row: Mapping[str, Any], reading: Reading, name: str) -> tuple[Mess
 
 
 def _said(message: Message) -> tuple[Any, ...]:
-    """What a message says, media by their values, to compare two."""
+    """Returns what a message says, in a form that can be compared."""
     parts = [part.text if isinstance(part, Text) else (part.kind, part.values.tobytes()) for part in message.parts]
     return message.role, parts, dict(message.more)
 

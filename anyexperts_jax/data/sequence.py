@@ -138,7 +138,7 @@ def assemble(parts: Sequence[Part], spec: EncodingSpec, *, pad: int = PAD, **ind
 
 
 def last_runs(mask_XT: Bool[ndarray, "*rows T"]) -> Bool[ndarray, "*rows T"]:
-    """The last run of True of each row: of what a conversation learns, the last answer."""
+    """Keeps the last run of True in each row: of the learned tokens of a conversation, those of the last answer."""
     before = np.zeros_like(mask_XT)
     before[..., 1:] = mask_XT[..., :-1]
     number_XT = np.cumsum(mask_XT & ~before, axis=-1)

@@ -71,15 +71,15 @@ def encode_item(
 
 
 def encode_pair(item: Item, spec: EncodingSpec, **how: Any) -> EncodedSequence:
-    """A preference as two segments of one row: the conversation with the preferred answer, then with the rejected one.
+    """Encodes a preference as two segments of one row: the conversation with the preferred answer, then the other.
 
-    Of either the last answer alone is learned; what stands before it is the same in both.
+    Only the last answer of each is in the loss; everything before it is the same in both.
 
     Args:
-      how: as for `encode_item`.
+      how: arguments of `encode_item`.
 
     Raises:
-      UserError: when the item is no preference, or the two do not fit `spec` together.
+      UserError: if the item is no preference, or the two together do not fit `spec`.
     """
     if not isinstance(item, Conversation) or item.rejected is None:
         raise UserError("the row is no preference; train.loss=dpo reads rows with prompt, chosen and rejected")

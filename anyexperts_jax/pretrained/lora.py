@@ -74,13 +74,13 @@ def with_adapter(m: Pretrained, adapter: Adapter) -> Pretrained:
 
 
 def with_adapters(m: Pretrained, adapters: Mapping[str, Adapter]) -> dict[str, Pretrained]:
-    """The model with each of the adapters, by name: to change the adapter is to take another entry.
+    """Returns the model with each of the adapters, by name; to switch, take another entry.
 
-    All of them hold the arrays of `m` itself and their own factors beside them. Adapters of equal settings share the
-    compiled programs.
+    All entries share the arrays of `m`; only the factors are their own. Adapters of equal settings share compiled
+    programs.
 
     Raises:
-      UserError: when the model has an adapter already, or one of these is of another base.
+      UserError: if the model has an adapter already, or one of these was trained on another base.
     """
     require(m.config.stack.lora is None, "the model has an adapter already; merge that first")
     found = fingerprint(m) if adapters else ""

@@ -31,7 +31,7 @@ class Objective:
 
     @property
     def compares(self) -> bool:
-        """Whether the model as the run began runs beside the one that is trained."""
+        """Whether the loss needs the outputs of the model at the beginning of the run."""
         return bool(self.distillation) or self.beta is not None
 
 
@@ -39,7 +39,7 @@ ANSWERS = Objective()
 
 
 class Outputs(NamedTuple):
-    """What a model gives for a batch; `hidden` has the stream after each block, [*layers, B, T, D], where needed."""
+    """The outputs of a model; `hidden` is the stream after each block, [*layers, B, T, D], if it is needed."""
 
     logits_BTY: Float[Array, "B T Y"]
     trace: RoutingTrace
@@ -84,7 +84,7 @@ def batch_sums(logits_BTY: Float[Array, "B T Y"], trace: RoutingTrace, batch: Ba
 
 
 def objective_sums(objective: Objective, ours: Outputs, theirs: Outputs | None, batch: Batch) -> BatchSums:
-    """The scores of a batch. `theirs` are the outputs of the model as the run began, needed for preferences."""
+    """Sums the scores of a batch. Preferences need `theirs`, the outputs of the model at the beginning of the run."""
     if objective.beta is None:
         return batch_sums(ours.logits_BTY, ours.trace, batch)
     assert theirs is not None
@@ -94,7 +94,7 @@ def objective_sums(objective: Objective, ours: Outputs, theirs: Outputs | None, 
 
 
 def totals(objective: Objective, batch: Batch) -> Totals:
-    """The denominators of a whole batch, none of them below 1."""
+    """Returns the denominators of a whole batch, each at least 1."""
     learned = batch if objective.beta is None else better_alone(batch)
     answer_tokens = jnp.maximum(jnp.sum(predicting_positions(learned.loss_mask_BT, learned.segment_BT)), 1)
     pairs = jnp.maximum(0 if objective.beta is None else count_pairs(batch), 1).astype(jnp.float32)
@@ -105,10 +105,10 @@ def totals(objective: Objective, batch: Batch) -> Totals:
 def objective_loss(
     objective: Objective, ours: Outputs, theirs: Outputs | None, batch: Batch, whole: Totals
 ) -> tuple[Float[Array, ""], BatchSums, dict[str, Float[Array, ""]]]:
-    """The loss of a micro-batch, its sums, and the terms to report, all as parts of the whole batch's.
+    """Returns a micro-batch's part of the batch's loss, its sums, and its parts of the terms to report.
 
     Args:
-      whole: the denominators of the batch that the micro-batch is a part of.
+      whole: the denominators of the whole batch.
     """
     sums = objective_sums(objective, ours, theirs, batch)
     terms = {"answer_loss": sums.answer_loss / whole.answer_tokens}

@@ -30,12 +30,12 @@ class PreferenceSums:
 def preference_sums(
     model_BTY: Float[Array, "B T Y"], reference_BTY: Float[Array, "B T Y"], batch: Batch, beta: float
 ) -> PreferenceSums:
-    """The DPO loss and what it comes from, in float32, over the pairs of a batch.
+    """Computes the DPO loss and its margins in float32, summed over the pairs of a batch.
 
     Args:
-      model_BTY: logits of the model that is trained.
-      reference_BTY: those of the model as the run began.
-      beta: how much the model may differ from the reference: the larger, the less.
+      model_BTY: logits of the trained model.
+      reference_BTY: logits of the model at the beginning of the run.
+      beta: the larger it is, the nearer the model stays to the reference.
     """
     mask_BT = predicting_positions(batch.loss_mask_BT, batch.segment_BT)
     more_BT = next_token_nats(reference_BTY, batch.tokens_BT) - next_token_nats(model_BTY, batch.tokens_BT)
@@ -51,12 +51,12 @@ def preference_sums(
 
 
 def count_pairs(batch: Batch) -> Int[Array, ""]:
-    """The number of pairs in a batch; rows that pad it have none."""
+    """Counts the pairs of a batch; padding rows have none."""
     return _pairs(batch).sum()
 
 
 def better_alone(batch: Batch) -> Batch:
-    """The batch with nothing but the better answers in the loss."""
+    """Returns the batch with only the better answers in the loss."""
     return dataclasses.replace(batch, loss_mask_BT=jnp.asarray(batch.loss_mask_BT) & ~_is_worse(batch))
 
 
@@ -65,13 +65,13 @@ def _is_worse(batch: Batch) -> Bool[Array, "B T"]:
 
 
 def _pairs(batch: Batch) -> Bool[Array, "B X"]:
-    """Whether a row has a pair of this number: tokens of its worse answer."""
+    """Marks the pairs that exist: those with tokens of a worse answer."""
     mask_BT = predicting_positions(batch.loss_mask_BT, batch.segment_BT) & _is_worse(batch)
     return _by_pair(mask_BT.astype(jnp.float32), batch) > 0
 
 
 def _by_pair(values_BT: Float[Array, "B T"], batch: Batch) -> Float[Array, "B X"]:
-    """The values summed over the positions of each pair."""
+    """Sums the values over the positions of each pair."""
     pair_BT = jnp.asarray(batch.segment_BT) // 2
     most = -(-values_BT.shape[1] // 2)  # a segment has at least one position
     return jax.vmap(lambda values_T, pair_T: jax.ops.segment_sum(values_T, pair_T, most))(values_BT, pair_BT)
