@@ -9,8 +9,17 @@ from anyexperts_jax.serve.engine import Engine, Failed, Finished, Job, Prompt, T
 from anyexperts_jax.serve.slots import RowBudget
 from anyexperts_jax.serve.worker import MOST_DEATHS, StoppingError, Worker
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 DONE = Finished("", "stop", Usage(1, 1))
+
+
+@pytest.fixture(autouse=True)
+def threads_die_quietly(monkeypatch):
+    """No hook sees the threads of a test die, and none of them outlives it."""
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
 
 
 class StandIn(Engine):
