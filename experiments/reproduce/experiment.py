@@ -31,10 +31,7 @@ EVOMOE_TABLES = (
 GROUPS = {"all": TABLES, "evomoe": EVOMOE_TABLES}  # one group per paper: tables that share their runs and a page
 EVOLVES = "evolve_and_evaluate"  # the recipe whose base has a table `evolve`
 CONFIGS = pathlib.Path("experiments") / "configs"  # under the current directory; a checkout has them
-SCALES = {
-    "tiny": CONFIGS,
-    "small": CONFIGS / "small",
-}  # the same tables with a model for two cores or for one accelerator
+SCALES = {"tiny": CONFIGS, "small": CONFIGS / "small"}  # the same tables for two cores or one accelerator
 _ID_LENGTH = 12
 _START_SEEDS = 1000  # above a variant's seed
 _LABELS = ("name", "keep", "stage")
