@@ -1,4 +1,4 @@
-"""A run of a published model from its config.json alone: what `anyexperts compile` needs, without a weight."""
+"""Describes the run of a published model from its config.json alone, for `anyexperts compile`; reads no weights."""
 
 import dataclasses
 import pathlib
@@ -19,7 +19,7 @@ from anyexperts_jax.train.strict import build, merge
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """What `attach` is asked for."""
+    """The slots to attach, as in the arguments of `attach`."""
 
     k_min: float
     k_max: float
@@ -40,7 +40,7 @@ class PublishedRun:
 
 
 def is_published_config(source: str) -> bool:
-    """Whether `source` is a hub's config.json, or a folder that holds one without weights."""
+    """Returns whether `source` is a hub's config.json, or a folder that holds one without weights."""
     path = pathlib.Path(source)
     path = path / CONFIG if path.is_dir() else path
     if path.name != CONFIG or not path.is_file():
@@ -52,7 +52,7 @@ def is_published_config(source: str) -> bool:
 def published_run(
     source: str, overrides: Sequence[str] = (), slots: Slots | None = None, *, trains: bool = True
 ) -> PublishedRun:
-    """The run of a published model with the settings that `anyexperts train` starts from; no weight is read.
+    """Returns the run of a published model with the default settings of `anyexperts train`; reads no weights.
 
     Args:
       source: a hub's config.json, or the folder that holds it.
@@ -98,7 +98,7 @@ def published_run(
 
 
 def _dtype(hub: HubConfig) -> Dtype:
-    """Of the weights, as the file names it; the class's own default is float32."""
+    """Returns the dtype of the weights that the file names; the default is float32."""
     text = hub.get("text_config", {})
     said = hub.get("dtype", hub.get("torch_dtype", text.get("dtype", text.get("torch_dtype", "float32"))))
     require(isinstance(said, str), f"{hub.where}: dtype must be a name")

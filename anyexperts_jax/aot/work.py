@@ -1,4 +1,4 @@
-"""The work of a train step, counted from its configuration: the FLOPs of its matmuls, next to which all other
+"""Counts the work of a train step from its configuration: the FLOPs of its matmuls, next to which all other
 operations are small, and the bytes it must move.
 """
 
@@ -45,7 +45,7 @@ class Work:
 
 
 def count_work(config: RunConfig, mesh: dict[str, int], device_kind: str = "") -> Work:
-    """The work of a step on a mesh of these sizes, at the nominal budget and without padding.
+    """Counts the work of a step on a mesh of these sizes, at the nominal budget and without padding.
 
     Args:
       device_kind: the TPU, as JAX names it, whose tiles the expert kernels use; "" assumes tiles of 128 rows.
@@ -87,7 +87,7 @@ def count_work(config: RunConfig, mesh: dict[str, int], device_kind: str = "") -
 
 
 def _passes(config: RunConfig) -> dict[str, int]:
-    """By parameter, how often its matmul is done in a step: a frozen one has no gradient, but passes one on."""
+    """Returns how often a step computes each parameter's matmul; a frozen one has no gradient but passes one on."""
     trainable = what_trains(config).trainable
     names = named_leaves(abstract_params(config.model))
     if trainable is None:
@@ -97,7 +97,7 @@ def _passes(config: RunConfig) -> dict[str, int]:
 
 
 def _dense_flops(config: RunConfig, tokens: int, passes: dict[str, int]) -> tuple[float, float, float]:
-    """FLOPs of all matmuls except the routed experts': (outside the stack, inside it, of that the forward pass)."""
+    """Counts FLOPs of all but the routed experts' matmuls: (outside the stack, inside, the latter's forward pass)."""
     encoding, outside, inside, forward = config.data.encoding, 0.0, 0.0, 0.0
     batch = config.train.batch_size
     rows_of = {"vision": batch * encoding.max_patches, "audio": batch * encoding.max_frames}
@@ -117,7 +117,7 @@ def _dense_flops(config: RunConfig, tokens: int, passes: dict[str, int]) -> tupl
 
 
 def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) -> tuple[int, int, int]:
-    """(expert rows that kernels compute, those that buffers have room for, rows sent), over all layers and devices."""
+    """Counts (expert rows that kernels compute, rows that buffers hold, rows sent) over all layers and devices."""
     stack, moe = config.model.stack, config.model.moe
     shards = token_shards(mesh)
     tokens = config.train.batch_size * config.data.encoding.max_length // (shards * config.train.accumulation)
@@ -145,8 +145,8 @@ def _rows(config: RunConfig, mesh: dict[str, int], device_kind: str, rows: int) 
 
 
 def _least_bytes(config: RunConfig, mesh: dict[str, int]) -> float:
-    """The least bytes moved: gathered weights in the compute dtype, read in each pass; logits and their gradient,
-    written and read."""
+    """Returns the least bytes moved: gathered weights in the compute dtype, read in each pass, and the logits and
+    their gradient, written and read."""
     passes = 2 if config.model.stack.remat == "none" else 3
     weights = gathered_bytes(config.model, mesh)
     positions = config.train.batch_size * config.data.encoding.max_length / token_shards(mesh)
@@ -155,7 +155,7 @@ def _least_bytes(config: RunConfig, mesh: dict[str, int]) -> float:
 
 
 def gathered_bytes(model: ModelConfig, mesh: dict[str, int]) -> float:
-    """Bytes of a device's weights, in the compute dtype, after gathering those split over `fsdp`.
+    """Returns the bytes of a device's weights in the compute dtype, after gathering those split over `fsdp`.
 
     With dispatch="blocks" a device needs all experts, so those split over `expert` are gathered too.
     """
@@ -170,5 +170,5 @@ def gathered_bytes(model: ModelConfig, mesh: dict[str, int]) -> float:
 
 
 def token_shards(mesh: dict[str, int]) -> int:
-    """The number of parts into which the positions of a batch are split."""
+    """Returns the number of parts into which the mesh splits the positions of a batch."""
     return math.prod(mesh[axis] for axis in (*as_tuple(DEFAULT_RULES.batch), *as_tuple(DEFAULT_RULES.length)))

@@ -94,7 +94,7 @@ class Sources:
                 continue
             assert isinstance(source, RowSource)
             by = " by hash" if source.held_out and split != "train" else ""
-            cut = f" in {len(source):,} stretches" if source.is_corpus else ""
+            cut = f" in {len(source):,} chunks" if source.is_corpus else ""
             what = "documents" if source.is_corpus else "rows"
             splits.append(f"{len(source.rows_N):,} {split}{by}{cut}")
         return f"{name}: {place}: {said}, {len(rows):,} {what}: {comma_list(splits)}"

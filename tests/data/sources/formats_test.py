@@ -211,9 +211,9 @@ def test_text_files_are_documents_cut_into_chunks(tmp_path):
     (tmp_path / "corpus.txt.gz").write_bytes(gzip.compress(text.encode()))
     data = config(tmp_path / "corpus.txt.gz")
     sources = [open_source(data, "mine", split) for split in ("train", "validation", "test")]
-    stretches = {(*source.where(i), i): source[i] for source in sources for i in range(len(source))}
-    assert sum(len(item.text) for item in stretches.values()) == len(text), "nothing is lost"
-    assert max(len(item.text) for item in stretches.values()) == 126
+    chunks = {(*source.where(i), i): source[i] for source in sources for i in range(len(source))}
+    assert sum(len(item.text) for item in chunks.values()) == len(text), "nothing is lost"
+    assert max(len(item.text) for item in chunks.values()) == 126
     assert "documents" in Sources(data).describe("mine")
     batch = next(train_iterator(data, 4))
     assert (batch.loss_mask_BT.sum(axis=1) == batch.valid_BT.sum(axis=1) - 1).all()
