@@ -22,7 +22,7 @@ def steps(cycles, read, written, **more):
     return Steps(np.array(cycles), np.array(read), np.array(written), **more)
 
 
-def test_a_step_takes_the_longer_of_its_cycles_and_of_the_copies_beside_it():
+def test_a_step_takes_the_longer_of_its_cycles_and_its_overlapping_copies():
     """v5e: 1500 cycles are a microsecond, as are 819000 bytes."""
     million = 819_000
     assert tpu_model.time_us(steps([1500], [million], [million]), "v5e") == pytest.approx(3)
@@ -34,14 +34,14 @@ def test_a_step_takes_the_longer_of_its_cycles_and_of_the_copies_beside_it():
     assert tpu_model.time_us(shared, "v5e") == pytest.approx(4)
 
 
-def test_a_fetch_two_steps_ahead_hides_what_one_step_does_not():
+def test_a_fetch_two_steps_ahead_hides_more_than_one_step_ahead():
     million = 819_000
     late = steps([1500] * 4, [0, 0, 0, 2 * million], [0] * 4)
     assert tpu_model.time_us(late, "v5e") == pytest.approx(5)
     assert tpu_model.time_us(late._replace(ahead=2), "v5e") == pytest.approx(4)
 
 
-def test_a_draw_has_the_rows_of_its_shape_but_for_those_that_find_no_room():
+def test_drawn_rows_sum_to_the_shapes_rows_minus_overflow():
     shape = kernels.SHAPES["P"]
     counts = tpu_model.draw_counts(shape)
     assert counts.max() <= shape.capacity
@@ -77,7 +77,7 @@ def test_peers_move_every_row_and_every_expert_once_a_turn():
 
 
 @pytest.mark.parametrize("place", OURS)
-def test_every_figure_is_of_a_kernel_that_fits_in_vmem(place):
+def test_every_listed_kernel_fits_in_vmem(place):
     chip, shape, _, call = place.split("/")
     found = RESULT["programs"][place]["found"]
     assert 0 < found["vmem_bytes"] <= tpus()[chip].limits.vmem_bytes, AGAIN
@@ -107,7 +107,7 @@ def test_no_time_is_below_its_floor_and_fewer_rows_take_less():
             assert 0.55 < row["ratio"] < 1, row
 
 
-def test_the_floors_are_those_of_the_table_of_chips():
+def test_the_floors_follow_from_the_table_of_chips():
     for row in RESULT["rows"]:
         if row["who"] == "floor":
             assert tpu_table._floor(row["chip"], row["shape"], row["part"]) == [row], AGAIN

@@ -15,7 +15,7 @@ def last_distance(case):
 
 
 @pytest.mark.slow
-def test_the_literal_form_cannot_be_what_was_run():
+def test_the_literal_form_contradicts_the_papers_row():
     """The paper's row with beta = 0 equals expert 1; equation (1) as printed gives raw gradients there."""
     average, literal = run("ema, beta 0", STEPS), run("literal, beta 0", STEPS)
     np.testing.assert_allclose(average["loss"][1:], average["loss"][0], rtol=1e-4)
@@ -26,14 +26,14 @@ def test_the_literal_form_cannot_be_what_was_run():
 @pytest.mark.slow
 def test_evolved_experts_end_alike_unless_a_floor_or_snapshots_keep_them_apart():
     to_zero = last_distance("ema, cosine to zero")
-    assert to_zero < 2e-4  # of expert 1's whole drift
+    assert to_zero < 2e-4  # relative to expert 1's total drift
     assert last_distance("ema, floor 0.5") > 30 * to_zero
     assert last_distance("ema, cosine to zero, snapshots") > 300 * to_zero
     start = float(np.mean(run("ema, cosine to zero", STEPS)["distance"][0]))
     assert start > 100 * to_zero  # they were apart while the rate was high
 
 
-def test_the_committed_result_is_the_scripts():
+def test_the_committed_result_is_reproduced():
     result = json.loads((RESULTS / "evolution_equation_one.json").read_text())
     assert set(result["results"]) == set(CASES)
     assert tuple(result["marks"]) == MARKS

@@ -1,4 +1,4 @@
-"""What the committed results of the 16B model on pods say."""
+"""Checks the committed results of the 16B model on pods."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ STEPS = sorted((RESULTS / "pods").glob("*.json"))
 
 
 def table(title):
-    """The rows of a table of pods.md, as dictionaries."""
+    """Returns the rows of a table of pods.md as dictionaries."""
     lines = (RESULTS / "pods.md").read_text().split(f"## {title}")[1].split("\n## ")[0].splitlines()
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|"))
     return [dict(zip(head, row, strict=True)) for row in rows]

@@ -29,7 +29,7 @@ case "$(basename "$0")" in srun) exit "${SRUN_EXIT:-0}";; esac
 
 @pytest.fixture
 def run(tmp_path):
-    """run(command) -> the calls that it makes to the stand-ins, each a list of words."""
+    """Returns a function that runs a command and returns its calls to the stand-ins, each a list of words."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in STAND_INS:
@@ -49,19 +49,19 @@ def run(tmp_path):
 
 
 def trained(calls):
-    """The options and the configuration of the one `anyexperts train` among the calls, read by the real parser."""
+    """Returns options and configuration of the only `anyexperts train` among the calls, read by the real parser."""
     (words,) = [call for call in calls if "train" in call]
     options = _parser().parse_args(words[words.index("train") :])
     return options, load_config(ROOT / options.config, options.set)
 
 
 def commands(calls):
-    """The commands that are to be run on other machines."""
+    """Returns the commands for other machines."""
     return [word.removeprefix("--command=") for call in calls for word in call if word.startswith("--command=")]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_bash_and_says_that_it_has_not_run(name):
+def test_a_recipe_is_bash_and_states_that_it_has_not_run(name):
     subprocess.run(["bash", "-n", PODS / name], check=True)
     text = (PODS / name).read_text()
     assert "set -euo pipefail" in text
@@ -108,7 +108,7 @@ def test_a_gke_workload_trains_in_its_image(run):
 
 
 @pytest.mark.parametrize(("code", "again"), [(0, False), (2, False), (143, True), (5, True)])
-def test_a_slurm_job_is_queued_again_when_it_can_go_on(run, code, again):
+def test_a_slurm_job_is_queued_again_if_it_can_resume(run, code, again):
     calls = run(str(PODS / "slurm_gpu.sbatch"), expected=code, SRUN_EXIT=str(code), RUNS="/shared/runs")
     options, config = trained(calls)
     assert options.processes is None

@@ -1,4 +1,4 @@
-"""What the committed results on published models say."""
+"""Checks the committed results on published models."""
 
 import json
 import pathlib
@@ -20,12 +20,12 @@ def test_every_compiled_step_fits_and_its_command_is_on_the_page(case):
     assert case.command in (RESULTS / "pretrained_pods.md").read_text()
 
 
-def test_the_page_of_pods_is_that_of_the_files():
+def test_the_page_of_pods_matches_its_files():
     assert (RESULTS / "pretrained_pods.md").read_text() == pretrained_pods.page()
 
 
 def test_policies_of_smollm2_keep_their_order():
-    """A bound is a bound, and the model before the cut is the model with all experts on."""
+    """The oracle is best at each budget, and the dense model equals the split one with all experts."""
     rows = json.loads((RESULTS / "pretrained" / "policies.json").read_text())["rows"]
     dense, own = rows[:2]
     assert (dense["policy"], own["policy"]) == ("dense", "own")

@@ -26,7 +26,7 @@ def interval(low, high, n=5):
         (-0.05, -0.03, "not supported"),
     ],
 )
-def test_better(low, high, verdict):
+def test_the_verdict_on_a_gain(low, high, verdict):
     assert better(interval(low, high)) == verdict
 
 
@@ -39,7 +39,7 @@ def test_better(low, high, verdict):
         (-0.05, -0.019, "undecided at this scale"),
     ],
 )
-def test_equal(low, high, verdict):
+def test_the_verdict_on_an_equal_score(low, high, verdict):
     assert equal(interval(low, high)) == verdict
 
 
@@ -53,7 +53,7 @@ def verdicts_of(*results):
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(0.04, "supported"), (-0.04, "not supported")])
-def test_dynamic_against_static(gain, verdict):
+def test_dynamic_is_judged_against_static(gain, verdict):
     found = verdicts_of(figure3(gain=gain), EMPTY)
     assert found["Dynamic beats static at equal real experts: one checkpoint"] == verdict
     assert found["Dynamic beats static at equal real experts: retrained for each budget"] == verdict
@@ -68,13 +68,13 @@ def test_a_cut_that_costs_nothing_and_one_that_does():
     assert costly["10% fewer, text, one checkpoint: the same score"] == "not supported"
 
 
-def test_a_cut_is_shown_beside_the_same_cut_of_a_static_model():
+def test_a_cut_is_shown_with_the_same_cut_of_a_static_model():
     cut = "40% fewer real experts, image and video, one checkpoint: the same score"
     evidence = {claim.statement: claim.evidence for claim in all_claims(figure3(), EMPTY)}[cut]
     assert evidence.endswith("control, static 8 cut to 4: +0.0 (+0.0 to +0.0)")
 
 
-def test_ablations():
+def test_ablations_are_judged():
     assert verdicts_of(EMPTY, table3(hsm=0.05))["Hidden-state modulation helps"] == "supported"
     assert verdicts_of(EMPTY, table3(hsm=0.0))["Hidden-state modulation helps"] == "not supported"
     loose = table3(hsm=0.005, spread=0.03)
@@ -82,13 +82,13 @@ def test_ablations():
     assert "Importance-aware routing helps" not in verdicts_of(EMPTY, loose)
 
 
-def test_meaning():
+def test_importance_is_judged_by_auc():
     statement = "Importance follows meaning: the paper's terms"
     assert verdicts_of(figure3(auc=0.7), EMPTY)[statement] == "supported"
     assert verdicts_of(figure3(auc=0.4), EMPTY)[statement] == "not supported"
 
 
-def test_gains_are_read_off_the_line_and_leave_out_what_is_beyond():
+def test_gains_are_interpolated_and_exclude_points_out_of_range():
     results = figure3(gain=0.04, seeds=(0,))
     (gain,) = gains(one_checkpoint(results, DYNAMIC, ""), one_checkpoint(results, STATIC, ""))
     assert gain == pytest.approx(0.04, abs=0.002)
@@ -104,7 +104,7 @@ def test_retrained_curves_take_only_seeds_that_have_every_budget():
     assert retrained(missing, "dynamic", "").seeds == list(SEEDS)
 
 
-def test_salience_retrained_is_a_curve_where_there_is_more_than_its_default_budget():
+def test_salience_retrained_is_a_curve_if_it_has_several_budgets():
     found = figure3(gain=0.04).found
     statement = "Dynamic beats static at equal real experts: retrained for each budget, by salience (ours)"
     for seed in SEEDS:
@@ -115,7 +115,7 @@ def test_salience_retrained_is_a_curve_where_there_is_more_than_its_default_budg
     assert verdicts_of(Results(found), EMPTY)[statement] == "supported"
 
 
-def test_the_levels_of_seeds_sum_to_nothing_and_are_what_seeds_share():
+def test_seed_levels_sum_to_zero_and_hold_what_a_seeds_runs_share():
     curves = [one_checkpoint(figure3(gain=0.04), variant, "") for variant in (DYNAMIC, STATIC)]
     levels = seed_levels(curves, None)
     assert sum(levels.values()) == pytest.approx(0, abs=1e-9)

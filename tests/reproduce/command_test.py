@@ -1,4 +1,4 @@
-"""What the options of `python -m experiments.reproduce` ask for. end_to_end_test tests that the command makes it."""
+"""Options of `python -m experiments.reproduce` give the right request; end_to_end_test runs the command."""
 
 import dataclasses
 import os
@@ -40,7 +40,7 @@ def test_small_has_the_same_tables_of_a_larger_model():
     assert not {run.id for run in small.values()} & {run.id for run in tiny.values()}
 
 
-def test_small_has_an_accelerator_to_itself_and_a_page_of_its_own():
+def test_small_runs_one_at_a_time_and_has_its_own_page():
     assert Request(("all",), scale="small").side_by_side == 1
     assert Request(("all",)).side_by_side == os.cpu_count()
     assert Request(("all",), workers=3, scale="small").side_by_side == 3
@@ -52,7 +52,7 @@ def test_small_has_an_accelerator_to_itself_and_a_page_of_its_own():
     assert command == "python -m experiments.reproduce table1 --scale small --quick"
 
 
-def test_every_option_of_the_command_line_is_asked_for(monkeypatch):
+def test_every_option_reaches_the_request(monkeypatch):
     asked = []
     monkeypatch.setattr("experiments.reproduce.command.reproduce", lambda request, note: asked.append(request))
     assert main(["table1", "--scale", "small", "--seeds", "3", "4", "--workers", "2", "--set", "a=1"]) == 0
@@ -64,7 +64,7 @@ def test_every_option_of_the_command_line_is_asked_for(monkeypatch):
     assert {name: getattr(asked[1], name) for name in defaults} == defaults
 
 
-def test_seeds_are_a_share_of_the_runs():
+def test_seeds_select_a_share_of_the_runs():
     request = Request(("table2", "figure4"))
     found = request.plans(request.tables)
     shares = [of_seeds(found, seeds) for seeds in ((0, 3), (1,), (2, 4))]
@@ -96,7 +96,7 @@ def test_the_number_of_parameters_is_counted():
         (["table1", "--seeds", "7"], "no run has seed 7"),
     ],
 )
-def test_what_does_not_fit_is_one_line(arguments, message, capsys):
+def test_inconsistent_options_are_refused_in_one_line(arguments, message, capsys):
     assert main([*arguments, "--quick", "--only", "runs"]) == 2
     said = capsys.readouterr().err
     assert message in said

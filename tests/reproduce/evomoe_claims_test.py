@@ -79,7 +79,7 @@ def test_every_table_has_its_claims():
     assert known["Evolution beats: noise (snapshots, ours)"] == ""
 
 
-def test_beta_zero_is_expert_one_or_is_not():
+def test_beta_zero_is_compared_with_expert_one():
     statement = "Beta 0 leaves expert 1 (the paper: to the digit)"
     assert verdicts_of(results({"beta 0": 0.0, "expert 1 alone": 0.0}))[statement] == "supported"
     assert verdicts_of(results({"beta 0": 0.1, "expert 1 alone": 0.0}))[statement] == "not supported"
@@ -89,7 +89,7 @@ def test_beta_zero_is_expert_one_or_is_not():
 @pytest.mark.parametrize(
     ("cost", "uniform", "shuffled"), [(-0.001, "supported", "not supported"), (0.05, "not supported", "supported")]
 )
-def test_uniformity(cost, uniform, shuffled):
+def test_uniformity_is_judged_by_the_cost_of_shuffling(cost, uniform, shuffled):
     figures = dict.fromkeys(("MoE-tuning", BOTH), experts(cost=cost))
     found = verdicts_of(results({"MoE-tuning": 0.0, BOTH: 0.0}, figures))
     assert found["Expert uniformity: shuffling costs nothing after MoE-tuning from copies, linear router"] == uniform
@@ -97,7 +97,7 @@ def test_uniformity(cost, uniform, shuffled):
 
 
 @pytest.mark.parametrize(("linear", "verdict"), [(0.8, "supported"), (0.5, "not supported")])
-def test_rigidity(linear, verdict):
+def test_rigidity_is_judged_by_overlap(linear, verdict):
     figures = {"evolution + linear": experts(overlap=linear), BOTH: experts(overlap=0.5)}
     found = verdicts_of(results({"evolution + linear": 0.0, BOTH: 0.0}, figures))
     assert found[f"{RIGID} with a linear router"] == verdict
@@ -130,7 +130,7 @@ def test_a_verdict_is_shown_in_the_unit_of_its_figure():
     assert cells["Evolved experts end apart: a cosine to zero, the paper's"].startswith("0.1% (0.1% to 0.1%) of")
 
 
-def test_what_a_run_did_not_measure_is_undefined():
+def test_unmeasured_figures_are_undefined():
     dense = results({"dense": 0.0}).found["dense", 0]
     copies = dataclasses.replace(dense, experts=experts(stages=("routing",)))
     for one in (dense, copies):
@@ -139,14 +139,14 @@ def test_what_a_run_did_not_measure_is_undefined():
     assert np.isnan(overlap(copies, "text-video"))
 
 
-def test_the_papers_figures():
+def test_the_papers_figures_are_shown():
     scores = papers.evomoe_scores()
     assert (scores["moe_tuning"], scores["evolution_dtr"]) == (65.5, 66.5)
     assert scores["dtr"] == pytest.approx((61.2 + 63.3 + 49.2 + 87.1) / 4)
     assert len(scores) == 16
 
 
-def test_tables_pair_by_seed_and_stand_on_part_of_the_runs():
+def test_tables_pair_by_seed_and_work_with_part_of_the_runs():
     found = results({"MoE-tuning": 0.0, BOTH: 0.04}, {BOTH: experts(cost=0.01, distance=0.02)})
     part = Results({key: one for key, one in found.found.items() if key != (BOTH, 4)}, ((BOTH, 4),))
     rows = {row[0]: row for row in variant_table("evomoe-components", part).rows}
@@ -158,7 +158,7 @@ def test_tables_pair_by_seed_and_stand_on_part_of_the_runs():
     assert row[5].startswith("2.0e-01")
 
 
-def test_routers_are_set_against_the_linear_one_of_the_same_experts():
+def test_routers_are_compared_with_the_linear_one_of_the_same_experts():
     names = ("evolution + linear", "evolution + DTR", "snapshots + linear", "snapshots + DTR")
     rows = {
         row[0]: row
@@ -215,4 +215,4 @@ def test_experts_figures_survive_the_disk():
     assert np.isnan(back.experts.overlap["text-image"])
     without = result_to_json(one)
     del without["experts"]
-    assert result_from_json(json.dumps(without), "x").experts is None, "a result from before they were measured"
+    assert result_from_json(json.dumps(without), "x").experts is None, "an older result without them"

@@ -92,7 +92,7 @@ def say(line):
 
 
 @pytest.mark.slow
-def test_stages_are_trained_once_and_go_on_after_sigterm(runs, tmp_path, monkeypatch):
+def test_stages_are_trained_once_and_resume_after_sigterm(runs, tmp_path, monkeypatch):
     root, taken = tmp_path / "runs", []
     next_batch = loop._Run._next_batch
 

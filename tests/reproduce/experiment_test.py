@@ -1,4 +1,4 @@
-"""Experiments from TOML: strict, in order, each run once."""
+"""Experiments are read strictly from TOML, and each run is made once, in order."""
 
 import dataclasses
 import pathlib
@@ -78,14 +78,14 @@ def test_runs_come_by_stage_and_seed(tmp_path):
         ('like = "nowhere.toml"', "cannot read experiment"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path, text, message):
+def test_inconsistent_experiments_are_refused(tmp_path, text, message):
     with pytest.raises(UserError) as caught:
         load(tmp_path, text)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_like_supplies_what_is_not_given(tmp_path):
+def test_like_supplies_missing_keys(tmp_path):
     write(tmp_path, MINIMAL, "base_of.toml")
     runs = load(tmp_path, 'title = "another"\nlike = "base_of.toml"\nseeds = [7]')
     assert list(runs) == [("early", 7), ("late", 7)]
@@ -125,7 +125,7 @@ def test_quick_takes_fewer_seeds_and_other_steps(tmp_path):
     assert not {run.id for run in runs.values()} & {run.id for run in load(tmp_path, text).values()}
 
 
-def test_a_run_is_what_decides_its_result(tmp_path):
+def test_a_runs_id_covers_everything_that_decides_its_result(tmp_path):
     one = load(tmp_path, MINIMAL)["early", 0]
     assert dataclasses.replace(one, name="another", keep=True, stage=5).id == one.id
     assert dataclasses.replace(one, budgets=(4.8, 5.6)).id != one.id
@@ -159,7 +159,7 @@ def test_a_new_field_with_its_default_finds_committed_results_again(tmp_path, mo
     assert dataclasses.replace(one).older_id == before
 
 
-def test_another_default_is_another_run(tmp_path, monkeypatch):
+def test_a_changed_default_makes_another_run(tmp_path, monkeypatch):
     """A run with the same overrides over other defaults is another run: its result is not reused."""
     before = load(tmp_path, 'start = "smoke"\n' + MINIMAL)["early", 0]
 
@@ -174,7 +174,7 @@ def test_another_default_is_another_run(tmp_path, monkeypatch):
     assert config_digest(after.start) != config_digest(before.start)
 
 
-def test_another_version_of_the_code_is_another_run(tmp_path, monkeypatch):
+def test_a_changed_code_version_makes_another_run(tmp_path, monkeypatch):
     one = load(tmp_path, MINIMAL)["early", 0]
     before = one.id, config_digest(one.config)
     monkeypatch.setattr(experiment, "CODE_VERSION", experiment.CODE_VERSION + 1)

@@ -41,7 +41,7 @@ def written(page, tmp_path_factory):
     return folder
 
 
-def test_the_papers_figures():
+def test_the_papers_figures_are_read():
     assert papers.audio_wer()["dynamic", 4.8] == 2.99
     assert papers.audio_wer()["static", 10.0] == 2.78
     assert papers.budget_scores()["nlp", "GPQA"] == {8.0: 41.92, 7.2: 38.87}
@@ -84,12 +84,12 @@ def test_separations_are_means_over_seeds():
     assert rows[0][5:] == ("0.75", "0.50", "5")
 
 
-def test_signed_points():
+def test_points_are_shown_with_signs():
     assert signed(Summary(5, -0.0123, 0.1, -0.02, 0.005)) == "-1.2 (-2.0 to +0.5)"
     assert signed(summarise([])) == "-"
 
 
-def test_a_verdict_on_auc_says_that_it_is_one():
+def test_a_verdict_on_auc_names_its_unit():
     cells = {row[0]: row[2] for row in verdict_table(all_claims(figure3(auc=0.7), Results({}))).rows}
     assert cells.pop("Importance follows meaning: the paper's terms") == "+20.1 (+20.0 to +20.1) of AUC above 50"
     assert not [cell for cell in cells.values() if "AUC" in cell]
@@ -143,7 +143,7 @@ def test_missing_runs_are_named(tmp_path):
     assert "of 140M parameters" in text
 
 
-def test_runs_of_one_start_alone_are_paired(tmp_path):
+def test_only_runs_of_the_same_start_are_paired(tmp_path):
     """Two trainings of one start differ by chance, as two seeds do; a start of another name differs on purpose."""
     origins = {("without HSM", 2): "start_1:b", ("dynamic 8.0", 3): None, ("without HSM", 4): "start_2:b"}
     found = table3(hsm=0.05).found

@@ -1,4 +1,4 @@
-"""Runs side by side: order, failures, the deadline, resuming."""
+"""Several runs at a time: order, failures, the deadline, resuming."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ def test_a_failure_stops_nothing_and_is_reported(root):
     assert any(line.startswith("FAILED kind 2") and line.endswith("broken on purpose") for line in lines)
 
 
-def test_at_the_deadline_nothing_starts_and_what_runs_is_stopped(root):
+def test_at_the_deadline_no_run_starts_and_running_ones_stop(root):
     runs = [run(SLEEPS), run(DONE)]
     start = time.monotonic()
     outcome = run_all(runs, root, workers=1, deadline=2.0, worker=WORKER)
@@ -88,7 +88,7 @@ def test_a_run_that_ignores_sigterm_is_killed(root, monkeypatch):
         os.kill(int(begun(one, root)[0][1]), 0)
 
 
-def test_runs_side_by_side_have_cores_of_their_own(monkeypatch):
+def test_simultaneous_runs_have_separate_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {2, 3, 5, 7, 8}, raising=False)
     assert core_shares(5) == [(2,), (3,), (5,), (7,), (8,)]
     assert core_shares(2) == [(2, 3), (5, 7, 8)]
@@ -96,7 +96,7 @@ def test_runs_side_by_side_have_cores_of_their_own(monkeypatch):
     assert core_shares(7)[5:] == [(2,), (3,)]
 
 
-def test_a_run_that_is_to_be_kept_is_done_only_with_its_checkpoint(root):
+def test_a_run_to_keep_is_done_only_with_its_checkpoint(root):
     one = run(DONE)
     run_all([one], root, workers=1, worker=WORKER)
     kept = dataclasses.replace(one, keep=True)

@@ -121,7 +121,7 @@ def test_a_start_is_trained_by_the_first_run_that_needs_it(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_what_a_stage_leaves_out_does_not_matter_to_it(every):
+def test_settings_of_later_stages_do_not_change_a_stage(every):
     run = every["evolution + DTR, experts train on", 0].evolve_run
     assert up_to(run, "evolving") == up_to(every["evolution + linear", 0].evolve_run, "evolving")
     assert up_to(run, "evolving").stages == ("warm_up", "evolving")
@@ -146,7 +146,7 @@ def test_runs_wait_for_a_stage_that_another_one_trains(every, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_stages_survives_the_disk_and_is_what_decides_its_result(every):
+def test_a_run_of_stages_survives_the_disk_and_its_id_covers_its_settings(every):
     one = every[BOTH, 3]
     assert run_from_json(run_to_json(one)) == one
     assert run_from_json(run_to_json(one)).id == one.id
