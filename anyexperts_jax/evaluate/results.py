@@ -121,7 +121,7 @@ class EvaluationResult:
     """One checkpoint at several budgets, and its routing and importance at the window it was trained with."""
 
     step: int
-    examples_per_domain: int  # of the test split; a domain that has fewer says so in its score
+    examples_per_domain: int  # of the test split; a domain with fewer records its own number in its score
     device: str
     versions: dict[str, str]
     trained: RoutingSummary

@@ -86,7 +86,7 @@ def render(source: ReportSource, found: Sequence[Section]) -> str:
 
 
 def _json(data: Mapping[str, Any]) -> str:
-    """JSON that can stand in a script element: nothing in it ends the element."""
+    """Returns JSON for a script element: nothing in it ends the element."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
