@@ -63,11 +63,11 @@ def compile_decode(run: RunConfig, model: ModelConfig, topology: str) -> Compile
     shards = batch_shards(mesh)
     require(rows % shards == 0, f"train.batch_size={rows} does not split over {shards} batch shards")
     start = time.perf_counter()
-    params, cache = _placed_params(model, mesh), _placed_cache(model, mesh, rows, length)
-    held = {"parameters": _bytes(params), "cache": _bytes(cache)}
+    params = _placed_params(model, mesh)
+    held = {"parameters": _bytes(params), "cache": _bytes(_placed_cache(model, mesh, rows, length))}
     held_text = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items())
     try:
-        compiled = _lower(model, mesh, params, cache, rows).compile()
+        compiled = lower_decode(model, mesh, rows, length).compile()
     except jax.errors.JaxRuntimeError as error:
         if temporaries_refused(str(error)) is None:
             raise
@@ -115,7 +115,10 @@ def read_bytes(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> float:
     return total
 
 
-def _lower(model: ModelConfig, mesh: Mesh, params: Any, cache: Any, rows: int) -> Any:
+def lower_decode(model: ModelConfig, mesh: Mesh, rows: int, length: int) -> Any:
+    """The step that `compile_decode` compiles, lowered for the devices of `mesh`."""
+    params, cache = _placed_params(model, mesh), _placed_cache(model, mesh, rows, length)
+
     def given(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
 

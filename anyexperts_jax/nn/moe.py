@@ -188,7 +188,7 @@ class MoE(nn.Module):
         if context.experts is None:
             y_ND, stats = apply_plan(x_ND, plan, weights, self.execution, self.placement)
         else:
-            y_ND, stats = apply_in_place(x_ND, plan, context.experts)
+            y_ND, stats = apply_in_place(x_ND, plan, context.experts, self.execution, self.placement)
         y_BTD = y_ND.reshape(x_BTD.shape)
         self._probe("output_BTD", y_BTD)
         if self.num_shared_experts:

@@ -1,6 +1,7 @@
 """The stack of blocks. Scan over layers and rematerialisation happen here and nowhere else."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -90,8 +91,10 @@ class Stack(nn.Module):
     def _reads_in_place(self, x_BTD: Float[Array, "B T D"]) -> bool:
         """Whether each layer reads the experts that it hits from the stacked weights, to which no adapter is added."""
         config, (batch, length, _) = self.config, x_BTD.shape
-        how = (config.execution, self.placement, jnp.dtype(config.dtype))
-        return config.lora is None and reads_in_place(self.moe, batch * length, *how)
+        if config.lora is not None:
+            return False
+        stored: dict[str, Any] = {"weights": self._stacked_experts(), "dtype": jnp.dtype(config.dtype)}
+        return reads_in_place(self.moe, batch * length, config.execution, self.placement, **stored)
 
     def _stacked_experts(self) -> ExpertWeights:
         """The experts of all MoE layers, [L * E, D, F]: the parameters of the scan with their first axes joined."""

@@ -31,6 +31,14 @@ def check_expert_weights(x: Array, w_gate: Array, w_up: Array, w_down: Array) ->
     require(x.shape[-1] == width, f"x has width {x.shape[-1]}, the experts {width}")
 
 
+def check_stacked_experts(x: Array, w_gate: Array, multiple: int = 1) -> None:
+    """Raises `UserError` unless a kernel can read the weights of all layers as they are, without a copy."""
+    require(w_gate.dtype == x.dtype, f"w_gate_EDF is {w_gate.dtype} and x is {x.dtype}; cast one of them")
+    width, hidden = w_gate.shape[1:]
+    whole = width % multiple == 0 and hidden % multiple == 0
+    require(whole, f"D={width} and F={hidden} must be multiples of {multiple} for experts that are read in place")
+
+
 def check_counts(name: str, counts: Array, num_experts: int) -> None:
     """Raises `UserError` unless `counts` is a vector of one integer per expert."""
     require(

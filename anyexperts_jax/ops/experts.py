@@ -1,9 +1,11 @@
 """`ExpertWeights`, the experts' weights as one pytree, and `ExpertOps`, the two ops of an implementation."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.arrays import as_floats
@@ -45,6 +47,23 @@ def as_expert_weights(weights: Any) -> ExpertWeights:
 
 
 @dataclasses.dataclass(frozen=True)
+class InPlace:
+    """An implementation's `routed_mlp` on `StackedExperts`. It has no gradient: only decoding calls it."""
+
+    # (x_ND, weights_NK, order, StackedExperts) -> y_ND in float32 or wider: what `routed_mlp` gives for the layer's own
+    run: Callable[..., Array]
+    multiple: int = 1  # of which D and F must be: others would be padded, which copies all weights
+    casts: bool = False  # whether the weights may have another dtype than x
+    most_slots: float = math.inf  # per expert of a layer, up to which `run` is the faster way
+
+    def pays(self, slots: int, num_experts: int, weights: ExpertWeights, dtype: jnp.dtype) -> bool:
+        """Whether `run` copies none of the weights and is the faster way for so many slots of x in `dtype`."""
+        gate = weights.gate_EDF
+        fits = all(size % self.multiple == 0 for size in gate.shape[1:]) and (self.casts or gate.dtype == dtype)
+        return fits and slots / num_experts <= self.most_slots
+
+
+@dataclasses.dataclass(frozen=True)
 class ExpertOps:
     """One implementation of the expert ops, an entry of `core.registries.IMPLEMENTATIONS`.
 
@@ -56,3 +75,5 @@ class ExpertOps:
     expert_mlp: Callable[..., Array]
     # (x_ND, weights_NK, order, ExpertWeights, residuals=...) -> y_ND in float32 or wider
     routed_mlp: Callable[..., Array]
+    # None: a layer's experts are copied out of the stack of all layers before they are read
+    in_place: InPlace | None = None

@@ -18,6 +18,7 @@ from anyexperts_jax.nn import stack as stack_module
 from anyexperts_jax.nn.block import BlockContext
 from anyexperts_jax.nn.config import AttentionConfig, StackConfig
 from anyexperts_jax.nn.stack import Stack, empty_stack_cache
+from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
 from anyexperts_jax.sharding.placement import Placement
 from nn.layers import FAST_COMPILE, equations, random_params, run
@@ -163,7 +164,7 @@ def decoding(**fields):
 def test_a_step_of_decoding_reads_experts_in_place_and_changes_no_bit(fields, monkeypatch):
     step, own = decoding(**fields)
     in_place = jax.jit(step)(own)
-    monkeypatch.setattr(stack_module, "reads_in_place", lambda *how: False)
+    monkeypatch.setattr(stack_module, "reads_in_place", lambda *how, **also: False)
     chex.assert_trees_all_equal(in_place, jax.jit(lambda params: step(params))(own))
 
 
@@ -176,7 +177,7 @@ def test_a_step_of_decoding_copies_no_layer_of_experts(monkeypatch):
         return len(layer.findall(jax.jit(step).lower(own).compile().as_text()))
 
     assert copies(step) == 0
-    monkeypatch.setattr(stack_module, "reads_in_place", lambda *how: False)
+    monkeypatch.setattr(stack_module, "reads_in_place", lambda *how, **also: False)
     assert copies(lambda params: step(params)) > 0
 
 
@@ -193,13 +194,18 @@ def test_a_step_of_decoding_stacks_no_caches_of_dense_layers():
         ({"tokens": 3}, False),  # 9 slots of 4 experts: more than two each
         ({"execution": Execution("dense")}, False),
         ({"execution": Execution(implementation="reference")}, False),
+        ({"execution": Execution(implementation="pallas_triton")}, True),
+        ({"execution": Execution(implementation="pallas_triton"), "tokens": 300}, True),
+        ({"execution": Execution(implementation="pallas_triton"), "dtype": jnp.dtype("bfloat16")}, False),
+        ({"execution": Execution(implementation="pallas_tpu")}, False),  # whose tiles are 128 wide
         ({"placement": Placement(make_mesh(MeshConfig(data=2), jax.devices()[:2]))}, False),
     ],
     ids=str,
 )
-def test_only_a_few_tokens_of_one_device_read_experts_in_place(changed, expected):
-    given = {"tokens": 2, "execution": Execution(), "placement": None} | changed
-    assert reads_in_place(MOE, dtype=jnp.dtype("float32"), **given) == expected
+def test_only_tokens_of_one_device_read_experts_in_place(changed, expected):
+    wide, narrow = (jax.ShapeDtypeStruct((8, *shape), jnp.float32) for shape in ((8, 12), (12, 8)))
+    given = {"tokens": 2, "execution": Execution(), "placement": None, "dtype": jnp.dtype("float32")} | changed
+    assert reads_in_place(MOE, weights=ExpertWeights(wide, wide, narrow), **given) == expected
 
 
 def test_unknown_remat_is_refused_with_the_known_ones():

@@ -44,23 +44,34 @@ def _shared(grid: Grid, cores: int) -> Grid:
     return dataclasses.replace(grid, tiles=tiles, outer=cores, split=True) if cores > 1 else grid
 
 
+def _with_first(grid: Grid, first: Int[Array, ""] | None) -> Grid:
+    """The same tiles, whose experts are counted from number `first` on. All rows must be in one buffer."""
+    if first is None:
+        return grid
+    return dataclasses.replace(grid, tiles=grid.tiles._replace(source_expert=grid.tiles.source_expert + first))
+
+
 def forward(
     x_ECD: Float[Array, "#E C D"],
     counts_E: Int[Array, "E"],
-    w_gate_EDF: Float[Array, "E D F"],
-    w_up_EDF: Float[Array, "E D F"],
-    w_down_EFD: Float[Array, "E F D"],
+    w_gate_EDF: Float[Array, "_ D F"],
+    w_up_EDF: Float[Array, "_ D F"],
+    w_down_EFD: Float[Array, "_ F D"],
     *,
     sizes: TpuSizes,
     keep: bool,
     starts_E: Int[Array, "E"] | None = None,
+    first: Int[Array, ""] | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "#E C D"], tuple[Float[Array, "#E C F"], ...]]:
-    """(y_ECD, (gate_ECF, up_ECF) if `keep` else ()). Dead rows are zero in y, undefined in gate and up."""
+    """(y_ECD, (gate_ECF, up_ECF) if `keep` else ()). Dead rows are zero in y, undefined in gate and up.
+
+    With `starts_E`, the weights may be those of more experts, [L * E, D, F]: expert e then has number `first` + e.
+    """
     own = sizes.forward
     (experts, capacity, width), hidden = x_ECD.shape, w_gate_EDF.shape[2]
     call = functools.partial(run_kernel, vmem_bytes=sizes.vmem_bytes, interpret=interpret)
-    grid = _row_grid(counts_E, starts_E, capacity, own.block)
+    grid = _with_first(_row_grid(counts_E, starts_E, capacity, own.block), first)
     x, y = Operand(x_ECD, Block("tile", own.block, width)), output_like(x_ECD, experts, capacity, width)
     row_ECF = output_like(x_ECD, experts, capacity, hidden)
     if own.columns is None:

@@ -7,9 +7,10 @@ from jaxtyping import Array
 
 from anyexperts_jax.ops.expert_mlp import reference as expert_reference
 from anyexperts_jax.ops.expert_mlp import vjp as expert_vjp
-from anyexperts_jax.ops.experts import ExpertOps
+from anyexperts_jax.ops.experts import ExpertOps, InPlace
 from anyexperts_jax.ops.routed_mlp import reference as routed_reference
 from anyexperts_jax.ops.routed_mlp import vjp as routed_vjp
+from anyexperts_jax.ops.routed_mlp import xla as routed_xla
 
 
 def with_residuals(run: Callable[..., Array]) -> Callable[..., Array]:
@@ -22,4 +23,8 @@ def with_residuals(run: Callable[..., Array]) -> Callable[..., Array]:
 
 
 REFERENCE = ExpertOps(with_residuals(expert_reference.expert_mlp), with_residuals(routed_reference.routed_mlp))
-XLA = ExpertOps(with_residuals(expert_vjp.expert_mlp_xla), with_residuals(routed_vjp.routed_mlp_xla))
+XLA = ExpertOps(
+    with_residuals(expert_vjp.expert_mlp_xla),
+    with_residuals(routed_vjp.routed_mlp_xla),
+    InPlace(routed_xla.forward_of_few_rows, casts=True, most_slots=routed_xla.FEW_ROWS),
+)

@@ -19,7 +19,7 @@ from anyexperts_jax.core.derivatives import Differentiable
 from anyexperts_jax.ops._checks import KERNELS_SUPPORT_GRAD_ONLY
 from anyexperts_jax.ops._dots import wide_dtype
 from anyexperts_jax.ops.aligned_rows import align_rows
-from anyexperts_jax.ops.experts import ExpertWeights
+from anyexperts_jax.ops.experts import ExpertWeights, StackedExperts
 from anyexperts_jax.ops.row_map import sum_rows
 from anyexperts_jax.ops.slot_order import SlotOrder
 
@@ -39,7 +39,8 @@ class AlignedKernels(NamedTuple):
     Results are undefined in dead rows.
     """
 
-    # (x_RD, starts_E, counts_E, experts, keep=bool) -> y_RD, (gate_RF, up_RF) if keep else ()
+    # (x_RD, starts_E, counts_E, experts, keep=bool, first=None) -> y_RD, (gate_RF, up_RF) if keep else (). With `first`,
+    # `experts` holds those of several layers, and expert e is number first + e of them.
     forward: Callable[..., tuple[Array, tuple[Array, ...]]]
     # (x_RD, starts_E, counts_E, (gate_RF, up_RF), experts, d_y_RD) -> d_x_RD, (d_gate_RF, d_up_RF, hidden_RF)
     rows_backward: Callable[..., tuple[Array, tuple[Array, ...]]]
@@ -85,6 +86,22 @@ def routed_mlp(
 
     run.defvjp(run_forward, run_backward, refusal=KERNELS_SUPPORT_GRAD_ONLY)
     return run(x_ND, weights_NK, order, experts)
+
+
+def routed_mlp_in_place(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    order: SlotOrder,
+    experts: StackedExperts,
+    *,
+    kernels: AlignedKernels,
+    block: int,
+) -> Float[Array, "N D"]:
+    """`routed_mlp` on the experts of one layer among those of all layers, without a gradient."""
+    row_map, starts_E = align_rows(order, block)
+    x_RD = kernels.take(x_ND, row_map.tokens_R)
+    y_RD, _ = kernels.forward(x_RD, starts_E, order.counts_E, experts.weights, keep=False, first=experts.first)
+    return kernels.combine(y_RD, weights_NK, row_map)
 
 
 def backward(

@@ -5,13 +5,14 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from anyexperts_jax.ops._checks import check_stacked_experts
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops.expert_mlp import gpu_passes, pallas_gpu, pallas_triton
 from anyexperts_jax.ops.expert_mlp.gpu_passes import GpuOptions, Kernels
 from anyexperts_jax.ops.expert_mlp.gpu_rows import GpuRows, TokenRows, aligned_rows
 from anyexperts_jax.ops.expert_mlp.gpu_tiles import Tiles
 from anyexperts_jax.ops.expert_mlp.vjp_gpu import mosaic_options, triton_options
-from anyexperts_jax.ops.experts import ExpertWeights
+from anyexperts_jax.ops.experts import ExpertWeights, StackedExperts
 from anyexperts_jax.ops.routed_mlp import buffered
 from anyexperts_jax.ops.slot_order import SlotOrder
 
@@ -55,6 +56,42 @@ def routed_mlp_mosaic(
     return y_ND[:, : x_ND.shape[1]]
 
 
+def triton_in_place(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    order: SlotOrder,
+    experts: StackedExperts,
+    options: GpuOptions = GpuOptions(),  # noqa: B008, immutable
+) -> Float[Array, "N D"]:
+    """`routed_mlp_triton` on the experts of one layer among those of all layers, which are not copied.
+
+    Raises:
+      UserError: as `routed_mlp_triton`, and for weights of another dtype than x.
+    """
+    check_stacked_experts(x_ND, experts.weights.gate_EDF)
+    options = triton_options(experts.weights.gate_EDF, options)
+    how: dict[str, Any] = {"kernels": aligned_kernels(pallas_triton, options), "block": buffer_block(options.tiles)}
+    return buffered.routed_mlp_in_place(x_ND, weights_NK, order, experts, **how)
+
+
+def mosaic_in_place(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    order: SlotOrder,
+    experts: StackedExperts,
+    options: GpuOptions = GpuOptions(),  # noqa: B008, immutable
+) -> Float[Array, "N D"]:
+    """`routed_mlp_mosaic` on the experts of one layer among those of all layers, which are not copied.
+
+    Raises:
+      UserError: as `routed_mlp_mosaic`, for weights of another dtype than x, or of other widths than multiples of 64.
+    """
+    check_stacked_experts(x_ND, experts.weights.gate_EDF, pallas_gpu.WIDTH_MULTIPLE)
+    options = mosaic_options(experts.weights.gate_EDF, options)
+    how: dict[str, Any] = {"kernels": aligned_kernels(pallas_gpu, options), "block": buffer_block(options.tiles)}
+    return buffered.routed_mlp_in_place(x_ND, weights_NK, order, experts, **how)
+
+
 def buffer_block(tiles: Tiles) -> int:
     """The block at whose multiples experts must start, so that no tile and no step along rows has two experts."""
     rows = (tile.m for tile in (tiles.gate_up, tiles.down, tiles.d_gate_up, tiles.d_x))
@@ -78,8 +115,10 @@ def aligned_kernels(kernels: Kernels, options: GpuOptions) -> buffered.AlignedKe
         experts: buffered.Experts,
         *,
         keep: bool,
+        first: Int[Array, ""] | None = None,
     ) -> tuple[Array, tuple[Array, ...]]:
         rows = find_rows(x_RD, starts_E, counts_E)
+        rows = rows if first is None else rows._replace(experts_B=rows.experts_B + first)
         y_BCD, kept = gpu_passes.forward(kernels, blocks(x_RD), rows, experts, options, keep=keep, zeros=False)
         return _rows(y_BCD), tuple(map(_rows, kept))
 

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.hardware import TpuLimits, tpu_limits
+from anyexperts_jax.ops._checks import check_stacked_experts
 from anyexperts_jax.ops._padding import pad_to_multiples
 from anyexperts_jax.ops._select import device_kind
 from anyexperts_jax.ops.expert_mlp import pallas_tpu
 from anyexperts_jax.ops.expert_mlp.tpu_sizes import KernelSizes, Shape, TpuSizes, choose_sizes
 from anyexperts_jax.ops.expert_mlp.vjp_tpu import LANES, TpuOptions, require_kernels
-from anyexperts_jax.ops.experts import ExpertWeights
+from anyexperts_jax.ops.experts import ExpertWeights, StackedExperts
 from anyexperts_jax.ops.routed_mlp import buffered, pallas_combine
 from anyexperts_jax.ops.row_map import RowMap
 from anyexperts_jax.ops.slot_order import SlotOrder
@@ -44,14 +45,40 @@ def routed_mlp_pallas_tpu(
     width = x_ND.shape[1]
     x_ND = pad_to_multiples(x_ND, (1, LANES))
     experts = ExpertWeights(*(pad_to_multiples(w, (1, LANES, LANES)) for w in experts))
-    sizes = options.sizes
-    if sizes is None:
-        num_experts, padded, hidden = experts.gate_EDF.shape
-        shape = Shape(math.ceil(order.slots_R.size / num_experts), padded, hidden, x_ND.dtype.itemsize)
-        sizes = aligned_sizes(tpu_limits(device_kind()), shape)
+    sizes = _sizes(order, experts.gate_EDF, options)
     kernels = _kernels(sizes, options.interpret)
     y_ND = buffered.routed_mlp(x_ND, weights_NK, order, experts, kernels=kernels, block=buffer_block(sizes))
     return y_ND[:, :width]
+
+
+def routed_mlp_in_place(
+    x_ND: Float[Array, "N D"],
+    weights_NK: Float[Array, "N K"],
+    order: SlotOrder,
+    experts: StackedExperts,
+    *,
+    options: TpuOptions = TpuOptions(),  # noqa: B008, immutable
+) -> Float[Array, "N D"]:
+    """`routed_mlp_pallas_tpu` on the experts of one layer among those of all layers, which are not copied.
+
+    Raises:
+      UserError: as `routed_mlp_pallas_tpu`, for weights of another dtype than x, or of other widths than multiples of
+        128.
+    """
+    require_kernels(x_ND.dtype, options)
+    check_stacked_experts(x_ND, experts.weights.gate_EDF, LANES)
+    sizes = _sizes(order, experts.weights.gate_EDF, options)
+    how: dict[str, Any] = {"kernels": _kernels(sizes, options.interpret), "block": buffer_block(sizes)}
+    return buffered.routed_mlp_in_place(x_ND, weights_NK, order, experts, **how)
+
+
+def _sizes(order: SlotOrder, gate_EDF: Float[Array, "_ D F"], options: TpuOptions) -> TpuSizes:
+    """The sizes of the options, or else those for the load and the chip that the trace is for."""
+    if options.sizes is not None:
+        return options.sizes
+    _, width, hidden = gate_EDF.shape
+    load = math.ceil(order.slots_R.size / order.counts_E.size)
+    return aligned_sizes(tpu_limits(device_kind()), Shape(load, width, hidden, gate_EDF.dtype.itemsize))
 
 
 def aligned_sizes(chip: TpuLimits, shape: Shape) -> TpuSizes:
@@ -86,9 +113,16 @@ def _kernels(sizes: TpuSizes, interpret: Any) -> buffered.AlignedKernels:
     how: dict[str, Any] = {"sizes": sizes, "interpret": interpret}
 
     def forward(
-        x_RD: Array, starts_E: Array, counts_E: Array, experts: buffered.Experts, *, keep: bool
+        x_RD: Array,
+        starts_E: Array,
+        counts_E: Array,
+        experts: buffered.Experts,
+        *,
+        keep: bool,
+        first: Array | None = None,
     ) -> tuple[Array, tuple[Array, ...]]:
-        y, kept = pallas_tpu.forward(x_RD[None], counts_E, *experts, starts_E=starts_E, keep=keep, **how)
+        operands = (x_RD[None], counts_E, *experts)
+        y, kept = pallas_tpu.forward(*operands, starts_E=starts_E, keep=keep, first=first, **how)
         return y[0], _rows(kept)
 
     def rows_backward(

@@ -7,12 +7,7 @@ from anyexperts_jax.ops.routed_mlp import loop
 from anyexperts_jax.ops.routed_mlp.few_rows import few_rows
 from anyexperts_jax.ops.slot_order import SlotOrder
 
-_FEW_ROWS = 2  # mean slots per expert up to which reading each row's weights in place is faster
-
-
-def has_few_rows(slots: int, experts: int) -> bool:
-    """Whether so many slots are few enough to read each row's weights in place."""
-    return slots / experts <= _FEW_ROWS
+FEW_ROWS = 2  # mean slots per expert up to which reading each row's weights in place is faster
 
 
 def forward_of_few_rows(
@@ -30,6 +25,6 @@ def forward(
     x_ND: Float[Array, "N D"], weights_NK: Float[Array, "N K"], order: SlotOrder, experts: loop.Experts, *, keep: bool
 ) -> tuple[Float[Array, "N D"], loop.Kept | None]:
     """(y_ND, residuals for `loop.backward` if `keep`)."""
-    if not keep and has_few_rows(order.slots_R.size, order.counts_E.size):
+    if not keep and order.slots_R.size <= FEW_ROWS * order.counts_E.size:
         return forward_of_few_rows(x_ND, weights_NK, order, experts), None
     return loop.forward(x_ND, weights_NK, order, experts, keep=keep)
