@@ -1,11 +1,18 @@
 """Qwen3-Omni against transformers, from tiny random checkpoints: logits, experts, answers, features, export."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from anyexperts_jax import load_pretrained
+from anyexperts_jax.core.batch import make_batch
+from anyexperts_jax.models.multimodal import MultimodalModel
 from anyexperts_jax.pretrained.budget import BudgetInForce
 from anyexperts_jax.pretrained.decode import Request, decode
+from anyexperts_jax.pretrained.placing import place
 from anyexperts_jax.pretrained.sounds import Hearing, mel_filters
 from pretrained.tiny_hub import tensors_in
 from pretrained.tiny_omni import IDS, Scene, omni_checkpoint, omni_values, rows_of, scenes
@@ -74,24 +81,90 @@ def test_logits_and_chosen_experts(tmp_path, name):
         compare(model, own, every[scene_name], scene_name)
 
 
-@pytest.mark.parametrize("name", ["one sound", "picture and sound", "video and sound"])
-def test_16_greedy_tokens(tmp_path, name):
+def rows_alone(seen):
+    """A scene for each row, without padding."""
+    at, found = {"images": 0, "videos": 0, "audios": 0}, []
+    for tokens_T, valid_T in zip(seen.tokens_BT, seen.valid_BT, strict=True):
+        ids = tokens_T[valid_T]
+        heard = int((ids == IDS["audio_start_token_id"]).sum())
+        shown = int((ids == IDS["vision_start_token_id"]).sum())
+        counts = {"images": 0 if seen.videos else shown, "videos": shown if seen.videos else 0, "audios": heard}
+        media = {kind: seen.media[kind][at[kind] : at[kind] + count] for kind, count in counts.items()}
+        at = {kind: at[kind] + count for kind, count in counts.items()}
+        found.append(Scene(ids[None], np.ones((1, len(ids)), bool), media))
+    return found
+
+
+@pytest.mark.parametrize("name", ["text", "two sounds", "picture and sound", "video and sound"])
+def test_32_greedy_tokens(tmp_path, name):
+    """All rows at once, of different lengths; transformers answers one after another."""
     folder = omni_checkpoint(tmp_path / "hub", seed=5)
     model, own, seen = load_pretrained(folder), theirs(folder), scenes(7)[name]
-    tokens_BT, valid_BT = seen.tokens_BT[:1], seen.valid_BT[:1]
-    prompt = tokens_BT[0, valid_BT[0]].tolist()
-    places = {kind: prompt.count(IDS[f"{kind}_start_token_id"]) for kind in ("vision", "audio")}
-    videos = seen.videos[: places["vision"]] if seen.videos else []
-    images = [] if videos else seen.images[: places["vision"]]
-    media = {"images": images, "videos": videos, "audios": seen.audios[: places["audio"]]}
-    first = Scene(np.array([prompt]), np.ones((1, len(prompt)), bool), media)
-    shown = model.show(**media)
-    found = decode(model.weights, [prompt], Request(16), BudgetInForce(), lambda row, token: True, shown=shown)
-    with torch.no_grad():
-        ids = own.generate(
-            torch.tensor([prompt]), **inputs(first), max_new_tokens=16, do_sample=False, eos_token_id=None
-        )
-    assert found.tokens[0] == ids[0, len(prompt) :].tolist()
+    alone = rows_alone(seen)
+    prompts = [one.tokens_BT[0].tolist() for one in alone]
+    shown = model.show(**seen.media)
+    found = decode(model.weights, prompts, Request(32), BudgetInForce(), lambda row, token: True, shown=shown)
+    for one, prompt, answer in zip(alone, prompts, found.tokens, strict=True):
+        with torch.no_grad():
+            ids = own.generate(
+                torch.tensor([prompt]), **inputs(one), max_new_tokens=32, do_sample=False, eos_token_id=None
+            )
+        assert answer == ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", ["two sounds", "picture and sound"])
+def test_padding_on_the_left(tmp_path, name):
+    folder, seen = omni_checkpoint(tmp_path / "hub", seed=6), scenes(8)[name]
+    tokens_BT, valid_BT = np.zeros_like(seen.tokens_BT), np.zeros_like(seen.valid_BT)
+    for row, one in enumerate(rows_alone(seen)):
+        tokens_BT[row, -one.tokens_BT.shape[1] :] = one.tokens_BT[0]
+        valid_BT[row, -one.tokens_BT.shape[1] :] = True
+    assert not valid_BT.all()
+    compare(load_pretrained(folder), theirs(folder), Scene(tokens_BT, valid_BT, seen.media), name)
+
+
+@pytest.mark.parametrize("name", ["two sounds", "picture and sound", "video and sound"])
+def test_gradients(tmp_path, name):
+    """Of the decoder, its experts and both towers, from a padded batch."""
+    folder = omni_checkpoint(tmp_path / "hub", seed=4, alone=True)
+    model, own, seen = load_pretrained(folder), theirs(folder), scenes(5)[name]
+    targets_BT = np.where(seen.valid_BT, seen.tokens_BT, -100)
+    own(torch.tensor(seen.tokens_BT), **inputs(seen), labels=torch.tensor(targets_BT)).loss.backward()
+    placed = place(model.show(**seen.media), seen.tokens_BT, seen.valid_BT).media
+    positions_BT = jnp.asarray(np.maximum(seen.valid_BT.cumsum(axis=1) - 1, 0), jnp.int32)
+    tokens_BT, valid_BT = jnp.asarray(seen.tokens_BT, jnp.int32), jnp.asarray(seen.valid_BT)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        batch = make_batch(tokens_BT, valid_BT=valid_BT, position_BT=positions_BT)
+        output = MultimodalModel(model.config).apply({"params": params}, batch, placed=placed)
+        logs_BTY = jax.nn.log_softmax(output.logits_BTY)[:, :-1]
+        nats_BT = -jnp.take_along_axis(logs_BTY, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+        return jnp.where(valid_BT[:, 1:], nats_BT, 0).sum() / float(seen.valid_BT[:, 1:].sum())
+
+    # As a model whose weights are the gradients, in their names.
+    dataclasses.replace(model, params=gradient(model.params)).export(tmp_path / "gradients")
+    found, compared = tensors_in(tmp_path / "gradients"), set()
+    for name_in_torch, weight in own.named_parameters():
+        key = name_in_torch
+        for inside, in_files in (("language_model", "model"), ("audio_tower", "audio_tower"), ("visual", "visual")):
+            key = key.replace(f"model.{inside}.", f"{in_files}.", 1)
+        grad = np.zeros(weight.shape, np.float32) if weight.grad is None else weight.grad.numpy()
+        if key in found:
+            names, parts = [key], [grad]
+        else:  # experts are stacked in theirs, gate before up
+            prefix = key.removesuffix("gate_up_proj").removesuffix("down_proj")
+            kinds = ("gate_proj", "up_proj") if key.endswith("gate_up_proj") else ("down_proj",)
+            names = [f"{prefix}{e}.{kind}.weight" for e in range(len(grad)) for kind in kinds]
+            parts = [part for one in grad for part in np.split(one, len(kinds))]
+        for one, part in zip(names, parts, strict=True):
+            np.testing.assert_allclose(found[one], part, rtol=2e-3, atol=3e-6, err_msg=one)
+        compared |= set(names)
+    assert compared == set(found)
+    towers = {"audio_tower"} | ({"visual"} if seen.images or seen.videos else set())
+    for tower in towers:
+        assert max(np.abs(found[key]).max() for key in found if key.startswith(tower)) > 1e-3
 
 
 @pytest.mark.parametrize("alone", [False, True])
