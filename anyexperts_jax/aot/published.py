@@ -10,6 +10,7 @@ from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.nn.config import Dtype
 from anyexperts_jax.pretrained.attach import attached_config
 from anyexperts_jax.pretrained.family import family_of
+from anyexperts_jax.pretrained.fp8_blocks import without_settings
 from anyexperts_jax.pretrained.hub_config import CONFIG, HubConfig
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.config_files import with_overrides
@@ -66,6 +67,7 @@ def published_run(
     path = pathlib.Path(source)
     hub = HubConfig.read(path if path.is_dir() else path.parent)
     _, family = family_of(hub)
+    hub = without_settings(hub)
     whole = family.config(hub)
     if slots is not None:
         asked = dataclasses.asdict(slots)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from anyexperts_jax.core.errors import UserError, comma_list, require, shown
 from anyexperts_jax.core.registries import FAMILIES
 from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.pretrained.fp8_blocks import SETTINGS, block_size
 from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.rules import ExpertLayout, Rule
 
@@ -51,10 +52,13 @@ def family_of(hub: HubConfig) -> tuple[str, Family]:
     Raises:
       UserError: if its class is not supported; the message lists the supported ones.
     """
-    method = hub.get("quantization_config")
-    if method is not None:
+    method = hub.get(SETTINGS)
+    if method is not None and block_size(hub) is None:
         name = method.get("quant_method", "unknown") if isinstance(method, Mapping) else shown(method)
-        raise UserError(f"{hub.where}: the weights are quantised ({name}), which is not read; dequantise them first")
+        raise UserError(
+            f"{hub.where}: the weights are quantised ({name}), which is not read, only fp8 (e4m3) in blocks; "
+            "dequantise them first"
+        )
     classes = hub.get("architectures")
     known: dict[str, list[str]] = {}
     for name in FAMILIES:

@@ -13,6 +13,7 @@ from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.files import parse_json_object, read_text, require_local
 from anyexperts_jax.pretrained.extension import with_extension
 from anyexperts_jax.pretrained.family import Family, family_of
+from anyexperts_jax.pretrained.fp8_blocks import DequantisedBlocks, block_size, without_settings
 from anyexperts_jax.pretrained.gguf_file import GgufFile
 from anyexperts_jax.pretrained.hub_config import CONFIG, HubConfig
 from anyexperts_jax.pretrained.model import Pretrained
@@ -74,7 +75,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(place, file.hub, name, family=family, source=file, generation={})
     hub = HubConfig.read(place)
     name, family = family_of(hub)
-    source = SafetensorsFolder.find(place)
+    block = block_size(hub)
+    source: Source = SafetensorsFolder.find(place, eight_bit=block is not None)
+    if block is not None:
+        source, hub = DequantisedBlocks.of(source, block), without_settings(hub)
     return Checkpoint(place, hub, name, family=family, source=source, generation=read_generation(place))
 
 
@@ -91,8 +95,9 @@ def read_generation(folder: pathlib.Path) -> dict[str, Any]:
 def load_pretrained(path: str | os.PathLike[str], mesh: Mesh | None = None) -> Pretrained:
     """Loads a published model from a folder of safetensors files or from a GGUF file.
 
-    Parameters are read one at a time, straight to their devices, and keep their types; quantised ones become float32.
-    A folder written by `export(form="anyexperts")` gives the model with its attached slots or split networks.
+    Parameters are read one at a time, straight to their devices, and keep their types; quantised ones become float32,
+    or bfloat16 if they are stored as 8-bit floats in blocks. A folder written by `export(form="anyexperts")` gives the
+    model with its attached slots or split networks.
 
     Args:
       mesh: the devices to split the model over, from `make_mesh`; None: JAX's first device.

@@ -25,6 +25,7 @@ DTYPES: dict[str, Any] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F64": np.dtype(np.float64),
 }
+EIGHT_BIT: dict[str, Any] = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # read where scales are expected beside it
 _SHOWN = 4
 
 
@@ -74,8 +75,11 @@ class SafetensorsFolder:
     tensors: Mapping[str, TensorInfo]
 
     @classmethod
-    def find(cls, folder: pathlib.Path) -> "SafetensorsFolder":
+    def find(cls, folder: pathlib.Path, *, eight_bit: bool = False) -> "SafetensorsFolder":
         """Reads the headers of the folder's files.
+
+        Args:
+          eight_bit: whether 8-bit floats are taken too, as they are.
 
         Raises:
           UserError: if the package is missing, a file is missing or damaged, or a tensor has a type that is not read.
@@ -91,7 +95,7 @@ class SafetensorsFolder:
             with _open(library, folder / name) as file:
                 for key in file.keys():  # noqa: SIM118 - no mapping
                     found = file.get_slice(key)
-                    file_of[key], tensors[key] = name, _info(key, found, folder / name)
+                    file_of[key], tensors[key] = name, _info(key, found, folder / name, eight_bit)
         lost = [key for key in named if file_of.get(key) != named[key]]
         require(not lost, f"{folder / INDEX} names tensors that are not in their files: {comma_list(lost[:_SHOWN])}")
         return cls(folder, file_of, tensors)
@@ -181,11 +185,11 @@ def _open(library: Any, path: pathlib.Path) -> Iterator[Any]:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
 
 
-def _info(name: str, found: Any, path: pathlib.Path) -> TensorInfo:
-    stored = found.get_dtype()
+def _info(name: str, found: Any, path: pathlib.Path, eight_bit: bool) -> TensorInfo:
+    stored, known = found.get_dtype(), {**DTYPES, **(EIGHT_BIT if eight_bit else {})}
     require(
-        stored in DTYPES,
+        stored in known,
         f"{path}: tensor {name} is {stored}, a quantised or whole-number type that is not read, only "
         f"{comma_list(DTYPES)}; dequantise the checkpoint first",
     )
-    return TensorInfo(tuple(found.get_shape()), DTYPES[stored], stored)
+    return TensorInfo(tuple(found.get_shape()), known[stored], stored)

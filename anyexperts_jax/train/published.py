@@ -21,6 +21,7 @@ from anyexperts_jax.models.init import abstract_params, named_leaves, params_of_
 from anyexperts_jax.pretrained.base_folder import keep_base
 from anyexperts_jax.pretrained.extension import neuron_order
 from anyexperts_jax.pretrained.family import family_of
+from anyexperts_jax.pretrained.fp8_blocks import without_settings
 from anyexperts_jax.pretrained.hub_config import HubConfig
 from anyexperts_jax.pretrained.load import load_pretrained, read_generation
 from anyexperts_jax.pretrained.lora import read_adapter, with_adapter
@@ -84,7 +85,7 @@ def load_tuned(run_dir: str | os.PathLike[str], which: str = "best", mesh: Mesh 
     paths = RunDir(pathlib.Path(run_dir))
     require(is_tuned(paths.root), f"{paths.root} did not start from a published checkpoint: there is no {paths.base}")
     found = load_checkpoint(paths.root, which, mesh)
-    model, read = found.config.model, HubConfig.read(paths.base)
+    model, read = found.config.model, without_settings(HubConfig.read(paths.base))
     others = {key: value for key, value in read.values.items() if key != "torch_dtype"}
     hub = HubConfig({**others, "dtype": model.stack.param_dtype}, read.where)
     biased = model.moe.expert_bias and model.stack.num_moe_layers > 0

@@ -148,7 +148,10 @@ def test_adapters_fit_the_projections_of_latent_attention(model):
         ({"head_dim": 14}, "head_dim=14 is not supported, only 6"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported with latent attention"),
         ({"rope_theta": None}, "rope_theta is nowhere"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised \(fp8\), which is not read; dequantise"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quantised \(fp8\), which is not read, only fp8 \(e4m3\) in blocks; dequantise",
+        ),
     ],
 )
 def test_unsupported_configurations_are_refused(changes, message):
