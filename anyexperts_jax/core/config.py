@@ -214,11 +214,12 @@ class AnyExpertsConfig:
         )
 
     def _check_onset(self) -> None:
-        if self.switches.onset == "full":
+        onset = self.switches.onset
+        if onset == "full":
             return
         iar, site = self.switches.iar, self.switches.hsm_site
-        require(iar in ("add", "off"), f"onset='learned' fades in iar='add' or 'off', not iar={iar!r}")
-        require(site != "residual", "onset='learned' fades in hsm_site='block_input' or 'off', not 'residual'")
+        require(iar in ("add", "off"), f"onset={onset!r} fades in iar='add' or 'off', not iar={iar!r}")
+        require(site != "residual", f"onset={onset!r} fades in hsm_site='block_input' or 'off', not 'residual'")
 
 
 def round_half_up(x: float) -> int:

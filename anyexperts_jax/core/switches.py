@@ -19,7 +19,7 @@ Normalisation = Literal["all", "real", "none", "one", "all_raw_gradient"]
 BalanceScope = Literal["batch", "sequence"]
 SalienceScope = Literal["batch", "device", "sequence"]
 SlotGradient = Literal["none", "straight_through"]
-Onset = Literal["full", "learned"]
+Onset = Literal["full", "learned", "learned_importance"]
 
 _CHOICES = {
     "importance_mlp": ImportanceMLP,
@@ -64,7 +64,9 @@ class Switches:
     importance_target: float = 0.5  # of the mean importance, for mean_target
     salience_scope: SalienceScope = "batch"  # the tokens among which salience ranks a token; see routing.salience
     slot_gradient: SlotGradient = "none"  # straight_through, an extension of ours: gives the rounded K_i a gradient
-    onset: Onset = "full"  # learned, an extension of ours: the method fades in from nothing; see routing.onset
+    # learned, an extension of ours: the method fades in from nothing; see routing.onset. learned_importance: the same,
+    # but for virtual experts, which take part from the beginning.
+    onset: Onset = "full"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.registries import FAMILIES
+from anyexperts_jax.core.switches import Onset
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, init_leaves, logical_axes, named_leaves, params_of_leaves
 from anyexperts_jax.models.paths import MOE_LAYERS
@@ -42,14 +43,16 @@ def attach(
     1/2, full tilt and modulation, and virtual experts that compete from the first step.
 
     Args:
-      m: a mixture-of-experts model with a fixed number of experts per token.
+      m: a mixture-of-experts model with a fixed number of slots per token.
       k_min, k_max: slots of a token of importance 0 and 1. With `preserve` the base's number must lie between them.
-      num_virtual: number of virtual experts, which may take up to a fifth of a token's slots; 0: none.
+      num_virtual: number of virtual experts, which may take up to a fifth of a token's slots; 0: none, or those that the
+        model has already (ZEDA, LongCat-Flash). These take part as before, and `k_min` and `k_max` count their slots too.
       preserve: whether the first forward pass equals the base's.
       seed: seed of the new parameters.
 
     Raises:
-      UserError: if the model is dense or has variable slots already, or the window does not fit it.
+      UserError: if the model is dense or has variable slots already, if it has virtual experts and `num_virtual` asks for
+        more, or if the window does not fit it.
 
     Give a model with random weights 3 to 5 slots per token:
 
@@ -89,22 +92,27 @@ def attached_config(
     """
     base = config.moe
     require(config.stack.num_moe_layers > 0, "attach: the model is dense; split it into experts first")
-    own = base.num_virtual > 0 and base.router != ROUTER
-    require(not own, "attach: the model has virtual experts of its own; only a fixed number of experts is supported")
-    static = not base.uses_importance and base.num_virtual == 0 and base.router != ROUTER
+    static = not base.uses_importance and base.router != ROUTER
     require(static, "attach: the model has variable slots already; detach them first")
     require(base.router == "linear", f"attach: the model's router is {base.router!r}; only a linear one is supported")
+    own = base.num_virtual > 0
+    require(
+        not (own and num_virtual),
+        f"attach: the model has {base.num_virtual} virtual experts of its own; leave out num_virtual={num_virtual}",
+    )
+    onset: Onset = "full" if not preserve else "learned_importance" if own else "learned"
+    columns: dict[str, Any] = {
+        "router": ROUTER,
+        "num_virtual": num_virtual,
+        "rho_max": AnyExpertsConfig.rho_max if num_virtual else 0.0,
+    }
     moe = dataclasses.replace(
         base,
-        router=ROUTER,
-        num_virtual=num_virtual,
+        **({} if own else columns),
         k_min=k_min,
         k_max=k_max,
-        rho_max=AnyExpertsConfig.rho_max if num_virtual else 0.0,
         importance_weight=AnyExpertsConfig.importance_weight,
-        switches=dataclasses.replace(
-            base.switches, hsm_site="block_input", iar="add", onset="learned" if preserve else "full"
-        ),
+        switches=dataclasses.replace(base.switches, hsm_site="block_input", iar="add", onset=onset),
     )
     if preserve:
         importance_bias(moe, int(base.k_max))  # refuses a window that cannot give the base's number of experts
@@ -138,13 +146,13 @@ def detach(m: Pretrained) -> Pretrained:
         m,
         config=config,
         params=params_of_leaves(config, named_leaves(m.params)),
-        router_bias_LC=None if bias_LC is None else bias_LC[:, : config.moe.num_experts],
+        router_bias_LC=None if bias_LC is None else bias_LC[:, : config.moe.num_columns],
     )
 
 
 def is_attached(m: Pretrained) -> bool:
     """Whether the model has attached slots."""
-    return m.config.moe.router == ROUTER
+    return m.order_LF is None and (m.config.moe.router == ROUTER or m.config.moe.uses_importance)
 
 
 def base_config(m: Pretrained) -> ModelConfig:
@@ -198,8 +206,8 @@ def _with_virtual(bias_LC: Float[Array, "L E"] | None, num_virtual: int) -> Floa
     They get the lowest bias of their layer, so that a virtual expert with a sigmoid score of 0 never ranks before a
     real one.
     """
-    if bias_LC is None:
-        return None
+    if bias_LC is None or not num_virtual:
+        return bias_LC
     lowest_L1 = bias_LC.min(axis=1, keepdims=True)
     virtual_LV = jnp.broadcast_to(lowest_L1, (bias_LC.shape[0], num_virtual))
     return jax.device_put(jnp.concatenate([bias_LC, virtual_LV], axis=1), bias_LC.sharding)

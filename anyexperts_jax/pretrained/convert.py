@@ -213,7 +213,7 @@ def _uncapped_obstacles(m: Pretrained) -> list[str]:
     if switches.virtual_logits != "unbiased" and bias is not None and bool(jnp.any(bias != 0)):
         found.append("its virtual columns have biases")
     strength = leaves.get(_STRENGTH)
-    if strength is not None and bool(jnp.any(jnp.abs(strength) != 1)):
+    if switches.onset == "learned" and strength is not None and bool(jnp.any(jnp.abs(strength) != 1)):
         found.append("the scores of its virtual experts are scaled by each layer's strength (onset=learned)")
     return found
 

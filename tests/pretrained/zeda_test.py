@@ -1,5 +1,6 @@
 """ZEDA's zero experts, read as virtual experts without a cap that return nothing or the block's input."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import anyexperts_jax as ax
 from anyexperts_jax import MoE
 from anyexperts_jax.cli.main import main
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.models.init import named_leaves, params_of_leaves
 from anyexperts_jax.pretrained.random_model import random_model
 from pretrained.tiny_hub import hub_values, random_tensors, tensors_in, write_checkpoint
 
@@ -90,8 +92,62 @@ def test_an_export_equals_the_checkpoint(tmp_path):
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert ax.load_pretrained(tmp_path / "out").config == model.config
-    with pytest.raises(UserError, match="virtual experts of its own"):
-        ax.attach(model, k_min=2, k_max=4)
+    with pytest.raises(UserError, match=f"has {ZERO} virtual experts of its own; leave out num_virtual=2"):
+        ax.attach(model, k_min=2, k_max=4, num_virtual=2)
+
+
+@pytest.fixture(scope="module")
+def attached(tmp_path_factory):
+    values = zeda_values()
+    base = ax.load_pretrained(write_checkpoint(tmp_path_factory.mktemp("hub") / "zeda", values, random_tensors(values)))
+    return base, ax.attach(base, k_min=2, k_max=5)
+
+
+def test_attached_slots_change_no_bit_and_its_zero_experts_stay(attached):
+    base, slots = attached
+    valid_BT = np.arange(23) < np.array([23, 12, 1])[:, None]
+    ours, theirs = slots.forward(TOKENS_BT, valid_BT), base.forward(TOKENS_BT, valid_BT)
+    np.testing.assert_array_equal(ours.logits_BTY, theirs.logits_BTY)
+    for name in ("real_slots_BT", "virtual_slots_BT"):
+        np.testing.assert_array_equal(getattr(ours.trace, name), getattr(theirs.trace, name))
+    assert int(ours.trace.virtual_slots_BT.sum()) > 0
+    new = named_leaves(slots.params).keys() - named_leaves(base.params).keys()
+    assert any(name.endswith("moe/strength") for name in new)
+    assert not any("router" in name for name in new)
+
+
+def test_detach_and_the_files_give_back_what_was_attached_to(attached, tmp_path):
+    base, slots = attached
+    back = ax.detach(slots)
+    assert back.config == base.config
+    found, expected = named_leaves(back.params), named_leaves(base.params)
+    assert found.keys() == expected.keys()
+    assert all(found[name] is expected[name] for name in expected)
+    slots.export(tmp_path / "slots", form="anyexperts")
+    again = ax.load_pretrained(tmp_path / "slots")
+    assert again.config == slots.config
+    np.testing.assert_array_equal(again.logits(TOKENS_BT), slots.logits(TOKENS_BT))
+    with pytest.raises(UserError, match="detach it first"):
+        slots.export(tmp_path / "hub")
+
+
+def test_importance_moves_zero_and_real_experts_of_attached_slots(attached):
+    """A strength that training has moved lets importance decide how many slots a token has, zero experts among them."""
+    _, slots = attached
+    leaves = named_leaves(slots.params)
+    random = np.random.default_rng(0)
+    for name, leaf in leaves.items():
+        if name.endswith("moe/strength"):
+            leaves[name] = jnp.full_like(leaf, 0.7)
+        if name.endswith("importance/out/kernel"):
+            leaves[name] = jnp.asarray(random.normal(size=leaf.shape) * 3, leaf.dtype)
+    trained = dataclasses.replace(slots, params=params_of_leaves(slots.config, leaves))
+    trace = trained.forward(TOKENS_BT).trace
+    slots_BT = np.asarray(trace.real_slots_BT + trace.virtual_slots_BT)
+    assert set(np.unique(slots_BT)) > {3}
+    assert slots_BT.min() >= 2
+    assert slots_BT.max() <= 5
+    assert int(trace.virtual_slots_BT.sum()) > 0
 
 
 @pytest.mark.parametrize(
