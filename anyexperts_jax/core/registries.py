@@ -145,5 +145,6 @@ FAMILIES: Registry[Any] = Registry(
         "bailing_moe": "anyexperts_jax.pretrained.bailing_moe:BAILING_MOE",
         "glm4_moe": "anyexperts_jax.pretrained.glm4_moe:GLM4_MOE",
         "deepseek_v3": "anyexperts_jax.pretrained.deepseek_v3:DEEPSEEK_V3",
+        "longcat_flash": "anyexperts_jax.pretrained.longcat_flash:LONGCAT_FLASH",
     },
 )

@@ -164,6 +164,10 @@ class ModelConfig:
             f"moe.router={router!r} with moe.router_modalities={modalities}: a multimodal model has {NUM_MODALITIES}",
         )
         require(
+            not self.stack.shortcut or self.moe.switches.hsm_site != "residual",
+            "stack.shortcut=True with moe.switches.hsm_site='residual': the experts do not read the stream there",
+        )
+        require(
             self.vision_tower is None or self.stack.attention.mrope_section is not None,
             "vision_tower needs stack.attention.mrope_section: its rows are rotated by their place in the picture",
         )

@@ -58,7 +58,8 @@ def add_deep(
     return x_BTD + jnp.where(layer < count, own_BTD, 0)
 
 
-def _record(block: nn.Module, x_BTD: Float[Array, "B T D"]) -> None:
+def record_stream(block: nn.Module, x_BTD: Float[Array, "B T D"]) -> None:
+    """Records the stream after a block, if the caller asked for the collection STREAM."""
     if block.is_mutable_collection(STREAM) and not block.is_initializing():
         block.sow(STREAM, "after_BTD", x_BTD, reduce_fn=lambda _, new: new)
 
@@ -102,17 +103,25 @@ class DenseBlock(nn.Module):
     config: StackConfig
     placement: Placement | None = None
 
-    @nn.compact
     def __call__(
         self, x_BTD: Float[Array, "B T D"], context: BlockContext, cache: AttentionCache | None = None
     ) -> tuple[Float[Array, "B T D"], AttentionCache | None]:
+        x_BTD, cache, _ = self.with_input(x_BTD, context, cache)
+        return x_BTD, cache
+
+    @nn.compact
+    def with_input(
+        self, x_BTD: Float[Array, "B T D"], context: BlockContext, cache: AttentionCache | None
+    ) -> tuple[Float[Array, "B T D"], AttentionCache | None, Float[Array, "B T D"]]:
+        """The output, the updated cache, and what the SwiGLU reads."""
         config = self.config
         x_BTD, cache = SelfAttention(config, self.placement, name="self_attention")(x_BTD, context, cache)
         types = (config.dtype, config.param_dtype)
         mlp = SwiGLU(config.d_ff, config.residual_scale, *types, use_bias=config.mlp_bias, lora=config.lora, name="mlp")
-        x_BTD = x_BTD + mlp(_norm(config, "norm")(x_BTD)).astype(x_BTD.dtype)
-        _record(self, x_BTD)
-        return x_BTD, cache
+        normed_BTD = _norm(config, "norm")(x_BTD)
+        x_BTD = x_BTD + mlp(normed_BTD).astype(x_BTD.dtype)
+        record_stream(self, x_BTD)
+        return x_BTD, cache, normed_BTD
 
 
 def dense_blocks(
@@ -154,6 +163,35 @@ class OfBlock(NamedTuple):
     number: Int[Array, ""] | None = None  # of the block; needed with the context's `deep_JBTD` or `experts`
 
 
+def mixture(config: StackConfig, moe: AnyExpertsConfig, placement: Placement | None) -> MoE:
+    """The experts of a block, as a submodule called "moe"."""
+    return MoE(
+        moe,
+        config.expert_d_ff,
+        num_shared_experts=config.num_shared_experts,
+        execution=config.execution,
+        residual_scale=config.residual_scale,
+        norm_eps=config.norm_eps,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        placement=placement,
+        lora=config.lora,
+        name="moe",
+    )
+
+
+def mixture_context(
+    moe: AnyExpertsConfig, context: BlockContext, of_block: OfBlock, importance_logits_BT: Float[Array, "B T"] | None
+) -> MoEContext:
+    """What the experts of a block are told."""
+    window = context.window if of_block.window is None else of_block.window
+    in_place = None
+    if context.experts is not None and of_block.number is not None:
+        in_place = StackedExperts(context.experts, of_block.number * moe.num_experts)
+    seen = (context.valid_BT, context.modality_BT, window, of_block.bias_C, importance_logits_BT)
+    return MoEContext(*seen, experts=in_place)
+
+
 class MoEBlock(nn.Module):
     """`moe_every` - 1 dense blocks, then attention and the experts.
 
@@ -186,27 +224,10 @@ class MoEBlock(nn.Module):
                 mlp = ImportanceMLP(self.moe.switches.importance_mlp, config.norm_eps, name="importance")
                 importance_logits_BT = mlp(x_BTD)
             x_BTD = modulate(x_BTD, importance(importance_logits_BT), self.moe.alpha)
-        layer = MoE(
-            self.moe,
-            config.expert_d_ff,
-            num_shared_experts=config.num_shared_experts,
-            execution=config.execution,
-            residual_scale=config.residual_scale,
-            norm_eps=config.norm_eps,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            placement=self.placement,
-            lora=config.lora,
-            name="moe",
-        )
+        layer = mixture(config, self.moe, self.placement)
         normed_BTD = _norm(config, "norm")(x_BTD)
-        window = context.window if of_block.window is None else of_block.window
-        seen = MoEContext(context.valid_BT, context.modality_BT, window, of_block.bias_C, importance_logits_BT)
-        in_place = None
-        if context.experts is not None and number is not None:
-            in_place = StackedExperts(context.experts, number * self.moe.num_experts)
-        y_BTD, trace = layer(normed_BTD, seen, experts=in_place)
+        y_BTD, trace = layer(normed_BTD, mixture_context(self.moe, context, of_block, importance_logits_BT))
         written = None if before is None or own is None else MoEBlockCache(before, own)
         x_BTD = add_deep(x_BTD + y_BTD.astype(x_BTD.dtype), context.deep_JBTD, first + config.moe_every - 1)
-        _record(self, x_BTD)
+        record_stream(self, x_BTD)
         return x_BTD, (trace, written)

@@ -58,6 +58,7 @@ class LatentConfig:
     value_dim: int = 128  # W, width of a head's values
     interleaved: bool = True  # whether neighbours are rotated as a pair; false: i and i + rope_dim / 2
     score_factor: float = 1.0  # on the scores, beside 1 / sqrt(head_dim) (YaRN)
+    latent_factor: float = 1.0  # on the normed latent of keys and values (LongCat-Flash)
     norm_eps: float = 1e-6  # added to the mean square in the norms of the latents
 
     def __post_init__(self) -> None:
@@ -67,7 +68,7 @@ class LatentConfig:
         rank = self.query_rank
         require(rank is None or rank >= 1, f"attention.latent.query_rank={rank} must be >= 1")
         require(self.rope_dim % 2 == 0, f"attention.latent.rope_dim={self.rope_dim} must be even")
-        for name in ("score_factor", "norm_eps"):
+        for name in ("score_factor", "latent_factor", "norm_eps"):
             require(getattr(self, name) > 0, f"attention.latent.{name}={getattr(self, name)} must be > 0")
 
     @property
@@ -188,6 +189,9 @@ class StackConfig:
     num_layers: int = 4  # layers, dense and MoE together
     num_dense_layers: int = 1  # leading layers without experts
     moe_every: int = 1  # after those, every moe_every-th layer is a mixture of experts; the others are dense
+    # With moe_every=2: each mixture reads what the dense FFN of the layer before reads, and its own layer has a dense
+    # FFN too, to whose output the mixture's is added (LongCat-Flash).
+    shortcut: bool = False
     d_ff: int = 384  # FFN width of the dense layers
     expert_d_ff: int = 32  # F, hidden width of an expert
     num_shared_experts: int = 1  # shared experts, each F wide, that every token uses in addition to the routed ones
@@ -221,6 +225,8 @@ class StackConfig:
             f"{self.num_layers - self.num_dense_layers}; set num_dense_layers to take up the rest",
         )
         require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be > 0")
+        two = not self.shortcut or self.moe_every == 2
+        require(two, f"shortcut=True needs moe_every=2, a dense layer before each mixture; it is {self.moe_every}")
 
     @property
     def num_moe_layers(self) -> int:

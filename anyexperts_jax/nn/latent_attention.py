@@ -120,7 +120,8 @@ class LatentAttention(nn.Module):
         latent = self._latent
         down_BTU = self._down(x_BTD, latent.cached_dim, "down")
         own, rotated = jnp.split(down_BTU, [latent.kv_rank], axis=-1)
-        own, rotated = self._normed(own, "norm")[:, :, None], rotated[:, :, None]
+        own = _scaled(self._normed(own, "norm"), latent.latent_factor)
+        own, rotated = own[:, :, None], rotated[:, :, None]
         if rotation is not None:
             rotated = rotate(rotated, rotation, latent.interleaved)
         return jnp.concatenate([own, rotated], axis=-1)

@@ -14,6 +14,7 @@ from anyexperts_jax.dispatch.in_place import reads_in_place
 from anyexperts_jax.nn.block import STREAM, BlockContext, DenseBlock, MoEBlock, MoEBlockCache, OfBlock, dense_blocks
 from anyexperts_jax.nn.cache import AttentionCache, LayerCaches, empty_cache
 from anyexperts_jax.nn.config import StackConfig
+from anyexperts_jax.nn.shortcut import ShortcutBlock
 from anyexperts_jax.ops.experts import ExpertWeights
 from anyexperts_jax.routing.trace import RoutingTrace, empty_trace
 from anyexperts_jax.sharding.placement import Placement
@@ -103,10 +104,11 @@ class Stack(nn.Module):
         return ExpertWeights(*(jnp.reshape(stored[name], (-1, *stored[name].shape[2:])) for name in names))
 
     def _blocks(self) -> tuple[type[nn.Module], type[nn.Module]]:
+        block = ShortcutBlock if self.config.shortcut else MoEBlock
         if self.config.remat == "none":
-            return DenseBlock, MoEBlock
+            return DenseBlock, block
         policy = remat_policy(self.config.remat)
         # XLA's CSE would merge the recomputation with the original and so undo remat. A loop prevents that; if the scan
         # is unrolled, barriers must.
         unrolled = self.config.scan_unroll > 1
-        return nn.remat(DenseBlock, policy=policy), nn.remat(MoEBlock, policy=policy, prevent_cse=unrolled)
+        return nn.remat(DenseBlock, policy=policy), nn.remat(block, policy=policy, prevent_cse=unrolled)

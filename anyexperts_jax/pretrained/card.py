@@ -10,6 +10,7 @@ CARD = "README.md"
 _HEADS = {  # metadata for the hub; of the two forms, transformers itself loads only the plain one
     "plain": "---\nlibrary_name: transformers\ntags:\n- mixture-of-experts\n---\n",
     "zeda": "---\ntags:\n- mixture-of-experts\n---\n",
+    "longcat": "---\ntags:\n- mixture-of-experts\n---\n",
 }
 
 
@@ -58,7 +59,22 @@ transformers itself does not have it. anyexperts_jax reads it.
 """
 
 
-_CARDS: dict[str, Callable[[Pretrained, Pretrained], str]] = {"plain": _plain, "zeda": _zeda}
+def _longcat(m: Pretrained, converted: Pretrained) -> str:
+    del m  # the same function
+    moe = converted.config.moe
+    return f"""
+# A LongCat-Flash
+
+A model with {moe.num_experts} experts and {moe.num_virtual} zero experts a layer, which return their input. Each
+token's {moe.slots_bound} are chosen among both, so tokens differ in how many real experts they get.
+
+**This is the same function** as the model that anyexperts_jax wrote it from, up to rounding. Its class is
+`{converted.hub.values["architectures"][0]}`. The matrices that some files hold for zero experts, which nothing uses,
+are not in this folder.
+"""
+
+
+_CARDS: dict[str, Callable[[Pretrained, Pretrained], str]] = {"plain": _plain, "zeda": _zeda, "longcat": _longcat}
 
 
 def _slots(m: Pretrained) -> str:

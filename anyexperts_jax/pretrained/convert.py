@@ -74,13 +74,13 @@ def as_plain(m: Pretrained, experts: int | None = None) -> Pretrained:
     config = dataclasses.replace(m.config, moe=static)
     leaves = named_leaves(m.params)
     require(ROUTER_KERNEL in leaves, f"as plain: the router {m.config.moe.router!r} has no form in {family}'s layout")
-    leaves[ROUTER_KERNEL] = leaves[ROUTER_KERNEL][..., : static.num_experts]
+    leaves[ROUTER_KERNEL] = leaves[ROUTER_KERNEL][..., : static.num_columns]
     bias_LC = m.router_bias_LC
     return dataclasses.replace(
         m,
         config=config,
         params=_only_wanted(config, leaves),
-        router_bias_LC=None if bias_LC is None else bias_LC[:, : static.num_experts],
+        router_bias_LC=None if bias_LC is None else bias_LC[:, : static.num_columns],
         hub=hub,
         family=family,
     )
@@ -123,18 +123,24 @@ def as_zeda(m: Pretrained) -> Pretrained:
 
 
 def as_longcat(m: Pretrained) -> Pretrained:
-    """Raises for every model: none that this package reads has LongCat-Flash's layers.
+    """Converts a LongCat-Flash to its own form, whatever its number of slots. Other families do not have its layers.
 
     Raises:
       UserError: listing every reason.
     """
     _require_mixture(m, "longcat")
-    layers = (
-        f"its layers are those of {m.family}, and LongCat-Flash's have two latent attentions and two dense networks "
-        "beside a mixture"
-    )
-    _require_none("longcat", "LongCat-Flash", [*longcat_obstacles(m), layers])
-    return m
+    found = longcat_obstacles(m)
+    if m.family != "longcat_flash":
+        found.append(
+            f"its layers are those of {m.family}, and LongCat-Flash's have two latent attentions and two dense "
+            "networks beside a mixture"
+        )
+    _require_none("longcat", "LongCat-Flash", found)
+    moe, leaves = m.config.moe, named_leaves(m.params)
+    hub = HubConfig({**m.hub.values, "moe_topk": moe.slots_bound, "zero_expert_num": moe.num_virtual}, m.hub.where)
+    config = dataclasses.replace(m.config, moe=FAMILIES["longcat_flash"].config(hub).moe)
+    leaves[ROUTER_KERNEL] = _whole_kernel(leaves, moe)
+    return dataclasses.replace(m, config=config, params=_only_wanted(config, leaves), hub=hub)
 
 
 def routing_differences(moe: AnyExpertsConfig, other: AnyExpertsConfig) -> list[str]:

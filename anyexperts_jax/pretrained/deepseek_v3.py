@@ -1,6 +1,6 @@
 """DeepSeek-V3 and other models of its class (`DeepseekV3ForCausalLM`: R1, Kimi-K2, Moonlight), with latent attention.
 
-The releases with 671B parameters are quantised to 8-bit blocks, which are not read; see `family.family_of`.
+The releases with 671B parameters are quantised to 8-bit blocks; see `fp8_blocks`.
 """
 
 import dataclasses
@@ -38,7 +38,12 @@ def _with_defaults(hub: HubConfig) -> HubConfig:
     return dataclasses.replace(hub, values={**_DEFAULTS, **hub.values})
 
 
-def _attention(hub: HubConfig) -> AttentionConfig:
+def latent_attention(hub: HubConfig) -> AttentionConfig:
+    """Heads, latents and rotary positions.
+
+    Raises:
+      UserError: for what is not computed here.
+    """
     heads = hub.whole("num_attention_heads")
     hub.only("num_key_value_heads", heads)
     plain_dim, rope_dim = hub.whole("qk_nope_head_dim"), hub.whole("qk_rope_head_dim")
@@ -81,13 +86,18 @@ def _config(hub: HubConfig) -> ModelConfig:
     hub.only("scoring_func", "sigmoid")
     hub.only("topk_method", "noaux_tc")
     hub.only("moe_layer_freq", 1)
-    return grouped_config(hub, _attention(hub), eps=1e-6)
+    return grouped_config(hub, latent_attention(hub), eps=1e-6)
 
 
-def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
+def latent_rules(config: ModelConfig, theirs: str = f"{LAYER}self_attn.") -> list[Rule]:
+    """The maps of attention and the norms of its latents.
+
+    Args:
+      theirs: the beginning of their names.
+    """
     attention = config.stack.attention
     assert attention.latent is not None
-    ours, theirs = "{layer}/self_attention/attention/", f"{LAYER}self_attn."
+    ours = "{layer}/self_attention/attention/"
     rules = [
         Rule(f"{ours}down/kernel", f"{theirs}kv_a_proj_with_mqa.weight", KERNEL),
         Rule(f"{ours}norm/scale", f"{theirs}kv_a_layernorm.weight"),
@@ -106,8 +116,12 @@ def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
         ]
     if attention.qkv_bias:
         rules += [Rule(f"{ours}{name}/bias", f"{theirs}{own}.bias") for name, own in biased.items()]
+    return rules
+
+
+def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
     mlp = grouped_mlp_rules(config, layout, "e_score_correction_bias")
-    return (*around_rules(config), *norm_rules(), *rules, *mlp)
+    return (*around_rules(config), *norm_rules(), *latent_rules(config), *mlp)
 
 
 def _ignored(hub: HubConfig) -> tuple[str, ...]:

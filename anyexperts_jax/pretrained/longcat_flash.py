@@ -1,13 +1,14 @@
-"""LongCat-Flash's MoE blocks (arXiv 2509.01322): the router and experts of one layer. The whole model is not read.
+"""LongCat-Flash (arXiv 2509.01322): each layer has two latent attentions, two dense FFNs and an MoE block beside them.
 
 Beside 512 real experts there are 256 zero experts, which return their input. The softmax is over all of them, and a
 token's k are chosen by score plus bias. The weights are the scores times a factor, without normalisation, also on zero
-experts. Nothing limits how many of the k are zero experts. The two latent attentions and two dense FFNs around the
-block are not computed here.
+experts. Nothing limits how many of the k are zero experts. One of its layers is two of ours: see `nn.shortcut`.
 """
 
+import dataclasses
+import math
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,11 +17,30 @@ from jaxtyping import Array, Float
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import comma_list, require
 from anyexperts_jax.core.files import require_local
+from anyexperts_jax.models.config import ModelConfig
+from anyexperts_jax.nn.config import AttentionConfig
+from anyexperts_jax.pretrained.decoders import around_rules, decoder_config
+from anyexperts_jax.pretrained.deepseek_v3 import latent_attention, latent_rules
+from anyexperts_jax.pretrained.family import Family
 from anyexperts_jax.pretrained.hub_config import HubConfig
+from anyexperts_jax.pretrained.rules import KERNEL, ROUTER_BIAS, ExpertLayout, Rule
 from anyexperts_jax.pretrained.sources import Reader, SafetensorsFolder
 from anyexperts_jax.pretrained.zeda import uncapped
 
 CLASS = "LongcatFlashForCausalLM"
+_GROUP = "model.layers.{g}."  # one of LongCat's layers: a group of two of ours
+_DEFAULTS: dict[str, Any] = {  # what the class has where config.json does not say
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "moe_topk": 12,
+    "zero_expert_num": 256,
+    "routed_scaling_factor": 6.0,
+    "ffn_hidden_size": 12288,
+    "expert_ffn_hidden_size": 2048,
+}
 _UNUSED = ("gate_proj", "up_proj")  # of a zero expert
 _NAMES = {"w_gate_EDF": "gate_proj", "w_up_EDF": "up_proj", "w_down_EFD": "down_proj"}
 
@@ -100,3 +120,78 @@ def load_mixture(path: str | pathlib.Path, layer: int) -> Mixture:
 
 def _read(reader: Reader, name: str) -> np.ndarray:
     return reader.read(name).astype(np.float32)
+
+
+def _config(hub: HubConfig) -> ModelConfig:
+    hub = dataclasses.replace(hub, values={**_DEFAULTS, **hub.values})
+    layers = hub.whole("num_layers")
+    hub.only("num_hidden_layers", layers, 2 * layers)
+    for key in ("mla_scale_q_lora", "mla_scale_kv_lora"):
+        hub.only(key, True)
+    hub = dataclasses.replace(hub, values={**hub.values, "num_hidden_layers": 2 * layers})
+    return decoder_config(
+        hub,
+        _attention(hub),
+        eps=1e-5,
+        moe=mixture_config(hub),
+        num_dense_layers=0,
+        moe_every=2,
+        shortcut=True,
+        d_ff=hub.whole("ffn_hidden_size"),
+        expert_d_ff=hub.whole("expert_ffn_hidden_size"),
+    )
+
+
+def _attention(hub: HubConfig) -> AttentionConfig:
+    """DeepSeek-V3's, with queries and latents multiplied by the root of the width over their rank."""
+    own = latent_attention(hub)
+    assert own.latent is not None
+    hub.only("qk_head_dim", own.head_dim)
+    require(own.latent.query_rank is not None, f"{hub.where}: q_lora_rank=null is not supported")
+    width, latent = hub.whole("hidden_size"), own.latent
+    assert latent.query_rank is not None
+    scaled = dataclasses.replace(
+        latent,
+        score_factor=latent.score_factor * math.sqrt(width / latent.query_rank),
+        latent_factor=math.sqrt(width / latent.kv_rank),
+    )
+    return dataclasses.replace(own, latent=scaled)
+
+
+def _rules(config: ModelConfig, layout: ExpertLayout) -> tuple[Rule, ...]:
+    require(
+        layout == "each", "LongCat-Flash's experts in one tensor are not read; save the model with a tensor for each"
+    )
+    dense = latent_rules(config, f"{_GROUP}self_attn.{{j}}.")
+    dense += [
+        Rule("{layer}/self_attention/norm/scale", f"{_GROUP}input_layernorm.{{j}}.weight"),
+        Rule("{layer}/norm/scale", f"{_GROUP}post_attention_layernorm.{{j}}.weight"),
+    ]
+    dense += [
+        Rule(f"{{layer}}/mlp/{name}/kernel", f"{_GROUP}mlps.{{j}}.{name}_proj.weight", KERNEL)
+        for name in ("gate", "up", "down")
+    ]
+    second = [
+        dataclasses.replace(rule, ours=rule.ours.replace("{layer}/", "{layer}/after/"), layers="moe") for rule in dense
+    ]
+    mixture = [
+        Rule("{layer}/moe/router/kernel", f"{_GROUP}mlp.router.classifier.weight", KERNEL, "moe"),
+        Rule(ROUTER_BIAS, f"{_GROUP}mlp.router.e_score_correction_bias", layers="moe"),
+        *(
+            Rule(f"{{layer}}/moe/experts/{ours}", f"{_GROUP}mlp.experts.{{e}}.{theirs}.weight", KERNEL, "moe")
+            for ours, theirs in _NAMES.items()
+        ),
+    ]
+    first = [dataclasses.replace(rule, layers="dense") for rule in dense]
+    return (*around_rules(config), *first, *second, *mixture)
+
+
+def _ignored(hub: HubConfig) -> tuple[str, ...]:
+    """Heads that predict further tokens, and the matrices of the zero experts, which are in some files."""
+    experts = hub.num_experts()
+    zero = "|".join(str(experts + i) for i in range(hub.whole("zero_expert_num", _DEFAULTS["zero_expert_num"])))
+    unused = [rf"model\.layers\.\d+\.mlp\.experts\.({zero})\.({'|'.join(_UNUSED)})\.weight"] if zero else []
+    return (r"model\.mtp\..*", *unused)
+
+
+LONGCAT_FLASH = Family((CLASS,), _config, _rules, _ignored)

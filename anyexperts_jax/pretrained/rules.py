@@ -70,7 +70,8 @@ class Rule:
 
     Attributes:
       ours: the parameter's name; "{layer}" stands for the prefix of a layer.
-      theirs: the tensor's name; "{i}" stands for the index of the layer, "{e}" for that of the expert.
+      theirs: the tensor's name; "{i}" stands for the index of the layer, "{e}" for that of the expert. If layers come in
+        groups of `moe_every`, "{g}" stands for the index of the group and "{j}" for the layer's place in it.
       layers: the layers that the rule is for.
       part: (axis, place) if several parameters are concatenated along an axis of the tensor.
       place: indices into the parameter's first axes, behind that of the layers.
@@ -149,7 +150,7 @@ def expand(rules: Sequence[Rule], config: ModelConfig) -> tuple[Piece, ...]:
 
 def _pieces(rule: Rule, config: ModelConfig, shapes: Mapping[str, Shape]) -> Iterator[Piece]:
     stack = config.stack
-    if "{i}" not in rule.theirs:
+    if "{i}" not in rule.theirs and "{g}" not in rule.theirs:
         yield _piece(rule, rule.ours, (), rule.theirs, shapes)
         return
     for layer in range(stack.num_layers):
@@ -161,11 +162,13 @@ def _pieces(rule: Rule, config: ModelConfig, shapes: Mapping[str, Shape]) -> Ite
         if rule.ours == ROUTER_BIAS:
             index = ((layer - stack.num_dense_layers) // stack.moe_every,)
         index = (*index, *rule.place)
+        group, place = divmod(layer - stack.num_dense_layers, stack.moe_every)
+        numbers = {"i": layer, "g": group, "j": place}
         if "{e}" not in rule.theirs:
-            yield _piece(rule, name, index, rule.theirs.format(i=layer), shapes)
+            yield _piece(rule, name, index, rule.theirs.format(**numbers), shapes)
             continue
         for expert in range(config.moe.num_experts):
-            yield _piece(rule, name, (*index, expert), rule.theirs.format(i=layer, e=expert), shapes)
+            yield _piece(rule, name, (*index, expert), rule.theirs.format(**numbers, e=expert), shapes)
 
 
 def _piece(rule: Rule, name: str, index: tuple[int, ...], tensor: str, shapes: Mapping[str, Shape]) -> Piece:
