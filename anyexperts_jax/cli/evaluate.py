@@ -38,11 +38,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = add_command(
         commands,
         "evaluate",
-        "score a run, or a published model on a text, at several budgets",
+        "score a run, or a published model on a text or on records, at several budgets",
         (
             "anyexperts evaluate runs/mine --budget 4.8 6.4 8.0 9.6",
             "anyexperts evaluate runs/mine --metric mine=cer",
             "anyexperts evaluate models/mine --text wiki.txt --budget 2 4.5 --policy static top_p oracle",
+            "anyexperts evaluate models/mine --data pictures=questions.jsonl --budget 4 6 --policy static top_p modes",
             "anyexperts evaluate runs/mine --domain ocr speech --examples 256 --checkpoint last",
             "anyexperts evaluate models/mine --tasks gsm8k,arc_easy --budget 4.8 8 --limit 100",
         ),
@@ -57,7 +58,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--domain", nargs="+", help="domains to evaluate (default: those of --data, or all of the run)")
     add_data(
-        parser, "your own data to evaluate on; the name of one of the run's domains replaces its place; repeatable"
+        parser,
+        "your own data to evaluate on; the name of one of the run's domains replaces its place. With a published "
+        "checkpoint: records whose answers are predicted from their questions and media; repeatable",
     )
     parser.add_argument(
         "--metric",
@@ -67,7 +70,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="score the domain NAME by exact, anls, wer, cer, f1, choice (the most likely of its type's answers) or a "
         "plugin's metric; repeatable (default: the metric of the run's data.metrics or of the data)",
     )
-    parser.add_argument("--examples", type=positive, default=64, help="number of test examples of each domain")
+    parser.add_argument(
+        "--examples", type=positive, default=64, help="number of test examples of each domain, or of records"
+    )
     parser.add_argument(
         "--calibration-examples",
         type=positive,

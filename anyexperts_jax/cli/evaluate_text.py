@@ -1,4 +1,4 @@
-"""`anyexperts evaluate` with a published checkpoint instead of a run."""
+"""`anyexperts evaluate` with a published checkpoint instead of a run: on a text, or on records with media."""
 
 import argparse
 import pathlib
@@ -9,7 +9,37 @@ from anyexperts_jax.core.errors import require
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures the model on --text, at each budget with each policy."""
+    """Measures the model on --text or --data, at each budget with each policy."""
+    unused = [f"--{name}" for name in ("domain", "metric") if getattr(options, name)]
+    require(not unused, f"{' '.join(unused)}: {options.run} is a published checkpoint; give --text or --data")
+    given = (options.text is not None) + bool(options.data)
+    require(given == 1, f"{options.run} is a published checkpoint; give --text FILE or --data NAME=PATH")
+    if options.data:
+        _measure_records(options)
+    else:
+        _measure_text(options)
+
+
+def _measure_records(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from anyexperts_jax.core.text_table import print_tables
+    from anyexperts_jax.data.config import named_places
+    from anyexperts_jax.evaluate.media_policies import measure_records, media_table
+    from anyexperts_jax.evaluate.records import read_records
+    from anyexperts_jax.pretrained.load import load_pretrained
+
+    require(options.page is None, "--page: only with --text")
+    places = named_places(options.data, "--data")
+    say(f"reading {options.run}")
+    model = load_pretrained(options.run, mesh_of(options))
+    for name, place in places.items():
+        batches = read_records(model, place, options.examples, options.batch_rows)
+        found = measure_records(model, batches, options.budget or (), options.policy or (), note=say)
+        print_tables([media_table(found, f"{name}: the answers of {place}")], Console(highlight=False))
+
+
+def _measure_text(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from anyexperts_jax.core.files import read_text
@@ -18,9 +48,6 @@ def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.report.policy_page import write_policy_page
     from anyexperts_jax.train.published import load_published
 
-    unused = [f"--{name}" for name in ("domain", "data", "metric") if getattr(options, name)]
-    require(not unused, f"{' '.join(unused)}: {options.run} is a published checkpoint; give --text")
-    require(options.text is not None, f"{options.run} is a published checkpoint; give --text FILE")
     text = read_text(options.text, "--text")
     say(f"reading {options.run}")
     model = load_published(options.run, options.checkpoint, mesh_of(options), adapter=options.adapter)
@@ -53,7 +80,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("with a published checkpoint (a folder or a GGUF file) instead of a run")
     group.add_argument(
-        "--text", type=pathlib.Path, metavar="FILE", help="text on which the model is measured (default: none)"
+        "--text",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="text on which the model is measured (default: none; --data is for records)",
     )
     group.add_argument(
         "--policy",
@@ -72,7 +102,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=positive, default=4096, metavar="N", help="tokens of the text to use, from its beginning"
     )
     group.add_argument("--length", type=positive, default=256, metavar="T", help="largest number of tokens of a row")
-    group.add_argument("--batch-rows", type=positive, default=4, metavar="B", help="rows per batch")
+    group.add_argument("--batch-rows", type=positive, default=4, metavar="B", help="rows, or records, per batch")
     group.add_argument(
         "--page", type=pathlib.Path, metavar="FOLDER", help="also write the table and its curves there (default: none)"
     )

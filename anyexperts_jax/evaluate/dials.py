@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.batch import make_batch
 from anyexperts_jax.core.modality import Modality
@@ -29,10 +29,11 @@ Static = tuple[ModelConfig, Placement]
 
 
 class Inputs(NamedTuple):
-    """A model's inputs, without padding."""
+    """A model's inputs."""
 
     tokens_BT: Int[Array, "B T"]
     placed: PlacedMedia | None = None  # pictures, videos and sounds; None: text only
+    valid_BT: Bool[Array, "B T"] | None = None  # False at padding, which is on the right; None: there is none
 
     @property
     def modality_BT(self) -> Int[Array, "B T"]:
@@ -63,13 +64,20 @@ def apply(static: Static, params: Any, bias_LC: Array | None, inputs: Inputs, **
     """Runs the model; for use in compiled functions."""
     config, placement = static
     model = MultimodalModel(config, placement)
-    batch = make_batch(inputs.tokens_BT)
+    batch = make_batch(inputs.tokens_BT, **({} if inputs.valid_BT is None else {"valid_BT": inputs.valid_BT}))
     return model.apply({"params": params}, batch, router_bias_LC=bias_LC, placed=inputs.placed, **more)
 
 
 def seen_by(m: Pretrained, inputs: Inputs) -> Seen:
-    """Returns router logits and scores [L, N, E] of all layers under the model's own policy, and modalities [L, N]."""
-    return _seen((m.config, m.placement), m.params, m.router_bias_LC, inputs)
+    """Returns router logits and scores [L, N, E] of all layers under the model's own policy, and modalities [L, N].
+
+    Padding is left out.
+    """
+    seen = _seen((m.config, m.placement), m.params, m.router_bias_LC, inputs)
+    if inputs.valid_BT is None:
+        return seen
+    kept_N = np.flatnonzero(np.asarray(inputs.valid_BT))
+    return jax.tree.map(lambda part: part[:, kept_N], seen)
 
 
 @functools.partial(jax.jit, static_argnums=0)

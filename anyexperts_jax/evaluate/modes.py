@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.modality import Modality
@@ -28,6 +28,7 @@ from anyexperts_jax.models.init import named_leaves, params_of_leaves
 from anyexperts_jax.models.multimodal import ModelOutput
 from anyexperts_jax.models.paths import EXPERTS_DOWN
 from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.routing.losses import masked_mean
 from anyexperts_jax.routing.policies import Seen
 
 _POLICY = "threshold"  # its dial, per layer and token, is the threshold divided by the layer's importance
@@ -92,12 +93,16 @@ def calibrate(
     Raises:
       UserError: if the model is dense or has variable slots, or cannot reach the budget.
     """
+    return calibrate_on(m, inputs_of(m, tokens_BT, images=images, videos=videos, audios=audios), budget, points)
+
+
+def calibrate_on(m: Pretrained, inputs: Inputs, budget: float, points: int = 9) -> Modes:
+    """`calibrate` on inputs that have been read."""
     moe = m.config.moe
     require(m.config.stack.num_moe_layers > 0, "MoDES: the model is dense and has no experts to choose")
     require(not moe.uses_importance and not moe.num_virtual, "MoDES: the model has slots of its own")
     require(1 <= budget <= moe.experts_in_reach, f"MoDES: budget={budget:g} must be from 1 to {moe.experts_in_reach}")
     require(points >= 2, f"MoDES: points={points} must be >= 2")
-    inputs = inputs_of(m, tokens_BT, images=images, videos=videos, audios=audios)
     most = max(int(moe.k_max), math.ceil(budget))  # a budget above the model's own number adds experts before skipping
     seen, logs_BTY = seen_by(m, inputs), _log_probs(m, m.config, inputs, None)
     importance_L = layer_importance(m, inputs, logs_BTY)
@@ -107,7 +112,8 @@ def calibrate(
         return found[0]
 
     def lost(one: Modes) -> float:
-        return divergence(logs_BTY, _log_probs(m, one.config(m.config), inputs, one.window(inputs.modality_BT)))
+        others_BTY = _log_probs(m, one.config(m.config), inputs, one.window(inputs.modality_BT))
+        return divergence(logs_BTY, others_BTY, inputs.valid_BT)
 
     return min(found, key=lost)
 
@@ -145,9 +151,11 @@ def thresholds(weighed: Seen, budget: float, most: int, points: int) -> list[tup
     return found
 
 
-def divergence(logs_BTY: Float[Array, "B T Y"], others_BTY: Float[Array, "B T Y"]) -> float:
-    """Returns the Kullback-Leibler divergence of two predictions, in nats per token."""
-    return float(_divergence(logs_BTY, others_BTY))
+def divergence(
+    logs_BTY: Float[Array, "B T Y"], others_BTY: Float[Array, "B T Y"], valid_BT: Bool[Array, "B T"] | None = None
+) -> float:
+    """Returns the Kullback-Leibler divergence of two predictions, in nats per token, over valid tokens."""
+    return float(_divergence(logs_BTY, others_BTY, valid_BT))
 
 
 def _output(m: Pretrained, config: ModelConfig, inputs: Inputs, window: Array | None) -> ModelOutput:
@@ -165,8 +173,9 @@ def _run(static: Static, params: Any, bias_LC: Array | None, inputs: Inputs, win
 
 
 @jax.jit
-def _divergence(logs_BTY: Array, others_BTY: Array) -> Float[Array, ""]:
-    return (jnp.exp(logs_BTY) * (logs_BTY - others_BTY)).sum(axis=-1).mean()
+def _divergence(logs_BTY: Array, others_BTY: Array, valid_BT: Array | None) -> Float[Array, ""]:
+    lost_BT = (jnp.exp(logs_BTY) * (logs_BTY - others_BTY)).sum(axis=-1)
+    return lost_BT.mean() if valid_BT is None else masked_mean(lost_BT.ravel(), valid_BT.ravel())
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -179,4 +188,4 @@ def _lost_without(
     kept = (jnp.arange(own.shape[0]) != layer).astype(own.dtype)
     without = params_of_leaves(static[0], {**leaves, EXPERTS_DOWN: own * kept.reshape(-1, 1, 1, 1)})
     output = apply(static, without, bias_LC, inputs)
-    return _divergence(logs_BTY, jax.nn.log_softmax(output.logits_BTY))
+    return _divergence(logs_BTY, jax.nn.log_softmax(output.logits_BTY), inputs.valid_BT)

@@ -16,7 +16,7 @@ from anyexperts_jax.core.errors import require, require_one_of
 from anyexperts_jax.core.registries import POLICIES
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.evaluate.dials import SEARCH_STEPS, Inputs, apply, find_dial, seen_by
-from anyexperts_jax.evaluate.modes import calibrate
+from anyexperts_jax.evaluate.modes import calibrate_on
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import ModelOutput
 from anyexperts_jax.pretrained.model import Pretrained
@@ -104,12 +104,7 @@ def measure_policies(
     Raises:
       UserError: if the model is dense, a policy does not fit it, or it cannot reach a budget.
     """
-    require(m.config.stack.num_moe_layers > 0, "the model is dense and has no experts to choose; split it first")
-    for name in policies:
-        require_one_of("policy", name, policy_names(m))
-    most = m.config.moe.experts_in_reach
-    for budget in budgets:
-        require(1 <= budget <= most, f"budget={budget:g} must be from 1 to {most} experts a token")
+    check_asked(m, budgets, policies, policy_names(m))
     names = policies or [name for name in policy_names(m) if not _depends_on_modality(name)]
     bench = _Bench(m, sample, batch_rows)
     found = [_Bench(merge(m), sample, batch_rows).measure_unchanged(DENSE)] if DENSE in names else []
@@ -126,9 +121,28 @@ def measure_policies(
     return found
 
 
+def check_asked(m: Pretrained, budgets: Sequence[float], policies: Sequence[str], valid: Sequence[str]) -> None:
+    """Refuses what a model cannot be measured at.
+
+    Raises:
+      UserError: a dense model, a policy that is not `valid`, or a budget out of reach.
+    """
+    require(m.config.stack.num_moe_layers > 0, "the model is dense and has no experts to choose; split it first")
+    for name in policies:
+        require_one_of("policy", name, valid)
+    most = m.config.moe.experts_in_reach
+    for budget in budgets:
+        require(1 <= budget <= most, f"budget={budget:g} must be from 1 to {most} experts a token")
+
+
 def perplexity(one: Measured) -> float:
     """Returns the perplexity per predicted token, capped to stay finite."""
-    return math.exp(min(one.nats, 700))
+    return perplexity_of(one.nats)
+
+
+def perplexity_of(nats: float) -> float:
+    """Returns the perplexity of a loss in nats per token, capped to stay finite."""
+    return math.exp(min(nats, 700))
 
 
 def table(found: Sequence[Measured], where: str, *, seconds: bool = True) -> TextTable:
@@ -202,12 +216,8 @@ class _Bench:
     def at(self, slots: int) -> _Pass:
         """Runs a pass with the same number of experts for all tokens, or returns the earlier one."""
         if slots not in self._known:
-            self._known[slots] = self.run(self.config_of("static"), jnp.asarray((slots, slots), jnp.float32))
+            self._known[slots] = self.run(_config_of(self.m, "static"), jnp.asarray((slots, slots), jnp.float32))
         return self._known[slots]
-
-    def config_of(self, policy: str) -> ModelConfig:
-        moe, most = self.m.config.moe, self.m.config.moe.experts_in_reach
-        return dataclasses.replace(self.m.config, moe=dataclasses.replace(moe, k_min=most, k_max=most, policy=policy))
 
     def measure_unchanged(self, policy: str) -> Measured:
         """Measures the unchanged model."""
@@ -225,22 +235,45 @@ class _Bench:
 
 
 def _one(bench: _Bench, name: str, budget: float, whole: Sequence[int]) -> Measured:
-    m = bench.m
-    if name == IMPORTANCE:
-        moe = shift_budget(m.config.moe, budget)
-        return bench.measured(name, budget, bench.run(dataclasses.replace(m.config, moe=moe), None))
     if name == ORACLE:
         return bench.measured(name, budget, _oracle({k: bench.at(k) for k in whole}, budget))
-    if name == LAYERS:
-        slots_L = slots_of_layers(np.asarray(bench.seen.scores_NE, np.float32), budget)
-        window_L2 = jnp.stack([jnp.asarray(slots_L, jnp.float32)] * 2, axis=1)
-        return bench.measured(name, budget, bench.run(bench.config_of("static"), window_L2))
+    first = Inputs(bench.first)
+    own = policy_at(bench.m, name, budget, first, lambda: bench.seen)
+    return bench.measured(name, budget, bench.run(own.config, own.window_of(first)))
+
+
+class PolicyAt(NamedTuple):
+    """A policy with its dial set for a budget."""
+
+    config: ModelConfig
+    window_of: Callable[[Inputs], Float[Array, "*rest 2"] | None]  # of a batch
+
+
+def policy_at(m: Pretrained, name: str, budget: float, first: Inputs, seen: Callable[[], Seen]) -> PolicyAt:
+    """An entry of POLICIES, "static_layers", "modes" or "importance", which gives the tokens of `first` the budget.
+
+    Args:
+      seen: gives what `seen_by` tells of `first`, where the policy needs it.
+    """
+    if name == IMPORTANCE:
+        moe = shift_budget(m.config.moe, budget)
+        return PolicyAt(dataclasses.replace(m.config, moe=moe), lambda _: None)
     if name == MODES:
-        modes, batch = calibrate(m, bench.first, budget), Inputs(bench.first)
-        return bench.measured(name, budget, bench.run(modes.config(m.config), modes.window(batch.modality_BT)))
+        modes = calibrate_on(m, first, budget)
+        return PolicyAt(modes.config(m.config), lambda batch: modes.window(batch.modality_BT))
+    if name == LAYERS:
+        slots_L = slots_of_layers(np.asarray(seen().scores_NE, np.float32), budget)
+        window_L2 = jnp.stack([jnp.asarray(slots_L, jnp.float32)] * 2, axis=1)
+        return PolicyAt(_config_of(m, "static"), lambda _: window_L2)
     most = m.config.moe.experts_in_reach
-    dial = find_dial(name, bench.seen, budget, most)
-    return bench.measured(name, budget, bench.run(bench.config_of(name), jnp.asarray((dial, most), jnp.float32)))
+    window_2 = jnp.asarray((find_dial(name, seen(), budget, most), most), jnp.float32)
+    return PolicyAt(_config_of(m, name), lambda _: window_2)
+
+
+def _config_of(m: Pretrained, policy: str) -> ModelConfig:
+    """The model's configuration under an entry of POLICIES, with room for any number of experts."""
+    most = m.config.moe.experts_in_reach
+    return dataclasses.replace(m.config, moe=dataclasses.replace(m.config.moe, k_min=most, k_max=most, policy=policy))
 
 
 def slots_of_layers(scores_LNE: Float[np.ndarray, "L N E"], budget: float) -> Int[np.ndarray, "L"]:

@@ -22,7 +22,7 @@ from anyexperts_jax.models.sample import GREEDY, Sampling
 from anyexperts_jax.pretrained.budget import BudgetInForce, mixing_logits, with_budget, with_policy
 from anyexperts_jax.pretrained.decode import Decoded, Request, Weights, decode
 from anyexperts_jax.pretrained.hub_config import HubConfig, eos_ids
-from anyexperts_jax.pretrained.media import Given, Shown, readable_kinds
+from anyexperts_jax.pretrained.media import KINDS, Given, Shown, readable_kinds
 from anyexperts_jax.pretrained.placing import place
 from anyexperts_jax.pretrained.prompts import Prompt, TextStream, prompt_tokens, require_text, with_media
 from anyexperts_jax.sharding.placement import Placement, placement_of
@@ -239,6 +239,15 @@ class Pretrained:
             if rest:
                 tell(row, rest)
         return Generated([stream.text for stream in streams], decoded)
+
+    def prepared(self, prompt: Prompt) -> tuple[list[int], Shown | None]:
+        """The ids of a prompt, and what the towers read of the media that its parts hold.
+
+        Raises:
+          UserError: for a prompt that the model cannot read.
+        """
+        ids, shown = self._prepared([prompt], dict.fromkeys(KINDS, ()))
+        return ids[0], shown
 
     def with_policy(self, policy: str, dial: float) -> "Pretrained":
         """Returns the same weights with an entry of POLICIES, at its dial, deciding a token's number of experts.
