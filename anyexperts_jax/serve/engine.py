@@ -22,6 +22,8 @@ from anyexperts_jax.models.generate import dropless
 from anyexperts_jax.models.sample import GREEDY, Sampling
 from anyexperts_jax.nn.stack import StackCache
 from anyexperts_jax.pretrained.decode import Weights
+from anyexperts_jax.pretrained.media import readable_kinds
+from anyexperts_jax.pretrained.placing import Placed
 from anyexperts_jax.pretrained.prompts import TextStream
 from anyexperts_jax.serve.slots import (
     Chosen,
@@ -32,6 +34,7 @@ from anyexperts_jax.serve.slots import (
     make_rows,
     prefill_slot,
     row_budget,
+    show_slot,
     slot_cache,
     step_slots,
 )
@@ -44,7 +47,8 @@ class Prompt(NamedTuple):
     """The tokens of a prompt. A prompt with media also has a `batch`: the one row that the model reads."""
 
     tokens: tuple[int, ...]
-    batch: Batch | None = None
+    batch: Batch | None = None  # of a run
+    placed: Placed | None = None  # of a published model
 
 
 class Token(NamedTuple):
@@ -127,6 +131,7 @@ class _Slot:
     ticket: Ticket
     stream: TextStream
     filled: int = 0  # positions written to the cache
+    lead: float = 0.0  # by how much rotary positions lag behind them, once media have been read
     tokens: list[int] = dataclasses.field(default_factory=list)
     real_L: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((), np.int64))
     last_told: float = 0.0
@@ -169,7 +174,7 @@ class Engine:
         config = dropless(weights.config)
         require(length <= config.max_length, f"length={length} is more than the model's {config.max_length} positions")
         self.length, self._watch = length, watch
-        self._config = config
+        self._config, self._has_towers = config, bool(readable_kinds(config))
         models: list[tuple[str | None, Weights]] = [(None, weights), *(adapters or {}).items()]
         self._arguments = {name: _arguments(own) for name, own in models}
         self._tokenizer, self._stop_ids = tokenizer, frozenset(stop_ids)
@@ -270,7 +275,14 @@ class Engine:
         assert slot is not None
         job, place = slot.ticket.job, jnp.int32(number)
         arguments = self._arguments[job.adapter]
-        if job.prompt.batch is None:
+        if job.prompt.placed is not None:
+            piece, placed = job.prompt.tokens, job.prompt.placed
+            tokens_1T = np.zeros(placed.media.row_BT.shape, np.int32)
+            tokens_1T[0, : len(piece)] = piece
+            given = (self._rows(tokens_1T, [(slot, len(piece))]), placed.media)
+            chosen, self._cache = show_slot(*arguments, given, self._cache, place)
+            slot.lead = float(placed.lead_B[0])
+        elif job.prompt.batch is None:
             rest = job.prompt.tokens[slot.filled :]
             width = next((width for width in PIECES if width >= len(rest)), PIECES[-1])
             piece = rest[:width]
@@ -324,6 +336,7 @@ class Engine:
             [slot.ticket.job.budget if slot else self._rest for slot in own],
             draws=[slot.draw if slot else (GREEDY, 0, 0) for slot in own],
             tells=any(slot.ticket.job.tells_logprobs for slot in own if slot),
+            leads=[slot.lead if slot else 0.0 for slot in own] if self._has_towers else None,
         )
 
     def _add_token(self, number: int, slot: _Slot, token: Token) -> None:

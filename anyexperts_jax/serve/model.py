@@ -10,7 +10,7 @@ import numpy as np
 from anyexperts_jax.core.errors import require, shown
 from anyexperts_jax.data.batches import prompts, stack
 from anyexperts_jax.data.config import DataConfig
-from anyexperts_jax.data.conversation import Conversation, Document, Message, Part, Text, joined
+from anyexperts_jax.data.conversation import Conversation, Document, Medium, Message, Part, Text, joined
 from anyexperts_jax.data.sequence import padded
 from anyexperts_jax.data.turns import chat_template, encode_item, uses_template
 from anyexperts_jax.evaluate.trained import Trained, load_trained
@@ -19,7 +19,9 @@ from anyexperts_jax.pretrained.budget import with_budget
 from anyexperts_jax.pretrained.decode import Weights
 from anyexperts_jax.pretrained.load import is_checkpoint
 from anyexperts_jax.pretrained.lora import Adapter, read_adapter, with_adapters
+from anyexperts_jax.pretrained.media import readable_kinds
 from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.pretrained.placing import place
 from anyexperts_jax.pretrained.prompts import leading_ids, prompt_tokens
 from anyexperts_jax.serve.engine import Prompt
 from anyexperts_jax.serve.media import medium_of
@@ -27,6 +29,8 @@ from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.chat import ASSISTANT
 from anyexperts_jax.train.config import load_config
 from anyexperts_jax.train.published import is_tuned, load_published
+
+_LENGTH_STEP = 64  # prompts with media are padded to a multiple, so that few programs are compiled
 
 
 @runtime_checkable
@@ -40,6 +44,10 @@ class Reader(Protocol):
     def ids(self, ids: Sequence[int]) -> Prompt: ...
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt: ...
+
+    def typical(self) -> Prompt | None:
+        """A prompt with room for media, whose program all such prompts share; None: there is none."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,7 +129,7 @@ def serve_pretrained(
         model.config,
         tokenizer,
         stop_ids=tuple(dict.fromkeys([*model.stop_ids, *tokenizer.special.eos])),
-        reader=CheckpointReader(tokenizer),
+        reader=CheckpointReader(model),
         longest=model.config.max_length,
         leading_ids=tuple(leading_ids(tokenizer)),
         path=model.path,
@@ -158,12 +166,14 @@ def _with_room(base: ModelConfig, max_budget: float | None) -> ModelConfig:
 
 
 class CheckpointReader:
-    """Reads texts and conversations for a published model; pictures and sounds are not read."""
+    """Reads texts and conversations for a published model, with pictures and sounds if it has towers for them."""
 
-    media: tuple[str, ...] = ()
+    def __init__(self, model: Pretrained) -> None:
+        self._model, self._tokenizer = model, model.tokenizer
+        self.media = tuple(kind for kind in readable_kinds(model.config) if kind != "video")
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def typical(self) -> Prompt | None:
+        return None
 
     def text(self, text: str) -> Prompt:
         return Prompt(tuple(prompt_tokens(self._tokenizer, text)))
@@ -172,8 +182,15 @@ class CheckpointReader:
         return Prompt(tuple(ids))
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
-        plain = [_with_plain_content(f"messages[{i}]", message) for i, message in enumerate(messages)]
-        return Prompt(tuple(prompt_tokens(self._tokenizer, plain)))
+        read = [_with_decoded(f"messages[{i}]", message, self.media) for i, message in enumerate(messages)]
+        ids, shown = self._model.prepared(read)
+        if shown is None:
+            return Prompt(tuple(ids))
+        room = self._model.config.max_length
+        require(len(ids) <= room, f"the prompt has {len(ids)} tokens with its media, the model {room} positions")
+        tokens_1T = np.zeros((1, min(-(-len(ids) // _LENGTH_STEP) * _LENGTH_STEP, room)), np.int32)
+        tokens_1T[0, : len(ids)] = ids
+        return Prompt(tuple(ids), placed=place(shown, tokens_1T, np.arange(tokens_1T.shape[1])[None] < len(ids)))
 
 
 class RunReader:
@@ -184,6 +201,9 @@ class RunReader:
         self._template = chat_template(data, tokenizer)
         rooms = (("image", data.encoding.max_patches), ("audio", data.encoding.max_frames))
         self.media = tuple(kind for kind, room in rooms if room > 0)
+
+    def typical(self) -> Prompt | None:
+        return self.chat([{"role": "user", "content": "?"}]) if self.media else None
 
     def text(self, text: str) -> Prompt:
         """Encodes a text as the beginning of a document."""
@@ -238,12 +258,23 @@ def _is_text(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _with_plain_content(where: str, message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Joins a message's text parts into one string, since many chat templates read nothing else."""
+def _with_decoded(where: str, message: Mapping[str, Any], kinds: Sequence[str]) -> Mapping[str, Any]:
+    """Decodes a message's media. Without any, joins its text parts, since many chat templates read nothing else.
+
+    Args:
+      kinds: of media that the model reads.
+    """
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    for i, part in enumerate(content):
-        if not _is_text(part):
-            medium_of(part, f"{where}.content[{i}]", ())
-    return {**message, "content": "".join(part["text"] for part in content)}
+    parts = [
+        part if _is_text(part) else _as_part(medium_of(part, f"{where}.content[{i}]", kinds))
+        for i, part in enumerate(content)
+    ]
+    if all(map(_is_text, parts)):
+        return {**message, "content": "".join(part["text"] for part in parts)}
+    return {**message, "content": parts}
+
+
+def _as_part(medium: Medium) -> dict[str, Any]:
+    return {"type": medium.kind, medium.kind: medium.values}

@@ -112,8 +112,8 @@ def warm_up(engine: Engine, model: ServedModel) -> None:
         for length in engine.piece_lengths():
             job = Job(Prompt((0,) * length), 2, budget, events.append, adapter=adapter)
             engine.submit(Ticket(job, 0.0))
-    if model.reader.media:
-        prompt = model.reader.chat([{"role": "user", "content": "?"}])
+    prompt = model.reader.typical()
+    if prompt is not None:
         engine.submit(Ticket(Job(prompt, 1, budget, events.append), 0.0))
     while engine.step():
         continue

@@ -1,7 +1,8 @@
 """The compiled programs of the server: one decoding step of all slots, and the prefill of one slot.
 
 The cache has one row of fixed length per slot, so shapes do not depend on which requests are running. There is one
-program for a step, one for each width of a prefill piece and one for a prompt with media. No row depends on another
+program for a step, one for each width of a prefill piece and one for a run's prompt with media. A published model's
+prompt with media takes a program for each size that its length and its media are padded to. No row depends on another
 one, so an answer does not depend on the requests that run beside it.
 """
 
@@ -17,6 +18,7 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel, TextPart
+from anyexperts_jax.models.placed_media import PlacedMedia
 from anyexperts_jax.models.sample import RowSampling, Sampling, row_tokens
 from anyexperts_jax.nn.stack import StackCache, empty_stack_cache
 from anyexperts_jax.pretrained.budget import window_arguments, with_budget
@@ -46,6 +48,7 @@ class Rows(NamedTuple):
     share_B: Float[Array, "B"]
     sampling: RowSampling
     tells: Bool[Array, ""]  # whether any row asks for probabilities
+    lead_B: Float[Array, "B"] | None = None  # by how much rotary positions lag; None: the model reads text only
 
 
 class Chosen(NamedTuple):
@@ -92,11 +95,13 @@ def make_rows(
     *,
     draws: list[tuple[Sampling, int, int]],
     tells: bool,
+    leads: list[float] | None = None,
 ) -> Rows:
     """Collects the arrays of a program.
 
     Args:
       draws: for each row how it is sampled, its seed, and how many tokens it has drawn so far.
+      leads: by how much the rotary positions of each row lag behind its places; None: the model reads text only.
     """
     sampling = RowSampling(
         jnp.asarray([one.temperature for one, _, _ in draws], jnp.float32),
@@ -114,6 +119,7 @@ def make_rows(
         share_B=jnp.asarray([one.share for one in budgets], jnp.float32),
         sampling=sampling,
         tells=jnp.asarray(tells),
+        lead_B=None if leads is None else jnp.asarray(leads, jnp.float32),
     )
 
 
@@ -145,6 +151,21 @@ def extend_slot(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def show_slot(
+    static: Static,
+    params: Any,
+    router_bias_LC: Array | None,
+    given: tuple[Rows, PlacedMedia],
+    cache: StackCache,
+    slot: Array,
+) -> tuple[Chosen, StackCache]:
+    """Prefills a published model's whole prompt with media in one slot (B = 1) and chooses the token after it."""
+    rows, media = given
+    chosen, own = _extend(static, params, router_bias_LC, rows._replace(lead_B=None), _take_row(cache, slot), media)
+    return chosen, _put_row(cache, own, slot)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def prefill_slot(
     static: Static, params: Any, router_bias_LC: Array | None, given: tuple[Batch, Rows], cache: StackCache, slot: Array
 ) -> tuple[Chosen, StackCache]:
@@ -163,16 +184,22 @@ def prefill_slot(
 
 
 def _extend(
-    static: Static, params: Any, router_bias_LC: Array | None, rows: Rows, cache: StackCache
+    static: Static,
+    params: Any,
+    router_bias_LC: Array | None,
+    rows: Rows,
+    cache: StackCache,
+    media: PlacedMedia | None = None,
 ) -> tuple[Chosen, StackCache]:
     config, placement = static
     place_1T = jnp.arange(rows.tokens_BT.shape[1], dtype=jnp.int32)[None]
     logits_BY, trace, cache = MultimodalModel(config, placement).apply(
         {"params": params},
-        TextPart(rows.tokens_BT, rows.start_B, rows.length_B),
+        TextPart(rows.tokens_BT, rows.start_B, rows.length_B, rows.lead_B),
         cache,
         router_bias_LC=router_bias_LC,
         **_policy(config, rows, rows.start_B[:, None] + place_1T),
+        placed=media,
         method="extend",
     )
     return _chosen(rows, logits_BY, trace), cache
