@@ -30,9 +30,10 @@ def block_size(hub: HubConfig) -> tuple[int, int] | None:
     settings = hub.get(SETTINGS)
     if not isinstance(settings, Mapping) or settings.get("quant_method") != "fp8":
         return None
-    size, kind = settings.get("weight_block_size"), settings.get("fmt", "e4m3")
-    whole = isinstance(size, list) and len(size) == 2 and all(type(own) is int and own >= 1 for own in size)
-    if not whole or kind != "e4m3" or settings.get("activation_scheme", "dynamic") != "dynamic":
+    if settings.get("fmt", "e4m3") != "e4m3" or settings.get("activation_scheme", "dynamic") != "dynamic":
+        return None
+    size = settings.get("weight_block_size")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(own) is int and own >= 1 for own in size):
         return None
     return size[0], size[1]
 
