@@ -45,14 +45,14 @@ def attach(
     Args:
       m: a mixture-of-experts model with a fixed number of slots per token.
       k_min, k_max: slots of a token of importance 0 and 1. With `preserve` the base's number must lie between them.
-      num_virtual: number of virtual experts, which may take up to a fifth of a token's slots; 0: none, or those that the
-        model has already (ZEDA, LongCat-Flash). These take part as before, and `k_min` and `k_max` count their slots too.
+      num_virtual: number of virtual experts, which may take up to a fifth of a token's slots; 0: none, or those that
+        the model has already (ZEDA, LongCat-Flash). These take part as before; `k_min` and `k_max` count their slots.
       preserve: whether the first forward pass equals the base's.
       seed: seed of the new parameters.
 
     Raises:
-      UserError: if the model is dense or has variable slots already, if it has virtual experts and `num_virtual` asks for
-        more, or if the window does not fit it.
+      UserError: if the model is dense or has variable slots already, if it has virtual experts and `num_virtual` asks
+        for more, or if the window does not fit it.
 
     Give a model with random weights 3 to 5 slots per token:
 

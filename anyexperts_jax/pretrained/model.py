@@ -241,12 +241,12 @@ class Pretrained:
         return Generated([stream.text for stream in streams], decoded)
 
     def prepared(self, prompt: Prompt) -> tuple[list[int], Shown | None]:
-        """The ids of a prompt, and what the towers read of the media that its parts hold.
+        """Returns the ids of a prompt, and what the towers read of the media that its parts hold.
 
         Raises:
-          UserError: for a prompt that the model cannot read.
+          UserError: if the model cannot read the prompt.
         """
-        ids, shown = self._prepared([prompt], dict.fromkeys(KINDS, ()))
+        ids, shown = self._prepare([prompt], dict.fromkeys(KINDS, ()))
         return ids[0], shown
 
     def with_policy(self, policy: str, dial: float) -> "Pretrained":

@@ -70,8 +70,8 @@ class Rule:
 
     Attributes:
       ours: the parameter's name; "{layer}" stands for the prefix of a layer.
-      theirs: the tensor's name; "{i}" stands for the index of the layer, "{e}" for that of the expert. If layers come in
-        groups of `moe_every`, "{g}" stands for the index of the group and "{j}" for the layer's place in it.
+      theirs: the tensor's name; "{i}" stands for the index of the layer, "{e}" for that of the expert. If layers come
+        in groups of `moe_every`, "{g}" stands for the index of the group and "{j}" for the layer's place in it.
       layers: the layers that the rule is for.
       part: (axis, place) if several parameters are concatenated along an axis of the tensor.
       place: indices into the parameter's first axes, behind that of the layers.

@@ -39,8 +39,8 @@ class AlignedKernels(NamedTuple):
     Results are undefined in dead rows.
     """
 
-    # (x_RD, starts_E, counts_E, experts, keep=bool, first=None) -> y_RD, (gate_RF, up_RF) if keep else (). With `first`,
-    # `experts` holds those of several layers, and expert e is number first + e of them.
+    # (x_RD, starts_E, counts_E, experts, keep=bool, first=None) -> y_RD, (gate_RF, up_RF) if keep else (). With
+    # `first`, `experts` holds those of several layers, and expert e is number first + e of them.
     forward: Callable[..., tuple[Array, tuple[Array, ...]]]
     # (x_RD, starts_E, counts_E, (gate_RF, up_RF), experts, d_y_RD) -> d_x_RD, (d_gate_RF, d_up_RF, hidden_RF)
     rows_backward: Callable[..., tuple[Array, tuple[Array, ...]]]
