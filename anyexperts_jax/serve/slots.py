@@ -161,7 +161,8 @@ def show_slot(
 ) -> tuple[Chosen, StackCache]:
     """Prefills a published model's whole prompt with media in one slot (B = 1) and chooses the token after it."""
     rows, media = given
-    chosen, own = _extend(static, params, router_bias_LC, rows._replace(lead_B=None), _take_row(cache, slot), media)
+    rows = rows._replace(lead_B=None)  # what is shown has rotary positions of its own
+    chosen, own = _extend(static, params, router_bias_LC, rows, _take_row(cache, slot), media=media)
     return chosen, _put_row(cache, own, slot)
 
 
