@@ -1,7 +1,6 @@
 """LongCat-Flash's block (arXiv 2509.01322): a mixture of experts on a path of its own beside two dense layers."""
 
 import flax.linen as nn
-import jax
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.config import AnyExpertsConfig
@@ -42,7 +41,7 @@ class ShortcutBlock(nn.Module):
         of_block = of_block or OfBlock()
         config, number = self.config, of_block.number
         first = 0 if number is None else config.num_dense_layers + 2 * number
-        before = None if cache is None else jax.tree.map(lambda layers: layers[0], cache.before)
+        before = None if cache is None else cache.before[0]
         leading = DenseBlock(config, self.placement, name="before_0")
         x_BTD, before, read_BTD = leading.with_input(x_BTD, context, before)
         x_BTD = add_deep(x_BTD, context.deep_JBTD, first)
@@ -54,4 +53,4 @@ class ShortcutBlock(nn.Module):
         record_stream(self, x_BTD)
         if before is None or own is None:
             return x_BTD, (trace, None)
-        return x_BTD, (trace, MoEBlockCache(jax.tree.map(lambda layer: layer[None], before), own))
+        return x_BTD, (trace, MoEBlockCache((before,), own))
