@@ -98,16 +98,17 @@ def load_served(
         require(not folders, f"--adapter: {path} did not start from a published checkpoint; adapters fit those alone")
         return serve_trained(load_trained(path, checkpoint), name, max_budget)
     beside = {own: read_adapter(folder) for own, folder in folders.items()}  # before gigabytes are read
-    served = serve_pretrained(load_published(path, checkpoint), name, max_budget, beside)
-    return dataclasses.replace(served, reader=_reader_of_run(path, served)) if tuned else served
+    model = load_published(path, checkpoint)
+    served = serve_pretrained(model, name, max_budget, beside)
+    return dataclasses.replace(served, reader=_reader_of_run(path, model, served.reader)) if tuned else served
 
 
-def _reader_of_run(path: pathlib.Path, served: ServedModel) -> Reader:
+def _reader_of_run(path: pathlib.Path, model: Pretrained, reader: Reader) -> Reader:
     """Returns a reader that writes conversations as the run's examples were, if the tokenizer's template did not."""
     data = load_config(path).data
-    if data.chat_template == "auto" and uses_template(data, served.tokenizer):
-        return served.reader
-    return TunedReader(data, served.tokenizer)
+    if data.chat_template == "auto" and uses_template(data, model.tokenizer):
+        return reader
+    return TunedReader(data, model)
 
 
 def serve_pretrained(
@@ -246,9 +247,9 @@ class RunReader:
 class TunedReader(CheckpointReader):
     """Text as for the checkpoint that a run started from; conversations as the run's examples were written."""
 
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer) -> None:
-        super().__init__(tokenizer)
-        self._learned = RunReader(data, tokenizer)
+    def __init__(self, data: DataConfig, model: Pretrained) -> None:
+        super().__init__(model)
+        self._learned = RunReader(data, model.tokenizer)
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         return self._learned.chat(messages)._replace(batch=None)  # no media, so it is read piece by piece
