@@ -225,3 +225,12 @@ def test_import_is_light_and_under_two_seconds(statement):
     runs = [run(sys.executable, "-c", code).split() for _ in range(3)]
     assert all(len(words) == 1 for words in runs), f"heavy modules imported: {runs}"
     assert min(float(words[0]) for words in runs) < 2.0, "processor time, so that a busy machine does not count"
+
+
+def test_no_two_test_files_are_the_same_module():
+    """pytest names a module by its path below the nearest folder that is no package, and refuses a name taken twice."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "tests").rglob("*_test.py")):
+        top = next(folder for folder in path.parents if not (folder / "__init__.py").is_file())
+        found.setdefault(str(path.relative_to(top)), []).append(str(path.relative_to(ROOT)))
+    assert not [same for same in found.values() if len(same) > 1]
