@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from anyexperts_jax.core.initializers import Normal
 from anyexperts_jax.nn.config import Dtype
 from anyexperts_jax.nn.params import named
+from anyexperts_jax.ops.contraction import Contraction, dot_of_rows
 from anyexperts_jax.sharding.activations import take_embeddings
 from anyexperts_jax.sharding.placement import Placement
 
@@ -32,4 +33,4 @@ class Embedding(nn.Module):
 
     def logits(self, x: Float[Array, "*rest D"]) -> Float[Array, "*rest Y"]:
         """Inner products with all rows (a tied output head), accumulated in float32."""
-        return jnp.einsum("...d,yd->...y", x, self.table.astype(self.dtype), preferred_element_type=jnp.float32)
+        return dot_of_rows(x, self.table, (1,), Contraction(dtype=self.dtype))

@@ -47,16 +47,20 @@ def _contract_backward(how: Contraction, residuals: tuple[Array, Array], d_y: Ar
     return d_x.astype(x.dtype), d_kernel.astype(kernel.dtype)
 
 
-def _forward_dot(x: Array, kernel: Array, how: Contraction) -> Array:
-    contracted = _last(x, how.num_in), tuple(range(how.num_in))
+def dot_of_rows(x: Array, kernel: Array, axes: tuple[int, ...], how: Contraction) -> Array:
+    """Contracts the last `num_in` axes of x with these axes of the kernel. JAX's own rule gives the gradients."""
     if how.dtype != "bfloat16" or platform() != "cpu":
-        return _dot(x, kernel, contracted, how, how.out_dtype)
+        return _dot(x, kernel, (_last(x, how.num_in), axes), how, how.out_dtype)
     # XLA's CPU backend widens the whole kernel first for a bfloat16 result (JAX 0.10) and for a single row (all
     # versions): a dot of one row, as in decoding, takes three to six times as long as one of two.
-    single = x.size == math.prod(kernel.shape[: how.num_in])
+    single = x.size == math.prod(kernel.shape[axis] for axis in axes)
     rows = jnp.stack([x, jnp.zeros_like(x)]) if single else x
-    wide = _dot(rows, kernel, (_last(rows, how.num_in), contracted[1]), how, "float32")
+    wide = _dot(rows, kernel, (_last(rows, how.num_in), axes), how, "float32")
     return (wide[0] if single else wide).astype(how.out_dtype)
+
+
+def _forward_dot(x: Array, kernel: Array, how: Contraction) -> Array:
+    return dot_of_rows(x, kernel, tuple(range(how.num_in)), how)
 
 
 def _last(array: Array, count: int) -> tuple[int, ...]:
