@@ -77,9 +77,8 @@ def export_array_record(source: Source, folder: str | pathlib.Path, split: str, 
     for shard in range(shards):
         path = folder / f"{split}-{shard:05d}-of-{shards:05d}.array_record"
         part = path.with_suffix(".part")
-        writer = ArrayRecordWriter(
-            str(part), "group_size:1"
-        )  # one record per group, so that random access reads only one
+        # one record per group, so that random access reads only one
+        writer = ArrayRecordWriter(str(part), "group_size:1")
         for index in range(shard * len(source) // shards, (shard + 1) * len(source) // shards):
             item = source[index]
             require(isinstance(item, Example), f"{split} example {index} is not a question with one answer")

@@ -188,9 +188,8 @@ def _make_ahead(
     )
     if config.workers == 0:
         return dataset
-    if (
-        not flags.FLAGS.is_parsed()
-    ):  # Grain reads absl flags to start workers; outside of an absl app nobody parsed them
+    # Grain reads absl flags to start workers; outside of an absl app nobody parsed them.
+    if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=count)
     return dataset.mp_prefetch(options, functools.partial(_start_worker, tuple(plugins)))
@@ -282,9 +281,8 @@ def eval_batches(
     examples, count = _examples_at(sequences[:num_examples], batch_size, held), len(held)
     for batch in examples.batch(count, batch_fn=stack).to_iter_dataset(ahead):
         yield pad_rows(batch, count, tokenizer)
-    for _ in range(
-        -(-len(examples) // count), -(-num_examples // batch_size)
-    ):  # batches whose rows are all made by other processes
+    # Other processes make all rows of these batches.
+    for _ in range(-(-len(examples) // count), -(-num_examples // batch_size)):
         yield empty_batch(config.encoding, count, tokenizer)
     if bad_rows is not None:
         bad_rows.close()

@@ -119,9 +119,8 @@ def read_record(row: Mapping[str, Any], reading: Reading) -> Item:
         if question is None and answer is None and text is not None and not media.names:
             return Document(reading.domain, text, reading.source, question_type=kind, level=level)
         if reading.as_examples and question and answer and not media.names and not row.get("question_evidence"):
-            return Example(
-                reading.domain, kind, level, question, answer, source=reading.source
-            )  # the most frequent case, kept fast
+            # the most frequent case, kept fast
+            return Example(reading.domain, kind, level, question, answer, source=reading.source)
         messages = _one_answer(row, question, answer if answer is not None else text, media, reading)
     conversation = Conversation(reading.domain, messages, reading.source, kind, level)
     return (conversation.as_example() if reading.as_examples else None) or conversation

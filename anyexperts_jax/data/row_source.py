@@ -236,9 +236,8 @@ def hashed_splits(keys_N: UInt64[ndarray, " N"], held: float) -> Int[ndarray, " 
     splits_N = np.where(shares_N < held, 2, np.where(shares_N < 2 * held, 1, 0))
     if np.bincount(splits_N, minlength=3).all():
         return splits_N
-    values, group_N = np.unique(
-        keys_N, return_inverse=True
-    )  # for few rows: the sorted hashes, of which the lowest are taken
+    # Few rows: the lowest of the sorted hashes are taken.
+    values, group_N = np.unique(keys_N, return_inverse=True)
     if len(values) < 3:
         return np.zeros(len(keys_N), np.int64)
     share = values.astype(np.float64) / _HELD_OUT_BASE

@@ -66,12 +66,8 @@ def _read_wav(data: bytes, where: str) -> tuple[int, np.ndarray]:
     promised = _promised_bytes(data)
     there = f"it was cut short, {len(data)} bytes of {promised}; it must be a WAV file that is whole"
     require(len(data) >= promised, f"cannot read the sound in {where}: {there}")
-    if _coding(data) not in (
-        None,
-        1,
-        3,
-        0xFFFE,
-    ):  # SciPy reads integers, floats, and either with an extended header; telephones use others
+    # SciPy reads integers, floats, and either with an extended header; telephones use others.
+    if _coding(data) not in (None, 1, 3, 0xFFFE):
         return _read_other(data, where)
     try:
         with warnings.catch_warnings():

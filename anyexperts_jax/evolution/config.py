@@ -169,9 +169,8 @@ class EvolveConfig:
 
     upcycle: UpcycleConfig = dataclasses.field(default_factory=UpcycleConfig)
     evolution: EvolutionConfig = dataclasses.field(default_factory=EvolutionConfig)
-    moe: AnyExpertsConfig = dataclasses.field(
-        default_factory=_top_1
-    )  # may have variable slots, for an AnyExperts model
+    # may have variable slots, for an AnyExperts model
+    moe: AnyExpertsConfig = dataclasses.field(default_factory=_top_1)
     trains: Trains = "router"  # in stage III: the routers only (paper), routers and experts, or everything
     diversity: Diversity = "none"  # an auxiliary loss of stage III; see evolution.diversity
     diversity_weight: float = 0.01  # weight of that loss

@@ -124,9 +124,8 @@ def _starting_parameters(run: EvolveRun, root: pathlib.Path, name: str) -> Calla
         config, params, _ = load_run(root / predecessor, "last", mesh)
         require_same_tokens(run.base.data, config.data, f"stage {predecessor}")
         wanted = run.stage(predecessor).model
-        if (
-            predecessor == "evolving" or early
-        ):  # only expert 1 was used, so the routing policy of that stage is irrelevant
+        # Only expert 1 was used in these stages, so their routing policy is irrelevant.
+        if predecessor == "evolving" or early:
             same_number = config.model.moe.num_experts == wanted.moe.num_experts
             found = dataclasses.replace(config.model, moe=wanted.moe) if same_number else config.model
             _check_model(found, wanted, root / predecessor)

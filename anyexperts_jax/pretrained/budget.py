@@ -30,9 +30,8 @@ class BudgetWindow(NamedTuple):
 
     moe: AnyExpertsConfig  # with slot arrays wide enough for the window
     window: tuple[float, float]  # k_min and k_max for every layer
-    share: (
-        float | None
-    )  # of positions that get k_max; the others get k_min. None: importance decides, or both are equal
+    # of positions that get k_max; the others get k_min. None: importance decides, or both are equal
+    share: float | None
 
 
 def window_of(config: ModelConfig, budget: float) -> BudgetWindow:

@@ -69,9 +69,8 @@ def nearest_budget(config: AnyExpertsConfig, target_real: float) -> float:
             low, high = Fraction(math.ceil(low)), Fraction(math.floor(high))
         shift = min(max(shift, low), high)
     budget = float((middle + shift) * share)
-    while shift != 0 and not _is_valid(
-        config, _shift_to(config, budget)
-    ):  # the range checks its ends only, and rounding may move the last digit across one
+    # The range checks its ends only, and rounding may move the last digit across one.
+    while shift != 0 and not _is_valid(config, _shift_to(config, budget)):
         shift -= min(step, abs(shift)) * (1 if shift > 0 else -1)
         budget = float((middle + shift) * share)
     return budget
