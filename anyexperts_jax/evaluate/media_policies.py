@@ -25,6 +25,7 @@ from anyexperts_jax.evaluate.policies import (
 )
 from anyexperts_jax.evaluate.records import Scored
 from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.train.losses import next_token_nats
 
 ALL = "all"  # contexts together
 
@@ -71,9 +72,10 @@ def measure_records(
     check_asked(m, budgets, policies, valid)
     first = batches[0].inputs
     seen = functools.cache(lambda: seen_by(m, first))
+    compiled: set[Any] = set()
 
     def measured(name: str, budget: float, own: PolicyAt) -> list[MediaMeasured]:
-        lines = _pass(m, name, budget, own, batches)
+        lines = _described(name, budget, batches, *_run_all(m, own, batches, compiled))
         note(f"{name} at {budget:g}: perplexity {perplexity_of(lines[-1].nats):.4g}, {lines[-1].seconds:.1f} s")
         return lines
 
@@ -97,18 +99,39 @@ def media_table(found: Sequence[MediaMeasured], where: str) -> TextTable:
     return TextTable(where, columns, tuple(rows), names=3)
 
 
-def _pass(m: Pretrained, name: str, budget: float, own: PolicyAt, batches: Sequence[Scored]) -> list[MediaMeasured]:
-    """A pass that is not timed compiles the programs; then one that is."""
+def _run_all(
+    m: Pretrained, own: PolicyAt, batches: Sequence[Scored], compiled: set[Any]
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], float]:
+    """Returns the results of a pass, and its seconds.
+
+    Args:
+      compiled: programs that have run. Each of the others first runs once without being timed, and is added.
+    """
     static: Static = (own.config, m.placement)
     prepared = [(batch.inputs, own.window_of(batch.inputs)) for batch in batches]
 
-    def run() -> list[Any]:
-        return [jax.block_until_ready(_run(static, m.params, m.router_bias_LC, *each)) for each in prepared]
+    def run(each: tuple[Inputs, Any]) -> Any:
+        return jax.block_until_ready(_run(static, m.params, m.router_bias_LC, *each))
 
-    run()
+    for each in prepared:
+        leaves, structure = jax.tree.flatten(each)
+        program = (own.config, structure, tuple(leaf.shape for leaf in leaves))
+        if program not in compiled:
+            run(each)
+            compiled.add(program)
     began = time.perf_counter()
-    results = jax.device_get(run())
-    seconds = time.perf_counter() - began
+    results = jax.device_get([run(each) for each in prepared])
+    return results, time.perf_counter() - began
+
+
+def _described(
+    name: str,
+    budget: float,
+    batches: Sequence[Scored],
+    results: Sequence[tuple[np.ndarray, np.ndarray]],
+    seconds: float,
+) -> list[MediaMeasured]:
+    """Returns the lines of a pass: one for each context, then one for all records."""
     contexts = [context for batch in batches for context in batch.contexts]
     named = list(dict.fromkeys(contexts))
     chosen = {context: [context == one for one in contexts] for context in named}
@@ -144,6 +167,5 @@ def _run(
 ) -> tuple[Array, Array]:
     """(the loss of every token but the first, experts of every token, a mean over layers)."""
     output = apply(static, params, bias_LC, inputs, window=window)
-    logs_BTY = jax.nn.log_softmax(output.logits_BTY[:, :-1].astype(jnp.float32))
-    nats_BT = -jnp.take_along_axis(logs_BTY, inputs.tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    nats_BT = next_token_nats(output.logits_BTY, inputs.tokens_BT)[:, :-1]
     return nats_BT, output.trace.real_slots_BT.astype(jnp.float32).mean(axis=0)

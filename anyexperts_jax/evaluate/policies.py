@@ -24,6 +24,7 @@ from anyexperts_jax.pretrained.split import merge
 from anyexperts_jax.routing.budget import shift_budget
 from anyexperts_jax.routing.policies import IMPORTANCE, Seen
 from anyexperts_jax.sharding.placement import Placement
+from anyexperts_jax.train.losses import next_token_nats
 
 # Further policies that can be measured; "dense" is the model before `split`.
 OWN, DENSE, LAYERS, MODES, ORACLE = "own", "dense", "static_layers", "modes", "oracle"
@@ -312,8 +313,7 @@ def _run(
 ) -> tuple[Array, Array, Array]:
     output = apply(static, params, bias_LC, Inputs(tokens_BT), window=window)
     assert isinstance(output, ModelOutput)
-    logs_BTY = jax.nn.log_softmax(output.logits_BTY[:, :-1].astype(jnp.float32))
-    nats_BT = -jnp.take_along_axis(logs_BTY, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    nats_BT = next_token_nats(output.logits_BTY, tokens_BT)[:, :-1]
     if not static[0].stack.num_moe_layers:
         return nats_BT, jnp.float32(jnp.nan), jnp.float32(jnp.nan)
     ids_LBTK = output.trace.expert_ids_BTK

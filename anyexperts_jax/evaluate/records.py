@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from numpy import ndarray
 
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.rounding import round_up
 from anyexperts_jax.data.conversation import KINDS, Conversation, Medium, Message, Text
 from anyexperts_jax.data.records import Reading, read_record
 from anyexperts_jax.data.sources.find import find_rows
@@ -107,17 +108,14 @@ def _as_part(part: Text | Medium) -> dict[str, Any]:
 
 def _batch(m: Pretrained, records: Sequence[_Record]) -> Scored:
     longest = max(len(one.ids) for one in records)
-    width = min(-(-longest // _LENGTH_STEP) * _LENGTH_STEP, m.config.max_length)
+    width = min(round_up(longest, _LENGTH_STEP), m.config.max_length)
     tokens_BT = np.zeros((len(records), width), np.int32)
     valid_BT, answer_BT = np.zeros(tokens_BT.shape, bool), np.zeros(tokens_BT.shape, bool)
     for row, one in enumerate(records):
         tokens_BT[row, : len(one.ids)] = one.ids
         valid_BT[row, : len(one.ids)] = True
         answer_BT[row, len(one.ids) - one.answer : len(one.ids)] = True
-    every = [one.shown for one in records if one.shown is not None]
-    placed = None
-    if every:
-        shown = dataclasses.replace(every[0], items=tuple(item for one in every for item in one.items))
-        placed = place(shown, tokens_BT, valid_BT).media
+    shown = Shown.joined([one.shown for one in records])
+    placed = None if shown is None else place(shown, tokens_BT, valid_BT).media
     inputs = Inputs(jnp.asarray(tokens_BT), placed, jnp.asarray(valid_BT))
     return Scored(inputs, answer_BT, tuple(one.context for one in records))

@@ -13,6 +13,7 @@ from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.devices import require_devices
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.rounding import round_up
 from anyexperts_jax.data.mixture import Sources
 from anyexperts_jax.dispatch.execution import BUFFERED
 from anyexperts_jax.models.config import ModelConfig
@@ -51,7 +52,7 @@ class Trained:
         """Rounds `rows` up so that the mesh divides it. Batches are filled up to this number with padding rows."""
         placement = self.placement
         shards = batch_shards(placement.mesh, placement.rules)
-        return -(-rows // shards) * shards
+        return round_up(rows, shards)
 
     def place(self, batch: Batch) -> Batch:
         """Puts a batch of `whole_rows` rows on the model's devices."""

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.batch import make_batch
+from anyexperts_jax.core.rounding import round_up
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.generate import dropless
 from anyexperts_jax.models.multimodal import MultimodalModel
@@ -82,7 +83,7 @@ class _Arrays(NamedTuple):
 
 def _pad(config: ModelConfig, pairs: Sequence[Pair], rows: int, longest: int) -> tuple[_Arrays, int]:
     texts = [(*pair.context, *pair.continuation)[-(longest + 1) :] for pair in pairs]
-    width = -(-max(len(text) - 1 for text in texts) // _LENGTH_STEP) * _LENGTH_STEP
+    width = round_up(max(len(text) - 1 for text in texts), _LENGTH_STEP)
     width = min(width, config.max_length)
     tokens_BT, next_BT = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
     valid_BT, scored_BT = np.zeros((rows, width), bool), np.zeros((rows, width), bool)

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.rounding import round_up
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.generate import dropless
 from anyexperts_jax.models.multimodal import MultimodalModel, TextPart
@@ -82,8 +83,8 @@ def decode(
     _check(weights.config, prompts, request)
     lengths_B = np.array([len(prompt) for prompt in prompts], np.int32)
     longest, most = max(map(len, prompts)), weights.config.max_length
-    width = min(_round_up(longest, _PROMPT_STEP), most)
-    room = min(_round_up(longest + request.max_new_tokens, _CACHE_STEP), most)
+    width = min(round_up(longest, _PROMPT_STEP), most)
+    room = min(round_up(longest + request.max_new_tokens, _CACHE_STEP), most)
     tokens_BT = np.zeros((len(prompts), width), np.int32)
     seen_BY = np.zeros((len(prompts), weights.config.vocab_size), bool)
     for row, prompt in enumerate(prompts):
@@ -216,7 +217,3 @@ def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], request: Reque
         )
         top = max(prompt)
         require(top < config.vocab_size, f"the prompt holds the id {top}; the model has {config.vocab_size} ids")
-
-
-def _round_up(length: int, step: int) -> int:
-    return -(-length // step) * step

@@ -94,6 +94,13 @@ class Shown:
     ids: PlaceIds
 
     @classmethod
+    def joined(cls, every: "Sequence[Shown | None]") -> "Shown | None":
+        """Puts the media of several prompts of one model in sequence; None if there are none."""
+        some = [shown for shown in every if shown is not None]
+        items = tuple(item for shown in some for item in shown.items)
+        return dataclasses.replace(some[0], items=items) if some else None
+
+    @classmethod
     def of_model(cls, given: Given, config: ModelConfig, hub: HubConfig, path: pathlib.Path) -> "Shown | None":
         """Preprocesses the given media for a model; None if there are none.
 

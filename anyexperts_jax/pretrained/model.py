@@ -268,7 +268,7 @@ class Pretrained:
         for kind, lists in given.items():
             message = f"{kind}s hold {len(lists)} lists for {len(prompts)} prompts; give a list a prompt"
             require(len(lists) in (0, len(prompts)), message)
-        ids, every = [], list[Shown]()
+        ids, every = [], list[Shown | None]()
         for number, prompt in enumerate(prompts):
             own: Given = {kind: lists[number] if len(lists) else [] for kind, lists in given.items()}
             if self.config.vision_tower is None:
@@ -277,9 +277,8 @@ class Pretrained:
                 prompt, own = with_media(prompt, own, readable_kinds(self.config))
             shown = self._shown(own)
             ids.append(prompt_tokens(self.tokenizer, prompt, shown))
-            every += [] if shown is None else [shown]
-        items = tuple(item for shown in every for item in shown.items)
-        return ids, dataclasses.replace(every[0], items=items) if every else None
+            every.append(shown)
+        return ids, Shown.joined(every)
 
     def export(self, path: str | os.PathLike[str], form: str = "hub", **how: Any) -> None:
         """Writes the model into a new folder; see `pretrained.write.export`."""

@@ -11,6 +11,7 @@ from numpy import ndarray
 
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.modality import Modality
+from anyexperts_jax.core.rounding import round_up
 from anyexperts_jax.models.audio_tower import Sounds
 from anyexperts_jax.models.placed_media import PlacedMedia
 from anyexperts_jax.models.vision_tower import Frames
@@ -127,7 +128,7 @@ def _stack_frames(shown: Shown) -> _Stacked | None:
         return None
     tower = shown.vision
     step = _SQUARE_STEP * tower.merge**2
-    length = -(-max(len(patches) for patches, _ in every) // step) * step
+    length = round_up(max(len(patches) for patches, _ in every), step)
     patches_FPX = np.zeros((len(every), length, tower.patch_features), np.float32)
     for number, (patches, _) in enumerate(every):
         patches_FPX[number, : len(patches)] = patches

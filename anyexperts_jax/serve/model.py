@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from anyexperts_jax.core.errors import require, shown
+from anyexperts_jax.core.rounding import round_up
 from anyexperts_jax.data.batches import prompts, stack
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.conversation import Conversation, Document, Medium, Message, Part, Text, joined
@@ -189,7 +190,7 @@ class CheckpointReader:
             return Prompt(tuple(ids))
         room = self._model.config.max_length
         require(len(ids) <= room, f"the prompt has {len(ids)} tokens with its media, the model {room} positions")
-        tokens_1T = np.zeros((1, min(-(-len(ids) // _LENGTH_STEP) * _LENGTH_STEP, room)), np.int32)
+        tokens_1T = np.zeros((1, min(round_up(len(ids), _LENGTH_STEP), room)), np.int32)
         tokens_1T[0, : len(ids)] = ids
         return Prompt(tuple(ids), placed=place(shown, tokens_1T, np.arange(tokens_1T.shape[1])[None] < len(ids)))
 

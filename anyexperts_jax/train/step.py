@@ -60,16 +60,12 @@ class StepReport:
 
 def model_apply(config: ModelConfig, placement: Placement | None = None) -> Apply:
     """`MultimodalModel(config, placement)` as a function."""
-    model = MultimodalModel(config, placement)
+    run = _model_run(config, placement)
 
     def apply(
         params: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None
     ) -> tuple[Float[Array, "B T Y"], RoutingTrace]:
-        rngs = None if key is None else {"routing": key}
-        output = cast(
-            ModelOutput,
-            model.apply({"params": params}, batch, router_bias_LC=router_bias_LC, window=window, rngs=rngs),
-        )
+        output = cast(ModelOutput, run(params, batch, router_bias_LC, key, window))
         return output.logits_BTY, output.trace
 
     return apply
@@ -77,16 +73,24 @@ def model_apply(config: ModelConfig, placement: Placement | None = None) -> Appl
 
 def hidden_apply(config: ModelConfig, placement: Placement | None = None) -> Callable[..., Outputs]:
     """`model_apply` that also returns the stream after every block."""
-    model = MultimodalModel(config, placement)
+    run = _model_run(config, placement, mutable=[STREAM])
 
     def apply(params: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None) -> Outputs:
-        rngs = None if key is None else {"routing": key}
-        output, found = model.apply(
-            {"params": params}, batch, router_bias_LC=router_bias_LC, window=window, rngs=rngs, mutable=[STREAM]
-        )
+        output, found = run(params, batch, router_bias_LC, key, window)
         return Outputs(output.logits_BTY, output.trace, tuple(jax.tree.leaves(found[STREAM])))
 
     return apply
+
+
+def _model_run(config: ModelConfig, placement: Placement | None, **how: Any) -> Callable[..., Any]:
+    """The model's `apply`, with further arguments of Flax's, as a function of the arguments of an `Apply`."""
+    model = MultimodalModel(config, placement)
+
+    def run(params: Any, batch: Batch, router_bias_LC: Array, key: Array | None, window: Array | None) -> Any:
+        rngs = None if key is None else {"routing": key}
+        return model.apply({"params": params}, batch, router_bias_LC=router_bias_LC, window=window, rngs=rngs, **how)
+
+    return run
 
 
 def make_eval_step(apply: Apply, objective: Objective = ANSWERS) -> Callable[..., BatchSums]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.core.hardware import TpuLimits
+from anyexperts_jax.core.rounding import round_up
 
 KERNELS = ("forward", "backward", "weights")
 
@@ -94,28 +95,28 @@ _BLOCKS = (512, 256, 128)
 
 
 def _row_candidates(shape: Shape) -> Iterator[KernelSizes]:
-    step = min(_STEP, _round_up(shape.capacity, 16))
+    step = min(_STEP, round_up(shape.capacity, 16))
     for columns in (None, *_column_counts(max(shape.width, shape.hidden))):
         for rows in _BLOCKS:
-            block = min(rows, _round_up(shape.capacity, step))
+            block = min(rows, round_up(shape.capacity, step))
             yield KernelSizes(block, _SLAB if block > _SLAB and _SLAB % step == 0 else block, step, columns)
 
 
 def _weights_candidates(chip: TpuLimits, shape: Shape) -> Iterator[KernelSizes]:
     """All columns first, or half of them if two cores share the work."""
-    step = min(_SUM_STEP, _round_up(shape.capacity, 16))
+    step = min(_SUM_STEP, round_up(shape.capacity, 16))
     for columns in _column_counts(shape.hidden // chip.cores):
         for rows in _BLOCKS:
-            block = min(rows, _round_up(shape.capacity, step))
+            block = min(rows, round_up(shape.capacity, step))
             yield KernelSizes(block, _SLAB if block == _BLOCKS[0] else block, step, columns)
 
 
 def _column_counts(most: int) -> Iterator[int]:
     """Multiples of 128 from the least that covers `most` downwards, each about half of the one before."""
-    columns = _round_up(most, 128)
+    columns = round_up(most, 128)
     while columns > 128:
         yield columns
-        columns = _round_up(columns // 2, 128)
+        columns = round_up(columns // 2, 128)
     yield 128
 
 
@@ -155,7 +156,3 @@ def _weights_bytes(shape: Shape, sizes: KernelSizes) -> int:
     columns = sizes.columns or shape.hidden
     totals = 0 if sizes.block == sizes.slab and sizes.block >= C else 4 * 3 * D * columns
     return totals + 2 * itemsize * (3 * D * columns + sizes.block * (2 * D + 3 * columns))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -32,8 +32,7 @@ def routed_mlp_triton(
       UserError: without an NVIDIA GPU, or for a dtype the kernels do not support.
     """
     options = triton_options(experts.gate_EDF, options)
-    how: dict[str, Any] = {"kernels": aligned_kernels(pallas_triton, options), "block": buffer_block(options.tiles)}
-    return buffered.routed_mlp(x_ND, weights_NK, order, experts, **how)
+    return buffered.routed_mlp(x_ND, weights_NK, order, experts, **_over_buffer(pallas_triton, options))
 
 
 def routed_mlp_mosaic(
@@ -51,7 +50,7 @@ def routed_mlp_mosaic(
     options = mosaic_options(experts.gate_EDF, options)
     multiple = pallas_gpu.WIDTH_MULTIPLE
     padded = ExpertWeights(*(pad_to_multiples(w, (1, multiple, multiple)) for w in experts))
-    how: dict[str, Any] = {"kernels": aligned_kernels(pallas_gpu, options), "block": buffer_block(options.tiles)}
+    how = _over_buffer(pallas_gpu, options)
     y_ND = buffered.routed_mlp(pad_to_multiples(x_ND, (1, multiple)), weights_NK, order, padded, **how)
     return y_ND[:, : x_ND.shape[1]]
 
@@ -70,8 +69,7 @@ def triton_in_place(
     """
     check_stacked_experts(x_ND, experts.weights.gate_EDF)
     options = triton_options(experts.weights.gate_EDF, options)
-    how: dict[str, Any] = {"kernels": aligned_kernels(pallas_triton, options), "block": buffer_block(options.tiles)}
-    return buffered.routed_mlp_in_place(x_ND, weights_NK, order, experts, **how)
+    return buffered.routed_mlp_in_place(x_ND, weights_NK, order, experts, **_over_buffer(pallas_triton, options))
 
 
 def mosaic_in_place(
@@ -88,8 +86,12 @@ def mosaic_in_place(
     """
     check_stacked_experts(x_ND, experts.weights.gate_EDF, pallas_gpu.WIDTH_MULTIPLE)
     options = mosaic_options(experts.weights.gate_EDF, options)
-    how: dict[str, Any] = {"kernels": aligned_kernels(pallas_gpu, options), "block": buffer_block(options.tiles)}
-    return buffered.routed_mlp_in_place(x_ND, weights_NK, order, experts, **how)
+    return buffered.routed_mlp_in_place(x_ND, weights_NK, order, experts, **_over_buffer(pallas_gpu, options))
+
+
+def _over_buffer(kernels: Kernels, options: GpuOptions) -> dict[str, Any]:
+    """The arguments by which the functions of `buffered` run these kernels."""
+    return {"kernels": aligned_kernels(kernels, options), "block": buffer_block(options.tiles)}
 
 
 def buffer_block(tiles: Tiles) -> int:

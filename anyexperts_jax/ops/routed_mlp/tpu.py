@@ -45,9 +45,7 @@ def routed_mlp_pallas_tpu(
     width = x_ND.shape[1]
     x_ND = pad_to_multiples(x_ND, (1, LANES))
     experts = ExpertWeights(*(pad_to_multiples(w, (1, LANES, LANES)) for w in experts))
-    sizes = _sizes(order, experts.gate_EDF, options)
-    kernels = _kernels(sizes, options.interpret)
-    y_ND = buffered.routed_mlp(x_ND, weights_NK, order, experts, kernels=kernels, block=buffer_block(sizes))
+    y_ND = buffered.routed_mlp(x_ND, weights_NK, order, experts, **_over_buffer(order, experts, options))
     return y_ND[:, :width]
 
 
@@ -67,18 +65,21 @@ def routed_mlp_in_place(
     """
     require_kernels(x_ND.dtype, options)
     check_stacked_experts(x_ND, experts.weights.gate_EDF, LANES)
-    sizes = _sizes(order, experts.weights.gate_EDF, options)
-    how: dict[str, Any] = {"kernels": _kernels(sizes, options.interpret), "block": buffer_block(sizes)}
+    how = _over_buffer(order, experts.weights, options)
     return buffered.routed_mlp_in_place(x_ND, weights_NK, order, experts, **how)
 
 
-def _sizes(order: SlotOrder, gate_EDF: Float[Array, "_ D F"], options: TpuOptions) -> TpuSizes:
-    """The sizes of the options, or else those for the load and the chip that the trace is for."""
-    if options.sizes is not None:
-        return options.sizes
-    _, width, hidden = gate_EDF.shape
-    load = math.ceil(order.slots_R.size / order.counts_E.size)
-    return aligned_sizes(tpu_limits(device_kind()), Shape(load, width, hidden, gate_EDF.dtype.itemsize))
+def _over_buffer(order: SlotOrder, experts: ExpertWeights, options: TpuOptions) -> dict[str, Any]:
+    """The arguments by which the functions of `buffered` run the kernels.
+
+    Sizes are those of the options, or else those for the load and the chip that the trace is for.
+    """
+    sizes = options.sizes
+    if sizes is None:
+        _, width, hidden = experts.gate_EDF.shape
+        load = math.ceil(order.slots_R.size / order.counts_E.size)
+        sizes = aligned_sizes(tpu_limits(device_kind()), Shape(load, width, hidden, experts.gate_EDF.dtype.itemsize))
+    return {"kernels": _kernels(sizes, options.interpret), "block": buffer_block(sizes)}
 
 
 def aligned_sizes(chip: TpuLimits, shape: Shape) -> TpuSizes:
