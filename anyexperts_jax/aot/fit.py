@@ -4,10 +4,10 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from anyexperts_jax.aot.work import token_shards
 from anyexperts_jax.core.errors import UserError
 from anyexperts_jax.dispatch.exchange_sizes import expected_devices
 from anyexperts_jax.routing.plan import plan_spec
+from anyexperts_jax.sharding.specs import token_shards
 from anyexperts_jax.train.config import RunConfig
 
 _OUT_OF_MEMORY = re.compile(r"([\d.]+)([KMG])\)? exceeds available HBM|Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm")

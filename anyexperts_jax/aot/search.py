@@ -15,12 +15,14 @@ from anyexperts_jax.aot.fit import kept_bytes
 from anyexperts_jax.aot.step import CompiledStep, check_batch, compile_step
 from anyexperts_jax.aot.step_tables import mesh_text, to_json
 from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
-from anyexperts_jax.aot.work import count_work, gathered_bytes, token_shards
+from anyexperts_jax.aot.work import count_work, gathered_bytes
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.core.hardware import Chip
 from anyexperts_jax.core.remat import Remat
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.specs import token_shards
+from anyexperts_jax.train.auto_dispatch import with_dispatch
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.fit import state_bytes
 
@@ -65,15 +67,11 @@ def candidates(config: RunConfig, topology: str, slices: int) -> list[tuple[floa
     devices = slice_devices(topology, slices)
     chip, found = chip_of_topology(topology), []
     for sizes in meshes(config, len(devices) // slices):
-        remats = (
-            REMATS
-            if config.model.stack.execution.dispatch == "exchange"
-            else tuple(r for r in REMATS if r != "exchanged")
-        )
-        for remat in remats:
-            stack = dataclasses.replace(config.model.stack, remat=remat)
-            model = dataclasses.replace(config.model, stack=stack)
-            candidate = dataclasses.replace(config, model=model, mesh=sizes)
+        on_mesh = with_dispatch(dataclasses.replace(config, mesh=sizes), sizes.sizes(len(devices)))
+        exchanges = on_mesh.model.stack.execution.dispatch == "exchange"
+        for remat in (remat for remat in REMATS if exchanges or remat != "exchanged"):
+            stack = dataclasses.replace(on_mesh.model.stack, remat=remat)
+            candidate = dataclasses.replace(on_mesh, model=dataclasses.replace(on_mesh.model, stack=stack))
             try:
                 mesh = make_mesh(sizes, devices)
                 check_batch(candidate, mesh)
@@ -89,7 +87,8 @@ def meshes(config: RunConfig, devices: int) -> Iterator[MeshConfig]:
     """The meshes of one slice whose axes divide experts, heads and width. `sequence` and slices stay as configured."""
     model, given = config.model, config.mesh
     heads = math.gcd(model.stack.attention.num_kv_heads, model.stack.attention.num_heads)
-    experts = _divisors(model.moe.num_experts) if model.stack.execution.dispatch == "exchange" else [1]
+    splits = model.stack.execution.dispatch in ("auto", "exchange")
+    experts = _divisors(model.moe.num_experts) if splits else [1]
     for expert in experts:
         for tensor in (size for size in _divisors(heads) if size <= _MOST_TENSOR):
             rest, left = divmod(devices, expert * tensor * given.sequence)
@@ -137,7 +136,7 @@ def _expected(config: RunConfig, mesh: dict[str, int]) -> list[Collective]:
 
 def describe(config: RunConfig) -> str:
     sizes = {field.name: getattr(config.mesh, field.name) for field in dataclasses.fields(config.mesh)}
-    return f"{mesh_text(sizes)}; remat {config.model.stack.remat}"
+    return f"{mesh_text(sizes)}; {config.model.stack.execution.dispatch}; remat {config.model.stack.remat}"
 
 
 def search_table(tried: list[Tried], topology: str) -> TextTable:

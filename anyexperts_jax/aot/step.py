@@ -21,6 +21,7 @@ from anyexperts_jax.models.init import abstract_params
 from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import batch_shardings, batch_shards
+from anyexperts_jax.train.auto_dispatch import with_dispatch
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.fit import state_bytes
 from anyexperts_jax.train.state import abstract_state
@@ -67,6 +68,7 @@ def compile_step(config: RunConfig, topology: str, slices: int = 1) -> CompiledS
     mesh = make_mesh(config.mesh, devices)
     check_batch(config, mesh)
     start = time.perf_counter()
+    config = with_dispatch(config, dict(mesh.shape))
     lowered, state = lower_step(config, mesh), state_bytes(config, mesh)
     try:
         compiled = lowered.compile()

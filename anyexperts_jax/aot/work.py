@@ -18,7 +18,7 @@ from anyexperts_jax.ops.expert_mlp.tpu_sizes import Shape
 from anyexperts_jax.ops.routed_mlp.tpu import aligned_sizes
 from anyexperts_jax.routing.plan import plan_spec
 from anyexperts_jax.sharding.rules import as_tuple
-from anyexperts_jax.sharding.specs import DEFAULT_RULES
+from anyexperts_jax.sharding.specs import DEFAULT_RULES, token_shards
 from anyexperts_jax.train.config import RunConfig
 from anyexperts_jax.train.trainable import what_trains
 
@@ -167,8 +167,3 @@ def gathered_bytes(model: ModelConfig, mesh: dict[str, int]) -> float:
         kept = [axis for name in names if name not in gathered for axis in as_tuple(getattr(DEFAULT_RULES, name))]
         weights += math.prod(array.shape) / math.prod(mesh[axis] for axis in kept) * itemsize
     return weights
-
-
-def token_shards(mesh: dict[str, int]) -> int:
-    """Returns the number of parts into which the mesh splits the positions of a batch."""
-    return math.prod(mesh[axis] for axis in (*as_tuple(DEFAULT_RULES.batch), *as_tuple(DEFAULT_RULES.length)))

@@ -20,6 +20,7 @@ def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.aot.fit import require_fits
     from anyexperts_jax.aot.topology import use_no_device
     from anyexperts_jax.core.text_table import print_tables
+    from anyexperts_jax.train.auto_dispatch import auto_choice
     from anyexperts_jax.train.config import load_config
 
     console = Console(highlight=False)
@@ -39,6 +40,8 @@ def run(options: argparse.Namespace) -> None:
     else:
         say(f"compiling the train step of {options.config} for {options.topology}; nothing runs")
         compiled = step.compile_step(config, options.topology, options.slices)
+        if (choice := auto_choice(config, compiled.mesh)) is not None:
+            say(str(choice))
         print_tables(step_tables.step_tables(compiled), console)
         figures = step_tables.to_json(compiled)
     if options.json:

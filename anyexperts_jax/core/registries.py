@@ -63,6 +63,7 @@ IMPLEMENTATIONS: Registry[Any] = Registry(
 DISPATCHERS: Registry[Any] = Registry(
     "dispatch",
     {
+        "auto": "anyexperts_jax.dispatch.auto:dispatch_auto",
         "blocks": "anyexperts_jax.dispatch.blocks:dispatch_blocks",
         "capacity": "anyexperts_jax.dispatch.capacity:dispatch_capacity",
         "dense": "anyexperts_jax.dispatch.dense:dispatch_dense",

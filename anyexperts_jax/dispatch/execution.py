@@ -14,7 +14,7 @@ from anyexperts_jax.sharding.placement import Placement, is_split
 
 Residuals = Literal["saved", "recomputed"]
 Overflow = Literal["drop", "fallback"]
-BUFFERED = ("capacity", "exchange")  # dispatchers with buffers of a fixed size, which can overflow
+BUFFERED = ("auto", "capacity", "exchange")  # dispatchers whose buffers can have a fixed size, and so overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Execution:
       UserError: naming the value and the valid ones.
     """
 
-    dispatch: str = "blocks"  # how rows move between tokens and experts, an entry of DISPATCHERS
+    dispatch: str = "blocks"  # how rows move between tokens and experts, an entry of DISPATCHERS; auto: by bytes
     implementation: str | None = None  # of the expert ops, an entry of IMPLEMENTATIONS; None: the device's fastest
     residuals: Residuals = "saved"  # saved: keep gate and up for the backward pass; recomputed: recompute them there
     capacity_factor: float = 1.25  # rows of a buffer, relative to the rows that the budget expects in it
@@ -69,9 +69,9 @@ def require_capacity_for(config: AnyExpertsConfig, execution: Execution) -> None
 def resolve_implementation(execution: Execution, placement: Placement | None, dtype: jnp.dtype) -> Execution:
     """`execution` with the implementation that will run, so that a model on a mesh can report it once.
 
-    `blocks` and `exchange` compute each device's part separately, and so use the device's kernels everywhere.
-    "capacity" and "dense" do so on one device only: on several, XLA partitions them, and it cannot partition a kernel,
-    so they use the "xla" implementation.
+    `blocks`, `exchange` and thus `auto` compute each device's part separately, so they use the device's kernels
+    everywhere. "capacity" and "dense" do so on one device only: on several, XLA partitions them, and it cannot
+    partition a kernel, so they use the "xla" implementation.
     """
     if execution.implementation is not None:
         return execution

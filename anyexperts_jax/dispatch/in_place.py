@@ -29,7 +29,7 @@ def reads_in_place(
       weights: of the experts of all layers, as they are stored.
       dtype: of the computation.
     """
-    if execution.dispatch != "blocks" or (placement is not None and is_split(placement)):
+    if execution.dispatch not in ("auto", "blocks") or (placement is not None and is_split(placement)):
         return False
     own = _in_place(execution, placement, dtype)
     return own is not None and own.pays(tokens * config.slots_bound, config.num_experts, weights, dtype)

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import comma_list, require
-from anyexperts_jax.sharding.rules import ShardingRules
+from anyexperts_jax.sharding.rules import ShardingRules, as_tuple
 
 DEFAULT_RULES = ShardingRules()
 # B, then possibly T, then letters or digits other than T: a T in a later place would be an axis that nobody splits.
@@ -148,3 +148,8 @@ def parts(mesh: Mesh, mesh_axes: Any) -> int:
     """The number of parts into which a dimension on `mesh_axes` is split."""
     names = () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
     return math.prod(mesh.shape[name] for name in names)
+
+
+def token_shards(mesh: dict[str, int]) -> int:
+    """Returns the number of parts into which a mesh of these sizes splits the positions of a batch."""
+    return math.prod(mesh[axis] for axis in (*as_tuple(DEFAULT_RULES.batch), *as_tuple(DEFAULT_RULES.length)))

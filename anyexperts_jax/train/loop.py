@@ -25,6 +25,7 @@ from anyexperts_jax.sharding.mesh import make_mesh
 from anyexperts_jax.sharding.placement import Placement
 from anyexperts_jax.sharding.specs import batch_rows, shard_batch
 from anyexperts_jax.train import processes
+from anyexperts_jax.train.auto_dispatch import auto_choice
 from anyexperts_jax.train.begin import first_state
 from anyexperts_jax.train.checkpoint import Checkpoints, quiet_orbax
 from anyexperts_jax.train.config import RunConfig, describe_differences, to_json
@@ -262,6 +263,8 @@ class _Run:
             return
         self.reporter.start(first, train.steps)
         self.reporter.note(f"step compiled in {self.compiled_in:.1f} s")
+        if (choice := auto_choice(self.config, dict(self.mesh.shape))) is not None:
+            self.reporter.note(str(choice))
         self.since = time.perf_counter()
         pending = None
         for done in range(first + 1, train.steps + 1):
