@@ -127,7 +127,7 @@ def test_recomputed_residuals_change_nothing_but_memory(dispatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dispatch": "sparse"}, "dispatch='sparse' is unknown; valid: blocks, capacity, dense, exchange"),
+        ({"dispatch": "sparse"}, "dispatch='sparse' is unknown; valid: auto, blocks, capacity, dense, exchange"),
         ({"implementation": "cuda"}, f"implementation='cuda' is unknown; valid: {', '.join(IMPLEMENTATIONS)}"),
         ({"residuals": "all"}, "residuals='all' is unknown; valid: saved, recomputed"),
         ({"capacity_factor": 0}, "capacity_factor=0 must be > 0"),

@@ -14,7 +14,7 @@ from anyexperts_jax.sharding.placement import Placement, one_device
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dispatch": "sparse"}, "dispatch='sparse' is unknown; valid: blocks, capacity, dense, exchange"),
+        ({"dispatch": "sparse"}, "dispatch='sparse' is unknown; valid: auto, blocks, capacity, dense, exchange"),
         ({"implementation": "cuda"}, "implementation='cuda' is unknown; valid: reference, xla, pallas_tpu"),
         ({"residuals": "all"}, "residuals='all' is unknown; valid: saved, recomputed"),
         ({"overflow": "ignore"}, "overflow='ignore' is unknown; valid: drop, fallback"),
