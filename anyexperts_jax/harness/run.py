@@ -3,23 +3,17 @@
 import contextlib
 import dataclasses
 import difflib
-import json
 import logging
-import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from anyexperts_jax.core.errors import UserError, comma_list, one_line, require
 from anyexperts_jax.core.extras import require_package
-from anyexperts_jax.core.text_table import TextTable
-from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.pretrained.budget import mixes
-from anyexperts_jax.routing.policies import IMPORTANCE
+from anyexperts_jax.harness.scores import TaskScore, scores_of
 from anyexperts_jax.serve.model import ServedModel
 from anyexperts_jax.serve.slots import row_budget
-from anyexperts_jax.train.metrics import plain
 
 _SHOWN_UNKNOWN = 4  # similar task names that an error message suggests
 
@@ -34,33 +28,6 @@ class TaskOptions:
     chat: bool = False  # whether prompts are rendered with the model's chat template
     rows: int = 8  # batch size
     length: int | None = None  # longest sequence; None: the model's positions
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskScore:
-    """The score of a task at a budget, and how many experts it used.
-
-    Attributes:
-      score: lm-eval's value of `metric`; `standard_error` is nan if lm-eval reports none.
-      examples: how many were scored.
-      budget: requested real experts per token; None: the model's own window.
-      realised: real experts used per token, mean over MoE layers; nan for a dense model.
-      by_layer: real experts used per token in each MoE layer.
-      policy: what decides how many experts a token gets.
-      seconds: time of the whole task, compilation included.
-    """
-
-    task: str
-    metric: str
-    score: float
-    standard_error: float
-    higher_is_better: bool | None
-    examples: int
-    budget: float | None
-    realised: float
-    by_layer: tuple[float, ...]
-    policy: str
-    seconds: float
 
 
 def evaluate_tasks(
@@ -103,57 +70,6 @@ def require_harness() -> None:
     require_package("lm_eval", "harness", "--tasks needs")
 
 
-def score_table(scores: Sequence[TaskScore], title: str) -> TextTable:
-    """Returns the table of scores that is printed."""
-    columns = ("task", "metric", "budget", "score", "± error", "real experts", "examples", "seconds", "policy")
-    rows = [
-        (
-            one.task,
-            one.metric,
-            "own" if one.budget is None else f"{one.budget:g}",
-            f"{one.score:.4f}",
-            "-" if math.isnan(one.standard_error) else f"{one.standard_error:.4f}",
-            "dense" if math.isnan(one.realised) else f"{one.realised:.2f}",
-            str(one.examples),
-            f"{one.seconds:.1f}",
-            one.policy,
-        )
-        for one in scores
-    ]
-    return TextTable(title, columns, tuple(rows), names=2)
-
-
-def layer_table(scores: Sequence[TaskScore]) -> TextTable | None:
-    """Returns a table of real experts per token in each MoE layer; None for a dense model."""
-    measured = {(one.task, one.budget): one for one in scores if one.by_layer}
-    if not measured:
-        return None
-    layers = max(len(one.by_layer) for one in measured.values())
-    rows = [
-        (task, "own" if budget is None else f"{budget:g}", *(f"{real:.2f}" for real in one.by_layer))
-        for (task, budget), one in measured.items()
-    ]
-    return TextTable(
-        "real experts per token, by MoE layer", ("task", "budget", *map(str, range(layers))), tuple(rows), names=2
-    )
-
-
-def write_scores(scores: Sequence[TaskScore], path: pathlib.Path, command: str) -> None:
-    """Writes the scores as JSON; nan becomes null."""
-    rows = plain([dataclasses.asdict(one) for one in scores])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"command": command, "scores": rows}, indent=2) + "\n", encoding="utf-8")
-
-
-def policy_name(config: ModelConfig, budget: float | None) -> str:
-    """Names, for a table, what decides how many experts a token gets."""
-    if config.stack.num_moe_layers == 0:
-        return "dense"
-    if not mixes(config) or config.moe.policy != IMPORTANCE:
-        return config.moe.policy
-    return "static" if budget is None or budget == round(budget) else "static, mixed by position"
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences lm-eval's progress log while the block runs; what it prints about tasks stays."""
@@ -170,26 +86,39 @@ def _task_manager(include: Sequence[pathlib.Path], tasks: Sequence[str]) -> Any:
     """Returns lm-eval's index of tasks. If the user's folders hold all tasks, its own large index is not built."""
     from lm_eval.tasks import TaskManager
 
-    for folder in include:
-        require(folder.is_dir(), f"--include {folder} is no folder")
-    folders = [str(folder) for folder in include] or None
+    folders = folders_of(include) or None
     if folders:
         own = TaskManager(include_path=folders, include_defaults=False)
         if set(tasks) <= set(own.all_tasks):
             return own
     manager = TaskManager(include_path=folders)
-    _require_known(manager, tasks)
+    require_tasks("lm-eval", list(manager.all_tasks), tasks)
     return manager
 
 
-def _require_known(manager: Any, tasks: Sequence[str]) -> None:
-    known = list(manager.all_tasks)
+def folders_of(include: Sequence[pathlib.Path]) -> list[str]:
+    """Returns the folders with the user's own tasks.
+
+    Raises:
+      UserError: if one is no folder.
+    """
+    for folder in include:
+        require(folder.is_dir(), f"--include {folder} is no folder")
+    return [str(folder) for folder in include]
+
+
+def require_tasks(harness: str, known: Sequence[str], tasks: Sequence[str]) -> None:
+    """Checks that a harness knows the tasks.
+
+    Raises:
+      UserError: naming the first that it does not know, and similar ones that it does.
+    """
     for task in tasks:
         if task in known:
             continue
         near = difflib.get_close_matches(task, known, _SHOWN_UNKNOWN)
         hint = f"; near it: {comma_list(near)}" if near else ""
-        raise UserError(f"the task {task!r} is not known to lm-eval, nor in a folder of --include{hint}")
+        raise UserError(f"the task {task!r} is not known to {harness}, nor in a folder of --include{hint}")
 
 
 def _evaluate(
@@ -225,41 +154,4 @@ def _evaluate(
         raise UserError(f"the task {task!r} cannot be read: {one_line(error, 300)}") from error
     seconds = time.perf_counter() - began
     assert found is not None
-    used = lm.used.by_layer
-    return [
-        TaskScore(
-            name,
-            metric,
-            score,
-            error,
-            better,
-            examples=_count_examples(found, name),
-            budget=budget,
-            realised=sum(used) / len(used) if used else float("nan"),
-            by_layer=used,
-            policy=policy_name(model.base, budget),
-            seconds=seconds,
-        )
-        for name, metric, score, error, better in _metrics(found)
-    ]
-
-
-def _metrics(found: Mapping[str, Any]) -> Iterator[tuple[str, str, float, float, bool | None]]:
-    """Yields (task, metric, score, standard error, whether higher is better) from lm-eval's results."""
-    for name, values in {**found["results"], **found.get("groups", {})}.items():
-        for key, value in values.items():
-            metric, _, filter_name = key.partition(",")
-            if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            error = values.get(f"{metric}_stderr,{filter_name}")
-            error = float(error) if isinstance(error, int | float) else float("nan")
-            shown = metric if filter_name == "none" else f"{metric} ({filter_name})"
-            yield name, shown, float(value), error, found["higher_is_better"].get(name, {}).get(metric)
-
-
-def _count_examples(found: Mapping[str, Any], name: str) -> int:
-    counts = found.get("n-samples", {})
-    if name in counts:
-        return int(counts[name]["effective"])
-    subtasks = found.get("group_subtasks", {}).get(name, [])
-    return sum(int(counts[one]["effective"]) for one in subtasks if one in counts)
+    return scores_of(found, lm.used, model.base, budget, seconds)

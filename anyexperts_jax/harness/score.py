@@ -1,5 +1,6 @@
 """Log likelihoods of continuations, and how many real experts they used."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,17 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from anyexperts_jax.core.batch import make_batch
+from anyexperts_jax.core.batch import Batch, make_batch
+from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.modality import MODALITY_NAMES, Modality
 from anyexperts_jax.core.rounding import round_up
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.generate import dropless
 from anyexperts_jax.models.multimodal import MultimodalModel
+from anyexperts_jax.models.placed_media import PlacedMedia
 from anyexperts_jax.pretrained.budget import window_arguments
 from anyexperts_jax.pretrained.decode import Weights
+from anyexperts_jax.pretrained.placing import Placed
+from anyexperts_jax.routing.trace import real_by_modality
+from anyexperts_jax.serve.engine import Prompt
 from anyexperts_jax.serve.slots import RowBudget
+from anyexperts_jax.serve.usage import Spent
 from anyexperts_jax.sharding.placement import Placement
 
 _LENGTH_STEP = 32  # lengths are rounded up to a multiple of it, so that few programs are compiled
+_MEDIA_STEP = 64  # the same with media
 
 
 class Pair(NamedTuple):
@@ -30,19 +39,30 @@ class Pair(NamedTuple):
 
 
 class Used:
-    """Sums up real experts, by MoE layer, and the tokens that used them."""
+    """Sums up real experts, by MoE layer and modality, and the tokens that used them."""
 
     def __init__(self, layers: int) -> None:
-        self._real_L, self._tokens = np.zeros(layers, np.float64), 0
+        self._spent = Spent.nothing(layers)
 
-    def add(self, real_L: Any, tokens: int) -> None:
-        self._real_L = self._real_L + np.asarray(real_L, np.float64)
-        self._tokens += tokens
+    def add(self, spent: Spent) -> None:
+        self._spent = self._spent.plus(spent)
 
     @property
     def by_layer(self) -> tuple[float, ...]:
         """Real experts per token in each MoE layer; () for a dense model or before anything was counted."""
-        return tuple((self._real_L / self._tokens).tolist()) if self._tokens else ()
+        return self._per_token(self._spent.real_LM.sum(axis=1), int(self._spent.tokens_M.sum()))
+
+    @property
+    def by_modality(self) -> dict[str, tuple[float, ...]]:
+        """The same for each modality that had tokens, by its name; {} for a dense model."""
+        found = {
+            name: self._per_token(self._spent.real_LM[:, m], int(self._spent.tokens_M[m]))
+            for m, name in enumerate(MODALITY_NAMES)
+        }
+        return {name: real_L for name, real_L in found.items() if real_L}
+
+    def _per_token(self, real_L: np.ndarray, tokens: int) -> tuple[float, ...]:
+        return tuple((real_L / tokens).tolist()) if tokens else ()
 
 
 def log_likelihoods(
@@ -62,26 +82,44 @@ def log_likelihoods(
     found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     for begin in range(0, len(order), rows):
         numbers = order[begin : begin + rows]
-        arrays, tokens = _pad(config, [pairs[i] for i in numbers], rows, longest)
-        window = jnp.asarray((budget.k_min, budget.k_max), jnp.float32)
-        logprob_B, likeliest_B, real_L = _scores(
-            static, weights.params, weights.router_bias_LC, arrays, (window, jnp.float32(budget.share))
-        )
-        used.add(real_L, tokens)
-        logprobs, likeliest = np.asarray(logprob_B).tolist(), np.asarray(likeliest_B).tolist()
-        for row, i in enumerate(numbers):
-            found[i] = (logprobs[row], likeliest[row])
+        arrays = _pad(config, [pairs[i] for i in numbers], rows, longest)
+        for i, answer in zip(numbers, _run(static, weights, arrays, budget, used), strict=False):  # rows of padding
+            found[i] = answer
     return found
 
 
+def log_likelihood_after(
+    weights: Weights, prompt: Prompt, continuation: Sequence[int], budget: RowBudget, used: Used
+) -> tuple[float, bool]:
+    """Returns the log likelihood of a continuation of a prompt with media, and whether greedy decoding would give it.
+
+    Raises:
+      UserError: if both together do not fit into the model's positions.
+    """
+    config = dropless(weights.config)
+    arrays = _continued(config, prompt, tuple(continuation))
+    (found,) = _run((config, weights.placement), weights, arrays, budget, used)
+    return found
+
+
+def _run(
+    static: tuple[ModelConfig, Placement], weights: Weights, arrays: "_Arrays", budget: RowBudget, used: Used
+) -> list[tuple[float, bool]]:
+    window = jnp.asarray((budget.k_min, budget.k_max), jnp.float32)
+    arguments = (weights.params, weights.router_bias_LC, arrays, (window, jnp.float32(budget.share)))
+    logprob_B, likeliest_B, real_LM, tokens_M = jax.device_get(_scores(static, *arguments))
+    used.add(Spent(real_LM, tokens_M))
+    return list(zip(logprob_B.tolist(), likeliest_B.tolist(), strict=True))
+
+
 class _Arrays(NamedTuple):
-    tokens_BT: Int[Array, "B T"]
-    valid_BT: Bool[Array, "B T"]
+    batch: Batch
     next_BT: Int[Array, "B T"]
     scored_BT: Bool[Array, "B T"]  # where the next token belongs to the continuation
+    placed: PlacedMedia | None = None  # what the towers of a published model read
 
 
-def _pad(config: ModelConfig, pairs: Sequence[Pair], rows: int, longest: int) -> tuple[_Arrays, int]:
+def _pad(config: ModelConfig, pairs: Sequence[Pair], rows: int, longest: int) -> _Arrays:
     texts = [(*pair.context, *pair.continuation)[-(longest + 1) :] for pair in pairs]
     width = round_up(max(len(text) - 1 for text in texts), _LENGTH_STEP)
     width = min(width, config.max_length)
@@ -92,7 +130,47 @@ def _pad(config: ModelConfig, pairs: Sequence[Pair], rows: int, longest: int) ->
         tokens_BT[row, :last], next_BT[row, :last] = text[:-1], text[1:]
         valid_BT[row, :last] = True
         scored_BT[row, max(last - len(pair.continuation), 0) : last] = True
-    return _Arrays(*map(jnp.asarray, (tokens_BT, valid_BT, next_BT, scored_BT))), int(valid_BT.sum())
+    batch = make_batch(tokens_BT, valid_BT=valid_BT, **_empty_media(config, rows))
+    return _Arrays(batch, jnp.asarray(next_BT), jnp.asarray(scored_BT))
+
+
+def _continued(config: ModelConfig, prompt: Prompt, continuation: tuple[int, ...]) -> _Arrays:
+    """Returns one row: a prompt with media and, after it, its continuation without the last token."""
+    ids, first = (*prompt.tokens, *continuation), len(prompt.tokens)
+    last = len(ids) - 1
+    room = config.max_length if prompt.batch is None else prompt.batch.tokens_BT.shape[1]
+    message = f"the prompt has {first} tokens with its media and the answer {len(continuation)}, the model {room}"
+    require(last <= room, f"{message} positions")
+    width = min(round_up(last, _MEDIA_STEP), room) if prompt.batch is None else room
+    tokens_1T, next_1T = np.zeros((1, width), np.int32), np.zeros((1, width), np.int32)
+    tokens_1T[0, :last], next_1T[0, :last] = ids[:-1], ids[1:]
+    place_1T = np.arange(width, dtype=np.int32)[None]
+    valid_1T, scored_1T = place_1T < last, (place_1T >= first - 1) & (place_1T < last)
+    scored = (jnp.asarray(next_1T), jnp.asarray(scored_1T))
+    if prompt.placed is not None:
+        batch = make_batch(tokens_1T, valid_BT=valid_1T, **_empty_media(config, 1))
+        return _Arrays(batch, *scored, _text_after(prompt.placed, first, width))
+    assert prompt.batch is not None
+    after_1T = place_1T >= first
+    held = {name: np.asarray(getattr(prompt.batch, name)) for name in ("modality_BT", "time_BT", "segment_BT")}
+    fields = {name: np.where(after_1T, np.zeros_like(own), own) for name, own in held.items()}
+    position_1T = np.where(after_1T, place_1T, np.asarray(prompt.batch.position_BT))
+    return _Arrays(
+        dataclasses.replace(prompt.batch, tokens_BT=tokens_1T, valid_BT=valid_1T, position_BT=position_1T, **fields),
+        *scored,
+    )
+
+
+def _text_after(placed: Placed, first: int, width: int) -> PlacedMedia:
+    """Returns media whose prompt of `first` tokens is followed by text, up to `width` positions."""
+    media, text_T = placed.media, np.arange(first, width)
+    row_1T, modality_1T = np.full((1, width), -1, np.int32), np.full((1, width), int(Modality.TEXT), np.int32)
+    rotary_1T3 = np.zeros((1, width, 3), np.float32)
+    row_1T[:, :first] = np.asarray(media.row_BT)[:, :first]
+    modality_1T[:, :first] = np.asarray(media.modality_BT)[:, :first]
+    rotary_1T3[:, :first] = np.asarray(media.rotary_BT3)[:, :first]
+    rotary_1T3[0, first:] = (text_T - np.asarray(placed.lead_B)[0])[:, None]
+    return dataclasses.replace(media, row_BT=row_1T, modality_BT=modality_1T, rotary_BT3=rotary_1T3)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -102,20 +180,20 @@ def _scores(
     router_bias_LC: Array | None,
     arrays: _Arrays,
     budget: tuple[Float[Array, "2"], Float[Array, ""]],
-) -> tuple[Float[Array, "B"], Bool[Array, "B"], Float[Array, " L"]]:
-    (config, placement), (window, share) = static, budget
-    place_1T = jnp.arange(arrays.tokens_BT.shape[1], dtype=jnp.int32)[None]
-    policy = window_arguments(config, window, share, jnp.broadcast_to(place_1T, arrays.tokens_BT.shape))
-    batch = make_batch(arrays.tokens_BT, valid_BT=arrays.valid_BT, **_empty_media(config, arrays.tokens_BT.shape[0]))
+) -> tuple[Float[Array, "B"], Bool[Array, "B"], Int[Array, "L M"], Int[Array, " M"]]:
+    (config, placement), (window, share), batch = static, budget, arrays.batch
+    place_1T = jnp.arange(batch.tokens_BT.shape[1], dtype=jnp.int32)[None]
+    policy = window_arguments(config, window, share, jnp.broadcast_to(place_1T, batch.tokens_BT.shape))
     output: Any = MultimodalModel(config, placement).apply(
-        {"params": params}, batch, router_bias_LC=router_bias_LC, **policy
+        {"params": params}, batch, router_bias_LC=router_bias_LC, placed=arrays.placed, **policy
     )
     logprobs_BTY = jax.nn.log_softmax(output.logits_BTY, axis=-1)
     own_BT = jnp.take_along_axis(logprobs_BTY, arrays.next_BT[:, :, None], axis=-1)[:, :, 0]
     likeliest_BT = jnp.argmax(logprobs_BTY, axis=-1) == arrays.next_BT
     logprob_B = jnp.where(arrays.scored_BT, own_BT, 0.0).sum(axis=1)
-    real_L = output.trace.real_slots_BT.sum(axis=(1, 2)).astype(jnp.float32)
-    return logprob_B, (likeliest_BT | ~arrays.scored_BT).all(axis=1), real_L
+    modality_BT = jnp.asarray(batch.modality_BT if arrays.placed is None else arrays.placed.modality_BT)
+    real_BLM, tokens_BM = real_by_modality(output.trace, modality_BT, jnp.asarray(batch.valid_BT))
+    return logprob_B, (likeliest_BT | ~arrays.scored_BT).all(axis=1), real_BLM.sum(axis=0), tokens_BM.sum(axis=0)
 
 
 def _empty_media(config: ModelConfig, rows: int) -> dict[str, Array]:

@@ -19,6 +19,7 @@ from anyexperts_jax.pretrained.hub_config import HubConfig, keys
 
 IMAGES, VIDEOS, BOTH = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
 _FLATTEST = 200  # largest ratio of a picture's sides
+_RATES = (1e-3, 1e3)  # frames per second of a video given as frames
 _OMNI_FRAME = {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32}  # pixels per frame in Qwen3-Omni
 _RESAMPLE = range(4)  # Pillow's numbers: nearest, Lanczos, bilinear, bicubic
 SETTINGS = keys(
@@ -53,6 +54,8 @@ class Video:
             return
         real = isinstance(self.fps, int | float) and math.isfinite(self.fps) and self.fps > 0
         require(real, f"fps={shown(self.fps)} of a video must be a number > 0")
+        low, high = _RATES
+        require(low <= (self.fps or 0) <= high, f"fps={shown(self.fps)} of a video must be from {low:g} to {high:g}")
 
     @property
     def of_file(self) -> bool:

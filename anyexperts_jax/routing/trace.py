@@ -4,9 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.config import AnyExpertsConfig
+from anyexperts_jax.core.modality import NUM_MODALITIES
 from anyexperts_jax.core.tree import register_dataclass
 from anyexperts_jax.routing.plan import RoutingPlan
 from anyexperts_jax.routing.route import route
@@ -58,3 +59,16 @@ def empty_trace(config: AnyExpertsConfig, num_sequences: int, length: int) -> Ro
 def layer_mean(values_L: Float[Array, " L"]) -> Float[Array, ""]:
     """The mean over MoE layers; 0 for a dense model, which has none."""
     return values_L.sum() / max(values_L.shape[0], 1)
+
+
+def real_by_modality(
+    trace: RoutingTrace, modality_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"]
+) -> tuple[Int[Array, "B L M"], Int[Array, "B M"]]:
+    """Sums the real experts of each row by MoE layer and modality, and counts its valid tokens by modality.
+
+    Args:
+      trace: stacked over layers.
+    """
+    own_BTM = jax.nn.one_hot(modality_BT, NUM_MODALITIES, dtype=jnp.int32) * valid_BT[:, :, None].astype(jnp.int32)
+    real_BLM = jnp.einsum("lbt,btm->blm", trace.real_slots_BT.astype(jnp.int32), own_BTM)
+    return real_BLM, own_BTM.sum(axis=1, dtype=jnp.int32)

@@ -20,12 +20,13 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from anyexperts_jax.core.errors import UserError, comma_list, require, shown
-from anyexperts_jax.serve.engine import Engine, Event, Failed, Finished, Job, Progress, Ticket, Token, Usage
+from anyexperts_jax.serve.engine import Engine, Event, Failed, Finished, Job, Progress, Ticket, Token
 from anyexperts_jax.serve.metrics import Metrics
 from anyexperts_jax.serve.model import ServedModel
 from anyexperts_jax.serve.openai_answers import Choices, as_json, error_body, model_body, usage_body
 from anyexperts_jax.serve.openai_requests import Asked, FieldError, Kind, read_request
 from anyexperts_jax.serve.slots import row_budget
+from anyexperts_jax.serve.usage import Usage
 from anyexperts_jax.serve.worker import QueueFullError, StoppingError, Worker
 
 OPEN_PATHS = ("/health",)  # need no API key

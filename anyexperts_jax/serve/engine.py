@@ -38,6 +38,7 @@ from anyexperts_jax.serve.slots import (
     slot_cache,
     step_slots,
 )
+from anyexperts_jax.serve.usage import Spent, Usage
 from anyexperts_jax.tokenizers.base import Tokenizer
 
 PIECES = (16, 128)  # widths of prefill pieces; each is a compiled program
@@ -57,19 +58,6 @@ class Token(NamedTuple):
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
-
-
-class Usage(NamedTuple):
-    """How many tokens and experts an answer used."""
-
-    prompt_tokens: int
-    completion_tokens: int  # including the token that ended the answer
-    real_by_layer: tuple[float, ...] = ()  # real experts per token in each MoE layer; () for a dense model
-
-    @property
-    def real_experts(self) -> float:
-        """Real experts per token, averaged over the MoE layers; nan for a dense model."""
-        return sum(self.real_by_layer) / len(self.real_by_layer) if self.real_by_layer else float("nan")
 
 
 class Progress(NamedTuple):
@@ -130,10 +118,10 @@ class Ticket:
 class _Slot:
     ticket: Ticket
     stream: TextStream
+    spent: Spent
     filled: int = 0  # positions written to the cache
     lead: float = 0.0  # by how much rotary positions lag behind them, once media have been read
     tokens: list[int] = dataclasses.field(default_factory=list)
-    real_L: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((), np.int64))
     last_told: float = 0.0
 
     @property
@@ -227,7 +215,8 @@ class Engine:
         for number, slot in enumerate(self._slots):
             if slot is None and self._waiting:
                 ticket = self._waiting.popleft()
-                self._slots[number] = _Slot(ticket, TextStream(self._tokenizer, ticket.job.stop))
+                stream = TextStream(self._tokenizer, ticket.job.stop)
+                self._slots[number] = _Slot(ticket, stream, Spent.nothing(self._config.stack.num_moe_layers))
         prefilled = self._prefill_piece()
         return self._decode_step() or prefilled
 
@@ -296,7 +285,7 @@ class Engine:
             chosen, self._cache = prefill_slot(*arguments, (job.prompt.batch, rows), self._cache, place)
         chosen = jax.device_get(chosen)  # indexing an array on the device would compile another program
         slot.filled += len(piece)
-        slot.real_L = slot.real_L + chosen.real_BL[0]
+        slot.spent = slot.spent.plus(Spent(chosen.real_BLM[0], chosen.read_BM[0]))
         if slot.filled == len(job.prompt.tokens):
             self._watch("first_token_seconds", time.monotonic() - slot.ticket.arrived)
             self._add_token(number, slot, _token(chosen, 0, job.tells_logprobs))
@@ -323,7 +312,7 @@ class Engine:
         chosen = jax.device_get(chosen)
         for number, slot in live.items():
             slot.filled += 1
-            slot.real_L = slot.real_L + chosen.real_BL[number]
+            slot.spent = slot.spent.plus(Spent(chosen.real_BLM[number], chosen.read_BM[number]))
             self._watch("between_tokens_seconds", time.monotonic() - slot.last_told)
             self._add_token(number, slot, _token(chosen, number, slot.ticket.job.tells_logprobs))
 
@@ -355,8 +344,8 @@ class Engine:
     def _finish(self, number: int, slot: _Slot, reason: Literal["stop", "length"]) -> None:
         self._slots[number] = None
         prompt, answer = len(slot.ticket.job.prompt.tokens), len(slot.tokens)
-        usage = Usage(prompt, answer, tuple((slot.real_L / slot.filled).tolist()))
-        real = int(slot.real_L.sum())
+        usage = Usage(prompt, answer, slot.spent)
+        real = int(slot.spent.real_LM.sum())
         for name, amount in (("prompt_tokens", prompt), ("completion_tokens", answer), ("real_experts", real)):
             self._watch(name, amount)
         slot.ticket.job.tell(Finished(slot.stream.rest(), reason, usage))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,8 +12,10 @@ from anyexperts_jax.core.rounding import round_up
 from anyexperts_jax.data.batches import prompts, stack
 from anyexperts_jax.data.config import DataConfig
 from anyexperts_jax.data.conversation import Conversation, Document, Medium, Message, Part, Text, joined
+from anyexperts_jax.data.decode import decode_audio, decode_picture, decode_video
 from anyexperts_jax.data.sequence import padded
 from anyexperts_jax.data.turns import chat_template, encode_item, uses_template
+from anyexperts_jax.data.video_file import MAX_FRAMES
 from anyexperts_jax.evaluate.trained import Trained, load_trained
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.pretrained.budget import with_budget
@@ -22,10 +24,11 @@ from anyexperts_jax.pretrained.load import is_checkpoint
 from anyexperts_jax.pretrained.lora import Adapter, read_adapter, with_adapters
 from anyexperts_jax.pretrained.media import readable_kinds
 from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.pretrained.pictures import Video
 from anyexperts_jax.pretrained.placing import place
 from anyexperts_jax.pretrained.prompts import leading_ids, prompt_tokens
 from anyexperts_jax.serve.engine import Prompt
-from anyexperts_jax.serve.media import medium_of
+from anyexperts_jax.serve.media import part_of
 from anyexperts_jax.tokenizers.base import Tokenizer
 from anyexperts_jax.tokenizers.chat import ASSISTANT
 from anyexperts_jax.train.config import load_config
@@ -38,13 +41,17 @@ _LENGTH_STEP = 64  # prompts with media are padded to a multiple, so that few pr
 class Reader(Protocol):
     """Turns the contents of a request into a prompt. Each method raises UserError for what the model cannot read."""
 
-    media: tuple[str, ...]  # what it reads beside text: "image", "audio"
+    media: tuple[str, ...]  # what it reads beside text: "image", "video", "audio"
 
     def text(self, text: str) -> Prompt: ...
 
     def ids(self, ids: Sequence[int]) -> Prompt: ...
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt: ...
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        """Like `chat`, but a part holds its medium itself: {"type": "image", "image": picture}."""
+        ...
 
     def typical(self) -> Prompt | None:
         """A prompt with room for media, whose program all such prompts share; None: there is none."""
@@ -172,7 +179,7 @@ class CheckpointReader:
 
     def __init__(self, model: Pretrained) -> None:
         self._model, self._tokenizer = model, model.tokenizer
-        self.media = tuple(kind for kind in readable_kinds(model.config) if kind != "video")
+        self.media = readable_kinds(model.config)
 
     def typical(self) -> Prompt | None:
         return None
@@ -185,7 +192,10 @@ class CheckpointReader:
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         read = [_with_decoded(f"messages[{i}]", message, self.media) for i, message in enumerate(messages)]
-        ids, shown = self._model.prepared(read)
+        return self.conversation(read)
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        ids, shown = self._model.prepared(messages)
         if shown is None:
             return Prompt(tuple(ids))
         room = self._model.config.max_length
@@ -201,7 +211,8 @@ class RunReader:
     def __init__(self, data: DataConfig, tokenizer: Tokenizer) -> None:
         self._spec, self._tokenizer = data.encoding, tokenizer
         self._template = chat_template(data, tokenizer)
-        rooms = (("image", data.encoding.max_patches), ("audio", data.encoding.max_frames))
+        patches = data.encoding.max_patches
+        rooms = (("image", patches), ("video", patches), ("audio", data.encoding.max_frames))
         self.media = tuple(kind for kind, room in rooms if room > 0)
 
     def typical(self) -> Prompt | None:
@@ -215,7 +226,12 @@ class RunReader:
         return Prompt(tuple(ids))
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
-        read = [self._message(i, message) for i, message in enumerate(messages)]
+        return self._asked([self._message(i, message, self._part) for i, message in enumerate(messages)])
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        return self._asked([self._message(i, message, _held) for i, message in enumerate(messages)])
+
+    def _asked(self, read: Sequence[Message]) -> Prompt:
         require(bool(read), "messages is empty; it needs at least one message")
         answer = Message(ASSISTANT, (Text("?"),))  # a placeholder for the model's answer; `prompts` cuts it off
         return self._prompt(Conversation("served", (*read, answer), "request"), whole=False)
@@ -227,7 +243,7 @@ class RunReader:
         valid_T = np.asarray(batch.valid_BT)[0]
         return Prompt(tuple(np.asarray(batch.tokens_BT)[0][valid_T].tolist()), batch)
 
-    def _message(self, number: int, message: Mapping[str, Any]) -> Message:
+    def _message(self, number: int, message: Mapping[str, Any], read: Callable[[str, Any], Part]) -> Message:
         where = f"messages[{number}]"
         unknown = sorted(set(message) - {"role", "content"})
         require(not unknown, f"{where} holds {', '.join(unknown)}; the run reads role and content")
@@ -236,13 +252,13 @@ class RunReader:
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         require(isinstance(parts, list) and len(parts) > 0, f"{where}: content must be a text or a list of parts")
         assert isinstance(parts, list)
-        found = [self._part(f"{where}.content[{i}]", part) for i, part in enumerate(parts)]
+        found = [read(f"{where}.content[{i}]", part) for i, part in enumerate(parts)]
         return Message(role, joined(tuple(found)))
 
     def _part(self, where: str, part: Any) -> Part:
         if _is_text(part):
             return Text(part["text"])
-        return medium_of(part, where, self.media)
+        return _held(where, part_of(part, where, self.media))
 
 
 class TunedReader(CheckpointReader):
@@ -254,6 +270,9 @@ class TunedReader(CheckpointReader):
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         return self._learned.chat(messages)._replace(batch=None)  # no media, so it is read piece by piece
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        return self._learned.conversation(messages)._replace(batch=None)
 
 
 def _is_text(part: Any) -> bool:
@@ -270,13 +289,24 @@ def _with_decoded(where: str, message: Mapping[str, Any], kinds: Sequence[str]) 
     if not isinstance(content, list):
         return message
     parts = [
-        part if _is_text(part) else _as_part(medium_of(part, f"{where}.content[{i}]", kinds))
-        for i, part in enumerate(content)
+        part if _is_text(part) else part_of(part, f"{where}.content[{i}]", kinds) for i, part in enumerate(content)
     ]
     if all(map(_is_text, parts)):
         return {**message, "content": "".join(part["text"] for part in parts)}
     return {**message, "content": parts}
 
 
-def _as_part(medium: Medium) -> dict[str, Any]:
-    return {"type": medium.kind, medium.kind: medium.values}
+def _held(where: str, part: Any) -> Part:
+    """Decodes a part that holds its medium itself."""
+    if _is_text(part):
+        return Text(part["text"])
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    value = part.get(kind) if isinstance(part, Mapping) else None
+    value = pathlib.Path(value) if isinstance(value, str) else value
+    if kind == "image":
+        return Medium("image", decode_picture(value, where))
+    if kind == "audio":
+        return Medium("audio", decode_audio(value, where))
+    require(kind == "video", f"{where}: type={shown(kind)}; a part is of type text, image, audio or video")
+    frames = value.decoded(where, MAX_FRAMES)[0] if isinstance(value, Video) else decode_video(value, where)
+    return Medium("video", frames)

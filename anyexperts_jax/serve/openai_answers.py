@@ -5,8 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from anyexperts_jax.serve.engine import Token, Usage
+from anyexperts_jax.serve.engine import Token
 from anyexperts_jax.serve.openai_requests import Asked
+from anyexperts_jax.serve.usage import Usage
 from anyexperts_jax.tokenizers.base import Tokenizer
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.batch import Batch
 from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.multimodal import MultimodalModel, TextPart
 from anyexperts_jax.models.placed_media import PlacedMedia
@@ -23,7 +24,7 @@ from anyexperts_jax.models.sample import RowSampling, Sampling, row_tokens
 from anyexperts_jax.nn.stack import StackCache, empty_stack_cache
 from anyexperts_jax.pretrained.budget import window_arguments, with_budget
 from anyexperts_jax.routing.policies import IMPORTANCE
-from anyexperts_jax.routing.trace import RoutingTrace
+from anyexperts_jax.routing.trace import RoutingTrace, real_by_modality
 from anyexperts_jax.sharding.placement import Placement
 
 MOST_ALTERNATIVES = 20  # most likely tokens whose probabilities can be reported
@@ -58,7 +59,8 @@ class Chosen(NamedTuple):
     logprobs_B: Float[Array, "B"]
     top_ids_BX: Int[Array, "B X"]
     top_logprobs_BX: Float[Array, "B X"]
-    real_BL: Int[Array, "B L"]  # real experts used by the row's tokens, in each MoE layer
+    real_BLM: Int[Array, "B L M"]  # real experts used by the row's tokens, in each MoE layer, by modality
+    read_BM: Int[Array, "B M"]  # the row's tokens, by modality
 
 
 def row_budget(base: ModelConfig, served: ModelConfig, budget: float | None) -> RowBudget:
@@ -181,7 +183,8 @@ def prefill_slot(
         **_policy(config, rows, positions_BT),
         method="prefill",
     )
-    return _chosen(rows, logits_BY, trace), _put_row(cache, own, slot)
+    kinds = (jnp.asarray(batch.modality_BT), jnp.asarray(batch.valid_BT))
+    return _chosen(rows, logits_BY, trace, kinds), _put_row(cache, own, slot)
 
 
 def _extend(
@@ -203,7 +206,9 @@ def _extend(
         placed=media,
         method="extend",
     )
-    return _chosen(rows, logits_BY, trace), cache
+    text_BT = jnp.full_like(rows.tokens_BT, Modality.TEXT)
+    kinds = (text_BT if media is None else jnp.asarray(media.modality_BT), place_1T < rows.length_B[:, None])
+    return _chosen(rows, logits_BY, trace, kinds), cache
 
 
 def _policy(config: ModelConfig, rows: Rows, positions_BT: Int[Array, "B T"]) -> dict[str, Any]:
@@ -212,7 +217,17 @@ def _policy(config: ModelConfig, rows: Rows, positions_BT: Int[Array, "B T"]) ->
     return window_arguments(config, window_BT2, rows.share_B[:, None], positions_BT)
 
 
-def _chosen(rows: Rows, logits_BY: Float[Array, "B Y"], trace: RoutingTrace) -> Chosen:
+def _chosen(
+    rows: Rows,
+    logits_BY: Float[Array, "B Y"],
+    trace: RoutingTrace,
+    kinds: tuple[Int[Array, "B T"], Bool[Array, "B T"]],
+) -> Chosen:
+    """Chooses each row's next token.
+
+    Args:
+      kinds: modalities of the tokens that were read, and which of them are valid.
+    """
     tokens_B = row_tokens(rows.sampling, logits_BY)
     alternatives = min(MOST_ALTERNATIVES, logits_BY.shape[-1])
 
@@ -227,8 +242,8 @@ def _chosen(rows: Rows, logits_BY: Float[Array, "B Y"], trace: RoutingTrace) -> 
         return jnp.zeros(shape[:1], jnp.float32), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
 
     logprobs_B, top_ids_BX, top_logprobs_BX = jax.lax.cond(rows.tells, probabilities, zeros)
-    real_BL = trace.real_slots_BT.sum(axis=2, dtype=jnp.int32).T
-    return Chosen(tokens_B, logprobs_B, top_ids_BX, top_logprobs_BX, real_BL)
+    real_BLM, read_BM = real_by_modality(trace, *kinds)
+    return Chosen(tokens_B, logprobs_B, top_ids_BX, top_logprobs_BX, real_BLM, read_BM=read_BM)
 
 
 def _take_row(cache: StackCache, slot: Array) -> StackCache:

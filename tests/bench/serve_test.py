@@ -49,8 +49,31 @@ def test_the_command_loses_and_mixes_up_no_request(folder, tmp_path, capsys):
     assert json.loads((tmp_path / "again" / "bench_serve.json").read_text())["load"] == found["load"]
 
 
+@pytest.mark.slow
+def test_adapters_in_turn_beside_the_base_alone(tmp_path, capsys):
+    from serve.tiny import tiny_adapters, tiny_folder
+
+    base, out = tiny_folder(tmp_path / "tiny"), tmp_path / "out"
+    folders = tiny_adapters(base, ("one", "two"))
+    sizes = ["--requests", "6", "--prompt-tokens", "6", "--answer-tokens", "4", "--slots", "4", "--length", "64"]
+    named = [word for name, folder in folders.items() for word in ("--adapter", f"{name}={folder}")]
+    options = [*sizes, "--clients", "3", "--rounds", "2", *named, "--out", str(out)]
+    assert main(["bench", "serve", str(base), *options]) == 0
+    assert "adapters in turn; throughput over the base's" in capsys.readouterr().out
+    found = json.loads((out / "bench_serve.json").read_text())
+    alone, mixed = found["speeds"]
+    assert (alone["adapters"], mixed["adapters"]) == (0, 2)
+    assert alone["base_ratio"] == 1
+    for speed in (alone, mixed):
+        assert speed["lost"] == speed["mixed_up"] == 0
+    assert " --rounds 2 --adapter " in found["command"]
+    assert "Medians of 2 interleaved rounds" in (out / "bench_serve.md").read_text()
+
+
 def test_numbers_out_of_range_are_refused():
     with pytest.raises(UserError, match=r"clients=\(0,\) must be numbers >= 1"):
         Load(clients=(0,))
     with pytest.raises(UserError, match="requests=0 must be >= 1"):
         Load(requests=0)
+    with pytest.raises(UserError, match="rounds=0 must be >= 1"):
+        Load(rounds=0)

@@ -26,16 +26,23 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
+VIDEO_HEADS = ("data:video/mp4;base64,", "data:video/jpeg;base64,", "data:video/webm;base64,", "data:image/gif;base64,")
 HEADS = ("data:image/png;base64,", "data:image/;base64,", "data:,", "data:image/png,", "https://a.b/", "")
 BYTES_64 = ("", "iVBORw0KGgo", "iVBORw0KGgoAAAANSUhEUgAA//8AAP//CAIAAAA=", "R0lGODlhAQABAAAAACw=", "/9j/4AAQ")
 DATA_URLS = st.builds(
     "{}{}{}".format, st.sampled_from(HEADS), st.sampled_from(BYTES_64), st.text("AZaz09+/=! \n", max_size=9)
 )
+FILMS = st.builds(
+    "{}{}".format,
+    st.sampled_from((*VIDEO_HEADS, *HEADS)),
+    st.lists(st.sampled_from(BYTES_64), max_size=3).map(",".join),
+)
 PARTS = st.fixed_dictionaries(
-    {"type": st.sampled_from(["text", "image_url", "input_audio", "video", 3])},
+    {"type": st.sampled_from(["text", "image_url", "input_audio", "video_url", "video", 3])},
     optional={
         "text": ANYTHING,
         "image_url": ANYTHING | st.fixed_dictionaries({"url": DATA_URLS | ANYTHING}, optional={"detail": ANYTHING}),
+        "video_url": ANYTHING | st.fixed_dictionaries({"url": FILMS | ANYTHING}, optional={"fps": NUMBER | ANYTHING}),
         "input_audio": ANYTHING | st.fixed_dictionaries({"data": DATA_URLS | ANYTHING}, optional={"format": ANYTHING}),
     },
 )

@@ -9,8 +9,9 @@ from serve.tiny import tiny_folder
 
 from anyexperts_jax.cli.main import main
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.harness.run import TaskOptions, evaluate_tasks, layer_table, policy_name, score_table
+from anyexperts_jax.harness.run import TaskOptions, evaluate_tasks
 from anyexperts_jax.harness.score import Pair, Used, log_likelihoods
+from anyexperts_jax.harness.scores import layer_table, policy_name, score_table
 from anyexperts_jax.pretrained.load import load_pretrained
 from anyexperts_jax.serve.slots import row_budget
 

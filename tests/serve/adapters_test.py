@@ -7,15 +7,13 @@ import pytest
 
 from anyexperts_jax.cli.main import main
 from anyexperts_jax.core.errors import UserError
-from anyexperts_jax.nn.config import LoraConfig
 from anyexperts_jax.serve.engine import Prompt
 from serve.app_test import send
-from serve.tiny import BUDGETS, LENGTHS, PROMPTS, SLOTS, job, tiny_folder, tokens_of
+from serve.tiny import BUDGETS, LENGTHS, PROMPTS, SLOTS, job, tiny_adapters, tiny_folder, tokens_of
 
 for package in ("safetensors", "tokenizers", "starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(package)
 
-LORA = LoraConfig(rank=2, alpha=8.0, patterns=("**/attention/*/kernel", "**/experts/**"))
 NAMES = (None, "one", "two")
 
 
@@ -27,16 +25,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folders(base):
     """Two adapters of the base."""
-    from pretrained.lora_test import random_adapter
-
-    from anyexperts_jax.pretrained.load import load_pretrained
-    from anyexperts_jax.pretrained.lora import with_adapter
-
-    model = load_pretrained(base)
-    places = {name: base.parent / name for name in NAMES[1:]}
-    for seed, place in enumerate(places.values()):
-        with_adapter(model, random_adapter(model, LORA, seed)).export(place, form="adapter")
-    return places
+    return tiny_adapters(base, NAMES[1:])
 
 
 @pytest.fixture(scope="module")

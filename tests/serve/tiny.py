@@ -5,6 +5,7 @@ import time
 
 from pretrained.tiny_hub import tiny_checkpoint
 
+from anyexperts_jax.nn.config import LoraConfig
 from anyexperts_jax.serve.engine import Engine, Finished, Job, Progress, Ticket
 from anyexperts_jax.serve.model import load_served
 from anyexperts_jax.serve.slots import row_budget
@@ -27,6 +28,21 @@ def tiny_folder(path, **how):
     held = json.loads(settings.read_text()) if settings.is_file() else {}
     settings.write_text(json.dumps({**held, "chat_template": TEMPLATE}))
     return made
+
+
+def tiny_adapters(base, names):
+    """Writes a random adapter of the checkpoint for each name, beside it; returns the folders by name."""
+    from pretrained.lora_test import random_adapter
+
+    from anyexperts_jax.pretrained.load import load_pretrained
+    from anyexperts_jax.pretrained.lora import with_adapter
+
+    model = load_pretrained(base)
+    lora = LoraConfig(rank=2, alpha=8.0, patterns=("**/attention/*/kernel", "**/experts/**"))
+    places = {name: base.parent / name for name in names}
+    for seed, place in enumerate(places.values()):
+        with_adapter(model, random_adapter(model, lora, seed)).export(place, form="adapter")
+    return places
 
 
 def tiny_engine(served, watch=lambda name, amount: None):

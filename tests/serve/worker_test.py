@@ -5,11 +5,12 @@ import threading
 import pytest
 
 from anyexperts_jax.models.sample import GREEDY
-from anyexperts_jax.serve.engine import Engine, Failed, Finished, Job, Prompt, Ticket, Usage
+from anyexperts_jax.serve.engine import Engine, Failed, Finished, Job, Prompt, Ticket
 from anyexperts_jax.serve.slots import RowBudget
+from anyexperts_jax.serve.usage import Spent, Usage
 from anyexperts_jax.serve.worker import MOST_DEATHS, StoppingError, Worker
 
-DONE = Finished("", "stop", Usage(1, 1))
+DONE = Finished("", "stop", Usage(1, 1, Spent.nothing(0)))
 
 
 @pytest.fixture(autouse=True)

@@ -5,23 +5,29 @@ import functools
 import json
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from models.small import FAST_COMPILE
 
 from anyexperts_jax.core.batch import make_batch
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.models.init import init_params, named_leaves, params_of_leaves
 from anyexperts_jax.nn.config import LoraConfig
+from anyexperts_jax.sharding.mesh import MeshConfig, make_mesh
+from anyexperts_jax.sharding.placement import Placement
+from anyexperts_jax.sharding.specs import shard_batch
 from anyexperts_jax.train.config import TrainConfig
 from anyexperts_jax.train.distillation import TaughtState, teacher_params
 from anyexperts_jax.train.loop import train
 from anyexperts_jax.train.objective import Objective
 from anyexperts_jax.train.preference import better_alone, count_pairs, preference_sums
-from anyexperts_jax.train.state import TrainState, init_state
-from anyexperts_jax.train.step import accumulate, model_apply
+from anyexperts_jax.train.state import TrainState, init_state, state_shardings
+from anyexperts_jax.train.step import accumulate, make_train_step, model_apply
 from anyexperts_jax.train.trainable import what_trains
 from train.stand_in import DATA, MODEL, linear_apply, linear_params, run_config, text_batch
 
@@ -187,3 +193,44 @@ def test_the_margin_grows_in_a_run(tmp_path):
     assert scores["reward_margin"] > 0.1
     assert scores["preference_accuracy"] == 1
     assert scores["answer_loss"] > scores["loss"]
+
+
+def step_on(sizes, dispatch="blocks"):
+    """The report of one step on a mesh from a model that has left its reference, and the state after it."""
+    stack = dataclasses.replace(MODEL.stack, execution=Execution(dispatch, overflow="fallback"))
+    model = dataclasses.replace(MODEL, stack=stack)
+    config = run_config(model, loss="dpo", start_from="run", dpo_beta=0.5)
+    devices = jax.devices()[: math.prod(sizes)]
+    mesh, trained = make_mesh(MeshConfig(*sizes), devices), what_trains(config)
+    optimizer = trained.optimizer(config)
+    start, params = (init_params(model, jax.random.key(seed)) for seed in (0, 1))
+    moved = jax.tree.map(lambda a, b: a + 0.3 * b, start, params)
+    state = dataclasses.replace(init_state(model, optimizer, start), params=moved)
+    state = jax.device_put(state, state_shardings(model, optimizer, mesh))
+    step = jax.jit(make_train_step(config, optimizer, model_apply(model, Placement(mesh)), trained.trainable))
+    batch = shard_batch(mesh, pairs(rows=8))
+    after, report = step.lower(state, batch).compile(compiler_options=FAST_COMPILE)(state, batch)
+    return jax.device_get((report, after.params, optax.tree_utils.tree_get(after.opt_state, "mu")))
+
+
+@pytest.fixture(scope="module")
+def step_on_one_device():
+    return step_on((1, 1, 1, 1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "dispatch"),  # data x fsdp x expert x tensor x sequence
+    [((2, 2, 2, 1, 1), "blocks"), ((1, 2, 2, 1, 2), "exchange")],
+    ids=str,
+)
+def test_a_step_on_a_mesh_is_that_of_one_device(sizes, dispatch, step_on_one_device):
+    """Also where the two answers of a row are on different devices, and where one device has only padding."""
+    one, params_one, moments_one = step_on_one_device
+    many, params_many, moments_many = step_on(sizes, dispatch)
+    assert abs(float(one.scalars["reward_margin"])) > 1e-3
+    for name, value in one.scalars.items():
+        np.testing.assert_allclose(many.scalars[name], value, rtol=5e-5, atol=1e-6, err_msg=name)
+    np.testing.assert_array_equal(many.routing.load_LC, one.routing.load_LC)
+    chex.assert_trees_all_close(params_many, params_one, rtol=0, atol=1e-4)
+    chex.assert_trees_all_close(moments_many, moments_one, rtol=1e-3, atol=1e-6)
