@@ -91,7 +91,7 @@ def test_ten_steps_through_the_command_line(plugin, tmp_path):
     [
         (["--plugin", "no_such_module"], "plugin 'no_such_module' cannot be imported: No module named"),
         (["--set", "model.moe.router=nobody"], "router='nobody' is unknown; valid: linear, per_modality"),
-        (["--set", "model.stack.execution.dispatch=nobody"], "dispatch='nobody' is unknown; valid: auto, blocks, capacity"),
+        (["--set", "model.stack.execution.dispatch=nobody"], "dispatch='nobody' is unknown; valid: auto, blocks"),
         (["--set", "model.stack.execution.implementation=nobody"], "implementation='nobody' is unknown; valid: refer"),
     ],
 )
