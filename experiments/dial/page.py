@@ -164,6 +164,8 @@ def page_text(result: Result) -> str:
         f"On {result.device}; {packages}.",
         "",
     ]
+    trained, wanted = sum(one.kind in KINDS for one in result.outcomes), len(KINDS) * len(result.plan["seeds"])
+    lines += [f"**Not finished: {trained} of {wanted} trainings.**", ""] if trained < wanted else []
     lines += [_how(result), "", f"![Perplexity against experts]({CURVE_NAME})", ""]
     perplexity, verdicts, *times = tables_of(result)
     lines += [f"## {perplexity.title}", "", markdown_table(perplexity), "", _NOTE, ""]
@@ -220,7 +222,8 @@ def _how(result: Result) -> str:
     )
     return (
         f"Every dense network is cut into {plan['experts']} experts of equal size, {plan['shared']} of them shared; a "
-        f"token has {routed} to choose among. Four trainings a seed, {len(plan['seeds'])} seeds: a split by activations "
+        f"token has {routed} to choose among. Four trainings a seed, {len(plan['seeds'])} seeds (of the order of the "
+        f"data, new parameters and the random split; all draw the same budgets): a split by activations "
         "and one at random, both with a fixed number of experts, and the split by activations with attached slots, by "
         "the paper's terms and by salience. Only routing trains. The loss is the divergence from the model itself with "
         f"all experts on, which is the dense model; each step draws a budget of {', '.join(map(str, plan['budgets']))}. "

@@ -25,6 +25,7 @@ def start_of(plan: Plan, kind: Kind, seed: int, note: Note) -> pathlib.Path:
     )
     folder = plan.run / "starts" / name
     if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
         _made(plan, kind, drawn, note).export(folder, "anyexperts")
     return folder
 

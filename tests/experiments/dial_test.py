@@ -25,7 +25,7 @@ SIZES = {"experts": 5, "shared": 1, "virtual": 1, "width": 2.0, "budgets": (3, 2
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dial")
-    shape = {"vocab_size": 300, "num_hidden_layers": 2, "pad_token_id": None, "eos_token_id": 299}
+    shape = {"vocab_size": 300, "num_hidden_layers": 1, "pad_token_id": None, "eos_token_id": 299}
     model = tiny_checkpoint(folder / "model", "llama", **shape)
     train_tokenizer(SENTENCES, 300).save(model)
     rows = [json.dumps({"text": f"{line}. " * 4}) for line in SENTENCES * 8]
@@ -36,7 +36,7 @@ def files(tmp_path_factory):
 
 def options(folder, *more):
     words = ["--model", folder / "model", "--train", folder / "train.jsonl", "--test", folder / "test.txt"]
-    words += ["--run", folder / "run", "--experts", 5, "--shared", 1, "--virtual", 1, "--width", 2, "--budget", 3, 2]
+    words += ["--run", folder / "run", "--experts", 5, "--shared", 1, "--virtual", 1, "--width", 2, "--budget", 2]
     words += ["--steps", 2, "--batch-size", 8, "--length", 16, "--test-tokens", 128, "--seeds", 0]
     return [str(word) for word in (*words, "--set", "data.held_out=0.2", *more)]
 
@@ -51,10 +51,9 @@ def test_the_whole_command_and_a_second_call(files, capsys):
     assert [one.kind for one in result.outcomes] == ["dense", "untrained", *KINDS]
     points = {(one.kind, point.policy, point.budget): point for one in result.outcomes for point in one.points}
     assert points["static", "merged", None].nats == points["dense", "dense", None].nats  # only routing trained
-    assert {point.budget for key, point in points.items() if key[:2] == ("static", "static")} == {1, 2, 3, 4}
+    assert {point.budget for key, point in points.items() if key[:2] == ("static", "static")} == {1, 2, 3}
     for kind in ("paper", "salience"):
-        for budget in (2, 3):
-            assert points[kind, "importance", budget].realised == pytest.approx(budget, abs=0.3)
+        assert 1.5 < points[kind, "importance", 2].realised < 2.5
     page = (files / "run" / "dial.md").read_text()
     assert page == page_text(result)
     assert "Not measured yet" in page and "undecided at this scale" in page
@@ -62,7 +61,7 @@ def test_the_whole_command_and_a_second_call(files, capsys):
     assert capsys.readouterr().err.count("done before") == 6
     timed = read_result(files / "run").times
     assert timed.ratios["dense"] == {"": 1.0}
-    assert set(timed.ratios["AnyExperts by salience"]) == {"2", "3"}
+    assert set(timed.ratios["AnyExperts by salience"]) == {"2"}
     assert "Medians of 1 interleaved rounds" in (files / "run" / "dial.md").read_text()
     assert main(options(files, "--times", "--steps", 4)) == 2
     assert "holds no finished training" in capsys.readouterr().err
@@ -140,8 +139,8 @@ class Bench:
 def test_a_policy_is_set_until_the_text_gets_the_budget(monkeypatch):
     bench = Bench(monkeypatch)
     point = point_at(bench, "score_gap", 10)
-    assert bench.asked == pytest.approx([10, 12, 12.4, 12.48])
-    assert (point.budget, point.realised) == (10, pytest.approx(10, abs=0.05))
+    assert bench.asked == pytest.approx([10, 12, 12.4])
+    assert (point.budget, point.realised) == (10, pytest.approx(9.92))
     assert point.asked == point.nats == bench.asked[-1]
 
 
@@ -162,6 +161,7 @@ def test_a_page_can_be_written_of_what_is_there(tmp_path, files):
     page = write_result(result, tmp_path).read_text()
     assert "| dense | 20.00 | 20.00 |" in page
     assert "| AnyExperts by salience beats static k | supported | +0.020 (+0.020 to +0.020) |" in page
+    assert "**Not finished: 6 of 12 trainings.**" in page
     assert read_result(tmp_path) == result
     assert (tmp_path / "dial.png").exists()
 
