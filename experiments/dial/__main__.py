@@ -41,8 +41,8 @@ def run(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m experiments.dial",
-        description="Splits a dense model into experts, distils it from itself at several budgets, and compares policies. "
-        "Finished trainings are used again, an interrupted one is resumed.",
+        description="Splits a dense model into experts, distils it from itself at several budgets, and compares "
+        "policies. Finished trainings are used again, an interrupted one is resumed.",
         epilog=EXAMPLES,
     )
     parser.add_argument("--model", type=pathlib.Path, required=True, help="a dense checkpoint: a folder or a GGUF file")

@@ -23,8 +23,8 @@ from experiments.reproduce.output import markdown_table
 from experiments.reproduce.statistics import Summary
 
 JSON_NAME, PAGE_NAME, CURVE_NAME = "dial.json", "dial.md", "dial.png"
-# Sized, not run: at 20,000 tokens a second of training, a fortieth of what the chip's arithmetic allows, twelve
-# trainings take four minutes, and compiling some forty programs and measuring about as long again.
+# 12 trainings x 200 steps x 8 x 256 tokens = 4.9M tokens: 4 minutes at 20,000 tokens a second, about 20 of the chip's
+# 790 TFLOP/s. Some 20 programs are compiled and 120 passes of 32,768 tokens measured in the other 6.
 FULL_SIZE = ("--steps", "200", "--batch-size", "8", "--length", "256", "--test-tokens", "32768")
 _PATHS = ("model", "train", "test", "run")
 _OPTIONS = {"budgets": "budget"}  # fields whose option has another name
@@ -198,18 +198,18 @@ def _word(value: Any) -> str:
 
 
 _NOTE = (
-    "Means over seeds, ± their sample deviation. The number after the perplexity is the mean of real experts over all tokens and "
-    "layers, without the shared ones. Each policy was set so that the test text gets the budget; what differs still is "
-    "made equal for the verdicts by interpolating static k between whole numbers. The policies of one checkpoint share "
-    "its training: static k, per layer, the threshold and shuffled K are measured on the static checkpoint."
+    "Means over seeds, ± their sample deviation. The number after the perplexity is the mean of real experts over all "
+    "tokens and layers, without the shared ones. Each policy was set so that the test text gets the budget. For the "
+    "verdicts, the rest of the difference is removed by interpolating static k between the numbers of experts at which "
+    "it was measured. Static k, static per layer, the threshold and shuffled K are measured on the static checkpoint."
 )
 _RULE = (
     "The rule is the reproduction's (`experiments/reproduce/claims.py`), with its margin in nats. A claim is supported "
     f"where the interval of the difference lies above 0, not supported where it lies below {BETTER_MARGIN:g} nats (a "
-    f"gain of {100 * BETTER_MARGIN:g}% of perplexity is excluded), else undecided; with fewer than {MIN_SEEDS} seeds nothing is "
-    "decided. Differences are paired by seed, positive where the first named has the lower loss; intervals are the "
-    "percentile bootstrap's over seeds, and with three seeds too narrow. They hold the chance of the training, not of "
-    "the test text, which all seeds share."
+    f"gain of {100 * BETTER_MARGIN:g}% of perplexity is excluded), else undecided; with fewer than {MIN_SEEDS} seeds "
+    "nothing is decided. Differences are paired by seed and positive where the first named has the lower loss. "
+    "Intervals are those of the percentile bootstrap over seeds; with three seeds they are too narrow. They show how "
+    "much trainings differ, not how much texts do: all seeds share the test text."
 )
 
 
@@ -218,20 +218,24 @@ def _how(result: Result) -> str:
     routed, tokens = plan["experts"] - plan["shared"], plan["steps"] * plan["batch_size"] * plan["length"]
     trained = [one.train_seconds for one in result.outcomes if one.train_seconds is not None]
     seconds = (
-        f"; a training took {sum(trained) / len(trained):.0f} s on a machine that may have been busy" if trained else ""
+        f"; a training took {sum(trained) / len(trained):.0f} s, on a machine that may have been busy"
+        if trained
+        else ""
     )
     return (
         f"Every dense network is cut into {plan['experts']} experts of equal size, {plan['shared']} of them shared; a "
-        f"token has {routed} to choose among. Four trainings a seed, {len(plan['seeds'])} seeds (of the order of the "
-        f"data, new parameters and the random split; all draw the same budgets): a split by activations "
-        "and one at random, both with a fixed number of experts, and the split by activations with attached slots, by "
-        "the paper's terms and by salience. Only routing trains. The loss is the divergence from the model itself with "
-        f"all experts on, which is the dense model; each step draws a budget of {', '.join(map(str, plan['budgets']))}. "
+        f"token has {routed} others to choose among. Each of {len(plan['seeds'])} seeds has four trainings: a split by "
+        "activations and one at random, both with the same number of experts for every token, and the split by "
+        "activations with attached slots, by the paper's terms and by salience. Only routing trains. The loss is the "
+        "divergence from the model itself with all experts on, which is the dense model. Each step draws one of the "
+        f"budgets {', '.join(map(str, plan['budgets']))}. Seeds differ in the data's order, the new parameters and the "
+        "random split; the budgets come in the same order. "
         f"All take {plan['steps']} steps of {plan['batch_size']} x {plan['length']} tokens of the training text, "
         f"{tokens:,} in all{seconds}. The test text is {plan['test_tokens']:,} tokens.\n\n"
-        f"Attached slots have {plan['virtual']} virtual experts, which return zero, and a window of {plan['width']:g} slots, of "
-        "which up to a fifth may be virtual. D2DMoE's threshold keeps the experts whose predicted norm is at least a "
-        "share of the token's largest (`score_gap`); shuffled K gives the numbers of top-p to the tokens at random."
+        f"Attached slots have {plan['virtual']} virtual experts, which return zero, and a window of {plan['width']:g} "
+        "slots; up to a fifth of a token's slots may be virtual. D2DMoE's threshold keeps the experts whose predicted "
+        "norm is at least a share of the token's largest (the policy `score_gap`); shuffled K gives the numbers of "
+        "`top_p` to the tokens at random."
     )
 
 
@@ -252,8 +256,8 @@ def _times_note(result: Result) -> str:
         return "Not measured yet: `" + command_of(result.plan, "--times") + "` does so on a quiet machine."
     load = "" if times.others_load is None else f"; other processes kept {times.others_load:.2f} cores busy"
     return (
-        f"Medians of {times.rounds} interleaved rounds, a forward pass over {times.tokens} tokens, checkpoints of the first "
-        f"seed, on {times.device}{load}. The dense model takes {times.dense_seconds:.2f} s."
+        f"Medians of {times.rounds} interleaved rounds of a forward pass over {times.tokens} tokens, with the "
+        f"checkpoints of the first seed, on {times.device}{load}. The dense model takes {times.dense_seconds:.2f} s."
     )
 
 
@@ -263,7 +267,7 @@ def _full_size(plan: dict[str, Any]) -> str:
     }
     return (
         f"`{command_of(changed, *FULL_SIZE)}`\n\n"
-        "is sized to ten minutes of an H200 and has not been run: at 20,000 tokens a second of training, a small part of "
-        "what the chip's arithmetic allows, the twelve trainings take four minutes; compiling and measuring are given "
-        "the other six."
+        "is sized to ten minutes of an H200. It has not been run. Its twelve trainings take four minutes at 20,000 "
+        "tokens a second, a small part of what the chip's arithmetic allows; the other six are for compiling and "
+        "measuring."
     )

@@ -76,7 +76,7 @@ class Plan:
         require(self.steps >= 2, f"--steps {self.steps} must be >= 2")
         require(self.length >= 2, f"--length {self.length} must be >= 2")
         require(
-            1 <= self.k_min,
+            self.k_min >= 1,
             f"--width {self.width:g} must be at most {self.routed + self.virtual - 1}, one slot less than all experts",
         )
 

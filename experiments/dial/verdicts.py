@@ -1,4 +1,4 @@
-"""Differences in nats at equal realised experts, paired by seed, and the verdicts of the reproduction's rule on them."""
+"""Differences in nats at equal realised experts, paired by seed, and verdicts on them by the reproduction's rule."""
 
 import dataclasses
 import math

@@ -17,7 +17,9 @@ from experiments.dial.runs import Outcome
 from experiments.dial.verdicts import SERIES, STATIC_K, advantage, judge, mean_points
 
 SENTENCES = [
-    f"the {one} sat on the {other} and said {i}" for i, one in enumerate("cat dog cow".split()) for other in "mat hat"
+    f"the {one} sat on the {other} and said {i}"
+    for i, one in enumerate(("cat", "dog", "cow"))
+    for other in ("mat", "hat", "table", "chair")
 ]
 SIZES = {"experts": 5, "shared": 1, "virtual": 1, "width": 2.0, "budgets": (3, 2)}
 
@@ -56,7 +58,8 @@ def test_the_whole_command_and_a_second_call(files, capsys):
         assert 1.5 < points[kind, "importance", 2].realised < 2.5
     page = (files / "run" / "dial.md").read_text()
     assert page == page_text(result)
-    assert "Not measured yet" in page and "undecided at this scale" in page
+    assert "Not measured yet" in page
+    assert "undecided at this scale" in page
     assert main(options(files, "--times", "--rounds", 1)) == 0
     assert capsys.readouterr().err.count("done before") == 6
     timed = read_result(files / "run").times
@@ -147,8 +150,12 @@ def test_a_policy_is_set_until_the_text_gets_the_budget(monkeypatch):
 def test_the_page_names_every_option_that_differs(tmp_path):
     plan = Plan(tmp_path / "m", tmp_path / "a b.txt", tmp_path / "t", tmp_path / "run", **SIZES, set=("optim.b1=0.8",))
     told = command_of(json.loads(json.dumps(dataclasses.asdict(plan), default=str)), "--times")
-    assert "--train '" in told and "--budget 3 2" in told and "--width 2" in told and told.endswith("--times")
-    assert "--set optim.b1=0.8" in told and "--steps" not in told
+    assert "--train '" in told
+    assert "--budget 3 2" in told
+    assert "--width 2" in told
+    assert told.endswith("--times")
+    assert "--set optim.b1=0.8" in told
+    assert "--steps" not in told
 
 
 def test_a_page_can_be_written_of_what_is_there(tmp_path, files):
@@ -189,5 +196,5 @@ def test_a_text_is_read_from_lines_or_as_it_is(files, tmp_path):
     with pytest.raises(UserError, match=r"--train .*bad.jsonl, line 1: there is no column 'text'"):
         text_of(tmp_path / "bad.jsonl", "--train")
     plan = Plan(files / "none", files / "none", files / "none", tmp_path)
-    with pytest.raises(UserError, match="cannot read --model .*none: No such file"):
+    with pytest.raises(UserError, match=r"cannot read --model .*none: No such file"):
         plan.sources  # noqa: B018

@@ -62,14 +62,15 @@ def test_slots_attached_to_a_split_model_begin_with_all_experts_on(dense, parts,
     back = ax.detach(slots)
     assert back.config == parts.config
     found, expected = named_leaves(back.params), named_leaves(parts.params)
-    assert found.keys() == expected.keys() and all(found[name] is expected[name] for name in expected)
+    assert found.keys() == expected.keys()
+    assert all(found[name] is expected[name] for name in expected)
     np.testing.assert_array_equal(merge(slots).logits(TOKENS_BT), dense.logits(TOKENS_BT))
 
 
 def test_windows_that_do_not_fit_a_split_model_are_refused(parts):
     with pytest.raises(UserError, match="k_min=1, k_max=3 never gives the 4 experts that a token of the base has; "):
         ax.attach(parts, k_min=1, k_max=3)
-    with pytest.raises(UserError, match="k_max=4 never gives the 5 experts that .*, virtual ones included; widen it"):
+    with pytest.raises(UserError, match=r"k_max=4 never gives the 5 experts that .*, virtual ones included; widen it"):
         ax.attach(parts, k_min=1, k_max=4, num_virtual=1)
     slots = ax.attach(parts, k_min=2, k_max=4)
     with pytest.raises(UserError, match="has variable slots already"):
