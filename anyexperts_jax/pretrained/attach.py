@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.registries import FAMILIES
-from anyexperts_jax.core.switches import Onset
+from anyexperts_jax.core.switches import Onset, VirtualOutput
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, init_leaves, logical_axes, named_leaves, params_of_leaves
 from anyexperts_jax.models.paths import MOE_LAYERS
@@ -116,19 +116,20 @@ def attached_config(
         "rho_max": AnyExpertsConfig.rho_max if num_virtual else 0.0,
     }
     # An expert of a split model has weight 1: the identity would add the block's input, once for each virtual slot.
-    virtual_output = {"virtual_output": "zero"} if was_split else {}
+    output: VirtualOutput = "zero" if was_split else base.switches.virtual_output
     moe = dataclasses.replace(
         base,
         **({} if own else columns),
         k_min=k_min,
         k_max=k_max,
         importance_weight=AnyExpertsConfig.importance_weight,
-        switches=dataclasses.replace(base.switches, hsm_site="block_input", iar="add", onset=onset, **virtual_output),
+        switches=dataclasses.replace(
+            base.switches, hsm_site="block_input", iar="add", onset=onset, virtual_output=output
+        ),
     )
     if preserve:
-        importance_bias(
-            moe, _slots_of_base(base, moe)
-        )  # refuses a window that cannot give the base's number of experts
+        # This refuses a window that cannot give the base's number of experts.
+        importance_bias(moe, _slots_of_base(base, moe))
     return dataclasses.replace(config, moe=moe)
 
 

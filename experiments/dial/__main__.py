@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from anyexperts_jax.cli.main import run_command
 from anyexperts_jax.cli.options import Parser, add_set, natural, positive, positive_number, say, seed
@@ -32,7 +33,8 @@ def run(options: argparse.Namespace) -> None:
     from experiments.dial.plan import Plan
 
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Plan)}
-    plan = Plan(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+    given: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in fields.items()}
+    plan = Plan(**given)
     if options.times:
         time_plan(plan, options.rounds, options.patience, say)
     print(f"wrote {run_plan(plan, options.out or plan.run, say)}")
