@@ -7,6 +7,7 @@ from typing import Any
 
 from anyexperts_jax.bench.stopwatch import interleaved_rounds
 from anyexperts_jax.core.versions import device_text
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.pretrained.load import load_pretrained
 from experiments.dial.measure import bench_of, setting
 from experiments.dial.plan import KINDS, Plan
@@ -34,6 +35,8 @@ class Times:
 def measure_times(plan: Plan, rounds: int, patience: float, note: Note) -> Times:
     """Times the checkpoints of the first seed, each at the settings at which its perplexity was measured.
 
+    They are executed as a model is by default, even if the trainings were executed in another way.
+
     Args:
       patience: seconds to wait for an idle machine.
 
@@ -46,7 +49,9 @@ def measure_times(plan: Plan, rounds: int, patience: float, note: Note) -> Times
     ids = {}
     for name in KINDS:
         note(f"reading the checkpoint of {name}")
-        outcome, model = kept_outcome(plan, name, note)
+        outcome, trained = kept_outcome(plan, name, note)
+        stack = dataclasses.replace(trained.config.stack, execution=Execution())
+        model = dataclasses.replace(trained, config=dataclasses.replace(trained.config, stack=stack))
         ids[name], bench = outcome.id, bench_of(plan, model, tokens)
         for series in (one for one in SERIES if one.kind == name):
             for point in points_of(outcome, series.policy):
