@@ -263,7 +263,9 @@ def _times_note(result: Result) -> str:
 
 def _full_size(plan: dict[str, Any]) -> str:
     changed = {
-        name: value for name, value in plan.items() if name not in ("steps", "batch_size", "length", "test_tokens")
+        name: value
+        for name, value in plan.items()
+        if name not in ("steps", "batch_size", "length", "test_tokens", "set")  # its overrides suit this device
     }
     return (
         f"`{command_of(changed, *FULL_SIZE)}`\n\n"
