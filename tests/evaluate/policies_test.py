@@ -138,6 +138,7 @@ def test_a_split_model_is_compared_with_its_dense_source(sample):
     dense = random_model(hub_values("llama", num_hidden_layers=2, vocab_size=300, eos_token_id=299))
     split = ax.split(dense, num_experts=5, num_shared=1)
     assert policy_names(split)[0] == DENSE
+    assert policy_names(ax.attach(split, k_min=2, k_max=4)) == (DENSE, "importance")
     assert DENSE not in policy_names(random_model(SHAPE))
     lines = []
     whole, own, *found = measure_policies(split, sample, [3, 2], [DENSE, "static"], note=lines.append)
