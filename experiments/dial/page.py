@@ -13,14 +13,15 @@ from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.core.versions import device_text, versions
 from anyexperts_jax.evaluate.policies import perplexity_of
 from anyexperts_jax.report import style
+from anyexperts_jax.report.policy_page import plain_tick
 from anyexperts_jax.train.run_dir import write_whole
 from experiments.dial.plan import KINDS, MERGED, STATIC, Plan
 from experiments.dial.runs import DENSE, Outcome, outcome_from
 from experiments.dial.times import Times
-from experiments.dial.verdicts import SERIES, Judged, judge, mean_points
+from experiments.dial.verdicts import SERIES, Judged, advantage, judge, mean_points
 from experiments.reproduce.claims import BETTER_MARGIN, MIN_SEEDS
 from experiments.reproduce.output import markdown_table
-from experiments.reproduce.statistics import Summary
+from experiments.reproduce.statistics import Summary, summarise
 
 JSON_NAME, PAGE_NAME, CURVE_NAME = "dial.json", "dial.md", "dial.png"
 # 12 trainings x 200 steps x 8 x 256 tokens = 4.9M tokens: 4 minutes at 20,000 tokens a second, about 20 of the chip's
@@ -132,24 +133,42 @@ def tables_of(result: Result) -> list[TextTable]:
 
 
 def draw_curve(result: Result, path: pathlib.Path) -> pathlib.Path:
-    """Draws perplexity against realised experts, means over seeds, a line per series."""
-    with style.figure(6.4, 4.2, path) as drawn:
-        axes = drawn.subplots()
+    """Draws two panels, a line per series: perplexity against realised experts, means over seeds; and how much lower
+    the loss is than that of static k at the same experts, mean and range of the seeds.
+
+    The second leaves out the random split, whose loss is several times as far away as all others.
+    """
+    with style.figure(9.0, 4.4, path) as drawn:
+        left, right = drawn.subplots(1, 2)
         for index, series in enumerate(SERIES):
+            colour, marker = style.series(index)
+            line: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.3}
+            line["linestyle"] = "--" if index >= len(style.SERIES) else "-"
             means = sorted(mean_points(result.outcomes, series).values())
             if means:
-                colour, marker = style.series(index)
-                dashed = "--" if index >= len(style.SERIES) else "-"
                 x, y = zip(*((realised, perplexity_of(nats)) for realised, nats, _ in means), strict=True)
-                axes.plot(x, y, dashed, color=colour, marker=marker, markersize=4, linewidth=1.3, label=series.label)
+                left.plot(x, y, label=series.label, **line)
+            gains = {budget: list(advantage(result.outcomes, series, budget).values()) for budget in result.budgets}
+            found = {budget: summarise(values) for budget, values in gains.items() if values}
+            if found and series.kind != "random":
+                mean_K = [one.mean for one in found.values()]
+                ends = [(one.mean - min(gains[budget]), max(gains[budget]) - one.mean) for budget, one in found.items()]
+                moved_K = [budget + 0.08 * (index - 3) for budget in found]  # so that whiskers do not hide each other
+                right.errorbar(moved_K, mean_K, yerr=list(zip(*ends, strict=True)), capsize=2, **line)
         for outcome in result.outcomes:
             if outcome.kind == DENSE:
                 level = perplexity_of(outcome.points[0].nats)
-                axes.axhline(level, color=style.FAINT, linestyle=":", label="dense")
-        axes.set_xlabel("real experts a token and layer, as the test text got them")
-        axes.set_ylabel("perplexity of the test text")
-        axes.grid(True)
-        axes.legend()
+                left.axhline(level, color=style.FAINT, linestyle=":", label="dense")
+        left.set_yscale("log")
+        left.yaxis.set_major_formatter(plain_tick)
+        left.yaxis.set_minor_formatter(plain_tick)
+        left.set_ylabel("perplexity of the test text")
+        left.set_xlabel("real experts a token and layer, as the text got them")
+        right.set_ylabel("nats a token below static k")
+        right.set_xlabel("budget, real experts a token and layer")
+        for axes in (left, right):
+            axes.grid(True)
+        drawn.legend(loc="outside upper left", ncols=3)
     return path
 
 
@@ -166,8 +185,9 @@ def page_text(result: Result) -> str:
     ]
     trained, wanted = sum(one.kind in KINDS for one in result.outcomes), len(KINDS) * len(result.plan["seeds"])
     lines += [f"**Not finished: {trained} of {wanted} trainings.**", ""] if trained < wanted else []
-    lines += [_how(result), "", f"![Perplexity against experts]({CURVE_NAME})", ""]
+    lines += [_how(result), "", f"![Perplexity against experts, and the loss below that of static k]({CURVE_NAME})", ""]
     perplexity, verdicts, *times = tables_of(result)
+    lines += ["On the right, means and ranges of the seeds; above 0 is better than static k.", ""]
     lines += [f"## {perplexity.title}", "", markdown_table(perplexity), "", _NOTE, ""]
     lines += [f"## {verdicts.title}", "", markdown_table(verdicts), "", _RULE, ""]
     lines += ["## Seconds", "", _times_note(result), ""]

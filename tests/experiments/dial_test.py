@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pathlib
 
 import pytest
 from pretrained.tiny_hub import tiny_checkpoint
@@ -16,6 +17,7 @@ from experiments.dial.plan import KINDS, Plan, text_of
 from experiments.dial.runs import Outcome
 from experiments.dial.verdicts import SERIES, STATIC_K, advantage, judge, mean_points
 
+RESULTS = pathlib.Path(__file__).parents[2] / "experiments" / "results"
 SENTENCES = [
     f"the {one} sat on the {other} and said {i}"
     for i, one in enumerate(("cat", "dog", "cow"))
@@ -199,3 +201,17 @@ def test_a_text_is_read_from_lines_or_as_it_is(files, tmp_path):
     plan = Plan(files / "none", files / "none", files / "none", tmp_path)
     with pytest.raises(UserError, match=r"cannot read --model .*none: No such file"):
         plan.sources  # noqa: B018
+
+
+def test_the_committed_page_matches_its_figures():
+    result = read_result(RESULTS)
+    assert (RESULTS / "dial.md").read_text() == page_text(result)
+    assert [one.kind for one in result.outcomes].count("static") == len(result.plan["seeds"])
+    (dense,) = (one for one in result.outcomes if one.kind == "dense")
+    for outcome in result.outcomes:
+        for point in outcome.points:
+            if point.policy == "merged":  # only routing trained
+                assert point.nats == pytest.approx(dense.points[0].nats, abs=1e-5)
+            elif point.policy != "dense":
+                assert point.nats > dense.points[0].nats
+                assert point.realised == pytest.approx(point.budget, abs=0.3)
