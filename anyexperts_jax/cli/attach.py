@@ -27,7 +27,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser = add_conversion(
         commands,
         "attach",
-        "give a published mixture of experts variable slots",
+        "give a published mixture of experts, or a split model, variable slots",
         (
             "anyexperts attach models/Qwen3-30B-A3B models/mine --k-min 8 --k-max 12 --virtual 64",
             "anyexperts attach models/Qwen3-30B-A3B models/mine --k-min 8 --k-max 12 --virtual 64 --paper",

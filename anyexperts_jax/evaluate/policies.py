@@ -67,9 +67,9 @@ def text_sample(m: Pretrained, text: str, tokens: int, length: int) -> TextSampl
 
 def policy_names(m: Pretrained) -> tuple[str, ...]:
     """Lists the policies a model can run: those based on router scores, or importance if it has variable slots."""
-    if m.config.moe.uses_importance or m.config.moe.num_virtual:
-        return (IMPORTANCE,)
     dense = (DENSE,) if m.order_LF is not None else ()
+    if m.config.moe.uses_importance or m.config.moe.num_virtual:
+        return (*dense, IMPORTANCE)
     return (*dense, *POLICIES.names(), LAYERS, MODES, ORACLE)
 
 
@@ -107,8 +107,8 @@ def measure_policies(
     """
     check_asked(m, budgets, policies, policy_names(m))
     names = policies or [name for name in policy_names(m) if not _depends_on_modality(name)]
-    bench = _Bench(m, sample, batch_rows)
-    found = [_Bench(merge(m), sample, batch_rows).measure_unchanged(DENSE)] if DENSE in names else []
+    bench = TextBench(m, sample, batch_rows)
+    found = [TextBench(merge(m), sample, batch_rows).measure_unchanged(DENSE)] if DENSE in names else []
     found.append(bench.measure_unchanged(OWN))
     for one in found:
         note(_line(one))
@@ -172,22 +172,28 @@ def _line(one: Measured) -> str:
     return f"{one.policy}{budget}: perplexity {perplexity(one):.4g}, {one.seconds:.1f} s"
 
 
-class _Pass(NamedTuple):
+class Pass(NamedTuple):
+    """The result of one pass with one window."""
+
     nats_BT: np.ndarray  # of each predicted token
     realised: float
     unique: float
     seconds: float
 
 
-class _Bench:
-    """A model and a sample, cut into batches of one shape."""
+class TextBench:
+    """A model and a sample, cut into batches of one shape.
+
+    Args:
+      batch_rows: rows per batch; rows that do not fill one are left out.
+    """
 
     def __init__(self, m: Pretrained, sample: TextSample, batch_rows: int) -> None:
         self.m, self.sample = m, sample
         rows = min(batch_rows, len(sample.tokens_BT))
         count = len(sample.tokens_BT) // rows
         self._batches = [jnp.asarray(part, jnp.int32) for part in np.split(sample.tokens_BT[: count * rows], count)]
-        self._known: dict[int, _Pass] = {}
+        self._known: dict[int, Pass] = {}
         self._compiled: set[tuple[ModelConfig, Any]] = set()
 
     @property
@@ -200,7 +206,7 @@ class _Bench:
         """Router logits and scores [L, N, E] of the first batch under the model's own policy."""
         return seen_by(self.m, Inputs(self.first))
 
-    def run(self, config: ModelConfig, window: Float[Array, "*rest 2"] | None) -> _Pass:
+    def run(self, config: ModelConfig, window: Float[Array, "*rest 2"] | None) -> Pass:
         """Runs one pass over the sample. The first one of a program is preceded by an untimed batch, to compile it."""
         arguments = ((config, self.m.placement), self.m.params, self.m.router_bias_LC)
         program = (config, None if window is None else window.shape)
@@ -212,9 +218,9 @@ class _Bench:
         seconds = time.perf_counter() - began
         nats, realised, unique = zip(*results, strict=True)
         means = (float(np.mean([float(one) for one in part])) for part in (realised, unique))
-        return _Pass(np.concatenate([np.asarray(one) for one in nats]), *means, seconds=seconds)
+        return Pass(np.concatenate([np.asarray(one) for one in nats]), *means, seconds=seconds)
 
-    def at(self, slots: int) -> _Pass:
+    def at(self, slots: int) -> Pass:
         """Runs a pass with the same number of experts for all tokens, or returns the earlier one."""
         if slots not in self._known:
             self._known[slots] = self.run(_config_of(self.m, "static"), jnp.asarray((slots, slots), jnp.float32))
@@ -226,7 +232,7 @@ class _Bench:
         budget = math.nan if dense else self.m.config.moe.expected_real_slots
         return self.measured(policy, budget, self.run(self.m.config, None))
 
-    def measured(self, policy: str, budget: float, one: _Pass) -> Measured:
+    def measured(self, policy: str, budget: float, one: Pass) -> Measured:
         nats = float(one.nats_BT.mean())
         scored = one.nats_BT.size / (len(self.sample.tokens_BT) * (self.sample.tokens_BT.shape[1] - 1))
         bits = float(one.nats_BT.sum()) / math.log(2) / max(self.sample.text_bytes * scored, 1)
@@ -235,7 +241,7 @@ class _Bench:
         )
 
 
-def _one(bench: _Bench, name: str, budget: float, whole: Sequence[int]) -> Measured:
+def _one(bench: TextBench, name: str, budget: float, whole: Sequence[int]) -> Measured:
     if name == ORACLE:
         return bench.measured(name, budget, _oracle({k: bench.at(k) for k in whole}, budget))
     first = Inputs(bench.first)
@@ -288,7 +294,7 @@ def slots_of_layers(scores_LNE: Float[np.ndarray, "L N E"], budget: float) -> In
     return slots_L
 
 
-def _oracle(passes: dict[int, _Pass], budget: float) -> _Pass:
+def _oracle(passes: dict[int, Pass], budget: float) -> Pass:
     """Minimises the summed loss with at most `budget` experts per position on average, by a price per expert."""
     slots_K = np.array(sorted(passes))
     nats_KBT = np.stack([passes[k].nats_BT for k in slots_K.tolist()])
@@ -300,7 +306,7 @@ def _oracle(passes: dict[int, _Pass], budget: float) -> _Pass:
     chosen_BT = (nats_KBT + high * slots_K[:, None, None]).argmin(axis=0)
     nats_BT = np.take_along_axis(nats_KBT, chosen_BT[None], axis=0)[0]
     seconds = sum(one.seconds for one in passes.values())
-    return _Pass(nats_BT, float(slots_K[chosen_BT].mean()), float("nan"), seconds)
+    return Pass(nats_BT, float(slots_K[chosen_BT].mean()), float("nan"), seconds)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,11 +12,13 @@ from jaxtyping import Array, Float
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.registries import FAMILIES
-from anyexperts_jax.core.switches import Onset
+from anyexperts_jax.core.switches import Onset, VirtualOutput
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import abstract_params, init_leaves, logical_axes, named_leaves, params_of_leaves
 from anyexperts_jax.models.paths import MOE_LAYERS
 from anyexperts_jax.pretrained.model import Pretrained
+from anyexperts_jax.pretrained.split_policy import ROUTER as SPLIT_ROUTER
+from anyexperts_jax.pretrained.split_policy import split_policy
 from anyexperts_jax.sharding.placement import Placement, is_split
 from anyexperts_jax.sharding.specs import param_shardings
 
@@ -35,6 +37,9 @@ def attach(
 ) -> Pretrained:
     """Adds an importance network to every MoE layer, `num_virtual` virtual experts and a window of slots.
 
+    A split model gets slots that begin with all of its experts on. Its virtual experts return zero, since each expert
+    has weight 1, and they take part from the beginning: every token has one slot for each expert, real or virtual.
+
     The base's parameters are kept as the same arrays. With `preserve` the first forward pass equals the base's, bit for
     bit in float32 on one device: the importance network gives every token the logit at which the window rounds to the
     base's number of experts, and the strength of every layer is 0, so that modulation and tilt have no effect and no
@@ -43,8 +48,9 @@ def attach(
     1/2, full tilt and modulation, and virtual experts that compete from the first step.
 
     Args:
-      m: a mixture-of-experts model with a fixed number of slots per token.
-      k_min, k_max: slots of a token of importance 0 and 1. With `preserve` the base's number must lie between them.
+      m: a mixture-of-experts model with a fixed number of slots per token, or a split model.
+      k_min, k_max: slots of a token of importance 0 and 1. With `preserve` the base's number must lie between them; a
+        split model's is that of all its experts, real and virtual.
       num_virtual: number of virtual experts, which may take up to a fifth of a token's slots; 0: none, or those that
         the model has already (ZEDA, LongCat-Flash). These take part as before; `k_min` and `k_max` count their slots.
       preserve: whether the first forward pass equals the base's.
@@ -67,7 +73,7 @@ def attach(
     True
     """
     config = attached_config(m.config, k_min=k_min, k_max=k_max, num_virtual=num_virtual, preserve=preserve)
-    bias = importance_bias(config.moe, int(m.config.moe.k_max)) if preserve else 0.0
+    bias = importance_bias(config.moe, _slots_of_base(m.config.moe, config.moe)) if preserve else 0.0
     leaves = named_leaves(m.params)
     new = new_leaves(config, leaves, m.placement, seed)
     if preserve:
@@ -94,28 +100,36 @@ def attached_config(
     require(config.stack.num_moe_layers > 0, "attach: the model is dense; split it into experts first")
     static = not base.uses_importance and base.router != ROUTER
     require(static, "attach: the model has variable slots already; detach them first")
-    require(base.router == "linear", f"attach: the model's router is {base.router!r}; only a linear one is supported")
-    own = base.num_virtual > 0
+    require(
+        base.router in ("linear", SPLIT_ROUTER),
+        f"attach: the model's router is {base.router!r}; only those of published mixtures and of split are supported",
+    )
+    own, was_split = base.num_virtual > 0, base.router == SPLIT_ROUTER
     require(
         not (own and num_virtual),
         f"attach: the model has {base.num_virtual} virtual experts of its own; leave out num_virtual={num_virtual}",
     )
-    onset: Onset = "full" if not preserve else "learned_importance" if own else "learned"
+    onset: Onset = "full" if not preserve else "learned_importance" if own or was_split else "learned"
     columns: dict[str, Any] = {
-        "router": ROUTER,
+        "router": SPLIT_ROUTER if was_split else ROUTER,
         "num_virtual": num_virtual,
         "rho_max": AnyExpertsConfig.rho_max if num_virtual else 0.0,
     }
+    # An expert of a split model has weight 1: the identity would add the block's input, once for each virtual slot.
+    output: VirtualOutput = "zero" if was_split else base.switches.virtual_output
     moe = dataclasses.replace(
         base,
         **({} if own else columns),
         k_min=k_min,
         k_max=k_max,
         importance_weight=AnyExpertsConfig.importance_weight,
-        switches=dataclasses.replace(base.switches, hsm_site="block_input", iar="add", onset=onset),
+        switches=dataclasses.replace(
+            base.switches, hsm_site="block_input", iar="add", onset=onset, virtual_output=output
+        ),
     )
     if preserve:
-        importance_bias(moe, int(base.k_max))  # refuses a window that cannot give the base's number of experts
+        # This refuses a window that cannot give the base's number of experts.
+        importance_bias(moe, _slots_of_base(base, moe))
     return dataclasses.replace(config, moe=moe)
 
 
@@ -152,12 +166,15 @@ def detach(m: Pretrained) -> Pretrained:
 
 def is_attached(m: Pretrained) -> bool:
     """Whether the model has attached slots."""
-    return m.order_LF is None and (m.config.moe.router == ROUTER or m.config.moe.uses_importance)
+    return m.config.moe.router == ROUTER or m.config.moe.uses_importance
 
 
 def base_config(m: Pretrained) -> ModelConfig:
     """Returns the configuration before `attach`, with the routing policy that config.json describes."""
-    return dataclasses.replace(m.config, moe=FAMILIES[m.family].config(m.hub).moe)
+    moe = m.config.moe
+    was_split = m.order_LF is not None
+    base = split_policy(moe.num_experts, moe.router_markers) if was_split else FAMILIES[m.family].config(m.hub).moe
+    return dataclasses.replace(m.config, moe=base)
 
 
 def importance_bias(moe: AnyExpertsConfig, experts: int) -> float:
@@ -168,20 +185,26 @@ def importance_bias(moe: AnyExpertsConfig, experts: int) -> float:
     """
     window = f"k_min={moe.k_min:g}, k_max={moe.k_max:g}"
     require(
-        moe.slots_bound <= moe.experts_in_reach,
+        moe.slots_bound <= moe.experts_in_reach or moe.router == SPLIT_ROUTER,
         f"attach: {window} can need {moe.slots_bound} of {moe.experts_in_reach} experts in reach before the virtual "
         "ones take part; lower k_max, or start as the paper does (preserve=False)",
     )
     low, high = max(moe.k_min, experts - 0.5), min(moe.k_max, experts + 0.5)
     require(
         low < high or moe.k_min == moe.k_max == experts,
-        f"attach: a window of {window} never gives the {experts} experts that a token of the base has; widen it, or "
-        "start as the paper does (preserve=False)",
+        f"attach: a window of {window} never gives the {experts} experts that a token of the base has"
+        f"{', virtual ones included' if experts > moe.num_experts else ''}; widen it, or start as the paper does "
+        "(preserve=False)",
     )
     if moe.k_min == moe.k_max:
         return 0.0
     share = ((low + high) / 2 - moe.k_min) / (moe.k_max - moe.k_min)
     return math.log(share / (1 - share))
+
+
+def _slots_of_base(base: AnyExpertsConfig, moe: AnyExpertsConfig) -> int:
+    """Returns the number of slots with which a token computes what the base does."""
+    return moe.num_columns if base.router == SPLIT_ROUTER else int(base.k_max)
 
 
 def new_leaves(config: ModelConfig, have: dict[str, Any], placement: Placement, seed: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from anyexperts_jax.pretrained.attach import detach, is_attached, on_devices
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.pretrained.rules import ROUTER_BIAS
 from anyexperts_jax.pretrained.sources import require_safetensors
-from anyexperts_jax.pretrained.split import ROUTER_NAMES, assemble, merge, split_config
+from anyexperts_jax.pretrained.split import added_names, assemble, merge, split_config
 from anyexperts_jax.tokenizers.files import as_text
 
 SETTINGS, TENSORS = "anyexperts.json", "anyexperts.safetensors"
@@ -33,7 +33,7 @@ Kind = Literal["attached", "split"]
 
 
 def kind_of(m: Pretrained) -> Kind | None:
-    """Whether the model has attached slots or split networks; None: neither."""
+    """Whether the model has attached slots or split networks; None: neither. Of both, "split" holds the other."""
     if m.order_LF is not None:
         return "split"
     return "attached" if is_attached(m) else None
@@ -61,7 +61,7 @@ def write_extension(m: Pretrained, base: Pretrained, folder: pathlib.Path) -> No
 
     kind, leaves = kind_of(m), named_leaves(m.params)
     if m.order_LF is not None:
-        tensors = {**{name: np.asarray(leaves[name]) for name in ROUTER_NAMES}, _ORDER: m.order_LF}
+        tensors = {**{name: np.asarray(leaves[name]) for name in added_names(m.config)}, _ORDER: m.order_LF}
     else:
         known = named_leaves(base.params)
         tensors = {name: np.asarray(leaf) for name, leaf in leaves.items() if name not in known}
@@ -119,9 +119,9 @@ def with_extension(base: Pretrained, folder: pathlib.Path) -> Pretrained:
         layers, width = config.stack.num_layers, base.config.stack.d_ff
         fits = order_LF.shape == (layers, width) and (np.sort(order_LF, axis=1) == np.arange(width)[None]).all()
         require(bool(fits), f"{folder / TENSORS}: {_ORDER} is no order of the {width} neurons of {layers} layers")
-        router = {name: _take(tensors, name, folder) for name in ROUTER_NAMES}
-        _require_shapes(router, named_leaves(abstract_params(config)), folder)
-        return assemble(base, config, order_LF, router)
+        added = {name: _take(tensors, name, folder) for name in added_names(config)}
+        _require_shapes(added, named_leaves(abstract_params(config)), folder)
+        return assemble(base, config, order_LF, added)
     known, wanted = named_leaves(base.params), named_leaves(abstract_params(config))
     new = {name: _take(tensors, name, folder) for name in wanted if name not in known}
     _require_shapes(new, wanted, folder)

@@ -10,19 +10,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from anyexperts_jax.core.batch import make_batch
-from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import comma_list, require, require_one_of
 from anyexperts_jax.core.registries import FAMILIES
 from anyexperts_jax.models.config import ModelConfig
-from anyexperts_jax.models.init import named_leaves, params_of_leaves
+from anyexperts_jax.models.init import abstract_params, named_leaves, params_of_leaves
 from anyexperts_jax.models.multimodal import MultimodalModel
 from anyexperts_jax.models.paths import MOE_LAYERS, dense_name, dense_twins, expert_weight
 from anyexperts_jax.pretrained.attach import on_devices
 from anyexperts_jax.pretrained.calibration import calibration_tokens
 from anyexperts_jax.pretrained.model import Pretrained
 from anyexperts_jax.pretrained.neurons import Groups, Method, Network, group_neurons
+from anyexperts_jax.pretrained.split_policy import split_policy
 
-ROUTER = "markers"
 ROUTER_NAMES = (f"{MOE_LAYERS}moe/router/gate_kernel", f"{MOE_LAYERS}moe/router/up_kernel")
 _CUT = (
     "num_dense_layers",
@@ -87,7 +86,8 @@ def split(
 
 
 def merge(m: Pretrained) -> Pretrained:
-    """Returns the dense model that `m` was split from. The experts' weights are put back unchanged.
+    """Returns the dense model that `m` was split from. The experts' weights are put back unchanged; attached slots are
+    removed.
 
     Raises:
       UserError: if the model was not split.
@@ -141,8 +141,7 @@ def split_config(config: ModelConfig, num_experts: int, num_shared: int, markers
         f"split: num_experts={num_experts} must divide the network's width {stack.d_ff}: {comma_list(fitting[:12])}",
     )
     require(markers >= 1, f"split: markers={markers} must be >= 1")
-    routed = num_experts - num_shared
-    moe = AnyExpertsConfig.static_top_k(routed, routed, router=ROUTER, router_markers=markers, normalisation="one")
+    moe = split_policy(num_experts - num_shared, markers)
     fields: dict[str, Any] = {"num_dense_layers": 0, "moe_every": 1, "expert_d_ff": stack.d_ff // num_experts}
     return dataclasses.replace(
         config, moe=moe, stack=dataclasses.replace(stack, num_shared_experts=num_shared, **fields)
@@ -156,14 +155,20 @@ def merged_config(m: Pretrained) -> ModelConfig:
     return dataclasses.replace(m.config, moe=base.moe, stack=dataclasses.replace(m.config.stack, **own))
 
 
+def added_names(config: ModelConfig) -> list[str]:
+    """Returns the names of a split model's parameters that the dense one lacks: of routers and slots."""
+    names = named_leaves(abstract_params(config))
+    return [name for name in names if not dense_twins(config, name) and not name.startswith(_SHARED)]
+
+
 def assemble(
-    m: Pretrained, config: ModelConfig, order_LF: Int[np.ndarray, "L F"], router: Mapping[str, Any]
+    m: Pretrained, config: ModelConfig, order_LF: Int[np.ndarray, "L F"], added: Mapping[str, Any]
 ) -> Pretrained:
-    """Builds a split model from a dense one, the order of its neurons and the router's parameters."""
+    """Builds a split model from a dense one, the order of its neurons and the parameters of `added_names`."""
     leaves = named_leaves(m.params)
     routed, shared = config.moe.num_experts, config.stack.num_shared_experts
     width = config.stack.expert_d_ff
-    values: dict[str, Any] = {**leaves, **router}
+    values: dict[str, Any] = {**leaves, **added}
     for weight in ("gate", "up", "down"):
         axis = 0 if weight == "down" else 1
         rows = [

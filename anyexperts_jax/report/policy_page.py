@@ -61,8 +61,8 @@ def draw_policy_curves(found: Sequence[Measured], path: pathlib.Path) -> pathlib
         panels[1].set_xlabel(f"time, 1 = {found[0].policy}")
         panels[0].set_ylabel("perplexity")
         panels[0].set_yscale("log")
-        panels[0].yaxis.set_major_formatter(_plain_tick)
-        panels[0].yaxis.set_minor_formatter(_plain_tick)
+        panels[0].yaxis.set_major_formatter(plain_tick)
+        panels[0].yaxis.set_minor_formatter(plain_tick)
         for axes in panels:
             axes.grid(True, which="both", axis="y")
             axes.grid(True, axis="x")
@@ -73,7 +73,7 @@ def draw_policy_curves(found: Sequence[Measured], path: pathlib.Path) -> pathlib
     return path
 
 
-def _plain_tick(value: float, _: int) -> str:
+def plain_tick(value: float, _: int) -> str:
     """Formats a tick of a logarithmic axis: 20, 50, 100."""
     leading = value / 10 ** math.floor(math.log10(value))
     return f"{value:g}" if round(leading, 6) in (1, 2, 3, 5) else ""

@@ -18,9 +18,9 @@ from anyexperts_jax.evaluate.policies import (
     LAYERS,
     MODES,
     ORACLE,
+    Pass,
     TextSample,
     _oracle,
-    _Pass,
     measure_policies,
     policy_names,
     slots_of_layers,
@@ -104,7 +104,7 @@ def test_every_policy_realises_its_budget_on_the_data(model, sample):
 
 def test_the_oracle_takes_fewer_where_fewer_do_better():
     """The oracle is an upper bound at its budget: it need not spend all of it."""
-    one = lambda *nats: _Pass(np.array([nats]), 0.0, 0.0, seconds=1.0)  # noqa: E731
+    one = lambda *nats: Pass(np.array([nats]), 0.0, 0.0, seconds=1.0)  # noqa: E731
     two, four, eight = one(1.0, 1.0, 1.0, 1.0), one(1.5, 1.5, 1.5, 1.5), one(0.1, 0.2, 0.6, 0.9)
     chosen = _oracle({2: two, 4: four, 8: eight}, 5)
     assert chosen.nats_BT.tolist() == [[0.1, 0.2, 1.0, 1.0]]
@@ -138,6 +138,7 @@ def test_a_split_model_is_compared_with_its_dense_source(sample):
     dense = random_model(hub_values("llama", num_hidden_layers=2, vocab_size=300, eos_token_id=299))
     split = ax.split(dense, num_experts=5, num_shared=1)
     assert policy_names(split)[0] == DENSE
+    assert policy_names(ax.attach(split, k_min=2, k_max=4)) == (DENSE, "importance")
     assert DENSE not in policy_names(random_model(SHAPE))
     lines = []
     whole, own, *found = measure_policies(split, sample, [3, 2], [DENSE, "static"], note=lines.append)

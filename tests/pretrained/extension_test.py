@@ -51,6 +51,16 @@ def test_a_model_from_split_is_read_back_unchanged(tmp_path, capsys):
         found.export(tmp_path / "hub_form")
 
 
+def test_slots_attached_to_a_split_model_are_read_back_unchanged(tmp_path):
+    base = random_model(hub_values("llama"))
+    slots = ax.attach(ax.split(base, num_experts=5, num_shared=1, markers=2), k_min=2, k_max=5, num_virtual=1)
+    slots.export(tmp_path / "out", "anyexperts")
+    found = ax.load_pretrained(tmp_path / "out")
+    assert_same(found, slots)
+    np.testing.assert_array_equal(found.order_LF, slots.order_LF)
+    assert_same(ax.merge(found), base)
+
+
 def damaged(folder, name, **changes):
     path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

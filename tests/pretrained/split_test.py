@@ -51,6 +51,34 @@ def test_a_budget_keeps_the_experts_with_the_largest_outputs(dense, parts):
     assert not np.allclose(parts.logits(TOKENS_BT, budget=2), dense.logits(TOKENS_BT), atol=1e-2)
 
 
+@pytest.mark.parametrize("num_virtual", [0, 1])
+def test_slots_attached_to_a_split_model_begin_with_all_experts_on(dense, parts, num_virtual):
+    slots = ax.attach(parts, k_min=2, k_max=4 + num_virtual, num_virtual=num_virtual)
+    output = slots.forward(TOKENS_BT)
+    np.testing.assert_array_equal(output.logits_BTY, parts.logits(TOKENS_BT))
+    assert (np.asarray(output.trace.real_slots_BT) == 4).all()
+    assert (np.asarray(output.trace.virtual_slots_BT) == num_virtual).all()
+    assert (np.asarray(slots.forward(TOKENS_BT, budget=2.4).trace.real_slots_BT) < 4).any()
+    back = ax.detach(slots)
+    assert back.config == parts.config
+    found, expected = named_leaves(back.params), named_leaves(parts.params)
+    assert found.keys() == expected.keys()
+    assert all(found[name] is expected[name] for name in expected)
+    np.testing.assert_array_equal(merge(slots).logits(TOKENS_BT), dense.logits(TOKENS_BT))
+
+
+def test_windows_that_do_not_fit_a_split_model_are_refused(parts):
+    with pytest.raises(UserError, match="k_min=1, k_max=3 never gives the 4 experts that a token of the base has; "):
+        ax.attach(parts, k_min=1, k_max=3)
+    with pytest.raises(UserError, match=r"k_max=4 never gives the 5 experts that .*, virtual ones included; widen it"):
+        ax.attach(parts, k_min=1, k_max=4, num_virtual=1)
+    slots = ax.attach(parts, k_min=2, k_max=4)
+    with pytest.raises(UserError, match="has variable slots already"):
+        ax.attach(slots, k_min=2, k_max=4)
+    with pytest.raises(UserError, match="no attached slots"):
+        ax.detach(parts)
+
+
 def test_clusters_have_equal_sizes_and_find_similar_rows():
     random = np.random.default_rng(0)
     centres, kinds = random.integers(0, 2, (3, 40)), random.permutation(np.repeat(np.arange(3), 6))
