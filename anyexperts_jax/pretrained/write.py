@@ -17,6 +17,7 @@ import numpy as np
 
 from anyexperts_jax.core.errors import UserError, comma_list, one_line, require, require_one_of
 from anyexperts_jax.core.files import require_local, require_printable
+from anyexperts_jax.core.quantities import bytes_text
 from anyexperts_jax.core.registries import FAMILIES
 from anyexperts_jax.models.init import named_leaves
 from anyexperts_jax.pretrained.calibration import calibration_tokens
@@ -142,7 +143,7 @@ def _require_hub_routing(model: Pretrained) -> None:
 
 def _require_disk(tensors: "_Tensors", out: pathlib.Path) -> None:
     need, free = tensors.total_bytes, shutil.disk_usage(out.absolute().parent).free
-    require(need < free, f"{out} needs {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk")
+    require(need < free, f"{out} needs {bytes_text(need)}, but {bytes_text(free)} are free on its disk")
 
 
 def _write_model(model: Pretrained, folder: pathlib.Path, shard_bytes: int) -> None:

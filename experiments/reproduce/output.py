@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from anyexperts_jax.core.quantities import count_text
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.data.domain import SPLITS_VERSION
 from experiments.reproduce import tables
@@ -63,8 +64,8 @@ class Page:
 
     @property
     def size(self) -> str:
-        """Returns the number of parameters in millions."""
-        return f"{self.parameters / 1e6:.{1 if self.parameters < 1e7 else 0}f}M"
+        """Returns the number of parameters in a unit that fits it."""
+        return count_text(self.parameters)
 
 
 def write_page(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:
