@@ -82,6 +82,30 @@ def test_every_block_states_whether_it_runs(page):
         assert block.kind not in ("no", "file") or block.detail, f"line {block.line}: say why, or the file's name"
 
 
+def linked(page):
+    """Returns the pages of Markdown that a page links to."""
+    found = re.findall(r"\]\(([^)\s#]+\.md)(?:#[^)\s]*)?\)", page.read_text())
+    return {(page.parent / link).resolve() for link in found if "://" not in link}
+
+
+def test_every_page_is_two_clicks_from_the_readme():
+    near = linked(ROOT / "README.md")
+    reached = near.union(*map(linked, near))
+    assert not [page_name(page) for page in PAGES[1:] if page not in reached]
+
+
+def test_every_result_is_linked_from_the_table_of_experiments():
+    """Figures that no page leads to go stale: a page said "to be run" of what had been run."""
+    linked_to = re.findall(r"\]\((results/[^)#]+)", (ROOT / "experiments/README.md").read_text())
+    leads = {pathlib.PurePath(link).parts[1].partition(".")[0] for link in linked_to}
+    made = {path.name.partition(".")[0] for path in (ROOT / "experiments/results").iterdir()}
+    assert made <= leads
+
+
+def test_the_readme_fits_on_two_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 @pytest.fixture(scope="session")
 def smallest_run(tmp_path_factory):
     """Trains one smallest run, which all pages use."""
