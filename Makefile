@@ -32,7 +32,7 @@ help:
 	@echo "make test-kills  twenty kills of a run at random moments, twenty resumes, the same bits at the end (some minutes)"
 	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
 	@echo "make docs        build the documentation into build/site; a broken link is an error"
-	@echo "make test-docs   run every command of README and docs/ (about ten minutes)"
+	@echo "make test-docs   run every command of README and docs/ on the wheel (about ten minutes)"
 	@echo "make test-report  the report page in headless Chromium (apt-get install chromium)"
 	@echo "make release-check  build, install the wheel on every Python there is, run the smallest demo (some minutes)"
 	@echo "make fuzz        run configurations, calls and files broken at random, 200 of each"
@@ -133,7 +133,7 @@ docs: $(BIN)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test-docs: $(BIN)/.installed-test
-	$(BIN)/python -m pytest tests/docs_test.py --docs-slow $(PYTEST_ARGS)
+	.ci/test-docs $(BIN)/python $(PYTEST_ARGS)
 
 $(BIN)/.installed-browser: $(BIN)/.installed-test
 	$(BIN)/python -m pip install --quiet --editable '.[test,browser]'

@@ -3,7 +3,7 @@
 A comment above a block marks it:
 
     <!-- run: quick -->             runs in every test run
-    <!-- run: slow -->              runs with `pytest --docs-slow` (`make test-docs`)
+    <!-- run: slow -->              runs with `pytest --docs-slow` (`make test-docs` does so on the installed wheel)
     <!-- run: no, REASON -->        is never run
     <!-- run: file NAME -->         is written into a file that the page's later blocks use
     <!-- run: quick; A => B -->     runs with B in the place of A: smaller sizes
@@ -122,7 +122,9 @@ def shell(tmp_path):
     for name, module in {"anyexperts": "-m anyexperts_jax", "python": ""}.items():
         (tools / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {module} "$@"\n')
         (tools / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # `make test-docs` has the wheel there
+    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     return lambda line: subprocess.run(["bash", "-ec", line], env=environment, check=True)
 
 
