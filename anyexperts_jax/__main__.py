@@ -1,5 +1,7 @@
 """The command `anyexperts`, and `python -m anyexperts_jax`."""
 
+from __future__ import annotations  # this module runs on older Pythons, to name them
+
 import importlib.util
 import os
 import sys
@@ -34,8 +36,10 @@ def main() -> int:
     return run()
 
 
-def cannot_start(version: "tuple[int, int]", needed: Collection[str] = NEEDED) -> str:
+def cannot_start(version: tuple[int, int], needed: Collection[str] = NEEDED, system: str = sys.platform) -> str:
     """Why no command can run in this Python, in one line; empty if it can. Runs on older Pythons too."""
+    if system == "win32":
+        return "Windows itself is not supported: install WSL 2 (`wsl --install`), and install and run this inside it"
     if version < OLDEST:
         return (
             f"this is Python {version[0]}.{version[1]}, and {OLDEST[0]}.{OLDEST[1]} or newer is needed: "

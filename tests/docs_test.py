@@ -3,7 +3,7 @@
 A comment above a block marks it:
 
     <!-- run: quick -->             runs in every test run
-    <!-- run: slow -->              runs with `pytest --docs-slow` (`make test-docs`)
+    <!-- run: slow -->              runs with `pytest --docs-slow` (`make test-docs` does so on the installed wheel)
     <!-- run: no, REASON -->        is never run
     <!-- run: file NAME -->         is written into a file that the page's later blocks use
     <!-- run: quick; A => B -->     runs with B in the place of A: smaller sizes
@@ -82,6 +82,30 @@ def test_every_block_states_whether_it_runs(page):
         assert block.kind not in ("no", "file") or block.detail, f"line {block.line}: say why, or the file's name"
 
 
+def linked(page):
+    """Returns the pages of Markdown that a page links to."""
+    found = re.findall(r"\]\(([^)\s#]+\.md)(?:#[^)\s]*)?\)", page.read_text())
+    return {(page.parent / link).resolve() for link in found if "://" not in link}
+
+
+def test_every_page_is_two_clicks_from_the_readme():
+    near = linked(ROOT / "README.md")
+    reached = near.union(*map(linked, near))
+    assert not [page_name(page) for page in PAGES[1:] if page not in reached]
+
+
+def test_every_result_is_linked_from_the_table_of_experiments():
+    """Figures that no page leads to go stale: a page said "to be run" of what had been run."""
+    linked_to = re.findall(r"\]\((results/[^)#]+)", (ROOT / "experiments/README.md").read_text())
+    leads = {pathlib.PurePath(link).parts[1].partition(".")[0] for link in linked_to}
+    made = {path.name.partition(".")[0] for path in (ROOT / "experiments/results").iterdir()}
+    assert made <= leads
+
+
+def test_the_readme_fits_on_two_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
 @pytest.fixture(scope="session")
 def smallest_run(tmp_path_factory):
     """Trains one smallest run, which all pages use."""
@@ -98,7 +122,9 @@ def shell(tmp_path):
     for name, module in {"anyexperts": "-m anyexperts_jax", "python": ""}.items():
         (tools / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {module} "$@"\n')
         (tools / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # `make test-docs` has the wheel there
+    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     return lambda line: subprocess.run(["bash", "-ec", line], env=environment, check=True)
 
 
@@ -141,7 +167,8 @@ def test_blocks_run(page, shell, tmp_path, monkeypatch, request):
     folder = tmp_path / "page"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    if slow and "--run runs/mine" not in page.read_text():
+    trains = any("--run runs/mine" in block.written for block in blocks(page) if block.kind in ("quick", "slow"))
+    if slow and not trains:
         shutil.copytree(request.getfixturevalue("smallest_run"), folder / "runs" / "mine")
     names = {"__name__": page.stem}
     for block in blocks(page):

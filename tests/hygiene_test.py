@@ -152,6 +152,15 @@ def test_tables_are_printed_by_the_function_that_keeps_figures_whole():
     assert drawing == {"anyexperts_jax/core/text_table.py", "anyexperts_jax/data/show.py"}
 
 
+def test_counts_and_sizes_are_printed_in_a_unit_that_fits_them():
+    """A fixed unit makes a tiny model "0.0M parameters, 0.00 GB"; core.quantities chooses the unit."""
+    fixed = re.compile(r"/ (1e(6|9|12)|2\*\*[123]0):")
+    found = [
+        str(path.relative_to(ROOT)) for path in SOURCES if path.stem != "quantities" and fixed.search(path.read_text())
+    ]
+    assert not found
+
+
 def test_our_own_deprecated_calls_fail_a_test():
     """Tests the filter in pyproject.toml, which ignores deprecated calls made by other packages."""
     call = "import warnings\ndef old(): warnings.warn('old', DeprecationWarning, stacklevel=2)\nold()"

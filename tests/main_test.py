@@ -1,5 +1,6 @@
 """How the command starts its process again with large pages."""
 
+import ast
 import os
 import pathlib
 import subprocess
@@ -138,6 +139,21 @@ def test_a_python_that_cannot_run_it_is_named_in_one_line(version, needed, said)
     assert line.startswith(said)
     assert bool(line) == bool(said)
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("system", ["win32", "linux", "darwin"])
+def test_windows_itself_is_named_in_one_line(system):
+    line = __main__.cannot_start((3, 12), ("numpy",), system)
+    assert line.startswith("Windows itself is not supported: install WSL 2" if system == "win32" else "")
+    assert bool(line) == (system == "win32")
+
+
+@pytest.mark.parametrize("name", ["__init__", "__main__"])
+def test_an_older_python_can_read_what_names_it(name):
+    """Annotations such as list[str] end in a traceback on Python 3.8 unless they are not evaluated."""
+    text = (pathlib.Path(__main__.__file__).parent / f"{name}.py").read_text()
+    ast.parse(text, feature_version=(3, 7))
+    assert "from __future__ import annotations" in text
 
 
 def test_without_its_packages_the_command_ends_in_one_line(tmp_path):

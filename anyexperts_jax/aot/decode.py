@@ -14,6 +14,7 @@ from anyexperts_jax.aot.collectives import Collective, read_collectives
 from anyexperts_jax.aot.fit import temporaries_refused
 from anyexperts_jax.aot.topology import chip_of_topology, slice_devices
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.quantities import bytes_text
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.generate import dropless
 from anyexperts_jax.models.init import abstract_params, logical_axes, named_leaves
@@ -65,15 +66,15 @@ def compile_decode(run: RunConfig, model: ModelConfig, topology: str) -> Compile
     start = time.perf_counter()
     params = _placed_params(model, mesh)
     held = {"parameters": _bytes(params), "cache": _bytes(_placed_cache(model, mesh, rows, length))}
-    held_text = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in held.items())
+    held_text = ", ".join(f"{name} {bytes_text(size, 2)}" for name, size in held.items())
     try:
         compiled = lower_decode(model, mesh, rows, length).compile()
     except jax.errors.JaxRuntimeError as error:
         if temporaries_refused(str(error)) is None:
             raise
         raise UserError(
-            f"the step of decoding does not fit a device of {topology} with {chip.hbm / 2**30:.0f} GiB ({held_text}, "
-            "in GiB); take fewer rows or positions, or more devices"
+            f"the step of decoding does not fit a device of {topology} with {bytes_text(chip.hbm, 0)} ({held_text}); "
+            "take fewer rows or positions, or more devices"
         ) from error
     stats = compiled.memory_analysis()
     inner = run.mesh.sizes_inside(mesh.size)
@@ -94,8 +95,8 @@ def compile_decode(run: RunConfig, model: ModelConfig, topology: str) -> Compile
         bounds=find_bounds(demand, collectives, list(mesh.devices.flat), inner, chip),
         seconds=time.perf_counter() - start,
     )
-    over = -found.free * chip.hbm / 2**30
-    message = f"the step of decoding does not fit a device of {topology}: {over:.2f} GiB more ({held_text})"
+    over = -found.free * chip.hbm
+    message = f"the step of decoding does not fit a device of {topology}: {bytes_text(over, 2)} more ({held_text})"
     require(found.free >= 0, message)
     return found
 

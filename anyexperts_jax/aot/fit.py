@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 
 from anyexperts_jax.core.errors import UserError
+from anyexperts_jax.core.quantities import bytes_text
 from anyexperts_jax.dispatch.exchange_sizes import expected_devices
 from anyexperts_jax.routing.plan import plan_spec
 from anyexperts_jax.sharding.specs import token_shards
@@ -41,13 +42,11 @@ def does_not_fit(
     config: RunConfig, mesh: dict[str, int], topology: str, hbm: float, state: float, temporaries: float
 ) -> UserError:
     """The error with the excess and the two changes that help most."""
-    best = [
-        f"{knob.change} (about {knob.saves / 2**30:.1f} GiB less)" for knob in knobs(config, mesh, state, temporaries)
-    ]
+    best = [f"{knob.change} (about {bytes_text(knob.saves)} less)" for knob in knobs(config, mesh, state, temporaries)]
     over = state + temporaries - hbm
     return UserError(
-        f"the step does not fit a device of {topology}: {over / 2**30:.2f} GiB more than its {hbm / 2**30:.0f} GiB "
-        f"(state {state / 2**30:.2f}, temporaries {temporaries / 2**30:.2f}); what helps most: "
+        f"the step does not fit a device of {topology}: {bytes_text(over, 2)} more than its {bytes_text(hbm, 0)} "
+        f"(state {bytes_text(state, 2)}, temporaries {bytes_text(temporaries, 2)}); what helps most: "
         f"{' or '.join(best[:2])}"
     )
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from anyexperts_jax.aot.decode import CompiledDecode
 from anyexperts_jax.aot.step import CompiledStep
+from anyexperts_jax.core.quantities import bytes_text, count_text, flops_text
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.core.versions import versions
 
@@ -13,7 +14,7 @@ def step_tables(step: CompiledStep) -> list[TextTable]:
     """Tables of a device's memory, the collectives, the FLOPs, and the bounds that follow."""
     slices = f"{step.slices} slices of {step.topology}" if step.slices > 1 else step.topology
     title = (
-        f"{step.parameters / 1e6:,.1f}M parameters on {slices}, {step.devices} devices: {mesh_text(step.mesh)}; "
+        f"{count_text(step.parameters)} parameters on {slices}, {step.devices} devices: {mesh_text(step.mesh)}; "
         f"compiled in {step.seconds:.0f} s. Memory of a device"
     )
     return [_memory_table(step, title), _collectives_table(step), _work_table(step), _bounds_table(step)]
@@ -22,9 +23,9 @@ def step_tables(step: CompiledStep) -> list[TextTable]:
 def decode_tables(step: CompiledDecode) -> list[TextTable]:
     """Tables of a device's memory, the collectives and the bounds of a step of decoding."""
     title = (
-        f"A token for each of {step.rows} rows, a cache of {step.length} positions: {step.parameters / 1e6:,.1f}M "
-        f"parameters on {step.topology}, {step.devices} devices: {mesh_text(step.mesh)}; compiled in "
-        f"{step.seconds:.0f} s. Memory of a device"
+        f"A token for each of {step.rows} rows, a cache of {step.length} positions: "
+        f"{count_text(step.parameters)} parameters on {step.topology}, {step.devices} devices: {mesh_text(step.mesh)}; "
+        f"compiled in {step.seconds:.0f} s. Memory of a device"
     )
     return [_memory_table(step, title), _collectives_table(step), _bounds_table(step)]
 
@@ -38,19 +39,19 @@ def to_json(step: CompiledStep | CompiledDecode) -> dict[str, Any]:
 
 
 def _memory_table(step: CompiledStep | CompiledDecode, title: str) -> TextTable:
-    rows = [(what, _gib(size), f"{size / step.hbm:.1%}") for what, size in step.memory.items()]
-    rows += [("free", _gib(step.free * step.hbm), f"{step.free:.1%}"), ("all", _gib(step.hbm), "100.0%")]
-    return TextTable(title, ("what", "GiB", "share"), tuple(rows))
+    sizes = {**step.memory, "free": step.free * step.hbm, "all": step.hbm}
+    rows = [(what, bytes_text(size, 2), f"{size / step.hbm:.1%}") for what, size in sizes.items()]
+    return TextTable(title, ("what", "size", "share"), tuple(rows))
 
 
 def _collectives_table(step: CompiledStep | CompiledDecode) -> TextTable:
     sent = [
-        (row.kind, " x ".join(row.axes) or "no mesh axes", f"{row.count}", f"{row.bytes / 2**20:.1f}", _ms(seconds))
+        (row.kind, " x ".join(row.axes) or "no mesh axes", f"{row.count}", bytes_text(row.bytes), _ms(seconds))
         for row, seconds in zip(step.collectives, step.bounds.collectives, strict=True)
     ]
     return TextTable(
-        "Collectives of a step, loops multiplied out (MiB: of a device, the larger of in and out; ms: on its own)",
-        ("kind", "over", "runs", "MiB", "at least, ms"),
+        "Collectives of a step, loops multiplied out (size: of a device, the larger of in and out; ms: on its own)",
+        ("kind", "over", "runs", "size", "at least, ms"),
         tuple(sent),
         names=2,
     )
@@ -59,15 +60,15 @@ def _collectives_table(step: CompiledStep | CompiledDecode) -> TextTable:
 def _work_table(step: CompiledStep) -> TextTable:
     work = step.work
     rows = [
-        (name, f"{flops / 1e12:,.1f}", f"{flops / work.flops:.1%}")
+        (name, flops_text(flops), f"{flops / work.flops:.1%}")
         for name, flops in (*work.real_flops.items(), *work.extra_flops.items())
     ]
     title = (
-        f"Matmuls of a step at the nominal budget, all devices. Expert rows: {work.rows_real / 1e6:,.2f}M real, "
-        f"{work.rows_computed / 1e6:,.2f}M with tiles filled up, {work.rows_buffers / 1e6:,.2f}M in buffers"
-        + (f"; {work.rows_sent / 1e6:,.2f}M rows sent" if work.rows_sent else "")
+        f"Matmuls of a step at the nominal budget, all devices. Expert rows: {count_text(work.rows_real)} real, "
+        f"{count_text(work.rows_computed)} with tiles filled up, {count_text(work.rows_buffers)} in buffers"
+        + (f"; {count_text(work.rows_sent)} rows sent" if work.rows_sent else "")
     )
-    return TextTable(title, ("what", "TFLOP", "share"), (*rows, ("all", f"{work.flops / 1e12:,.1f}", "100.0%")))
+    return TextTable(title, ("what", "operations", "share"), (*rows, ("all", flops_text(work.flops), "100.0%")))
 
 
 def _bounds_table(step: CompiledStep | CompiledDecode) -> TextTable:
@@ -83,9 +84,6 @@ def _bounds_table(step: CompiledStep | CompiledDecode) -> TextTable:
     return TextTable(title, ("what", "at least, ms"), tuple(rows))
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f}"
-
-
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f}"
+    milliseconds = seconds * 1e3
+    return f"{milliseconds:.2f}" if milliseconds >= 1 else f"{milliseconds:.2g}"

@@ -277,7 +277,7 @@ def _peak_megabytes() -> float:
 
 def serve_table(bench: ServeBench) -> TextTable:
     """Returns the table of results of the base alone, as ratios over the first row."""
-    columns = ("clients", "requests", "lost", "mixed up", "throughput", "first token", "between tokens", "MB")
+    columns = ("clients", "requests", "lost", "mixed up", "throughput", "first token", "between tokens", "MiB")
     rows = [
         (
             *_counts(one),

@@ -219,7 +219,7 @@ def step_table(bench: StepBench) -> TextTable:
     rows = [
         (
             one.form,
-            f"{one.parameters / 1e6:.2f}M",
+            f"{one.parameters:,}",
             f"{one.milliseconds:.0f}",
             f"{one.tokens_per_second:.0f}",
             "-" if one.ratio is None else f"{one.ratio:.2f}",

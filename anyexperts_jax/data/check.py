@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from anyexperts_jax.core.errors import UserError, require
+from anyexperts_jax.core.extras import require_package
 from anyexperts_jax.core.modality import MODALITY_NAMES, NUM_MODALITIES
 from anyexperts_jax.core.plugins import load_plugins
 from anyexperts_jax.data.bad_rows import reason_of
@@ -253,11 +254,7 @@ def _words(item: Item) -> str:
 
 def _minhash(text: str) -> Any:
     """Returns the MinHash of a text's word shingles."""
-    try:
-        from datasketch import MinHash
-    except ImportError as error:
-        raise UserError("near duplicates need the package datasketch: pip install datasketch (extra `data`)") from error
-    made = MinHash(_PERMUTATIONS, seed=1)
+    made = require_package("datasketch", "data", "near duplicates need").MinHash(_PERMUTATIONS, seed=1)
     words = text.casefold().split()
     for start in range(max(len(words) - _SHINGLE + 1, min(len(words), 1))):
         made.update(" ".join(words[start : start + _SHINGLE]).encode())

@@ -122,9 +122,11 @@ def _require_room(example: Example, spec: EncodingSpec, media: int, question: in
     needed = media + question + answer + 3
     if needed <= spec.max_length:
         return
+    fewer = ", or lower data.encoding.max_patches or max_frames" if media else ""
     raise UserError(
         f"a {example.domain}/{example.question_type} example needs {needed} positions (media {media}, question "
-        f"{question}, answer {answer}, BOS, SEP and EOS), more than encoding.max_length={spec.max_length}"
+        f"{question}, answer {answer}, BOS, SEP and EOS), more than encoding.max_length={spec.max_length}; "
+        f"raise data.encoding.max_length{fewer}"
     )
 
 
@@ -152,7 +154,10 @@ def require_fits_model(spec: EncodingSpec, model: ModelConfig, tokenizer: str = 
       UserError: naming both values, if they do not fit.
     """
     length = f"encoding.max_length={spec.max_length}"
-    require(spec.max_length <= model.max_length, f"{length} is longer than the model's max_length={model.max_length}")
+    require(
+        spec.max_length <= model.max_length,
+        f"{length} is longer than the model's max_length={model.max_length}; raise model.max_length too, or lower it",
+    )
     require(
         tokenizer != BYTES_NAME or model.vocab_size >= BYTES.vocab_size,
         f"the model's vocab_size={model.vocab_size} is below the tokenizer's {BYTES.vocab_size}",

@@ -89,7 +89,7 @@ def encode_pair(item: Item, spec: EncodingSpec, **how: Any) -> EncodedSequence:
         size.fits(room),
         f"the two conversations of the preference need {size.positions} positions, {size.patches} patches and "
         f"{size.frames} audio frames together, more than encoding.max_length={room.positions}, "
-        f"max_patches={room.patches} or max_frames={room.frames}",
+        f"max_patches={room.patches} or max_frames={room.frames}; raise these of data.encoding",
     )
     return concatenate([dataclasses.replace(one, loss_mask_T=last_runs(one.loss_mask_T)) for one in both])
 
@@ -239,14 +239,14 @@ def _require_room(item: Item, parts: Rows, size: Size, spec: EncodingSpec) -> No
         name = "media" if isinstance(part, MediaPart) else "learned" if part.in_loss else "other text"
         sizes[name] = sizes.get(name, 0) + len(part.features if isinstance(part, MediaPart) else part.ids)
     made_of = comma_list(f"{name} {count}" for name, count in sizes.items())
-    over = [
-        f"{needed} {name}, more than encoding.{key}={there}"
+    over = {
+        f"data.encoding.{key}": f"{needed} {name}, more than encoding.{key}={there}"
         for name, key, needed, there in (
             ("positions", "max_length", size.positions, room.positions),
             ("patches", "max_patches", size.patches, room.patches),
             ("audio frames", "max_frames", size.frames, room.frames),
         )
         if needed > there
-    ]
+    }
     what = "document" if isinstance(item, Document) else "conversation"
-    raise UserError(f"the {what} needs {' and '.join(over)} ({made_of})")
+    raise UserError(f"the {what} needs {' and '.join(over.values())} ({made_of}); raise {comma_list(over)}")

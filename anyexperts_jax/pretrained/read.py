@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from anyexperts_jax.core.errors import comma_list, require
+from anyexperts_jax.core.quantities import bytes_text, count_text
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.init import logical_axes, named_leaves, params_of_leaves
@@ -122,7 +123,7 @@ def summary(plan: ReadPlan, family: str) -> list[str]:
     lines = [
         f"family {family}: {stack.num_layers} layers{experts if stack.num_moe_layers else ', dense'}, "
         f"width {stack.d_model}, {plan.config.vocab_size} ids, head {head}{''.join(tower_texts)}",
-        f"{elements / 1e6:.1f}M parameters, {size / 1e9:.2f} GB, computed in {stack.dtype}",
+        f"{count_text(elements)} parameters, {bytes_text(size)}, computed in {stack.dtype}",
     ]
     counts = collections.Counter(name.partition(".")[0] for name in plan.left_out)
     if counts:

@@ -17,6 +17,7 @@ import numpy as np
 
 from anyexperts_jax.core.errors import UserError, comma_list, one_line, require, require_one_of
 from anyexperts_jax.core.files import require_local, require_printable
+from anyexperts_jax.core.quantities import bytes_text
 from anyexperts_jax.core.registries import FAMILIES
 from anyexperts_jax.models.init import named_leaves
 from anyexperts_jax.pretrained.calibration import calibration_tokens
@@ -141,8 +142,8 @@ def _require_hub_routing(model: Pretrained) -> None:
 
 
 def _require_disk(tensors: "_Tensors", out: pathlib.Path) -> None:
-    need, free = tensors.total_bytes, shutil.disk_usage(out.absolute().parent).free
-    require(need < free, f"{out} needs {need / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on its disk")
+    need, free = tensors.total_bytes, shutil.disk_usage(_nearest_above(out)).free
+    require(need < free, f"{out} needs {bytes_text(need)}, but {bytes_text(free)} are free on its disk")
 
 
 def _write_model(model: Pretrained, folder: pathlib.Path, shard_bytes: int) -> None:
@@ -153,6 +154,7 @@ def _write_model(model: Pretrained, folder: pathlib.Path, shard_bytes: int) -> N
 @contextlib.contextmanager
 def _complete_or_nothing(out: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary folder beside `out`, which is renamed to it at the end, or removed if writing fails."""
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     with contextlib.ExitStack() as undo:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -166,13 +168,19 @@ def require_new_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     """Checks the path of an export, before anything is computed.
 
     Raises:
-      UserError: if it exists, or its parent folder does not.
+      UserError: if it exists, or what it lies in is no folder. Folders that are missing are made when it is written.
     """
     out = require_local(path, "export")
     require_printable(out, "export")
     require(not out.exists(), f"{out} exists; name a new folder")
-    require(out.absolute().parent.is_dir(), f"{out.absolute().parent} is no folder; make it first")
+    above = _nearest_above(out)
+    require(above.is_dir(), f"{out} cannot be made: {above} is no folder")
     return out
+
+
+def _nearest_above(out: pathlib.Path) -> pathlib.Path:
+    """Returns the nearest path above `out` that exists."""
+    return next(path for path in out.absolute().parents if path.exists())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

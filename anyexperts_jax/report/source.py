@@ -7,6 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from anyexperts_jax.core.errors import UserError, comma_list, require
+from anyexperts_jax.core.quantities import count_text
 from anyexperts_jax.evaluate.evaluate import load_batches
 from anyexperts_jax.evaluate.importance import Separation
 from anyexperts_jax.evaluate.measure import measure_separations, sample_routing, summarise
@@ -50,8 +51,7 @@ class ReportSource:
     @property
     def summary(self) -> str:
         moe, stack = self.config.model.moe, self.config.model.stack
-        counts = parameter_count(self.config.model)
-        size = f"{counts / 1e6:.1f}M" if counts >= 1e5 else f"{counts:,}"
+        size = count_text(parameter_count(self.config.model))
         virtual = f" and {moe.num_virtual} virtual" if moe.num_virtual else ""
         window = (
             f"Each token gets {moe.k_min:g} to {moe.k_max:g} slots, with {moe.expected_real_slots:.2f} real experts on "

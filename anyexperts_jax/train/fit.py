@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from anyexperts_jax.core.errors import UserError, require
 from anyexperts_jax.core.host_memory import available_bytes
+from anyexperts_jax.core.quantities import bytes_text
 from anyexperts_jax.data.config import EncodingSpec
 from anyexperts_jax.models.init import abstract_params, logical_axes
 from anyexperts_jax.sharding.specs import batch_shards, param_shardings
@@ -135,9 +136,7 @@ def _require_room(needed: Mapping[str, int], room: int, where: str) -> None:
     if total <= room:
         return
     parts = sorted(needed.items(), key=lambda part: -part[1])
-    shown = ", ".join(f"{name} {_size(size)}" for name, size in parts if size > total / 100)
-    raise UserError(f"this takes at least {_size(total)} of memory ({shown}); {where} {_size(room)}; make it smaller")
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    shown = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts if size > total / 100)
+    raise UserError(
+        f"this takes at least {bytes_text(total)} of memory ({shown}); {where} {bytes_text(room)}; make it smaller"
+    )

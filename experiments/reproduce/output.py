@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 
+from anyexperts_jax.core.quantities import count_text
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.data.domain import SPLITS_VERSION
 from experiments.reproduce import tables
@@ -20,9 +21,9 @@ PAGE_NAME = "README.md"
 MAIN_FIGURE = "figure3_realised.png"
 QUICK_NOTE = "QUICK RUN: a few steps, to see that everything works. These figures say nothing about the method."
 OLD_SPLITS_NOTE = (
-    "**Measured on splits that leaked, to be measured anew:** {} of {} runs were made before the splits were mended. "
-    "84 to 88% of their test questions of addition and comparison stood in train with the operands reversed, and cuts "
-    "of one font, variants of one voice and scans of one hand stood in both."
+    "**Measured on data splits that leaked; to be measured again:** {} of {} runs were made before the splits were "
+    "fixed. 84 to 88% of their test questions of addition and comparison were also in train, with the operands "
+    "reversed, and cuts of one font, variants of one voice and scans of one hand were in both."
 )
 HEADING = "AnyExperts, reproduced at a scale anyone can rerun"
 NOTE = (
@@ -35,7 +36,7 @@ RULE = (
     f"difference lies above 0, not supported where it lies below {100 * BETTER_MARGIN:g} point (a gain of a point is "
     f"excluded), else undecided. A claim of the same score is supported where the interval lies above "
     f"-{100 * EQUAL_MARGIN:g} points, not supported where it lies below, else undecided. With fewer than {MIN_SEEDS} "
-    "seeds nothing is decided. AUC is told in points above the 50 of chance. There are as many chances to be wrong as "
+    "seeds nothing is decided. AUC is given in points above the 50 of chance. There are as many chances to be wrong as "
     "there are rows, and intervals over five seeds are a little too narrow."
 )
 _START_NOTE = (
@@ -63,8 +64,8 @@ class Page:
 
     @property
     def size(self) -> str:
-        """Returns the number of parameters in millions."""
-        return f"{self.parameters / 1e6:.{1 if self.parameters < 1e7 else 0}f}M"
+        """Returns the number of parameters in a unit that fits it."""
+        return count_text(self.parameters)
 
 
 def write_page(page: Page, folder: pathlib.Path) -> list[pathlib.Path]:

@@ -43,7 +43,7 @@ def test_the_line_states_the_excess_and_two_knobs():
 def test_a_compiled_step_is_checked_against_the_chip():
     memory = {"state and batch": 10 * GIB, "temporaries": 5 * GIB, "results not in place": 0, "program": GIB}
     require_fits(config(), "v5e:2x2", MESH, memory, 16 * GIB)
-    with pytest.raises(UserError, match=r"1\.00 GiB more than its 15 GiB \(state 10\.00, temporaries 6\.00\)"):
+    with pytest.raises(UserError, match=r"1\.00 GiB more than its 15 GiB \(state 10\.00 GiB, temporaries 6\.00 GiB\)"):
         require_fits(config(), "v5e:2x2", MESH, memory, 15 * GIB)
 
 

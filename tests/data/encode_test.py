@@ -98,9 +98,13 @@ def test_audio_by_hand():
             text_example(question="x" * 40, question_evidence=()),
             {},
             r"general/which example needs 46 positions \(media 0, question 40, answer 3, BOS, SEP and EOS\), "
-            "more than encoding.max_length=32",
+            "more than encoding.max_length=32; raise data.encoding.max_length$",
         ),
-        (image_example(), {"max_length": 12}, "needs 13 positions"),
+        (
+            image_example(),
+            {"max_length": 12},
+            "needs 13 positions .*; raise data.encoding.max_length, or lower data.encoding.max_patches or max_frames$",
+        ),
         (
             image_example(),
             {"max_patches": 5, "pictures": "whole"},

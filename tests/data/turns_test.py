@@ -126,7 +126,12 @@ def test_every_token_of_a_document_is_learned():
 LONG = conversation(said("user", "q"), said("assistant", "a" * 60))
 MORE = Message("assistant", (Text("x"),), {"tool_calls": [1]})
 WRONG = {
-    "too long": (LONG, None, r"needs 64 positions, more than encoding.max_length=48 \(other text 3, learned 61\)"),
+    "too long": (
+        LONG,
+        None,
+        r"needs 64 positions, more than encoding.max_length=48 \(other text 3, learned 61\); "
+        r"raise data.encoding.max_length$",
+    ),
     "too many frames": (
         conversation(said("user", *[Medium("audio", SOUND)] * 5), said("assistant", "x")),
         None,

@@ -153,6 +153,15 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
 
 
+def test_an_export_makes_the_folders_it_lies_in(tmp_path):
+    """`make pretrained` on a fresh clone writes to runs/pretrained/split, where there is no runs yet."""
+    model = load_pretrained(tiny_checkpoint(tmp_path / "hub", "llama"))
+    model.export(tmp_path / "runs/pretrained/split")
+    assert (tmp_path / "runs/pretrained/split/config.json").is_file()
+    with pytest.raises(UserError, match=r"cannot be made: .*config.json is no folder"):
+        model.export(tmp_path / "hub/config.json/out")
+
+
 def test_an_export_does_not_overwrite_a_folder(tmp_path):
     model = load_pretrained(tiny_checkpoint(tmp_path / "hub", "llama"))
     with pytest.raises(UserError, match="exists; name a new folder"):

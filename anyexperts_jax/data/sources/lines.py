@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from anyexperts_jax.core.errors import UserError, one_line, require
+from anyexperts_jax.core.extras import require_package
 from anyexperts_jax.data.sources.cache import Numbers, fingerprint, hash_64, made_once
 from anyexperts_jax.data.sources.places import File, Stream, beside, is_address, open_file, read_file, with_retries
 from anyexperts_jax.data.sources.rows import RowFormat, by_suffix, split_index
@@ -180,10 +181,7 @@ def decompressed(file: File) -> Iterator[Stream]:
             with gzip.GzipFile(fileobj=raw) as stream:
                 yield stream
             return
-        try:
-            import zstandard
-        except ImportError as error:
-            raise UserError(f"{file.path}: pip install zstandard to read .zst files (extra `data`)") from error
+        zstandard = require_package("zstandard", "data", f"{file.path}: reading .zst files needs")
         yield io.BufferedReader(_Zstandard(raw, file.path, zstandard), _CHUNK)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from anyexperts_jax.core.errors import UserError, one_line, require
+from anyexperts_jax.core.extras import require_package
 from anyexperts_jax.data.huggingface import row_values
 from anyexperts_jax.data.sources.cache import Numbers, fingerprint, hash_64, made_once
 from anyexperts_jax.data.sources.lines import OpenFiles
@@ -145,10 +146,7 @@ def _labels(schema: Any) -> dict[str, list[str]]:
 
 
 def _pyarrow(path: str) -> None:
-    try:
-        import pyarrow.parquet  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise UserError(f"{path}: pip install pyarrow to read Parquet files (extra `datasets`)") from error
+    require_package("pyarrow", "datasets", f"{path}: reading Parquet files needs")
 
 
 FORMAT = RowFormat("Parquet", by_suffix(".parquet"), ParquetRows)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from anyexperts_jax.core.errors import UserError, one_line, require
+from anyexperts_jax.core.extras import require_package
 
 T = TypeVar("T")
 Stream = Any  # seekable bytes; files, archives and stores have no common type
@@ -233,15 +234,12 @@ def _system(place: str) -> tuple[Any, str]:
         without_secrets(place) == place,
         f"{without_secrets(place)}: the address holds a password or signature, which a run would write down; {_ADVICE}",
     )
-    try:
-        import fsspec
-    except ImportError as error:
-        raise UserError(f"{place}: pip install fsspec to read from object stores (extra `remote`)") from error
+    fsspec = require_package("fsspec", "remote", f"{place}: reading from object stores needs")
     try:
         system, root = fsspec.core.url_to_fs(place)
     except ImportError as error:
-        package = _NEEDS.get(scheme, "the package that fsspec names for it")
-        raise UserError(f"{place}: pip install {package} to read {scheme}:// (extra `remote`)") from error
+        known = f"the package {_NEEDS[scheme]}: pip install 'anyexperts-jax[remote]'" if scheme in _NEEDS else None
+        raise UserError(f"{place}: reading {scheme}:// needs {known or f'a package: {one_line(error)}'}") from error
     except _store_errors() as error:
         said = without_secrets(one_line(error))[:160]
         raise UserError(f"cannot read {place}: {said}; give a path, or an address as gs:// or s3://") from error
