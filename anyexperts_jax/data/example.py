@@ -71,6 +71,12 @@ class Example:
         return no_media and no_masks and len(self.question_evidence) + len(self.audio_evidence) == 0
 
     @property
+    def has_evidence(self) -> bool:
+        """Whether the parts that carry the answer are marked."""
+        masks = [mask for mask in (self.image_evidence, self.video_evidence) if mask is not None]
+        return bool(self.question_evidence or self.audio_evidence or any(mask.any() for mask in masks))
+
+    @property
     def media(self) -> str | None:
         """The kind of media: "image", "video", "audio", or None for a question in text alone."""
         return next((name for name in ("image", "video", "audio") if getattr(self, name) is not None), None)

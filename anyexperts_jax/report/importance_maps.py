@@ -41,7 +41,7 @@ def draw_importance_maps(maps: Sequence[ExampleMap], path: Path) -> Path:
         for one in maps:
             _draw_example(drawn, one, maps, top, total)
             top -= _height(one)
-        _draw_key(drawn, total)
+        _draw_key(drawn, total, outlines=any(one.example.has_evidence for one in maps))
     return path
 
 
@@ -85,8 +85,8 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else "·" for c in text).replace("\ufffd", "·")
 
 
-def _draw_key(drawn: "Figure", total: float) -> None:
-    """Draws the legend at the foot of the picture: the colour bar and the outline of evidence."""
+def _draw_key(drawn: "Figure", total: float, *, outlines: bool) -> None:
+    """Draws the legend at the foot of the picture: the colour bar, and the outline of evidence where some is marked."""
     from matplotlib.patches import Rectangle
 
     place = 0.22 / total
@@ -95,6 +95,8 @@ def _draw_key(drawn: "Figure", total: float) -> None:
     style.bare(axes)
     drawn.text(0.06, place, "low", ha="right", va="center", fontsize=8.5)
     drawn.text(0.30, place, "high importance", va="center", fontsize=8.5)
+    if not outlines:
+        return
     box = Rectangle((0.5, place - 0.07 / total), 0.02, 0.14 / total, fill=False, edgecolor=style.EVIDENCE, linewidth=2)
     drawn.add_artist(box)
     drawn.text(0.53, place, "carries the answer (known from how it was made)", va="center", fontsize=8.5)

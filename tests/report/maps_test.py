@@ -1,5 +1,7 @@
 """Importance mapped back to where the tokens came from, and its pictures."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -89,6 +91,17 @@ def test_a_picture_has_colours_and_the_right_size(kind, tmp_path):
     assert (blue - red > 60).sum() > 200  # low importance
     evidence = tuple(int(style.EVIDENCE[i : i + 2], 16) for i in (1, 3, 5))
     assert (np.abs(pixels - evidence).max(axis=1) < 12).sum() > 100  # outlines
+
+
+def test_without_evidence_there_is_no_outline_and_no_key_to_it(tmp_path):
+    one = map_of("text")
+    unmarked = dataclasses.replace(one, example=dataclasses.replace(one.example, question_evidence=()))
+    assert one.example.has_evidence
+    assert not unmarked.example.has_evidence
+    with Image.open(draw_importance_maps([unmarked], tmp_path / "maps.png")) as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3).astype(int)
+    evidence = tuple(int(style.EVIDENCE[i : i + 2], 16) for i in (1, 3, 5))
+    assert (np.abs(pixels - evidence).max(axis=1) < 12).sum() == 0
 
 
 def test_kinds_of_media_do_not_share_a_picture(tmp_path):
