@@ -94,6 +94,7 @@ def test_the_command_prints_the_speeds(config, capsys):
     assert "MB/s" in shown.out
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_a_corpus_ten_times_as_long(tmp_path):
     """Measures the Python and NumPy memory that a pass of a packed, shuffled pipeline leaves allocated."""
 

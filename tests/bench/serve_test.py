@@ -30,6 +30,7 @@ def test_lengths_follow_the_distribution_and_fit_a_slot():
     assert asked == requests_of(load, 300, 64)
 
 
+@pytest.mark.slow
 def test_the_command_loses_and_mixes_up_no_request(folder, tmp_path, capsys):
     sizes = ["--requests", "6", "--prompt-tokens", "6", "--answer-tokens", "4", "--slots", "4", "--length", "96"]
     options = [*sizes, "--clients", "1", "4", "--budget", "1.5", "3", "--out", str(tmp_path)]

@@ -37,6 +37,7 @@ def on_four_devices(one):
     return dataclasses.replace(one, params=jax.device_put(one.params, shardings), router_bias_LC=bias_LC)
 
 
+@pytest.mark.slow
 def test_a_budget_drops_the_same_tokens_alone_and_with_others(monkeypatch):
     """Runs the whole command except answers and times, which drop nothing and take long to compile."""
     monkeypatch.setattr(evaluation, "predict", lambda trained, model, batch, *how: [""] * len(batch.tokens_BT))

@@ -59,6 +59,7 @@ def test_a_layers_importance_is_the_loss_of_skipping_it(model):
     assert found_L.max() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [1.5, 2.25])
 def test_text_realises_the_budget_and_a_useless_layer_gets_one_expert(model, budget):
     modes = calibrate(model, TOKENS_BT, budget)

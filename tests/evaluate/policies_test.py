@@ -84,6 +84,7 @@ def test_layers_get_more_where_scores_are_spread():
     assert slots_of_layers(np.stack([flat, steep]).astype(np.float32), 2.5).tolist() == [4, 1]
 
 
+@pytest.mark.slow
 def test_every_policy_realises_its_budget_on_the_data(model, sample):
     names = ("static", "mixed", "top_p", LAYERS, MODES, ORACLE)
     own, *found = measure_policies(model, sample, [2.5], names, batch_rows=2)
@@ -134,6 +135,7 @@ def test_a_model_with_attached_slots_is_measured_by_importance(model, sample):
     assert found.policy == "importance"
 
 
+@pytest.mark.slow
 def test_a_split_model_is_compared_with_its_dense_source(sample):
     dense = random_model(hub_values("llama", num_hidden_layers=2, vocab_size=300, eos_token_id=299))
     split = ax.split(dense, num_experts=5, num_shared=1)

@@ -299,6 +299,7 @@ def test_users_stack_layers_by_a_scan_of_their_own():
     np.testing.assert_allclose(y_BTD, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_hessian_of_the_layer_is_that_of_the_dense_reference():
     moe, oracle = layer(execution=Execution("blocks", "xla")), layer(execution=Execution("dense", "reference"))
     params = random_params(moe)

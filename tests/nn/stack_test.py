@@ -72,6 +72,7 @@ def loss_and_grad(output_weight=1.0, **fields):
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "routing", "exchanged", "dots"])
 def test_remat_changes_neither_routing_nor_gradients(remat):
     (kept_loss, kept_trace), kept_grads = loss_and_grad()

@@ -68,6 +68,7 @@ def loss_of(model, params):
     return task + moe.balance_weight * losses["balance"] + moe.importance_weight * losses["importance"]
 
 
+@pytest.mark.slow
 def test_two_training_steps_move_every_new_parameter(tmp_path):
     base = ax.load_pretrained(tiny_checkpoint(tmp_path / "hub", "qwen3_moe", seed=7))
     model = attach(base, k_min=2, k_max=5, num_virtual=3)

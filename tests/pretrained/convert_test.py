@@ -51,6 +51,7 @@ def zero_experts(slots, output="zero", **changes):
     )
 
 
+@pytest.mark.slow
 def test_plain_is_the_static_model_and_its_card_has_the_difference(tmp_path, base, slots, capsys):
     slots.export(tmp_path / "slots", "anyexperts")
     command = ["export", str(tmp_path / "slots"), str(tmp_path / "plain"), "--as", "plain"]

@@ -76,6 +76,7 @@ def test_the_cache_changes_no_expert(model):
         np.testing.assert_array_equal(trace.expert_ids_BTK[:, 0, 0], whole_LTK[:, t])
 
 
+@pytest.mark.slow
 def test_tokens_get_the_budget_on_average(model):
     assert ids_of(model, PROMPTS, 2, 5).real_experts == 5  # more experts than it was trained with
     trace = model.forward(np.ones((1, 50), np.int32), budget=2.6).trace
@@ -95,6 +96,7 @@ def test_a_dense_model_has_no_budget(tmp_path):
         dense.logits([[1]], budget=1.0)
 
 
+@pytest.mark.slow
 def test_sampling_repeats_by_seed_and_ignores_other_rows(model):
     sampling = Sampling(temperature=2.0)
     draws = [ids_of(model, PROMPTS, 8, sampling=sampling, seed=seed).tokens for seed in (0, 0, 1)]
@@ -158,6 +160,7 @@ def test_the_tokenizers_bos_id_is_put_before_a_prompt(folder, model):
     assert leading_ids(HuggingFaceTokenizer(files, "bos")) == [model.tokenizer.special.bos]
 
 
+@pytest.mark.slow
 def test_the_command_streams_and_prints_speed_and_experts(folder, capsys):
     options = ["--prompt", "Hello world", "--max-new-tokens", "5", "--budget", "2"]
     assert main(["generate", str(folder), *options, "--stream"]) == 0

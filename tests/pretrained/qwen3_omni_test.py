@@ -159,6 +159,7 @@ def test_positions_of_sounds_and_videos(model):
     assert modality_T.tolist() == [0, 0, *[Modality.AUDIO] * 4, 0, 0, *[Modality.VIDEO] * 18, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_sound_affects_only_later_tokens_of_its_row(model):
     """Also in a batch with a longer sound, where transformers' convolutions read past the end of the shorter one."""
     short, long = sound(61), sound(130, 1)

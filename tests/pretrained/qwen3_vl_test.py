@@ -141,6 +141,7 @@ def test_greedy_tokens_equal_those_of_full_forward_passes(model, budget):
     assert found == [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
+@pytest.mark.slow
 def test_attached_slots_start_as_the_base_on_pictures(model):
     seen = scene([9, WIDE, 30])
     attached = attach(model, k_min=2, k_max=4, num_virtual=2)
@@ -151,6 +152,7 @@ def test_attached_slots_start_as_the_base_on_pictures(model):
     assert np.isfinite(np.asarray(trace.importance_BT)).all()
 
 
+@pytest.mark.slow
 def test_fewer_experts_for_pictures_than_for_text(tmp_path, model):
     seen = scene([9, WIDE, 30])
     trace = model.with_policy("static_modality", 3).forward(seen.tokens_BT, images=[WIDE]).trace
@@ -215,6 +217,7 @@ def test_fps_is_for_frames_and_not_for_files():
             Video(np.zeros((4, 8, 8, 3), np.uint8), fps=fps)
 
 
+@pytest.mark.slow
 def test_generation_with_a_picture(model, folder, capsys):
     image = str(folder / "cat.png")
     answer = model.generate("A cat", max_new_tokens=3, images=[image], budget=2)

@@ -45,6 +45,7 @@ def test_names_that_no_line_can_show_are_refused_before_the_first_step(tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exp[lr=1e-3]", "tr\\ack"])
 def test_a_run_is_trained_and_goes_on_under_an_odd_name(tmp_path, monkeypatch, name):
     monkeypatch.setattr(loop, "model_apply", lambda config, placement: linear_apply)
