@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from anyexperts_jax.bench.output import environment, markdown, write_files
-from anyexperts_jax.core.errors import require
+from anyexperts_jax.core.errors import one_line, require
 from anyexperts_jax.core.text_table import TextTable
 from anyexperts_jax.serve.app import Limits
 from anyexperts_jax.serve.model import ServedModel
@@ -127,7 +127,7 @@ def bench_serve(model: ServedModel, load: Load, note: Callable[[str], None] = la
     made_with = environment(load.rounds)
     asked = requests_of(load, model.weights.config.vocab_size, model.longest)
     limits = Limits(queue=max(load.clients) * 2)
-    plain = plain_loop(model, asked)
+    plain = plain_loop(model, asked, note)
     service = make_service(model, slots=load.slots, length=min(load.length, model.longest), limits=limits, note=note)
     kinds = {0: [model.name], **({len(model.adapters): list(model.adapters)} if model.adapters else {})}
     loads = [(clients, adapters) for clients in load.clients for adapters in kinds]
@@ -163,10 +163,12 @@ def requests_of(load: Load, vocab_size: int, longest: int) -> list[_Request]:
     return found
 
 
-def plain_loop(model: ServedModel, asked: Sequence[_Request]) -> Callable[[], float] | None:
+def plain_loop(
+    model: ServedModel, asked: Sequence[_Request], note: Callable[[str], None]
+) -> Callable[[], float] | None:
     """Returns a function that runs transformers' `generate` on one request at a time and returns its tokens per second.
 
-    None if transformers is not installed, or the model is no folder of safetensors.
+    None if transformers is not installed or cannot read the model, or the model is no folder of safetensors.
     """
     folder = model.path
     installed = all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
@@ -175,7 +177,11 @@ def plain_loop(model: ServedModel, asked: Sequence[_Request]) -> Callable[[], fl
     import torch
     from transformers import AutoModelForCausalLM
 
-    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    try:
+        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        note(f"no plain loop beside it: transformers cannot read {folder}: {one_line(error)}")
+        return None
 
     def answer(one: _Request) -> int:
         ids = torch.tensor([one.prompt])

@@ -30,6 +30,7 @@ RESULTS = ROOT / "results" / "serve"
 TEXT = ROOT / "texts" / "beagle_8.txt"
 TINY = {
     "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",  # by which transformers knows it
     "vocab_size": 512,
     "hidden_size": 128,
     "num_hidden_layers": 4,
