@@ -29,7 +29,7 @@ help:
 	@echo "make demo        install, train on five domains, evaluate at four budgets, write the report (about 8 minutes)"
 	@echo "make demo-smoke  the same in about a minute, too short to learn anything"
 	@echo "make pretrained  a published model answers, is split into experts, and is measured by budget and policy (10 minutes)"
-	@echo "make test        install and run the quick tests, one case of each (10 minutes)"
+	@echo "make test        install and run the quick tests, one case of each (12 minutes)"
 	@echo "make test-all    every case of every test (hours)"
 	@echo "make test-kills  twenty kills of a run at random moments, twenty resumes, the same bits at the end (some minutes)"
 	@echo "make test-notebooks  run the notebooks of colab/ at their smallest size"
