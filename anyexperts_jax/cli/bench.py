@@ -4,6 +4,8 @@ import argparse
 import pathlib
 
 from anyexperts_jax.cli.options import (
+    adapters_of,
+    add_adapters,
     add_command,
     add_config,
     add_data,
@@ -73,7 +75,6 @@ def run_serve(options: argparse.Namespace) -> None:
 
     require_serve()
     from anyexperts_jax.bench.serve import Load, bench_serve, serve_tables, write_bench
-    from anyexperts_jax.data.config import named_places
     from anyexperts_jax.serve.model import load_served
 
     load = Load(
@@ -87,8 +88,7 @@ def run_serve(options: argparse.Namespace) -> None:
         seed=options.seed,
         rounds=options.rounds,
     )
-    adapters = {name: pathlib.Path(place) for name, place in named_places(options.adapter, "--adapter").items()}
-    model = load_served(options.path, max_budget=max(load.budgets, default=None), adapters=adapters)
+    model = load_served(options.path, max_budget=max(load.budgets, default=None), adapters=adapters_of(options))
     bench = bench_serve(model, load, note=say)
     print_tables(serve_tables(bench), Console(highlight=False))
     if options.out:
@@ -185,12 +185,9 @@ def _add_serve(actions: argparse._SubParsersAction) -> None:
     serve.add_argument(
         "--rounds", type=positive, default=1, metavar="N", help="interleaved rounds of all loads; medians are shown"
     )
-    serve.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="a low-rank adapter; each load is also measured with requests that take the adapters in turn; repeatable "
+    add_adapters(
+        serve,
+        "a low-rank adapter; each load is also measured with requests that take the adapters in turn; repeatable "
         "(default: none)",
     )
     _add_out(serve, "serve")

@@ -108,6 +108,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_adapters(parser: argparse.ArgumentParser, text: str) -> None:
+    """Adds --adapter NAME=FOLDER, whose value `adapters_of` reads."""
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME=FOLDER", help=text)
+
+
+def adapters_of(options: argparse.Namespace) -> dict[str, pathlib.Path]:
+    """The folders of --adapter by name.
+
+    Raises:
+      UserError: for a value that is not NAME=FOLDER, or a name that is given twice.
+    """
+    from anyexperts_jax.data.config import named_places
+
+    return {name: pathlib.Path(place) for name, place in named_places(options.adapter, "--adapter").items()}
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a preset (tiny, small, smoke), a TOML file, a run, or a published checkpoint")
     add_set(parser, "override, as in optim.lr=1e-3; repeatable; `anyexperts config CONFIG` lists all keys")

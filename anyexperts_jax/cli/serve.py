@@ -1,9 +1,17 @@
 """`anyexperts serve`."""
 
 import argparse
-import pathlib
 
-from anyexperts_jax.cli.options import add_command, add_model, natural, positive, positive_number, say
+from anyexperts_jax.cli.options import (
+    adapters_of,
+    add_adapters,
+    add_command,
+    add_model,
+    natural,
+    positive,
+    positive_number,
+    say,
+)
 from anyexperts_jax.core.errors import comma_list
 
 
@@ -11,7 +19,6 @@ def run(options: argparse.Namespace) -> None:
     from anyexperts_jax.serve.run import require_serve
 
     require_serve()
-    from anyexperts_jax.data.config import named_places
     from anyexperts_jax.serve.app import Limits
     from anyexperts_jax.serve.model import load_served
     from anyexperts_jax.serve.run import API_KEY, Address, api_key_of, bind, is_loopback, make_service, serve
@@ -19,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     key = api_key_of()
     if key is None and not is_loopback(options.host):
         say(f"{options.host} may be reached from other machines and there is no key; set {API_KEY}")
-    adapters = {name: pathlib.Path(place) for name, place in named_places(options.adapter, "--adapter").items()}
+    adapters = adapters_of(options)
     limits = Limits(int(options.max_body_mb * 2**20), options.queue, options.timeout)
     with bind(Address(options.host, options.port)) as listening:
         model = load_served(options.path, options.checkpoint, options.max_budget, options.name, adapters=adapters)
@@ -43,13 +50,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of the machine's")
     parser.add_argument("--port", type=natural, default=8000, help="port to listen on; 0: a free one, which is printed")
     parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
-    parser.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="a low-rank adapter, used for requests whose model is NAME; repeatable (default: none)",
-    )
+    add_adapters(parser, "a low-rank adapter, used for requests whose model is NAME; repeatable (default: none)")
     parser.add_argument(
         "--checkpoint",
         default="best",

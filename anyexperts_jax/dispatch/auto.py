@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from anyexperts_jax.core.quantities import bytes_text
 from anyexperts_jax.core.registries import DISPATCHERS
 from anyexperts_jax.dispatch.base import DispatchStats
 from anyexperts_jax.dispatch.exchange_sizes import buffer_sizes
@@ -41,10 +42,9 @@ class Choice(NamedTuple):
         return "exchange" if self.rows < self.weights else "blocks"
 
     def __str__(self) -> str:
-        mib = 2**20
         return (
             f'dispatch="auto" is {self.dispatch}: per device and MoE layer, a training step would send '
-            f"{self.rows / mib:.3g} MiB of rows, or {self.weights / mib:.3g} MiB of experts and their gradients"
+            f"{bytes_text(self.rows)} of rows, or {bytes_text(self.weights)} of experts and their gradients"
         )
 
 

@@ -1,16 +1,15 @@
 """`evaluate_media_tasks`: runs lmms-eval's `simple_evaluate` on a model of this package, for each task and budget."""
 
 import contextlib
+import functools
 import importlib.util
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from anyexperts_jax.core.errors import UserError, one_line, require
-from anyexperts_jax.harness.run import TaskOptions, folders_of, require_tasks
-from anyexperts_jax.harness.scores import TaskScore, scores_of
+from anyexperts_jax.harness.run import TaskOptions, manager_of, require_tasks_and_budgets, score_each
+from anyexperts_jax.harness.scores import TaskScore
 from anyexperts_jax.serve.model import ServedModel
-from anyexperts_jax.serve.slots import row_budget
 
 MAKE = "make lmms-env"  # makes an environment that has lmms-eval
 _LIKELIHOODS = ("loglikelihood", "multiple_choice")
@@ -39,21 +38,19 @@ def evaluate_media_tasks(
     from loguru import logger
 
     from anyexperts_jax.harness.lmms import require_media
+    from anyexperts_jax.harness.lmms_plugin import MODEL_ID
 
     options = options or TaskOptions()
     require_media(model)
-    require(len(tasks) > 0, "--tasks names no task")
-    for budget in budgets:
-        row_budget(model.base, model.weights.config, budget)
+    require_tasks_and_budgets(model, tasks, budgets)
     logger.disable("lmms_eval")
     try:
-        manager = _task_manager(options, tasks)
-        return [
-            score
-            for task in tasks
-            for budget in budgets
-            for score in _evaluate(model, task, budget, options, manager=manager, note=note)
-        ]
+        from lmms_eval.tasks import TaskManager
+
+        make = functools.partial(TaskManager, "ERROR", model_name=MODEL_ID)
+        manager = manager_of("lmms-eval", make, options.include, tasks)
+        prepare = functools.partial(_prepare, model, options, manager)
+        return score_each(model, tasks, budgets, prepare, note)
     finally:
         logger.enable("lmms_eval")
 
@@ -68,55 +65,32 @@ def require_lmms() -> None:
     require(installed, f"--harness lmms-eval needs the package lmms_eval in an environment of its own: {MAKE}")
 
 
-def _task_manager(options: TaskOptions, tasks: Sequence[str]) -> Any:
-    """Returns lmms-eval's index of tasks. If the user's folders hold all tasks, its own large index is not built."""
-    from lmms_eval.tasks import TaskManager
-
-    from anyexperts_jax.harness.lmms_plugin import MODEL_ID
-
-    folders = folders_of(options.include) or None
-    if folders:
-        own = TaskManager("ERROR", include_path=folders, include_defaults=False, model_name=MODEL_ID)
-        if set(tasks) <= set(own.all_tasks):
-            return own
-    manager = TaskManager("ERROR", include_path=folders, model_name=MODEL_ID)
-    require_tasks("lmms-eval", list(manager.all_tasks), tasks)
-    return manager
-
-
-def _evaluate(
-    model: ServedModel,
-    task: str,
-    budget: float | None,
-    options: TaskOptions,
-    *,
-    manager: Any,
-    note: Callable[[str], None],
-) -> list[TaskScore]:
+def _prepare(
+    model: ServedModel, options: TaskOptions, manager: Any, task: str, budget: float | None
+) -> tuple[Any, Callable[[], Any]]:
     from lmms_eval.evaluator import simple_evaluate
 
     from anyexperts_jax.harness.lmms import HarnessLMM, SimpleHarnessLMM
 
-    note(f"{task} at {'its own budget' if budget is None else f'budget {budget:g}'}")
     with _readable(task):
         simple = _asks_for_likelihoods(task, manager)
     kind = SimpleHarnessLMM if simple else HarnessLMM
     lm = kind(model, budget, rows=options.rows, length=options.length)
-    began = time.perf_counter()
-    with _readable(task):
-        found = simple_evaluate(
-            lm,
-            tasks=[task],
-            num_fewshot=options.fewshot,
-            limit=options.limit,
-            log_samples=False,
-            task_manager=manager,
-            bootstrap_iters=1000,
-            process_docs_parallel=1,
-        )
-    seconds = time.perf_counter() - began
-    assert found is not None
-    return scores_of(found, lm.used, model.base, budget, seconds)
+
+    def run() -> Any:
+        with _readable(task):
+            return simple_evaluate(
+                lm,
+                tasks=[task],
+                num_fewshot=options.fewshot,
+                limit=options.limit,
+                log_samples=False,
+                task_manager=manager,
+                bootstrap_iters=1000,
+                process_docs_parallel=1,
+            )
+
+    return lm, run
 
 
 def _asks_for_likelihoods(task: str, manager: Any) -> bool:

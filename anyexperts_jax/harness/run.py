@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import logging
 import pathlib
 import time
@@ -48,17 +49,13 @@ def evaluate_tasks(
       UserError: if lm-eval is not installed, a task is unknown or cannot be read, or the model cannot reach a budget.
     """
     require_harness()
-    require(len(tasks) > 0, "--tasks names no task")
-    for budget in budgets:
-        row_budget(model.base, model.weights.config, budget)
+    require_tasks_and_budgets(model, tasks, budgets)
     with _quiet():
-        manager = _task_manager(options.include, tasks)
-        return [
-            score
-            for task in tasks
-            for budget in budgets
-            for score in _evaluate(model, task, budget, options, manager=manager, note=note)
-        ]
+        from lm_eval.tasks import TaskManager
+
+        manager = manager_of("lm-eval", TaskManager, options.include, tasks)
+        prepare = functools.partial(_prepare, model, options, manager)
+        return score_each(model, tasks, budgets, prepare, note)
 
 
 def require_harness() -> None:
@@ -82,18 +79,61 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _task_manager(include: Sequence[pathlib.Path], tasks: Sequence[str]) -> Any:
-    """Returns lm-eval's index of tasks. If the user's folders hold all tasks, its own large index is not built."""
-    from lm_eval.tasks import TaskManager
+def require_tasks_and_budgets(model: ServedModel, tasks: Sequence[str], budgets: Sequence[float | None]) -> None:
+    """Checks what is asked for, before a harness is started.
 
+    Raises:
+      UserError: if no task is named, or the model cannot reach a budget.
+    """
+    require(len(tasks) > 0, "--tasks names no task")
+    for budget in budgets:
+        row_budget(model.base, model.weights.config, budget)
+
+
+def manager_of(harness: str, make: Callable[..., Any], include: Sequence[pathlib.Path], tasks: Sequence[str]) -> Any:
+    """Returns a harness's index of tasks. If the user's folders hold all tasks, its own large index is not built.
+
+    Args:
+      make: the harness's class of the index.
+
+    Raises:
+      UserError: if a folder is none, or a task is not known.
+    """
     folders = folders_of(include) or None
     if folders:
-        own = TaskManager(include_path=folders, include_defaults=False)
+        own = make(include_path=folders, include_defaults=False)
         if set(tasks) <= set(own.all_tasks):
             return own
-    manager = TaskManager(include_path=folders)
-    require_tasks("lm-eval", list(manager.all_tasks), tasks)
+    manager = make(include_path=folders)
+    require_tasks(harness, list(manager.all_tasks), tasks)
     return manager
+
+
+def score_each(
+    model: ServedModel,
+    tasks: Sequence[str],
+    budgets: Sequence[float | None],
+    prepare: Callable[[str, float | None], tuple[Any, Callable[[], Any]]],
+    note: Callable[[str], None],
+) -> list[TaskScore]:
+    """Scores every task at every budget.
+
+    Args:
+      prepare: makes a harness's model of a task and a budget, which counts experts in `used`, and the call that runs
+        the task with it.
+      note: called with one line as each task begins.
+    """
+    scores = []
+    for task in tasks:
+        for budget in budgets:
+            note(f"{task} at {'its own budget' if budget is None else f'budget {budget:g}'}")
+            lm, run = prepare(task, budget)
+            began = time.perf_counter()
+            found = run()
+            seconds = time.perf_counter() - began
+            assert found is not None
+            scores += scores_of(found, lm.used, model.base, budget, seconds)
+    return scores
 
 
 def folders_of(include: Sequence[pathlib.Path]) -> list[str]:
@@ -121,37 +161,30 @@ def require_tasks(harness: str, known: Sequence[str], tasks: Sequence[str]) -> N
         raise UserError(f"the task {task!r} is not known to {harness}, nor in a folder of --include{hint}")
 
 
-def _evaluate(
-    model: ServedModel,
-    task: str,
-    budget: float | None,
-    options: TaskOptions,
-    *,
-    manager: Any,
-    note: Callable[[str], None],
-) -> list[TaskScore]:
+def _prepare(
+    model: ServedModel, options: TaskOptions, manager: Any, task: str, budget: float | None
+) -> tuple[Any, Callable[[], Any]]:
     import lm_eval
     import yaml
 
     from anyexperts_jax.harness.lm import HarnessLM
 
-    note(f"{task} at {'its own budget' if budget is None else f'budget {budget:g}'}")
     lm = HarnessLM(model, budget, rows=options.rows, length=options.length)
-    began = time.perf_counter()
-    try:
-        found = lm_eval.simple_evaluate(
-            lm,
-            tasks=[task],
-            num_fewshot=options.fewshot,
-            limit=options.limit,
-            log_samples=False,
-            apply_chat_template=options.chat,
-            fewshot_as_multiturn=options.chat,
-            task_manager=manager,
-            bootstrap_iters=1000,
-        )
-    except (OSError, yaml.YAMLError) as error:  # the task's files are broken, or its data cannot be fetched
-        raise UserError(f"the task {task!r} cannot be read: {one_line(error, 300)}") from error
-    seconds = time.perf_counter() - began
-    assert found is not None
-    return scores_of(found, lm.used, model.base, budget, seconds)
+
+    def run() -> Any:
+        try:
+            return lm_eval.simple_evaluate(
+                lm,
+                tasks=[task],
+                num_fewshot=options.fewshot,
+                limit=options.limit,
+                log_samples=False,
+                apply_chat_template=options.chat,
+                fewshot_as_multiturn=options.chat,
+                task_manager=manager,
+                bootstrap_iters=1000,
+            )
+        except (OSError, yaml.YAMLError) as error:  # the task's files are broken, or its data cannot be fetched
+            raise UserError(f"the task {task!r} cannot be read: {one_line(error, 300)}") from error
+
+    return lm, run

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from anyexperts_jax.core.batch import Batch, make_batch
 from anyexperts_jax.core.errors import require
-from anyexperts_jax.core.modality import MODALITY_NAMES, Modality
+from anyexperts_jax.core.modality import Modality
 from anyexperts_jax.core.rounding import round_up
 from anyexperts_jax.models.config import ModelConfig
 from anyexperts_jax.models.generate import dropless
@@ -50,19 +50,12 @@ class Used:
     @property
     def by_layer(self) -> tuple[float, ...]:
         """Real experts per token in each MoE layer; () for a dense model or before anything was counted."""
-        return self._per_token(self._spent.real_LM.sum(axis=1), int(self._spent.tokens_M.sum()))
+        return self._spent.by_layer
 
     @property
     def by_modality(self) -> dict[str, tuple[float, ...]]:
         """The same for each modality that had tokens, by its name; {} for a dense model."""
-        found = {
-            name: self._per_token(self._spent.real_LM[:, m], int(self._spent.tokens_M[m]))
-            for m, name in enumerate(MODALITY_NAMES)
-        }
-        return {name: real_L for name, real_L in found.items() if real_L}
-
-    def _per_token(self, real_L: np.ndarray, tokens: int) -> tuple[float, ...]:
-        return tuple((real_L / tokens).tolist()) if tokens else ()
+        return self._spent.by_modality
 
 
 def log_likelihoods(

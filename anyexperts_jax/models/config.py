@@ -7,6 +7,7 @@ from anyexperts_jax.core.checks import check_field_types
 from anyexperts_jax.core.config import AnyExpertsConfig
 from anyexperts_jax.core.errors import require
 from anyexperts_jax.core.modality import NUM_MODALITIES
+from anyexperts_jax.dispatch.execution import Execution
 from anyexperts_jax.nn.config import MOST_LAYERS, StackConfig
 
 
@@ -150,6 +151,10 @@ class ModelConfig:
     audio: AudioConfig | None = dataclasses.field(default_factory=AudioConfig)  # None: no audio
     vision_tower: VisionTowerConfig | None = None  # of a published model, which is given pictures on their own
     audio_tower: AudioTowerConfig | None = None  # of a published model, which is given sounds on their own
+
+    def with_execution(self, execution: Execution) -> "ModelConfig":
+        """Returns the same model, computed as `execution` says."""
+        return dataclasses.replace(self, stack=dataclasses.replace(self.stack, execution=execution))
 
     def __post_init__(self) -> None:
         check_field_types(self)

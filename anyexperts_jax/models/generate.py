@@ -74,8 +74,7 @@ def dropless(config: ModelConfig) -> ModelConfig:
     execution = config.stack.execution
     if execution.dispatch not in BUFFERED:
         return config
-    execution = dataclasses.replace(execution, dispatch="blocks")
-    return dataclasses.replace(config, stack=dataclasses.replace(config.stack, execution=execution))
+    return config.with_execution(dataclasses.replace(execution, dispatch="blocks"))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,6 +1,5 @@
 """Parameters of a model as plain nested dicts: their values, shapes, logical axes and number."""
 
-import dataclasses
 import functools
 import math
 import zlib
@@ -144,7 +143,7 @@ def smallest_media(config: ModelConfig) -> PlacedMedia | None:
 @functools.lru_cache(maxsize=32)
 def _boxed_shapes(config: ModelConfig) -> dict[str, Any]:
     # Parameters do not depend on the execution. The configured one may need a mesh or another device: use the default.
-    config = dataclasses.replace(config, stack=dataclasses.replace(config.stack, execution=Execution()))
+    config = config.with_execution(Execution())
 
     def init(key: Array) -> Any:
         return MultimodalModel(config).init(key, smallest_batch(config), placed=smallest_media(config))["params"]

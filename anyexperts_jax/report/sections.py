@@ -161,21 +161,20 @@ def _maps(source: ReportSource, folder: pathlib.Path) -> Section:
         return dataclasses.replace(section, missing=(_STATIC,))
     if not any(source.followed.values()):
         return dataclasses.replace(section, missing=(f"No maps: {source.no_checkpoint or _NO_ITEM}.",))
-    pictures = []
+    pictures, any_outline = [], False
     for domain, followed in source.followed.items():
         maps = maps_of(followed, source.config.data.encoding, source.tokenizer)
         for media, group in _by_media(maps).items():
             name = f"importance_{file_name(domain)}" + ("" if len(_by_media(maps)) == 1 else f"_{media or 'text'}")
             outlined = any(one.example.has_evidence for one in group)
+            any_outline |= outlined
             look = f" {_WHAT_TO_LOOK_AT[media]}" if outlined else ""
             caption = f"The first {len(group)} test examples, not chosen.{look}"
             path = draw_importance_maps(group, folder / f"{name}.png")
             answers = ", ".join(f"“{one.example.answer}”" for one in group)
             alt = f"The tokens of {len(group)} {domain} questions, coloured by importance. Their answers: {answers}."
             pictures.append(Picture(f"{domain}: importance on {media or 'text'}", caption, path, alt, "painting"))
-    items = [one.item for followed in source.followed.values() for one in followed]
-    outlined = any(isinstance(item, Example) and item.has_evidence for item in items)
-    known = "; the green outlines are known from how the data were made" if outlined else ""
+    known = "; the green outlines are known from how the data were made" if any_outline else ""
     text = (
         "Importance decides how many experts a token gets. The model was not told which tokens carry the "
         f"answer{known}. Each panel has its own scale."

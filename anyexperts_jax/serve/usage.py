@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
-from anyexperts_jax.core.modality import NUM_MODALITIES
+from anyexperts_jax.core.modality import MODALITY_NAMES, NUM_MODALITIES
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,6 +31,21 @@ class Spent:
     def plus(self, other: "Spent") -> "Spent":
         return Spent(self.real_LM + other.real_LM, self.tokens_M + other.tokens_M)
 
+    @property
+    def by_layer(self) -> tuple[float, ...]:
+        """Real experts per token in each MoE layer; () for a dense model or without tokens."""
+        return _per_token(self.real_LM.sum(axis=1), int(self.tokens_M.sum()))
+
+    @property
+    def by_modality(self) -> dict[str, tuple[float, ...]]:
+        """The same for each modality that had tokens, by its name; {} for a dense model."""
+        own = {name: _per_token(self.real_LM[:, m], int(self.tokens_M[m])) for m, name in enumerate(MODALITY_NAMES)}
+        return {name: real_L for name, real_L in own.items() if real_L}
+
+
+def _per_token(real_L: Int[ndarray, " L"], tokens: int) -> tuple[float, ...]:
+    return tuple((real_L / tokens).tolist()) if tokens else ()
+
 
 class Usage(NamedTuple):
     """How many tokens and experts an answer used."""
@@ -42,8 +57,7 @@ class Usage(NamedTuple):
     @property
     def real_by_layer(self) -> tuple[float, ...]:
         """Real experts per token in each MoE layer; () for a dense model."""
-        real_L = self.spent.real_LM.sum(axis=1)
-        return tuple((real_L / self.spent.tokens_M.sum()).tolist()) if real_L.size else ()
+        return self.spent.by_layer
 
     @property
     def real_experts(self) -> float:

@@ -33,5 +33,4 @@ def with_dispatch(config: RunConfig, mesh: dict[str, int]) -> RunConfig:
     if choice is None:
         return config
     execution = dataclasses.replace(config.model.stack.execution, dispatch=choice.dispatch)
-    stack = dataclasses.replace(config.model.stack, execution=execution)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, stack=stack))
+    return dataclasses.replace(config, model=config.model.with_execution(execution))

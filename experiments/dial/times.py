@@ -50,8 +50,7 @@ def measure_times(plan: Plan, rounds: int, patience: float, note: Note) -> Times
     for name in KINDS:
         note(f"reading the checkpoint of {name}")
         outcome, trained = kept_outcome(plan, name, note)
-        stack = dataclasses.replace(trained.config.stack, execution=Execution())
-        model = dataclasses.replace(trained, config=dataclasses.replace(trained.config, stack=stack))
+        model = dataclasses.replace(trained, config=trained.config.with_execution(Execution()))
         ids[name], bench = outcome.id, bench_of(plan, model, tokens)
         for series in (one for one in SERIES if one.kind == name):
             for point in points_of(outcome, series.policy):
